@@ -1,0 +1,65 @@
+# Everything is set up by its first use: `make demo` and `make test` work in a fresh clone.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench ui clean
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.setup
+# The interpreter the environment is made from; the first of these that can make one is taken.
+BASE_PYTHON ?= python3.11 python3.12 python3.13 python3
+
+# Models and data come from the package index (assets/prepare.py); nothing asks a hub or reports usage.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export DO_NOT_TRACK ?= true
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# More threads than 8 slow small models down; tokenizers' own threads clash with forked data loaders.
+THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ "$$n" -lt 8 ] && echo "$$n" || echo 8)
+export OMP_NUM_THREADS ?= $(THREADS)
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export TOKENIZERS_PARALLELISM ?= false
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## Make .venv with the pinned dependencies and this project, editable
+
+$(STAMP): pyproject.toml constraints.txt
+	@for candidate in $(BASE_PYTHON); do \
+	    "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    test -x $(PYTHON) || "$$candidate" -m venv $(VENV); \
+	    break; \
+	done
+	@test -x $(PYTHON) || { echo "No Python >= 3.11 with venv found among: $(BASE_PYTHON). Set BASE_PYTHON." >&2; exit 1; }
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev,test]'
+	@touch $@
+
+demo: setup ## Search adapters for a real model on real data, show the front, export the choice
+	$(PYTHON) assets/prepare.py minilm questions
+	$(PYTHON) examples/demo.py
+
+test: setup ## All quality gates: tests, types, lint, import directions, coverage
+	$(PYTHON) -m pytest -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
+
+test-all: setup ## The same with slow tests and, where there is a GPU, GPU tests
+	$(PYTHON) -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: setup ## Only the static checks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+bench: setup ## Measure; writes benchmarks/results
+	$(PYTHON) assets/prepare.py minilm questions movies
+	$(PYTHON) benchmarks/run.py
+
+ui: setup ## MLflow UI on the front of the latest search
+	$(VENV)/bin/autopeft ui
+
+clean: ## Remove the environment, caches and what runs left; keeps .assets
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find . -name .assets -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

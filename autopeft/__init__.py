@@ -1,0 +1,32 @@
+"""autopeft finds the PEFT configurations that trade accuracy, parameters and memory best."""
+
+from autopeft import search_spaces, tasks
+from autopeft.backbone import Backbone
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.evaluation import Evaluation, TrialRecord
+from autopeft.evaluator import Evaluator
+from autopeft.export import ExportReport, load_adapter
+from autopeft.front import FrontPoint, ParetoFront
+from autopeft.methods import attach, count_parameters
+from autopeft.search import Search
+from autopeft.training import Training
+
+__all__ = [
+    "Adapter",
+    "Backbone",
+    "Configuration",
+    "Evaluation",
+    "Evaluator",
+    "ExportReport",
+    "FrontPoint",
+    "ParetoFront",
+    "Search",
+    "Site",
+    "Training",
+    "TrialRecord",
+    "attach",
+    "count_parameters",
+    "load_adapter",
+    "search_spaces",
+    "tasks",
+]

@@ -1,0 +1,174 @@
+"""The command line: search, front, show, export, ui, validate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from autopeft.config import SearchConfig, build_config, load_config
+from autopeft.errors import unknown_choice
+from autopeft.front import ParetoFront
+from autopeft.objectives import resolve_objectives
+from autopeft.pareto import Axis
+from autopeft.server import serve
+from autopeft.study_store import STUDY_FILE, load_study
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find the PEFT configurations that trade accuracy, parameters and memory best.",
+)
+_SETTINGS_FILE = "search.yaml"
+
+Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as in training.epochs=5.")]
+Folder = Annotated[Path, typer.Option(help="Where searches are kept.")]
+Name = Annotated[str | None, typer.Option("--search", help="Name of the search; default: the latest.")]
+
+
+@app.command()
+def search(config: Config, overrides: Overrides = None) -> None:
+    """Run a search, or resume it."""
+    loaded = load_config(config, overrides or ())
+    if not loaded.run:
+        raise ValueError("The settings have no budget: add for example run.trials=50.")
+    loaded.search.validate()
+    _remember(loaded)
+    loaded.search.run(**loaded.run)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None) -> None:
+    """Find what is wrong with a search without training anything, and say what it would do."""
+    loaded = load_config(config, overrides or ())
+    loaded.search.validate()
+    print(loaded.search.describe())
+    print(loaded.search.backbone.summary())
+
+
+@app.command()
+def front(folder: Folder = Path("autopeft_runs"), name: Name = None) -> None:
+    """Print the Pareto front of a search."""
+    Console(soft_wrap=True).print(_read_front(_search_folder(folder, name)).table())
+
+
+@app.command()
+def show(
+    trial: Annotated[int, typer.Argument(help="Number of the trial.")],
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+) -> None:
+    """Show one trial: its values, its cost, its configuration."""
+    found = _read_front(_search_folder(folder, name))
+    record = found.trial(trial).record
+    evaluation = record.evaluation
+    marks = " ●" if trial in found.members else ""
+    print(f"trial {trial}{marks}: {evaluation.status}" + f" ({evaluation.reason})" * bool(evaluation.reason))
+    known = {objective.name: objective for objective in found.objectives}
+    for key, value in evaluation.values.items():
+        print(f"  {key}: {known[key].format(value) if key in known else f'{value:g}'}")
+    cost = evaluation.cost
+    print(f"  cost: {cost.wall_seconds:.1f} s, {cost.cpu_seconds:.1f} CPU-seconds, {cost.steps} steps")
+    print(evaluation.configuration.grid())
+    print(evaluation.configuration.to_yaml())
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    trial: Annotated[int | None, typer.Argument(help="Number of the trial.")] = None,
+    best: Annotated[
+        list[str] | None, typer.Option(help="Take the best within a bound: trainable_parameters=500k.")
+    ] = None,
+    knee: Annotated[bool, typer.Option(help="Take the knee point.")] = False,
+    merged: Annotated[bool, typer.Option(help="Merge the adapters into the weights.")] = False,
+    retrain: Annotated[bool, typer.Option(help="Train the configuration again first.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+) -> None:
+    """Write a trial's adapter: a number, the best within bounds, or the knee point."""
+    if (trial is not None) + bool(best) + knee != 1:
+        raise ValueError("Say which trial to export: its number, --best BOUND, or --knee.")
+    place = _search_folder(folder, name)
+    found = _read_front(place)
+    if best:
+        trial = found.best(**_bounds(best)).number
+    elif knee:
+        trial = found.knee().number
+    assert trial is not None
+    settings = place / _SETTINGS_FILE
+    if not settings.is_file():
+        raise ValueError(
+            f"{place} has no {_SETTINGS_FILE}: the search was launched from Python, where "
+            "search.export(number, folder) writes its adapters."
+        )
+    loaded = build_config(yaml.safe_load(settings.read_text()))
+    print(loaded.search.export(trial, to, merged=merged, retrain=retrain, overwrite=overwrite))
+
+
+@app.command()
+def ui(
+    tracking: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlflow.db",
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
+) -> None:
+    """Start the MLflow UI on the loopback interface and print the links to the fronts."""
+    serve(tracking, port=port)
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend are printed without a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _remember(loaded: SearchConfig) -> None:
+    """Keep the settings with the search, so that `export` can make it again."""
+    place = loaded.search.folder
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(dict(loaded.settings), sort_keys=False)
+        (place / _SETTINGS_FILE).write_text(text)
+    except OSError as error:
+        raise ValueError(f"The search cannot be kept in {place}: {error.strerror}.") from error
+
+
+def _search_folder(folder: Path, name: str | None) -> Path:
+    searches = sorted(folder.glob(f"*/{STUDY_FILE}"), key=lambda path: path.stat().st_mtime)
+    if not searches:
+        raise ValueError(f"There is no search in {folder}; `autopeft search CONFIG.yaml` makes one.")
+    if name is None:
+        return searches[-1].parent
+    names = [path.parent.name for path in searches]
+    if name not in names:
+        raise unknown_choice("search", name, names)
+    return folder / name
+
+
+def _read_front(place: Path) -> ParetoFront:
+    attributes, records = load_study(place)
+    settings = attributes["identity"]["search"]["objectives"].split(", ")
+    metrics = [key for key in settings if key in attributes["metrics"]]
+    objectives = resolve_objectives(settings, metrics)
+    known = {objective.name: objective for objective in objectives}
+    axes = [Axis(objective=known[key], worst=worst, best=best) for key, worst, best in attributes["axes"]]
+    return ParetoFront(records, objectives, axes)
+
+
+def _bounds(texts: list[str]) -> dict[str, Any]:
+    bounds = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"A bound reads name=value, as in trainable_parameters=500k; got {text!r}.")
+        bounds[key] = value
+    return bounds

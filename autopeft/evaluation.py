@@ -1,0 +1,130 @@
+"""What came out of evaluating one configuration, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from autopeft.configuration import Configuration
+
+Status = Literal["complete", "failed", "infeasible"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Compute spent on an evaluation.
+
+    Attributes:
+        wall_seconds: Elapsed time.
+        cpu_seconds: Processor time of the whole process, over all threads.
+        gpu_seconds: Elapsed time in which the evaluation held a GPU; 0 on the CPU.
+        steps: Optimizer steps.
+    """
+
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    steps: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One point of a learning curve: a metric's value after an optimizer step."""
+
+    metric: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The outcome of one configuration.
+
+    Attributes:
+        configuration: What was evaluated.
+        status: "complete" has every objective's value; "failed" and "infeasible" say why in `reason`
+            and keep the values known before training.
+        reason: Why it did not complete; None when complete.
+        values: Metrics and objectives by name. Memory in bytes, times in seconds.
+        curves: Learning curves, in the order in which they were recorded.
+        cost: Compute spent.
+        seed: Seed of initialisation, shuffling and dropout.
+    """
+
+    configuration: Configuration
+    status: Status
+    reason: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    curves: tuple[CurvePoint, ...] = ()
+    cost: Cost = Cost()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status is one of {get_args(Status)}, got {self.status!r}.")
+        if (self.reason is None) != (self.status == "complete"):
+            raise ValueError(f"A {self.status} evaluation with reason {self.reason!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as plain data (for JSON)."""
+        return {
+            "configuration": self.configuration.to_dict(),
+            "status": self.status,
+            "reason": self.reason,
+            "values": dict(self.values),
+            "curves": [[point.metric, point.step, point.value] for point in self.curves],
+            "cost": asdict(self.cost),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_dict` gave."""
+        return cls(
+            configuration=Configuration.from_dict(data["configuration"]),
+            status=data["status"],
+            reason=data["reason"],
+            values=data["values"],
+            curves=tuple(
+                CurvePoint(metric=metric, step=step, value=value) for metric, step, value in data["curves"]
+            ),
+            cost=Cost(**data["cost"]),
+            seed=data["seed"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One finished trial of a search.
+
+    Attributes:
+        number: The trial's number in the study, from 0.
+        evaluation: Its outcome.
+        duplicate_of: Number of the earlier trial with the same configuration, whose outcome this
+            trial took over without training; None where it was trained itself.
+        anchor: Name of the reference point this trial is ("uniform lora 8"), None when sampled.
+    """
+
+    number: int
+    evaluation: Evaluation
+    duplicate_of: int | None = None
+    anchor: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data (for JSON)."""
+        return {
+            "number": self.number,
+            "evaluation": self.evaluation.to_dict(),
+            "duplicate_of": self.duplicate_of,
+            "anchor": self.anchor,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
+        """Read what `to_dict` gave."""
+        evaluation = Evaluation.from_dict(data["evaluation"])
+        return cls(**{**data, "evaluation": evaluation})

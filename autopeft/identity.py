@@ -1,0 +1,81 @@
+"""What a search is, as plain text: for resuming the right one and for the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autopeft.backbone import Backbone
+from autopeft.search_spaces import SearchSpace
+from autopeft.tasks import Task
+from autopeft.training import Training
+
+_PACKAGES = (
+    "autopeft",
+    "torch",
+    "transformers",
+    "peft",
+    "lightning",
+    "optuna",
+    "mlflow",
+    "datasets",
+    "torchmetrics",
+)
+
+
+def search_identity(
+    *,
+    backbone: Backbone,
+    task: Task,
+    space: SearchSpace,
+    training: Training,
+    objectives: Sequence[str],
+    constraints: Mapping[str, float],
+    sampler: str,
+    seed: int,
+    anchors: bool,
+) -> dict[str, dict[str, str]]:
+    """Return every setting that decides what a search's trials are."""
+    return {
+        "backbone": backbone.identity(),
+        "task": dict(task.identity()),
+        "space": _fields(space),
+        "training": _fields(training),
+        "search": {
+            "objectives": ", ".join(objectives),
+            "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),
+            "sampler": sampler,
+            "seed": str(seed),
+            "anchors": str(anchors),
+        },
+    }
+
+
+def environment() -> dict[str, str]:
+    """Return versions and hardware, which may differ between calls of one search."""
+    versions = {package: importlib.metadata.version(package) for package in _PACKAGES}
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda_device": cuda,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _fields(settings: Any) -> dict[str, str]:
+    """Return a dataclass's class name and fields as text."""
+    fields = {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+    return {"class": type(settings).__name__, **fields}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str({key: dict(one) if isinstance(one, Mapping) else one for key, one in value.items()})
+    return str(value)

@@ -1,0 +1,186 @@
+"""Load a pretrained model with the head a task needs, and find out which modules are that head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from autopeft.tasks import Task
+
+_logger = logging.getLogger(__name__)
+_HEAD_SEED = 0
+_FEWEST_WORDS = 10
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with a head, its tokenizer, and which modules were not pretrained."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    head: tuple[str, ...]
+    new_head: bool
+    origin: str
+
+
+def load_model(
+    source: str | Path | PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedModel:
+    """Load or wrap a model for a task; see `Backbone.load`."""
+    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+        torch.manual_seed(_HEAD_SEED)
+        if isinstance(source, PreTrainedModel):
+            model, missing = _with_head(source, task)
+            origin = source.config.name_or_path or ""
+        else:
+            model, missing = _from_pretrained(str(source), task)
+            origin = str(source)
+    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(origin)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no padding token and no end token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
+    head = _head_modules(model, missing)
+    return LoadedModel(model, tokenizer, name, head, new_head=bool(missing), origin=origin)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the load report: that the head is new is what we ask for."""
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _from_pretrained(source: str, task: Task) -> tuple[PreTrainedModel, set[str]]:
+    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
+    path = Path(source).expanduser()
+    if looks_local and not (path / "config.json").is_file():
+        raise ValueError(
+            f"Cannot load the backbone {source!r}: expected a folder with a config.json and "
+            "safetensors weights, as save_pretrained writes it."
+        )
+    try:
+        model, info = task.model_class.from_pretrained(
+            str(path) if looks_local else source,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **task.model_options(),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the backbone {source!r}: it is no local folder, and the hub gave: "
+            f"{str(error).strip().splitlines()[0]}"
+            if not looks_local
+            else f"Cannot load the backbone {source!r}: {error}"
+        ) from error
+    return model, {str(key) for key in info["missing_keys"]}
+
+
+def _with_head(model: PreTrainedModel, task: Task) -> tuple[PreTrainedModel, set[str]]:
+    """Use a loaded model's head where it fits the task; give a bare model a new one."""
+    options = task.model_options()
+    if model.base_model is model:
+        return _give_head(model, task, options)
+    expected = task.model_class._model_mapping.get(type(model.config), PreTrainedModel)
+    if not isinstance(model, expected):
+        raise ValueError(
+            f"The task needs a {expected.__name__}, got a {type(model).__name__}: pass its base "
+            "model (model.base_model) to get a new head."
+        )
+    labels = options.get("num_labels")
+    if labels is not None and model.config.num_labels != labels:
+        raise ValueError(
+            f"The head of {type(model).__name__} has {model.config.num_labels} labels, the task has "
+            f"{labels}: load it with num_labels={labels}, or pass the model without a head."
+        )
+    return model, set()
+
+
+def _give_head(
+    model: PreTrainedModel, task: Task, options: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    config = type(model.config).from_dict({**model.config.to_dict(), **options})
+    config.name_or_path = model.config.name_or_path
+    headed: PreTrainedModel = task.model_class.from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    prefix = headed.base_model_prefix
+    expected = {name for name, _ in headed.named_parameters()}
+    setattr(headed, prefix, model)
+    headed.to(model.device).train(model.training)
+    pretrained = {f"{prefix}.{name}" for name, _ in model.named_parameters()}
+    absent = sorted(name for name in expected - pretrained if name.startswith(f"{prefix}."))
+    if absent:
+        raise ValueError(
+            f"{type(headed).__name__} needs {absent[0]}, which this {type(model).__name__} was "
+            "loaded without: load it with all its modules, or name its folder instead."
+        )
+    return headed, expected - pretrained
+
+
+def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer was found for the backbone {origin!r}: pass one as tokenizer=..."
+        ) from error
+    if not isinstance(loaded, PreTrainedTokenizerBase):
+        raise TypeError(f"{origin!r} loads a {type(loaded).__name__}, expected a tokenizer.")
+    # Where there is no vocabulary, transformers hands out a tokenizer of special tokens (and a blank
+    # or two), for which every text reads alike.
+    if len(loaded) - len(loaded.all_special_tokens) < _FEWEST_WORDS:
+        raise ValueError(
+            f"No tokenizer was found for the backbone {origin!r} (there is no vocabulary): "
+            "pass one as tokenizer=..."
+        )
+    return loaded
+
+
+def _head_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+    """Return the modules outside the base model, and those inside it that were not pretrained."""
+    prefix = model.base_model_prefix
+    outside = [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    ]
+    inside = {
+        key.rpartition(".")[0]
+        for key in missing
+        if key.startswith(f"{prefix}.") and isinstance(_owner(model, key), nn.Module)
+    }
+    if inside:
+        _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(sorted(inside)))
+    return (*outside, *sorted(inside))
+
+
+def _owner(model: nn.Module, key: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(key.rpartition(".")[0])
+    except AttributeError:
+        return None

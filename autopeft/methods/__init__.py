@@ -1,0 +1,27 @@
+"""Adapter methods: their sizes, how they are attached to a backbone, and how they come out again."""
+
+from autopeft.methods.attachment import (
+    METHODS,
+    Attachment,
+    attach,
+    count_parameters,
+    count_site,
+    placement_of,
+)
+from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.full import FullFineTuning
+from autopeft.methods.peft_methods import PeftMethod
+
+__all__ = [
+    "METHODS",
+    "Attached",
+    "Attachment",
+    "FullFineTuning",
+    "Method",
+    "PeftMethod",
+    "Placement",
+    "attach",
+    "count_parameters",
+    "count_site",
+    "placement_of",
+]

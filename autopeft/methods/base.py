@@ -1,0 +1,55 @@
+"""What every adapter method promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from autopeft.backbone import SiteShape
+from autopeft.configuration import Adapter, Site
+
+Placement = Mapping[Site, tuple[SiteShape, Adapter]]
+"""The adapters of one method to attach: site → (what the backbone has there, the adapter)."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a method put into a model.
+
+    Attributes:
+        parameters: The trainable parameters at each site, under names that are stable across runs.
+        undo: Takes everything out again.
+    """
+
+    parameters: Mapping[Site, Mapping[str, nn.Parameter]]
+    undo: Callable[[], None]
+
+
+class Method(ABC):
+    """An adapter family.
+
+    Guarantees (checked for every method by `tests/methods/test_contract.py`):
+
+    * `count` equals the number of parameters that `attach` makes trainable at the site;
+    * right after `attach` the model computes what it computed before (prefix, which adds positions
+      to attend to, changes it slightly: its values start near 0);
+    * `undo` leaves the very module and parameter objects that were there before, bit-identical;
+    * methods can be attached to one model one after another, wrapping ones first.
+    """
+
+    @abstractmethod
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the exact number of trainable parameters of an adapter at a site."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Put adapters into a model in place. Weights are drawn from torch's global generator."""
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

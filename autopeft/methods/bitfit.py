@@ -1,0 +1,47 @@
+"""BitFit: the bias of a linear layer or norm is trained.
+
+peft has biases only as an option of LoRA (all or none), and BEFT's for `nn.Linear` alone; this one
+takes any module with a bias, GPT-2's Conv1D and norms included.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from autopeft.backbone import SiteShape
+from autopeft.configuration import Adapter
+from autopeft.methods.base import Attached, Method, Placement
+
+
+class BitFit(Method):
+    """BitFit trains biases only (Ben Zaken et al., "BitFit", 2022).
+
+    The bias is trained in a copy that stands in the module while attached; the backbone's own bias
+    comes back on detaching.
+    """
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the number of biases."""
+        return shape.bias
+
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Put trainable copies of the biases in place; see `Method.attach`."""
+        parameters = {}
+        originals: list[tuple[nn.Module, nn.Parameter]] = []
+        for site, (shape, _) in placement.items():
+            module = model.get_submodule(shape.module)
+            if isinstance(module, BaseTunerLayer):  # LoRA or IA3 on the same layer
+                module = cast(nn.Module, module.get_base_layer())
+            original = cast(nn.Parameter, module.bias)
+            originals.append((module, original))
+            module.bias = nn.Parameter(original.detach().clone())
+            parameters[site] = {"bias": module.bias}
+
+        def undo() -> None:
+            for module, original in originals:
+                module.bias = original
+
+        return Attached(parameters=parameters, undo=undo)

@@ -1,0 +1,181 @@
+"""Bottleneck adapters: in series behind a sublayer, or in parallel beside it.
+
+`adapters` (AdapterHub) has them for transformers 4 only, and peft has none: these are small modules
+held in place by hooks, so that they work on any architecture whose sublayers have an output projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from autopeft.backbone import SiteShape
+from autopeft.configuration import Adapter
+from autopeft.methods.base import Attached, Method, Placement
+
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Bottleneck(nn.Module):
+    """down-projection → non-linearity → up-projection, with the up-projection starting at 0.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        width: Width of the bottleneck.
+        activation: "gelu", "relu", "silu" or "tanh".
+        scaling: Factor on the output.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, width)
+        self.activation = _ACTIVATIONS[activation]()
+        self.up = nn.Linear(width, out_features)
+        self.scaling = scaling
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        update: Tensor = self.up(self.activation(self.down(hidden)))
+        return update if self.scaling == 1.0 else update * self.scaling
+
+
+class _BottleneckMethod(Method):
+    """What series and parallel adapters share: the module, where it is kept and how it is removed."""
+
+    name: str
+
+    def in_features(self, shape: SiteShape) -> int:
+        """Return the width of what the adapter reads."""
+        raise NotImplementedError
+
+    def scaling(self, adapter: Adapter) -> float:
+        """Return the factor on the adapter's output."""
+        raise NotImplementedError
+
+    def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
+        """Hook the adapter into the model's forward pass."""
+        raise NotImplementedError
+
+    def build(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
+        """Return the adapter's module."""
+        assert adapter.size is not None
+        return Bottleneck(
+            self.in_features(shape),
+            shape.out_features,
+            adapter.size,
+            str(adapter.option("activation")),
+            self.scaling(adapter),
+        )
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return b·(d_in + d_out) weights and b + d_out biases."""
+        assert adapter.size is not None
+        width = self.in_features(shape) + shape.out_features
+        return adapter.size * width + adapter.size + shape.out_features
+
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Hook the adapters in; see `Method.attach`."""
+        child = f"autopeft_{self.name}"
+        parameters = {}
+        hosts: list[nn.Module] = []
+        handles: list[RemovableHandle] = []
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+            for host in hosts:
+                delattr(host, child)
+
+        try:
+            for site, (shape, adapter) in placement.items():
+                host = model.get_submodule(shape.module)
+                like = next(host.parameters())
+                bottleneck = self.build(shape, adapter)
+                bottleneck.to(device=like.device, dtype=like.dtype).train(host.training)
+                host.add_module(child, bottleneck)
+                hosts.append(host)
+                handles += self.connect(model, shape, bottleneck)
+                parameters[site] = dict(bottleneck.named_parameters())
+        except BaseException:
+            undo()
+            raise
+        return Attached(parameters=parameters, undo=undo)
+
+
+class Series(_BottleneckMethod):
+    """Series adapter: y + f(y) behind a sublayer's output projection, before the residual.
+
+    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019; on the ffn alone it is the
+    placement of Pfeiffer et al., "AdapterFusion", 2021.
+    """
+
+    name = "series"
+
+    def in_features(self, shape: SiteShape) -> int:
+        """Return the width of the sublayer's output."""
+        return shape.out_features
+
+    def scaling(self, adapter: Adapter) -> float:
+        """Return 1: the output is not scaled."""
+        return 1.0
+
+    def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
+        """Add f(y) to the output y of the projection."""
+
+        def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            update: Tensor = bottleneck(output)
+            return output + update
+
+        return [model.get_submodule(shape.module).register_forward_hook(add)]
+
+
+class Parallel(_BottleneckMethod):
+    """Parallel adapter: y + s·f(x), with x the sublayer's input and y its output.
+
+    He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022 (scaled parallel
+    adapter, s = 4). x is what the sublayer's first linear layer is given: in a pre-norm block, the
+    normalised hidden state.
+    """
+
+    name = "parallel"
+
+    def in_features(self, shape: SiteShape) -> int:
+        """Return the width of the sublayer's input."""
+        return shape.in_features
+
+    def scaling(self, adapter: Adapter) -> float:
+        """Return s."""
+        return float(adapter.option("scaling"))
+
+    def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
+        """Remember x at the sublayer's first layer, add s·f(x) at its last."""
+        seen: list[Tensor] = []
+
+        def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+            seen.clear()  # of a pass that was broken off
+
+        def remember(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # The first call alone: DeBERTa's query layer is given relative positions afterwards.
+            if not seen:
+                seen.append(inputs[0])
+
+        def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            update: Tensor = bottleneck(seen.pop())
+            return output + update
+
+        start = model.get_submodule(shape.attention_module or shape.input_module)
+        first = model.get_submodule(shape.input_module)
+        last = model.get_submodule(shape.module)
+        return [
+            start.register_forward_pre_hook(forget),
+            first.register_forward_pre_hook(remember),
+            last.register_forward_hook(add),
+        ]

@@ -1,0 +1,187 @@
+"""Methods whose modules come from peft: LoRA, IA3 and LayerNorm tuning.
+
+Adapters that differ in an option peft holds once a config (rsLoRA, dropout) are injected as separate
+peft adapters of one model. peft ignores patterns that match nothing, so `attach` in `attachment.py`
+checks every site afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping
+from itertools import groupby
+from typing import Any
+
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from autopeft.backbone import SiteShape
+from autopeft.configuration import Adapter, Site
+from autopeft.methods.base import Attached, Method, Placement, replace_module
+
+
+class PeftMethod(Method):
+    """A method that peft implements, injected with one peft config a group of like adapters."""
+
+    name: str
+
+    @abstractmethod
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return the peft config that gives every site of a group what its adapter says."""
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what the adapters of one peft config have in common."""
+        return ()
+
+    def groups(self, placement: Placement) -> dict[str, Placement]:
+        """Split a placement into groups, by the name of the peft adapter that holds each."""
+
+        def key(item: tuple[Site, tuple[SiteShape, Adapter]]) -> str:
+            return repr(self.group_key(*item[1]))
+
+        grouped = [dict(items) for _, items in groupby(sorted(placement.items(), key=key), key)]
+        return {
+            self.name if index == 0 else f"{self.name}_{index + 1}": group
+            for index, group in enumerate(grouped)
+        }
+
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Inject the adapters; see `Method.attach`."""
+        parameters: dict[Site, Mapping[str, nn.Parameter]] = {}
+        originals = {shape.module: model.get_submodule(shape.module) for shape, _ in placement.values()}
+
+        def undo() -> None:
+            for name, module in originals.items():
+                replace_module(model, name, module)
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+
+        groups = self.groups(placement)
+        try:
+            for adapter_name, group in groups.items():
+                with warnings.catch_warnings():
+                    # Several adapters on disjoint modules of one model, and norms of any class, are
+                    # what we are here for; peft warns of both.
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    warnings.filterwarnings("ignore", message="Unsupported layer type")
+                    inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+            for adapter_name, group in groups.items():
+                for site, (shape, _) in group.items():
+                    layer = model.get_submodule(shape.module)
+                    if isinstance(layer, BaseTunerLayer):
+                        # Injecting a peft adapter makes it the active one of every layer, also of
+                        # those that carry another.
+                        layer.set_adapter(adapter_name)
+                    parameters[site] = _adapter_parameters(layer, adapter_name)
+        except BaseException:
+            undo()
+            raise
+        return Attached(parameters=parameters, undo=undo)
+
+
+def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one peft adapter in a layer; empty where peft did not wrap it."""
+    if not isinstance(layer, BaseTunerLayer):
+        return {}
+    found: dict[str, nn.Parameter] = {}
+    for holder_name in layer.adapter_layer_names:
+        holder = getattr(layer, holder_name)
+        if adapter_name not in holder:
+            continue
+        held = holder[adapter_name]
+        if isinstance(held, nn.Parameter):
+            found[holder_name] = held
+        else:
+            found |= {f"{holder_name}.{name}": one for name, one in held.named_parameters()}
+    return found
+
+
+def _module_names(placement: Placement) -> list[str]:
+    return [shape.module for shape, _ in placement.values()]
+
+
+class Lora(PeftMethod):
+    """LoRA: a low-rank update B·A beside a frozen weight, scaled by α/√r (rsLoRA) or α/r.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; Kalajdzievski, "A Rank
+    Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+    """
+
+    name = "lora"
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return r·(d_in + d_out)."""
+        assert adapter.size is not None
+        return adapter.size * (shape.in_features + shape.out_features)
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what peft holds once a config."""
+        return adapter.option("rslora"), adapter.option("dropout"), shape.transposed
+
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return a LoraConfig with a rank and an alpha for every module."""
+        shape, adapter = next(iter(placement.values()))
+        # PEFT reads pattern keys as regular expressions behind an optional "(.*\.)?" prefix, so a full
+        # module name matches itself alone.
+        ranks = {shape.module: one.size for shape, one in placement.values()}
+        alphas = {shape.module: one.option("alpha") for shape, one in placement.values()}
+        common: dict[str, Any] = {
+            "r": adapter.size,
+            "lora_alpha": adapter.option("alpha"),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+        }
+        return LoraConfig(
+            **common,
+            target_modules=_module_names(placement),
+            use_rslora=bool(adapter.option("rslora")),
+            lora_dropout=float(adapter.option("dropout")),
+            fan_in_fan_out=shape.transposed,
+        )
+
+
+class IA3(PeftMethod):
+    """IA3: a learned vector that scales a linear layer's output, or the input of the ffn's last layer.
+
+    Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+    Learning", 2022: keys, values and the ffn's intermediate activations are scaled.
+    """
+
+    name = "ia3"
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the width of what is scaled."""
+        return shape.in_features if shape.site.role == "ffn_down" else shape.out_features
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what peft holds once a config."""
+        return shape.transposed
+
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return an IA3Config over the modules."""
+        shape, _ = next(iter(placement.values()))
+        scaled_inputs = [shape.module for site, (shape, _) in placement.items() if site.role == "ffn_down"]
+        return IA3Config(
+            target_modules=_module_names(placement),
+            feedforward_modules=scaled_inputs,
+            fan_in_fan_out=shape.transposed,
+        )
+
+
+class LayerNormTuning(PeftMethod):
+    """LayerNorm tuning: scale and shift of a norm are trained in a copy.
+
+    Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", 2023.
+    """
+
+    name = "layernorm"
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the number of parameters of the norm."""
+        return shape.parameters
+
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return an LNTuningConfig over the modules."""
+        return LNTuningConfig(target_modules=_module_names(placement))

@@ -1,0 +1,305 @@
+"""Search: ask for a configuration, evaluate it, tell the outcome, keep everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.samplers import BaseSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from autopeft.backbone import Backbone
+from autopeft.budget import Budget
+from autopeft.checkpoints import Checkpoints
+from autopeft.evaluator import Evaluator
+from autopeft.export import ExportReport, export_adapter
+from autopeft.front import ParetoFront
+from autopeft.identity import search_identity
+from autopeft.objectives import resolve_constraints, resolve_objectives
+from autopeft.pareto import Axis
+from autopeft.samplers import make_sampler
+from autopeft.search_loop import SearchLoop
+from autopeft.search_spaces import SearchSpace
+from autopeft.study_store import StudyStore, load_study
+from autopeft.tasks import Task
+from autopeft.training import Training
+
+
+class Search:
+    """A multi-objective search for PEFT configurations of one backbone on one task.
+
+    Nothing is loaded before `validate` or `run`. A search is known by its name: the same call again
+    resumes it, finished trials are kept whatever happens to the process.
+
+    Args:
+        backbone: Hub name, local folder, a loaded transformers model, or a `Backbone`.
+        task: What to fine-tune for.
+        space: What to choose from.
+        objectives: Names of metrics and costs to trade off; at least one metric.
+        constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
+            that break one are not trained.
+        training: What every candidate has in common.
+        sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
+        seed: The same seed gives the same configurations and, on the CPU, the same scores.
+        anchors: Whether to try the space's reference points first: what people do today.
+        name: Name of the search; by default made from backbone, task and a hash of the settings.
+        folder: Where searches are kept, each in a folder of its own name.
+        tracking: MLflow tracking URI; None to record nothing in MLflow.
+        experiment: MLflow experiment.
+        tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+
+    Raises:
+        ValueError: An argument is not valid; what needs the backbone or the data is checked by
+            `validate`, which `run` calls before anything is trained.
+    """
+
+    def __init__(
+        self,
+        backbone: str | Path | PreTrainedModel | Backbone,
+        task: Task,
+        space: SearchSpace,
+        *,
+        objectives: Sequence[str] = ("accuracy", "trainable_parameters", "peak_memory"),
+        constraints: Mapping[str, float | str] | None = None,
+        training: Training | None = None,
+        sampler: str | BaseSampler = "tpe",
+        seed: int = 0,
+        anchors: bool = True,
+        name: str | None = None,
+        folder: str | Path = "autopeft_runs",
+        tracking: str | None = "sqlite:///mlflow.db",
+        experiment: str = "autopeft",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.task = task
+        self.space = space
+        self.objectives = resolve_objectives(objectives, task.metrics)
+        self.constraints = resolve_constraints(constraints or {}, task.metrics)
+        self.training = training if training is not None else Training()
+        self.seed = seed
+        self.anchors = anchors
+        self.experiment = experiment
+        self.tracking = tracking
+        self._sampler = make_sampler(sampler, seed)
+        self._sampler_name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        self._source = backbone
+        self._tokenizer = tokenizer
+        self._name = name
+        self._root = Path(folder)
+        self._evaluator: Evaluator | None = None
+        if name is not None and not re.fullmatch(r"[\w.\- ]{1,120}", name):
+            raise ValueError(
+                f"A search's name is a folder's name: letters, digits, '.', '-', '_', got {name!r}."
+            )
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The evaluator with its resident backbone; loaded on first use."""
+        if self._evaluator is None:
+            self.task.validate()
+            backbone = Backbone.load(self._source, self.task, self._tokenizer)
+            self.space.validate(backbone)
+            self._evaluator = Evaluator(
+                backbone,
+                self.task,
+                self.training,
+                self.objectives,
+                self.constraints,
+                seed=self.seed,
+                cache=self._root / "tokenised",
+            )
+        return self._evaluator
+
+    @property
+    def backbone(self) -> Backbone:
+        """The resident backbone; loaded on first use."""
+        return self.evaluator.backbone
+
+    def validate(self) -> None:
+        """Find everything that can be wrong before training: data, backbone, space, constraints.
+
+        Raises:
+            ValueError: Says what was wrong, what was expected, and the nearest valid choice.
+        """
+        smallest, _ = self.space.extremes(self.backbone)
+        values = self.evaluator.costs(smallest)
+        for constraint in self.constraints:
+            if constraint.violation(values) > 0:
+                raise ValueError(
+                    "No candidate can keep the constraint: the smallest configuration of the space "
+                    f"already has {constraint.describe(values)}."
+                )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this search the one it is: a resumed search must have the same."""
+        return search_identity(
+            backbone=self.backbone,
+            task=self.task,
+            space=self.space,
+            training=self.training,
+            objectives=[objective.name for objective in self.objectives],
+            constraints={one.objective.name: one.bound for one in self.constraints},
+            sampler=self._sampler_name,
+            seed=self.seed,
+            anchors=self.anchors,
+        )
+
+    @property
+    def name(self) -> str:
+        """The search's name."""
+        if self._name is None:
+            text = json.dumps(self.identity, sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            stem = re.sub(r"[^\w.\-]+", "-", f"{self.task.name}-{self.backbone.name}")
+            self._name = f"{stem}-{digest}"
+        return self._name
+
+    @property
+    def folder(self) -> Path:
+        """Where this search is kept."""
+        return self._root / self.name
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Return the fixed axes of the hypervolume.
+
+        A metric runs from the score of always predicting the most frequent class to its best value;
+        parameters, memory and FLOPs on a log scale from the space's largest to its smallest
+        configuration. Times are not on it: what they can be is not known before training.
+        """
+        ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
+        axes = []
+        for objective in self.objectives:
+            if objective.unit == "score":
+                worst = self.task.majority_score(objective.name)
+                best = self.task.best_score(objective.name)
+                axes.append(Axis(objective=objective, worst=worst, best=best))
+            elif objective.before_training:
+                best, worst = sorted(end[objective.name] for end in ends)
+                if best < worst:
+                    axes.append(Axis(objective=objective, worst=worst, best=best))
+        return tuple(axes)
+
+    def run(
+        self,
+        trials: int | None = None,
+        *,
+        hours: float | None = None,
+        gpu_seconds: float | None = None,
+        cpu_seconds: float | None = None,
+        progress: bool = True,
+    ) -> ParetoFront:
+        """Search until a budget is spent; see `Budget` for the bounds.
+
+        Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
+        interrupted trial is run again, a search that is done returns its front at once.
+
+        Returns:
+            The Pareto front of all finished trials.
+
+        Raises:
+            ValueError: Something is not valid (see `validate`), or no candidate is feasible.
+        """
+        budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
+        self.validate()
+        store = StudyStore(self.folder, self.name, self.objectives, self._sampler)
+        try:
+            return SearchLoop(self, store, budget, progress=progress).run()
+        finally:
+            store.close()
+
+    def front(self) -> ParetoFront:
+        """Return the front of the trials finished so far, without running any.
+
+        Raises:
+            ValueError: The search has not been started.
+        """
+        _, records = load_study(self.folder)
+        return ParetoFront(records, self.objectives, self.axes(), exporter=self)
+
+    def export(
+        self,
+        number: int,
+        folder: str | Path,
+        *,
+        merged: bool = False,
+        retrain: bool = False,
+        seed: int | None = None,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write a trial's adapter, head included, and check that it loads and gives the same logits.
+
+        Args:
+            number: The trial.
+            folder: Where to write; must be empty or missing.
+            merged: Write a full model with the adapters merged into the weights.
+            retrain: Train the configuration again, at full fidelity, instead of using the tensors the
+                search kept. This also happens where none were kept (trials off the front).
+            seed: Seed of re-training; the search's by default.
+            overwrite: Replace what is in the folder.
+
+        Raises:
+            ValueError: There is no such completed trial, the folder cannot be written, or a method
+                cannot be merged.
+            RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
+        """
+        record = self.front().trial(number).record
+        if record.evaluation.status != "complete":
+            raise ValueError(
+                f"Trial {number} {record.evaluation.status} ({record.evaluation.reason}): "
+                "there is nothing to export."
+            )
+        configuration = record.evaluation.configuration
+        original = number if record.duplicate_of is None else record.duplicate_of
+        state = None if retrain else Checkpoints(self.folder / "adapters").load(original)
+        values = dict(record.evaluation.values)
+        if state is None:
+            trained = self.evaluator.train(configuration, seed)
+            if trained.state is None:
+                raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
+            state, values = trained.state, dict(trained.evaluation.values)
+        test = self.evaluator.test(configuration, state)
+        values |= {f"test_{name}": value for name, value in test.items()}
+        batch = self.evaluator.data.largest_batch()
+        return export_adapter(
+            self.backbone,
+            configuration,
+            state,
+            folder,
+            values=values,
+            details={
+                "search": self.name,
+                "trial": str(number),
+                **{f"task {key}": text for key, text in self.task.identity().items()},
+            },
+            probe={name: tensor for name, tensor in batch.items() if name != "labels"},
+            merged=merged,
+            overwrite=overwrite,
+        )
+
+    def describe(self) -> str:
+        """Say in a few lines what is searched for and how."""
+        names = ", ".join(objective.name for objective in self.objectives)
+        bounds = "; ".join(
+            f"{one.objective.name} ≤ {one.objective.format(one.bound)}" for one in self.constraints
+        )
+        training = self.training
+        return "\n".join(
+            [
+                f"backbone {self.backbone!r}",
+                f"task {self.task!r}",
+                f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
+                f"training {training.epochs} epochs, batch size {training.batch_size}, "
+                f"{training.resolved_device()}, {training.resolved_precision()}",
+                f"sampler {self._sampler_name}, seed {self.seed}",
+                self.space.describe(self.backbone),
+            ]
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(objective.name for objective in self.objectives)
+        return f"Search({self._name or self._source!r}, {type(self.space).__name__}, {names})"

@@ -1,0 +1,221 @@
+"""One call of `Search.run`: ask → evaluate → tell → record, until the budget is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from optuna.trial import Trial, TrialState
+
+from autopeft.budget import Budget, counted_trials, total_cost
+from autopeft.checkpoints import Checkpoints
+from autopeft.configuration import Configuration
+from autopeft.evaluation import Evaluation, TrialRecord
+from autopeft.front import ParetoFront
+from autopeft.identity import environment
+from autopeft.progress import SearchProgress
+from autopeft.study_store import StudyStore
+from autopeft.tracking import Tracker
+
+if TYPE_CHECKING:
+    from autopeft.search import Search
+
+_ANCHOR = "autopeft:anchor"
+_MOST_INFEASIBLE = 500
+_PUBLISH_EVERY_SECONDS = 60.0
+
+
+class SearchLoop:
+    """One call of `Search.run`: ask → evaluate → tell → record, until the budget is spent."""
+
+    def __init__(self, search: Search, store: StudyStore, budget: Budget, *, progress: bool) -> None:
+        self.search = search
+        self.store = store
+        self.budget = budget
+        self.axes = search.axes()
+        self.checkpoints = Checkpoints(search.folder / "adapters")
+        self.progress = SearchProgress(search.objectives, enabled=progress)
+        self.tracker: Tracker | None = None
+        self._known = {
+            record.evaluation.configuration.key: record
+            for record in reversed(store.records)
+            if record.evaluation.status == "complete" and record.duplicate_of is None
+        }
+        self._published = time.monotonic()
+        self._started = time.monotonic()
+        self._share_at_start = budget.spent_share(store.records)
+
+    @property
+    def records(self) -> Sequence[TrialRecord]:
+        """Every finished trial so far."""
+        return self.store.records
+
+    def front(self) -> ParetoFront:
+        """Return the front so far."""
+        return ParetoFront(self.records, self.search.objectives, self.axes, exporter=self.search)
+
+    def run(self) -> ParetoFront:
+        """Run trials until the budget is spent, and leave study, runs and front in order."""
+        self._prepare()
+        status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+        front = self.front()
+        try:
+            with self.progress:
+                self._announce(front)
+                while self.budget.spent_share(self.records) < 1:
+                    front = self._step(front)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            self.progress.say("Interrupted: finished trials are kept, the same call resumes.")
+        finally:
+            if self.tracker is not None:
+                self.tracker.publish_front(self.records, self.front().members)
+                self.tracker.finish(status)
+        self._close(front)
+        return front
+
+    def _prepare(self) -> None:
+        search = self.search
+        self.store.check_identity(search.identity)
+        self.store.set_attribute("metrics", list(search.task.metrics))
+        axes = [[one.objective.name, one.worst, one.best] for one in self.axes]
+        self.store.set_attribute("axes", axes)
+        self.checkpoints.keep_only(self.front().members)
+        if search.anchors:
+            tried = {record.anchor for record in self.records}
+            for anchor in search.space.anchors(search.backbone):
+                if anchor.name not in tried:
+                    self.store.live.enqueue_trial(
+                        search.space.encode(anchor.configuration, search.backbone),
+                        user_attrs={_ANCHOR: anchor.name},
+                    )
+        if search.tracking is not None:
+            self.tracker = Tracker(
+                search.tracking,
+                experiment=search.experiment,
+                search_name=search.name,
+                objectives=search.objectives,
+            )
+            self.tracker.start(
+                note=search.describe(),
+                identity={**search.identity, "environment": environment()},
+                records=self.records,
+            )
+
+    def _announce(self, front: ParetoFront) -> None:
+        self.progress.say(self.search.describe())
+        if self.records:
+            self.progress.say(f"Resuming with {len(self.records)} finished trials.")
+        if self.tracker is not None:
+            self.progress.say(f"MLflow: {self.tracker.link}")
+        self._show(front)
+
+    def _step(self, front: ParetoFront) -> ParetoFront:
+        trial = self.store.live.ask()
+        configuration = self.search.space.suggest(trial, self.search.backbone)
+        self.progress.running(trial.number)
+        twin = self._known.get(configuration.key)
+        if twin is not None:
+            record = TrialRecord(
+                number=trial.number,
+                evaluation=twin.evaluation,
+                duplicate_of=twin.number,
+                anchor=trial.user_attrs.get(_ANCHOR),
+            )
+        else:
+            record = self._evaluate(trial, configuration)
+        self._tell(trial, record.evaluation)
+        finished = self.store.live.get_trials(deepcopy=False)[trial.number]
+        self.store.save(record, finished)
+        return self._after(record, front)
+
+    def _evaluate(self, trial: Trial, configuration: Configuration) -> TrialRecord:
+        if self.tracker is not None:
+            self.tracker.trial_started(trial.number, configuration)
+        trained = self.search.evaluator.train(configuration)
+        if trained.state is not None:
+            self.checkpoints.save(trial.number, trained.state)
+        return TrialRecord(
+            number=trial.number,
+            evaluation=trained.evaluation,
+            anchor=trial.user_attrs.get(_ANCHOR),
+        )
+
+    def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
+        """Tell Optuna: constraints on every trial, values of complete ones, a state for the others.
+
+        An infeasible candidate is a pruned trial that breaks its constraints, which is how samplers
+        learn where not to go without being shown a score it never had.
+        """
+        known = evaluation.values
+        for constraint in self.search.constraints:
+            name = constraint.objective.name
+            trial.set_constraint(name, constraint.violation(known) if name in known else 0.0)
+        live = self.store.live
+        if evaluation.status == "complete":
+            live.tell(trial, [known[objective.name] for objective in self.search.objectives])
+        elif evaluation.status == "infeasible":
+            live.tell(trial, state=TrialState.PRUNED)
+        else:
+            live.tell(trial, state=TrialState.FAIL)
+
+    def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
+        if record.duplicate_of is None and record.evaluation.status == "complete":
+            self._known[record.evaluation.configuration.key] = record
+        before, front = front.members, self.front()
+        if front.members != before or record.evaluation.status == "complete":
+            self.checkpoints.keep_only(front.members)
+        self.progress.finished(record, on_front=record.number in front.members)
+        self._show(front)
+        self._track(record, front, changed=front.members != before)
+        self._refuse_hopeless()
+        return front
+
+    def _show(self, front: ParetoFront) -> None:
+        share = self.budget.spent_share(self.records)
+        progressed = share - self._share_at_start
+        elapsed = time.monotonic() - self._started
+        self.progress.update(
+            share,
+            front_size=len(front),
+            hypervolume=front.hypervolume,
+            seconds_left=elapsed / progressed * max(0.0, 1 - share) if progressed > 0 else None,
+        )
+
+    def _track(self, record: TrialRecord, front: ParetoFront, *, changed: bool) -> None:
+        if self.tracker is None:
+            return
+        self.tracker.trial_finished(record)
+        if changed:
+            self.tracker.front_changed(front.members)
+        cost = total_cost(self.records)
+        self.tracker.progress(
+            {
+                "hypervolume": front.hypervolume,
+                "front_size": float(len(front)),
+                "cost/wall_seconds": cost.wall_seconds,
+                "cost/cpu_seconds": cost.cpu_seconds,
+                "cost/gpu_seconds": cost.gpu_seconds,
+                "cost/steps": float(cost.steps),
+            },
+            step=record.number,
+        )
+        if time.monotonic() - self._published > _PUBLISH_EVERY_SECONDS:
+            self._published = time.monotonic()
+            self.tracker.publish_front(list(self.records), front.members)
+
+    def _refuse_hopeless(self) -> None:
+        latest = self.records[-_MOST_INFEASIBLE:]
+        if len(latest) == _MOST_INFEASIBLE and counted_trials(latest) == 0:
+            raise ValueError(
+                f"{_MOST_INFEASIBLE} candidates in a row broke a constraint (the last: "
+                f"{latest[-1].evaluation.reason}): relax the constraints, or make the space smaller."
+            )
+
+    def _close(self, front: ParetoFront) -> None:
+        if self.progress.enabled:
+            self.progress.show_front(front.table())
+            if self.tracker is not None:
+                self.progress.say(f"MLflow: {self.tracker.link}")

@@ -1,0 +1,335 @@
+"""Text classification: one text or a pair of texts, any number of classes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from autopeft.errors import unknown_choice
+from autopeft.tasks.base import Task
+from autopeft.tasks.classification_data import ClassificationData, LabelledTexts, SplitName
+from autopeft.tasks.sources import Source, load_splits
+from autopeft.tasks.splits import stratified_sample, stratified_split
+from autopeft.tasks.tokenised import fingerprint
+
+_logger = logging.getLogger(__name__)
+_SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextClassification(Task):
+    """Classify texts, or pairs of texts.
+
+    Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
+
+    Attributes:
+        dataset: Hub name, a CSV, TSV, JSON, JSON-lines or Parquet file, a folder with one such file a
+            split, a `datasets.Dataset` or a `DatasetDict`.
+        subset: Configuration of a hub data set.
+        text: The column with the text, or the two columns of a pair.
+        label: The column with the class, as text or number. Rows with the label -1 (GLUE's way to
+            hold back labels) do not count as labelled.
+        class_weights: Weight of each class in the loss: None for 1, "balanced" for the inverse of
+            its frequency in training, or a weight by label name.
+        max_length: Tokens a row at most.
+        train_examples: Use this many rows at most, drawn by seed and stratified; None for all.
+        validation_examples: The same for validation.
+        test_examples: The same for test.
+        validation_share: Share of the training rows that becomes validation where there is none.
+        test_share: Share of the training rows that becomes test where there is none.
+        seed: Seed of splits and limits.
+
+    Raises:
+        ValueError: A setting is out of its range; the data are checked by `validate`.
+    """
+
+    dataset: Source = field(repr=False)
+    subset: str | None = None
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    class_weights: Literal["balanced"] | Mapping[str, float] | None = None
+    max_length: int = 128
+    train_examples: int | None = None
+    validation_examples: int | None = None
+    test_examples: int | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        columns = (self.text,) if isinstance(self.text, str) else tuple(self.text)
+        if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
+            raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
+        for name in ("max_length", "train_examples", "validation_examples", "test_examples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a whole number from 1 up, got {value!r}.")
+        shares = (self.validation_share, self.test_share)
+        if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
+            raise ValueError(
+                f"validation_share and test_share lie between 0 and 1, together below 1, got {shares}."
+            )
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise unknown_choice("class_weights", self.class_weights, ("balanced",))
+
+    @property
+    def name(self) -> str:
+        """Short name for runs and folders."""
+        if isinstance(self.dataset, str | Path):
+            return "-".join(part for part in (Path(self.dataset).stem, self.subset) if part)
+        return "text-classification"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The text columns: one, or two for pairs."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, the default one first."""
+        return ("accuracy", "f1", "matthews")
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers auto class that gives a backbone this task's head."""
+        return AutoModelForSequenceClassification
+
+    def model_options(self) -> dict[str, Any]:
+        """Return number and names of labels."""
+        names = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+        }
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes: the data set's own, or the sorted values of the label column."""
+        return self._label_names
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        found = load_splits(self.dataset, self.subset)
+        for name, split in found.items():
+            for column in (*self.columns, self.label):
+                if column not in split.column_names:
+                    if column == self.label and name == "test":
+                        continue
+                    raise unknown_choice(f"column of the {name} split", column, split.column_names)
+            if len(split) == 0 and name == "train":
+                raise ValueError("The training split has no rows.")
+        return {name: split for name, split in found.items() if self._is_labelled(name, split)}
+
+    def _is_labelled(self, name: str, split: Dataset) -> bool:
+        values = set(split.unique(self.label)) if self.label in split.column_names else {-1}
+        if values <= {-1} and name != "train":
+            _logger.info("The %s split has no labels and is not used.", name)
+            return False
+        return True
+
+    @cached_property
+    def _label_names(self) -> tuple[str, ...]:
+        feature = self._sources["train"].features[self.label]
+        if isinstance(feature, ClassLabel):
+            return tuple(feature.names)
+        values = self._sources["train"].unique(self.label)
+        if any(value is None for value in values):
+            raise ValueError(f"The column {self.label!r} has rows without a label.")
+        if any(isinstance(value, float) and value != int(value) for value in values):
+            raise ValueError(
+                f"The column {self.label!r} holds fractions such as {values[0]!r}: that is a "
+                "regression, text classification takes classes."
+            )
+        if all(isinstance(value, int | float) for value in values):
+            return tuple(str(int(value)) for value in sorted(values))
+        return tuple(sorted(map(str, values)))
+
+    def split(self, name: SplitName) -> LabelledTexts:
+        """Return one of the three splits, limited as asked for. The search never asks for "test"."""
+        if name not in self._read_splits:
+            source, rows = self._parts[name]
+            self._read_splits[name] = self._limited(name, self._whole(source), rows)
+        return self._read_splits[name]
+
+    @cached_property
+    def _read_splits(self) -> dict[SplitName, LabelledTexts]:
+        return {}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, Sequence[int]]]:
+        """Which rows of which split of the source make each of the three splits."""
+        parts: dict[str, tuple[str, Sequence[int]]] = {
+            name: (name, range(len(split))) for name, split in self._sources.items()
+        }
+        if "test" not in parts and "validation" in parts:
+            parts["test"] = parts.pop("validation")
+            _logger.info("There is no labelled test split: the validation split is held out as test.")
+        all_rows = len(parts["train"][1])
+        for name, share in (("test", self.test_share), ("validation", self.validation_share)):
+            if name not in parts:
+                source, rows = parts["train"]
+                labels = self._whole(source).labels
+                kept, taken = stratified_split(
+                    [labels[row] for row in rows], share * all_rows / len(rows), self.seed
+                )
+                parts["train"] = (source, [rows[index] for index in kept])
+                parts[name] = (source, [rows[index] for index in taken])
+        return parts
+
+    def _whole(self, name: str) -> LabelledTexts:
+        if name not in self._read_sources:
+            self._read_sources[name] = self._read(name)
+        return self._read_sources[name]
+
+    @cached_property
+    def _read_sources(self) -> dict[str, LabelledTexts]:
+        return {}
+
+    def _read(self, name: str) -> LabelledTexts:
+        split = self._sources[name]
+        columns = []
+        for column in self.columns:
+            values = split[column][:]
+            empty = next((row for row, one in enumerate(values) if not isinstance(one, str)), None)
+            if empty is not None:
+                raise ValueError(
+                    f"Row {empty} of the {name} split has {values[empty]!r} in {column!r}, expected text."
+                )
+            columns.append(tuple(values))
+        return LabelledTexts(tuple(columns), tuple(self._indices(name, split)))
+
+    def _indices(self, name: str, split: Dataset) -> list[int]:
+        values = split[self.label][:]
+        if isinstance(split.features[self.label], ClassLabel):
+            return [int(value) for value in values]
+        index = {label: number for number, label in enumerate(self.labels)}
+        numbers = all(isinstance(value, int | float) for value in values)
+        texts = [str(int(value)) if numbers else str(value) for value in values]
+        for text in texts:
+            if text not in index:
+                raise unknown_choice(f"label in the {name} split", text, index)
+        return [index[text] for text in texts]
+
+    def _limited(self, name: SplitName, texts: LabelledTexts, rows: Sequence[int]) -> LabelledTexts:
+        limit = getattr(self, f"{name}_examples")
+        labels = [texts.labels[row] for row in rows]
+        chosen = range(len(rows)) if limit is None else stratified_sample(labels, limit, self.seed)
+        columns = tuple(tuple(column[rows[index]] for index in chosen) for column in texts.columns)
+        return LabelledTexts(columns, tuple(labels[index] for index in chosen))
+
+    def validate(self) -> None:
+        """Raise ValueError for whatever is wrong with data or settings."""
+        if len(self.labels) < 2:
+            raise ValueError(f"The column {self.label!r} has one class only: {self.labels[0]!r}.")
+        for name in _SPLITS:
+            if not len(self._parts[name][1]):
+                raise ValueError(f"The {name} split has no rows: use more data, or another share.")
+        for name in _SPLITS[:2]:
+            if min(self.split(name).labels) < 0:
+                raise ValueError(f"The {name} split has rows without a label (-1).")
+        self._weights()
+
+    def _weights(self) -> tuple[float, ...] | None:
+        if self.class_weights is None:
+            return None
+        if isinstance(self.class_weights, str):
+            train = self.split("train").labels
+            counts = [train.count(index) for index in range(len(self.labels))]
+            return tuple(len(train) / (len(counts) * max(1, count)) for count in counts)
+        for name, weight in self.class_weights.items():
+            if name not in self.labels:
+                raise unknown_choice("label in class_weights", name, self.labels)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"The weight of {name!r} must be at least 0, got {weight!r}.")
+        return tuple(float(self.class_weights.get(name, 1.0)) for name in self.labels)
+
+    @cached_property
+    def _weight_tensor(self) -> Tensor | None:
+        weights = self._weights()
+        return None if weights is None else torch.tensor(weights)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy, a scalar, of logits (batch, labels) and labels (batch,)."""
+        weights = self._weight_tensor
+        if weights is not None:
+            weights = weights.to(logits)
+        return functional.cross_entropy(logits, labels, weight=weights)
+
+    def metric_collection(self) -> MetricCollection:
+        """Return fresh metrics, to be updated with logits (batch, labels) and labels (batch,)."""
+        classes = len(self.labels)
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "f1": MulticlassF1Score(classes, average="macro"),
+                "matthews": MulticlassMatthewsCorrCoef(classes),
+            }
+        )
+
+    def majority_score(self, metric: str) -> float:
+        """Return what always predicting the most frequent training label scores in validation."""
+        train = self.split("train").labels
+        majority = max(range(len(self.labels)), key=train.count)
+        labels = torch.tensor(self.split("validation").labels)
+        collection = self.metric_collection()
+        if metric not in collection:
+            raise unknown_choice("metric", metric, self.metrics)
+        return float(collection[metric](torch.full_like(labels, majority), labels))
+
+    def best_score(self, metric: str) -> float:
+        """Return the best value a metric can take."""
+        return 1.0
+
+    def identity(self) -> dict[str, str]:
+        """Return data set, labels, and rows and fingerprint of what the search reads."""
+        read = {name: self.split(name) for name in _SPLITS[:2]}
+        rows = {f"{name}_rows": str(len(split.labels)) for name, split in read.items()}
+        content = [column for split in read.values() for column in (*split.columns, split.labels)]
+        return {
+            "class": type(self).__name__,
+            "dataset": str(self.dataset) if isinstance(self.dataset, str | Path) else self.name,
+            "subset": self.subset or "",
+            "text": ", ".join(self.columns),
+            "label": self.label,
+            "labels": ", ".join(self.labels),
+            "class_weights": str(self.class_weights),
+            "max_length": str(self.max_length),
+            "content": fingerprint(content),
+            **rows,
+        }
+
+    def data(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        cache: Path | None = None,
+    ) -> ClassificationData:
+        """Return the tokenised splits; see `Task.data`."""
+        return ClassificationData(
+            self.split,
+            tokenizer,
+            max_length=self.max_length,
+            batch_size=batch_size,
+            seed=seed,
+            cache=cache,
+        )

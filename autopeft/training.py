@@ -1,0 +1,231 @@
+"""How a candidate is trained: the fixed settings, the LightningModule, and the Trainer around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from autopeft.errors import unknown_choice
+from autopeft.tasks import Task
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every candidate of a search has in common; what differs stands in its configuration.
+
+    Attributes:
+        epochs: Passes over the training split.
+        max_steps: Stop after this many optimizer steps at the latest; None for no bound.
+        batch_size: Examples a step.
+        warmup_share: Share of the steps in which the learning rate rises; it then falls linearly to 0.
+        gradient_clip: Largest norm of the gradient; None for no bound.
+        patience: Stop after this many validations without improvement; None to train to the end.
+        validate_every: Epochs between validations. The best validation's weights are kept.
+        device: "auto" takes CUDA where there is one.
+        precision: "auto" is bf16-mixed on CUDA devices that have it, 32-true elsewhere.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int = 32
+    warmup_share: float = 0.06
+    gradient_clip: float | None = 1.0
+    patience: int | None = None
+    validate_every: int = 1
+    device: Device = "auto"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_steps", "batch_size", "patience", "validate_every"):
+            value = getattr(self, name)
+            optional = name in ("max_steps", "patience")
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 up, got {value!r}.")
+        if not 0 <= self.warmup_share <= 1:
+            raise ValueError(f"warmup_share is a share in [0, 1], got {self.warmup_share!r}.")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip is above 0 or None, got {self.gradient_clip!r}.")
+        if self.validate_every > self.epochs:
+            raise ValueError(
+                f"validate_every={self.validate_every} is beyond the {self.epochs} epochs: "
+                "a candidate would never be validated."
+            )
+        for name, choices in (("device", Device), ("precision", Precision)):
+            if getattr(self, name) not in get_args(choices):
+                raise unknown_choice(name, str(getattr(self, name)), get_args(choices))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but torch sees no CUDA device: use 'auto' or 'cpu'.")
+
+    def resolved_device(self) -> torch.device:
+        """Return the device candidates are trained on."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def resolved_precision(self) -> Literal["32-true", "bf16-mixed"]:
+        """Return the precision candidates are trained in."""
+        if self.precision != "auto":
+            return self.precision
+        on_cuda = self.resolved_device().type == "cuda"
+        return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps of a training that is not stopped early."""
+        steps = self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+class FineTuning(LightningModule):
+    """Train whatever requires gradients in a model with a task head.
+
+    Args:
+        model: Returns an object with `logits`, of shape (batch, labels), for the batch's tensors.
+        task: Gives the loss and the metrics.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay.
+        warmup_share: Share of the steps with a rising learning rate.
+        total_steps: Steps after which the learning rate is 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_share: float,
+        total_steps: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = math.ceil(warmup_share * total_steps)
+        self.total_steps = total_steps
+        self.metrics = task.metric_collection()
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, of shape (batch, labels)."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of one batch."""
+        return self.task.loss(self(batch), batch["labels"])
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Add one batch to the metrics."""
+        self.metrics.update(self(batch), batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics under their names."""
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Add one batch to the metrics."""
+        self.validation_step(batch, batch_index)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics under their names."""
+        self.on_validation_epoch_end()
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over the trainable parameters, with linear warm-up and decay a step."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        scheduler = LambdaLR(optimizer, self._learning_rate_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _learning_rate_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+
+
+class ResidentStrategy(SingleDeviceStrategy):
+    """A single device on which the model stays when training ends.
+
+    Lightning moves the module to the CPU at every teardown, which for a resident backbone is a copy of
+    all pretrained weights back and forth a trial.
+    """
+
+    def teardown(self) -> None:
+        """Release what belongs to the training, and leave the module where it is."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def build_trainer(training: Training, callbacks: Sequence[Callback], *, monitor: str) -> Trainer:
+    """Return a Trainer without anything that writes, prints or looks for a cluster.
+
+    Args:
+        training: Bounds, precision and device.
+        callbacks: Callbacks to run with.
+        monitor: Metric that early stopping watches (maximised).
+    """
+    device = training.resolved_device()
+    stopping: list[Callback] = []
+    if training.patience is not None:
+        stopping.append(EarlyStopping(monitor, mode="max", patience=training.patience))
+    return Trainer(
+        accelerator=device.type,
+        devices=1,
+        strategy=ResidentStrategy(device=device, accelerator=None),
+        precision=training.resolved_precision(),
+        max_epochs=training.epochs,
+        max_steps=-1 if training.max_steps is None else training.max_steps,
+        check_val_every_n_epoch=training.validate_every,
+        gradient_clip_val=training.gradient_clip,
+        callbacks=[*callbacks, *stopping],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=True,
+    )
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning says of devices, loaders and finished fits: a search makes hundreds."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+            yield
+    finally:
+        logger.setLevel(before)

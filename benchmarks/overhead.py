@@ -1,0 +1,142 @@
+"""What a trial costs beside training: ask, attach, count, detach, tell, record, log.
+
+    python benchmarks/overhead.py [--trials 500]
+
+Runs a real search (real backbone and data, journal on disk, MLflow on SQLite) in which training is a
+no-op that returns a seeded score, and times the parts of each trial. The rival is the same search with
+Optuna's own SQLite storage written parameter by parameter, as a hand-written loop has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+import autopeft.evaluator
+from assets.prepare import prepare
+from autopeft import Search
+from autopeft.configuration import Configuration
+from autopeft.search_spaces import PerLayer
+from autopeft.tasks import TextClassification
+from autopeft.training import FineTuning
+
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
+LIMIT_MILLISECONDS = 150
+
+
+def untrained(trainer: Trainer, module: FineTuning, evaluator: Any) -> None:
+    """Stand in for the fit: log a score that depends on the attached parameters' number."""
+    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
+    for callback in trainer.callbacks:
+        if isinstance(callback, autopeft.evaluator.BestWeights):
+            callback.metrics = {name: float(score) for name in evaluator.task.metrics}
+
+
+def run_search(folder: Path, trials: int, sampler: str) -> list[float]:
+    """Return the seconds of every trial."""
+    task = TextClassification(dataset=str(prepare("questions") / "questions.csv"), train_examples=512)
+    search = Search(
+        str(prepare("minilm")),
+        task,
+        PerLayer(methods=("lora", "series", "parallel", "prefix")),
+        sampler=sampler,
+        folder=folder,
+        tracking=f"sqlite:///{folder}/mlflow.db",
+    )
+    search.validate()
+    search.run(trials=1, progress=False)  # creates the tracking store
+    seconds = []
+    original = Search.evaluator.fget
+    assert original is not None
+    evaluator = search.evaluator
+    train = evaluator.train
+    last = time.perf_counter()
+
+    def timed(configuration: Configuration, *rest: Any, **options: Any) -> Any:
+        nonlocal last
+        outcome = train(configuration, *rest, **options)
+        now = time.perf_counter()
+        seconds.append(now - last)
+        last = now
+        return outcome
+
+    evaluator.train = timed  # type: ignore[method-assign]
+    last = time.perf_counter()
+    search.run(trials=trials, progress=False)
+    return seconds
+
+
+def rival(folder: Path, trials: int) -> list[float]:
+    """Return the seconds a trial of asking and telling with Optuna's SQLite storage alone."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/rival.db",
+        directions=["maximize", "minimize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=0),
+    )
+    seconds = []
+    for number in range(trials):
+        started = time.perf_counter()
+        trial = study.ask()
+        for index in range(24):
+            trial.suggest_categorical(f"{index}.method", ["off", "lora", "series", "prefix"])
+            trial.suggest_int(f"{index}.rank", 1, 64, log=True)
+        study.tell(trial, [random.Random(number).random(), number, number])
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def summary(seconds: list[float]) -> Mapping[str, float]:
+    """Return mean, and mean of the last tenth, in milliseconds."""
+    tail = seconds[-max(1, len(seconds) // 10) :]
+    return {
+        "mean_ms": 1000 * sum(seconds) / len(seconds),
+        "last_tenth_ms": 1000 * sum(tail) / len(tail),
+        "trials": float(len(seconds)),
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=500)
+    trials = parser.parse_args().trials
+    autopeft.evaluator._fit = untrained
+    results: dict[str, Mapping[str, float]] = {}
+    for sampler in ("tpe", "nsga2", "random"):
+        with tempfile.TemporaryDirectory() as folder:
+            results[f"autopeft, {sampler}"] = summary(run_search(Path(folder), trials, sampler))
+    with tempfile.TemporaryDirectory() as folder:
+        results["Optuna TPE on SQLite, 48 parameters, ask and tell alone"] = summary(
+            rival(Path(folder), min(trials, 60))
+        )
+    table = Table(title=f"Overhead a trial, training replaced by a no-op (limit {LIMIT_MILLISECONDS} ms)")
+    for heading in ("", "trials", "mean", "last tenth"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, one in results.items():
+        table.add_row(
+            name, f"{one['trials']:.0f}", f"{one['mean_ms']:.0f} ms", f"{one['last_tenth_ms']:.0f} ms"
+        )
+    Console().print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    command = f"python benchmarks/overhead.py --trials {trials}"
+    record = {"command": command, "machine": platform.platform(), "results": results}
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

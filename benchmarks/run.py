@@ -1,0 +1,20 @@
+"""Run every benchmark; each prints a table and writes JSON to benchmarks/results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the benchmarks one after another."""
+    folder = Path(__file__).parent
+    for script in sorted(folder.glob("*.py")):
+        if script.name != Path(__file__).name:
+            print(f"== {script.stem}", flush=True)
+            subprocess.run([sys.executable, str(script)], check=True)
+
+
+if __name__ == "__main__":
+    main()

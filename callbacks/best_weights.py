@@ -1,0 +1,59 @@
+"""Keep the trainable weights of the best validation in memory, and put them back at the end."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class BestWeights(Callback):
+    """Restore the best validation's weights when training ends.
+
+    A `ModelCheckpoint` for models of which little is trained: only parameters that require gradients
+    are copied, and nothing is written to disk.
+
+    Args:
+        monitor: Metric to watch, as logged.
+        mode: Whether more ("max") or less ("min") is better.
+
+    Attributes:
+        best: Value of the metric at the weights that are kept; NaN before the first validation.
+        metrics: Every metric of that validation.
+    """
+
+    def __init__(self, monitor: str, mode: Literal["max", "min"] = "max") -> None:
+        self.monitor = monitor
+        self.mode = mode
+        self.best = math.nan
+        self.metrics: dict[str, float] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the weights where the metric is the best so far (the earliest, on a tie)."""
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ValueError(f"No metric {self.monitor!r} was logged; logged were: {known}.")
+        value = float(trainer.callback_metrics[self.monitor])
+        better = value > self.best if self.mode == "max" else value < self.best
+        if math.isnan(self.best) or better:
+            self.best = value
+            self.metrics = {name: float(one) for name, one in trainer.callback_metrics.items()}
+            self._weights = {
+                name: parameter.detach().clone()
+                for name, parameter in pl_module.named_parameters()
+                if parameter.requires_grad
+            }
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the best weights back."""
+        with torch.no_grad():
+            for name, parameter in pl_module.named_parameters():
+                if name in self._weights:
+                    parameter.copy_(self._weights[name])
+        self._weights = {}

@@ -1,0 +1,187 @@
+"""What a search space promises, and the pieces spaces are made of."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FixedTrial, Trial
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.errors import unknown_choice
+
+LearningRate = float | tuple[float, float]
+"""A fixed learning rate, or the (lowest, highest) of a log-uniform choice."""
+
+SuggestTrial = Trial | FixedTrial | optuna.trial.FrozenTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """A reference point of a space that a search tries before it samples.
+
+    Attributes:
+        name: What it stands for, as in "lora 8 everywhere".
+        configuration: A point of the space.
+    """
+
+    name: str
+    configuration: Configuration
+
+
+class SearchSpace(ABC):
+    """What can be searched: turns an Optuna trial into a configuration.
+
+    Guarantees (checked for every space by `tests/search_spaces/test_contract.py`):
+
+    * `suggest` depends on nothing but the trial and the backbone, and gives a configuration that the
+      backbone can carry;
+    * `suggest(FixedTrial(encode(c)))` gives `c` back for every point `c` of the space;
+    * `anchors` and both ends of `extremes` are points of the space, and no point has fewer trainable
+      parameters than the first end or more than the second;
+    * `count` is the number of different configurations, learning rates apart.
+    """
+
+    learning_rate: LearningRate
+
+    @abstractmethod
+    def validate(self, backbone: Backbone) -> None:
+        """Raise ValueError where the space does not fit the backbone."""
+
+    @abstractmethod
+    def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
+        """Ask the trial for its parameters and decode them."""
+
+    @abstractmethod
+    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        """Return the parameters that `suggest` decodes to a configuration.
+
+        Raises:
+            ValueError: The configuration is no point of the space.
+        """
+
+    @abstractmethod
+    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+        """Return the reference points to try first: what people do today, at several sizes."""
+
+    @abstractmethod
+    def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
+        """Return the points with the fewest and the most trainable parameters."""
+
+    @abstractmethod
+    def count(self, backbone: Backbone) -> int:
+        """Return the number of different configurations, learning rates apart."""
+
+    @abstractmethod
+    def describe(self, backbone: Backbone) -> str:
+        """Say what is searched on this backbone, and how many points there are."""
+
+
+def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
+    """Return names (or the only one) as a tuple.
+
+    Raises:
+        ValueError: There is none, or one is not valid or given twice.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    choices = tuple(valid)
+    if not given:
+        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
+    for name in given:
+        if name not in choices:
+            raise unknown_choice(kind, name, choices)
+    if len(set(given)) != len(given):
+        raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
+    return given
+
+
+def checked_learning_rate(learning_rate: Any) -> LearningRate:
+    """Return a learning rate or a range of it.
+
+    Raises:
+        ValueError: Not a positive number nor two of them in rising order.
+    """
+    if isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool):
+        bounds: tuple[float, ...] = (float(learning_rate),)
+    elif isinstance(learning_rate, tuple | list) and len(learning_rate) == 2:
+        bounds = tuple(float(bound) for bound in learning_rate)
+    else:
+        raise ValueError(f"learning_rate is a number, or (lowest, highest), got {learning_rate!r}.")
+    if any(not math.isfinite(bound) or bound <= 0 for bound in bounds) or bounds[0] > bounds[-1]:
+        raise ValueError(f"learning_rate must be above 0 with the lowest first, got {learning_rate!r}.")
+    return bounds[0] if len(bounds) == 1 or bounds[0] == bounds[1] else (bounds[0], bounds[1])
+
+
+def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> float:
+    """Ask for the learning rate on a log scale; three significant digits keep it readable."""
+    if isinstance(learning_rate, float):
+        return learning_rate
+    low, high = learning_rate
+    return _readable(trial.suggest_float("learning_rate", low, high, log=True), low, high)
+
+
+def _readable(value: float, low: float, high: float) -> float:
+    return min(max(float(f"{value:.3g}"), low), high)
+
+
+def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str, float]:
+    """Return the parameter that `suggest_learning_rate` decodes to `value`."""
+    if isinstance(learning_rate, float):
+        if value != learning_rate:
+            raise ValueError(f"The space fixes the learning rate at {learning_rate:g}, not {value:g}.")
+        return {}
+    low, high = learning_rate
+    if not low <= value <= high:
+        raise ValueError(f"The learning rate {value:g} is outside [{low:g}, {high:g}].")
+    if value != _readable(value, low, high):
+        raise ValueError(
+            f"The space has learning rates of three digits such as {_readable(value, low, high):g}, "
+            f"not {value!r}."
+        )
+    return {"learning_rate": value}
+
+
+def middle_learning_rate(learning_rate: LearningRate) -> float:
+    """Return the geometric middle of the range: what an anchor is trained with."""
+    if isinstance(learning_rate, float):
+        return learning_rate
+    low, high = learning_rate
+    return min(max(float(f"{math.sqrt(low * high):.2g}"), low), high)
+
+
+def describe_learning_rate(learning_rate: LearningRate) -> str:
+    """Say how the learning rate is chosen."""
+    if isinstance(learning_rate, float):
+        return f"fixed at {learning_rate:g}"
+    return f"log-uniform in [{learning_rate[0]:g}, {learning_rate[1]:g}]"
+
+
+def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
+    """Return the powers of two within (smallest, largest), both ends included.
+
+    Raises:
+        ValueError: The bounds are not two whole numbers in rising order, at least 1.
+    """
+    whole = (
+        isinstance(bounds, tuple | list)
+        and len(bounds) == 2
+        and all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+    )
+    if not whole or not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"{name} is (smallest, largest), two whole numbers from 1 up, got {bounds!r}; "
+            "to have no adapter at a site is always possible and needs no size 0."
+        )
+    low, high = bounds
+    powers = (2**exponent for exponent in range(high.bit_length()))
+    return tuple(sorted({low, *(power for power in powers if low < power < high), high}))
+
+
+def options_of(options: Mapping[str, Mapping[str, Any]], method: str) -> Mapping[str, Any]:
+    """Return the options the user fixed for a method."""
+    return options.get(method, {})

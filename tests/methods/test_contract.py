@@ -1,0 +1,196 @@
+"""The guarantees in the docstring of `autopeft.methods.Method`, for every method and architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placement_of
+from autopeft.methods.base import Attached
+from autopeft.vocabulary import METHOD_SPECIFICATIONS
+from tests.models import (
+    LABELS,
+    draw_parameters,
+    everywhere,
+    fingerprint,
+    logits_of,
+    places,
+    tiny_backbone,
+    tiny_batch,
+)
+
+ARCHITECTURES = ("bert", "deberta-v2", "distilbert", "gpt2", "llama", "modernbert", "roberta", "t5")
+IMPOSSIBLE = {
+    ("bitfit", "llama"),
+    ("bitfit", "modernbert"),
+    ("bitfit", "t5"),
+    ("prefix", "deberta-v2"),
+    ("prefix", "t5"),
+}
+"""No biases; no attention through transformers' interface."""
+
+PAIRS = [
+    pytest.param(method, architecture, id=f"{method}-{architecture}")
+    for method in METHODS
+    for architecture in ARCHITECTURES
+    if (method, architecture) not in IMPOSSIBLE
+]
+
+
+@pytest.fixture(scope="module")
+def backbones() -> Iterator[dict[str, Backbone]]:
+    """One backbone an architecture: tests detach what they attach."""
+    yield {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}
+
+
+def _attach_alone(backbone: Backbone, method: str, configuration: Configuration) -> Attached:
+    placement = placement_of(backbone, configuration, method)
+    return METHODS[method].attach(backbone.model, placement)
+
+
+def test_every_specification_has_its_method() -> None:
+    assert METHODS.keys() == METHOD_SPECIFICATIONS.keys()
+    assert all(isinstance(method, Method) for method in METHODS.values())
+
+
+@pytest.mark.parametrize(("method", "architecture"), sorted(IMPOSSIBLE))
+def test_is_refused_where_it_cannot_sit(
+    method: str, architecture: str, backbones: dict[str, Backbone]
+) -> None:
+    backbone = backbones[architecture]
+    assert places(backbone, method) == []
+
+
+@pytest.mark.parametrize(("method", "architecture"), PAIRS)
+class TestMethod:
+    def test_can_sit_in_every_block(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        backbone = backbones[architecture]
+        blocks = {site.block for site in places(backbone, method)}
+        assert blocks == set(range(len(backbone.blocks)))
+
+    def test_count_is_what_torch_counts(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        backbone = backbones[architecture]
+        configuration = everywhere(backbone, method, size=3)
+        attached = _attach_alone(backbone, method, configuration)
+        try:
+            assert attached.parameters.keys() == configuration.adapters.keys()
+            for site, adapter in configuration:
+                found = sum(one.numel() for one in attached.parameters[site].values())
+                assert count_site(backbone, site, adapter) == found > 0
+            distinct = {
+                id(parameter): parameter.numel()
+                for named in attached.parameters.values()
+                for parameter in named.values()
+            }
+            assert sum(distinct.values()) == (
+                count_parameters(backbone, configuration) - backbone.head_parameters
+            )
+            in_model = {id(parameter) for parameter in backbone.model.parameters()}
+            assert distinct.keys() <= in_model
+        finally:
+            attached.undo()
+
+    def test_computes_the_same_right_after_attaching(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        backbone = backbones[architecture]
+        before = logits_of(backbone)
+        assert before.shape == (3, LABELS)
+        configuration = everywhere(backbone, method, size=3)
+        attached = _attach_alone(backbone, method, configuration)
+        try:
+            after = logits_of(backbone)
+        finally:
+            attached.undo()
+        if method == "prefix":
+            assert not torch.equal(after, before)
+            assert (after - before).abs().max() < 1.0
+        else:
+            torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+    def test_undo_leaves_what_was_there(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        backbone = backbones[architecture]
+        before, logits = fingerprint(backbone.model), logits_of(backbone)
+        attached = _attach_alone(backbone, method, everywhere(backbone, method))
+        assert fingerprint(backbone.model) != before
+        for named in attached.parameters.values():
+            draw_parameters(named.values(), std=1.0)
+        assert not torch.equal(logits_of(backbone), logits)
+        attached.undo()
+        backbone.model.requires_grad_(False)
+        assert fingerprint(backbone.model) == before
+        assert torch.equal(logits_of(backbone), logits)
+
+    def test_every_site_takes_part(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        """Drawing the parameters of any one site alone changes what the model computes."""
+        backbone = backbones[architecture]
+        with attach(backbone, everywhere(backbone, method)) as attachment:
+            before = logits_of(backbone)
+            for site in places(backbone, method):
+                prefix = f"{site}.{method}."
+                here = [one for name, one in attachment.parameters.items() if name.startswith(prefix)]
+                kept = [one.detach().clone() for one in here]
+                draw_parameters(here, std=1.0)
+                # A bias on the keys shifts all scores of a query alike, which softmax takes out.
+                if (method, site.role) not in {("bitfit", "key"), ("bitfit", "cross_key")}:
+                    assert not torch.allclose(logits_of(backbone), before, rtol=0, atol=1e-6), site
+                with torch.no_grad():
+                    for one, value in zip(here, kept, strict=True):
+                        one.copy_(value)
+            torch.testing.assert_close(logits_of(backbone), before)
+
+    def test_every_parameter_gets_a_gradient(
+        self, method: str, architecture: str, backbones: dict[str, Backbone]
+    ) -> None:
+        backbone = backbones[architecture]
+        with attach(backbone, everywhere(backbone, method)) as attachment:
+            draw_parameters(attachment.parameters.values(), std=0.2)
+            logits = backbone.model(**tiny_batch()).logits
+            torch.nn.functional.cross_entropy(logits, torch.arange(LABELS)).backward()
+            for name, parameter in attachment.parameters.items():
+                assert parameter.grad is not None, name
+                if "key.bitfit" not in name:
+                    assert parameter.grad.abs().max() > 0, name
+            frozen = [one for one in backbone.model.parameters() if not one.requires_grad]
+            assert frozen
+            assert all(one.grad is None for one in frozen)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_methods_attach_one_after_another(
+    architecture: str, backbones: dict[str, Backbone]
+) -> None:
+    """All methods that can share a site do, wrapping ones first, and come out again."""
+    backbone = backbones[architecture]
+    before, logits = fingerprint(backbone.model), logits_of(backbone)
+    for left_out in ("ia3", "lora"):
+        methods = [
+            name
+            for name in METHODS
+            if name not in (left_out, "layernorm") and places(backbone, name)
+        ]
+        placed: dict[Site, list[Adapter]] = {}
+        for name in methods:
+            for site, adapter in everywhere(backbone, name, size=2):
+                placed.setdefault(site, []).append(adapter)
+        configuration = Configuration(placed)
+        with attach(backbone, configuration) as attachment:
+            found = sum(one.numel() for one in backbone.model.parameters() if one.requires_grad)
+            assert found == count_parameters(backbone, configuration)
+            draw_parameters(attachment.parameters.values(), std=0.2)
+            backbone.model(**tiny_batch()).logits.sum().backward()
+            assert all(one.grad is not None for one in attachment.parameters.values())
+        assert fingerprint(backbone.model) == before
+        assert torch.equal(logits_of(backbone), logits)

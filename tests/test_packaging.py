@@ -1,0 +1,140 @@
+"""The house rules that a tool or a look at the disk can check."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("callbacks", "search_spaces")
+ROOMS = ("autopeft", *LINKED, "assets", "benchmarks", "examples", "tests")
+LONGEST_MODULE = 400
+
+
+@pytest.fixture(scope="module")
+def setuptools_settings() -> dict[str, Any]:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return dict(settings["tool"]["setuptools"])
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in a wheel built from an sdist, both made of a copy."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "copy"
+    copy.mkdir()
+    for name in ("autopeft", *LINKED):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    build = "import setuptools.build_meta as backend; backend.build_sdist('..')"
+    run(sys.executable, "-c", build, folder=copy)
+    (sdist,) = folder.glob("*.tar.gz")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    run(sys.executable, "-m", "pip", "wheel", *options, str(sdist))
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def run(*command: str, folder: Path = ROOT) -> None:
+    """Run a tool in a folder; its output is the failure's message."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+
+
+def packages_on_disk() -> Iterator[str]:
+    """Dotted names of the importable folders, the two linked ones counted where they stand."""
+    for start in ("autopeft", *LINKED):
+        prefix = "autopeft." if start in LINKED else ""
+        for file in (ROOT / start).rglob("__init__.py"):
+            yield prefix + ".".join(file.parent.relative_to(ROOT).parts)
+
+
+def modules() -> list[Path]:
+    return [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_package_list_matches_the_disk(setuptools_settings: dict[str, Any]) -> None:
+    assert sorted(setuptools_settings["packages"]) == sorted(packages_on_disk())
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folders(name: str, setuptools_settings: dict[str, Any]) -> None:
+    link = ROOT / "autopeft" / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name
+    assert setuptools_settings["package-dir"][f"autopeft.{name}"] == name
+
+
+def test_wheel_claims_autopeft_alone(wheel_names: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert {top.partition("-")[0] for top in tops} == {"autopeft"}
+
+
+def test_wheel_ships_every_module_and_the_type_marker(wheel_names: list[str]) -> None:
+    shipped = {name for name in wheel_names if name.endswith((".py", "py.typed"))}
+    expected = {"autopeft/py.typed"}
+    for file in modules():
+        parts = file.relative_to(ROOT).parts
+        if parts[0] in LINKED:
+            parts = ("autopeft", *parts)
+        if parts[0] == "autopeft":
+            expected.add("/".join(parts))
+    assert shipped == expected
+
+
+def test_wheel_ships_the_licence(wheel_names: list[str]) -> None:
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in wheel_names)
+
+
+def test_modules_are_short() -> None:
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in modules()}
+    long = {str(file): lines for file, lines in lengths.items() if lines > LONGEST_MODULE}
+    assert not long
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = {name_of(line) for line in project["dependencies"] + extras["dev"] + extras["test"]}
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {name_of(line) for line in constraints if "==" in line}
+    assert wanted == pinned
+
+
+def name_of(requirement: str) -> str:
+    return requirement.partition("==")[0].partition(">=")[0].lower()
+
+
+def test_ruff_check() -> None:
+    run(sys.executable, "-m", "ruff", "check", ".")
+
+
+def test_ruff_format() -> None:
+    run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+def test_mypy_strict() -> None:
+    run(sys.executable, "-m", "mypy")
+
+
+def test_import_directions() -> None:
+    run(str(Path(sys.executable).with_name("lint-imports")))

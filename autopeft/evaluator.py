@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
 from autopeft.callbacks import (
@@ -79,7 +79,7 @@ class Evaluator:
         self.seed = seed
         self.monitor = next(one.name for one in objectives if one.unit == "score")
         self.device = training.resolved_device()
-        backbone.model.to(self.device)
+        nn.Module.to(backbone.model, self.device)
         self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self._memory = MemoryCounter(backbone.model)
 

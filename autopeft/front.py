@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 class Exporter(Protocol):
     """Whoever can write a trial's adapter: the search it came from."""
 
-    def export(self, number: int, folder: str | Path, **options: Any) -> ExportReport:
+    def export(
+        self,
+        number: int,
+        folder: str | Path,
+        *,
+        merged: bool = ...,
+        retrain: bool = ...,
+        seed: int | None = ...,
+        overwrite: bool = ...,
+    ) -> ExportReport:
         """Export one trial; see `autopeft.Search.export`."""
 
 
@@ -184,7 +193,7 @@ class ParetoFront(Sequence[FrontPoint]):
         from autopeft.plots import front_frame
 
         frame = front_frame(self.records, self.members, self.objectives)
-        return frame if all_trials else frame[frame["pareto"]].reset_index(drop=True)
+        return frame if all_trials else frame[frame["front"]].reset_index(drop=True)
 
     def plot(self) -> Figure:
         """Return a plotly figure: each cost against the metric, all trials, the front emphasised."""

@@ -131,7 +131,7 @@ def _give_head(
     prefix = headed.base_model_prefix
     expected = {name for name, _ in headed.named_parameters()}
     setattr(headed, prefix, model)
-    headed.to(model.device).train(model.training)
+    nn.Module.to(headed, model.device).train(model.training)
     pretrained = {f"{prefix}.{name}" for name, _ in model.named_parameters()}
     absent = sorted(name for name in expected - pretrained if name.startswith(f"{prefix}."))
     if absent:

@@ -65,7 +65,7 @@ class StorageCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -229,7 +229,7 @@ class MemoryCounter:
         with FakeTensorMode() as fake:
 
             def convert(tensor: Tensor) -> Tensor:
-                converted = fake.from_tensor(tensor)
+                converted: Tensor = fake.from_tensor(tensor)
                 if converted.device.type != "cpu":  # the count must not depend on where the model lies
                     converted = converted.detach().cpu().requires_grad_(tensor.requires_grad)
                 return converted
@@ -315,7 +315,7 @@ def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     Counted by `torch.utils.flop_counter` (matrix products and attention).
     """
     with FakeTensorMode() as fake, torch.no_grad():
-        tensors = {
+        tensors: dict[str, Tensor] = {
             name: fake.from_tensor(one) for name, one in (*model.named_parameters(), *model.named_buffers())
         }
         inputs = {name: fake.from_tensor(one) for name, one in batch.items() if name != "labels"}

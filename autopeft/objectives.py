@@ -117,7 +117,7 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Ob
 
 def _available(metrics: Iterable[str]) -> dict[str, Objective]:
     scores = {name: Objective(name=name, direction="maximize", unit="score") for name in metrics}
-    return scores | COST_OBJECTIVES
+    return {**scores, **COST_OBJECTIVES}
 
 
 def parse_quantity(value: float | str, unit: str) -> float:
@@ -176,16 +176,16 @@ def resolve_constraints(bounds: Mapping[str, float | str], metrics: Iterable[str
         ValueError: A name is unknown, a bound cannot be read, or a bound needs training to be known.
     """
     known = _available(metrics)
+    exact = [name for name, objective in known.items() if objective.before_training]
     constraints = []
     for name, bound in bounds.items():
         if name not in known:
-            raise unknown_choice("constraint", name, known)
+            raise unknown_choice("constraint", name, exact)
         objective = known[name]
         if not objective.before_training:
-            exact = ", ".join(one for one in known if known[one].before_training)
             raise ValueError(
                 f"{name} is only known after training, so it cannot be a constraint: "
-                f"make it an objective, or constrain one of {exact}."
+                f"make it an objective, or constrain one of {', '.join(exact)}."
             )
         constraints.append(Constraint(objective=objective, bound=parse_quantity(bound, objective.unit)))
     return tuple(constraints)

@@ -32,7 +32,9 @@ def non_dominated(points: Sequence[Values], objectives: Sequence[Objective]) -> 
 
 def _losses(points: Sequence[Values], objectives: Sequence[Objective]) -> NDArray[np.float64]:
     signs = np.array([-1.0 if one.direction == "maximize" else 1.0 for one in objectives])
-    return np.array([[point[one.name] for one in objectives] for point in points]) * signs
+    values = np.array([[point[one.name] for one in objectives] for point in points], dtype=np.float64)
+    losses: NDArray[np.float64] = values * signs
+    return losses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.samplers import BaseSampler
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autopeft.backbone import Backbone
@@ -255,6 +256,7 @@ class Search:
             )
         configuration = record.evaluation.configuration
         original = number if record.duplicate_of is None else record.duplicate_of
+        state: Mapping[str, Tensor] | None
         state = None if retrain else Checkpoints(self.folder / "adapters").load(original)
         values = dict(record.evaluation.values)
         if state is None:

@@ -72,7 +72,7 @@ class SearchLoop:
         finally:
             if self.tracker is not None:
                 self.tracker.publish_front(self.records, self.front().members)
-                self.tracker.finish(status)
+                self.tracker.finish(status, self.records)
         self._close(front)
         return front
 

@@ -90,8 +90,9 @@ class AutoPEFTPaper(SearchSpace):
         sizes |= {adapter.method: adapter.size or 0 for _, adapter in configuration}
         blocks = sorted({site.block for site in configuration.adapters})
         rate = configuration.learning_rate
+        present = set(blocks) <= set(range(len(backbone.blocks)))
         known = sizes.keys() == _SITES.keys() and set(sizes.values()) <= set(ladder)
-        if not known or self._decode(sizes, blocks, rate) != configuration:
+        if not present or not known or self._decode(sizes, blocks, rate) != configuration:
             raise ValueError(f"{configuration!r} does not have one global size each of {', '.join(_SITES)}.")
         return {
             **{f"{method}.size": ladder.index(size) for method, size in sizes.items()},
@@ -124,8 +125,9 @@ class AutoPEFTPaper(SearchSpace):
 
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations: those without any adapter count once."""
-        sizes = len(self.sizes(backbone)) ** len(_SITES)
-        return (sizes - 1) * (2 ** len(backbone.blocks) - 1) + 1
+        sizes: int = len(self.sizes(backbone)) ** len(_SITES)
+        patterns: int = 2 ** len(backbone.blocks) - 1
+        return (sizes - 1) * patterns + 1
 
     def describe(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.describe`."""

@@ -182,8 +182,10 @@ class PerLayer(SearchSpace):
                 slots = [slot for several in chosen for slot in several if method in slot.adapters]
                 pairs = [(site, adapter) for slot in slots for site in slot.sites]
                 found.append(Anchor(name=f"{adapter} {where}", configuration=self._configuration(pairs)))
-        distinct = {anchor.configuration: anchor for anchor in reversed(found)}
-        return tuple(reversed(distinct.values()))
+        distinct: dict[Configuration, Anchor] = {}
+        for anchor in found:
+            distinct.setdefault(anchor.configuration, anchor)
+        return tuple(distinct.values())
 
     def _configuration(self, pairs: Sequence[tuple[Site, Adapter]]) -> Configuration:
         return Configuration(dict(pairs), learning_rate=middle_learning_rate(self.learning_rate))

@@ -34,7 +34,7 @@ class BitFit(Method):
         for site, (shape, _) in placement.items():
             module = model.get_submodule(shape.module)
             if isinstance(module, BaseTunerLayer):  # LoRA or IA3 on the same layer
-                module = cast(nn.Module, module.get_base_layer())
+                module = module.get_base_layer()
             original = cast(nn.Parameter, module.bias)
             originals.append((module, original))
             module.bias = nn.Parameter(original.detach().clone())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 from datasets import Dataset, DatasetDict
 
 from autopeft.errors import unknown_choice
 
-Source = str | Path | Dataset | DatasetDict | Mapping[str, Dataset]
+Source: TypeAlias = str | Path | Dataset | DatasetDict | Mapping[str, Dataset]
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _SPLIT_NAMES = {
     "train": "train",

@@ -1,0 +1,112 @@
+"""Write one trial as an MLflow run: values, curves, cost, configuration and its picture."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+
+from autopeft.configuration import Configuration
+from autopeft.evaluation import Status, TrialRecord
+from autopeft.pictures import configuration_image
+
+PARENT_TAG: Final = "mlflow.parentRunId"
+TRIAL_TAG: Final = "autopeft.trial"
+PARETO_TAG: Final = "autopeft.pareto"
+_METRICS_A_BATCH = 1000
+_LONGEST_TAG = 5000
+_RUN_STATUS: Mapping[Status, str] = {
+    "complete": RunStatus.to_string(RunStatus.FINISHED),
+    "failed": RunStatus.to_string(RunStatus.FAILED),
+    "infeasible": RunStatus.to_string(RunStatus.KILLED),
+}
+
+
+def create_trial_run(
+    client: MlflowClient, experiment_id: str, parent: str, number: int, configuration: Configuration
+) -> str:
+    """Create a trial's run below the search's and return its id."""
+    methods = "+".join(configuration.methods) or "head alone"
+    run = client.create_run(
+        experiment_id,
+        run_name=f"trial {number} · {methods}",
+        tags={PARENT_TAG: parent, TRIAL_TAG: str(number), PARETO_TAG: "false"},
+    )
+    return str(run.info.run_id)
+
+
+def write_trial(client: MlflowClient, run_id: str, record: TrialRecord, *, on_front: bool) -> None:
+    """Write a finished trial and end its run: FINISHED, FAILED, or KILLED where infeasible."""
+    evaluation = record.evaluation
+    configuration = evaluation.configuration
+    with tempfile.TemporaryDirectory() as folder:
+        configuration.save(Path(folder) / "configuration.yaml")
+        (Path(folder) / "configuration.png").write_bytes(configuration_image(configuration))
+        client.log_artifacts(run_id, folder)
+    metrics = _metrics(record)
+    for start in range(0, max(1, len(metrics)), _METRICS_A_BATCH):
+        last = start + _METRICS_A_BATCH >= len(metrics)
+        client.log_batch(
+            run_id,
+            metrics=metrics[start : start + _METRICS_A_BATCH],
+            params=_params(record) if last else (),
+            tags=_tags(record, on_front=on_front) if last else (),
+        )
+    client.set_terminated(run_id, status=_RUN_STATUS[evaluation.status])
+
+
+def _metrics(record: TrialRecord) -> list[Metric]:
+    evaluation = record.evaluation
+    now = int(time.time() * 1000)
+    cost = {
+        "cost/wall_seconds": evaluation.cost.wall_seconds,
+        "cost/cpu_seconds": evaluation.cost.cpu_seconds,
+        "cost/gpu_seconds": evaluation.cost.gpu_seconds,
+        "cost/steps": float(evaluation.cost.steps),
+    }
+    curves = [Metric(f"curve/{point.metric}", point.value, now, point.step) for point in evaluation.curves]
+    values = [
+        Metric(name, value, now, 0)
+        for name, value in {**evaluation.values, **cost}.items()
+        if math.isfinite(value)
+    ]
+    return [*curves, *values]
+
+
+def _params(record: TrialRecord) -> list[Param]:
+    configuration = record.evaluation.configuration
+    lowest = configuration.lowest_block
+    params = {
+        "learning_rate": f"{configuration.learning_rate:g}",
+        "methods": "+".join(configuration.methods) or "head alone",
+        "adapters": str(len(configuration)),
+        "lowest_block": "none" if lowest is None else str(lowest),
+        "seed": str(record.evaluation.seed),
+        "configuration_key": configuration.key,
+    }
+    if record.anchor is not None:
+        params["anchor"] = record.anchor
+    return [Param(name, value) for name, value in params.items()]
+
+
+def _tags(record: TrialRecord, *, on_front: bool) -> list[RunTag]:
+    tags = {
+        "autopeft.status": record.evaluation.status,
+        PARETO_TAG: str(on_front).lower(),
+    }
+    if record.evaluation.reason is not None:
+        tags["autopeft.reason"] = shortened(record.evaluation.reason, _LONGEST_TAG)
+    if record.duplicate_of is not None:
+        tags["autopeft.duplicate_of"] = str(record.duplicate_of)
+    return [RunTag(name, value) for name, value in tags.items()]
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return the text, cut to a length with a mark that says so: MLflow cuts without one."""
+    return text if len(text) <= longest else f"{text[: longest - 40]} … ({len(text)} characters)"

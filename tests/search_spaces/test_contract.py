@@ -1,0 +1,212 @@
+"""The guarantees in the docstring of `SearchSpace`, for every space, encoding and backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler
+from optuna.trial import FixedTrial, Trial
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.methods import attach, count_parameters
+from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
+from tests.models import tiny_backbone
+
+BACKBONES: Mapping[str, Backbone] = MappingProxyType(
+    {
+        "bert": tiny_backbone("bert"),
+        "gpt2": tiny_backbone("gpt2", n_layer=3),
+        "llama": tiny_backbone("llama"),
+        "modernbert": tiny_backbone("modernbert", num_hidden_layers=3),
+    }
+)
+
+SPACES: Mapping[str, SearchSpace] = MappingProxyType(
+    {
+        "per-layer": PerLayer(),
+        "per-layer-conditional": PerLayer(encoding="conditional"),
+        "per-layer-groups": PerLayer(groups=2, ranks=(2, 12), encoding="conditional"),
+        "per-layer-one-group": PerLayer(groups=1, methods=("series",), widths=(3, 3)),
+        "per-layer-without-sizes": PerLayer(
+            methods=("ia3", "layernorm"), roles=("ffn_down", "ffn_norm", "attention_norm")
+        ),
+        "per-layer-options": PerLayer(
+            methods=("lora", "parallel"),
+            learning_rate=2e-3,
+            options={"lora": {"alpha": 16, "rslora": False}, "parallel": {"scaling": 1.0}},
+        ),
+        "uniform": Uniform(),
+        "uniform-several": Uniform(methods=("lora", "prefix", "ia3"), ranks=(3, 9), learning_rate=1e-3),
+        "paper": AutoPEFTPaper(),
+        "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
+    }
+)
+
+PAIRS = [
+    pytest.param(space, backbone, id=f"{name}-{architecture}")
+    for name, space in SPACES.items()
+    for architecture, backbone in BACKBONES.items()
+]
+
+TINY: Mapping[str, SearchSpace] = MappingProxyType(
+    {
+        "per-layer": PerLayer(methods=("lora",), roles=("ffn_up",), ranks=(1, 3), learning_rate=1e-3),
+        "per-layer-conditional": PerLayer(
+            methods=("ia3", "lora"),
+            roles=("ffn_up", "ffn_down"),
+            ranks=(2, 2),
+            learning_rate=1e-3,
+            encoding="conditional",
+        ),
+        "per-layer-two-methods": PerLayer(
+            methods=("series", "prefix"),
+            roles=("attention",),
+            widths=(1, 2),
+            prefix_lengths=(4, 4),
+            learning_rate=1e-3,
+        ),
+        "per-layer-group": PerLayer(
+            methods=("lora",), roles=("ffn_up",), ranks=(1, 4), groups=1, learning_rate=1e-3
+        ),
+        "uniform": Uniform(methods=("lora", "series"), ranks=(1, 8), widths=(2, 3), learning_rate=1e-3),
+    }
+)
+
+
+def _study(sampler: BaseSampler) -> optuna.Study:
+    return optuna.create_study(sampler=sampler)
+
+
+def _sampled(space: SearchSpace, backbone: Backbone, seed: int) -> tuple[Trial, Configuration]:
+    trial = _study(RandomSampler(seed=seed)).ask()
+    return trial, space.suggest(trial, backbone)
+
+
+@pytest.mark.parametrize(("space", "backbone"), PAIRS)
+class TestSpace:
+    def test_fits(self, space: SearchSpace, backbone: Backbone) -> None:
+        space.validate(backbone)
+
+    @settings(max_examples=8, deadline=None)
+    @given(seed=st.integers(0, 2**31))
+    def test_every_point_can_be_carried_and_is_within_the_extremes(
+        self, space: SearchSpace, backbone: Backbone, seed: int
+    ) -> None:
+        _, configuration = _sampled(space, backbone, seed)
+        backbone.check(configuration)
+        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        assert low <= count_parameters(backbone, configuration) <= high
+
+    @settings(max_examples=8, deadline=None)
+    @given(seed=st.integers(0, 2**31))
+    def test_every_point_is_encoded_back(
+        self, space: SearchSpace, backbone: Backbone, seed: int
+    ) -> None:
+        _, configuration = _sampled(space, backbone, seed)
+        parameters = space.encode(configuration, backbone)
+        assert space.suggest(FixedTrial(parameters), backbone) == configuration
+
+    @settings(max_examples=5, deadline=None)
+    @given(seed=st.integers(0, 2**31))
+    def test_suggestions_depend_on_the_trial_alone(
+        self, space: SearchSpace, backbone: Backbone, seed: int
+    ) -> None:
+        trial, configuration = _sampled(space, backbone, seed)
+        assert space.suggest(FixedTrial(trial.params), backbone) == configuration
+        assert space.suggest(trial, backbone) == configuration, "asking again changes nothing"
+        again, same = _sampled(space, backbone, seed)
+        assert again.params == trial.params
+        assert same == configuration
+
+    @settings(max_examples=5, deadline=None)
+    @given(seed=st.integers(0, 2**31))
+    def test_an_enqueued_point_comes_out_with_nothing_left_to_sample(
+        self, space: SearchSpace, backbone: Backbone, seed: int
+    ) -> None:
+        _, configuration = _sampled(space, backbone, seed)
+        parameters = space.encode(configuration, backbone)
+        study = _study(RandomSampler(seed=seed + 1))
+        study.enqueue_trial(parameters)
+        trial = study.ask()
+        assert space.suggest(trial, backbone) == configuration
+        assert trial.params == parameters
+
+    def test_anchors_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
+        anchors = space.anchors(backbone)
+        assert anchors
+        assert len({anchor.name for anchor in anchors}) == len(anchors)
+        assert len({anchor.configuration for anchor in anchors}) == len(anchors)
+        for anchor in anchors:
+            parameters = space.encode(anchor.configuration, backbone)
+            assert space.suggest(FixedTrial(parameters), backbone) == anchor.configuration
+
+    def test_extremes_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
+        smallest, largest = space.extremes(backbone)
+        assert count_parameters(backbone, smallest) < count_parameters(backbone, largest) or (
+            smallest == largest
+        )
+        for end in (smallest, largest):
+            parameters = space.encode(end, backbone)
+            assert space.suggest(FixedTrial(parameters), backbone) == end
+
+    def test_the_largest_point_can_be_attached(self, space: SearchSpace, backbone: Backbone) -> None:
+        _, largest = space.extremes(backbone)
+        with attach(backbone, largest):
+            trained = sum(one.numel() for one in backbone.model.parameters() if one.requires_grad)
+        assert trained == count_parameters(backbone, largest)
+
+    def test_other_points_have_no_encoding(self, space: SearchSpace, backbone: Backbone) -> None:
+        _, largest = space.extremes(backbone)
+        two = [Adapter("lora", 5), Adapter("bitfit")]
+        attention = [Adapter("series", 2), Adapter("parallel", 2), Adapter("prefix", 2)]
+        outside = [
+            largest.replace(learning_rate=0.9),
+            Configuration({Site(0, "ffn_up"): Adapter("lora", 63)}),
+            Configuration({Site(0, "ffn_down"): two}),
+            Configuration({Site(0, "attention"): attention}),
+            Configuration({Site(7, "ffn"): Adapter("series", 1)}),
+            Configuration({Site(0, "attention"): Adapter("series", 1, {"activation": "tanh"})}),
+        ]
+        for configuration in outside:
+            with pytest.raises(ValueError, match=r"\w"):
+                space.encode(configuration, backbone)
+
+    def test_description(self, space: SearchSpace, backbone: Backbone) -> None:
+        text = space.describe(backbone)
+        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        assert text.startswith(type(space).__name__)
+        assert f"{low:,} to {high:,} trainable parameters" in text
+        assert "learning rate" in text
+
+
+@pytest.mark.filterwarnings("ignore:BruteForceSampler is experimental")
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_count_is_the_number_of_different_points(name: str, architecture: str) -> None:
+    space, backbone = TINY[name], BACKBONES[architecture]
+    points: set[Configuration] = set()
+
+    def visit(trial: Trial) -> float:
+        points.add(space.suggest(trial, backbone))
+        return 0.0
+
+    _study(BruteForceSampler(seed=0)).optimize(visit)
+    assert len(points) == space.count(backbone)
+    smallest, largest = space.extremes(backbone)
+    assert {smallest, largest} <= points
+    sizes = [count_parameters(backbone, point) for point in points]
+    assert min(sizes) == count_parameters(backbone, smallest)
+    assert max(sizes) == count_parameters(backbone, largest)
+    for point in points:
+        assert space.suggest(FixedTrial(space.encode(point, backbone)), backbone) == point
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

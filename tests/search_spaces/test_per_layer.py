@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.samplers import RandomSampler
+from optuna.study import create_study
+from optuna.trial import FixedTrial
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.search_spaces import PerLayer
+from autopeft.search_spaces.base import checked_learning_rate, middle_learning_rate, size_ladder
+from tests.models import tiny_backbone
+
+BERT = tiny_backbone("bert")
+
+
+@pytest.fixture(scope="module")
+def deep() -> Backbone:
+    return tiny_backbone("bert", num_hidden_layers=7)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"methods": ()}, "needs a method"),
+            ({"methods": ("lara",)}, "did you mean 'lora'"),
+            ({"methods": ("lora", "lora")}, "A method is named twice: lora, lora"),
+            ({"roles": ("querry",)}, "did you mean 'query'"),
+            ({"roles": ("query", "query")}, "A role is named twice"),
+            ({"roles": ()}, "needs a role"),
+            ({"options": {"lora": {"alfa": 2}}}, "did you mean 'alpha'"),
+            ({"methods": ("lora",), "options": {"series": {"activation": "relu"}}}, "method in options"),
+            ({"encoding": "conditionl"}, "did you mean 'conditional'"),
+            ({"groups": 0}, "from 1 up, got 0"),
+            ({"ranks": (0, 8)}, r"ranks is \(smallest, largest\).*got \(0, 8\)"),
+            ({"ranks": (8, 4)}, r"ranks is .*got \(8, 4\)"),
+            ({"widths": 8}, r"widths is .*got 8"),
+            ({"prefix_lengths": (1.0, 8)}, "prefix_lengths is .*two whole numbers"),
+            ({"learning_rate": 0}, "above 0"),
+            ({"learning_rate": (1e-2, 1e-4)}, "the lowest first"),
+            ({"learning_rate": (1e-4, 1e-3, 1e-2)}, "is a number, or"),
+            ({"learning_rate": True}, "is a number, or"),
+            ({"learning_rate": (1e-4, float("inf"))}, "above 0"),
+        ],
+    )
+    def test_refuses(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            PerLayer(**settings)
+
+    def test_one_name_is_a_list_of_one(self) -> None:
+        assert PerLayer(methods="lora", roles="query") == PerLayer(methods=["lora"], roles=["query"])
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"roles": ("qkv",)}, "Unknown role in tiny-bert 'qkv': expected one of query, key"),
+            ({"methods": ("lora",), "roles": ("ffn",)}, "'lora' can sit on none of the roles ffn"),
+            ({"methods": ("lora", "prefix"), "roles": ("query",)}, "'prefix' can sit on none"),
+            ({"groups": 3}, "groups=3, but tiny-bert has only 2 blocks"),
+        ],
+    )
+    def test_must_fit_the_backbone(self, settings: dict[str, Any], message: str) -> None:
+        space = PerLayer(**settings)
+        with pytest.raises(ValueError, match=message):
+            space.validate(BERT)
+
+    def test_a_method_without_a_place_in_this_architecture(self) -> None:
+        with pytest.raises(ValueError, match="'prefix' can sit on none of the roles.*leave it out"):
+            PerLayer().validate(tiny_backbone("deberta-v2"))
+
+
+class TestLadders:
+    @pytest.mark.parametrize(
+        ("bounds", "expected"),
+        [
+            ((1, 64), (1, 2, 4, 8, 16, 32, 64)),
+            ((3, 20), (3, 4, 8, 16, 20)),
+            ((5, 5), (5,)),
+            ((5, 6), (5, 6)),
+            ([2, 4], (2, 4)),
+        ],
+    )
+    def test_powers_of_two_and_both_ends(self, bounds: Any, expected: tuple[int, ...]) -> None:
+        assert size_ladder(bounds, "ranks") == expected
+
+    def test_sizes_and_options_of_each_method(self) -> None:
+        space = PerLayer(
+            methods=("lora", "series", "prefix", "ia3"),
+            ranks=(4, 8),
+            widths=(16, 16),
+            prefix_lengths=(3, 3),
+            options={"lora": {"alpha": 2}},
+        )
+        assert space.adapters_of("lora") == tuple(Adapter("lora", r, {"alpha": 2}) for r in (4, 8))
+        assert space.adapters_of("series") == (Adapter("series", 16),)
+        assert space.adapters_of("prefix") == (Adapter("prefix", 3),)
+        assert space.adapters_of("ia3") == (Adapter("ia3"),)
+
+    @pytest.mark.parametrize(
+        ("given", "middle"), [((1e-4, 1e-2), 1e-3), ((3e-4, 1e-2), 1.7e-3), (5e-4, 5e-4)]
+    )
+    def test_the_middle_learning_rate_is_geometric(self, given: Any, middle: float) -> None:
+        assert middle_learning_rate(checked_learning_rate(given)) == pytest.approx(middle)
+
+
+class TestGroups:
+    @pytest.mark.parametrize(
+        ("groups", "expected"),
+        [
+            (None, [[0], [1], [2], [3], [4], [5], [6]]),
+            (7, [[0], [1], [2], [3], [4], [5], [6]]),
+            (1, [[0, 1, 2, 3, 4, 5, 6]]),
+            (2, [[0, 1, 2, 3], [4, 5, 6]]),
+            (3, [[0, 1], [2, 3, 4], [5, 6]]),
+        ],
+    )
+    def test_are_consecutive_and_even(
+        self, groups: int | None, expected: list[list[int]], deep: Backbone
+    ) -> None:
+        assert [list(one) for one in PerLayer(groups=groups).block_groups(deep)] == expected
+
+    def test_every_number_of_groups_covers_each_block_once(self, deep: Backbone) -> None:
+        for groups in range(1, 8):
+            found = PerLayer(groups=groups).block_groups(deep)
+            assert len(found) == groups
+            assert [block for one in found for block in one] == list(range(7))
+            sizes = {len(one) for one in found}
+            assert max(sizes) - min(sizes) <= 1
+
+    def test_share_their_choices(self, deep: Backbone) -> None:
+        space = PerLayer(methods=("lora",), roles=("query",), groups=2, learning_rate=1e-3)
+        parameters = {
+            "0-3.on": True,
+            "0-3.query.method": "lora",
+            "0-3.query.lora_rank": 3,
+            "4-6.on": False,
+            "4-6.query.method": "lora",
+            "4-6.query.lora_rank": 6,
+        }
+        expected = Configuration({Site(block, "query"): Adapter("lora", 8) for block in range(4)})
+        assert space.suggest(FixedTrial(parameters), deep) == expected
+
+    def test_a_part_of_a_group_is_no_point(self, deep: Backbone) -> None:
+        space = PerLayer(methods=("lora",), roles=("query",), groups=2, learning_rate=1e-3)
+        part = Configuration({Site(block, "query"): Adapter("lora", 8) for block in range(3)})
+        with pytest.raises(ValueError, match=r"0-3\.query takes one adapter, the same in all its blocks"):
+            space.encode(part, deep)
+
+    def test_a_role_that_only_some_blocks_have_sits_where_it_is(self) -> None:
+        backbone = tiny_backbone("modernbert", num_hidden_layers=3)
+        space = PerLayer(methods=("layernorm",), roles=("attention_norm",), groups=1)
+        ((_, (slot,)),) = space.slots(backbone)
+        assert slot.sites == (Site(1, "attention_norm"), Site(2, "attention_norm"))
+
+
+class TestEncodings:
+    @staticmethod
+    def _asked(space: PerLayer, seed: int) -> dict[str, Any]:
+        trial = create_study(sampler=RandomSampler(seed=seed)).ask()
+        space.suggest(trial, BERT)
+        return dict(trial.distributions)
+
+    def test_fixed_asks_for_the_same_every_time(self) -> None:
+        asked = [self._asked(PerLayer(encoding="fixed"), seed) for seed in range(12)]
+        assert all(one == asked[0] for one in asked)
+        assert asked[0]["0.on"] == CategoricalDistribution((True, False))
+        assert asked[0]["0.query.method"] == CategoricalDistribution(("off", "lora"))
+        assert asked[0]["1.ffn.method"] == CategoricalDistribution(("off", "series", "parallel"))
+        assert asked[0]["1.attention.prefix_prefix_length"] == IntDistribution(0, 5)
+
+    def test_conditional_asks_for_what_matters(self) -> None:
+        every = self._asked(PerLayer(encoding="fixed"), 0)
+        for seed in range(12):
+            space = PerLayer(encoding="conditional")
+            trial = create_study(sampler=RandomSampler(seed=seed)).ask()
+            configuration = space.suggest(trial, BERT)
+            assert trial.distributions.items() <= every.items()
+            for name, value in trial.params.items():
+                if name.endswith(".on") and not value:
+                    block = name.removesuffix("on")
+                    inside = [one for one in trial.params if one.startswith(block)]
+                    assert inside == [name]
+            sizes = [
+                name for name in trial.params if "method" not in name and not name.endswith(".on")
+            ]
+            assert len(sizes) == len(configuration) + 1, "a size an adapter, and the learning rate"
+
+    def test_both_hold_the_same_points(self) -> None:
+        fixed, conditional = (PerLayer(encoding=one) for one in ("fixed", "conditional"))  # type: ignore[arg-type]
+        assert fixed.count(BERT) == conditional.count(BERT)
+        for seed in range(10):
+            trial = create_study(sampler=RandomSampler(seed=seed)).ask()
+            configuration = fixed.suggest(trial, BERT)
+            encoded = conditional.encode(configuration, BERT)
+            assert conditional.suggest(FixedTrial(encoded), BERT) == configuration
+
+    def test_one_size_needs_no_question(self) -> None:
+        space = PerLayer(methods=("lora", "ia3"), roles=("query",), ranks=(8, 8), learning_rate=1e-3)
+        assert set(self._asked(space, 0)) == {"0.on", "0.query.method", "1.on", "1.query.method"}
+
+
+class TestLearningRate:
+    space = PerLayer(methods=("lora",), roles=("query",))
+
+    def test_is_rounded_to_three_digits_within_the_range(self) -> None:
+        for seed in range(20):
+            trial = create_study(sampler=RandomSampler(seed=seed)).ask()
+            rate = self.space.suggest(trial, BERT).learning_rate
+            assert rate == float(f"{rate:.3g}")
+            assert 3e-4 <= rate <= 1e-2
+
+    def test_never_leaves_a_range_of_more_digits(self) -> None:
+        space = PerLayer(methods=("lora",), learning_rate=(1.23456e-3, 1.23464e-3))
+        trial = create_study(sampler=RandomSampler(seed=0)).ask()
+        assert 1.23456e-3 <= space.suggest(trial, BERT).learning_rate <= 1.23464e-3
+
+    @pytest.mark.parametrize(
+        ("rate", "message"),
+        [(1e-4, r"outside \[0.0003, 0.01\]"), (0.00123456, "three digits such as 0.00123")],
+    )
+    def test_others_have_no_encoding(self, rate: float, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            self.space.encode(Configuration(learning_rate=rate), BERT)
+
+    def test_a_fixed_one_is_not_asked_for(self) -> None:
+        space = PerLayer(methods=("lora",), learning_rate=2e-3)
+        assert space.suggest(FixedTrial(space.encode(Configuration(learning_rate=2e-3), BERT)), BERT) == (
+            Configuration(learning_rate=2e-3)
+        )
+        with pytest.raises(ValueError, match=r"fixes the learning rate at 0.002, not 0.001"):
+            space.encode(Configuration(learning_rate=1e-3), BERT)
+
+
+class TestWhatToTryFirst:
+    def test_anchors(self) -> None:
+        space = PerLayer(methods=("lora", "series"), ranks=(1, 16), roles=("query", "ffn"))
+        anchors = {one.name: one.configuration for one in space.anchors(BERT)}
+        assert list(anchors) == [
+            "head alone",
+            "lora(1) everywhere",
+            "lora(1) in the top half",
+            "lora(4) everywhere",
+            "lora(4) in the top half",
+            "lora(16) everywhere",
+            "lora(16) in the top half",
+        ]
+        assert len(anchors["head alone"]) == 0
+        top = anchors["lora(4) in the top half"]
+        assert dict(top.adapters) == {Site(1, "query"): (Adapter("lora", 4),)}
+        assert len(anchors["lora(4) everywhere"]) == 2
+
+    def test_one_group_has_no_top_half(self) -> None:
+        space = PerLayer(methods=("lora",), groups=1, ranks=(4, 4))
+        assert [one.name for one in space.anchors(BERT)] == ["head alone", "lora(4) everywhere"]
+
+    def test_the_largest_point_takes_the_method_with_most_parameters_at_each_slot(self) -> None:
+        space = PerLayer(methods=("series", "prefix"), widths=(1, 4), prefix_lengths=(1, 32))
+        _, largest = space.extremes(BERT)
+        chosen = {site.role: several[0].method for site, several in largest.adapters.items()}
+        assert chosen == {"attention": "prefix", "ffn": "series"}
+
+    def test_count_of_the_default_space(self) -> None:
+        # Six linear roles with 7 ranks or none; attention 7 + 7 + 6 or none; ffn 7 + 7 or none.
+        assert PerLayer().count(BERT) == (8**6 * 21 * 15) ** 2
+
+    def test_description_lists_the_choices(self) -> None:
+        text = PerLayer(methods=("lora", "ia3"), ranks=(2, 8), roles=("query",)).describe(BERT)
+        assert "2 groups of blocks (0, 1)" in text
+        assert "  query: off, lora 2|4|8, ia3" in text
+        assert "log-uniform in [0.0003, 0.01]" in text
+        assert "25 configurations" in text

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from optuna.trial import FixedTrial
+
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.search_spaces import Uniform
+from tests.models import tiny_backbone
+
+BERT = tiny_backbone("bert")
+
+
+def test_one_adapter_sits_on_every_site_that_can_take_it() -> None:
+    space = Uniform(ranks=(1, 8), learning_rate=1e-3)
+    found = space.suggest(FixedTrial({"method": "lora", "lora.size": 2}), BERT)
+    linear = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+    assert found == Configuration(
+        {Site(block, role): Adapter("lora", 4) for block in (0, 1) for role in linear}
+    )
+
+
+def test_roles_narrow_it_down() -> None:
+    space = Uniform(methods=("series", "prefix"), roles=("attention",), learning_rate=1e-3)
+    for method in ("series", "prefix"):
+        found = space.suggest(FixedTrial({"method": method, f"{method}.size": 0}), BERT)
+        assert {site.role for site in found.adapters} == {"attention"}
+        assert found.methods == (method,)
+
+
+def test_choices_carry_the_options() -> None:
+    space = Uniform(methods=("lora", "ia3"), ranks=(3, 5), options={"lora": {"alpha": 2}})
+    assert list(space.adapters()) == ["lora(3, alpha=2)", "lora(4, alpha=2)", "lora(5, alpha=2)", "ia3()"]
+    assert space.count(BERT) == 4
+
+
+def test_only_a_uniform_point_has_an_encoding() -> None:
+    space = Uniform(ranks=(1, 8), roles=("query",), learning_rate=1e-3)
+    everywhere = {Site(block, "query"): Adapter("lora", 4) for block in (0, 1)}
+    assert space.encode(Configuration(everywhere), BERT) == {"method": "lora", "lora.size": 2}
+    for adapters in (
+        {},
+        {Site(0, "query"): Adapter("lora", 4)},
+        everywhere | {Site(1, "query"): Adapter("lora", 2)},
+        everywhere | {Site(1, "key"): Adapter("lora", 4)},
+    ):
+        with pytest.raises(ValueError, match=r"is not one of lora\(1\), lora\(2\), lora\(4\), lora\(8\)"):
+            space.encode(Configuration(adapters), BERT)
+
+
+def test_anchors_are_three_sizes_of_each_method() -> None:
+    space = Uniform(methods=("lora", "ia3"), ranks=(1, 64))
+    assert [one.name for one in space.anchors(BERT)] == [
+        "lora(1) everywhere",
+        "lora(8) everywhere",
+        "lora(64) everywhere",
+        "ia3() everywhere",
+    ]
+
+
+def test_extremes_compare_methods() -> None:
+    smallest, largest = Uniform(methods=("lora", "ia3", "layernorm"), ranks=(4, 8)).extremes(BERT)
+    assert smallest.methods == ("layernorm",)
+    assert largest == smallest.replace(
+        adapters={
+            site: Adapter("lora", 8) for site, shape in BERT.sites.items() if shape.kind == "linear"
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("lara",)}, "did you mean 'lora'"),
+        ({"ranks": (0, 4)}, "ranks is"),
+        ({"learning_rate": -1}, "above 0"),
+        ({"options": {"lora": {"alpha": -1}}}, "must be above 0"),
+    ],
+)
+def test_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Uniform(**settings)
+
+
+def test_must_fit_the_backbone() -> None:
+    with pytest.raises(ValueError, match="'layernorm' can sit on none of the roles query"):
+        Uniform(methods=("lora", "layernorm"), roles=("query",)).validate(BERT)
+
+
+def test_description() -> None:
+    text = Uniform(ranks=(4, 8), learning_rate=2e-3).describe(BERT)
+    assert text.splitlines()[:2] == [
+        "Uniform: one of lora(4), lora(8) everywhere",
+        "learning rate fixed at 0.002",
+    ]

@@ -40,8 +40,11 @@ class Budget:
             )
         for name in ("trials", "hours", "gpu_seconds", "cpu_seconds"):
             bound = getattr(self, name)
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name} must be above 0, got {bound!r}.")
+            number = isinstance(bound, int | float) and not isinstance(bound, bool)
+            if bound is not None and not (number and bound > 0):
+                raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
+        if self.trials is not None and not float(self.trials).is_integer():
+            raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 

@@ -54,7 +54,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
             "uuid": section,
             "name": "Pareto front",
             "display": True,
-            "isReordered": False,
+            "isReordered": True,
             "deleted": False,
             "isGenerated": False,
         }
@@ -79,7 +79,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         "runsHiddenMode": "SHOW_ALL",
         "runListHidden": False,
         "viewMaximized": False,
-        "isAccordionReordered": False,
+        "isAccordionReordered": True,
         "autoRefreshEnabled": True,
         "groupBy": None,
         "groupsExpanded": {},

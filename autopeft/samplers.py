@@ -19,16 +19,44 @@ from autopeft.errors import unknown_choice
 SamplerFactory = Callable[[int], BaseSampler]
 
 
+class _RepeatableNSGAII(optuna.samplers.NSGAIISampler):
+    """NSGA-II whose parents do not depend on the trial at which they are selected.
+
+    Optuna keeps a generation's parents with the study in memory, in the order of their numbers; to the
+    trial that selects them it gives them in the order of selection.
+    """
+
+    def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+
+class _RepeatableNSGAIII(optuna.samplers.NSGAIIISampler):
+    """NSGA-III whose parents do not depend on the trial at which they are selected.
+
+    It draws among equals, so that the generator has to be the generation's, not the trial's.
+    """
+
+    def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        generator = self._rng.rng
+        state = generator.get_state()
+        generator.seed(generation)
+        try:
+            parents = super().select_parent(study, generation)
+        finally:
+            generator.set_state(state)
+        return sorted(parents, key=lambda trial: trial.number)
+
+
 def _tpe(seed: int) -> BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=10)
 
 
 def _nsga2(seed: int) -> BaseSampler:
-    return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    return _RepeatableNSGAII(seed=seed, population_size=20)
 
 
 def _nsga3(seed: int) -> BaseSampler:
-    return optuna.samplers.NSGAIIISampler(seed=seed, population_size=20)
+    return _RepeatableNSGAIII(seed=seed, population_size=20)
 
 
 def _random(seed: int) -> BaseSampler:

@@ -40,7 +40,8 @@ class StudyStore:
         sampler: Asks from the live study.
 
     Raises:
-        ValueError: The folder cannot be written, or another process runs this search.
+        ValueError: The folder cannot be written, another process runs this search, or the folder holds
+            one with other objectives.
     """
 
     def __init__(
@@ -48,19 +49,36 @@ class StudyStore:
     ) -> None:
         self.folder = folder
         self._lock = _lock(folder, name)
-        self._storage = _open_journal(folder / STUDY_FILE)
+        self.records: list[TrialRecord] = []
+        try:
+            self._open(name, objectives, sampler)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str, objectives: Sequence[Objective], sampler: BaseSampler) -> None:
+        storage = _open_journal(self.folder / STUDY_FILE)
         directions = [objective.direction for objective in objectives]
+        names = [objective.name for objective in objectives]
         with _quiet_optuna():
             self._saved = optuna.create_study(
-                study_name=name, storage=self._storage, directions=directions, load_if_exists=True
+                study_name=name, storage=storage, directions=directions, load_if_exists=True
             )
+            known = self._saved.metric_names
+            if known is not None and known != names:
+                raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
             self.live = optuna.create_study(study_name=name, directions=directions, sampler=sampler)
             for study in (self._saved, self.live):
-                study.set_metric_names([objective.name for objective in objectives])
-        self.records: list[TrialRecord] = []
+                study.set_metric_names(names)
         for trial in self._saved.get_trials(deepcopy=False):
             self.live.add_trial(trial)
             self.records.append(record_of(trial))
+
+    def _other_search(self, differing: Sequence[str]) -> ValueError:
+        return ValueError(
+            f"The search {self._saved.study_name!r} in {self.folder} has other settings "
+            f"({'; '.join(differing)}). Give this one another name, or the same settings."
+        )
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Remember what this search is; on resuming, raise where it is another one.
@@ -73,16 +91,9 @@ class StudyStore:
         if known is None:
             self._saved.set_user_attr(_IDENTITY, new)
             return
-        differing = [
-            f"{key}: {known.get(key)!r} there, {new.get(key)!r} here"
-            for key in sorted(known.keys() | new.keys())
-            if known.get(key) != new.get(key)
-        ]
+        differing = _differences(known, new)
         if differing:
-            raise ValueError(
-                f"The search {self._saved.study_name!r} in {self.folder} has other settings "
-                f"({'; '.join(differing)}). Give this one another name, or the same settings."
-            )
+            raise self._other_search(differing)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
@@ -112,6 +123,17 @@ def _quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+def _differences(known: Any, new: Any, path: str = "") -> list[str]:
+    """Return the settings that differ, each by its full name, with both values."""
+    if isinstance(known, Mapping) and isinstance(new, Mapping):
+        return [
+            difference
+            for key in sorted(known.keys() | new.keys())
+            for difference in _differences(known.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if known == new else [f"{path}: {known!r} there, {new!r} here"]
+
+
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """Return the record of a saved trial."""
     return TrialRecord.from_dict(trial.user_attrs[_RECORD])
@@ -127,11 +149,13 @@ def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
     if not path.is_file():
         raise ValueError(f"There is no search in {folder}: expected the file {STUDY_FILE} in it.")
     storage = JournalStorage(JournalFileBackend(str(path)))
-    (summary,) = optuna.get_all_study_summaries(storage)
-    study = optuna.load_study(study_name=summary.study_name, storage=storage)
+    names = optuna.get_all_study_names(storage)
+    if not names:
+        raise ValueError(f"There is no search in {folder}: {STUDY_FILE} is empty.")
+    study = optuna.load_study(study_name=names[0], storage=storage)
     attributes = {key.removeprefix("autopeft:"): one for key, one in study.user_attrs.items()}
     records = [record_of(trial) for trial in study.get_trials(deepcopy=False)]
-    return {"name": summary.study_name, **attributes}, records
+    return {"name": names[0], **attributes}, records
 
 
 def _lock(folder: Path, name: str) -> TextIO:

@@ -69,9 +69,7 @@ class PerLayer(SearchSpace):
     encoding: Encoding = "fixed"
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "methods", checked_names("method", self.methods, METHOD_SPECIFICATIONS)
-        )
+        object.__setattr__(self, "methods", checked_names("method", self.methods, METHOD_SPECIFICATIONS))
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
         if self.roles is not None:
             object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))

@@ -33,6 +33,7 @@ ALLOWED_VARIABLES = frozenset(
         "KMP_DUPLICATE_LIB_OK",  # scikit-learn, through datasets
         "KMP_INIT_AT_FORK",  # scikit-learn
         "PYTEST_CURRENT_TEST",
+        "_MLFLOW_TELEMETRY_SESSION_ID",  # mlflow, also where telemetry is off
         "PYTORCH_NVML_BASED_CUDA_CHECK",  # lightning
     }
 )
@@ -48,9 +49,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("browser") and not (
-        shutil.which("chromium") or shutil.which("chromium-browser")
+        shutil.which("chromium") and shutil.which("chromedriver")
     ):
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium and chromedriver")
 
 
 @pytest.fixture(scope="session", autouse=True)

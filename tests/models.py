@@ -154,16 +154,17 @@ def draw_parameters(parameters: Iterable[nn.Parameter], std: float, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            parameter += std * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
 
 
 def _build(auto_class: Any, architecture: str, seed: int, options: Mapping[str, Any]) -> PreTrainedModel:
-    config = AutoConfig.for_model(architecture, **(OPTIONS[architecture] | options))
+    config = AutoConfig.for_model(architecture, **{**OPTIONS[architecture], **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cast(PreTrainedModel, auto_class.from_config(config))
     draw_parameters(model.parameters(), std=0.1, seed=seed)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tiny_model(architecture: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
@@ -184,9 +185,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def tiny_backbone(
-    architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any
-) -> Backbone:
+def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:
     """Return a fresh backbone; its head counts as trained unless `new_head`."""
     return Backbone(
         tiny_classifier(architecture, seed=seed, **options),

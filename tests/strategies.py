@@ -39,9 +39,7 @@ def _compatible(methods: Iterable[str]) -> bool:
 @st.composite
 def configurations(draw: st.DrawFn) -> Configuration:
     """Draw a valid configuration of any network."""
-    sites = draw(
-        st.sets(st.builds(Site, st.integers(0, 12), st.sampled_from(ROLES)), max_size=6)
-    )
+    sites = draw(st.sets(st.builds(Site, st.integers(0, 12), st.sampled_from(ROLES)), max_size=6))
     placed: dict[Site, list[Adapter]] = {}
     for site in sorted(sites):
         kind = KIND_OF_ROLE[site.role]

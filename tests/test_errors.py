@@ -12,9 +12,7 @@ def test_names_what_was_wrong_and_what_was_expected() -> None:
 
 
 def test_gives_no_hint_where_nothing_is_close() -> None:
-    assert str(unknown_choice("role", "xyz", ["query"])) == (
-        "Unknown role 'xyz': expected one of query."
-    )
+    assert str(unknown_choice("role", "xyz", ["query"])) == ("Unknown role 'xyz': expected one of query.")
 
 
 def test_says_so_where_nothing_is_valid() -> None:

@@ -49,9 +49,7 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
 def test_a_record_reads_back_from_json(
     evaluation: Evaluation, number: int, duplicate_of: int | None, anchor: str | None
 ) -> None:
-    record = TrialRecord(
-        number=number, evaluation=evaluation, duplicate_of=duplicate_of, anchor=anchor
-    )
+    record = TrialRecord(number=number, evaluation=evaluation, duplicate_of=duplicate_of, anchor=anchor)
     assert TrialRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert Evaluation.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
 

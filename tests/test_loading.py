@@ -66,7 +66,7 @@ class TestFolder:
         assert backbone.head_parameters == 3 * 32 + 3 + 32 * 32 + 32
 
     def test_weights_are_single_precision_whatever_was_saved(self, tmp_path: Path) -> None:
-        folder = _saved(tiny_model("llama").to(torch.bfloat16), tmp_path)
+        folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
         backbone = Backbone.load(folder, head_task())
         assert {one.dtype for one in backbone.model.parameters()} == {torch.float32}
 
@@ -101,12 +101,12 @@ class TestFolder:
         weights = folder / "model.safetensors"
         weights.unlink()
         torch.save(tiny_model("bert").state_dict(), folder / "pytorch_model.bin")
-        with pytest.raises(ValueError, match="Cannot load the backbone.*safetensors"):
+        with pytest.raises(ValueError, match=r"Cannot load the backbone.*safetensors"):
             Backbone.load(folder, head_task())
 
     def test_refuses_a_folder_without_a_tokenizer(self, tmp_path: Path) -> None:
         tiny_model("bert").save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="No tokenizer was found.*pass one as tokenizer"):
+        with pytest.raises(ValueError, match=r"No tokenizer was found.*pass one as tokenizer"):
             Backbone.load(tmp_path, head_task())
         backbone = Backbone.load(tmp_path, head_task(), tiny_tokenizer())
         assert backbone.tokenizer.pad_token == "[PAD]"
@@ -132,7 +132,7 @@ class TestLoadedModel:
         assert (backbone.head, backbone.new_head) == (("score",), False)
 
     def test_the_head_follows_the_models_precision(self) -> None:
-        base = tiny_model("bert").to(torch.bfloat16)
+        base = tiny_model("bert").bfloat16()
         backbone = Backbone.load(base, head_task(), tiny_tokenizer())
         assert {one.dtype for one in backbone.model.parameters()} == {torch.bfloat16}
         assert logits_of(backbone).dtype == torch.bfloat16
@@ -188,7 +188,7 @@ def test_reports_what_was_loaded(tmp_path: Path) -> None:
 
 def test_names_the_hub_where_it_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="'nobody/nothing'.*no local folder, and the hub gave: "):
+    with pytest.raises(ValueError, match=r"'nobody/nothing'.*no local folder, and the hub gave: "):
         Backbone.load("nobody/nothing", head_task())
 
 

@@ -144,9 +144,7 @@ class TestQuantities:
 
 class TestConstraints:
     def test_bounds_of_costs(self) -> None:
-        first, second = resolve_constraints(
-            {"trainable_parameters": "2M", "peak_memory": "1 GiB"}, METRICS
-        )
+        first, second = resolve_constraints({"trainable_parameters": "2M", "peak_memory": "1 GiB"}, METRICS)
         assert (first.objective.name, first.bound) == ("trainable_parameters", 2e6)
         assert (second.objective.name, second.bound) == ("peak_memory", 2**30)
         assert resolve_constraints({}, METRICS) == ()
@@ -165,9 +163,7 @@ class TestConstraints:
         with pytest.raises(ValueError, match=message):
             resolve_constraints(bounds, METRICS)
 
-    @pytest.mark.parametrize(
-        ("found", "violation"), [(50.0, -0.5), (100.0, 0.0), (150.0, 0.5), (300.0, 2.0)]
-    )
+    @pytest.mark.parametrize(("found", "violation"), [(50.0, -0.5), (100.0, 0.0), (150.0, 0.5), (300.0, 2.0)])
     def test_violation_of_an_upper_bound(self, found: float, violation: float) -> None:
         constraint = Constraint(objective=COST_OBJECTIVES["trainable_parameters"], bound=100.0)
         assert constraint.violation({"trainable_parameters": found}) == pytest.approx(violation)

@@ -13,9 +13,7 @@ from autopeft.objectives import Objective
 from autopeft.pareto import Axis, Values, hypervolume, knee, non_dominated
 
 ACCURACY = Objective(name="accuracy", direction="maximize", unit="score")
-PARAMETERS = Objective(
-    name="trainable_parameters", direction="minimize", unit="parameters", log_scale=True
-)
+PARAMETERS = Objective(name="trainable_parameters", direction="minimize", unit="parameters", log_scale=True)
 SECONDS = Objective(name="seconds", direction="minimize", unit="seconds")
 OBJECTIVES = (ACCURACY, PARAMETERS, SECONDS)
 AXES = (
@@ -51,9 +49,7 @@ class TestDominance:
     @given(points_of_any_kind, st.sampled_from((1, 2, 3)))
     def test_agrees_with_comparing_all_pairs(self, points: list[Values], dimensions: int) -> None:
         objectives = OBJECTIVES[:dimensions]
-        expected = [
-            not any(_dominates(other, one, objectives) for other in points) for one in points
-        ]
+        expected = [not any(_dominates(other, one, objectives) for other in points) for one in points]
         assert non_dominated(points, objectives) == expected
 
     def test_equal_points_are_all_kept(self) -> None:
@@ -84,9 +80,7 @@ class TestAxis:
 
     def test_logarithmic_position(self) -> None:
         axis = Axis(objective=PARAMETERS, worst=1e6, best=1e2)
-        assert [axis.position(value) for value in (1e6, 1e5, 1e4, 1e2)] == pytest.approx(
-            [0, 0.25, 0.5, 1]
-        )
+        assert [axis.position(value) for value in (1e6, 1e5, 1e4, 1e2)] == pytest.approx([0, 0.25, 0.5, 1])
 
     def test_is_clipped_at_both_ends(self) -> None:
         axis = Axis(objective=SECONDS, worst=20.0, best=10.0)
@@ -210,7 +204,7 @@ class TestKnee:
     @given(st.lists(_fine, min_size=1, max_size=8))
     def test_no_point_is_closer(self, points: list[Values]) -> None:
         def distance(point: Values) -> float:
-            return sum((1 - axis.position(point[axis.objective.name])) ** 2 for axis in AXES) ** 0.5
+            return math.sqrt(sum((1 - axis.position(point[axis.objective.name])) ** 2 for axis in AXES))
 
         chosen = knee(points, AXES)
         assert distance(points[chosen]) == pytest.approx(min(map(distance, points)))

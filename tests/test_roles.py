@@ -259,6 +259,29 @@ def test_falcons_new_decoder_has_two_norms_side_by_side() -> None:
     assert roles["ffn_norm"] == "ln_mlp"
 
 
+def test_a_gated_ffn_whose_layers_are_numbered() -> None:
+    roles = find_blocks(tiny_model("t5", feed_forward_proj="gated-gelu"))[0].roles
+    assert roles["ffn_gate"] == "layer.1.DenseReluDense.wi_0"
+    assert roles["ffn_up"] == "layer.1.DenseReluDense.wi_1"
+
+
+def test_an_ffn_as_narrow_as_the_model() -> None:
+    roles = find_blocks(tiny_model("bert", intermediate_size=32))[0].roles
+    assert (roles["ffn_up"], roles["ffn_down"]) == ("intermediate.dense", "output.dense")
+
+
+def test_what_cannot_be_told_apart_has_no_role() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            names = ("query", "key", "value", "mix", "project")
+            self.attention = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+
+    (block,) = find_blocks(nn.ModuleList([Block()]))
+    assert set(block.roles) == {"query", "key", "value"}
+    assert block.unrecognised == ("attention.mix", "attention.project")
+
+
 def test_stages_are_no_blocks() -> None:
     """Swin nests its blocks: a stage holds several self-attentions."""
     config = AutoConfig.for_model(

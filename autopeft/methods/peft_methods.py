@@ -74,6 +74,7 @@ class PeftMethod(Method):
                         # Injecting a peft adapter makes it the active one of every layer, also of
                         # those that carry another.
                         layer.set_adapter(adapter_name)
+                        layer.train(originals[shape.module].training)
                     parameters[site] = _adapter_parameters(layer, adapter_name)
         except BaseException:
             undo()

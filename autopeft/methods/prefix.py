@@ -117,7 +117,7 @@ class PrefixTuning(Method):
                 host = model.get_submodule(shape.attention_module)
                 std = float(adapter.option("initial_std"))
                 prefix = Prefix(adapter.size, shape.key_value_features, std)
-                prefix.to(next(host.parameters()).device)
+                prefix.to(next(host.parameters()).device).train(host.training)
                 host.add_module(_CHILD, prefix)
                 hosts.append(host)
                 parameters[site] = dict(prefix.named_parameters())

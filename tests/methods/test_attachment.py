@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -166,6 +166,17 @@ def test_training_the_head_leaves_the_backbones_own_alone(backbone: Backbone) ->
     assert fingerprint(backbone.model) == before
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_take_over_the_models_mode(backbone: Backbone, training: bool) -> None:
+    """Else dropout would be on in a model that is being evaluated."""
+    backbone.model.train(training)
+    before = {name for name, module in backbone.model.named_modules() if module.training}
+    with attach(backbone, MIXED):
+        modes = {module.training for module in backbone.model.modules()}
+        assert modes == {training}
+    assert {name for name, module in backbone.model.named_modules() if module.training} == before
+
+
 def test_head_modules_may_lie_inside_each_other() -> None:
     model = tiny_classifier("deberta-v2")
     head = ("pooler", "pooler.dense", "classifier")
@@ -194,7 +205,7 @@ def test_names_of_trained_tensors_are_sites(backbone: Backbone) -> None:
 def test_only_one_configuration_at_a_time(backbone: Backbone) -> None:
     with attach(backbone, MIXED):
         during = fingerprint(backbone.model)
-        with pytest.raises(ValueError, match="tiny-bert already carries Configuration.*detach that one"):
+        with pytest.raises(ValueError, match=r"tiny-bert already carries Configuration.*detach that one"):
             attach(backbone, Configuration())
         assert fingerprint(backbone.model) == during
         assert backbone.attached == MIXED
@@ -234,9 +245,7 @@ def test_an_error_inside_the_block_detaches(backbone: Backbone, error: type[Base
         (Site(1, "attention"), "prefix"),
     ],
 )
-def test_an_error_while_attaching_leaves_nothing_behind(
-    backbone: Backbone, site: Site, method: str
-) -> None:
+def test_an_error_while_attaching_leaves_nothing_behind(backbone: Backbone, site: Site, method: str) -> None:
     before, logits = fingerprint(backbone.model), logits_of(backbone)
     rivals = {site: [Adapter(method, TOO_LARGE)]}
     configuration = MIXED.replace(adapters={**MIXED.adapters, **rivals})
@@ -317,8 +326,8 @@ def test_tensors_of_another_configuration_are_refused(
 
 
 @pytest.fixture(scope="module")
-def deep() -> Iterator[Backbone]:
-    yield tiny_backbone("bert", num_hidden_layers=12)
+def deep() -> Backbone:
+    return tiny_backbone("bert", num_hidden_layers=12)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,12 +45,13 @@ def test_shares_a_layer_with_a_wrapping_method(companion: Adapter) -> None:
     name = backbone.shape(site).module
     layer = backbone.model.get_submodule(name)
     before = layer.bias
+    weight = layer.get_parameter("weight")
     hidden = torch.randn(2, 5, 32)
     with attach(backbone, Configuration({site: [Adapter("bitfit"), companion]})) as attachment:
         bias = attachment.parameters[f"{site}.bitfit.bias"]
         draw_parameters([bias], std=1.0)
         found = backbone.model.get_submodule(name)(hidden)
-        torch.testing.assert_close(found, hidden @ layer.weight.T + bias)
+        torch.testing.assert_close(found, hidden @ weight.T + bias)
     assert backbone.model.get_submodule(name) is layer
     assert layer.bias is before
 

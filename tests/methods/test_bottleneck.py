@@ -173,17 +173,7 @@ def test_count(method: str) -> None:
 @torch.no_grad()
 def test_follows_the_models_precision(method: str) -> None:
     backbone = tiny_backbone("bert")
-    backbone.model.to(torch.bfloat16)
+    backbone.model.bfloat16()
     with attach(backbone, Configuration({Site(0, "ffn"): Adapter(method, 3)})) as attachment:
         draw_parameters(attachment.parameters.values(), std=0.3)
         assert logits_of(backbone).dtype == torch.bfloat16
-
-
-def test_training_mode_is_the_models() -> None:
-    backbone = tiny_backbone("bert")
-    backbone.model.train()
-    with attach(backbone, Configuration({Site(0, "ffn"): Adapter("series", 3)})):
-        assert all(module.training for module in backbone.model.modules())
-    backbone.model.eval()
-    with attach(backbone, Configuration({Site(0, "ffn"): Adapter("series", 3)})):
-        assert not any(module.training for module in backbone.model.modules())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -42,9 +40,9 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def backbones() -> Iterator[dict[str, Backbone]]:
+def backbones() -> dict[str, Backbone]:
     """One backbone an architecture: tests detach what they attach."""
-    yield {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}
+    return {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}
 
 
 def _attach_alone(backbone: Backbone, method: str, configuration: Configuration) -> Attached:
@@ -169,18 +167,12 @@ class TestMethod:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_methods_attach_one_after_another(
-    architecture: str, backbones: dict[str, Backbone]
-) -> None:
+def test_methods_attach_one_after_another(architecture: str, backbones: dict[str, Backbone]) -> None:
     """All methods that can share a site do, wrapping ones first, and come out again."""
     backbone = backbones[architecture]
     before, logits = fingerprint(backbone.model), logits_of(backbone)
     for left_out in ("ia3", "lora"):
-        methods = [
-            name
-            for name in METHODS
-            if name not in (left_out, "layernorm") and places(backbone, name)
-        ]
+        methods = [name for name in METHODS if name not in (left_out, "layernorm") and places(backbone, name)]
         placed: dict[Site, list[Adapter]] = {}
         for name in methods:
             for site, adapter in everywhere(backbone, name, size=2):

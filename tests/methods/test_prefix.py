@@ -36,9 +36,7 @@ class Host(nn.Module):
         self.eval()
 
 
-def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, visible: Tensor
-) -> Tensor:
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, visible: Tensor) -> Tensor:
     """Attend to [prefix; keys] token by token; `visible` is (batch, tokens, keys) without the prefix."""
     batch, heads, tokens, width = query.shape
     key_heads = key.shape[1]
@@ -122,9 +120,7 @@ def _drawn(backbone: Backbone, lengths: dict[int, int]) -> Attachment:
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @torch.no_grad()
-def test_a_decoder_computes_what_it_does_with_past_keys_and_values(
-    architecture: str, padding: int
-) -> None:
+def test_a_decoder_computes_what_it_does_with_past_keys_and_values(architecture: str, padding: int) -> None:
     backbone = tiny_backbone(architecture)
     batch = tiny_batch(padding=padding)
     rows, tokens = batch["input_ids"].shape
@@ -174,8 +170,7 @@ def test_an_encoder_attends_to_prefix_and_unpadded_tokens(architecture: str, pad
 
     model = backbone.model
     handles = [
-        model.get_submodule(shape.module).register_forward_hook(keep(role))
-        for role, shape in shapes.items()
+        model.get_submodule(shape.module).register_forward_hook(keep(role)) for role, shape in shapes.items()
     ]
     projection = model.get_submodule(backbone.shape(Site(1, "attention_output")).module)
     handles.append(projection.register_forward_pre_hook(keep_attended))
@@ -265,6 +260,6 @@ def test_count_follows_the_key_heads(architecture: str, width: int) -> None:
 @torch.no_grad()
 def test_follows_the_models_precision() -> None:
     backbone = tiny_backbone("llama")
-    backbone.model.to(torch.bfloat16)
+    backbone.model.bfloat16()
     with _drawn(backbone, {0: 3}):
         assert logits_of(backbone).dtype == torch.bfloat16

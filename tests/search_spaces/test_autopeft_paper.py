@@ -14,9 +14,7 @@ SPACE = AutoPEFTPaper()
 
 
 def test_sizes_are_the_papers_for_bert_base() -> None:
-    base = tiny_backbone(
-        "bert", hidden_size=768, intermediate_size=64, num_attention_heads=12, vocab_size=8
-    )
+    base = tiny_backbone("bert", hidden_size=768, intermediate_size=64, num_attention_heads=12, vocab_size=8)
     assert SPACE.sizes(base) == (0, 1, 3, 6, 12, 24, 48, 96, 192, 384, 768)
 
 
@@ -72,9 +70,7 @@ def test_sizes_are_shared_by_all_blocks_that_are_on() -> None:
 def test_serial_and_parallel_share_the_ffn() -> None:
     parameters = {"series.size": 1, "parallel.size": 2, "prefix.size": 0, "0.on": True, "1.on": False}
     configuration = SPACE.suggest(FixedTrial(parameters), BERT)
-    assert dict(configuration.adapters) == {
-        Site(0, "ffn"): (Adapter("series", 1), Adapter("parallel", 2))
-    }
+    assert dict(configuration.adapters) == {Site(0, "ffn"): (Adapter("series", 1), Adapter("parallel", 2))}
 
 
 def test_always_asks_for_the_same() -> None:

@@ -69,7 +69,7 @@ class TestSettings:
             space.validate(BERT)
 
     def test_a_method_without_a_place_in_this_architecture(self) -> None:
-        with pytest.raises(ValueError, match="'prefix' can sit on none of the roles.*leave it out"):
+        with pytest.raises(ValueError, match=r"'prefix' can sit on none of the roles.*leave it out"):
             PerLayer().validate(tiny_backbone("deberta-v2"))
 
 
@@ -184,13 +184,11 @@ class TestEncodings:
                     block = name.removesuffix("on")
                     inside = [one for one in trial.params if one.startswith(block)]
                     assert inside == [name]
-            sizes = [
-                name for name in trial.params if "method" not in name and not name.endswith(".on")
-            ]
+            sizes = [name for name in trial.params if "method" not in name and not name.endswith(".on")]
             assert len(sizes) == len(configuration) + 1, "a size an adapter, and the learning rate"
 
     def test_both_hold_the_same_points(self) -> None:
-        fixed, conditional = (PerLayer(encoding=one) for one in ("fixed", "conditional"))  # type: ignore[arg-type]
+        fixed, conditional = (PerLayer(encoding=one) for one in ("fixed", "conditional"))
         assert fixed.count(BERT) == conditional.count(BERT)
         for seed in range(10):
             trial = create_study(sampler=RandomSampler(seed=seed)).ask()

@@ -63,9 +63,7 @@ def test_extremes_compare_methods() -> None:
     smallest, largest = Uniform(methods=("lora", "ia3", "layernorm"), ranks=(4, 8)).extremes(BERT)
     assert smallest.methods == ("layernorm",)
     assert largest == smallest.replace(
-        adapters={
-            site: Adapter("lora", 8) for site, shape in BERT.sites.items() if shape.kind == "linear"
-        }
+        adapters={site: Adapter("lora", 8) for site, shape in BERT.sites.items() if shape.kind == "linear"}
     )
 
 

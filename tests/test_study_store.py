@@ -1,0 +1,214 @@
+"""The study on disk: whole trials or none, one process at a time, plain Optuna inside."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from autopeft.evaluation import Evaluation, TrialRecord
+from autopeft.objectives import Objective, resolve_objectives
+from autopeft.samplers import make_sampler
+from autopeft.study_store import STUDY_FILE, StudyStore, load_study
+from tests.records import OBJECTIVES, completed, random_configuration
+
+TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
+
+
+def opened(folder: Path, objectives: Sequence[Objective] = OBJECTIVES, name: str = "questions") -> StudyStore:
+    return StudyStore(folder, name, objectives, make_sampler("random", 0))
+
+
+def run_trial(store: StudyStore, *, fails: bool = False) -> TrialRecord:
+    """Ask, tell and save one made-up trial."""
+    trial = store.live.ask()
+    rank = trial.suggest_int("rank", 1, 64)
+    draw = random.Random(rank)
+    configuration = random_configuration(draw)
+    if fails:
+        failed = Evaluation(configuration=configuration, status="failed", reason="diverged: loss is nan")
+        record = TrialRecord(number=trial.number, evaluation=failed)
+        store.live.tell(trial, state=TrialState.FAIL)
+    else:
+        record = completed(trial.number, configuration, draw, anchor="head only" if rank % 2 else None)
+        store.live.tell(trial, [record.evaluation.values[one.name] for one in OBJECTIVES])
+    store.save(record, store.live.get_trials(deepcopy=False)[trial.number])
+    return record
+
+
+def filled(folder: Path, count: int = 4) -> list[TrialRecord]:
+    store = opened(folder)
+    store.check_identity({"search": {"seed": "0"}})
+    records = [run_trial(store, fails=number == 1) for number in range(count)]
+    store.close()
+    return records
+
+
+def test_what_was_saved_is_there_again(tmp_path: Path) -> None:
+    records = filled(tmp_path / "deep" / "search")
+    store = opened(tmp_path / "deep" / "search")
+    assert store.records == records
+    assert [trial.number for trial in store.live.trials] == [0, 1, 2, 3]
+    assert [trial.state for trial in store.live.trials] == [
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
+    assert run_trial(store).number == 4
+    store.close()
+    attributes, found = load_study(tmp_path / "deep" / "search")
+    assert found[:4] == records
+    assert attributes["name"] == "questions"
+    assert attributes["identity"] == {"search": {"seed": "0"}}
+
+
+def test_an_asked_trial_is_not_kept_before_it_is_saved(tmp_path: Path) -> None:
+    filled(tmp_path)
+    store = opened(tmp_path)
+    first = store.live.ask().suggest_int("rank", 1, 64)
+    store.close()
+    store = opened(tmp_path)
+    trial = store.live.ask()
+    assert (trial.number, trial.suggest_int("rank", 1, 64)) == (4, first)
+    store.close()
+
+
+@pytest.mark.parametrize("garbage", [b'{"op_code": 4, "wor', b"\0\0\0", b"{"])
+def test_half_a_line_is_cut_and_everything_before_kept(tmp_path: Path, garbage: bytes) -> None:
+    records = filled(tmp_path)
+    journal = tmp_path / STUDY_FILE
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + garbage)
+    (tmp_path / f"{STUDY_FILE}.lock").write_text("of a process that was killed")
+    store = opened(tmp_path)
+    assert store.records == records
+    assert journal.read_bytes().startswith(whole)
+    assert run_trial(store).number == 4
+    store.close()
+    assert len(load_study(tmp_path)[1]) == 5
+
+
+def test_a_journal_cut_anywhere_keeps_the_whole_trials(tmp_path: Path) -> None:
+    records = filled(tmp_path / "whole")
+    content = (tmp_path / "whole" / STUDY_FILE).read_bytes()
+    draw = random.Random(0)
+    for case in range(12):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        (folder / STUDY_FILE).write_bytes(content[: draw.randrange(len(content))])
+        store = opened(folder)
+        assert store.records == records[: len(store.records)]
+        assert run_trial(store).number == len(store.records) - 1
+        store.close()
+
+
+def test_a_running_search_can_be_read(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.check_identity({})
+    record = run_trial(store)
+    with (tmp_path / STUDY_FILE).open("ab") as handle:
+        handle.write(b'{"op_code": 4, "wor')  # a line being written
+    assert load_study(tmp_path)[1] == [record]
+    store.close()
+
+
+def test_a_second_process_is_refused_with_the_first_ones_id(tmp_path: Path) -> None:
+    script = "\n".join(
+        [
+            "import sys, time",
+            "from pathlib import Path",
+            "from tests.test_study_store import opened",
+            "store = opened(Path(sys.argv[1]))",
+            "print('open', flush=True)",
+            "sys.stdin.read()",
+        ]
+    )
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match=f"'questions' is being run by process {other.pid}"):
+            opened(tmp_path)
+        other.kill()
+        other.wait()
+        opened(tmp_path).close()  # the lock dies with its process
+
+
+def test_a_store_that_could_not_be_opened_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / STUDY_FILE).write_bytes(b"not a journal\n")
+    with pytest.raises(Exception, match="journal|JSON|Expecting"):
+        opened(tmp_path)
+    (tmp_path / STUDY_FILE).unlink()
+    opened(tmp_path).close()
+
+
+def test_another_identity_names_what_differs(tmp_path: Path) -> None:
+    filled(tmp_path)
+    store = opened(tmp_path)
+    with pytest.raises(ValueError, match=r"'questions'.*\(search\.seed: '0' there, '1' here\)"):
+        store.check_identity({"search": {"seed": "1"}})
+    store.check_identity({"search": {"seed": "0"}})
+    store.close()
+
+
+def test_other_objectives_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    before = load_study(tmp_path)
+    other = resolve_objectives(("f1_macro", "trainable_parameters", "peak_memory"), ("f1_macro",))
+    for objectives in (TWO, other):
+        with pytest.raises(ValueError, match=r"(?s)'questions'.*objectives.*accuracy"):
+            opened(tmp_path, objectives)
+    assert load_study(tmp_path) == before
+    store = opened(tmp_path)
+    assert store.records == records
+    store.close()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be kept in .*: Not a directory.*folder="):
+        opened(tmp_path / "file" / "search")
+
+
+def test_no_search_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no search in"):
+        load_study(tmp_path)
+    (tmp_path / STUDY_FILE).write_bytes(b"")  # killed before anything was written
+    with pytest.raises(ValueError, match="There is no search in"):
+        load_study(tmp_path)
+
+
+def test_plain_optuna_opens_the_study(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / STUDY_FILE)))
+    study = optuna.load_study(study_name=None, storage=storage)
+    assert study.study_name == "questions"
+    assert study.metric_names == [one.name for one in OBJECTIVES]
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3]
+    expected = [records[0].evaluation.values[one.name] for one in OBJECTIVES]
+    assert study.trials[0].values == expected
+    assert study.trials[1].state is TrialState.FAIL
+    assert len(study.best_trials) >= 1
+
+
+def test_attributes_are_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.set_attribute("axes", [["accuracy", 0.2, 1.0]])
+    store.close()
+    assert load_study(tmp_path)[0]["axes"] == [["accuracy", 0.2, 1.0]]

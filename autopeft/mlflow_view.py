@@ -1,7 +1,7 @@
 """A saved view of MLflow's UI: one link that opens it on the scatter charts of a search.
 
-The UI keeps what its "Share" button makes in an experiment tag and opens it from a link. That is no documented
-interface: everything that depends on it is here, a failure to write it costs the link alone, and
+The UI keeps what its "Share" button makes in an experiment tag and opens it from a link. That is no
+documented interface: everything that depends on it is here, a failure to write it costs the link alone, and
 `tests/test_browser.py` opens it in a browser against the installed MLflow.
 """
 
@@ -61,7 +61,8 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
     ]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
-        # Any order but start time: that one nests children under the collapsed parent, which is then drawn alone.
+        # Any order but start time: that one nests children under the collapsed parent, which is then
+        # drawn alone.
         "orderByKey": f"metrics.`{metric.name}`",
         "orderByAsc": False,
         "startTime": "ALL",

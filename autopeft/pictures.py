@@ -24,7 +24,9 @@ def configuration_image(configuration: Configuration) -> bytes:
     labels = [*roles, *cells.values()]
     cell_width = int(max((font.getlength(label) for label in labels), default=0)) + 18
     left = _MARGIN + 60
-    title = f"{'+'.join(configuration.methods) or 'head alone'} · learning rate {configuration.learning_rate:g}"
+    title = (
+        f"{'+'.join(configuration.methods) or 'head alone'} · learning rate {configuration.learning_rate:g}"
+    )
     width = max(left + cell_width * len(roles), int(font.getlength(title)) + _MARGIN) + _MARGIN
     top = 2 * _MARGIN + _CELL_HEIGHT
     image = Image.new("RGB", (width, top + _CELL_HEIGHT * (len(blocks) + 1) + _MARGIN), "white")
@@ -42,8 +44,8 @@ def configuration_image(configuration: Configuration) -> bytes:
             label = cells.get((block, role))
             draw.rectangle(box, fill="#F4F4F4" if label is None else _colour(label))
             if label is not None:
-                centre = (x + cell_width // 2, y + _CELL_HEIGHT // 2)
-                draw.text(centre, label, fill="black", font=font, anchor="mm")
+                middle = (x + cell_width // 2, y + _CELL_HEIGHT // 2)
+                draw.text(middle, label, fill="black", font=font, anchor="mm")
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

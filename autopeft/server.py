@@ -119,9 +119,7 @@ def _fronts(uri: str) -> list[tuple[str, str, str | None]]:
         runs = client.search_runs(experiments, f"tags.`{SEARCH_TAG}` LIKE '%'", max_results=100)
     except MlflowException as error:
         raise ValueError(f"MLflow cannot open the tracking store {uri!r}: {error}") from error
-    return [
-        (run.data.tags[SEARCH_TAG], run.info.experiment_id, run.data.tags.get(VIEW_TAG)) for run in runs
-    ]
+    return [(run.data.tags[SEARCH_TAG], run.info.experiment_id, run.data.tags.get(VIEW_TAG)) for run in runs]
 
 
 def _is_free(port: int) -> bool:

@@ -170,7 +170,9 @@ class Tracker:
         tags = [RunTag(f"environment.{key}", value) for key, value in identity.get("environment", {}).items()]
         tags.append(RunTag("mlflow.note.content", f"```\n{note}\n```"))
         self._client.log_batch(self._parent, tags=tags)
-        self._client.log_dict(self._parent, {key: dict(one) for key, one in identity.items()}, "identity.json")
+        self._client.log_dict(
+            self._parent, {key: dict(one) for key, one in identity.items()}, "identity.json"
+        )
         self._note = note
 
     def _log_dataset(self, task: Mapping[str, str]) -> None:
@@ -228,7 +230,10 @@ class Tracker:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
         now = int(time.time() * 1000)
         batch = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._queue.put(partial(self._client.log_batch, self._parent, metrics=batch))
+        self._queue.put(partial(self._log_progress, batch))
+
+    def _log_progress(self, batch: Sequence[Metric]) -> None:
+        self._client.log_batch(self._parent, metrics=batch)
 
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""

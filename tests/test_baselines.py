@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel
 
 from autopeft.backbone import Backbone
 from autopeft.baselines import full_fine_tuning, head_alone
@@ -13,7 +14,6 @@ from autopeft.configuration import Configuration
 from autopeft.methods import FullFineTuning
 from tests.learnable import learner, tiny_evaluator
 from tests.models import everywhere, fingerprint, logits_of, tiny_tokenizer
-from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel
 
 
 def test_full_fine_tuning_leaves_the_backbone_bit_identical() -> None:

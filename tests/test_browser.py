@@ -59,7 +59,7 @@ def wait_for(browser: Chrome, script: str, wanted: Callable[[Any], bool], second
     result: Any = None
     while time.monotonic() < deadline:
         try:
-            result = browser.execute_script(script)  # type: ignore[no-untyped-call]
+            result = browser.execute_script(script)
         except JavascriptException as error:
             result = error.msg
         else:
@@ -109,7 +109,7 @@ def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
         "return document.querySelectorAll('.js-plotly-plot').length",
         lambda found: found == 1,
     )
-    requests = browser.execute_script(  # type: ignore[no-untyped-call]
+    requests = browser.execute_script(
         "return performance.getEntriesByType('resource').map(entry => entry.name)"
         ".filter(name => name.startsWith('http'))"
     )

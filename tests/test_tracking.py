@@ -85,6 +85,7 @@ def test_the_search_is_a_run_with_the_front(uri: str) -> None:
     assert parent.data.params["backbone.name"] == IDENTITY["backbone"]["name"]
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert [one.step for one in history] == list(range(12))
+    assert parent.inputs is not None
     assert parent.inputs.dataset_inputs
 
 
@@ -127,7 +128,9 @@ def test_resuming_brings_runs_in_line_with_the_study(uri: str) -> None:
 
 def test_long_curves_long_reasons_and_text_of_any_script(uri: str) -> None:
     (first, *_) = synthetic_records(1)
-    curves = tuple(CurvePoint(metric="training_loss", step=step, value=1 / (1 + step)) for step in range(2500))
+    curves = tuple(
+        CurvePoint(metric="training_loss", step=step, value=1 / (1 + step)) for step in range(2500)
+    )
     evaluation = Evaluation(
         configuration=first.evaluation.configuration,
         status="failed",
@@ -162,7 +165,7 @@ def test_two_searches_in_one_store_at_once(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///somewhere/mlruns"])
 def test_a_file_store_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match="use a database such as 'sqlite:///mlflow.db'"):
+    with pytest.raises(ValueError, match=r"use a database such as 'sqlite:///mlflow\.db'"):
         make(uri)
 
 

@@ -114,10 +114,8 @@ class TestMethod:
         else:
             torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
-    def test_undo_leaves_what_was_there(
-        self, method: str, architecture: str, backbones: dict[str, Backbone]
-    ) -> None:
-        backbone = backbones[architecture]
+    def test_undo_leaves_what_was_there(self, method: str, architecture: str) -> None:
+        backbone = tiny_backbone(architecture)  # fresh: no other test has left a trace in it
         before, logits = fingerprint(backbone.model), logits_of(backbone)
         attached = _attach_alone(backbone, method, everywhere(backbone, method))
         assert fingerprint(backbone.model) != before

@@ -120,6 +120,28 @@ def test_dropout_is_on_the_adapters_input_in_training_alone() -> None:
         torch.testing.assert_close(dropped.mean(dim=0), kept[0], rtol=0, atol=1.0)
 
 
+@torch.no_grad()
+def test_every_site_has_its_own_dropout() -> None:
+    backbone = tiny_backbone("bert")
+    sites = {Site(0, "query"): 0.0, Site(0, "key"): 0.5, Site(1, "query"): 0.1, Site(1, "key"): 0.5}
+    configuration = Configuration(
+        {site: Adapter("lora", 2, {"dropout": dropout}) for site, dropout in sites.items()}
+    )
+    with attach(backbone, configuration) as attachment:
+        draw_parameters(attachment.parameters.values(), std=0.3)
+        backbone.model.train()
+        hidden = torch.ones(4000, 32)
+        for site, dropout in sites.items():
+            layer = backbone.model.get_submodule(backbone.shape(site).module)
+            down = attachment.parameters[f"{site}.lora.lora_A.weight"]
+            up = attachment.parameters[f"{site}.lora.lora_B.weight"]
+            # Each input is dropped with probability p and divided by 1 − p: variance p / (1 − p).
+            weights = 8 / math.sqrt(2) * up @ down
+            expected = math.sqrt(dropout / (1 - dropout)) * weights.norm(dim=1)
+            spread = layer(hidden).std(dim=0)
+            torch.testing.assert_close(spread, expected, rtol=0.1, atol=1e-4)
+
+
 def test_starts_with_a_zero_update_and_a_drawn_down_projection() -> None:
     backbone = tiny_backbone("bert")
     with attach(backbone, Configuration({Site(0, "query"): Adapter("lora", 4)})) as attachment:

@@ -1,0 +1,164 @@
+"""How close the memory count is to live storages of real steps, and how long it takes.
+
+    python benchmarks/memory.py
+
+For configurations of every method on MiniLM: bytes counted before training against bytes counted over two
+real optimizer steps on the CPU, on CUDA also against the allocator's peak; time of a count against the plain
+count on fake tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assets.prepare import prepare
+from autopeft import Backbone, Configuration, attach
+from autopeft.memory import MemoryCounter, measure_live_storage
+from autopeft.tasks import TextClassification
+
+RESULTS = Path(__file__).parent / "results"
+LORA = {"method": "lora", "size": 8}
+LINEAR = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+SHAPES = ((32, 20), (16, 128))
+
+
+def configurations() -> Iterator[tuple[str, Configuration]]:
+    """Yield named configurations: placements of LoRA, each other method, all together."""
+    sites: dict[str, dict[str, object]] = {
+        "head alone": {},
+        "lora, all blocks": {f"0-5.{role}": LORA for role in LINEAR},
+        "lora, blocks 0-2": {f"0-2.{role}": LORA for role in LINEAR},
+        "lora, blocks 3-5": {f"3-5.{role}": LORA for role in LINEAR},
+        "lora, block 5": {f"5.{role}": LORA for role in LINEAR},
+        "ia3": {"0-5.key": {"method": "ia3"}, "0-5.ffn_down": {"method": "ia3"}},
+        "layernorm": {"0-5.ffn_norm": {"method": "layernorm"}},
+        "bitfit": {"0-5.ffn_up": {"method": "bitfit"}},
+        "series": {"0-5.ffn": {"method": "series", "size": 32}},
+        "parallel": {"0-5.ffn": {"method": "parallel", "size": 32}},
+        "prefix": {"0-5.attention": {"method": "prefix", "size": 16}},
+        "mixed": {
+            "0-5.query": LORA,
+            "2-5.ffn": {"method": "parallel", "size": 16},
+            "4-5.attention": {"method": "prefix", "size": 8},
+            "3-5.ffn_norm": {"method": "layernorm"},
+        },
+    }
+    for name, one in sites.items():
+        yield name, Configuration.from_dict({"sites": one})
+
+
+def batch_of(shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Return a padded batch of a shape."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 1000, shape, generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1:, shape[1] // 2 :] = 0
+    labels = torch.zeros(shape[0], dtype=torch.long)
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(tokens),
+        "labels": labels,
+    }
+
+
+def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Return the CUDA allocator's peak over two steps, what was allocated before left out but the model."""
+    device = torch.device("cuda")
+    nn.Module.to(model, device)
+    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    trainable = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trainable)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
+        loss = functional.cross_entropy(model(**inputs).logits, on_device["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        del loss
+        optimizer.step()
+    peak = torch.cuda.max_memory_allocated()
+    nn.Module.to(model, "cpu")
+    return peak
+
+
+def timed_count(counter: MemoryCounter, batch: Mapping[str, Tensor]) -> tuple[int, float]:
+    """Return the counted bytes, and milliseconds of a count that is not the first."""
+    counter.count(batch, functional.cross_entropy)
+    started = time.perf_counter()
+    count = counter.count(batch, functional.cross_entropy)
+    return count.peak_bytes, 1000 * (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    task = TextClassification(dataset=str(prepare("questions") / "questions.csv"))
+    backbone = Backbone.load(str(prepare("minilm")), task)
+    counter = MemoryCounter(backbone.model)
+    rows = []
+    for shape in SHAPES:
+        batch = batch_of(shape)
+        for name, configuration in configurations():
+            with attach(backbone, configuration):
+                counted, milliseconds = timed_count(counter, batch)
+                started = time.perf_counter()
+                counter._count_on_fake(batch, functional.cross_entropy, "32-true")
+                fake = 1000 * (time.perf_counter() - started)
+                backbone.model.train()
+                cuda = measure_cuda(backbone.model, batch) if torch.cuda.is_available() else None
+                real = measure_live_storage(backbone.model, batch, functional.cross_entropy)
+                backbone.model.eval()
+            rows.append(
+                {
+                    "configuration": name,
+                    "batch": f"{shape[0]}×{shape[1]}",
+                    "counted_bytes": counted,
+                    "real_cpu_bytes": real,
+                    "error": counted / real - 1,
+                    "cuda_bytes": cuda,
+                    "count_ms": milliseconds,
+                    "fake_tensor_count_ms": fake,
+                }
+            )
+    report(rows)
+
+
+def report(rows: list[dict[str, object]]) -> None:
+    """Print the table and write the JSON."""
+    table = Table(title="Peak training memory: counted before training, against real steps")
+    for heading in ("configuration", "batch", "counted", "real", "error", "count", "on fake tensors"):
+        table.add_column(heading, justify="left" if heading == "configuration" else "right")
+    for row in rows:
+        table.add_row(
+            str(row["configuration"]),
+            str(row["batch"]),
+            f"{float(str(row['counted_bytes'])) / 2**20:.2f} MiB",
+            f"{float(str(row['real_cpu_bytes'])) / 2**20:.2f} MiB",
+            f"{float(str(row['error'])):+.3%}",
+            f"{float(str(row['count_ms'])):.0f} ms",
+            f"{float(str(row['fake_tensor_count_ms'])):.0f} ms",
+        )
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record = {
+        "command": "python benchmarks/memory.py",
+        "machine": platform.platform(),
+        "device": device,
+        "results": rows,
+    }
+    (RESULTS / "memory.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -132,8 +132,13 @@ def main() -> None:
 
 
 def _remember(loaded: SearchConfig) -> None:
-    """Keep the settings with the search, so that `export` can make it again."""
+    """Keep the settings with the search, so that `export` can make it again.
+
+    Those of a search that was started stay: others would not be its own, and are refused afterwards.
+    """
     place = loaded.search.folder
+    if (place / _SETTINGS_FILE).is_file() and (place / STUDY_FILE).is_file():
+        return
     try:
         place.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(loaded.settings), sort_keys=False)

@@ -69,9 +69,11 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     """Make a search from settings; see `load_config`."""
     rest = dict(settings)
     run = rest.pop("run", None) or {}
+    if not isinstance(run, Mapping):
+        raise ValueError(f"'run' is a mapping with a budget such as trials: 50, got {run!r}.")
     for key in run:
         if key not in _RUN_KEYS:
-            raise unknown_choice("key of 'run'", key, _RUN_KEYS)
+            raise unknown_choice("key of 'run'", str(key), _RUN_KEYS)
     for required in ("backbone", "task", "space"):
         if required not in rest:
             raise ValueError(f"The settings need {required!r}; they have {', '.join(rest)}.")
@@ -103,6 +105,9 @@ def _build(make: Callable[..., Any], given: Any, where: str) -> Any:
     for key in given:
         if key not in known:
             raise unknown_choice(f"key of {where}", str(key), known)
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise ValueError(f"{where} needs {key!r}; it has {', '.join(given) or 'nothing'}.")
     return make(**{key: _tuples(value) for key, value in given.items()})
 
 
@@ -118,9 +123,11 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     *parents, last = name.split(".")
     place = settings
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ValueError(f"{override!r}: {parent!r} holds {place!r}, not further keys.")
+        if place.get(parent) is None:  # also what YAML makes of a key with nothing behind it
+            place[parent] = {}
+        if not isinstance(place[parent], dict):
+            raise ValueError(f"{override!r}: {parent!r} holds {place[parent]!r}, not further keys.")
+        place = place[parent]
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

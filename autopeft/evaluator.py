@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
@@ -298,9 +299,9 @@ def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator) -> None:
 
 @contextmanager
 def _interrupts_stay_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt where Lightning would leave the process, and keep SIGINT working.
+    """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
 
-    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`.
+    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -308,6 +309,8 @@ def _interrupts_stay_interrupts() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SIGTERMException:
+        raise
     except SystemExit as exit_:
         raise KeyboardInterrupt from exit_
     finally:

@@ -173,10 +173,10 @@ class ParetoFront(Sequence[FrontPoint]):
         return self._points[knee([point.values for point in self._points], self.axes)]
 
     def trial(self, number: int) -> FrontPoint:
-        """Return a completed trial by its number, on the front or not.
+        """Return a trial by its number, on the front or not, completed or not.
 
         Raises:
-            ValueError: There is no such trial, or it did not complete.
+            ValueError: There is no such trial.
         """
         record = next((one for one in self.records if one.number == number), None)
         if record is None:
@@ -189,11 +189,13 @@ class ParetoFront(Sequence[FrontPoint]):
             raise ValueError(f"The front is empty: none of the {len(self.records)} trials completed.")
 
     def to_frame(self, *, all_trials: bool = False) -> pandas.DataFrame:
-        """Return the front, or all trials, as a data frame: a row a trial, cheapest first."""
+        """Return the front as a data frame, cheapest first, or all trials in their order: a row a trial."""
         from autopeft.plots import front_frame
 
         frame = front_frame(self.records, self.members, self.objectives)
-        return frame if all_trials else frame[frame["front"]].reset_index(drop=True)
+        if all_trials:
+            return frame
+        return frame.set_index("trial").loc[[point.number for point in self._points]].reset_index()
 
     def plot(self) -> Figure:
         """Return a plotly figure: each cost against the metric, all trials, the front emphasised."""

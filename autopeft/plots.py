@@ -70,11 +70,17 @@ def front_frame(
                 "configuration": configuration.key,
             }
         )
-    frame = pd.DataFrame(rows)
-    if rows:
-        # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
-        frame = frame.astype({"lowest_block": "Int64", "duplicate_of": "Int64"})
-    return frame
+    frame = pd.DataFrame(rows, columns=_columns(objectives))
+    # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
+    return frame.astype({"front": bool, "lowest_block": "Int64", "duplicate_of": "Int64"})
+
+
+def _columns(objectives: Sequence[Objective]) -> list[str]:
+    return [
+        *("trial", "front", "status", *(one.name for one in objectives), "methods", "adapters"),
+        *("lowest_block", "learning_rate", "weight_decay", "seed", "wall_seconds", "reference"),
+        *("duplicate_of", "reason", "configuration"),
+    ]
 
 
 def front_figure(

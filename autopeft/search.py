@@ -76,6 +76,8 @@ class Search:
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed is a whole number from 0 up, got {seed!r}.")
         self.task = task
         self.space = space
         self.objectives = resolve_objectives(objectives, task.metrics)
@@ -92,9 +94,11 @@ class Search:
         self._name = name
         self._root = Path(folder)
         self._evaluator: Evaluator | None = None
-        if name is not None and not re.fullmatch(r"[\w.\- ]{1,120}", name):
+        valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
+        if not valid_name:
             raise ValueError(
-                f"A search's name is a folder's name: letters, digits, '.', '-', '_', got {name!r}."
+                "A search's name is a folder's name: it starts with a letter or digit and goes on with these, "
+                f"'.', '-', '_' or spaces, got {name!r}."
             )
 
     @property

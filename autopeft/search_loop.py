@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ANCHOR = "autopeft:anchor"
 _MOST_INFEASIBLE = 500
+_MOST_DUPLICATES = 100
 _PUBLISH_EVERY_SECONDS = 60.0
 
 
@@ -63,7 +64,7 @@ class SearchLoop:
         try:
             with self.progress:
                 self._announce(front)
-                while self.budget.spent_share(self.records) < 1:
+                while self.budget.spent_share(self.records) < 1 and not self._used_up():
                     front = self._step(front)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -205,6 +206,18 @@ class SearchLoop:
         if time.monotonic() - self._published > _PUBLISH_EVERY_SECONDS:
             self._published = time.monotonic()
             self.tracker.publish_front(list(self.records), front.members)
+
+    def _used_up(self) -> bool:
+        """Whether nothing new is found; duplicates spend no compute, and the search would never end."""
+        latest = self.records[-_MOST_DUPLICATES:]
+        used_up = (
+            self.budget.trials is None
+            and len(latest) == _MOST_DUPLICATES
+            and all(record.duplicate_of is not None for record in latest)
+        )
+        if used_up:
+            self.progress.say(f"The last {_MOST_DUPLICATES} candidates had all been tried: the search ends.")
+        return used_up
 
     def _refuse_hopeless(self) -> None:
         latest = self.records[-_MOST_INFEASIBLE:]

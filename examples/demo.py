@@ -14,6 +14,7 @@ from rich.table import Table
 
 from autopeft import ParetoFront, Search
 from autopeft.baselines import Baseline, full_fine_tuning, head_alone
+from autopeft.budget import counted_trials
 from autopeft.config import load_config
 
 CONFIG = Path("configs/demo.yaml")
@@ -41,6 +42,10 @@ def main() -> None:
     loaded = load_config(CONFIG, sys.argv[1:])
     search = loaded.search
     front = search.run(**loaded.run)
+
+    if counted_trials(front.records) < loaded.run["trials"]:
+        console.print("Interrupted: `make demo` goes on from here.")
+        return
 
     console.print("\nBaselines: every weight trained, and the head alone …")
     baselines = [

@@ -1,0 +1,178 @@
+"""The command line: every command once, and errors without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from autopeft.cli import app, main
+from autopeft.configuration import Configuration
+from autopeft.study_store import load_study
+from tests.learnable import save_learnable_csv, save_tiny_model, tiny_search
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    return {
+        "backbone": str(folder / "model"),
+        "task": {"dataset": str(folder / "data.csv"), "test_share": 0.2, "validation_share": 0.2},
+        "space": {"type": "Uniform", "ranks": [1, 8]},
+        "objectives": ["accuracy", "trainable_parameters"],
+        "training": {"epochs": 1, "batch_size": 8, "device": "cpu"},
+        "tracking": None,
+        "name": "tiny",
+        "folder": str(folder / "runs"),
+        "run": {"trials": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, settings, and a search of three trials."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_model(folder / "model")
+    save_learnable_csv(folder / "data.csv")
+    (folder / "search.yaml").write_text(yaml.safe_dump(settings_of(folder)))
+    result = CliRunner().invoke(app, ["search", str(folder / "search.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "Pareto front" in result.output
+    return folder
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error(*arguments: str | Path) -> str:
+    result = call(*arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def test_search_keeps_its_settings_and_resumes(place: Path) -> None:
+    kept = place / "runs" / "tiny" / "search.yaml"
+    assert yaml.safe_load(kept.read_text()) == settings_of(place)
+    result = call("search", place / "search.yaml")
+    assert result.exit_code == 0
+    assert "Resuming with 3 finished trials" in result.output
+    assert len(load_study(place / "runs" / "tiny")[1]) == 3
+
+
+def test_search_with_other_settings_leaves_those_of_the_search_alone(place: Path) -> None:
+    kept = place / "runs" / "tiny" / "search.yaml"
+    before = kept.read_text()
+    assert "training.epochs: '1' there, '2' here" in error("search", place / "search.yaml", "training.epochs=2")
+    assert kept.read_text() == before
+
+
+def test_search_needs_a_budget(place: Path) -> None:
+    assert "no budget" in error("search", place / "search.yaml", "run=null")
+
+
+def test_validate_trains_nothing(place: Path) -> None:
+    result = call("validate", place / "search.yaml", "name=other", "space.ranks=[1, 4]")
+    assert result.exit_code == 0
+    assert "Uniform: one of lora(1), lora(2), lora(4) everywhere" in result.output
+    assert "attention_output" in result.output
+    assert not (place / "runs" / "other").exists()
+
+
+def test_validate_finds_what_is_wrong(place: Path) -> None:
+    yaml_file = place / "search.yaml"
+    assert "did you mean 'text'" in error("validate", yaml_file, "task.text=txt")
+    assert "No candidate" in error("validate", yaml_file, "constraints={trainable_parameters: 5}")
+    assert "did you mean 'training'" in error("validate", yaml_file, "trainin.epochs=1")
+    assert error("validate", yaml_file, f"backbone={place / 'nowhere'}")
+
+
+def test_front_prints_the_front(place: Path) -> None:
+    result = call("front", "--folder", place / "runs")
+    assert result.exit_code == 0
+    assert "Pareto front" in result.output
+    assert "trainable_parameters" in result.output
+    assert call("front", "--folder", place / "runs", "--search", "tiny").output == result.output
+
+
+def test_front_names_the_searches_there_are(place: Path, tmp_path: Path) -> None:
+    assert "did you mean 'tiny'" in error("front", "--folder", place / "runs", "--search", "tyny")
+    assert "There is no search in" in error("front", "--folder", tmp_path)
+    assert "There is no search in" in error("front", "--folder", tmp_path / "missing")
+
+
+def test_show_prints_a_trial_whose_configuration_reads_back(place: Path) -> None:
+    _, records = load_study(place / "runs" / "tiny")
+    result = call("show", "1", "--folder", place / "runs")
+    assert result.exit_code == 0
+    assert "trial 1" in result.output
+    assert "complete" in result.output
+    assert "CPU-seconds" in result.output
+    expected = records[1].evaluation.configuration
+    assert expected.to_yaml().strip() in result.output
+    assert Configuration.from_yaml(expected.to_yaml()) == expected
+    assert "no trial 7" in error("show", "7", "--folder", place / "runs")
+
+
+def test_export_writes_an_adapter(place: Path, tmp_path: Path) -> None:
+    result = call("export", "--best", "trainable_parameters=1M", "--to", tmp_path / "out", "--folder", place / "runs")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert "PeftModel.from_pretrained" in result.output
+    assert "overwrite" in error("export", "--knee", "--to", tmp_path / "out", "--folder", place / "runs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Say which trial to export"),
+        (["1", "--knee"], "Say which trial to export"),
+        (["--best", "trainable_parameters"], "A bound reads name=value"),
+        (["--best", "trainable_params=500k"], "did you mean 'trainable_parameters'"),
+        (["--best", "trainable_parameters=1"], "the closest is trial"),
+        (["7"], "no trial 7"),
+    ],
+)
+def test_export_says_what_is_wrong(arguments: list[str], message: str, place: Path, tmp_path: Path) -> None:
+    assert message in error("export", *arguments, "--to", tmp_path / "out", "--folder", place / "runs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_from_python_is_exported_from_python(tmp_path: Path) -> None:
+    tiny_search(tmp_path).run(trials=1, progress=False)
+    assert call("front", "--folder", tmp_path).exit_code == 0
+    assert "launched from Python" in error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+
+
+def test_errors_are_one_line_and_exit_code_two(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["autopeft", "front", "--folder", str(place / "runs"), "--search", "tyny"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("Error: Unknown search 'tyny'")
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_the_installed_command_prints_errors_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from autopeft.cli import main; main()", "validate", "missing.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Error: Cannot read missing.yaml: No such file or directory." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    output = call("--help").output
+    for command in ("search", "validate", "front", "show", "export", "ui"):
+        assert command in output

@@ -18,6 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # More threads than 8 slow small models down; tokenizers' own threads clash with forked data loaders.
 THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ "$$n" -lt 8 ] && echo "$$n" || echo 8)
 export OMP_NUM_THREADS ?= $(THREADS)
+# Threads that spin while they wait make everything crawl as soon as another process wants a core.
+export OMP_WAIT_POLICY ?= PASSIVE
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export TOKENIZERS_PARALLELISM ?= false
 

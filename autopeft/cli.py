@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Find the PEFT configurations that trade accuracy, parameters and memory best.",
 )
 _SETTINGS_FILE = "search.yaml"
+_WIDTH_IN_A_FILE = 140
 
 Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as in training.epochs=5.")]
@@ -55,7 +56,8 @@ def validate(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def front(folder: Folder = Path("autopeft_runs"), name: Name = None) -> None:
     """Print the Pareto front of a search."""
-    Console(soft_wrap=True).print(_read_front(_search_folder(folder, name)).table())
+    width = None if sys.stdout.isatty() else _WIDTH_IN_A_FILE
+    Console(width=width).print(_read_front(_search_folder(folder, name)).table())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     """
     path = Path(path)
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = _read_yaml(path.read_text())
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
     except yaml.YAMLError as error:
@@ -63,6 +64,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     for override in overrides:
         _apply(settings, override)
     return build_config(settings)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def build_config(settings: Mapping[str, Any]) -> SearchConfig:
@@ -129,6 +143,6 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             raise ValueError(f"{override!r}: {parent!r} holds {place[parent]!r}, not further keys.")
         place = place[parent]
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = _read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error

@@ -198,7 +198,7 @@ class MemoryCounter:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._remembered: dict[Any, Any] = {}
-        self._agrees: dict[frozenset[type], bool] = {}
+        self._agrees: dict[tuple[frozenset[type], Precision], bool] = {}
 
     def count(
         self, batch: Mapping[str, Tensor], loss: Loss, *, precision: Precision = "32-true"
@@ -213,7 +213,7 @@ class MemoryCounter:
         was_training = self._model.training
         self._model.train()
         try:
-            kinds = frozenset(type(module) for module in self._model.modules())
+            kinds = frozenset(type(module) for module in self._model.modules()), precision
             if self._agrees.get(kinds, True):
                 fast = self._count_on_meta(batch, loss, precision)
                 if kinds in self._agrees:

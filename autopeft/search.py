@@ -97,8 +97,8 @@ class Search:
         valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
         if not valid_name:
             raise ValueError(
-                "A search's name is a folder's name: it starts with a letter or digit and goes on with these, "
-                f"'.', '-', '_' or spaces, got {name!r}."
+                "A search's name is a folder's name: a letter or digit, then letters, digits, '.', '-', '_' "
+                f"or spaces, got {name!r}."
             )
 
     @property

@@ -48,9 +48,7 @@ ModelFactory = Callable[..., PreTrainedModel]
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if item.get_closest_marker("browser") and not (
-        shutil.which("chromium") and shutil.which("chromedriver")
-    ):
+    if item.get_closest_marker("browser") and not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Chromium and chromedriver")
 
 

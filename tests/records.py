@@ -10,9 +10,7 @@ from autopeft.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.objectives import Objective, resolve_objectives
 from autopeft.pareto import non_dominated
 
-OBJECTIVES = resolve_objectives(
-    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy", "f1_macro")
-)
+OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters", "peak_memory"), ("accuracy", "f1_macro"))
 IDENTITY = {
     "backbone": {"name": "all-MiniLM-L6-v2", "class": "BertForSequenceClassification"},
     "task": {"name": "questions", "train_examples": "4,306", "fingerprint": "5a1d"},
@@ -104,9 +102,7 @@ def synthetic_records(count: int, *, seed: int = 0) -> list[TrialRecord]:
     return records
 
 
-def front_of(
-    records: Sequence[TrialRecord], objectives: Sequence[Objective] = OBJECTIVES
-) -> set[int]:
+def front_of(records: Sequence[TrialRecord], objectives: Sequence[Objective] = OBJECTIVES) -> set[int]:
     """Return the numbers of the completed trials that no other one dominates."""
     whole = [record for record in records if record.evaluation.status == "complete"]
     keep = non_dominated([record.evaluation.values for record in whole], objectives)

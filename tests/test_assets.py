@@ -157,9 +157,7 @@ def test_command_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(monkeypatch)
     monkeypatch.setenv("AUTOPEFT_ASSETS", str(root))
     command = [sys.executable, module.__file__]
-    done = subprocess.run(
-        [*command, "questions", "spam"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*command, "questions", "spam"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(root / "data/questions"), str(root / "data/spam")]
     failed = subprocess.run([*command, "movies"], capture_output=True, text=True, check=False)
     assert failed.returncode == 1

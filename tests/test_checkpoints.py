@@ -31,7 +31,9 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 def test_tensors_that_are_views_are_kept_as_they_look(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, {"transposed": STATE["0.query.lora.a"].T})
-    assert torch.equal(load_file(tmp_path / "trial-00000.safetensors")["transposed"], torch.arange(6.0).reshape(2, 3).T)
+    assert torch.equal(
+        load_file(tmp_path / "trial-00000.safetensors")["transposed"], torch.arange(6.0).reshape(2, 3).T
+    )
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

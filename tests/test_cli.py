@@ -66,7 +66,9 @@ def test_search_keeps_its_settings_and_resumes(place: Path) -> None:
 def test_search_with_other_settings_leaves_those_of_the_search_alone(place: Path) -> None:
     kept = place / "runs" / "tiny" / "search.yaml"
     before = kept.read_text()
-    assert "training.epochs: '1' there, '2' here" in error("search", place / "search.yaml", "training.epochs=2")
+    assert "training.epochs: '1' there, '2' here" in error(
+        "search", place / "search.yaml", "training.epochs=2"
+    )
     assert kept.read_text() == before
 
 
@@ -118,11 +120,12 @@ def test_show_prints_a_trial_whose_configuration_reads_back(place: Path) -> None
 
 
 def test_export_writes_an_adapter(place: Path, tmp_path: Path) -> None:
-    result = call("export", "--best", "trainable_parameters=1M", "--to", tmp_path / "out", "--folder", place / "runs")
+    where = ("--to", tmp_path / "out", "--folder", place / "runs")
+    result = call("export", "--best", "trainable_parameters=1M", *where)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert "PeftModel.from_pretrained" in result.output
-    assert "overwrite" in error("export", "--knee", "--to", tmp_path / "out", "--folder", place / "runs")
+    assert "overwrite" in error("export", "--knee", *where)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,9 @@ def test_a_search_from_python_is_exported_from_python(tmp_path: Path) -> None:
 def test_errors_are_one_line_and_exit_code_two(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["autopeft", "front", "--folder", str(place / "runs"), "--search", "tyny"])
+    monkeypatch.setattr(
+        sys, "argv", ["autopeft", "front", "--folder", str(place / "runs"), "--search", "tyny"]
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

@@ -13,12 +13,11 @@ from optuna.trial import Trial, TrialState
 from autopeft.samplers import SAMPLERS, SeededSampler, make_sampler
 
 NAMES = [name for name in SAMPLERS if name != "botorch"]
-DIRECTIONS = ("maximize", "minimize", "minimize")
 
 
 def new_study(sampler: BaseSampler) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(directions=list(DIRECTIONS), sampler=sampler)
+    return optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
 
 
 def step(study: Study) -> dict[str, Any]:

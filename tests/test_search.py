@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from autopeft.adapter_loading import load_adapter
 from autopeft.backbone import Backbone
 from autopeft.checkpoints import Checkpoints
 from autopeft.front import ParetoFront
-from autopeft.methods import count_parameters
+from autopeft.methods import attach, count_parameters
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
 from autopeft.study_store import load_study
 from autopeft.training import Training
-from tests.learnable import learnable_task, learner, outcomes, save_tiny_model, tiny_search
+from tests.learnable import TRAINING, learnable_task, learner, outcomes, save_tiny_model, tiny_search
 from tests.models import fingerprint, logits_of, tiny_batch, tiny_classifier, tiny_tokenizer
 from tests.records import front_of
 
@@ -56,8 +57,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("space", SPACES, ids=lambda one: f"{type(one).__name__}-{len(one.methods)}"
-                         if not isinstance(one, AutoPEFTPaper) else "AutoPEFTPaper")
+@pytest.mark.parametrize("space", SPACES, ids=("PerLayer", "conditional", "Uniform", "AutoPEFTPaper"))
 def test_a_search_gives_a_front(space: SearchSpace, tmp_path: Path) -> None:
     search = tiny_search(tmp_path, space=space)
     before = fingerprint(search.backbone.model)
@@ -102,7 +102,7 @@ def test_duplicates_are_not_trained_twice(tmp_path: Path) -> None:
         trained.append(configuration.key)
         return train(configuration, *arguments)
 
-    search.evaluator.train = counted  # type: ignore[method-assign]
+    search.evaluator.train = counted  # type: ignore[method-assign, assignment]
     front = run(search, 6)
     assert len(trained) == len(set(trained)) == 2
     assert [record.duplicate_of is None for record in front.records].count(True) == 2
@@ -223,7 +223,7 @@ def test_more_trials_go_on_from_there(tmp_path: Path) -> None:
     [
         ({"seed": 1}, r"search\.seed: '0' there, '1' here"),
         ({"space": Uniform(ranks=(1, 16))}, r"space\.ranks"),
-        ({"training": Training(epochs=2, batch_size=8, device="cpu")}, r"training\.epochs: '1' there, '2' here"),
+        ({"training": replace(TRAINING, epochs=2)}, r"training\.epochs: '1' there, '2' here"),
         ({"sampler": "random"}, r"search\.sampler: 'tpe' there, 'random' here"),
         ({"objectives": ("accuracy", "trainable_parameters")}, "objectives"),
         ({"constraints": {"peak_memory": "1 GiB"}}, r"search\.constraints"),
@@ -341,14 +341,12 @@ def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> Non
     assert report.max_logit_difference <= 1e-5
     state = Checkpoints(search.folder / "adapters").load(point.number)
     assert state is not None
-    from autopeft.methods import attach
-
     with attach(search.backbone, point.configuration) as attachment:
         attachment.load_state_dict(state)
         expected = logits_of(search.backbone)
-    loaded = load_adapter(tmp_path / "adapter")
+    loaded = load_adapter(tiny_classifier("bert"), tmp_path / "adapter")
     with torch.no_grad():
-        found = loaded.model(**tiny_batch()).logits
+        found = loaded(**tiny_batch()).logits
     assert float((found - expected).abs().max()) <= 1e-5
 
 
@@ -359,7 +357,9 @@ def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
     search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
     front = run(search, 3)
     number = next(one.number for one in front.records if one.evaluation.status == "infeasible")
-    with pytest.raises(ValueError, match=rf"Trial {number} infeasible \(trainable_parameters .*nothing to export"):
+    with pytest.raises(
+        ValueError, match=rf"Trial {number} infeasible \(trainable_parameters .*nothing to export"
+    ):
         search.export(number, tmp_path / "out")
     with pytest.raises(ValueError, match="There is no trial 99"):
         search.export(99, tmp_path / "out")

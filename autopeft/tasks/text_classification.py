@@ -33,6 +33,21 @@ _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
+class _Matthews(MulticlassMatthewsCorrCoef):
+    """Matthews correlation that is 0 where it is undefined: one class alone predicted, or in the labels.
+
+    torchmetrics 1.9 gives other values there (0.41 for a constant prediction of two classes), which would
+    let a model that has learnt nothing onto the front.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the correlation, a scalar in [-1, 1]."""
+        confusion: Tensor = self.confmat
+        several = [(confusion.sum(axis) > 0).sum() > 1 for axis in (0, 1)]
+        value: Tensor = super().compute()
+        return value if all(several) else torch.zeros_like(value)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextClassification(Task):
     """Classify texts, or pairs of texts.
@@ -280,7 +295,7 @@ class TextClassification(Task):
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro"),
                 "f1": MulticlassF1Score(classes, average="macro"),
-                "matthews": MulticlassMatthewsCorrCoef(classes),
+                "matthews": _Matthews(classes),
             }
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -71,7 +72,10 @@ def _key(tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], m
     settings = [type(tokenizer).__name__, str(max_length), repr(tokenizer.special_tokens_map)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        settings.append(backend.to_str())
+        rules = json.loads(backend.to_str())
+        # A tokenizer keeps the truncation and padding of its last call.
+        rules |= {"truncation": None, "padding": None}
+        settings.append(json.dumps(rules, sort_keys=True))
     return fingerprint([settings, words, *columns])
 
 

@@ -31,6 +31,11 @@ def test_count_is_the_papers_for_bert_base() -> None:
     assert SPACE.count(deep) == (11**3 - 1) * (2**12 - 1) + 1
 
 
+def test_ten_halvings_are_the_limit() -> None:
+    wide = tiny_backbone("bert", hidden_size=1024, intermediate_size=8, vocab_size=8)
+    assert SPACE.sizes(wide)[:3] == (0, 2, 4)
+
+
 def test_small_widths_have_fewer_sizes() -> None:
     assert SPACE.sizes(BERT) == (0, 1, 2, 4, 8, 16, 32)
 

@@ -1,0 +1,246 @@
+"""Text classification from every kind of source."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from autopeft.tasks import TextClassification
+from autopeft.tasks.tokenised import tokenise
+
+WORDS = ["good", "bad", "very", "film", "dog"]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    model = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}, "[UNK]")
+    )
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def rows(count: int = 60) -> dict[str, list[Any]]:
+    return {
+        "text": [f"{WORDS[row % 2]} {'very ' * (row % 5)}film {row}" for row in range(count)],
+        "label": [("positive", "negative")[row % 2] for row in range(count)],
+    }
+
+
+def task(**settings: Any) -> TextClassification:
+    return TextClassification(**{"dataset": Dataset.from_dict(rows()), **settings})
+
+
+def written(folder: Path, suffix: str) -> Path:
+    data = Dataset.from_dict(rows())
+    path = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        data.to_parquet(str(path))
+    elif suffix in (".json", ".jsonl"):
+        data.to_json(str(path))
+    else:
+        data.to_csv(str(path), sep="\t" if suffix == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_local_files(tmp_path: Path, suffix: str) -> None:
+    loaded = task(dataset=written(tmp_path, suffix))
+    loaded.validate()
+    assert loaded.labels == ("negative", "positive")
+    assert loaded.split("train") == task().split("train")
+    assert [len(loaded.split(name).labels) for name in ("train", "validation", "test")] == [48, 6, 6]
+
+
+def test_a_folder_with_a_file_a_split(tmp_path: Path) -> None:
+    for name, count in (("train", 20), ("dev", 8), ("test", 4)):
+        Dataset.from_dict(rows(count)).to_csv(str(tmp_path / f"{name}.csv"))
+    loaded = task(dataset=tmp_path)
+    assert [len(loaded.split(name).labels) for name in ("train", "validation", "test")] == [20, 8, 4]
+
+
+def test_splits_are_disjoint_and_depend_on_the_seed_alone() -> None:
+    texts = [set(task().split(name).columns[0]) for name in ("train", "validation", "test")]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 60
+    assert task().split("test") == task().split("test")
+    assert task().split("test") != task(seed=1).split("test")
+
+
+def test_names_of_class_labels_and_order_of_numbers() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    named = Dataset.from_dict({"text": ["a", "b"] * 20, "label": [0, 1] * 20}, features=features)
+    assert task(dataset=named).labels == ("no", "yes")
+    numbered = Dataset.from_dict({"text": ["a", "b", "c"] * 20, "label": [10, 9, 2] * 20})
+    assert task(dataset=numbered).labels == ("2", "9", "10")
+    assert task(dataset=numbered).model_options()["label2id"] == {"2": 0, "9": 1, "10": 2}
+
+
+def test_unlabelled_test_rows_and_held_out_validation(caplog: pytest.LogCaptureFixture) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+
+    def labelled(*labels: int) -> Dataset:
+        data = {"text": [f"row {row}" for row in range(len(labels))], "label": list(labels)}
+        return Dataset.from_dict(data, features=features)
+
+    source = DatasetDict(train=labelled(*[0, 1] * 20), validation=labelled(1, 0, 1), test=labelled(-1, -1))
+    with caplog.at_level(logging.INFO):
+        glue = task(dataset=source)
+        glue.validate()
+    assert len(glue.split("test").labels) == 3
+    assert "held out as test" in caplog.text
+
+
+def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFast) -> None:
+    poisoned = Dataset.from_dict({"text": [None, None], "label": ["positive", "negative"]})
+    source = DatasetDict(train=Dataset.from_dict(rows()), test=poisoned)
+    loaded = task(dataset=source)
+    loaded.validate()
+    loaded.identity()
+    loaded.majority_score("accuracy")
+    data = loaded.data(tokenizer, batch_size=8, seed=0)
+    assert len(list(data.train_dataloader())) == data.steps_per_epoch
+    list(data.val_dataloader())
+    data.largest_batch()
+    with pytest.raises(ValueError, match="Row 0 of the test split has None"):
+        data.test_dataloader()
+
+
+def test_batches_of_single_texts_and_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = rows() | {"other": ["dog"] * 60}
+    single = task().data(tokenizer, batch_size=8, seed=0)
+    double = task(dataset=Dataset.from_dict(pairs), text=("text", "other")).data(
+        tokenizer, batch_size=8, seed=0
+    )
+    one, two = (next(iter(data.train_dataloader())) for data in (single, double))
+    assert two["attention_mask"].sum() == one["attention_mask"].sum() + 8
+    again = task().data(tokenizer, batch_size=8, seed=0)
+    for left, right in zip(single.train_dataloader(), again.train_dataloader(), strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    shapes = [tuple(batch["input_ids"].shape) for batch in single.train_dataloader()]
+    largest = single.largest_batch()["input_ids"].shape
+    assert largest[0] == 8
+    assert largest[1] == max(width for _, width in shapes)
+
+
+def test_limits_are_stratified() -> None:
+    limited = task(train_examples=10, validation_examples=2, test_examples=4)
+    assert sorted(limited.split("train").labels) == [0] * 5 + [1] * 5
+    assert len(limited.split("validation").labels) == 2
+    assert len(limited.split("test").labels) == 4
+
+
+def test_class_weights_weigh_the_loss() -> None:
+    logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 1, 0, 1])
+    plain = functional.cross_entropy(logits, labels)
+    assert torch.equal(task().loss(logits, labels), plain)
+    weighted = task(class_weights={"positive": 3.0}).loss(logits, labels)
+    expected = functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 3.0]))
+    assert torch.equal(weighted, expected)
+    uneven = Dataset.from_dict({"text": ["a"] * 80, "label": ["n"] * 60 + ["p"] * 20})
+    balanced = task(dataset=uneven, class_weights="balanced").loss(logits, labels)
+    weight = torch.tensor([80 / 2 / 60, 80 / 2 / 20])
+    assert torch.allclose(balanced, functional.cross_entropy(logits, labels, weight=weight))
+
+
+def test_metrics_and_what_the_majority_scores() -> None:
+    uneven = Dataset.from_dict({"text": ["a"] * 80, "label": ["n"] * 60 + ["p"] * 20})
+    loaded = task(dataset=uneven)
+    assert loaded.majority_score("accuracy") == pytest.approx(0.75)
+    assert loaded.majority_score("f1") == pytest.approx((2 * 0.75 / 1.75) / 2)
+    assert loaded.majority_score("matthews") == 0
+    metrics = loaded.metric_collection()
+    metrics.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    assert set(metrics.compute()) == set(loaded.metrics)
+    assert float(metrics.compute()["accuracy"]) == 0.5
+    assert loaded.best_score("f1") == 1
+
+
+def test_identity_follows_the_content() -> None:
+    changed = rows()
+    changed["text"][0] += " indeed"
+    assert task().identity() == task().identity()
+    assert task().identity()["content"] != task(dataset=Dataset.from_dict(changed)).identity()["content"]
+
+
+def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
+    return lambda: task(dataset=Dataset.from_dict(columns))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: task(text="txt"), r"column of the train split 'txt'.*did you mean 'text'"),
+        (lambda: task(label="lable"), r"did you mean 'label'"),
+        (lambda: task(text=("text", "text")), "two different ones"),
+        (lambda: task(validation_share=0.6, test_share=0.6), "together below 1"),
+        (lambda: task(max_length=0), "whole number from 1 up"),
+        (lambda: task(class_weights="balance"), "did you mean 'balanced'"),
+        (lambda: task(class_weights={"positiv": 1.0}), "did you mean 'positive'"),
+        (lambda: task(class_weights={"positive": -1.0}), "at least 0"),
+        (lambda: task(dataset="./nowhere.csv"), "no data set file"),
+        (lambda: task(dataset="no-such-data-set"), "Cannot load the data set 'no-such-data-set'"),
+        (lambda: task(dataset=__file__), r"data set suffix '\.py'"),
+        (lambda: task(dataset="./data.csv", subset="rte"), "for hub data sets|no data set file"),
+        (mapped(text=["a"] * 4, label=["x"] * 4), "one class only"),
+        (mapped(text=["a"] * 4, label=[0.5, 1.5, 2.5, 0.5]), "regression"),
+        (mapped(text=["a"] * 4, label=["x", "y", None, "x"]), "without a label"),
+        (mapped(text=["a", None] * 20, label=["x", "y"] * 20), "expected text"),
+        (lambda: task(dataset=DatasetDict(other=Dataset.from_dict(rows()))), "expected one called 'train'"),
+        (mapped(text=["a", "b"], label=["x", "y"]), "split has no rows"),
+    ],
+)
+def test_what_is_wrong_is_said(make: Callable[[], TextClassification], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().validate()
+
+
+def test_an_unknown_label_in_another_split_is_said() -> None:
+    strange = Dataset.from_dict({"text": ["a", "b"], "label": ["positve", "negative"]})
+    with pytest.raises(ValueError, match=r"label in the validation split 'positve'.*'positive'"):
+        task(
+            dataset=DatasetDict(train=Dataset.from_dict(rows()), validation=strange, test=strange)
+        ).validate()
+
+
+def test_a_tokenizer_without_padding_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        task().data(tokenizer, batch_size=8, seed=0)
+
+
+def test_texts_are_tokenised_once(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = [["good film", "bad very dog"]]
+    tokens, offsets = tokenise(tokenizer, columns, 8, tmp_path)
+    (file,) = tmp_path.iterdir()
+    written_at = file.stat().st_mtime_ns
+    again, again_offsets = tokenise(tokenizer, columns, 8, tmp_path)
+    assert file.stat().st_mtime_ns == written_at
+    assert all((tokens[name] == again[name]).all() for name in tokens)
+    assert (offsets == again_offsets).all()
+    assert offsets.tolist() == [0, 2, 5]
+    file.write_bytes(json.dumps({"no": "safetensors"}).encode())
+    repaired, _ = tokenise(tokenizer, columns, 8, tmp_path)
+    assert "made again" in caplog.text
+    assert (repaired["input_ids"] == tokens["input_ids"]).all()
+    tokenise(tokenizer, columns, 2, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot be kept"):
+        tokenise(tokenizer, [["good"]], 8, tmp_path / "file" / "cache")

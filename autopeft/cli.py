@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 from autopeft.config import SearchConfig, build_config, load_config
 from autopeft.errors import unknown_choice
 from autopeft.front import ParetoFront
 from autopeft.objectives import resolve_objectives
 from autopeft.pareto import Axis
+from autopeft.progress import wide_console
 from autopeft.server import serve
 from autopeft.study_store import STUDY_FILE, load_study
 
@@ -25,7 +25,6 @@ app = typer.Typer(
     help="Find the PEFT configurations that trade accuracy, parameters and memory best.",
 )
 _SETTINGS_FILE = "search.yaml"
-_WIDTH_IN_A_FILE = 140
 
 Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as in training.epochs=5.")]
@@ -56,8 +55,7 @@ def validate(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def front(folder: Folder = Path("autopeft_runs"), name: Name = None) -> None:
     """Print the Pareto front of a search."""
-    width = None if sys.stdout.isatty() else _WIDTH_IN_A_FILE
-    Console(width=width).print(_read_front(_search_folder(folder, name)).table())
+    wide_console().print(_read_front(_search_folder(folder, name)).table())
 
 
 @app.command()
@@ -128,7 +126,7 @@ def main() -> None:
     """Run the command line; errors a user can mend are printed without a traceback."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import logging
+import re
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -23,6 +24,12 @@ from autopeft.objectives import Objective
 _logger = logging.getLogger(__name__)
 _TAG = "mlflow.sharedViewState."
 _MOST_RUNS = 1000
+_REFUSED_IN_NAMES = re.compile(r"[^\w.\- :/]")
+
+
+def valid_key(name: str) -> str:
+    """Return a metric's or parameter's name as MLflow takes it, as in "F1_5" for "F1@5"."""
+    return _REFUSED_IN_NAMES.sub("_", name)
 
 
 def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
@@ -32,20 +39,21 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         parent_run_id: The search's run; its children are shown.
         objectives: The search's objectives.
     """
-    metric = next(one for one in objectives if one.unit == "score")
-    costs = [one for one in objectives if one.name != metric.name]
+    first = next(one for one in objectives if one.unit == "score")
+    metric = valid_key(first.name)
+    costs = [valid_key(one.name) for one in objectives if one.name != first.name]
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
     charts = [
         {
-            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{cost.name}")),
+            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{cost}")),
             "type": "SCATTER",
             "metricSectionId": section,
             "deleted": False,
             "isGenerated": False,
             "runsCountToCompare": _MOST_RUNS,
-            "xaxis": {"key": cost.name, "type": "METRIC"},
-            "yaxis": {"key": metric.name, "type": "METRIC"},
-            "displayName": f"{metric.name} against {cost.name}",
+            "xaxis": {"key": cost, "type": "METRIC"},
+            "yaxis": {"key": metric, "type": "METRIC"},
+            "displayName": f"{metric} against {cost}",
         }
         for cost in costs
     ]
@@ -63,14 +71,14 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         # Any order but start time: that one nests children under the collapsed parent, which is then
         # drawn alone.
-        "orderByKey": f"metrics.`{metric.name}`",
+        "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"metrics.`{one.name}`" for one in objectives),
+            *(f"metrics.`{name}`" for name in (metric, *costs)),
             "tags.`autopeft.pareto`",
         ],
         "runsExpanded": {},

@@ -27,7 +27,9 @@ OTHER_COLOUR = "#7F7F7F"
 
 _MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 _TICK_MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
-_TICK_STEPS = (0.1, 0.2, 0.25, 0.5, 1.0)
+_TICK_STEPS = (0.02, 0.025, 0.05, 0.1, 0.2)
+_LABEL_SIZE = (26, 16)
+"""Width and height of a trial's number in the static picture, in pixels."""
 
 
 def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
@@ -147,7 +149,7 @@ def front_image(
 
     Args:
         records: The search's trials.
-        members: Numbers of the trials on the front; those on the stairs carry their number.
+        members: Numbers of the trials on the front; those on the stairs carry theirs where there is room.
         objectives: What the axes show, the first metric upwards.
     """
     pairs = projections(objectives)
@@ -202,7 +204,7 @@ def _axis_title(objective: Objective) -> str:
 
 
 def _title(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord], members: Collection[int]) -> str:
-    left_out = len(records) - len(drawn)
+    left_out = sum(record.evaluation.status != "complete" for record in records)
     on_front = sum(record.number in members for record in drawn)
     rest = f"; {left_out} did not complete" if left_out else ""
     return f"{len(drawn)} trials, {on_front} on the front{rest}"
@@ -257,7 +259,7 @@ def _groups(
             {"color": OTHER_COLOUR, "size": 7, "opacity": 0.6},
         ),
         (
-            "reference point (◆ on the front too)",
+            "reference point",
             [record for record in rest if record.anchor is not None],
             {"color": REFERENCE_COLOUR, "size": 9, "symbol": "diamond", "line": edge},
         ),
@@ -336,7 +338,7 @@ def _add_solid(
             "xaxis": _plotly_axis(x, drawn),
             "yaxis": _plotly_axis(y, drawn),
             "zaxis": _plotly_axis(z, drawn),
-            "camera": {"eye": {"x": -1.6, "y": -1.6, "z": 0.9}},
+            "camera": {"eye": {"x": -1.9, "y": -1.9, "z": 1.1}, "center": {"z": -0.25}},
         }
     )
 
@@ -361,13 +363,11 @@ def _draw_panel(
                 edgecolors="white",
                 linewidths=0.8,
                 zorder=3 if name == "front" else 2,
-                label=name if (symbol == "D") == name.startswith("reference") else None,
+                label=name if (symbol == "D") == (name == "reference point") else None,
             )
     stairs = _stairs([one for one in drawn if one.number in members], x, y)
     points = [(_shown(one, x), _shown(one, y)) for one in stairs]
     axes.step(*zip(*points, strict=True), where="post", color=FRONT_COLOUR, lw=1.2) if points else None
-    for record, point in zip(stairs, points, strict=True):
-        axes.annotate(str(record.number), point, (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel=_axis_title(x), ylabel=_axis_title(y))
     axes.margins(0.06)
     axes.grid(alpha=0.25)
@@ -382,3 +382,16 @@ def _draw_panel(
             axis.set_major_locator(FixedLocator(ticks))
             axis.set_major_formatter(FixedFormatter(labels))
             axis.set_minor_locator(NullLocator())
+    _label(axes, stairs, points)
+
+
+def _label(axes: Axes, stairs: Sequence[TrialRecord], points: Sequence[tuple[float, float]]) -> None:
+    """Write trial numbers above the points, but not over one another."""
+    taken: list[tuple[float, float]] = []
+    for record, point in reversed(list(zip(stairs, points, strict=True))):
+        x, y = axes.transData.transform(point)
+        if all(abs(x - left) > _LABEL_SIZE[0] or abs(y - below) > _LABEL_SIZE[1] for left, below in taken):
+            taken.append((x, y))
+            axes.annotate(
+                str(record.number), point, (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )

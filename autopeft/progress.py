@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -13,6 +14,14 @@ from rich.table import Table
 
 from autopeft.evaluation import TrialRecord
 from autopeft.objectives import Objective
+
+_WIDTH_IN_A_FILE = 140
+
+
+def wide_console() -> Console:
+    """Return a console on standard output, wide enough for tables where that is no terminal."""
+    width = None if sys.stdout.isatty() else _WIDTH_IN_A_FILE
+    return Console(highlight=False, width=width)
 
 
 class SearchProgress:
@@ -38,7 +47,7 @@ class SearchProgress:
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.description}"),
             TimeElapsedColumn(),
-            console=console or Console(highlight=False, soft_wrap=True),
+            console=console or wide_console(),
             disable=not enabled,
         )
         self._task = self._progress.add_task("", total=1.0)
@@ -58,7 +67,7 @@ class SearchProgress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            self._progress.console.print(text, markup=False)
+            self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def show_front(self, table: Table) -> None:
         """Print the front."""

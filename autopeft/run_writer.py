@@ -1,11 +1,11 @@
-"""Write one trial as an MLflow run: values, curves, cost, configuration and its picture."""
+"""Write a trial as an MLflow run (values, curves, cost, configuration), and the front to the search's."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +14,18 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Status, TrialRecord
+from autopeft.mlflow_view import valid_key
+from autopeft.objectives import Objective
 from autopeft.pictures import configuration_image
+from autopeft.plots import front_figure, front_frame, front_image, save_front_html
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
+KEY_PARAM: Final = "configuration_key"
 _METRICS_A_BATCH = 1000
 _LONGEST_TAG = 5000
+_MOST_ROWS = 30
 _RUN_STATUS: Mapping[Status, str] = {
     "complete": RunStatus.to_string(RunStatus.FINISHED),
     "failed": RunStatus.to_string(RunStatus.FAILED),
@@ -70,13 +75,14 @@ def _metrics(record: TrialRecord) -> list[Metric]:
         "cost/gpu_seconds": evaluation.cost.gpu_seconds,
         "cost/steps": float(evaluation.cost.steps),
     }
-    curves = [Metric(f"curve/{point.metric}", point.value, now, point.step) for point in evaluation.curves]
-    values = [
-        Metric(name, value, now, 0)
-        for name, value in {**evaluation.values, **cost}.items()
-        if math.isfinite(value)
+    # Curves have names of their own: MLflow shows a name's value at the highest step, which is the last
+    # validation's and not the kept one's.
+    curves = [
+        Metric(valid_key(f"curve/{point.metric}"), point.value, now, point.step)
+        for point in evaluation.curves
     ]
-    return [*curves, *values]
+    values = [Metric(valid_key(name), value, now, 0) for name, value in {**evaluation.values, **cost}.items()]
+    return [one for one in (*curves, *values) if math.isfinite(one.value)]
 
 
 def _params(record: TrialRecord) -> list[Param]:
@@ -88,10 +94,10 @@ def _params(record: TrialRecord) -> list[Param]:
         "adapters": str(len(configuration)),
         "lowest_block": "none" if lowest is None else str(lowest),
         "seed": str(record.evaluation.seed),
-        "configuration_key": configuration.key,
+        KEY_PARAM: configuration.key,
     }
     if record.anchor is not None:
-        params["anchor"] = record.anchor
+        params["anchor"] = shortened(record.anchor, _LONGEST_TAG)
     return [Param(name, value) for name, value in params.items()]
 
 
@@ -107,6 +113,51 @@ def _tags(record: TrialRecord, *, on_front: bool) -> list[RunTag]:
     return [RunTag(name, value) for name, value in tags.items()]
 
 
+def write_front(
+    client: MlflowClient,
+    run_id: str,
+    records: Sequence[TrialRecord],
+    members: Collection[int],
+    objectives: Sequence[Objective],
+) -> None:
+    """Write the front's page, picture and tables to the search's run, in place of the last ones."""
+    frame = front_frame(records, members, objectives)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        save_front_html(front_figure(records, members, objectives), place / "front.html")
+        (place / "front.png").write_bytes(front_image(records, members, objectives))
+        frame[frame["front"]].drop(columns="front").to_csv(place / "front.csv", index=False)
+        frame.to_csv(place / "trials.csv", index=False)
+        client.log_artifacts(run_id, folder, "pareto")
+
+
+def front_markdown(
+    records: Sequence[TrialRecord], members: Collection[int], objectives: Sequence[Objective]
+) -> str:
+    """Return the front as a Markdown table, from the best value of the first objective down."""
+    first = objectives[0]
+    on_front = sorted(
+        (record for record in records if record.number in members),
+        key=lambda one: one.evaluation.values[first.name],
+        reverse=first.direction == "maximize",
+    )
+    heading = ["trial", *(one.name for one in objectives), "methods"]
+    lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
+    for record in on_front[:_MOST_ROWS]:
+        values = [one.format(record.evaluation.values[one.name]) for one in objectives]
+        methods = "+".join(record.evaluation.configuration.methods) or "head alone"
+        lines.append(" | ".join([str(record.number), *values, methods]))
+    rest = len(on_front) - _MOST_ROWS
+    more = f"\n\n… and {rest} more in the artifact pareto/front.csv" if rest > 0 else ""
+    title = f"**Pareto front: {len(on_front)} of {len(records)} trials**\n\n"
+    return title + "\n".join(f"| {line} |" for line in lines) + more
+
+
 def shortened(text: str, longest: int) -> str:
-    """Return the text, cut to a length with a mark that says so: MLflow cuts without one."""
+    """Return the text, cut to a length with a mark that says so: MLflow cuts without one.
+
+    Halves of characters, which file names and error messages may hold, are written out: a database takes
+    none.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= longest else f"{text[: longest - 40]} … ({len(text)} characters)"

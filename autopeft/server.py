@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,14 +11,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Self
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.mlflow_view import view_link
-from autopeft.tracking import SEARCH_TAG, VIEW_TAG
+from autopeft.tracking import SEARCH_TAG, VIEW_TAG, checked_store
 
 HOST = "127.0.0.1"
 _START_SECONDS = 90
@@ -43,7 +47,11 @@ class MlflowServer:
         self._output = tempfile.TemporaryFile()
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.uri]
         command += ["--host", HOST, "--port", str(self.port), "--workers", "1"]
-        self._process = subprocess.Popen(command, stdout=self._output, stderr=subprocess.STDOUT)
+        # Jobs are for evaluating language models; their eight workers would take a minute to start.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._process = subprocess.Popen(
+            command, stdout=self._output, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             self._wait_until_up()
         except BaseException:
@@ -92,14 +100,15 @@ class MlflowServer:
 
 
 def serve(uri: str, *, port: int = 5000) -> None:
-    """Serve the UI until Ctrl-C, and print a link to the front of every search in the store.
+    """Serve the UI until Ctrl-C or SIGTERM, and print a link to the front of every search in the store.
 
     Raises:
         ValueError: The store cannot be opened.
         RuntimeError: The server does not start.
     """
+    uri, _ = checked_store(uri)
     fronts = _fronts(uri)
-    with MlflowServer(uri, port) as server:
+    with _interrupted_by_sigterm(), MlflowServer(uri, port) as server:
         if server.port != port:
             print(f"Port {port} is in use: serving on {server.port}.")
         print(f"MLflow UI: {server.url}")
@@ -110,6 +119,20 @@ def serve(uri: str, *, port: int = 5000) -> None:
             server.wait()
         except KeyboardInterrupt:
             print()
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: left alone, it would end this process and leave the server."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fronts(uri: str) -> list[tuple[str, str, str | None]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import queue
+import sqlite3
 import tempfile
 import threading
 import time
@@ -20,15 +22,18 @@ from mlflow.exceptions import MlflowException
 
 from autopeft.configuration import Configuration
 from autopeft.evaluation import TrialRecord
-from autopeft.mlflow_view import save_view, view_link, view_state
+from autopeft.mlflow_view import save_view, valid_key, view_link, view_state
 from autopeft.objectives import Objective
-from autopeft.plots import front_figure, front_frame, front_image, save_front_html
+from autopeft.plots import front_frame
 from autopeft.run_writer import (
+    KEY_PARAM,
     PARENT_TAG,
     PARETO_TAG,
     TRIAL_TAG,
     create_trial_run,
+    front_markdown,
     shortened,
+    write_front,
     write_trial,
 )
 
@@ -38,6 +43,9 @@ VIEW_TAG = "autopeft.view"
 _LONGEST_PARAM = 5000
 _ATTEMPTS = 4
 _PAGE = 1000
+_BATCH = 100
+_PATIENCE_SECONDS = 60.0
+_SQLITE_HEADER = b"SQLite format 3\0"
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
 
@@ -69,10 +77,9 @@ class Tracker:
     ) -> None:
         self.objectives = tuple(objectives)
         self.search_name = search_name
-        self._uri = uri
+        self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
         self._ui_url = ui_url
-        self._artifacts = _artifact_location(uri)
         self._client: MlflowClient
         self._experiment_id = ""
         self._parent = ""
@@ -81,6 +88,8 @@ class Tracker:
         self._members: set[int] = set()
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+        self._last_success = time.monotonic()
         self.failures = 0
 
     @property
@@ -110,12 +119,14 @@ class Tracker:
             self._client = MlflowClient(tracking_uri=self._uri)
             self._experiment_id = self._open_experiment()
             self._open_parent(note, identity)
+            missing = self._reconcile(records)
         except MlflowException as error:
             raise ValueError(f"MLflow cannot use the tracking store {self._uri!r}: {error}") from error
         self._view = save_view(self._client, self._experiment_id, view_state(self._parent, self.objectives))
         if self._view is not None:
             self._client.set_tag(self._parent, VIEW_TAG, self._view)
-        self._reconcile(records)
+        for record in missing:
+            self.trial_finished(record)
         self._thread = threading.Thread(target=self._work, name="autopeft-tracker", daemon=True)
         self._thread.start()
 
@@ -150,30 +161,46 @@ class Tracker:
                 return runs
 
     def _open_parent(self, note: str, identity: Mapping[str, Mapping[str, str]]) -> None:
-        found = self._search_runs(f"tags.`{SEARCH_TAG}` = '{self.search_name}'")
-        if found:
-            self._parent = str(found[0].info.run_id)
+        settings = {key: group for key, group in identity.items() if key != "environment"}
+        params = {
+            valid_key(f"{group}.{key}"): shortened(value, _LONGEST_PARAM) or "none"
+            for group, fields in settings.items()
+            for key, value in fields.items()
+        }
+        known = self._find_parent(params)
+        if known is not None:
+            self._parent = str(known.info.run_id)
             self._client.update_run(self._parent, status="RUNNING")
         else:
             run = self._client.create_run(
                 self._experiment_id, run_name=self.search_name, tags={SEARCH_TAG: self.search_name}
             )
             self._parent = str(run.info.run_id)
-            settings = {key: group for key, group in identity.items() if key != "environment"}
-            params = [
-                Param(f"{group}.{key}", shortened(value, _LONGEST_PARAM) or "none")
-                for group, fields in settings.items()
-                for key, value in fields.items()
-            ]
-            self._client.log_batch(self._parent, params=params)
+        if known is None or not known.data.params:
+            entries = [Param(name, value) for name, value in params.items()]
+            for start in range(0, len(entries), _BATCH):
+                self._client.log_batch(self._parent, params=entries[start : start + _BATCH])
             self._log_dataset(settings.get("task", {}))
-        tags = [RunTag(f"environment.{key}", value) for key, value in identity.get("environment", {}).items()]
-        tags.append(RunTag("mlflow.note.content", f"```\n{note}\n```"))
-        self._client.log_batch(self._parent, tags=tags)
+        tags = {
+            valid_key(f"environment.{key}"): shortened(value, _LONGEST_PARAM)
+            for key, value in identity.get("environment", {}).items()
+        }
+        self._note = f"```\n{shortened(note, _LONGEST_PARAM // 2)}\n```"
+        tags["mlflow.note.content"] = self._note
+        self._client.log_batch(self._parent, tags=[RunTag(name, value) for name, value in tags.items()])
         self._client.log_dict(
             self._parent, {key: dict(one) for key, one in identity.items()}, "identity.json"
         )
-        self._note = note
+
+    def _find_parent(self, params: Mapping[str, str]) -> Run | None:
+        """Return the run of this search: of its name and with its settings (or, killed at birth, none).
+
+        A search of the same name with other settings is another one, and keeps its runs.
+        """
+        for run in self._search_runs(f"tags.`{SEARCH_TAG}` LIKE '%'"):  # a name may hold quotes
+            if run.data.tags[SEARCH_TAG] == self.search_name and run.data.params in ({}, params):
+                return run
+        return None
 
     def _log_dataset(self, task: Mapping[str, str]) -> None:
         name = task.get("dataset", "data")
@@ -183,27 +210,38 @@ class Tracker:
         dataset = Dataset(name=Path(name).name, digest=digest, source_type="local", source=source)
         self._client.log_inputs(self._parent, datasets=[DatasetInput(dataset=dataset, tags=[])])
 
-    def _reconcile(self, records: Sequence[TrialRecord]) -> None:
-        known = {record.number for record in records}
+    def _reconcile(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Delete the runs that are not the study's, and return the records without a run."""
+        keys = {record.number: record.evaluation.configuration.key for record in records}
+        foreign = 0
         for run in self._search_runs(f"tags.`{PARENT_TAG}` = '{self._parent}'"):
             number = int(run.data.tags.get(TRIAL_TAG, -1))
-            if number not in known or number in self._runs or run.info.status == "RUNNING":
+            finished = run.info.status != "RUNNING"
+            of_study = number in keys and run.data.params.get(KEY_PARAM) == keys[number]
+            if not (finished and of_study) or number in self._runs:
+                foreign += finished and not of_study
                 self._client.delete_run(run.info.run_id)
                 continue
             self._runs[number] = str(run.info.run_id)
             if run.data.tags.get(PARETO_TAG) == "true":
                 self._members.add(number)
-        for record in records:
-            if record.number not in self._runs:
-                self._write(record)
+        if foreign:
+            _logger.warning(
+                "Deleted %d finished runs of %r in MLflow that its study does not know (`mlflow runs "
+                "restore` brings them back until `mlflow gc`).",
+                foreign,
+                self.search_name,
+            )
+        return [record for record in records if record.number not in self._runs]
 
     def _write(self, record: TrialRecord) -> None:
         number = record.number
-        if number not in self._runs:
-            self._start_run(number, record.evaluation.configuration)
+        self._start_run(number, record.evaluation.configuration)
         write_trial(self._client, self._runs[number], record, on_front=number in self._members)
 
     def _start_run(self, number: int, configuration: Configuration) -> None:
+        if number in self._runs:
+            return
         self._runs[number] = create_trial_run(
             self._client, self._experiment_id, self._parent, number, configuration
         )
@@ -229,7 +267,11 @@ class Tracker:
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
         now = int(time.time() * 1000)
-        batch = [Metric(name, value, now, step) for name, value in metrics.items()]
+        batch = [
+            Metric(valid_key(name), value, now, step)
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ]
         self._queue.put(partial(self._log_progress, batch))
 
     def _log_progress(self, batch: Sequence[Metric]) -> None:
@@ -240,37 +282,24 @@ class Tracker:
         self._queue.put(partial(self._write_front, tuple(records), frozenset(members)))
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
-        frame = front_frame(records, members, self.objectives)
-        front = frame[frame["front"]].drop(columns="front")
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            save_front_html(front_figure(records, members, self.objectives), place / "front.html")
-            (place / "front.png").write_bytes(front_image(records, members, self.objectives))
-            front.to_csv(place / "front.csv", index=False)
-            frame.to_csv(place / "trials.csv", index=False)
-            self._client.log_artifacts(self._parent, folder, "pareto")
-        note = f"```\n{self._note}\n```\n\n{self._front_markdown(records, members)}\n"
-        self._client.set_tag(self._parent, "mlflow.note.content", shortened(note, _LONGEST_PARAM))
-
-    def _front_markdown(self, records: Sequence[TrialRecord], members: frozenset[int]) -> str:
-        on_front = [record for record in records if record.number in members]
-        heading = ["trial", *(one.name for one in self.objectives), "methods"]
-        lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
-        for record in sorted(on_front, key=lambda one: one.evaluation.values[self.objectives[0].name]):
-            values = [one.format(record.evaluation.values[one.name]) for one in self.objectives]
-            methods = "+".join(record.evaluation.configuration.methods) or "head alone"
-            lines.append(" | ".join([str(record.number), *values, methods]))
-        title = f"**Pareto front: {len(on_front)} of {len(records)} trials**\n\n"
-        return title + "\n".join(f"| {line} |" for line in lines)
+        write_front(self._client, self._parent, records, members, self.objectives)
+        note = f"{self._note}\n\n{front_markdown(records, members, self.objectives)}\n"
+        self._client.set_tag(self._parent, "mlflow.note.content", note)
 
     def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
-        """Write what is waiting, log the table of all trials, and end the search's run."""
+        """Write what is waiting, log the table of all trials, and end the search's run.
+
+        A store that has stopped answering is given up once nothing has been written for a minute.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            return
         if records:
             self._queue.put(partial(self._log_table, tuple(records)))
         self._queue.put(partial(self._client.set_terminated, self._parent, status=status))
         self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        self._last_success = time.monotonic()
+        self._ending.set()
+        self._thread.join()
         if self.failures:
             _logger.warning(
                 "%d entries could not be written to MLflow; the study has them all, and the next call of "
@@ -279,49 +308,88 @@ class Tracker:
             )
 
     def _log_table(self, records: Sequence[TrialRecord]) -> None:
-        # log_table appends to a file that is there: a file a number of trials.
-        frame = front_frame(records, self._members, self.objectives)
-        self._client.log_table(self._parent, frame, f"pareto/trials_{len(records):05d}.json")
+        # log_table appends to a file that is there: a file a number of trials, written once.
+        path = f"pareto/trials_{len(records):05d}.json"
+        if path not in {one.path for one in self._client.list_artifacts(self._parent, "pareto")}:
+            self._client.log_table(self._parent, front_frame(records, self._members, self.objectives), path)
 
     def flush(self) -> None:
         """Wait until everything queued so far is written."""
         done = threading.Event()
         self._queue.put(done.set)
-        done.wait()
+        while self._thread is not None and self._thread.is_alive() and not done.wait(0.1):
+            pass
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
+            if self._hopeless():
+                self.failures += 1
+                continue
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
                     entry()
+                    self._last_success = time.monotonic()
                     break
                 except Exception:
-                    if attempt == _ATTEMPTS:
-                        self.failures += 1
-                        _logger.warning("An entry could not be written to MLflow.", exc_info=True)
-                    else:  # SQLite is locked while another search writes
-                        time.sleep(0.5 * attempt)
+                    if attempt == _ATTEMPTS or self._hopeless():
+                        self._count_failure()
+                        break
+                    time.sleep(0.5 * attempt)  # SQLite is locked while another search writes
+
+    def _hopeless(self) -> bool:
+        return self._ending.is_set() and time.monotonic() - self._last_success > _PATIENCE_SECONDS
+
+    def _count_failure(self) -> None:
+        self.failures += 1
+        if self.failures == 1:
+            _logger.warning("An entry could not be written to MLflow; more are counted.", exc_info=True)
 
 
-def _artifact_location(uri: str) -> str | None:
-    """Return where artifacts of a local store go: beside the database, by absolute path.
+def checked_store(uri: str) -> tuple[str, str | None]:
+    """Return a tracking URI that does not depend on the current folder, and where its artifacts go.
 
-    A server that is started in another folder then finds them too.
+    Artifacts of a local store go beside the database, by absolute path: a server that is started in
+    another folder then finds them too. None leaves the place to the server.
+
+    Raises:
+        ValueError: The store is a plain folder, lies in memory, cannot be written, or is another's.
     """
     if uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
-        return None
-    if not uri.startswith("sqlite:///"):
+        return uri, None
+    name = uri.removeprefix("sqlite:///")
+    if name in (uri, "", ":memory:"):
         raise ValueError(
             f"The tracking store {uri!r} is not one MLflow 3 can write: use a database such as "
             "'sqlite:///mlflow.db', or a server's address such as 'http://127.0.0.1:5000'."
         )
-    path = Path(uri.removeprefix("sqlite:///")).resolve()
+    path = Path(name).resolve()
+    if "%" in str(path) or "?" in str(path):
+        raise ValueError(f"The tracking store {path} has % or ? in its path, which a URI cannot carry.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        if path.exists():
+            _check_database(path)
     except OSError as error:
         raise ValueError(
             f"The tracking store {uri!r} cannot be written in {path.parent}: {error.strerror}."
         ) from error
-    return (path.parent / "mlartifacts").as_uri()
+    return f"sqlite:///{path}", (path.parent / "mlartifacts").as_uri()
+
+
+def _check_database(path: Path) -> None:
+    """Raise where a file is no SQLite database, or one of Optuna's: both count their versions in it."""
+    with path.open("r+b") as file:
+        start = file.read(len(_SQLITE_HEADER))
+    if start and start != _SQLITE_HEADER:
+        raise ValueError(f"The tracking store {path} is a file, but no SQLite database.")
+    connection = sqlite3.connect(path, timeout=20)
+    try:
+        found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'study_directions'")
+        if found.fetchone() is not None:
+            raise ValueError(f"{path} holds Optuna studies: MLflow needs a database of its own.")
+    except sqlite3.Error as error:
+        raise ValueError(f"The tracking store {path} cannot be read: {error}.") from error
+    finally:
+        connection.close()

@@ -1,6 +1,6 @@
 """What a trial costs beside training: ask, attach, count, detach, tell, record, log.
 
-    python benchmarks/overhead.py [--trials 500]
+    python benchmarks/overhead.py [--trials 500] [--samplers tpe nsga2 random]
 
 Runs a real search (real backbone and data, journal on disk, MLflow on SQLite) in which training is a
 no-op that returns a seeded score, and times the parts of each trial. The rival is the same search with
@@ -112,10 +112,12 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=500)
-    trials = parser.parse_args().trials
+    parser.add_argument("--samplers", nargs="+", default=["tpe", "nsga2", "random"])
+    arguments = parser.parse_args()
+    trials = arguments.trials
     autopeft.evaluator._fit = untrained
     results: dict[str, Mapping[str, float]] = {}
-    for sampler in ("tpe", "nsga2", "random"):
+    for sampler in arguments.samplers:
         with tempfile.TemporaryDirectory() as folder:
             results[f"autopeft, {sampler}"] = summary(run_search(Path(folder), trials, sampler))
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +133,8 @@ def main() -> None:
         )
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
-    command = f"python benchmarks/overhead.py --trials {trials}"
+    names = " ".join(arguments.samplers)
+    command = f"python benchmarks/overhead.py --trials {trials} --samplers {names}"
     record = {"command": command, "machine": platform.platform(), "results": results}
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 

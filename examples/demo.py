@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from autopeft import ParetoFront, Search
 from autopeft.baselines import Baseline, full_fine_tuning, head_alone
 from autopeft.budget import counted_trials
 from autopeft.config import load_config
+from autopeft.progress import wide_console
 
 CONFIG = Path("configs/demo.yaml")
 EXPORT = Path("exports/demo")
@@ -38,7 +38,7 @@ def compare(search: Search, front: ParetoFront, baselines: list[Baseline]) -> Ta
 def main() -> None:
     """Run the demo."""
     started = time.monotonic()
-    console = Console(soft_wrap=True)
+    console = wide_console()
     loaded = load_config(CONFIG, sys.argv[1:])
     search = loaded.search
     front = search.run(**loaded.run)
@@ -54,11 +54,11 @@ def main() -> None:
     ]
     console.print(compare(search, front, baselines))
 
-    chosen = front.best(trainable_parameters="300k")
-    console.print(f"\nExporting the most accurate with at most 300 k parameters: {chosen}")
-    console.print(chosen.configuration.grid(), markup=False)
+    chosen = front.best(trainable_parameters="400k")
+    console.print(f"\nExporting the most accurate with at most 400 k parameters: {chosen}")
+    console.print(chosen.configuration.grid(), markup=False, soft_wrap=True)
     report = chosen.export(EXPORT, overwrite=True)
-    console.print(str(report), markup=False)
+    console.print(str(report), markup=False, soft_wrap=True)
     console.print(f"\nSee the front in the MLflow UI: make ui   (took {time.monotonic() - started:.0f} s)")
 
 

@@ -55,7 +55,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(place: Path, folder: Path, trials: int, *, kill_after: float | None = None) -> tuple[bool, float]:
     """Run the search in a process of its own; say whether it ended by itself, and how long it searched."""
-    folder.mkdir(exist_ok=True)
     with (folder / "stderr.txt").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(place), str(folder), str(trials)],
@@ -91,8 +90,16 @@ def finished_runs(folder: Path) -> Counter[int]:
     return Counter(int(run.data.tags[TRIAL_TAG]) for run in children)
 
 
+def make_store(folder: Path) -> None:
+    """Let MLflow make its tables: killed while it does, it leaves a database it cannot open again."""
+    folder.mkdir()
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").search_experiments()
+
+
 def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int) -> None:
     whole, cut = folder / "whole", folder / "cut"
+    make_store(whole)
+    make_store(cut)
     _, seconds = run(place, whole, trials)
     draw = random.Random(seed)
     hits = 0

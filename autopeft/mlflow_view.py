@@ -65,6 +65,8 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
             "isReordered": True,
             "deleted": False,
             "isGenerated": False,
+            "columns": min(len(charts), 3),
+            "cardHeight": 480,
         }
     ]
     state = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
 
 from autopeft.plots import front_figure, save_front_html
 from autopeft.server import MlflowServer
@@ -18,6 +20,8 @@ from autopeft.tracking import Tracker
 from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
 
 pytestmark = pytest.mark.browser
+# Where the documentation's picture goes; written with AUTOPEFT_SCREENSHOTS=1 only.
+SCREENSHOT = Path(__file__).parent.parent / "docs" / "images" / "mlflow_front.png"
 # How many points each scatter chart on the page has drawn.
 DRAWN_POINTS = """
 return Array.from(document.querySelectorAll('.js-plotly-plot')).map(plot => ({
@@ -97,17 +101,24 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         # The front comes first, before the charts that the UI adds of its own.
         assert {one["x"] for one in charts[:2]} == costs
         assert {one["y"] for one in charts[:2]} == {"accuracy"}
+        if os.environ.get("AUTOPEFT_SCREENSHOTS") == "1":
+            SCREENSHOT.parent.mkdir(exist_ok=True)
+            for button in ("Close", "Hide banner"):  # the assistant's panel, and a note on the view
+                browser.find_element(By.CSS_SELECTOR, f"button[aria-label='{button}']").click()
+            time.sleep(3)  # the charts take the freed room
+            browser.save_screenshot(str(SCREENSHOT))
 
 
 def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(20)
+    complete = sum(record.evaluation.status == "complete" for record in records)
     page = tmp_path / "front.html"
     save_front_html(front_figure(records, [1, 2, 3], OBJECTIVES), page)
     browser.get(page.as_uri())
     wait_for(
         browser,
-        "return document.querySelectorAll('.js-plotly-plot').length",
-        lambda found: found == 1,
+        "return document.querySelectorAll('.scatterlayer .point').length",
+        lambda found: found == 2 * complete,
     )
     requests = browser.execute_script(
         "return performance.getEntriesByType('resource').map(entry => entry.name)"

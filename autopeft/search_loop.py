@@ -12,7 +12,7 @@ from autopeft.budget import Budget, counted_trials, total_cost
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Evaluation, TrialRecord
-from autopeft.front import ParetoFront
+from autopeft.front import ParetoFront, front_records
 from autopeft.identity import environment
 from autopeft.progress import SearchProgress
 from autopeft.study_store import StudyStore
@@ -136,13 +136,18 @@ class SearchLoop:
         if self.tracker is not None:
             self.tracker.trial_started(trial.number, configuration)
         trained = self.search.evaluator.train(configuration)
-        if trained.state is not None:
-            self.checkpoints.save(trial.number, trained.state)
-        return TrialRecord(
+        record = TrialRecord(
             number=trial.number,
             evaluation=trained.evaluation,
             anchor=trial.user_attrs.get(_ANCHOR),
         )
+        # Before the trial is recorded: a trial on the front must never be without its tensors.
+        if trained.state is not None and record in self._front_with(record):
+            self.checkpoints.save(trial.number, trained.state)
+        return record
+
+    def _front_with(self, record: TrialRecord) -> list[TrialRecord]:
+        return front_records([*self.records, record], self.search.objectives)
 
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
         """Tell Optuna: constraints on every trial, values of complete ones, a state for the others.

@@ -6,6 +6,7 @@ from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, load_adapter
+from autopeft.fidelity import SuccessiveHalving
 from autopeft.front import FrontPoint, ParetoFront
 from autopeft.methods import attach, count_parameters
 from autopeft.search import Search
@@ -22,6 +23,7 @@ __all__ = [
     "ParetoFront",
     "Search",
     "Site",
+    "SuccessiveHalving",
     "Training",
     "TrialRecord",
     "attach",

@@ -14,6 +14,7 @@ import yaml
 
 from autopeft.budget import Budget
 from autopeft.errors import unknown_choice
+from autopeft.fidelity import SuccessiveHalving
 from autopeft.search import Search
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
 from autopeft.tasks import TextClassification
@@ -109,6 +110,8 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     rest["space"] = _choose("space", rest["space"], _SPACES)
     if rest.get("training") is not None:
         rest["training"] = _build(Training, rest["training"], "training")
+    if rest.get("fidelity") is not None:
+        rest["fidelity"] = _build(SuccessiveHalving, rest["fidelity"], "fidelity")
     if run:
         try:
             Budget(**run)  # what is wrong with a budget shows before anything is loaded

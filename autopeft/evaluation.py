@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from autopeft.configuration import Configuration
 
-Status = Literal["complete", "failed", "infeasible"]
+Status = Literal["complete", "paused", "failed", "infeasible"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,10 @@ class Evaluation:
 
     Attributes:
         configuration: What was evaluated.
-        status: "complete" has every objective's value; "failed" and "infeasible" say why in `reason`
-            and keep the values known before training.
+        status: "complete" has every objective's value; "paused" was trained in part and has the values of
+            its best validation so far; "failed" and "infeasible" keep the values known before training.
         reason: Why it did not complete; None when complete.
+        fidelity: Share of the training it was given, in [0, 1]; below 1 when paused.
         values: Metrics and objectives by name. Memory in bytes, times in seconds.
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
@@ -62,6 +63,7 @@ class Evaluation:
     curves: tuple[CurvePoint, ...] = ()
     cost: Cost = Cost()
     seed: int = 0
+    fidelity: float = 1.0
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -79,6 +81,7 @@ class Evaluation:
             "curves": [[point.metric, point.step, point.value] for point in self.curves],
             "cost": asdict(self.cost),
             "seed": self.seed,
+            "fidelity": self.fidelity,
         }
 
     @classmethod
@@ -94,6 +97,7 @@ class Evaluation:
             ),
             cost=Cost(**data["cost"]),
             seed=data["seed"],
+            fidelity=data.get("fidelity", 1.0),  # records from before there were rungs
         )
 
 

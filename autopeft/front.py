@@ -121,9 +121,18 @@ class ParetoFront(Sequence[FrontPoint]):
         )
 
     def with_trial(self, record: TrialRecord) -> ParetoFront:
-        """Return the front with one more finished trial: only members and the new one can be on it."""
+        """Return the front with one more finished trial: only members and the new one can be on it.
+
+        A trial that was paused before takes its earlier record's place.
+        """
+        records = list(self.records)
+        place = next((place for place, one in enumerate(records) if one.number == record.number), None)
+        if place is None:
+            records.append(record)
+        else:
+            records[place] = record
         return ParetoFront(
-            (*self.records, record),
+            records,
             self.objectives,
             self.axes,
             self._exporter,

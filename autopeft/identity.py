@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from autopeft.backbone import Backbone
+from autopeft.fidelity import SuccessiveHalving
 from autopeft.search_spaces import SearchSpace
 from autopeft.tasks import Task
 from autopeft.training import Training
@@ -34,6 +35,7 @@ def search_identity(
     task: Task,
     space: SearchSpace,
     training: Training,
+    fidelity: SuccessiveHalving | None,
     objectives: Sequence[str],
     constraints: Mapping[str, float],
     sampler: str,
@@ -46,6 +48,7 @@ def search_identity(
         "task": dict(task.identity()),
         "space": _fields(space),
         "training": _fields(training),
+        "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
         "search": {
             "objectives": ", ".join(objectives),
             "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),

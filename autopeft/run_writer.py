@@ -24,12 +24,14 @@ from autopeft.plots import front_figure, front_frame, front_image, save_front_ht
 PARENT_TAG: Final = "mlflow.parentRunId"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
+FIDELITY_TAG: Final = "autopeft.fidelity"
 KEY_PARAM: Final = "configuration_key"
 _METRICS_A_BATCH = 1000
 _LONGEST_TAG = 5000
 _MOST_ROWS = 30
 _RUN_STATUS: Mapping[Status, str] = {
     "complete": RunStatus.to_string(RunStatus.FINISHED),
+    "paused": RunStatus.to_string(RunStatus.SCHEDULED),
     "failed": RunStatus.to_string(RunStatus.FAILED),
     "infeasible": RunStatus.to_string(RunStatus.KILLED),
 }
@@ -48,15 +50,25 @@ def create_trial_run(
     return str(run.info.run_id)
 
 
-def write_trial(client: MlflowClient, run_id: str, record: TrialRecord, *, on_front: bool) -> None:
-    """Write a finished trial and end its run: FINISHED, FAILED, or KILLED where infeasible."""
+def write_trial(
+    client: MlflowClient, run_id: str, record: TrialRecord, *, on_front: bool, known_points: int = 0
+) -> None:
+    """Write a trial and end its run: FINISHED, FAILED, KILLED where infeasible, SCHEDULED where paused.
+
+    Args:
+        client: Writes.
+        run_id: The trial's run.
+        record: The trial.
+        on_front: Whether it is on the front.
+        known_points: Points of its curves that the run already has.
+    """
     evaluation = record.evaluation
     configuration = evaluation.configuration
     with tempfile.TemporaryDirectory() as folder:
         configuration.save(Path(folder) / "configuration.yaml")
         (Path(folder) / "configuration.png").write_bytes(configuration_image(configuration))
         client.log_artifacts(run_id, folder)
-    metrics = _metrics(record)
+    metrics = _metrics(record, known_points)
     for start in range(0, max(1, len(metrics)), _METRICS_A_BATCH):
         last = start + _METRICS_A_BATCH >= len(metrics)
         client.log_batch(
@@ -68,7 +80,7 @@ def write_trial(client: MlflowClient, run_id: str, record: TrialRecord, *, on_fr
     client.set_terminated(run_id, status=_RUN_STATUS[evaluation.status])
 
 
-def _metrics(record: TrialRecord) -> list[Metric]:
+def _metrics(record: TrialRecord, known_points: int) -> list[Metric]:
     evaluation = record.evaluation
     now = int(time.time() * 1000)
     cost = {
@@ -81,7 +93,7 @@ def _metrics(record: TrialRecord) -> list[Metric]:
     # validation's and not the kept one's.
     curves = [
         Metric(valid_key(f"curve/{point.metric}"), point.value, now, point.step)
-        for point in evaluation.curves
+        for point in evaluation.curves[known_points:]
     ]
     values = [Metric(valid_key(name), value, now, 0) for name, value in {**evaluation.values, **cost}.items()]
     return [one for one in (*curves, *values) if math.isfinite(one.value)]
@@ -103,9 +115,15 @@ def _params(record: TrialRecord) -> list[Param]:
     return [Param(name, value) for name, value in params.items()]
 
 
+def fidelity_tag(record: TrialRecord) -> str:
+    """Return the share of the training that a trial had, as its run's tag says it."""
+    return f"{record.evaluation.fidelity:.4f}"
+
+
 def _tags(record: TrialRecord, *, on_front: bool) -> list[RunTag]:
     tags = {
         "autopeft.status": record.evaluation.status,
+        FIDELITY_TAG: fidelity_tag(record),
         PARETO_TAG: str(on_front).lower(),
     }
     if record.evaluation.reason is not None:

@@ -18,6 +18,7 @@ from autopeft.budget import Budget
 from autopeft.checkpoints import Checkpoints
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, export_adapter
+from autopeft.fidelity import Promotion, SuccessiveHalving
 from autopeft.front import ParetoFront
 from autopeft.identity import search_identity
 from autopeft.objectives import resolve_constraints, resolve_objectives
@@ -48,6 +49,8 @@ class Search:
         constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
             that break one are not trained.
         training: What every candidate has in common.
+        fidelity: How candidates are trained in part and the promising ones on; None to train each to
+            the end.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores.
         anchors: Whether to try the space's reference points first: what people do today.
@@ -73,6 +76,7 @@ class Search:
         objectives: Sequence[str] = ("accuracy", "trainable_parameters", "peak_memory"),
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
+        fidelity: SuccessiveHalving | None = None,
         sampler: str | BaseSampler = "tpe",
         seed: int = 0,
         anchors: bool = True,
@@ -90,6 +94,7 @@ class Search:
         self.objectives = resolve_objectives(objectives, task.metrics)
         self.constraints = resolve_constraints(constraints or {}, task.metrics)
         self.training = training if training is not None else Training()
+        self.fidelity = fidelity
         self.seed = seed
         self.anchors = anchors
         self.score_check = score_check
@@ -122,6 +127,7 @@ class Search:
                 self.training,
                 self.objectives,
                 self.constraints,
+                rungs=() if self.fidelity is None else self.fidelity.rungs,
                 seed=self.seed,
                 cache=self._root / "tokenised",
             )
@@ -191,6 +197,7 @@ class Search:
             task=self.task,
             space=self.space,
             training=self.training,
+            fidelity=self.fidelity,
             objectives=[objective.name for objective in self.objectives],
             constraints={one.objective.name: one.bound for one in self.constraints},
             sampler=self._sampler_name,
@@ -233,6 +240,13 @@ class Search:
                     axes.append(Axis(objective=objective, worst=worst, best=best))
         return tuple(axes)
 
+    def promotion(self) -> Promotion | None:
+        """Return what decides which paused trial goes on; None where trials do not pause."""
+        if self.fidelity is None:
+            return None
+        evaluator = self.evaluator
+        return Promotion(self.fidelity, evaluator.plan.rungs, self.objectives, self.axes(), evaluator.monitor)
+
     def run(
         self,
         trials: int | None = None,
@@ -255,7 +269,7 @@ class Search:
         """
         budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
         self.validate()
-        store = StudyStore(self.folder, self.name, self.objectives, self._sampler)
+        store = StudyStore(self.folder, self.name, self.objectives, self._sampler, self.promotion())
         try:
             return SearchLoop(self, store, budget, progress=progress).run()
         finally:
@@ -344,7 +358,8 @@ class Search:
                 f"task {self.task!r}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
                 f"training {training.epochs} epochs, batch size {training.batch_size}, "
-                f"{training.resolved_device()}, {training.resolved_precision()}",
+                f"{training.resolved_device()}, {training.resolved_precision()}"
+                + ("" if self.fidelity is None else f"; {self.fidelity.describe()}"),
                 f"sampler {self._sampler_name}, seed {self.seed}",
                 self.space.describe(self.backbone),
             ]

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from optuna.trial import Trial, TrialState
@@ -17,6 +18,7 @@ from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
 from autopeft.identity import environment
 from autopeft.pareto import contributions
+from autopeft.paused_training import PausedTrainings
 from autopeft.progress import SearchProgress
 from autopeft.score_check import FEWEST_TRIALS, check_scores
 from autopeft.study_store import StudyStore
@@ -31,6 +33,12 @@ _MOST_INFEASIBLE = 500
 _MOST_DUPLICATES = 100
 _MOST_ALIKE_FAILURES = 5
 _PUBLISH_EVERY_SECONDS = 60.0
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "paused": TrialState.RUNNING,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
 
 
 class SearchLoop:
@@ -42,14 +50,20 @@ class SearchLoop:
         self.budget = budget
         self.axes = search.axes()
         self.checkpoints = Checkpoints(search.folder / "adapters")
+        self.paused = PausedTrainings(search.folder / "paused")
+        self.promotion = search.promotion()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known = {
             record.evaluation.configuration.key: record
             for record in reversed(store.records)
-            if record.evaluation.status == "complete" and record.duplicate_of is None
+            if record.evaluation.status in ("complete", "paused") and record.duplicate_of is None
         }
         self._has_run = False
+        rungs = search.evaluator.plan.rungs
+        self._evaluations = sum(
+            max(1, sum(step <= record.evaluation.cost.steps for step in rungs)) for record in store.records
+        )
         self._published = time.monotonic()
         self._started = time.monotonic()
         self._spent = Spent.of(store.records)
@@ -72,7 +86,7 @@ class SearchLoop:
         try:
             with self.progress:
                 self._announce(front)
-                while self.budget.spent_share(self._spent) < 1 and not self._used_up():
+                while self._goes_on():
                     front = self._step(front)
             self._check_scores(front)
             status = "FINISHED"
@@ -122,7 +136,38 @@ class SearchLoop:
         self._say_link()
         self._show(front)
 
+    def _goes_on(self) -> bool:
+        """Whether there is more to do; when all trials are begun, the promising ones are trained on."""
+        if self.budget.spent_share(self._spent) < 1:
+            return not self._used_up()
+        only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
+        return only_trials_are_spent and self._promoted() is not None
+
+    def _promoted(self) -> tuple[TrialRecord, int] | None:
+        return None if self.promotion is None else self.promotion.next(self.records)
+
     def _step(self, front: ParetoFront) -> ParetoFront:
+        promoted = self._promoted()
+        return self._begin(front) if promoted is None else self._continue(*promoted, front)
+
+    def _continue(self, record: TrialRecord, rung: int, front: ParetoFront) -> ParetoFront:
+        """Train a paused trial on to a rung; at the last one it completes."""
+        self.progress.running(record.number)
+        if self.tracker is not None:
+            self.tracker.trial_started(record.number, record.evaluation.configuration)
+        record = self._train(record.number, record.evaluation.configuration, front, record.anchor, rung)
+        evaluation = record.evaluation
+        objectives = self.search.objectives
+        values = (
+            [evaluation.values[one.name] for one in objectives] if evaluation.status == "complete" else None
+        )
+        self.store.update(record, _STATES[evaluation.status], values)
+        if evaluation.status != "paused":
+            self.paused.drop(record.number)
+        self._spent = Spent.of(self.records)
+        return self._after(record, front)
+
+    def _begin(self, front: ParetoFront) -> ParetoFront:
         self._propose(front)
         trial = self.store.live.ask()
         configuration = self.search.space.suggest(trial, self.search.backbone)
@@ -140,6 +185,7 @@ class SearchLoop:
         self._tell(trial, record.evaluation)
         finished = self.store.live.get_trials(deepcopy=False)[trial.number]
         self.store.save(record, finished)
+        self._spent = self._spent.plus(record)
         return self._after(record, front)
 
     def _propose(self, front: ParetoFront) -> None:
@@ -160,15 +206,23 @@ class SearchLoop:
     def _evaluate(self, trial: Trial, configuration: Configuration, front: ParetoFront) -> TrialRecord:
         if self.tracker is not None:
             self.tracker.trial_started(trial.number, configuration)
-        trained = self.search.evaluator.train(configuration)
-        record = TrialRecord(
-            number=trial.number,
-            evaluation=trained.evaluation,
-            anchor=trial.user_attrs.get(_ANCHOR),
-        )
-        # Before the trial is recorded: a trial on the front must never be without its tensors.
-        if trained.state is not None and record.number in front.with_trial(record).members:
-            self.checkpoints.save(trial.number, trained.state)
+        return self._train(trial.number, configuration, front, trial.user_attrs.get(_ANCHOR), 0)
+
+    def _train(
+        self, number: int, configuration: Configuration, front: ParetoFront, anchor: str | None, rung: int
+    ) -> TrialRecord:
+        """Train a trial up to a rung, from where it paused, and keep what it left."""
+        train = self.search.evaluator.train
+        if self.promotion is None:
+            trained = train(configuration)
+        else:
+            trained = train(configuration, rung=rung, paused=self.paused.load(number))
+        record = TrialRecord(number=number, evaluation=trained.evaluation, anchor=anchor)
+        # Before the trial is recorded: it must never be without its tensors.
+        if trained.paused is not None:
+            self.paused.save(number, trained.paused)
+        if trained.state is not None and number in front.with_trial(record).members:
+            self.checkpoints.save(number, trained.state)
         return record
 
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
@@ -184,16 +238,17 @@ class SearchLoop:
         live = self.store.live
         if evaluation.status == "complete":
             live.tell(trial, [known[objective.name] for objective in self.search.objectives])
-        elif evaluation.status == "infeasible":
-            live.tell(trial, state=TrialState.PRUNED)
+        elif evaluation.status == "paused":
+            assert self.promotion is not None
+            live.tell(trial, self.promotion.expected(evaluation, self.records))
         else:
-            live.tell(trial, state=TrialState.FAIL)
+            live.tell(trial, state=_STATES[evaluation.status])
 
     def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
-        if record.duplicate_of is None and record.evaluation.status == "complete":
+        if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
             self._known[record.evaluation.configuration.key] = record
         self._has_run = True
-        self._spent = self._spent.plus(record)
+        self._evaluations += 1
         before, front = front.members, front.with_trial(record)
         if front.members != before:
             self.checkpoints.keep_only(front.members)
@@ -230,7 +285,7 @@ class SearchLoop:
                 "cost/gpu_seconds": cost.gpu_seconds,
                 "cost/steps": float(cost.steps),
             },
-            step=record.number,
+            step=self._evaluations - 1,
         )
         if time.monotonic() - self._published > _PUBLISH_EVERY_SECONDS:
             self._published = time.monotonic()
@@ -269,8 +324,9 @@ class SearchLoop:
     def _refuse_hopeless(self) -> None:
         """Raise where it is plain that going on finds nothing: what was recorded stays."""
         evaluated = [one.evaluation for one in self.records if one.evaluation.status != "infeasible"]
-        reasons = {one.reason for one in evaluated}
-        if len(evaluated) >= _MOST_ALIKE_FAILURES and len(reasons) == 1 and None not in reasons:
+        outcomes = {(one.status, one.reason) for one in evaluated}
+        alike = len(outcomes) == 1 and evaluated[0].status == "failed"
+        if alike and len(evaluated) >= _MOST_ALIKE_FAILURES:
             raise RuntimeError(
                 f"All {len(evaluated)} candidates so far failed alike: {evaluated[0].reason}. Mend that, and "
                 "run the search under another name."

@@ -2,11 +2,13 @@
 
 The live study is in memory, which is where samplers read it. A finished trial goes to an Optuna journal
 file in one write (a suggested parameter at a time would be one write each: 0.2 s for 48 of them), so the
-file is a plain Optuna study that optuna-dashboard opens.
+file is a plain Optuna study that optuna-dashboard opens. A paused trial is a running one there; the live
+study has it as complete, with the values it is expected to reach.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -20,9 +22,11 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.evaluation import TrialRecord
+from autopeft.fidelity import Promotion
 from autopeft.objectives import Objective
 
 STUDY_FILE = "study.log"
@@ -38,6 +42,7 @@ class StudyStore:
         name: Name of the study.
         objectives: Give the study its directions.
         sampler: Asks from the live study.
+        promotion: Says what paused trials are expected to reach; None where trials do not pause.
 
     Raises:
         ValueError: The folder cannot be written, another process runs this search, or the folder holds
@@ -45,18 +50,26 @@ class StudyStore:
     """
 
     def __init__(
-        self, folder: Path, name: str, objectives: Sequence[Objective], sampler: BaseSampler
+        self,
+        folder: Path,
+        name: str,
+        objectives: Sequence[Objective],
+        sampler: BaseSampler,
+        promotion: Promotion | None = None,
     ) -> None:
         self.folder = folder
         self._lock = _lock(folder, name)
+        self._sampler = sampler
+        self._promotion = promotion
         self.records: list[TrialRecord] = []
+        self.live: Study
         try:
-            self._open(name, objectives, sampler)
+            self._open(name, objectives)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, name: str, objectives: Sequence[Objective], sampler: BaseSampler) -> None:
+    def _open(self, name: str, objectives: Sequence[Objective]) -> None:
         storage = _open_journal(self.folder / STUDY_FILE)
         directions = [objective.direction for objective in objectives]
         names = [objective.name for objective in objectives]
@@ -67,12 +80,31 @@ class StudyStore:
             known = self._saved.metric_names
             if known is not None and known != names:
                 raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
-            self.live = optuna.create_study(study_name=name, directions=directions, sampler=sampler)
-            for study in (self._saved, self.live):
-                study.set_metric_names(names)
-        for trial in self._saved.get_trials(deepcopy=False):
+            self._saved.set_metric_names(names)
+        self.records += [record_of(trial) for trial in self._saved.get_trials(deepcopy=False)]
+        self._refresh(())
+
+    def _refresh(self, waiting: Sequence[FrozenTrial]) -> None:
+        """Make the live study anew: what paused trials are expected to reach has changed."""
+        saved = self._saved
+        with _quiet_optuna():
+            self.live = optuna.create_study(
+                study_name=saved.study_name, directions=saved.directions, sampler=self._sampler
+            )
+            self.live.set_metric_names(saved.metric_names or [])
+        for trial, record in zip(saved.get_trials(deepcopy=False), self.records, strict=True):
+            self.live.add_trial(self._live_trial(trial, record))
+        for trial in waiting:
             self.live.add_trial(trial)
-            self.records.append(record_of(trial))
+
+    def _live_trial(self, trial: FrozenTrial, record: TrialRecord) -> FrozenTrial:
+        if record.evaluation.status != "paused":
+            return trial
+        assert self._promotion is not None
+        trial = copy.copy(trial)
+        trial.state, trial.datetime_complete = TrialState.COMPLETE, trial.datetime_start
+        trial.values = self._promotion.expected(record.evaluation, self.records)
+        return trial
 
     def _other_search(self, differing: Sequence[str]) -> ValueError:
         return ValueError(
@@ -100,10 +132,31 @@ class StudyStore:
         self._saved.set_user_attr(f"autopeft:{name}", value)
 
     def save(self, record: TrialRecord, trial: FrozenTrial) -> None:
-        """Write a finished trial; after this it survives anything."""
+        """Write a finished or paused trial; after this it survives anything."""
         trial.user_attrs[_RECORD] = record.to_dict()
+        if record.evaluation.status == "paused":
+            trial = copy.copy(trial)
+            trial.state, trial.datetime_complete = TrialState.RUNNING, None
+            trial.values = None
         self._saved.add_trial(trial)
         self.records.append(record)
+
+    def update(self, record: TrialRecord, state: TrialState, values: Sequence[float] | None) -> None:
+        """Write what became of a paused trial that went on.
+
+        Args:
+            record: The trial now.
+            state: RUNNING where it has paused again.
+            values: The objectives of a complete trial.
+        """
+        index = next(place for place, one in enumerate(self.records) if one.number == record.number)
+        storage = self._saved._storage
+        trial_id = self._saved.get_trials(deepcopy=False)[index]._trial_id
+        storage.set_trial_user_attr(trial_id, _RECORD, record.to_dict())
+        if state is not TrialState.RUNNING:
+            storage.set_trial_state_values(trial_id, state, values)
+        self.records[index] = record
+        self._refresh(self.live.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def close(self) -> None:
         """Let another process run this search."""

@@ -23,11 +23,13 @@ from autopeft.evaluation import TrialRecord
 from autopeft.mlflow_view import save_view, valid_key, view_link, view_state
 from autopeft.objectives import Objective
 from autopeft.run_writer import (
+    FIDELITY_TAG,
     KEY_PARAM,
     PARENT_TAG,
     PARETO_TAG,
     TRIAL_TAG,
     create_trial_run,
+    fidelity_tag,
     front_markdown,
     shortened,
     write_dataset,
@@ -85,6 +87,7 @@ class Tracker:
         self._parent = ""
         self._view: str | None = None
         self._runs: dict[int, str] = {}
+        self._points: dict[int, int] = {}  # of the curves that runs have
         self._members: frozenset[int] = frozenset()  # of the front
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
@@ -194,17 +197,23 @@ class Tracker:
 
     def _reconcile(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Delete the runs that are not the study's, and return the records without a run."""
-        keys = {record.number: record.evaluation.configuration.key for record in records}
+        known = {record.number: record for record in records}
         foreign = 0
         for run in self._search_runs(f"tags.`{PARENT_TAG}` = '{self._parent}'"):
             number = int(run.data.tags.get(TRIAL_TAG, -1))
             finished = run.info.status != "RUNNING"
-            of_study = number in keys and run.data.params.get(KEY_PARAM) == keys[number]
-            if not (finished and of_study) or number in self._runs:
+            record = known.get(number)
+            of_study = (
+                record is not None and run.data.params.get(KEY_PARAM) == record.evaluation.configuration.key
+            )
+            # A paused trial may have gone on since its run was written.
+            current = record is not None and run.data.tags.get(FIDELITY_TAG) == fidelity_tag(record)
+            if record is None or not (finished and of_study and current) or number in self._runs:
                 foreign += finished and not of_study
                 self._client.delete_run(run.info.run_id)
                 continue
             self._runs[number] = str(run.info.run_id)
+            self._points[number] = len(record.evaluation.curves)
             if run.data.tags.get(PARETO_TAG) == "true":
                 self._tagged.add(number)
         if foreign:
@@ -220,7 +229,9 @@ class Tracker:
         number = record.number
         self._start_run(number, record.evaluation.configuration)
         on_front = number in self._members
-        write_trial(self._client, self._runs[number], record, on_front=on_front)
+        points = self._points.get(number, 0)
+        write_trial(self._client, self._runs[number], record, on_front=on_front, known_points=points)
+        self._points[number] = len(record.evaluation.curves)
         if on_front:
             self._tagged.add(number)
 

@@ -105,6 +105,8 @@ class FineTuning(LightningModule):
         weight_decay: Decoupled weight decay.
         warmup_share: Share of the steps with a rising learning rate.
         total_steps: Steps after which the learning rate is 0.
+        first_step: Steps already taken.
+        optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
     """
 
     def __init__(
@@ -116,6 +118,8 @@ class FineTuning(LightningModule):
         weight_decay: float,
         warmup_share: float,
         total_steps: int,
+        first_step: int = 0,
+        optimizer_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -124,6 +128,8 @@ class FineTuning(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = math.ceil(warmup_share * total_steps)
         self.total_steps = total_steps
+        self.first_step = first_step
+        self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -155,8 +161,16 @@ class FineTuning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the trainable parameters, with linear warm-up and decay a step."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay)
+        trainable = {name: one for name, one in self.named_parameters() if one.requires_grad}
+        optimizer = torch.optim.AdamW(
+            trainable.values(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        for key, tensor in self.optimizer_state.items():
+            name, _, entry = key.rpartition("|")
+            parameter = trainable[name]
+            # AdamW counts steps on the CPU.
+            device = tensor.device if entry == "step" else parameter.device
+            optimizer.state[parameter][entry] = tensor.to(device, copy=True)
         scheduler = LambdaLR(optimizer, self._learning_rate_factor)
         return {
             "optimizer": optimizer,
@@ -164,6 +178,7 @@ class FineTuning(LightningModule):
         }
 
     def _learning_rate_factor(self, step: int) -> float:
+        step += self.first_step
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
@@ -184,13 +199,17 @@ class ResidentStrategy(SingleDeviceStrategy):
         self.checkpoint_io.teardown()
 
 
-def build_trainer(training: Training, callbacks: Sequence[Callback], *, monitor: str) -> Trainer:
+def build_trainer(
+    training: Training, callbacks: Sequence[Callback], *, monitor: str, pieces: int | None = None
+) -> Trainer:
     """Return a Trainer without anything that writes, prints or looks for a cluster.
 
     Args:
         training: Bounds, precision and device.
         callbacks: Callbacks to run with.
         monitor: Metric that early stopping watches (maximised).
+        pieces: Passes over a loader that stops by itself (see `PlannedBatches`), each with a validation
+            behind it; None for the training's epochs.
     """
     device = training.resolved_device()
     stopping: list[Callback] = []
@@ -201,9 +220,9 @@ def build_trainer(training: Training, callbacks: Sequence[Callback], *, monitor:
         devices=1,
         strategy=ResidentStrategy(device=device, accelerator=None),
         precision=training.resolved_precision(),
-        max_epochs=training.epochs,
-        max_steps=-1 if training.max_steps is None else training.max_steps,
-        check_val_every_n_epoch=training.validate_every,
+        max_epochs=training.epochs if pieces is None else pieces,
+        max_steps=-1 if training.max_steps is None or pieces is not None else training.max_steps,
+        check_val_every_n_epoch=training.validate_every if pieces is None else 1,
         gradient_clip_val=training.gradient_clip,
         callbacks=[*callbacks, *stopping],
         logger=False,

@@ -25,7 +25,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-import autopeft.evaluator
+import autopeft.evaluation_run
 from assets.prepare import prepare
 from autopeft import Search
 from autopeft.callbacks import BestWeights
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["tpe", "nsga2", "random"])
     arguments = parser.parse_args()
     trials = arguments.trials
-    autopeft.evaluator._fit = untrained
+    autopeft.evaluation_run._fit = untrained
     results: dict[str, Mapping[str, float]] = {}
     for sampler in arguments.samplers:
         with tempfile.TemporaryDirectory() as folder:

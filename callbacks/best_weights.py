@@ -25,7 +25,7 @@ class BestWeights(Callback):
     Attributes:
         best: Value of the metric at the weights that are kept; NaN before the first validation.
         metrics: Every metric of that validation.
-        last_step: Optimizer steps taken before the latest validation; -1 before the first.
+        weights: The weights that are kept, by the module's names; empty before the first validation.
     """
 
     def __init__(
@@ -36,8 +36,7 @@ class BestWeights(Callback):
         self.restore_at_end = restore_at_end
         self.best = math.nan
         self.metrics: dict[str, float] = {}
-        self.last_step = -1
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the weights where the metric is the best so far (the earliest, on a tie)."""
@@ -46,13 +45,12 @@ class BestWeights(Callback):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise ValueError(f"No metric {self.monitor!r} was logged; logged were: {known}.")
-        self.last_step = trainer.global_step
         value = float(trainer.callback_metrics[self.monitor])
         better = value > self.best if self.mode == "max" else value < self.best
         if math.isnan(self.best) or better:
             self.best = value
             self.metrics = {name: float(one) for name, one in trainer.callback_metrics.items()}
-            self._weights = {
+            self.weights = {
                 name: parameter.detach().clone()
                 for name, parameter in pl_module.named_parameters()
                 if parameter.requires_grad
@@ -67,6 +65,6 @@ class BestWeights(Callback):
         """Put the best weights back and let go of them."""
         with torch.no_grad():
             for name, parameter in pl_module.named_parameters():
-                if name in self._weights:
-                    parameter.copy_(self._weights[name])
-        self._weights = {}
+                if name in self.weights:
+                    parameter.copy_(self.weights[name])
+        self.weights = {}

@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from autopeft.cli import app, main
 from autopeft.configuration import Configuration
-from autopeft.evaluator import Evaluator, Trained
+from autopeft.evaluation_run import Trained
+from autopeft.evaluator import Evaluator
 from autopeft.objectives import resolve_objectives
 from autopeft.study_store import StudyStore, load_study
 from tests.learnable import save_learnable_csv, save_tiny_model, tiny_search

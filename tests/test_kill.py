@@ -21,16 +21,18 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
 from pathlib import Path
-from autopeft import Search, Training
+from autopeft import Search, SuccessiveHalving, Training
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 
 place, folder, trials = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+fidelity = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2) if sys.argv[4] == "rungs" else None
 search = Search(
     place / "model",
     TextClassification(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu"),
+    fidelity=fidelity,
     sampler="tpe",
     seed=3,
     name="killed",
@@ -53,11 +55,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, folder: Path, trials: int, *, kill_after: float | None = None) -> tuple[bool, float]:
+def run(
+    place: Path, folder: Path, trials: int, fidelity: str, *, kill_after: float | None = None
+) -> tuple[bool, float]:
     """Run the search in a process of its own; say whether it ended by itself, and how long it searched."""
     with (folder / "stderr.txt").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(place), str(folder), str(trials)],
+            [sys.executable, "-c", SCRIPT, str(place), str(folder), str(trials), fidelity],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -86,21 +90,21 @@ def finished_runs(folder: Path) -> Counter[int]:
     (parent,) = client.search_runs(identifiers, f"tags.`{SEARCH_TAG}` = 'killed'")
     assert parent.info.status == "FINISHED"
     children = client.search_runs(identifiers, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
-    assert {run.info.status for run in children} <= {"FINISHED", "FAILED"}
+    assert {run.info.status for run in children} <= {"FINISHED", "FAILED", "SCHEDULED"}
     return Counter(int(run.data.tags[TRIAL_TAG]) for run in children)
 
 
-def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int) -> None:
+def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int, fidelity: str) -> None:
     whole, cut = folder / "whole", folder / "cut"
     whole.mkdir()
     cut.mkdir()
-    _, seconds = run(place, whole, trials)
+    _, seconds = run(place, whole, trials, fidelity)
     draw = random.Random(seed)
     hits = 0
     progress = []
     while hits < kills:
         # The first moments bring every part of a trial; later ones let the search get on.
-        ended, _ = run(place, cut, trials, kill_after=draw.uniform(0.05, 1.8 / kills) * seconds)
+        ended, _ = run(place, cut, trials, fidelity, kill_after=draw.uniform(0.05, 1.8 / kills) * seconds)
         if ended:
             break
         hits += 1
@@ -108,7 +112,7 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
             progress.append(len(load_study(cut / "killed")[1]))
     assert hits >= kills / 2
     assert progress == sorted(progress)  # nothing finished is lost
-    ended, _ = run(place, cut, trials)
+    ended, _ = run(place, cut, trials, fidelity)
     assert ended
     expected, found = (load_study(one / "killed")[1] for one in (whole, cut))
     assert [record.number for record in found] == list(range(trials))
@@ -118,11 +122,15 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
     assert finished_runs(cut) == finished_runs(whole) == Counter(range(trials))
 
 
-def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path) -> None:
-    check_kills(place, tmp_path, trials=8, kills=2, seed=0)
+@pytest.mark.parametrize("fidelity", ["whole", "rungs"])
+def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path, fidelity: str) -> None:
+    check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity=fidelity)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_search_killed_ten_times_is_the_search_never_killed(place: Path, tmp_path: Path) -> None:
-    check_kills(place, tmp_path, trials=30, kills=10, seed=1)
+@pytest.mark.parametrize("fidelity", ["whole", "rungs"])
+def test_a_search_killed_ten_times_is_the_search_never_killed(
+    place: Path, tmp_path: Path, fidelity: str
+) -> None:
+    check_kills(place, tmp_path, trials=30, kills=10, seed=1, fidelity=fidelity)

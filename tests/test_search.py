@@ -148,7 +148,7 @@ def test_a_hopeless_constraint_is_found_before_training(tmp_path: Path) -> None:
 
 def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
     search = tiny_search(tmp_path)
-    logging.getLogger("autopeft.evaluator").setLevel(logging.ERROR)
+    logging.getLogger("autopeft.evaluation_run").setLevel(logging.ERROR)
 
     def act() -> None:
         raise RuntimeError("a bad day")
@@ -158,7 +158,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> No
         front = run(search, 5)
     finally:
         handle.remove()
-        logging.getLogger("autopeft.evaluator").setLevel(logging.NOTSET)
+        logging.getLogger("autopeft.evaluation_run").setLevel(logging.NOTSET)
     statuses = [record.evaluation.status for record in front.records]
     assert statuses.count("failed") == 2
     assert statuses.count("complete") == 3

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +22,37 @@ def test_a_split_is_disjoint_complete_and_stratified(labels: list[int], share: f
     for label in set(labels):
         rows = labels.count(label)
         taken = sum(labels[row] == label for row in second)
-        assert taken == min(round(share * rows), rows - 1)
+        assert min(math.floor(share * rows), rows - 1) <= taken <= min(math.floor(share * rows) + 1, rows - 1)
+    spare = sum(labels.count(label) > 1 for label in set(labels))
+    assert len({labels[row] for row in second}) >= min(2, spare)
+    assert len(second) <= max(round(share * len(labels)) + 1, 2)
     again = stratified_split(labels, share, seed)
     assert all(np.array_equal(one, other) for one, other in zip((first, second), again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "kinds"),
+    [
+        (list(range(50)) * 4, 20, 20),
+        ([0, 1] * 4, 2, 2),
+        ([0] * 900 + list(range(1, 26)) * 4, 100, 11),
+        ([0] * 96 + [1] * 4, 10, 2),
+        ([0] * 1000 + [1] * 4, 101, 2),
+        ([0] * 99 + [1], 10, 1),
+    ],
+)
+def test_a_split_has_its_share_of_rows_and_rare_labels(labels: list[int], rows: int, kinds: int) -> None:
+    """Rounded a label at a time, rare ones would vanish and many of them leave no rows at all."""
+    first, second = stratified_split(labels, 0.1, 0)
+    taken = Counter(labels[row] for row in second)
+    assert (taken.total(), len(taken)) == (rows, kinds)
+    assert {labels[row] for row in first} == set(labels)
+
+
+def test_equally_rare_labels_take_turns() -> None:
+    labels = list(range(50)) * 4
+    found = {frozenset(labels[row] for row in stratified_split(labels, 0.1, seed)[1]) for seed in range(3)}
+    assert len(found) == 3
 
 
 def test_another_seed_splits_otherwise() -> None:

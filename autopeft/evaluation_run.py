@@ -1,0 +1,248 @@
+"""One evaluation on its way: attach, check the costs, train up to a rung or the end, measure."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from autopeft.callbacks import (
+    BestWeights,
+    DivergenceError,
+    LearningCurve,
+    PeakMemory,
+    StopOnDivergence,
+    Throughput,
+)
+from autopeft.configuration import Configuration
+from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.methods import Attachment
+from autopeft.paused_training import PausedTraining, TrainingState
+from autopeft.training import FineTuning, build_trainer, quiet_lightning
+from autopeft.training_plan import PlannedBatches
+from autopeft.training_state import put_state, stopped_early, take_state
+
+if TYPE_CHECKING:
+    from autopeft.evaluator import Evaluator
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An evaluation with what its training left.
+
+    Attributes:
+        evaluation: The outcome.
+        state: The trained tensors where it completed.
+        paused: What the training goes on from where it paused.
+    """
+
+    evaluation: Evaluation
+    state: Mapping[str, Tensor] | None = None
+    paused: PausedTraining | None = None
+
+
+class EvaluationRun:
+    """One evaluation on its way: what is known of it at any point, also when it fails."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        configuration: Configuration,
+        seed: int,
+        attachment: type[Attachment],
+        end: int,
+        paused: PausedTraining | None,
+    ) -> None:
+        self.evaluator = evaluator
+        self.attachment = attachment
+        self.configuration = configuration
+        self.seed = seed
+        self.end = end
+        self.before = paused
+        self.values: dict[str, float] = {}
+        self.violations: list[str] = []
+        self.curve = LearningCurve()
+        self.throughput = Throughput()
+        self.state: Mapping[str, Tensor] | None = None
+        self.pause: TrainingState | None = None
+        self._clock = _Clock(evaluator.device)
+        if paused is not None:
+            self.values |= paused.evaluation.values
+            self.curve.points = [(one.metric, one.step, one.value) for one in paused.evaluation.curves]
+
+    def attempt(self) -> None:
+        """Cost, check, train, measure."""
+        evaluator = self.evaluator
+        with self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment:
+            if self.before is None:
+                self.values |= evaluator.attached_costs(attachment)
+                self.violations = [
+                    constraint.describe(self.values)
+                    for constraint in evaluator.constraints
+                    if constraint.violation(self.values) > 0
+                ]
+            if not self.violations:
+                self._train(attachment)
+
+    def _train(self, attachment: Attachment) -> None:
+        evaluator, plan = self.evaluator, self.evaluator.plan
+        best = BestWeights(evaluator.monitor, restore_at_end=False)
+        memory = PeakMemory()
+        callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
+        module = evaluator.module(self.configuration, self.before)
+        module.train()
+        start = 0 if self.before is None else self.before.step
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                with quiet_lightning():
+                    pieces = plan.pieces(start, self.end)
+                    trainer = build_trainer(
+                        evaluator.training, callbacks, monitor=evaluator.monitor, pieces=pieces
+                    )
+                if self.before is not None:
+                    put_state(self.before.state, trainer, module, best)
+                _fit(trainer, module, evaluator, best, self.seed)
+                if self.end < plan.total_steps and not stopped_early(trainer):
+                    self.pause = take_state(trainer, module, best)
+            best.restore(module)
+        finally:
+            module.eval()
+        self.values |= best.metrics
+        self._measure(memory)
+        if self.pause is None:
+            self.state = attachment.state_dict()
+
+    def _measure(self, memory: PeakMemory) -> None:
+        """Note time, memory and latency; raise where an objective is not finite."""
+        evaluator = self.evaluator
+        speed = self.throughput.examples_per_second
+        seconds, earlier = self.throughput.training_seconds, self.values.get("training_seconds", 0.0)
+        if earlier:
+            speed = (speed * seconds + self.values["examples_per_second"] * earlier) / (seconds + earlier)
+        self.values["training_seconds"] = seconds + earlier
+        self.values["examples_per_second"] = speed
+        if memory.peak_bytes is not None:
+            peak = self.values.get("peak_memory_measured", 0.0)
+            self.values["peak_memory_measured"] = max(peak, float(memory.peak_bytes))
+        if "inference_latency" in evaluator.needed():
+            self.values["inference_latency"] = evaluator.latency()
+        for objective in evaluator.objectives:
+            if objective.name in self.values and not math.isfinite(self.values[objective.name]):
+                raise DivergenceError(f"{objective.name} is {self.values[objective.name]}")
+
+    def outcome(self, reason: str | None) -> Trained:
+        """Return what came out."""
+        evaluator = self.evaluator
+        cost = self._clock.cost(self.throughput.steps)
+        if self.before is not None:
+            cost += self.before.evaluation.cost
+        status: Status = "complete"
+        if reason is not None or self.violations:
+            reason = reason or "; ".join(self.violations)
+            status = "infeasible" if self.violations else "failed"
+        elif self.pause is not None:
+            status = "paused"
+            reason = f"{evaluator.monitor} {self.values[evaluator.monitor]:.4f} after {cost.steps} steps"
+        share = 1.0 if status == "complete" else cost.steps / evaluator.plan.total_steps
+        evaluation = Evaluation(
+            configuration=self.configuration,
+            status=status,
+            reason=reason,
+            values={name: one for name, one in self.values.items() if math.isfinite(one)},
+            curves=tuple(
+                CurvePoint(metric=metric, step=step, value=value)
+                for metric, step, value in self.curve.points
+                if math.isfinite(value)
+            ),
+            cost=cost,
+            seed=self.seed,
+            fidelity=share,
+        )
+        if status == "paused":
+            assert self.pause is not None
+            return Trained(evaluation, paused=PausedTraining(evaluation=evaluation, state=self.pause))
+        return Trained(evaluation, self.state if status == "complete" else None)
+
+
+def reason_of_failure(attempt: Callable[[], None]) -> str | None:
+    """Run an attempt, and return in words what went wrong; None where nothing did."""
+    try:
+        attempt()
+    except DivergenceError as error:
+        return f"diverged: {error}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return f"out of memory: {_first_line(error)}"
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+            return f"out of memory: {_first_line(error)}"
+        _logger.warning("A trial failed and the search goes on.", exc_info=True)
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestWeights, seed: int) -> None:
+    batches = PlannedBatches(
+        evaluator.data.train_dataloader(seed),
+        evaluator.plan,
+        evaluator.data.steps_per_epoch,
+        step=module.first_step,
+    )
+    with _interrupts_stay_interrupts(), quiet_lightning():
+        trainer.fit(module, batches, evaluator.data.val_dataloader())
+
+
+@contextmanager
+def _interrupts_stay_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
+
+    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SIGTERMException:
+        raise
+    except SystemExit as exit_:
+        raise KeyboardInterrupt from exit_
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+class _Clock:
+    """Compute spent since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._wall = time.perf_counter()
+        self._processor = time.process_time()
+
+    def cost(self, steps: int) -> Cost:
+        """Return the cost up to now."""
+        wall = time.perf_counter() - self._wall
+        return Cost(
+            wall_seconds=wall,
+            cpu_seconds=time.process_time() - self._processor,
+            gpu_seconds=wall if self._on_gpu else 0.0,
+            steps=steps,
+        )

@@ -1,0 +1,253 @@
+"""Successive halving: who goes on, and a search that pauses trials."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from autopeft import Search, SuccessiveHalving
+from autopeft.checkpoints import Checkpoints
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
+from autopeft.fidelity import Promotion
+from autopeft.front import ParetoFront
+from autopeft.objectives import resolve_objectives
+from autopeft.pareto import Axis
+from autopeft.run_writer import TRIAL_TAG
+from autopeft.search_spaces import Uniform
+from autopeft.training import Training
+from tests.learnable import outcomes, tiny_search
+
+OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy", "f1"))
+AXES = (
+    Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0),
+    Axis(objective=OBJECTIVES[1], worst=1e6, best=1e2),
+)
+RUNGS = (10, 30, 90)
+HALVING = SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=2)
+
+
+def trial(number: int, parameters: float, *accuracies: float, status: str | None = None) -> TrialRecord:
+    """Make a trial that reached as many rungs as it has accuracies."""
+    steps = RUNGS[len(accuracies) - 1]
+    status = status or ("complete" if len(accuracies) == len(RUNGS) else "paused")
+    curves = [
+        CurvePoint(metric=name, step=step, value=value)
+        for step, value in zip(RUNGS, accuracies, strict=False)
+        for name in ("accuracy", "f1", "training_loss")
+    ]
+    evaluation = Evaluation(
+        configuration=Configuration({Site(0, "query"): Adapter("lora", number + 1)}),
+        status=status,  # type: ignore[arg-type]
+        reason=None if status == "complete" else "because",
+        values={
+            "accuracy": max(accuracies),
+            "trainable_parameters": parameters,
+            "training_seconds": float(steps),
+        },
+        curves=tuple(curves),
+        cost=Cost(steps=steps),
+        fidelity=steps / RUNGS[-1],
+    )
+    return TrialRecord(number=number, evaluation=evaluation)
+
+
+def next_of(records: Sequence[TrialRecord], halving: SuccessiveHalving = HALVING) -> tuple[int, int] | None:
+    found = Promotion(halving, RUNGS, OBJECTIVES, AXES, "accuracy").next(records)
+    return None if found is None else (found[0].number, found[1])
+
+
+def test_one_of_the_factor_goes_on() -> None:
+    assert next_of([]) is None
+    assert next_of([trial(0, 1e3, 0.5)]) == (0, 1), "a first one goes on: a short search ends with a front"
+    assert next_of([trial(0, 1e3, 0.5, 0.6)]) == (0, 2)
+    first = trial(0, 1e3, 0.5, 0.6, 0.7)
+    assert next_of([first, trial(1, 2e3, 0.4)]) is None
+    assert next_of([first, trial(1, 2e3, 0.4), trial(2, 3e3, 0.8), trial(3, 4e3, 0.6)]) == (2, 1)
+
+
+def test_what_costs_less_goes_on_beside_what_is_better() -> None:
+    records = [trial(0, 1e5, 0.9), trial(1, 1e2, 0.4), trial(2, 1e5, 0.5), trial(3, 1e5, 0.6)]
+    first = next_of(records)
+    assert first is not None
+    chosen = {first[0]}
+    others = [one for one in records if one.number != first[0]]
+    accuracy = records[first[0]].evaluation.values["accuracy"]
+    went_on = trial(first[0], records[first[0]].evaluation.values["trainable_parameters"], accuracy, 0.9, 0.9)
+    second = next_of([went_on, *others])
+    assert second is not None
+    assert chosen | {second[0]} == {0, 1}
+
+
+def test_the_highest_rung_comes_first() -> None:
+    records = [trial(0, 1e3, 0.5, 0.6), trial(1, 1e2, 0.9), trial(2, 1e4, 0.3, 0.4)]
+    assert next_of(records) == (0, 2)
+
+
+def test_who_is_beaten_beyond_the_noise_waits() -> None:
+    # Three whole trainings gained 0.1, 0.2 and 0.3 after the first rung: noise of 0.1.
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    better = trial(3, 1e3, 0.50, 0.9, 0.7)
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    assert promotion.noise(0, known) == pytest.approx(0.1)
+    near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
+    assert promotion.next([*known, better, near]) == (near, 1)
+    assert promotion.next([*known, better, far]) is None
+
+
+def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:
+    duplicate = TrialRecord(number=9, evaluation=trial(1, 1e2, 0.9).evaluation, duplicate_of=1)
+    failed = trial(3, 1e2, 0.9, status="failed")
+    first = trial(0, 1e3, 0.5, 0.6, 0.7)
+    assert next_of([first, duplicate, failed]) is None
+    assert next_of([first, trial(1, 1e2, 0.9), duplicate, failed]) == (1, 1)
+
+
+def test_a_paused_trial_is_expected_to_gain_what_others_gained() -> None:
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    paused = trial(3, 7e2, 0.4, 0.3)
+    assert promotion.expected(paused.evaluation, []) == [0.4, 7e2]
+    known = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
+    assert promotion.expected(paused.evaluation, known) == [pytest.approx(0.6), 7e2]
+
+
+@pytest.mark.parametrize("rungs", [(), (0.0,), (1.0,), (0.5, 0.2), (0.2, 0.2), (float("nan"),)])
+def test_rungs_are_increasing_shares(rungs: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="rungs are increasing shares"):
+        SuccessiveHalving(rungs=rungs)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, float("inf"), float("nan")])
+def test_the_factor_is_above_one(factor: float) -> None:
+    with pytest.raises(ValueError, match="reduction_factor is a number above 1"):
+        SuccessiveHalving(reduction_factor=factor)
+
+
+TRAINING = Training(epochs=3, batch_size=8, device="cpu")
+
+
+def halving_search(folder: Path, **settings: Any) -> Search:
+    defaults: dict[str, Any] = {
+        "fidelity": SuccessiveHalving(rungs=(1 / 3, 2 / 3), reduction_factor=2),
+        "training": TRAINING,
+        "space": Uniform(ranks=(1, 16), learning_rate=(1e-4, 3e-2)),
+        "anchors": False,
+    }
+    return tiny_search(folder, **(defaults | settings))
+
+
+def run(search: Search, trials: int) -> ParetoFront:
+    return search.run(trials=trials, progress=False)
+
+
+def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: Path) -> None:
+    search = halving_search(tmp_path)
+    front = run(search, 10)
+    assert [record.number for record in front.records] == list(range(10))
+    new = [record for record in front.records if record.duplicate_of is None]
+    statuses = [record.evaluation.status for record in new]
+    assert {"complete", "paused"} == set(statuses)
+    assert statuses.count("complete") <= len(new) / 2
+    steps = {record.evaluation.cost.steps for record in new if record.evaluation.status == "paused"}
+    assert steps <= {6, 12}
+    assert all(point.record.evaluation.cost.steps == 18 for point in front)
+    assert len(front) >= 1
+    paused = {record.number for record in new if record.evaluation.status == "paused"}
+    kept = {int(path.stem.removeprefix("trial-")) for path in (search.folder / "paused").iterdir()}
+    assert kept == paused
+    states = Checkpoints(search.folder / "adapters")
+    for point in front:
+        state = states.load(point.number)
+        assert state is not None
+        whole = halving_search(tmp_path / "alone", fidelity=None)
+        trained = whole.evaluator.train(point.configuration)
+        assert trained.state is not None
+        assert all(torch.equal(state[name], tensor) for name, tensor in trained.state.items())
+
+
+def test_more_trials_go_on_with_what_was_paused(tmp_path: Path) -> None:
+    whole = run(halving_search(tmp_path / "whole"), 8)
+    run(halving_search(tmp_path / "parts"), 8)
+    assert outcomes(run(halving_search(tmp_path / "parts"), 8).records) == outcomes(whole.records)
+    more = run(halving_search(tmp_path / "parts"), 12)
+    assert len(more.records) == 12
+
+
+def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
+    whole = run(halving_search(tmp_path / "whole"), 8)
+    cuts = 0
+    for at in (3, 20, 33):
+        search = halving_search(tmp_path / "cut")
+        passes = 0
+
+        def hook(module: torch.nn.Module, inputs: Any, output: Any, at: int = at) -> None:
+            nonlocal passes
+            if module.training and type(output.logits) is torch.Tensor and not output.logits.is_meta:
+                passes += 1
+                if passes == at:
+                    signal.raise_signal(signal.SIGINT)
+
+        handle = search.backbone.model.register_forward_hook(hook)
+        cuts += len(run(search, 8).records) < 8
+        handle.remove()
+    assert cuts >= 2
+    assert outcomes(run(halving_search(tmp_path / "cut"), 8).records) == outcomes(whole.records)
+
+
+def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
+    search = halving_search(tmp_path)
+    front = run(search, 8)
+    storage = JournalStorage(JournalFileBackend(str(search.folder / "study.log")))
+    study = optuna.load_study(study_name=search.name, storage=storage)
+    states = {"complete": TrialState.COMPLETE, "paused": TrialState.RUNNING}
+    for record, trial_ in zip(front.records, study.trials, strict=True):
+        assert trial_.state == states[record.evaluation.status]
+        if trial_.state == TrialState.COMPLETE:
+            assert trial_.values == [record.evaluation.values[one.name] for one in front.objectives]
+    best = {one.number for one in study.best_trials}
+    assert best >= front.members
+
+
+def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for _ in range(2):
+        front = run(halving_search(tmp_path, tracking=uri), 6)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("autopeft")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.`autopeft.trial` LIKE '%'")
+    by_number = {int(one.data.tags[TRIAL_TAG]): one for one in runs}
+    assert len(runs) == len(by_number) == len(front.records)
+    statuses = {"complete": "FINISHED", "paused": "SCHEDULED"}
+    for record in front.records:
+        found = by_number[record.number]
+        assert found.info.status == statuses[record.evaluation.status]
+        assert found.data.tags["autopeft.status"] == record.evaluation.status
+        assert float(found.data.tags["autopeft.fidelity"]) == pytest.approx(
+            record.evaluation.fidelity, abs=1e-3
+        )
+        history = client.get_metric_history(found.info.run_id, "curve/accuracy")
+        expected = [one.step for one in record.evaluation.curves if one.metric == "accuracy"]
+        assert sorted(one.step for one in history) == expected
+
+
+def test_rungs_must_fit_the_training(tmp_path: Path) -> None:
+    search = halving_search(tmp_path, fidelity=SuccessiveHalving(rungs=(0.01,)))
+    with pytest.raises(ValueError, match="expected increasing steps"):
+        search.validate()
+
+
+def test_times_can_be_objectives_of_a_search_that_pauses(tmp_path: Path) -> None:
+    objectives = ("accuracy", "training_seconds", "inference_latency")
+    front = run(halving_search(tmp_path, objectives=objectives), 5)
+    assert len(front) >= 1

@@ -41,11 +41,11 @@ from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
 TRAININGS = Path(__file__).parent / "results" / "allocation_trainings.jsonl"
-TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
-EXAMPLES = {"train": 256, "validation": 200, "test": 500}
+TRAINING = Training(epochs=4, batch_size=16, validate_every=4, device="cpu")
+EXAMPLES = {"train": 512, "validation": 300, "test": 1000}
 SCORE_BATCHES = 16
 UNIFORM_RANKS = (1, 2, 4, 8)
-LEARNING_RATES = (1e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 QUERY_VALUE = ("query", "value")
 
 
@@ -58,6 +58,8 @@ class Arm:
         score: Of `autopeft.sensitivity.SCORES`.
         allocator: Of `autopeft.allocation.ALLOCATORS`.
         placement: Share of the sites that may carry an adapter.
+        temperature: Of the proportional allocator; the higher, the more the best sites get.
+        lowest_block: Blocks below it get nothing.
         roles: Roles that may; None for all linear modules.
     """
 
@@ -65,6 +67,8 @@ class Arm:
     score: str
     allocator: str = "proportional"
     placement: float = 1.0
+    temperature: float | None = None
+    lowest_block: int = 0
     roles: tuple[str, ...] | None = None
 
     def configuration(
@@ -75,7 +79,9 @@ class Arm:
             budget=budget,
             allocator=self.allocator,
             placement=self.placement,
+            lowest_block=self.lowest_block,
             roles=self.roles,
+            allocator_options={} if self.temperature is None else {"temperature": self.temperature},
         )
         return Configuration(allocation.adapters(backbone, scores), learning_rate=learning_rate)
 
@@ -85,6 +91,9 @@ ARMS = (
     Arm(name="uniform on query, value", score="uniform", roles=QUERY_VALUE),
     Arm(name="random, proportional", score="random"),
     Arm(name="gradient_norm, proportional", score="gradient_norm"),
+    Arm(name="gradient_norm, temperature 0.5", score="gradient_norm", temperature=0.5),
+    Arm(name="gradient_norm, best half of sites", score="gradient_norm", placement=0.5),
+    Arm(name="gradient_norm, upper half of blocks", score="gradient_norm", lowest_block=3),
     Arm(name="fisher, fisher", score="fisher", allocator="fisher"),
     Arm(name="gora, gora", score="gora", allocator="gora"),
     Arm(name="gradient_spectrum, water_filling", score="gradient_spectrum", allocator="water_filling"),

@@ -25,7 +25,7 @@ from autopeft.objectives import resolve_constraints, resolve_objectives
 from autopeft.pareto import Axis
 from autopeft.samplers import make_sampler
 from autopeft.score_check import ScoreCheck, check_scores
-from autopeft.search_loop import SearchLoop
+from autopeft.search_loop import SearchLoop, TrialCallback
 from autopeft.search_spaces import SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
 from autopeft.sensitivity_report import SensitivityReport
@@ -255,8 +255,12 @@ class Search:
         gpu_seconds: float | None = None,
         cpu_seconds: float | None = None,
         progress: bool = True,
+        callbacks: Sequence[TrialCallback] = (),
     ) -> ParetoFront:
         """Search until a budget is spent; see `Budget` for the bounds.
+
+        Callbacks are called with each trial's record and the front, once the trial is kept: when it has
+        finished, and each time it pauses at a rung. What they raise ends the call.
 
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
@@ -271,7 +275,7 @@ class Search:
         self.validate()
         store = StudyStore(self.folder, self.name, self.objectives, self._sampler, self.promotion())
         try:
-            return SearchLoop(self, store, budget, progress=progress).run()
+            return SearchLoop(self, store, budget, progress=progress, callbacks=callbacks).run()
         finally:
             store.close()
 

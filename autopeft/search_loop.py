@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -41,11 +41,23 @@ _STATES = {
 }
 
 
+TrialCallback = Callable[[TrialRecord, ParetoFront], None]
+
+
 class SearchLoop:
     """One call of `Search.run`: ask → evaluate → tell → record, until the budget is spent."""
 
-    def __init__(self, search: Search, store: StudyStore, budget: Budget, *, progress: bool) -> None:
+    def __init__(
+        self,
+        search: Search,
+        store: StudyStore,
+        budget: Budget,
+        *,
+        progress: bool,
+        callbacks: Sequence[TrialCallback] = (),
+    ) -> None:
         self.search = search
+        self.callbacks = callbacks
         self.store = store
         self.budget = budget
         self.axes = search.axes()
@@ -255,6 +267,8 @@ class SearchLoop:
         self.progress.finished(record, on_front=record.number in front.members)
         self._show(front)
         self._track(record, front, changed=front.members != before)
+        for callback in self.callbacks:
+            callback(record, front)
         self._refuse_hopeless()
         return front
 

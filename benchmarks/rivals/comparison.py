@@ -1,0 +1,186 @@
+"""What runs of searches are worth: fronts over processor time, trained again, on common axes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autopeft.configuration import Configuration
+from autopeft.methods import count_parameters
+from autopeft.objectives import Objective, resolve_objectives
+from autopeft.pareto import Axis, hypervolume, non_dominated
+from benchmarks.rivals.setting import Entry, Setting, per_layer
+
+SHARES = (0.9, 0.95, 0.99)
+MOMENTS = 12
+FRESH_SEEDS = (1000,)
+Values = Mapping[str, float]
+
+
+class Archive:
+    """Runs and trainings that are done, as JSON lines in a folder.
+
+    Args:
+        folder: Made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._runs = folder / "runs.jsonl"
+        self._trainings = folder / "trainings.jsonl"
+        self.runs: dict[tuple[str, str, int, int], list[Entry]] = {}
+        self.trainings: dict[tuple[str, str, int], float] = {}
+        for line in self._lines(self._runs):
+            key = line["method"], line["dataset"], line["seed"], line["trials"]
+            self.runs[key] = [Entry(**one) for one in line["log"]]
+        for line in self._lines(self._trainings):
+            self.trainings[line["dataset"], line["configuration"], line["seed"]] = line["test"]
+
+    @staticmethod
+    def _lines(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def add_run(self, method: str, setting: Setting, log: Sequence[Entry]) -> None:
+        """Keep a run."""
+        self.runs[method, setting.dataset, setting.seed, setting.trials] = list(log)
+        line = {"method": method, "dataset": setting.dataset, "seed": setting.seed, "trials": setting.trials}
+        with self._runs.open("a") as file:
+            file.write(json.dumps({**line, "log": [one.to_dict() for one in log]}) + "\n")
+
+    def add_training(self, dataset: str, configuration: str, seed: int, test: float) -> None:
+        """Keep a training's score on the test split."""
+        self.trainings[dataset, configuration, seed] = test
+        line = {"dataset": dataset, "configuration": configuration, "seed": seed, "test": test}
+        with self._trainings.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def moments(logs: Sequence[Sequence[Entry]]) -> list[float]:
+    """Return log-spaced moments of processor time from the first candidate done to the last, of all runs."""
+    times = [one.cpu_seconds for log in logs for one in log]
+    low, high = math.log(min(times)), math.log(max(times))
+    return [math.exp(low + (high - low) * index / (MOMENTS - 1)) for index in range(MOMENTS)]
+
+
+def members_at(log: Sequence[Entry], seconds: float, metric: Objective, cost: Objective) -> list[Entry]:
+    """Return whom a user would choose from at a moment: done by then, and beaten by nobody in validation."""
+    done = [one for one in log if one.score is not None and one.cpu_seconds <= seconds * (1 + 1e-9)]
+    points = [{metric.name: one.score or 0.0, cost.name: float(one.parameters)} for one in done]
+    flags = non_dominated(points, (metric, cost))
+    return [one for one, on_front in zip(done, flags, strict=True) if on_front]
+
+
+def key_of(entry: Entry) -> str:
+    """Return the configuration's key."""
+    return Configuration.from_dict(entry.configuration).key
+
+
+def reached(curve: Sequence[float], times: Sequence[float], level: float) -> float | None:
+    """Return the processor time at which a curve reaches a level, between moments on a log scale.
+
+    Args:
+        curve: Hypervolume at each moment.
+        times: The moments, increasing.
+        level: The hypervolume asked for.
+    """
+    for index, (value, time) in enumerate(zip(curve, times, strict=True)):
+        if value >= level:
+            if index == 0 or curve[index - 1] >= value:
+                return time
+            share = (level - curve[index - 1]) / (value - curve[index - 1])
+            return float(times[index - 1] ** (1 - share) * time**share)
+    return None
+
+
+class Comparison:
+    """All runs on one data set, on common axes.
+
+    Args:
+        dataset: Name of the data set.
+        runs: Logs by method and seed.
+        archive: Has the trainings of the fronts.
+    """
+
+    def __init__(
+        self, dataset: str, runs: Mapping[tuple[str, int], Sequence[Entry]], archive: Archive
+    ) -> None:
+        setting = Setting(dataset=dataset, seed=0, trials=1)
+        self.dataset = dataset
+        self.runs = runs
+        self.archive = archive
+        self.metric, self.cost = resolve_objectives(
+            (setting.metric, "trainable_parameters"), setting.task.metrics
+        )
+        backbone = setting.load()
+        smallest, largest = (count_parameters(backbone, one) for one in per_layer().extremes(backbone))
+        self.axes = (
+            Axis(
+                objective=self.metric,
+                worst=setting.task.majority_score(setting.metric),
+                best=setting.task.best_score(setting.metric),
+            ),
+            Axis(objective=self.cost, worst=float(largest), best=float(smallest)),
+        )
+        self.times = moments(list(runs.values()))
+
+    def members(self, log: Sequence[Entry], seconds: float) -> list[Entry]:
+        """Return a run's front at a moment."""
+        return members_at(log, seconds, self.metric, self.cost)
+
+    def needed(self) -> dict[str, Entry]:
+        """Return everyone who is on some front at some moment, by configuration."""
+        return {
+            key_of(one): one
+            for log in self.runs.values()
+            for seconds in self.times
+            for one in self.members(log, seconds)
+        }
+
+    def point(self, entry: Entry) -> Values:
+        """Return what a member is worth: its test score, the mean over fresh seeds."""
+        key = key_of(entry)
+        tests = [self.archive.trainings[self.dataset, key, seed] for seed in FRESH_SEEDS]
+        return {self.metric.name: statistics.fmean(tests), self.cost.name: float(entry.parameters)}
+
+    def curve(self, log: Sequence[Entry]) -> list[float]:
+        """Return the hypervolume at each moment.
+
+        A front may lose value when a lucky candidate drives a better one off it: this is not hidden.
+        """
+        return [
+            hypervolume([self.point(one) for one in self.members(log, seconds)], self.axes)
+            for seconds in self.times
+        ]
+
+    def reference(self) -> float:
+        """Return the hypervolume of all fronts together."""
+        points = [self.point(one) for log in self.runs.values() for one in self.members(log, math.inf)]
+        return hypervolume(points, self.axes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row a method: processor time to each share of the reference, median over seeds."""
+        reference = self.reference()
+        names = dict.fromkeys(name for name, _ in self.runs)
+        curves = {key: self.curve(log) for key, log in self.runs.items()}
+        rows = []
+        for name in names:
+            own = {seed: curve for (method, seed), curve in curves.items() if method == name}
+            row: dict[str, Any] = {
+                "dataset": self.dataset,
+                "method": name,
+                "seeds": len(own),
+                "share_at_end": statistics.median(curve[-1] / reference for curve in own.values()),
+                "cpu_seconds": statistics.median(self.runs[name, seed][-1].cpu_seconds for seed in own),
+                "curves": {str(seed): curve for seed, curve in own.items()},
+                "times": self.times,
+            }
+            for share in SHARES:
+                found = [reached(curve, self.times, share * reference) for curve in own.values()]
+                median = statistics.median(math.inf if one is None else one for one in found)
+                row[f"to_{share:.0%}"] = median if math.isfinite(median) else None
+            rows.append(row)
+        return rows

@@ -1,0 +1,48 @@
+"""autopeft itself, whole and with parts switched off."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from autopeft import ParetoFront, Search, SuccessiveHalving
+from autopeft.evaluation import TrialRecord
+from autopeft.search_spaces import ScoreGuided
+from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
+
+_GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+_RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
+_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "autopeft": _WHOLE,
+    "autopeft, no rungs": {**_WHOLE, "fidelity": None},
+    "autopeft, no scores": {**_WHOLE, "space": per_layer()},
+    "autopeft, PerLayer and TPE alone": {"space": per_layer()},
+}
+"""By name, the arguments of `Search`; each technique is switched off alone."""
+
+
+def run(setting: Setting, variant: str) -> list[Entry]:
+    """Search with the options of one of `VARIANTS`; the log has those that were trained to the end."""
+    log: list[Entry] = []
+
+    def note(record: TrialRecord, front: ParetoFront) -> None:
+        evaluation = record.evaluation
+        if evaluation.status == "complete" and record.duplicate_of is None:
+            score = evaluation.values[setting.metric]
+            log.append(setting.entry(search.backbone, evaluation.configuration, score))
+
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search(
+            setting.model,
+            setting.task,
+            objectives=(setting.metric, "trainable_parameters"),
+            seed=setting.seed,
+            folder=folder,
+            tracking=None,
+            score_check=False,
+            **{"training": TRAINING, **VARIANTS[variant]},
+        )
+        search.run(trials=setting.trials, progress=False, callbacks=[note])
+    return log

@@ -1,0 +1,98 @@
+"""What all rivals have in common: data, space, training, and the log of what they tried."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from assets.prepare import prepare
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.evaluator import Evaluator
+from autopeft.methods import count_parameters
+from autopeft.objectives import resolve_objectives
+from autopeft.search_spaces import PerLayer
+from autopeft.tasks import TextClassification
+from autopeft.training import Training
+from benchmarks.datasets import DATASETS
+
+TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
+EXAMPLES = {"train": 256, "validation": 300, "test": 500}
+RATE = (5e-4, 1e-2)
+RANKS = (1, 32)
+
+
+def per_layer() -> PerLayer:
+    """Return the space of every method but the AutoPEFT paper's: a LoRA rank, or none, at every site."""
+    return PerLayer(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One candidate that was trained to the end.
+
+    Attributes:
+        configuration: As plain data.
+        score: The metric on the validation split; None where the training failed.
+        parameters: Trainable parameters.
+        cpu_seconds: Processor time of the whole process when it was done, imports included.
+    """
+
+    configuration: dict[str, Any]
+    score: float | None
+    parameters: int
+    cpu_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One run: a data set, a seed, a number of candidates.
+
+    Attributes:
+        dataset: A name of `DATASETS`.
+        seed: Seed of the search and of every training in it.
+        trials: Candidates to begin.
+    """
+
+    dataset: str
+    seed: int
+    trials: int
+
+    @property
+    def metric(self) -> str:
+        """The metric of the data set."""
+        return DATASETS[self.dataset].metric
+
+    @property
+    def model(self) -> str:
+        """Folder of the pretrained model."""
+        return str(prepare("minilm"))
+
+    @cached_property
+    def task(self) -> TextClassification:
+        """The data, the same rows in the same splits for all."""
+        return DATASETS[self.dataset].task(**EXAMPLES)
+
+    def load(self) -> Backbone:
+        """Load the pretrained model."""
+        return Backbone.load(self.model, self.task)
+
+    def evaluator(self, backbone: Backbone) -> Evaluator:
+        """Return what trains and scores a configuration by itself."""
+        objectives = resolve_objectives((self.metric, "trainable_parameters"), self.task.metrics)
+        return Evaluator(backbone, self.task, TRAINING, objectives, seed=self.seed)
+
+    def entry(self, backbone: Backbone, configuration: Configuration, score: float | None) -> Entry:
+        """Return the log's entry of a candidate that was done just now."""
+        return Entry(
+            configuration=configuration.to_dict(),
+            score=score,
+            parameters=count_parameters(backbone, configuration),
+            cpu_seconds=time.process_time(),
+        )

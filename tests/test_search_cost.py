@@ -1,0 +1,72 @@
+"""The benchmark of what a front costs: its mathematics, and the hand-written loop it compares with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.objectives import resolve_objectives
+from benchmarks.rivals.comparison import Archive, key_of, members_at, moments, reached
+from benchmarks.rivals.setting import Entry, Setting
+from benchmarks.search_cost import ratio
+
+METRIC, COST = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
+
+
+def entry(rank: int, score: float | None, parameters: int, seconds: float) -> Entry:
+    configuration = Configuration({Site(0, "query"): Adapter("lora", rank)})
+    return Entry(
+        configuration=configuration.to_dict(), score=score, parameters=parameters, cpu_seconds=seconds
+    )
+
+
+def test_a_front_has_who_was_done_and_is_beaten_by_nobody() -> None:
+    log = [
+        entry(1, 0.5, 100, 10.0),
+        entry(2, None, 50, 20.0),
+        entry(3, 0.4, 200, 30.0),
+        entry(4, 0.6, 100, 40.0),
+    ]
+    assert members_at(log, 9.0, METRIC, COST) == []
+    assert members_at(log, 10.0, METRIC, COST) == log[:1]
+    assert members_at(log, 39.0, METRIC, COST) == log[:1]
+    assert members_at(log, 40.0, METRIC, COST) == log[3:]
+
+
+def test_moments_are_log_spaced_over_all_runs() -> None:
+    found = moments([[entry(1, 0.5, 1, 10.0)], [entry(2, 0.5, 1, 1000.0)]])
+    assert found[0] == pytest.approx(10.0)
+    assert found[-1] == pytest.approx(1000.0)
+    ratios = [later / earlier for earlier, later in zip(found, found[1:], strict=False)]
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [(0.1, 1.0), (0.2, 1.0), (0.3, math.sqrt(10.0)), (0.4, 10.0), (0.5, None)],
+)
+def test_a_level_is_reached_between_moments_on_a_log_scale(level: float, expected: float | None) -> None:
+    found = reached([0.2, 0.4, 0.3], [1.0, 10.0, 100.0], level)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_ratio_is_a_bound_where_the_rival_never_gets_there() -> None:
+    own = {"to_95%": 50.0, "cpu_seconds": 60.0}
+    assert ratio({"to_95%": 500.0, "cpu_seconds": 900.0}, own) == "10.0"
+    assert ratio({"to_95%": None, "cpu_seconds": 900.0}, own) == "> 18.0"
+    assert ratio(own, {"to_95%": None, "cpu_seconds": 900.0}) == "–"
+    assert ratio(None, own) == "–"
+
+
+def test_what_is_done_is_kept(tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "new")
+    setting = Setting(dataset="questions", seed=3, trials=2)
+    log = [entry(1, 0.5, 100, 10.0), entry(2, None, 50, 20.0)]
+    archive.add_run("a method", setting, log)
+    archive.add_training("questions", key_of(log[0]), 1000, 0.75)
+    again = Archive(tmp_path / "new")
+    assert again.runs == {("a method", "questions", 3, 2): log}
+    assert again.trainings == {("questions", key_of(log[0]), 1000): 0.75}

@@ -52,7 +52,7 @@ class _TPEFactory:
     """Make TPE samplers that share what they remember of finished trials."""
 
     def __init__(self) -> None:
-        self._remembered: Remembered = {}
+        self._remembered = Remembered()
 
     def __call__(self, seed: int) -> BaseSampler:
         return RememberingTPESampler(seed, self._remembered)

@@ -131,19 +131,27 @@ class PerLayer(SearchSpace):
 
     def slots(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
         """Yield every group's name with its slots."""
+        adapters = {method: self.adapters_of(method) for method in self.methods}
         for blocks in self.block_groups(backbone):
             name = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
-            slots = (self._slot(name, blocks, role, backbone) for role in self._roles(backbone))
+            slots = (self._slot(name, blocks, role, backbone, adapters) for role in self._roles(backbone))
             yield name, tuple(slot for slot in slots if slot is not None)
 
     def _roles(self, backbone: Backbone) -> tuple[str, ...]:
         return backbone.roles if self.roles is None else tuple(self.roles)
 
-    def _slot(self, group: str, blocks: Sequence[int], role: str, backbone: Backbone) -> Slot | None:
+    def _slot(
+        self,
+        group: str,
+        blocks: Sequence[int],
+        role: str,
+        backbone: Backbone,
+        adapters: Mapping[str, tuple[Adapter, ...]],
+    ) -> Slot | None:
         sites = tuple(Site(block, role) for block in blocks if Site(block, role) in backbone.sites)
         methods = {
-            method: self.adapters_of(method)
-            for method in self.methods
+            method: several
+            for method, several in adapters.items()
             if sites and all(not backbone.obstacle(backbone.sites[s], method) for s in sites)
         }
         return Slot(group=group, sites=sites, adapters=methods) if methods else None

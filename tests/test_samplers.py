@@ -67,6 +67,29 @@ def test_tpe_asks_what_optunas_asks() -> None:
     assert [one.params for one in ours.trials] == [one.params for one in plain.trials]
 
 
+def test_tpe_asks_what_optunas_asks_for_one_objective_and_parameters_that_not_all_trials_have() -> None:
+    asked: list[list[dict[str, Any]]] = []
+    for sampler in (make_sampler("tpe", 0), PlainTPE(0)):
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for _ in range(40):
+            trial = study.ask()
+            method = trial.suggest_categorical("method", ("lora", "none"))
+            size = trial.suggest_int("size", 1, 32) if method == "lora" else 0
+            study.tell(trial, size * (40 - size) - trial.suggest_float("rate", 0.0, 1.0))
+        asked.append([one.params for one in study.trials])
+    assert asked[0] == asked[1]
+
+
+def test_tpe_reads_again_where_earlier_trials_are_others() -> None:
+    sampler = make_sampler("tpe", 0)
+    whole = asked("tpe", 20)
+    for count in (15, 12, 18):
+        study = new_study(sampler)
+        for trial in whole.trials[:count]:
+            study.add_trial(trial)
+        assert step(study) == whole.trials[count].params
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides(name: str) -> None:
     first, again, other = (asked(name, 4, seed) for seed in (0, 0, 1))

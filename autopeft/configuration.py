@@ -139,7 +139,11 @@ class Configuration:
 
     def to_yaml(self) -> str:
         """Return the canonical form as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+        # libyaml writes the same in a quarter of the time.
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        return str(
+            yaml.dump(self.to_dict(), Dumper=dumper, sort_keys=False, default_flow_style=None, width=100)
+        )
 
     @classmethod
     def from_yaml(cls, text: str) -> Configuration:

@@ -1,4 +1,4 @@
-"""Write a trial as an MLflow run (values, curves, cost, configuration), and the front to the search's."""
+"""What a trial's MLflow run holds (values, curves, cost, configuration), and the front in the search's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, Metric, RunStatus
 
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Status, TrialRecord
@@ -20,13 +21,13 @@ from autopeft.mlflow_view import valid_key
 from autopeft.objectives import Objective
 from autopeft.pictures import configuration_image
 from autopeft.plots import front_figure, front_frame, front_image, save_front_html
+from autopeft.trial_runs import FinishedRun
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
 FIDELITY_TAG: Final = "autopeft.fidelity"
 KEY_PARAM: Final = "configuration_key"
-_METRICS_A_BATCH = 1000
 _LONGEST_TAG = 5000
 _MOST_ROWS = 30
 _RUN_STATUS: Mapping[Status, str] = {
@@ -37,47 +38,40 @@ _RUN_STATUS: Mapping[Status, str] = {
 }
 
 
-def create_trial_run(
-    client: MlflowClient, experiment_id: str, parent: str, number: int, configuration: Configuration
-) -> str:
-    """Create a trial's run below the search's and return its id."""
+def started_run(parent: str, number: int, configuration: Configuration) -> tuple[str, dict[str, str]]:
+    """Return the name and the tags of a trial's run below the search's."""
     methods = "+".join(configuration.methods) or "head alone"
-    run = client.create_run(
-        experiment_id,
-        run_name=f"trial {number} · {methods}",
-        tags={PARENT_TAG: parent, TRIAL_TAG: str(number), PARETO_TAG: "false"},
+    return (
+        f"trial {number} · {methods}",
+        {PARENT_TAG: parent, TRIAL_TAG: str(number), PARETO_TAG: "false"},
     )
-    return str(run.info.run_id)
 
 
-def write_trial(
-    client: MlflowClient, run_id: str, record: TrialRecord, *, on_front: bool, known_points: int = 0
-) -> None:
-    """Write a trial and end its run: FINISHED, FAILED, KILLED where infeasible, SCHEDULED where paused.
+def finished_run(parent: str, record: TrialRecord, *, on_front: bool, known_points: int = 0) -> FinishedRun:
+    """Return a trial's run: FINISHED, FAILED, KILLED where infeasible, SCHEDULED where paused.
 
     Args:
-        client: Writes.
-        run_id: The trial's run.
+        parent: The search's run.
         record: The trial.
         on_front: Whether it is on the front.
         known_points: Points of its curves that the run already has.
     """
     evaluation = record.evaluation
-    configuration = evaluation.configuration
-    with tempfile.TemporaryDirectory() as folder:
-        configuration.save(Path(folder) / "configuration.yaml")
-        (Path(folder) / "configuration.png").write_bytes(configuration_image(configuration))
-        client.log_artifacts(run_id, folder)
-    metrics = _metrics(record, known_points)
-    for start in range(0, max(1, len(metrics)), _METRICS_A_BATCH):
-        last = start + _METRICS_A_BATCH >= len(metrics)
-        client.log_batch(
-            run_id,
-            metrics=metrics[start : start + _METRICS_A_BATCH],
-            params=_params(record) if last else (),
-            tags=_tags(record, on_front=on_front) if last else (),
-        )
-    client.set_terminated(run_id, status=_RUN_STATUS[evaluation.status])
+    name, tags = started_run(parent, record.number, evaluation.configuration)
+    return FinishedRun(
+        name=name,
+        tags={**tags, **_tags(record, on_front=on_front)},
+        params=_params(record),
+        metrics=_metrics(record, known_points),
+        status=_RUN_STATUS[evaluation.status],
+        seconds=evaluation.cost.wall_seconds,
+        save=partial(_save_configuration, evaluation.configuration),
+    )
+
+
+def _save_configuration(configuration: Configuration, folder: Path) -> None:
+    configuration.save(folder / "configuration.yaml")
+    (folder / "configuration.png").write_bytes(configuration_image(configuration))
 
 
 def _metrics(record: TrialRecord, known_points: int) -> list[Metric]:
@@ -99,7 +93,7 @@ def _metrics(record: TrialRecord, known_points: int) -> list[Metric]:
     return [one for one in (*curves, *values) if math.isfinite(one.value)]
 
 
-def _params(record: TrialRecord) -> list[Param]:
+def _params(record: TrialRecord) -> dict[str, str]:
     configuration = record.evaluation.configuration
     lowest = configuration.lowest_block
     params = {
@@ -112,7 +106,7 @@ def _params(record: TrialRecord) -> list[Param]:
     }
     if record.anchor is not None:
         params["anchor"] = shortened(record.anchor, _LONGEST_TAG)
-    return [Param(name, value) for name, value in params.items()]
+    return params
 
 
 def fidelity_tag(record: TrialRecord) -> str:
@@ -120,7 +114,7 @@ def fidelity_tag(record: TrialRecord) -> str:
     return f"{record.evaluation.fidelity:.4f}"
 
 
-def _tags(record: TrialRecord, *, on_front: bool) -> list[RunTag]:
+def _tags(record: TrialRecord, *, on_front: bool) -> dict[str, str]:
     tags = {
         "autopeft.status": record.evaluation.status,
         FIDELITY_TAG: fidelity_tag(record),
@@ -130,7 +124,7 @@ def _tags(record: TrialRecord, *, on_front: bool) -> list[RunTag]:
         tags["autopeft.reason"] = shortened(record.evaluation.reason, _LONGEST_TAG)
     if record.duplicate_of is not None:
         tags["autopeft.duplicate_of"] = str(record.duplicate_of)
-    return [RunTag(name, value) for name, value in tags.items()]
+    return tags
 
 
 def write_front(

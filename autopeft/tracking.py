@@ -28,16 +28,17 @@ from autopeft.run_writer import (
     PARENT_TAG,
     PARETO_TAG,
     TRIAL_TAG,
-    create_trial_run,
     fidelity_tag,
+    finished_run,
     front_markdown,
     shortened,
+    started_run,
     write_dataset,
     write_front,
     write_table,
-    write_trial,
 )
 from autopeft.tracking_store import checked_store, open_experiment
+from autopeft.trial_runs import ClientRuns, DatabaseRuns, TrialRuns
 
 _logger = logging.getLogger(__name__)
 SEARCH_TAG = "autopeft.search"
@@ -83,11 +84,13 @@ class Tracker:
         self._experiment = experiment
         self._ui_url = ui_url
         self._client: MlflowClient
+        self._trial_runs: TrialRuns
         self._experiment_id = ""
         self._parent = ""
         self._view: str | None = None
         self._runs: dict[int, str] = {}
         self._points: dict[int, int] = {}  # of the curves that runs have
+        self._finished: set[int] = set()  # trials over before they could be shown as running
         self._members: frozenset[int] = frozenset()  # of the front
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
@@ -125,6 +128,8 @@ class Tracker:
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         try:
             self._client, self._experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
+            database = DatabaseRuns.of(self._client, self._experiment_id)
+            self._trial_runs = database or ClientRuns(self._client, self._experiment_id)
             self._open_parent(note, identity)
             missing = self._reconcile(records)
         except MlflowException as error:
@@ -227,20 +232,18 @@ class Tracker:
 
     def _write(self, record: TrialRecord) -> None:
         number = record.number
-        self._start_run(number, record.evaluation.configuration)
         on_front = number in self._members
         points = self._points.get(number, 0)
-        write_trial(self._client, self._runs[number], record, on_front=on_front, known_points=points)
+        run = finished_run(self._parent, record, on_front=on_front, known_points=points)
+        self._runs[number] = self._trial_runs.finish(self._runs.get(number), run)
         self._points[number] = len(record.evaluation.curves)
         if on_front:
             self._tagged.add(number)
 
     def _start_run(self, number: int, configuration: Configuration) -> None:
-        if number in self._runs:
-            return
-        self._runs[number] = create_trial_run(
-            self._client, self._experiment_id, self._parent, number, configuration
-        )
+        if number not in self._runs and number not in self._finished:
+            run_id = self._trial_runs.start(*started_run(self._parent, number, configuration))
+            self._runs[number] = run_id
 
     def trial_started(self, number: int, configuration: Configuration) -> None:
         """Show a trial as running."""
@@ -248,6 +251,7 @@ class Tracker:
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
+        self._finished.add(record.number)
         self._queue.put(partial(self._write, record))
 
     def front_changed(self, members: Collection[int]) -> None:

@@ -1,0 +1,144 @@
+"""Runs written straight to MLflow's database against those its client writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+from mlflow.exceptions import MlflowException
+
+from autopeft import trial_runs
+from autopeft.run_writer import finished_run, started_run
+from autopeft.tracking_store import checked_store, open_experiment
+from autopeft.trial_runs import ClientRuns, DatabaseRuns, FinishedRun, TrialRuns
+from tests.records import synthetic_records
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str]:
+    uri, artifacts = checked_store(f"sqlite:///{tmp_path_factory.mktemp('runs') / 'mlflow.db'}")
+    return open_experiment(uri, artifacts, "runs")
+
+
+def writers(store: tuple[MlflowClient, str]) -> tuple[TrialRuns, TrialRuns]:
+    database = DatabaseRuns.of(*store)
+    assert database is not None
+    return ClientRuns(*store), database
+
+
+def contents(number: int = 5) -> FinishedRun:
+    metrics = [
+        Metric("steps", 0.5, 1000, 10),
+        Metric("steps", 0.7, 1000, 20),
+        Metric("steps", 0.6, 1000, 15),
+        Metric("steps", 0.6, 1000, 15),  # the very same
+        Metric("twice", 0.7, 2000, 0),
+        Metric("twice", 0.8, 2000, 0),
+    ]
+    record = synthetic_records(number + 1)[number]
+    run = finished_run("parent", record, on_front=True)
+    return replace(run, metrics=[*run.metrics, *metrics])
+
+
+def described(client: MlflowClient, run_id: str) -> dict[str, Any]:
+    """Return all of a run but what differs between two of the same content."""
+    run: Run = client.get_run(run_id)
+    found = {key: value for key, value in dict(run.info).items() if key not in ("run_id", "run_uuid")}
+    place = str(found.pop("artifact_uri"))
+    assert place.endswith(f"/{run_id}/artifacts")
+    assert int(found.pop("end_time") or 0) >= int(found.pop("start_time")) > 1.7e12
+    histories = {
+        name: sorted((one.step, one.timestamp, one.value) for one in client.get_metric_history(run_id, name))
+        for name in run.data.metrics
+    }
+    artifacts = {
+        one.path: (Path(place.removeprefix("file://")) / one.path).read_bytes()
+        for one in client.list_artifacts(run_id)
+    }
+    return {**found, **run.data.to_dictionary(), "histories": histories, "artifacts": artifacts}
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_run_is_the_one_the_client_writes(store: tuple[MlflowClient, str], started: bool) -> None:
+    run, client = contents(), store[0]
+    found = []
+    for writer in writers(store):
+        first = writer.start(run.name, {**run.tags, "autopeft.pareto": "false"}) if started else None
+        if first is not None:
+            assert client.get_run(first).info.status == "RUNNING"
+        run_id = writer.finish(first, run)
+        assert first in (None, run_id)
+        found.append(described(client, run_id))
+    assert found[0] == found[1]
+    assert found[1]["status"] == run.status
+    assert found[1]["tags"]["autopeft.pareto"] == "true"
+    assert found[1]["metrics"]["steps"] == 0.7
+    assert found[1]["metrics"]["twice"] == 0.8
+    assert set(found[1]["artifacts"]) == {"configuration.yaml", "configuration.png"}
+
+
+def test_a_run_that_was_paused_goes_on(store: tuple[MlflowClient, str]) -> None:
+    run, client = contents(), store[0]
+    later = replace(
+        run,
+        status="FINISHED",
+        tags={**run.tags, "autopeft.fidelity": "1.0"},
+        metrics=[Metric("steps", 0.9, 3000, 30), Metric("twice", 0.2, 2500, 0), Metric("new", 1.0, 3000, 0)],
+    )
+    found = []
+    for writer in writers(store):
+        run_id = writer.finish(None, replace(run, status="SCHEDULED"))
+        assert client.get_run(run_id).info.status == "SCHEDULED"
+        assert writer.finish(run_id, later) == run_id
+        found.append(described(client, run_id))
+    assert found[0] == found[1]
+    assert len(found[1]["histories"]["steps"]) == 4
+    assert (found[1]["metrics"]["steps"], found[1]["metrics"]["twice"]) == (0.9, 0.2)
+
+
+def test_a_run_that_is_shown_as_running_is_the_clients(store: tuple[MlflowClient, str]) -> None:
+    name, tags = started_run("parent", 3, synthetic_records(4)[3].evaluation.configuration)
+    runs = [store[0].get_run(writer.start(name, tags)) for writer in writers(store)]
+    assert runs[0].data.to_dictionary() == runs[1].data.to_dictionary()
+    assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
+    assert [run.info.end_time for run in runs] == [None, None]
+    assert runs[1].info.run_name == name
+
+
+def test_a_run_without_metrics_and_parameters(store: tuple[MlflowClient, str]) -> None:
+    empty = replace(contents(), metrics=[], params={})
+    for writer in writers(store):
+        run = store[0].get_run(writer.finish(None, empty))
+        assert (run.data.metrics, run.data.params, run.info.status) == ({}, {}, empty.status)
+
+
+def test_a_run_that_cannot_be_written_leaves_nothing(store: tuple[MlflowClient, str]) -> None:
+    client, experiment = store
+    database = writers(store)[1]
+    before = len(client.search_runs([experiment], max_results=1000))
+    broken = replace(contents(), params={"": None})  # type: ignore[dict-item]
+    with pytest.raises(MlflowException):
+        database.finish(None, broken)
+    assert len(client.search_runs([experiment], max_results=1000)) == before
+
+
+def test_a_run_that_was_deleted_while_its_trial_ran(store: tuple[MlflowClient, str]) -> None:
+    database = writers(store)[1]
+    run_id = database.start("trial", {"a": "b"})
+    store[0].delete_run(run_id)
+    with pytest.raises(MlflowException, match="was deleted while its trial was running"):
+        database.finish(run_id, contents())
+    assert store[0].get_run(run_id).data.metrics == {}
+
+
+def test_servers_and_tables_of_another_make_are_left_to_the_client(
+    store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert DatabaseRuns.of(MlflowClient(tracking_uri="http://127.0.0.1:1"), "0") is None
+    row = trial_runs._run_row
+    monkeypatch.setattr(trial_runs, "_run_row", lambda *values: {**row(*values), "unheard_of": 1})
+    assert DatabaseRuns.of(*store) is None

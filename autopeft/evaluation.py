@@ -27,6 +27,11 @@ class Cost:
     gpu_seconds: float = 0.0
     steps: int = 0
 
+    def times(self, share: float) -> Cost:
+        """Return a share of the time; steps are not shared."""
+        seconds = {name: value * share for name, value in asdict(self).items() if name != "steps"}
+        return Cost(**seconds, steps=self.steps)
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 

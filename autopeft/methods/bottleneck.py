@@ -6,6 +6,7 @@ held in place by hooks, so that they work on any architecture whose sublayers ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -156,26 +157,37 @@ class Parallel(_BottleneckMethod):
         return float(adapter.option("scaling"))
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
-        """Remember x at the sublayer's first layer, add s·f(x) at its last."""
-        seen: list[Tensor] = []
+        """Add s·f(x) to the output y of the sublayer."""
 
-        def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-            seen.clear()  # of a pass that was broken off
-
-        def remember(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            # The first call alone: DeBERTa's query layer is given relative positions afterwards.
-            if not seen:
-                seen.append(inputs[0])
-
-        def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(seen.pop())
+        def add(given: Tensor, output: Tensor) -> Tensor:
+            update: Tensor = bottleneck(given)
             return output + update
 
-        start = model.get_submodule(shape.attention_module or shape.input_module)
-        first = model.get_submodule(shape.input_module)
-        last = model.get_submodule(shape.module)
-        return [
-            start.register_forward_pre_hook(forget),
-            first.register_forward_pre_hook(remember),
-            last.register_forward_hook(add),
-        ]
+        return beside_sublayer(model, shape, add)
+
+
+def beside_sublayer(
+    model: nn.Module, shape: SiteShape, combine: Callable[[Tensor, Tensor], Tensor]
+) -> list[RemovableHandle]:
+    """Remember a sublayer's input x at its first layer; at its last, replace the output y by combine(x, y)."""
+    seen: list[Tensor] = []
+
+    def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        seen.clear()  # of a pass that was broken off
+
+    def remember(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # The first call alone: DeBERTa's query layer is given relative positions afterwards.
+        if not seen:
+            seen.append(inputs[0])
+
+    def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return combine(seen.pop(), output)
+
+    start = model.get_submodule(shape.attention_module or shape.input_module)
+    first = model.get_submodule(shape.input_module)
+    last = model.get_submodule(shape.module)
+    return [
+        start.register_forward_pre_hook(forget),
+        first.register_forward_pre_hook(remember),
+        last.register_forward_hook(replace),
+    ]

@@ -61,6 +61,20 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """Compute SDPA attention, with the module's prefix in front of keys and values if it has one."""
     prefix = getattr(module, _CHILD, None)
+    return attend_behind(prefix, module, query, key, value, attention_mask, is_causal, **kwargs)
+
+
+def attend_behind(
+    prefix: Prefix | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute SDPA attention, with a prefix in front of keys and values."""
     if prefix is not None:
         tokens = query.shape[2]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -1,0 +1,316 @@
+"""Train the candidates of a pack together: one forward and backward pass a step, everything else their own.
+
+A plain loop instead of Lightning's Trainer: its callbacks and its early stopping look after one module with
+one loss, and a Trainer can neither end one of several candidates nor step optimizers that others must not see.
+What a candidate is given is what the Trainer gives it alone: `FineTuning` makes optimizer and schedule, the
+order of batches, clipping, validations and stopping are the same, so that results are equal within float
+tolerance where there is no dropout. With dropout, masks are drawn for the rows of all candidates (below the
+cut for one batch that all share) and differ from those of a training alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from autopeft.backbone import Backbone
+from autopeft.callbacks import StopOnDivergence
+from autopeft.evaluation import Cost
+from autopeft.packed_model import PackedModel, cut_of
+from autopeft.packed_modules import Member
+from autopeft.tasks import Task, TaskData
+from autopeft.training import FineTuning, Training
+
+_LOSS_LIMIT = StopOnDivergence().loss_limit
+
+
+class PackedCandidate:
+    """One candidate on its way through a packed training.
+
+    Args:
+        member: Configuration and initial parameters; the parameters are trained in place.
+        module: Gives loss, metrics, optimizer and schedule, over the parameters.
+        training: Clipping and early stopping.
+        monitor: Metric whose best validation is kept.
+
+    Attributes:
+        points: Learning curve: (metric, optimizer step, value).
+        steps: Optimizer steps taken.
+        examples: Rows trained on.
+        metrics: Metrics of the best validation.
+        cost: The candidate's share of the compute.
+        training_seconds: Its share of the time in which the pack was trained, without validations.
+        reason: Why it failed; None while it has not.
+    """
+
+    def __init__(self, member: Member, module: FineTuning, training: Training, monitor: str) -> None:
+        self.member = member
+        self.module = module
+        self.training = training
+        self.monitor = monitor
+        made = module.configure_optimizers()
+        self._optimizer = made["optimizer"]
+        self._scheduler = made["lr_scheduler"]["scheduler"]
+        self.points: list[tuple[str, int, float]] = []
+        self.steps = 0
+        self.examples = 0
+        self.metrics: dict[str, float] = {}
+        self.cost = Cost()
+        self.training_seconds = 0.0
+        self.reason: str | None = None
+        self.finished = False
+        self._losses: list[float] = []
+        self._last_validation = -1
+        self._best = math.nan
+        self._without_improvement = 0
+        self._weights: dict[str, Tensor] = {}
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples trained on a second of the candidate's share; 0 before training."""
+        return self.examples / self.training_seconds if self.training_seconds else 0.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the parameters."""
+        return {name: one.detach().cpu().clone() for name, one in self.member.parameters.items()}
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.member.parameters.values())
+
+    def step(self, rows: int) -> None:
+        """Clip the gradients, and take a step of optimizer and schedule."""
+        if self.training.gradient_clip is not None:
+            clip_grad_norm_(self._parameters, self.training.gradient_clip)
+        self._optimizer.step()
+        self._scheduler.step()
+        self.steps += 1
+        self.examples += rows
+
+    def note_loss(self, loss: float) -> None:
+        """Note the loss of the latest step; one that is beyond use ends the candidate."""
+        self._losses.append(loss)
+        if not math.isfinite(loss) or loss > _LOSS_LIMIT:
+            self.fail(f"the training loss was {loss:g} at step {self.steps}")
+
+    def fail(self, why: str) -> None:
+        """End the candidate as diverged."""
+        self.reason = f"diverged: {why}"
+        self.finished = True
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether there was a validation since the latest step."""
+        return self._last_validation == self.steps
+
+    def validated(self) -> None:
+        """Note the metrics that were collected, keep the best weights, and see whether to stop."""
+        values = {name: float(one) for name, one in self.module.metrics.compute().items()}
+        self.module.metrics.reset()
+        self._last_validation = self.steps
+        if self._losses:
+            self.points.append(("training_loss", self.steps, sum(self._losses) / len(self._losses)))
+            self._losses = []
+        self.points += [(name, self.steps, value) for name, value in sorted(values.items())]
+        value = values[self.monitor]
+        if math.isnan(self._best) or value > self._best:
+            self._best, self.metrics, self._without_improvement = value, values, 0
+            self._weights = {name: one.detach().clone() for name, one in self.member.parameters.items()}
+        else:
+            self._without_improvement += 1
+        patience = self.training.patience
+        if patience is not None and (not math.isfinite(value) or self._without_improvement >= patience):
+            self.finished = True
+
+    def finish(self) -> None:
+        """Look at the trained weights, which a last step can break, then put the best ones back."""
+        broken = next((n for n, one in self.member.parameters.items() if not one.isfinite().all()), None)
+        if self.reason is None and broken is not None:
+            self.fail(f"{broken} is not finite after training")
+        with torch.no_grad():
+            for name, weights in self._weights.items():
+                self.member.parameters[name].copy_(weights)
+        self._weights = {}
+
+
+@dataclass
+class Meter:
+    """Compute since the latest reading.
+
+    Attributes:
+        device: Where the work is done.
+        wall: Elapsed time at the latest reading.
+        processor: Processor time at the latest reading.
+    """
+
+    device: torch.device
+    wall: float = field(default_factory=time.perf_counter)
+    processor: float = field(default_factory=time.process_time)
+
+    def read(self) -> Cost:
+        """Return the compute since the latest reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        wall, processor = time.perf_counter(), time.process_time()
+        spent = Cost(
+            wall_seconds=wall - self.wall,
+            cpu_seconds=processor - self.processor,
+            gpu_seconds=wall - self.wall if self.device.type == "cuda" else 0.0,
+        )
+        self.wall, self.processor = wall, processor
+        return spent
+
+
+def shares(cuts: Sequence[int], blocks: int) -> list[float]:
+    """Return the share of each candidate in the work of a pack; they add up to 1.
+
+    A candidate pays forward and backward of the blocks from its cut on, and an equal part of the forward of
+    each block it shares with others.
+
+    Args:
+        cuts: Number of blocks below each candidate's lowest adapter.
+        blocks: Number of blocks of the backbone.
+    """
+    work = [
+        2 * (blocks - cut) + sum(1 / sum(other > block for other in cuts) for block in range(cut))
+        for cut in cuts
+    ]
+    return [one / sum(work) for one in work]
+
+
+class PackedTraining:
+    """A training of several candidates on one resident backbone.
+
+    Args:
+        backbone: Carries nothing before and after.
+        task: Gives the loss.
+        data: Gives the batches.
+        training: What the candidates have in common.
+        candidates: Who is trained.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        data: TaskData,
+        training: Training,
+        candidates: Sequence[PackedCandidate],
+    ) -> None:
+        self.backbone = backbone
+        self.task = task
+        self.data = data
+        self.training = training
+        self._candidates = list(candidates)
+        self._device = training.resolved_device()
+        self._autocast = partial(
+            torch.autocast,
+            self._device.type,
+            dtype=torch.bfloat16,
+            enabled=training.resolved_precision() == "bf16-mixed",
+        )
+        self._meter = Meter(self._device)
+        self._steps = 0
+
+    def run(self, seed: int) -> None:
+        """Train to the end, or until the last candidate has ended.
+
+        Args:
+            seed: Seed of shuffling and dropout, the same for every candidate.
+        """
+        batches = self.data.train_dataloader(seed)
+        total = self.training.total_steps(self.data.steps_per_epoch)
+        self._model = self._pack()
+        try:
+            for epoch in range(1, self.training.epochs + 1):
+                for batch in batches:
+                    self._step(batch)
+                    if self._steps == total or not self._candidates:
+                        break
+                whole = self._steps == epoch * self.data.steps_per_epoch
+                self._charge(training=True)
+                if whole and epoch % self.training.validate_every == 0:
+                    self._validate()
+                if self._steps == total or not self._candidates:
+                    break
+            if not all(one.is_validated for one in self._candidates):
+                self._validate()
+        finally:
+            self._model.remove()
+            self.backbone.model.eval()
+        self._leave(self._candidates)
+
+    def _pack(self) -> PackedModel:
+        model = PackedModel(self.backbone, [one.member for one in self._candidates])
+        model.train(True)
+        return model
+
+    def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: one.to(self._device) for name, one in batch.items()}
+
+    def _step(self, batch: Mapping[str, Tensor]) -> None:
+        """Take one step with every candidate; those that diverge leave."""
+        batch = self._batch(batch)
+        labels = batch["labels"]
+        with self._autocast():
+            losses = torch.stack([self.task.loss(logits, labels) for logits in self._model(batch)])
+        self._model.zero_grad()
+        losses.sum().backward()  # the sum's gradient of each loss is 1, and no slice depends on another
+        self._steps += 1
+        for candidate in self._candidates:
+            candidate.step(len(labels))
+        for candidate, loss in zip(self._candidates, losses.tolist(), strict=True):
+            candidate.note_loss(loss)
+        if any(one.finished for one in self._candidates):
+            self._charge(training=True)
+            self._repack()
+
+    @torch.inference_mode()
+    def _predict(self) -> None:
+        for batch in self.data.val_dataloader():
+            on_device = self._batch(batch)
+            with self._autocast():
+                logits = self._model(on_device)
+            for candidate, own in zip(self._candidates, logits, strict=True):
+                candidate.module.metrics.update(own, on_device["labels"])
+
+    def _validate(self) -> None:
+        """Validate every candidate; those that have stopped improving leave."""
+        self._model.train(False)
+        self._predict()
+        for candidate in self._candidates:
+            candidate.validated()
+        self._model.train(True)
+        self._charge(training=False)
+        if any(one.finished for one in self._candidates):
+            self._repack()
+
+    def _repack(self) -> None:
+        self._model.remove()
+        self._leave([one for one in self._candidates if one.finished])
+        self._candidates = [one for one in self._candidates if not one.finished]
+        if self._candidates:
+            self._model = self._pack()
+
+    def _leave(self, candidates: Sequence[PackedCandidate]) -> None:
+        for candidate in candidates:
+            candidate.finish()
+
+    def _charge(self, *, training: bool) -> None:
+        """Share the compute since the last time among those who are there."""
+        spent = self._meter.read()
+        if not self._candidates:
+            return
+        cuts = [cut_of(self.backbone, one.member.configuration) for one in self._candidates]
+        for candidate, share in zip(self._candidates, shares(cuts, len(self.backbone.blocks)), strict=True):
+            own = spent.times(share)
+            candidate.cost += own
+            if training:
+                candidate.training_seconds += own.wall_seconds

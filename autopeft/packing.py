@@ -1,0 +1,344 @@
+"""Train several configurations in one pass over one resident backbone.
+
+    trained = PackedTrainer(evaluator).train([first, second, third])
+
+All see the same batches in the same order, as all trials of a search do. See `autopeft.packed_model` for the
+pass, `autopeft.packed_training` for the training, docs/search.md for when it pays.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.evaluation import Cost, CurvePoint, Evaluation
+from autopeft.evaluator import Evaluator, Trained
+from autopeft.memory import MemoryCounter
+from autopeft.methods import attach
+from autopeft.packed_layout import PackingError
+from autopeft.packed_model import PackedModel, cut_of
+from autopeft.packed_modules import Member
+from autopeft.packed_training import Meter, PackedCandidate, PackedTraining
+from autopeft.tasks import Batch
+from autopeft.training import FineTuning
+
+__all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
+
+_logger = logging.getLogger(__name__)
+_CHECKED_ROWS = 4
+
+
+def packing_gain(cuts: Sequence[int], blocks: int) -> float:
+    """Return how much less work candidates are together than one by one, in block passes.
+
+    Alone, a candidate takes the forward of every block and the backward of those from its cut on; together,
+    the forward below the highest cut is paid once, and each candidate's blocks from its cut on as before. What
+    packing saves beside that (a call of each operation, small matrices) is not counted: it depends on the
+    device, see benchmarks/packing.py.
+
+    Args:
+        cuts: Number of blocks below each candidate's lowest adapter.
+        blocks: Number of blocks of the backbone.
+    """
+    alone = sum(blocks + (blocks - cut) for cut in cuts)
+    together = max(cuts) + sum(2 * (blocks - cut) for cut in cuts)
+    return alone / together
+
+
+def worthwhile_packs(
+    backbone: Backbone,
+    configurations: Sequence[Configuration],
+    *,
+    max_size: int = 8,
+    min_gain: float = 1.1,
+) -> list[list[Configuration]]:
+    """Group configurations into packs that save work, those with like cuts together.
+
+    Args:
+        backbone: What they are attached to.
+        configurations: What is to be trained.
+        max_size: Candidates a pack at most.
+        min_gain: Smallest `packing_gain` that is worth a pack; candidates below it stay alone.
+
+    Returns:
+        Groups of one or more, every configuration in one of them.
+
+    Raises:
+        ValueError: `max_size` is below 1.
+    """
+    if max_size < 1:
+        raise ValueError(f"max_size is a number of candidates from 1 up, got {max_size!r}.")
+    blocks = len(backbone.blocks)
+    ordered = sorted(configurations, key=lambda one: -cut_of(backbone, one))
+    packs: list[list[Configuration]] = []
+    for start in range(0, len(ordered), max_size):
+        some = ordered[start : start + max_size]
+        gain = packing_gain([cut_of(backbone, one) for one in some], blocks)
+        packs += [some] if gain >= min_gain else [[one] for one in some]
+    return packs
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """A configuration whose costs are known.
+
+    Attributes:
+        place: Its place among those given.
+        values: Costs before training.
+        extra_bytes: Counted bytes of its training beside the frozen backbone.
+        cost: Compute spent on it by itself.
+    """
+
+    place: int
+    configuration: Configuration
+    values: Mapping[str, float]
+    extra_bytes: int
+    cost: Cost
+
+
+class PackedTrainer:
+    """Trains configurations together, with outcomes equal to `Evaluator.train`'s one by one.
+
+    Equal within float tolerance where there is no dropout; with dropout the masks differ. What a candidate
+    cannot be given in a pack is left out: `peak_memory_measured`, which the allocator knows for the pack alone.
+    Compute is shared out: a candidate is charged what was spent on it alone, and of each stretch of the
+    training its share by `autopeft.packed_training.shares`; all shares add up to what was spent.
+
+    Args:
+        evaluator: Gives backbone, task, training, objectives and constraints.
+        max_bytes: Memory a pack may take, by the count before training; it is split where it would take more.
+            None for no bound: a pack that runs out of memory is then halved and begun again.
+
+    Raises:
+        ValueError: `max_bytes` is not above 0.
+    """
+
+    def __init__(self, evaluator: Evaluator, *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes is a number of bytes above 0 or None, got {max_bytes!r}.")
+        self.evaluator = evaluator
+        self.max_bytes = max_bytes
+        self._memory = MemoryCounter(evaluator.backbone.model)
+
+    def train(self, configurations: Sequence[Configuration], seed: int | None = None) -> list[Trained]:
+        """Check costs, train, and measure on the validation split; see `Evaluator.train`.
+
+        A candidate that diverges leaves the pack and the others go on. A failure of the pack as a whole is
+        nobody's outcome: it is halved and each half begun again, down to a candidate alone.
+
+        Args:
+            configurations: What to train together.
+            seed: Another seed than the evaluator's, for all of them.
+
+        Returns:
+            One outcome a configuration, in their order.
+
+        Raises:
+            ValueError: The backbone cannot carry a configuration, or cannot be packed (`PackingError`).
+            KeyboardInterrupt: The user interrupted; the backbone carries nothing.
+        """
+        for configuration in configurations:
+            self.evaluator.backbone.check(configuration)
+        seed = self.evaluator.seed if seed is None else seed
+        outcomes: dict[int, Trained] = {}
+        admitted: list[_Admitted] = []
+        for place, configuration in enumerate(configurations):
+            found = self._admit(place, configuration, seed)
+            if isinstance(found, Trained):
+                outcomes[place] = found
+            else:
+                admitted.append(found)
+        for pack in self._split(admitted):
+            outcomes |= self._train(pack, seed)
+        return [outcomes[place] for place in range(len(configurations))]
+
+    def _admit(self, place: int, configuration: Configuration, seed: int) -> _Admitted | Trained:
+        """Count a configuration's costs; return its outcome where it is not to be trained in a pack."""
+        evaluator = self.evaluator
+        meter = Meter(evaluator.device)
+        try:
+            values = evaluator.costs(configuration)
+            extra = 0 if self.max_bytes is None else self._extra_bytes(configuration, values)
+        except Exception:  # an outcome, in the words of a training alone
+            return evaluator.train(configuration, seed)
+        violated = [one.describe(values) for one in evaluator.constraints if one.violation(values) > 0]
+        if not violated:
+            return _Admitted(place, configuration, values, extra, meter.read())
+        evaluation = Evaluation(
+            configuration=configuration,
+            status="infeasible",
+            reason="; ".join(violated),
+            values=values,
+            cost=meter.read(),
+            seed=seed,
+        )
+        return Trained(evaluation, None)
+
+    @property
+    def _frozen_bytes(self) -> int:
+        model = self.evaluator.backbone.model
+        return sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
+
+    def _extra_bytes(self, configuration: Configuration, values: Mapping[str, float]) -> int:
+        evaluator = self.evaluator
+        if "peak_memory" in values:
+            return int(values["peak_memory"]) - self._frozen_bytes
+        with attach(evaluator.backbone, configuration):
+            count = self._memory.count(
+                evaluator.data.largest_batch(),
+                evaluator.task.loss,
+                precision=evaluator.training.resolved_precision(),
+            )
+        return count.peak_bytes - self._frozen_bytes
+
+    def _split(self, admitted: Sequence[_Admitted]) -> list[list[_Admitted]]:
+        """Fill packs up to the memory bound, like cuts together."""
+        if self.max_bytes is None:
+            return [list(admitted)] if admitted else []
+        room = self.max_bytes - self._frozen_bytes
+        packs: list[list[_Admitted]] = []
+        for one in sorted(admitted, key=lambda one: cut_of(self.evaluator.backbone, one.configuration)):
+            if packs and sum(other.extra_bytes for other in packs[-1]) + one.extra_bytes <= room:
+                packs[-1].append(one)
+            else:
+                packs.append([one])
+        return packs
+
+    def _train(self, pack: Sequence[_Admitted], seed: int) -> dict[int, Trained]:
+        if len(pack) == 1:
+            return {pack[0].place: self._train_alone(pack[0], seed)}
+        meter = Meter(self.evaluator.device)
+        failure: str | None = None
+        try:
+            return self._train_together(pack, seed)
+        except PackingError:
+            raise
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        # Outside the except block on purpose: the traceback would keep the tensors alive.
+        _logger.warning("A pack of %d failed and is halved (%s).", len(pack), failure)
+        if self.evaluator.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        wasted = meter.read().times(1 / len(pack))
+        charged = [replace(one, cost=one.cost + wasted) for one in pack]
+        half = len(charged) // 2
+        return self._train(charged[:half], seed) | self._train(charged[half:], seed)
+
+    def _train_alone(self, one: _Admitted, seed: int) -> Trained:
+        trained = self.evaluator.train(one.configuration, seed)
+        evaluation = replace(trained.evaluation, cost=trained.evaluation.cost + one.cost)
+        return replace(trained, evaluation=evaluation)
+
+    def _train_together(self, pack: Sequence[_Admitted], seed: int) -> dict[int, Trained]:
+        evaluator = self.evaluator
+        meter = Meter(evaluator.device)
+        candidates = self._candidates([one.configuration for one in pack], seed)
+        preparation = meter.read().times(1 / len(pack))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            PackedTraining(
+                evaluator.backbone, evaluator.task, evaluator.data, evaluator.training, candidates
+            ).run(seed)
+        return {
+            one.place: self._outcome(replace(one, cost=one.cost + preparation), candidate, seed)
+            for one, candidate in zip(pack, candidates, strict=True)
+        }
+
+    def _candidates(self, configurations: Sequence[Configuration], seed: int) -> list[PackedCandidate]:
+        """Attach each configuration for its initial weights, and check that the pack computes the same."""
+        evaluator = self.evaluator
+        batch = {name: one[:_CHECKED_ROWS] for name, one in evaluator.data.largest_batch().items()}
+        batch = {name: one.to(evaluator.device) for name, one in batch.items()}
+        members: list[Member] = []
+        expected: list[Tensor] = []
+        for configuration in configurations:
+            with attach(evaluator.backbone, configuration, seed) as attachment, torch.no_grad():
+                inputs = {name: one for name, one in batch.items() if name != "labels"}
+                expected.append(evaluator.backbone.model(**inputs).logits)
+                members.append(Member(configuration, dict(attachment.parameters)))
+        _check_agreement(evaluator.backbone, members, batch, expected)
+        return [
+            PackedCandidate(member, self._module(member), evaluator.training, evaluator.monitor)
+            for member in members
+        ]
+
+    def _module(self, member: Member) -> FineTuning:
+        evaluator = self.evaluator
+        holder = nn.Module()
+        holder.parameters_of_member = nn.ParameterList(member.parameters.values())
+        module = FineTuning(
+            holder,
+            evaluator.task,
+            learning_rate=member.configuration.learning_rate,
+            weight_decay=member.configuration.weight_decay,
+            warmup_share=evaluator.training.warmup_share,
+            total_steps=evaluator.training.total_steps(evaluator.data.steps_per_epoch),
+        )
+        module.metrics.to(evaluator.device)
+        return module
+
+    def _outcome(self, one: _Admitted, candidate: PackedCandidate, seed: int) -> Trained:
+        evaluator = self.evaluator
+        meter = Meter(evaluator.device)
+        values = dict(one.values)
+        state = candidate.state_dict()
+        reason = candidate.reason
+        if reason is None:
+            values |= candidate.metrics
+            values["training_seconds"] = candidate.training_seconds
+            values["examples_per_second"] = candidate.examples_per_second
+            if "inference_latency" in evaluator.needed():
+                with attach(evaluator.backbone, one.configuration, seed) as attachment:
+                    attachment.load_state_dict(state)
+                    values["inference_latency"] = evaluator.latency()
+            unusable = [each.name for each in evaluator.objectives if not math.isfinite(values[each.name])]
+            if unusable:
+                reason = f"diverged: {unusable[0]} is {values[unusable[0]]}"
+        evaluation = Evaluation(
+            configuration=one.configuration,
+            status="complete" if reason is None else "failed",
+            reason=reason,
+            values={name: value for name, value in values.items() if math.isfinite(value)},
+            curves=tuple(
+                CurvePoint(metric=metric, step=step, value=value)
+                for metric, step, value in candidate.points
+                if math.isfinite(value)
+            ),
+            cost=one.cost + candidate.cost + meter.read() + Cost(steps=candidate.steps),
+            seed=seed,
+        )
+        return Trained(evaluation, state if reason is None else None)
+
+
+def _check_agreement(
+    backbone: Backbone, members: Sequence[Member], batch: Batch, expected: Sequence[Tensor]
+) -> None:
+    """Raise where the pack's logits are not those of the candidates alone."""
+    name = type(backbone.model).__name__
+    try:
+        with PackedModel(backbone, members) as model, torch.no_grad():
+            model.train(False)
+            found = model(batch)
+    except PackingError:
+        raise
+    except Exception as error:
+        raise PackingError(
+            f"{name} cannot be packed ({type(error).__name__}: {error}): train its candidates one by one."
+        ) from error
+    for own, alone in zip(found, expected, strict=True):
+        tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * max(1e-3, float(alone.abs().max()))
+        difference = float((own - alone).abs().max())
+        if not difference <= tolerance:
+            raise PackingError(
+                f"{name} gives other logits in a pack than alone (they differ by {difference:.3g}): a block "
+                "is given more than the block below it returns, or mixes rows. Train its candidates one by one."
+            )

@@ -68,17 +68,15 @@ class PerSlice:
         self.forward = forward
         self.copies = copies
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the slices' outputs, one after another."""
         if not self.layout.slices:
             return self.forward(hidden, *args, **kwargs)
-        slices = self.layout.sliced(hidden, self.name)
-        return torch.cat(
-            [
-                self.copies.get(index, self.forward)(one, *args, **kwargs)
-                for index, one in enumerate(slices.unbind())
-            ]
-        )
+        slices = self.layout.sliced(hidden, self.name).unbind()
+        outputs: list[Tensor] = [
+            self.copies.get(index, self.forward)(one, *args, **kwargs) for index, one in enumerate(slices)
+        ]
+        return torch.cat(outputs)
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:

@@ -126,7 +126,9 @@ class PackedModel:
         self.cuts = tuple(sorted(cuts))
         self._layout = Layout()
         self._removed = False
-        self._adapters = PackedAdapters(backbone, [self.members[index] for index in self._order], self._layout)
+        self._adapters = PackedAdapters(
+            backbone, [self.members[index] for index in self._order], self._layout
+        )
         self._boundaries = _BlockBoundaries(backbone)
         backbone.attached = self.members[0].configuration
 

@@ -2,7 +2,7 @@
 
 A frozen module runs once over the rows of all candidates. Hooks behind it add what each candidate's adapter
 does to its slice: LoRA as one batched product over candidates, the other methods slice by slice. The hooks
-stand in the order in which `autopeft.methods` attaches, so that methods on one module compose as they do alone.
+stand in the order in which `autopeft.methods` attaches: methods on one module compose as they do alone.
 """
 
 from __future__ import annotations

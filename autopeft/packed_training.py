@@ -1,7 +1,7 @@
 """Train the candidates of a pack together: one forward and backward pass a step, everything else their own.
 
 A plain loop instead of Lightning's Trainer: its callbacks and its early stopping look after one module with
-one loss, and a Trainer can neither end one of several candidates nor step optimizers that others must not see.
+one loss, and a Trainer cannot end one of several candidates.
 What a candidate is given is what the Trainer gives it alone: `FineTuning` makes optimizer and schedule, the
 order of batches, clipping, validations and stopping are the same, so that results are equal within float
 tolerance where there is no dropout. With dropout, masks are drawn for the rows of all candidates (below the

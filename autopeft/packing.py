@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
-from autopeft.evaluator import Evaluator, Trained
+from autopeft.evaluation_run import Trained
+from autopeft.evaluator import Evaluator
 from autopeft.memory import MemoryCounter
 from autopeft.methods import attach
 from autopeft.packed_layout import PackingError
@@ -34,14 +35,15 @@ __all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
 
 _logger = logging.getLogger(__name__)
 _CHECKED_ROWS = 4
+_CHECKED_STD = 0.05
 
 
 def packing_gain(cuts: Sequence[int], blocks: int) -> float:
     """Return how much less work candidates are together than one by one, in block passes.
 
     Alone, a candidate takes the forward of every block and the backward of those from its cut on; together,
-    the forward below the highest cut is paid once, and each candidate's blocks from its cut on as before. What
-    packing saves beside that (a call of each operation, small matrices) is not counted: it depends on the
+    the forward below the highest cut is paid once, and each candidate's blocks from its cut on as before.
+    What packing saves and costs beside that (fewer, larger operations) is not counted: it depends on the
     device, see benchmarks/packing.py.
 
     Args:
@@ -66,7 +68,8 @@ def worthwhile_packs(
         backbone: What they are attached to.
         configurations: What is to be trained.
         max_size: Candidates a pack at most.
-        min_gain: Smallest `packing_gain` that is worth a pack; candidates below it stay alone.
+        min_gain: Smallest factor by which a candidate's work must fall in a large pack; one that gains less
+            stays alone. On the CPU one that shares no block gains nothing, and many such are slower.
 
     Returns:
         Groups of one or more, every configuration in one of them.
@@ -77,13 +80,14 @@ def worthwhile_packs(
     if max_size < 1:
         raise ValueError(f"max_size is a number of candidates from 1 up, got {max_size!r}.")
     blocks = len(backbone.blocks)
-    ordered = sorted(configurations, key=lambda one: -cut_of(backbone, one))
-    packs: list[list[Configuration]] = []
-    for start in range(0, len(ordered), max_size):
-        some = ordered[start : start + max_size]
-        gain = packing_gain([cut_of(backbone, one) for one in some], blocks)
-        packs += [some] if gain >= min_gain else [[one] for one in some]
-    return packs
+
+    def gains(configuration: Configuration) -> bool:
+        own = 2 * (blocks - cut_of(backbone, configuration))
+        return own + cut_of(backbone, configuration) >= min_gain * own
+
+    ordered = sorted(filter(gains, configurations), key=lambda one: cut_of(backbone, one))
+    packs = [ordered[start : start + max_size] for start in range(0, len(ordered), max_size)]
+    return packs + [[one] for one in configurations if not gains(one)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class PackedTrainer:
     """Trains configurations together, with outcomes equal to `Evaluator.train`'s one by one.
 
     Equal within float tolerance where there is no dropout; with dropout the masks differ. What a candidate
-    cannot be given in a pack is left out: `peak_memory_measured`, which the allocator knows for the pack alone.
+    cannot be given in a pack is left out: `peak_memory_measured`, which is known for the pack alone.
     Compute is shared out: a candidate is charged what was spent on it alone, and of each stretch of the
     training its share by `autopeft.packed_training.shares`; all shares add up to what was spent.
 
@@ -132,7 +136,7 @@ class PackedTrainer:
         """Check costs, train, and measure on the validation split; see `Evaluator.train`.
 
         A candidate that diverges leaves the pack and the others go on. A failure of the pack as a whole is
-        nobody's outcome: it is halved and each half begun again, down to a candidate alone.
+        nobody's outcome: it is halved and each half begun again, down to `Evaluator.train` for one.
 
         Args:
             configurations: What to train together.
@@ -213,8 +217,6 @@ class PackedTrainer:
         return packs
 
     def _train(self, pack: Sequence[_Admitted], seed: int) -> dict[int, Trained]:
-        if len(pack) == 1:
-            return {pack[0].place: self._train_alone(pack[0], seed)}
         meter = Meter(self.evaluator.device)
         failure: str | None = None
         try:
@@ -224,12 +226,14 @@ class PackedTrainer:
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         # Outside the except block on purpose: the traceback would keep the tensors alive.
-        _logger.warning("A pack of %d failed and is halved (%s).", len(pack), failure)
         if self.evaluator.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
         wasted = meter.read().times(1 / len(pack))
         charged = [replace(one, cost=one.cost + wasted) for one in pack]
+        if len(pack) == 1:
+            return {pack[0].place: self._train_alone(charged[0], seed)}
+        _logger.warning("A pack of %d failed and is halved (%s).", len(pack), failure)
         half = len(charged) // 2
         return self._train(charged[:half], seed) | self._train(charged[half:], seed)
 
@@ -256,16 +260,28 @@ class PackedTrainer:
     def _candidates(self, configurations: Sequence[Configuration], seed: int) -> list[PackedCandidate]:
         """Attach each configuration for its initial weights, and check that the pack computes the same."""
         evaluator = self.evaluator
-        batch = {name: one[:_CHECKED_ROWS] for name, one in evaluator.data.largest_batch().items()}
-        batch = {name: one.to(evaluator.device) for name, one in batch.items()}
+        batch = {
+            name: one[:_CHECKED_ROWS].to(evaluator.device)
+            for name, one in evaluator.data.largest_batch().items()
+            if name != "labels"
+        }
+        generator = torch.Generator().manual_seed(seed)
         members: list[Member] = []
         expected: list[Tensor] = []
+        initial: list[dict[str, Tensor]] = []
         for configuration in configurations:
             with attach(evaluator.backbone, configuration, seed) as attachment, torch.no_grad():
-                inputs = {name: one for name, one in batch.items() if name != "labels"}
-                expected.append(evaluator.backbone.model(**inputs).logits)
                 members.append(Member(configuration, dict(attachment.parameters)))
+                initial.append({name: one.detach().clone() for name, one in attachment.parameters.items()})
+                for one in attachment.parameters.values():
+                    # As they are, most adapters change nothing.
+                    one.add_(_CHECKED_STD * torch.randn(one.shape, generator=generator).to(one))
+                expected.append(evaluator.backbone.model(**batch).logits)
         _check_agreement(evaluator.backbone, members, batch, expected)
+        with torch.no_grad():
+            for member, weights in zip(members, initial, strict=True):
+                for name, parameter in member.parameters.items():
+                    parameter.copy_(weights[name])
         return [
             PackedCandidate(member, self._module(member), evaluator.training, evaluator.monitor)
             for member in members
@@ -340,5 +356,5 @@ def _check_agreement(
         if not difference <= tolerance:
             raise PackingError(
                 f"{name} gives other logits in a pack than alone (they differ by {difference:.3g}): a block "
-                "is given more than the block below it returns, or mixes rows. Train its candidates one by one."
+                "is given more than the one below it returns, or mixes rows. Train its candidates one by one."
             )

@@ -169,7 +169,7 @@ class Parallel(_BottleneckMethod):
 def beside_sublayer(
     model: nn.Module, shape: SiteShape, combine: Callable[[Tensor, Tensor], Tensor]
 ) -> list[RemovableHandle]:
-    """Remember a sublayer's input x at its first layer; at its last, replace the output y by combine(x, y)."""
+    """Remember a sublayer's input x at its first layer; at its last, put combine(x, y) for the output y."""
     seen: list[Tensor] = []
 
     def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:

@@ -43,7 +43,8 @@ class Layout:
                 f"{name} is given a tensor of shape {tuple(tensor.shape)}, expected {whole} rows "
                 f"({self.slices} candidates × {self.rows}): the model cannot be packed."
             )
-        return tensor.unflatten(0, (self.slices, -1))
+        slices: Tensor = tensor.unflatten(0, (self.slices, -1))
+        return slices
 
     def matrices(self, tensor: Tensor, name: str) -> Tensor:
         """View (slices × rows, ..., features) as (slices, vectors, features)."""

@@ -36,6 +36,8 @@ __all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
 _logger = logging.getLogger(__name__)
 _CHECKED_ROWS = 4
 _CHECKED_STD = 0.05
+# A pack was seen to take up to 2.7 % more than its candidates' counts: copies of the rows where they part.
+_MARGIN = 1.05
 
 
 def packing_gain(cuts: Sequence[int], blocks: int) -> float:
@@ -118,7 +120,8 @@ class PackedTrainer:
 
     Args:
         evaluator: Gives backbone, task, training, objectives and constraints.
-        max_bytes: Memory a pack may take, by the count before training; it is split where it would take more.
+        max_bytes: Memory a pack may take: the frozen backbone, and what the counts before training give
+            for its candidates beside it. A pack that would take more is split, at most to candidates alone.
             None for no bound: a pack that runs out of memory is then halved and begun again.
 
     Raises:
@@ -210,7 +213,7 @@ class PackedTrainer:
         room = self.max_bytes - self._frozen_bytes
         packs: list[list[_Admitted]] = []
         for one in sorted(admitted, key=lambda one: cut_of(self.evaluator.backbone, one.configuration)):
-            if packs and sum(other.extra_bytes for other in packs[-1]) + one.extra_bytes <= room:
+            if packs and _MARGIN * sum(other.extra_bytes for other in (*packs[-1], one)) <= room:
                 packs[-1].append(one)
             else:
                 packs.append([one])

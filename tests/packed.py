@@ -11,7 +11,8 @@ from torch import nn
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
-from autopeft.evaluator import Evaluator, Trained
+from autopeft.evaluation_run import Trained
+from autopeft.evaluator import Evaluator
 from autopeft.objectives import resolve_objectives
 from autopeft.packing import PackedTrainer
 from autopeft.tasks import TextClassification

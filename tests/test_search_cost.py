@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_moments_are_log_spaced_over_all_runs() -> None:
     found = moments([[entry(1, 0.5, 1, 10.0)], [entry(2, 0.5, 1, 1000.0)]])
     assert found[0] == pytest.approx(10.0)
     assert found[-1] == pytest.approx(1000.0)
-    ratios = [later / earlier for earlier, later in zip(found, found[1:], strict=False)]
+    ratios = [later / earlier for earlier, later in pairwise(found)]
     assert max(ratios) == pytest.approx(min(ratios))
 
 

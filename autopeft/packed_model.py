@@ -129,7 +129,11 @@ class PackedModel:
         self._adapters = PackedAdapters(
             backbone, [self.members[index] for index in self._order], self._layout
         )
-        self._boundaries = _BlockBoundaries(backbone)
+        try:
+            self._boundaries = _BlockBoundaries(backbone)
+        except BaseException:
+            self._adapters.remove()
+            raise
         backbone.attached = self.members[0].configuration
 
     def train(self, mode: bool) -> None:

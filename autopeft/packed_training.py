@@ -229,6 +229,7 @@ class PackedTraining:
         total = self.training.total_steps(self.data.steps_per_epoch)
         self._model = self._pack()
         try:
+            self._model.train(True)
             for epoch in range(1, self.training.epochs + 1):
                 for batch in batches:
                     self._step(batch)
@@ -248,9 +249,7 @@ class PackedTraining:
         self._leave(self._candidates)
 
     def _pack(self) -> PackedModel:
-        model = PackedModel(self.backbone, [one.member for one in self._candidates])
-        model.train(True)
-        return model
+        return PackedModel(self.backbone, [one.member for one in self._candidates])
 
     def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self._device) for name, one in batch.items()}
@@ -298,6 +297,7 @@ class PackedTraining:
         self._candidates = [one for one in self._candidates if not one.finished]
         if self._candidates:
             self._model = self._pack()
+            self._model.train(True)
 
     def _leave(self, candidates: Sequence[PackedCandidate]) -> None:
         for candidate in candidates:

@@ -71,7 +71,7 @@ def worthwhile_packs(
         configurations: What is to be trained.
         max_size: Candidates a pack at most.
         min_gain: Smallest factor by which a candidate's work must fall in a large pack; one that gains less
-            stays alone. On the CPU one that shares no block gains nothing, and many such are slower.
+            stays alone. On the CPU, one that shares no block gains next to nothing.
 
     Returns:
         Groups of one or more, every configuration in one of them.
@@ -268,6 +268,7 @@ class PackedTrainer:
             for name, one in evaluator.data.largest_batch().items()
             if name != "labels"
         }
+        evaluator.backbone.model.eval()
         generator = torch.Generator().manual_seed(seed)
         members: list[Member] = []
         expected: list[Tensor] = []

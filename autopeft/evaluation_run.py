@@ -29,6 +29,7 @@ from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.methods import Attachment
 from autopeft.paused_training import PausedTraining, TrainingState
+from autopeft.prefix_cache import TrialPrefix
 from autopeft.training import FineTuning, build_trainer, quiet_lightning
 from autopeft.training_plan import PlannedBatches
 from autopeft.training_state import put_state, stopped_early, take_state
@@ -86,7 +87,10 @@ class EvaluationRun:
     def attempt(self) -> None:
         """Cost, check, train, measure."""
         evaluator = self.evaluator
-        with self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment:
+        with (
+            self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment,
+            evaluator.prefixes.below(attachment) as prefix,
+        ):
             if self.before is None:
                 self.values |= evaluator.attached_costs(attachment)
                 self.violations = [
@@ -95,14 +99,16 @@ class EvaluationRun:
                     if constraint.violation(self.values) > 0
                 ]
             if not self.violations:
-                self._train(attachment)
+                prefix.open()
+                self._train(attachment, prefix)
+                self.values |= prefix.record()
 
-    def _train(self, attachment: Attachment) -> None:
+    def _train(self, attachment: Attachment, prefix: TrialPrefix) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
         best = BestWeights(evaluator.monitor, restore_at_end=False)
         memory = PeakMemory()
         callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
-        module = evaluator.module(self.configuration, self.before)
+        module = evaluator.module(self.configuration, self.before, prefix.serve)
         module.train()
         start = 0 if self.before is None else self.before.step
         try:

@@ -6,12 +6,14 @@ import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
+from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Evaluation
 from autopeft.evaluation_run import EvaluationRun, Trained, reason_of_failure
@@ -19,8 +21,9 @@ from autopeft.memory import MemoryCounter, count_flops
 from autopeft.methods import Attachment, attach
 from autopeft.objectives import Constraint, Objective
 from autopeft.paused_training import PausedTraining
+from autopeft.prefix_cache import PrefixCache
 from autopeft.tasks import Task
-from autopeft.training import FineTuning, Training, build_trainer, quiet_lightning
+from autopeft.training import FineTuning, Serve, Training, build_trainer, quiet_lightning
 from autopeft.training_plan import TrainingPlan
 
 _LATENCY_REPEATS = 10
@@ -37,7 +40,7 @@ class Evaluator:
         constraints: Bounds checked before training.
         rungs: Shares of the training, in (0, 1), after which it may pause.
         seed: Seed of initial weights, shuffling and dropout.
-        cache: Folder for tokenised data; None to keep it in memory alone.
+        cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
 
     Raises:
         ValueError: The training has too few steps for its rungs.
@@ -67,6 +70,8 @@ class Evaluator:
         self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = TrainingPlan.of(training, self.data.steps_per_epoch, rungs)
         self._memory = MemoryCounter(backbone.model)
+        prefixes = None if cache is None else cache / "prefixes"
+        self.prefixes = PrefixCache(backbone, self.data, training, prefixes)
 
     def needed(self) -> frozenset[str]:
         """Names of the costs that an objective or a constraint asks for."""
@@ -75,7 +80,7 @@ class Evaluator:
 
     def costs(self, configuration: Configuration) -> dict[str, float]:
         """Return every cost that is exact before training."""
-        with attach(self.backbone, configuration, self.seed) as attachment:
+        with attach(self.backbone, configuration, self.seed) as attachment, self.prefixes.below(attachment):
             return self.attached_costs(attachment)
 
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -147,8 +152,16 @@ class Evaluator:
                 (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
         return {name: float(value) for name, value in metrics.items()}
 
-    def module(self, configuration: Configuration, paused: PausedTraining | None = None) -> FineTuning:
-        """Return the LightningModule that trains what is attached, from its start or from a pause on."""
+    def module(
+        self,
+        configuration: Configuration,
+        paused: PausedTraining | None = None,
+        serve: Serve = nullcontext,
+    ) -> FineTuning:
+        """Return the LightningModule that trains what is attached, from its start or from a pause on.
+
+        For `serve` see `FineTuning`.
+        """
         return FineTuning(
             self.backbone.model,
             self.task,
@@ -158,15 +171,14 @@ class Evaluator:
             total_steps=self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
+            serve=serve,
         )
 
     def latency(self) -> float:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
         batch = {
-            name: tensor.to(self.device)
-            for name, tensor in self.data.largest_batch().items()
-            if name != "labels"
+            name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
         }
         was_training = model.training
         model.eval()

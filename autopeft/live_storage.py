@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autopeft.batches import LABELS, model_inputs
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -81,14 +83,14 @@ def measure_live_storage(model: nn.Module, batch: Mapping[str, Tensor], loss: Lo
 
     Trains the model's trainable parameters for `steps` steps.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = model_inputs(batch)
     trainable = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trainable)
     counter = StorageCounter()
-    base = counter.exclude((*batch.values(), *model.parameters(), *model.buffers()))
+    base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
     with counter:
         for _ in range(steps):
-            value = loss(model(**inputs).logits, batch["labels"])
+            value = loss(model(**inputs).logits, batch[LABELS])
             optimizer.zero_grad()
             value.backward()
             del value

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
 from autopeft.meta_tensors import CpuAttention, MetaCounter
 
@@ -84,7 +85,7 @@ class MemoryCounter:
         was_training = self._model.training
         self._model.train()
         try:
-            shapes = frozenset((name, tensor.shape) for name, tensor in batch.items())
+            shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
             kind = frozenset(type(module) for module in self._model.modules()), shapes, precision
             if self._agrees.get(kind):
                 return self._count_on_meta(batch, loss, precision)
@@ -131,8 +132,8 @@ class MemoryCounter:
     ) -> MemoryCount:
         parameters = {name: convert(one) for name, one in self._model.named_parameters()}
         buffers = {name: convert(one) for name, one in self._model.named_buffers()}
-        inputs = {name: convert(one) for name, one in batch.items()}
-        labels = inputs.pop("labels")
+        inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
+        labels = convert(batch[LABELS])
         batch_bytes = counter.exclude((*inputs.values(), labels))
         parameter_bytes = counter.exclude((*parameters.values(), *buffers.values()))
         trainable = [one for one in parameters.values() if one.requires_grad]
@@ -184,7 +185,7 @@ def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
         tensors: dict[str, Tensor] = {
             name: _on_cpu(fake, one) for name, one in (*model.named_parameters(), *model.named_buffers())
         }
-        inputs = {name: _on_cpu(fake, one) for name, one in batch.items() if name != "labels"}
+        inputs = {name: _on_cpu(fake, one) for name, one in model_inputs(batch).items()}
         with FlopCounterMode(display=False) as counter:
             functional_call(model, tensors, kwargs=inputs)
     return int(counter.get_total_flops())

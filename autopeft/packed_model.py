@@ -10,6 +10,7 @@ head are made by the model itself, for as many rows as there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from types import TracebackType
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from autopeft.backbone import Backbone
+from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
+from autopeft.frozen_prefix import FrozenPrefix
 from autopeft.packed_layout import Layout, Undo, replace_forward
 from autopeft.packed_modules import Member, PackedAdapters
 from autopeft.tasks.base import Batch
@@ -111,16 +114,21 @@ class PackedModel:
     Args:
         backbone: The resident backbone, carrying nothing.
         members: The candidates, in any order.
+        without_dropout: Whether embeddings and the blocks below a candidate's cut are run without dropout,
+            as `Training.frozen_prefix` says it.
 
     Raises:
         ValueError: The backbone already carries a configuration.
     """
 
-    def __init__(self, backbone: Backbone, members: Sequence[Member]) -> None:
+    def __init__(
+        self, backbone: Backbone, members: Sequence[Member], *, without_dropout: bool = False
+    ) -> None:
         if backbone.attached is not None:
             raise ValueError(f"{backbone.name} already carries {backbone.attached!r}: detach that one first.")
         self.backbone = backbone
         self.members = tuple(members)
+        self.without_dropout = without_dropout
         cuts = [cut_of(backbone, member.configuration) for member in members]
         self._order = sorted(range(len(members)), key=cuts.__getitem__)
         self.cuts = tuple(sorted(cuts))
@@ -151,7 +159,7 @@ class PackedModel:
         Raises:
             PackingError: The model computes in a way that packing cannot follow.
         """
-        inputs: Batch = {name: one for name, one in batch.items() if name != "labels"}
+        inputs = model_inputs(batch)
         ids = next(iter(inputs.values()))
         self._layout.rows, self._layout.tokens = ids.shape[0], ids.shape[1]
         try:
@@ -166,7 +174,7 @@ class PackedModel:
         cuts = sorted(set(self.cuts))
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
-            with torch.no_grad():
+            with torch.no_grad(), self._frozen(cuts[-1]):
                 _, shared = self._pass(inputs, 0, end=cuts[-1], wanted=frozenset(cuts))
         output: Any = None
         active: list[Tensor] = []
@@ -176,9 +184,18 @@ class PackedModel:
             slices = sum(one <= cut for one in self.cuts)
             given = torch.cat([*active, *[shared[cut]] * joining]) if cut else None
             wanted = frozenset() if following is None else frozenset({following})
-            output, noted = self._pass(inputs, slices, begin=cut, end=following, given=given, wanted=wanted)
+            with self._frozen(cuts[0]):
+                output, noted = self._pass(
+                    inputs, slices, begin=cut, end=following, given=given, wanted=wanted
+                )
             active = list(noted.values())
         return output
+
+    def _frozen(self, cut: int) -> AbstractContextManager[Any]:
+        """Run what lies below a cut without dropout, where that is asked for."""
+        if not self.without_dropout:
+            return nullcontext()
+        return FrozenPrefix(self.backbone.model, self.backbone.blocks, cut)
 
     def _pass(self, inputs: Batch, slices: int, **how: Any) -> tuple[Any, dict[int, Tensor]]:
         self._layout.slices = slices

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from autopeft.backbone import Backbone
+from autopeft.batches import LABELS
 from autopeft.callbacks import StopOnDivergence
 from autopeft.evaluation import Cost
 from autopeft.packed_model import PackedModel, cut_of
@@ -249,7 +250,11 @@ class PackedTraining:
         self._leave(self._candidates)
 
     def _pack(self) -> PackedModel:
-        return PackedModel(self.backbone, [one.member for one in self._candidates])
+        return PackedModel(
+            self.backbone,
+            [one.member for one in self._candidates],
+            without_dropout=self.training.frozen_prefix != "train",
+        )
 
     def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self._device) for name, one in batch.items()}
@@ -257,7 +262,7 @@ class PackedTraining:
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one step with every candidate; those that diverge leave."""
         batch = self._batch(batch)
-        labels = batch["labels"]
+        labels = batch[LABELS]
         with self._autocast():
             losses = torch.stack([self.task.loss(logits, labels) for logits in self._model(batch)])
         self._model.zero_grad()
@@ -278,7 +283,7 @@ class PackedTraining:
             with self._autocast():
                 logits = self._model(on_device)
             for candidate, own in zip(self._candidates, logits, strict=True):
-                candidate.module.metrics.update(own, on_device["labels"])
+                candidate.module.metrics.update(own, on_device[LABELS])
 
     def _validate(self) -> None:
         """Validate every candidate; those that have stopped improving leave."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
+from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
 from autopeft.evaluation_run import Trained
@@ -265,8 +266,7 @@ class PackedTrainer:
         evaluator = self.evaluator
         batch = {
             name: one[:_CHECKED_ROWS].to(evaluator.device)
-            for name, one in evaluator.data.largest_batch().items()
-            if name != "labels"
+            for name, one in model_inputs(evaluator.data.largest_batch()).items()
         }
         evaluator.backbone.model.eval()
         generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autopeft.backbone import Backbone
+from autopeft.batches import model_inputs
 from autopeft.budget import Budget
 from autopeft.checkpoints import Checkpoints
 from autopeft.evaluator import Evaluator
@@ -344,7 +345,7 @@ class Search:
                 "trial": str(number),
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
-            probe={name: tensor for name, tensor in batch.items() if name != "labels"},
+            probe=model_inputs(batch),
             merged=merged,
             overwrite=overwrite,
         )

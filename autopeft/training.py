@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,9 +17,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import unknown_choice
+from autopeft.objectives import parse_quantity
 from autopeft.tasks import Task
 
+Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
+FrozenPrefixMode = Literal["train", "eval", "cached"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "32-true", "bf16-mixed"]
 
@@ -38,6 +42,11 @@ class Training:
         validate_every: Epochs between validations. The best validation's weights are kept.
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bf16-mixed on CUDA devices that have it, 32-true elsewhere.
+        frozen_prefix: How embeddings and blocks below the lowest adapter are run in training. "train": with
+            dropout. "eval": without, so that they give the same in every epoch and trial. "cached": as
+            "eval", with their hidden states kept on disk where that saves time; results differ from "eval" in
+            rounding alone.
+        prefix_cache: Bytes that kept hidden states may take on disk, as in "8 GiB".
 
     Raises:
         ValueError: A value is out of its range.
@@ -52,6 +61,8 @@ class Training:
     validate_every: int = 1
     device: Device = "auto"
     precision: Precision = "auto"
+    frozen_prefix: FrozenPrefixMode = "cached"
+    prefix_cache: int | str = field(default="8 GiB", compare=False)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "patience", "validate_every"):
@@ -70,9 +81,11 @@ class Training:
                 f"validate_every={self.validate_every} is beyond the {self.epochs} epochs: "
                 "a candidate would never be validated."
             )
-        for name, choices in (("device", Device), ("precision", Precision)):
+        choices_of = {"device": Device, "precision": Precision, "frozen_prefix": FrozenPrefixMode}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise unknown_choice(name, str(getattr(self, name)), get_args(choices))
+        parse_quantity(self.prefix_cache, "bytes")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no CUDA device: use 'auto' or 'cpu'.")
 
@@ -107,6 +120,7 @@ class FineTuning(LightningModule):
         total_steps: Steps after which the learning rate is 0.
         first_step: Steps already taken.
         optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
+        serve: Gives a context that a batch's forward pass is run in, as `TrialPrefix.serve` does.
     """
 
     def __init__(
@@ -120,6 +134,7 @@ class FineTuning(LightningModule):
         total_steps: int,
         first_step: int = 0,
         optimizer_state: Mapping[str, Tensor] | None = None,
+        serve: Serve = nullcontext,
     ) -> None:
         super().__init__()
         self.model = model
@@ -129,22 +144,23 @@ class FineTuning(LightningModule):
         self.warmup_steps = math.ceil(warmup_share * total_steps)
         self.total_steps = total_steps
         self.first_step = first_step
+        self.serve = serve
         self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection()
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits, of shape (batch, labels)."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
+        with self.serve(batch):
+            logits: Tensor = self.model(**model_inputs(batch)).logits
         return logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch."""
-        return self.task.loss(self(batch), batch["labels"])
+        return self.task.loss(self(batch), batch[LABELS])
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics."""
-        self.metrics.update(self(batch), batch["labels"])
+        self.metrics.update(self(batch), batch[LABELS])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics under their names."""

@@ -157,7 +157,7 @@ def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: P
     new = [record for record in front.records if record.duplicate_of is None]
     statuses = [record.evaluation.status for record in new]
     assert {"complete", "paused"} == set(statuses)
-    assert statuses.count("complete") <= len(new) / 2
+    assert sum(record.evaluation.cost.steps for record in new) < 18 * 0.8 * len(new)
     steps = {record.evaluation.cost.steps for record in new if record.evaluation.status == "paused"}
     assert steps <= {6, 12}
     assert all(point.record.evaluation.cost.steps == 18 for point in front)

@@ -61,6 +61,16 @@ def test_latency_is_measured_for_each_candidate() -> None:
         assert trained.evaluation.values["inference_latency"] > 0
 
 
+def test_what_lies_below_the_cut_has_no_dropout_as_in_a_training_alone() -> None:
+    evaluator = packing_evaluator()
+    backbone = evaluator.backbone
+    for part in (backbone.model.get_submodule("bert.embeddings"), *backbone.blocks[:2]):
+        for module in part.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+    compare(evaluator, (lora("2-3.query", 2), lora("3.query 3.value", 4, 3e-3), of({})))
+
+
 def interrupted(act: Callable[[], None], expected: type[BaseException]) -> None:
     evaluator = packing_evaluator()
     before = fingerprint(evaluator.backbone.model)

@@ -152,6 +152,12 @@ class Attachment:
         """Number of parameters that are trained: adapters and head."""
         return self._expected_parameters()
 
+    @property
+    def cut(self) -> int | None:
+        """Number of blocks below everything that is trained; None where nothing is frozen."""
+        lowest = self.configuration.lowest_block
+        return len(self.backbone.blocks) if lowest is None else lowest
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the trained tensors: adapters under "site.method.name", then the head."""
         return {name: one.detach().cpu().clone() for name, one in self.parameters.items()}

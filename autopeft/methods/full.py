@@ -47,5 +47,10 @@ class FullFineTuning(Attachment):
                 setattr(module, name, copy)
                 self.parameters.setdefault(f"full.{path}.{name}", copy)
 
+    @property
+    def cut(self) -> None:
+        """None: nothing is frozen."""
+        return None
+
     def _expected_parameters(self) -> int:
         return sum(one.numel() for one in set(self.parameters.values()))

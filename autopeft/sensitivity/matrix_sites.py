@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autopeft.adapter import Site
 from autopeft.backbone import Backbone, SiteShape
+from autopeft.batches import model_inputs
 from autopeft.live_storage import Loss
 
 
@@ -54,8 +55,8 @@ class Subject:
 
     def inputs(self, index: int) -> dict[str, Tensor]:
         """Return the input tensors of a batch, on the model's device."""
-        batch = self.batches[index]
-        return {name: one.to(self.device) for name, one in batch.items() if name != "labels"}
+        inputs = model_inputs(self.batches[index])
+        return {name: one.to(self.device) for name, one in inputs.items()}
 
     def rows(self, index: int) -> int:
         """Return the number of rows of a batch with labels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from autopeft.tasks.batching import Collator
+
 Batch = dict[str, Tensor]
+SplitName = Literal["train", "validation", "test"]
 
 
 class TaskData(LightningDataModule, ABC):
@@ -34,6 +37,10 @@ class TaskData(LightningDataModule, ABC):
     @abstractmethod
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return test batches; the first call reads the test split."""
+
+    def collator(self, name: SplitName) -> Collator | None:
+        """Return what makes batches of a split's rows, for hidden states kept by row; None to keep none."""
+        return None
 
     @property
     @abstractmethod

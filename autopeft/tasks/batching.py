@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from autopeft.batches import LABELS, rows_key
 
 _BATCHES_A_POOL = 50
 
@@ -39,6 +42,14 @@ class TokenisedSplit(Dataset[int]):
         """Number of tokens of each row."""
         return np.diff(self.offsets)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that the model is given of it; labels are left out."""
+        digest = hashlib.sha256(self.offsets.tobytes())
+        for name in sorted(self.tokens):
+            digest.update(f"{name} {self.tokens[name].dtype}".encode() + self.tokens[name].tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -48,27 +59,35 @@ class Collator:
         split: Where the rows are.
         pad: Input name → padding value.
         left: Whether padding goes in front.
+        name: Name of the split, for batches that say which rows they hold; None for those that do not.
     """
 
     split: TokenisedSplit
     pad: dict[str, int]
     left: bool = False
+    name: str | None = None
 
-    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return a batch: every input, attention_mask and labels, of shape (rows, longest)."""
+    def positions(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Return which token of its row lies where in a batch, of shape (rows, longest); -1 at padding."""
         lengths = self.split.lengths[rows]
         longest = int(lengths.max())
-        batch: dict[str, Tensor] = {}
-        positions = np.arange(longest)
         start = longest - lengths if self.left else np.zeros_like(lengths)
-        inside = (positions >= start[:, None]) & (positions < (start + lengths)[:, None])
+        positions = np.arange(longest) - start[:, None]
+        return np.where((positions >= 0) & (positions < lengths[:, None]), positions, -1)
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return a batch: every input and attention_mask, of shape (rows, longest), and labels."""
+        batch: dict[str, Tensor] = {}
+        inside = self.positions(rows) >= 0
         for name, values in self.split.tokens.items():
-            padded = np.full((len(lengths), longest), self.pad[name], dtype=np.int64)
+            padded = np.full(inside.shape, self.pad[name], dtype=np.int64)
             pieces = [values[self.split.offsets[row] : self.split.offsets[row + 1]] for row in rows]
             padded[inside] = np.concatenate(pieces)
             batch[name] = torch.from_numpy(padded)
         batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
-        batch["labels"] = torch.from_numpy(self.split.labels[rows])
+        batch[LABELS] = torch.from_numpy(self.split.labels[rows])
+        if self.name is not None:
+            batch[rows_key(self.name)] = torch.tensor(rows)
         return batch
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.tasks.base import Batch, TaskData
+from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batching import (
     BucketedBatches,
     Collator,
@@ -21,8 +20,6 @@ from autopeft.tasks.batching import (
     sorted_batches,
 )
 from autopeft.tasks.tokenised import tokenise
-
-SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -79,24 +76,27 @@ class ClassificationData(TaskData):
             self._splits[name] = TokenisedSplit(tokens, offsets, np.array(texts.labels, dtype=np.int64))
         return self._splits[name]
 
-    def _collator(self, split: TokenisedSplit) -> Collator:
+    def collator(self, name: SplitName) -> Collator:
+        """Return what makes batches of a split's rows; test batches do not say which rows they hold."""
+        split = self._split(name)
         pad = {name: 0 for name in split.tokens}
         pad["input_ids"] = int(self._tokenizer.pad_token_id)
         if "token_type_ids" in pad:
             pad["token_type_ids"] = int(self._tokenizer.pad_token_type_id)
-        return Collator(split, pad, left=self._tokenizer.padding_side == "left")
+        left = self._tokenizer.padding_side == "left"
+        return Collator(split, pad, left=left, name=None if name == "test" else name)
 
     def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
         """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
         split = self._split("train")
         batches = BucketedBatches(split.lengths, self._batch_size, self._seed if seed is None else seed)
-        return loader(split, self._collator(split), batches)
+        return loader(split, self.collator("train"), batches)
 
     def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
         split = self._split(name)
         # No larger than training batches: a trial that was allowed its training memory needs no more here.
         batches = sorted_batches(split.lengths, self._batch_size)
-        return loader(split, self._collator(split), batches)
+        return loader(split, self.collator(name), batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches."""
@@ -115,7 +115,7 @@ class ClassificationData(TaskData):
     def _largest(self) -> Batch:
         split = self._split("train")
         (longest, *_) = sorted_batches(split.lengths, self._batch_size)
-        return self._collator(split)(longest)
+        return replace(self.collator("train"), name=None)(longest)
 
     def largest_batch(self) -> Batch:
         """Return the longest training rows as one batch: no drawn batch has a larger shape."""

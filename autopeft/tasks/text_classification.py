@@ -23,8 +23,8 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from autopeft.errors import unknown_choice
-from autopeft.tasks.base import Task
-from autopeft.tasks.classification_data import ClassificationData, LabelledTexts, SplitName
+from autopeft.tasks.base import SplitName, Task
+from autopeft.tasks.classification_data import ClassificationData, LabelledTexts
 from autopeft.tasks.sources import Source, load_splits
 from autopeft.tasks.splits import stratified_sample, stratified_split
 from autopeft.tasks.tokenised import fingerprint

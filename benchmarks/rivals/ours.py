@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from autopeft import ParetoFront, Search, SuccessiveHalving
@@ -18,7 +19,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
-    "autopeft, PerLayer and TPE alone": {"space": per_layer()},
+    "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
+    "autopeft, PerLayer and TPE alone": {
+        "space": per_layer(),
+        "training": replace(TRAINING, frozen_prefix="train"),
+    },
 }
 """By name, the arguments of `Search`; each technique is switched off alone."""
 

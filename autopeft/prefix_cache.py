@@ -1,0 +1,392 @@
+"""Hidden states below the lowest adapter, computed once a row and shared by all trials with that cut.
+
+Whatever a trial is served was computed in the same batches, whichever trial came first and whether the file
+was there: a search that was killed and goes on gives the same results as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autopeft.backbone import Backbone
+from autopeft.batches import rows_of
+from autopeft.frozen_prefix import FrozenPrefix, Structure, UnservableError
+from autopeft.methods import Attachment
+from autopeft.objectives import parse_quantity
+from autopeft.prefix_estimate import Estimate, Passes, estimate
+from autopeft.prefix_files import PrefixFiles, StateWriter, StoredStates
+from autopeft.prefix_rows import SplitRows, place
+from autopeft.tasks.base import SplitName, TaskData
+from autopeft.training import Training
+
+_logger = logging.getLogger(__name__)
+_SPLITS: tuple[SplitName, ...] = ("train", "validation")
+_SECONDS_PER_TOKEN = "seconds_per_token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixUse:
+    """What serving hidden states gave in one training; times are processor time on the CPU.
+
+    Attributes:
+        cut: Number of blocks below the cut.
+        estimated_share: Share of the training's time that was expected to be saved.
+        share: The share that was saved, of the time without serving, validations included.
+        seconds_saved: Time that the blocks below the cut would have taken, at the speed they had when the
+            states were computed, less what serving took.
+        fill_seconds: Time spent on computing hidden states that were not there yet; not part of the above.
+    """
+
+    cut: int
+    estimated_share: float
+    share: float
+    seconds_saved: float
+    fill_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """The hidden states at one cut: of each split, its rows and their states."""
+
+    splits: Mapping[str, tuple[SplitRows, StoredStates]]
+    structure: Structure
+    expected: Estimate
+    fill_seconds: float
+
+
+class PrefixCache:
+    """Hidden states of one backbone on one task's training and validation split.
+
+    Args:
+        backbone: The resident backbone, with nothing attached.
+        data: The task's splits.
+        training: Says how the blocks below the cut are run, and how much may be kept.
+        folder: Where files are kept; None to keep none.
+
+    Attributes:
+        uses: What serving gave, a training each.
+        device: Where the model is.
+        clock: What time is measured with.
+    """
+
+    def __init__(self, backbone: Backbone, data: TaskData, training: Training, folder: Path | None) -> None:
+        self.uses: list[PrefixUse] = []
+        self.device = training.resolved_device()
+        # On the CPU processor time: another process must not look like a gain or a loss.
+        self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        self._backbone = backbone
+        self._data = data
+        self._training = training
+        self._structure: Structure | None = None
+        self._rows: dict[str, SplitRows] = {}
+        self._token_bytes: dict[int, int] = {}
+        self._unservable: set[int] = set()
+        self._verified: set[str] = set()
+        self._files: PrefixFiles | None = None
+        if training.frozen_prefix == "cached" and folder is not None:
+            self._files = PrefixFiles(folder, int(parse_quantity(training.prefix_cache, "bytes")))
+            # Before anything is attached: a fingerprint of the adapters too would fit nothing else.
+            settings = backbone.model.config.to_json_string(use_diff=False)
+            place_and_precision = f"{self.device.type} {training.resolved_precision()}"
+            self._identity = f"{backbone.fingerprint} {settings} {place_and_precision}"
+
+    @contextmanager
+    def below(self, attachment: Attachment) -> Iterator[TrialPrefix]:
+        """Run what lies below an attached configuration as the training settings say, in a `with` block."""
+        with ExitStack() as stack:
+            prefix = None
+            if self._training.frozen_prefix != "train" and attachment.cut is not None:
+                prefix = FrozenPrefix(self._backbone.model, self._backbone.blocks, attachment.cut)
+                stack.enter_context(prefix)
+            yield TrialPrefix(self, prefix)
+
+    def open(self, prefix: FrozenPrefix) -> _Opened | None:
+        """Return the hidden states at a cut, computed where they are missing.
+
+        None where serving them does not pay, or is not possible; the log says why.
+        """
+        cut = prefix.cut
+        if self._files is None or cut == 0 or cut in self._unservable or not self._know_rows():
+            return None
+        model = self._backbone.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._open(prefix, self._files)
+        except UnservableError as error:
+            self._unservable.add(cut)
+            _logger.warning("Hidden states of %s cannot be served: %s.", self._backbone.name, error)
+        except OSError as error:
+            _logger.warning("Hidden states cannot be kept in %s: %s.", self._files.folder, error)
+        finally:
+            model.train(was_training)
+        return None
+
+    def _know_rows(self) -> bool:
+        for name in _SPLITS:
+            if name not in self._rows:
+                collator = self._data.collator(name)
+                if collator is None:
+                    return False
+                self._rows[name] = SplitRows(collator, self._training.batch_size)
+        return True
+
+    def _open(self, prefix: FrozenPrefix, files: PrefixFiles) -> _Opened | None:
+        structure = self._check_architecture(prefix)
+        token_bytes = self._token_bytes[prefix.cut]
+        expected = self._estimate(prefix.cut, token_bytes)
+        if not expected.pays or expected.bytes > files.limit_bytes:
+            why = f"{expected.bytes:,} bytes are too many" if expected.pays else "it would not pay"
+            _logger.info("Hidden states below block %d are not kept: %s.", prefix.cut, why)
+            return None
+        keys = {name: self._key(name, prefix.cut) for name in _SPLITS}
+        opened: dict[str, tuple[SplitRows, StoredStates]] = {}
+        started, filled = self.clock(), False
+        for name, key in keys.items():
+            rows = self._rows[name]
+            states = files.open(key)
+            if states is None or not self._agrees(prefix, structure, rows, states, key):
+                filled = True
+                size = (rows.tokens + 1) * token_bytes
+                if not files.make_room(size, frozenset(keys.values())):
+                    raise OSError(f"there is no room for {size:,} bytes")
+                states = self._filled(prefix, structure, name, key, files)
+            opened[name] = rows, states
+        seconds = self.clock() - started if filled else 0.0
+        return _Opened(splits=opened, structure=structure, expected=expected, fill_seconds=seconds)
+
+    def _filled(
+        self, prefix: FrozenPrefix, structure: Structure, name: str, key: str, files: PrefixFiles
+    ) -> StoredStates:
+        rows = self._rows[name]
+        self._verified.discard(key)
+        with files.writing(key, rows.tokens + 1) as writer:
+            self._fill(prefix, structure, name, writer, files)
+        states = files.open(key)
+        if states is None:
+            raise OSError("a file that was just written is gone")
+        if not self._agrees(prefix, structure, rows, states, key):
+            raise UnservableError("with them in place the model computes something else")
+        return states
+
+    def _key(self, name: str, cut: int) -> str:
+        text = f"{self._identity} {self._rows[name].identity} {cut}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _estimate(self, cut: int, token_bytes: int) -> Estimate:
+        backbone, steps = self._backbone, self._data.steps_per_epoch
+        epochs = self._training.total_steps(steps) / steps
+        times = {"train": epochs, "validation": max(1.0, epochs / self._training.validate_every)}
+        linear = [shape.parameters for shape in backbone.sites.values() if shape.kind == "linear"]
+        return estimate(
+            {
+                name: Passes(
+                    batches=len(rows.batches),
+                    tokens=rows.tokens,
+                    times=times[name],
+                    block_cost=2 if name == "train" else 1,
+                )
+                for name, rows in self._rows.items()
+            },
+            cut=cut,
+            blocks=len(backbone.blocks),
+            block_parameters=sum(linear) / len(backbone.blocks),
+            token_bytes=token_bytes,
+            device=self.device.type,
+        )
+
+    def _check_architecture(self, prefix: FrozenPrefix) -> Structure:
+        """Try serving on a few rows whose hidden states were computed alone, without padding.
+
+        Raises:
+            UnservableError: The model computes something else, for example as its positions count padding.
+        """
+        rows = self._rows["train"]
+        probe = rows.probe()
+        inputs = rows.inputs(probe, self.device)
+        if self._structure is None:
+            self._structure = Structure(self._backbone.model, self._backbone.blocks, inputs)
+        if prefix.cut in self._token_bytes:
+            return self._structure
+        obstacle = self._structure.obstacle(prefix.cut)
+        if obstacle is not None:
+            raise UnservableError(obstacle)
+        alone = [prefix.states(rows.inputs([row], self.device))[0] for row in probe]
+        table = torch.cat([*alone, torch.zeros_like(alone[0][:1])]).cpu()
+        starts = np.cumsum([0, *(len(one) for one in alone[:-1])])
+        states = place(table, rows.collator.positions(probe), starts, self.device)
+        error = self._error(prefix, self._structure, inputs, states, rows.inside(probe))
+        if not error <= _tolerance(table, "32-true"):
+            raise UnservableError(
+                f"a row's depend on the padding of its batch (the difference is {error:.2g} of them)"
+            )
+        self._token_bytes[prefix.cut] = table.shape[1] * table.element_size()
+        return self._structure
+
+    def _agrees(
+        self, prefix: FrozenPrefix, structure: Structure, rows: SplitRows, stored: StoredStates, key: str
+    ) -> bool:
+        """Whether a file holds this model's hidden states, by a few rows; asked once a process."""
+        if key not in self._verified:
+            if len(stored.states) != rows.tokens + 1:
+                return False
+            probe = rows.probe()
+            with self._autocast():
+                states = rows.gather(stored.states, probe, self.device)
+                inputs = rows.inputs(probe, self.device)
+                error = self._error(prefix, structure, inputs, states, rows.inside(probe))
+            if not error <= _tolerance(states, self._training.resolved_precision()):
+                return False
+            self._verified.add(key)
+        return True
+
+    def _error(
+        self,
+        prefix: FrozenPrefix,
+        structure: Structure,
+        inputs: Mapping[str, Tensor],
+        states: Tensor,
+        inside: Tensor,
+    ) -> float:
+        """Return how far serving is off: the largest relative difference of a token's states or of logits."""
+        model = self._backbone.model
+        seen: list[Tensor] = []
+        with prefix.looking(seen.append):
+            plain = model(**inputs).logits.float()
+        with prefix.serving(states, structure):
+            served = model(**inputs).logits.float()
+        given, expected = (one[inside.to(one.device)].float() for one in (states, seen[0]))
+        of_states = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
+        of_logits = (served - plain).abs().max() / plain.abs().max()
+        return float(torch.maximum(of_states.max(), of_logits))
+
+    def _fill(
+        self,
+        prefix: FrozenPrefix,
+        structure: Structure,
+        name: str,
+        writer: StateWriter,
+        files: PrefixFiles,
+    ) -> None:
+        """Compute all rows' hidden states, from those at the highest lower cut where there are any."""
+        rows, model = self._rows[name], self._backbone.model
+        lower_cut, lower = self._lower(name, prefix.cut, files)
+        seconds = 0.0
+        with ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            below = stack.enter_context(FrozenPrefix(model, self._backbone.blocks, lower_cut))
+            for batch in rows.batches:
+                started = self.clock()
+                inputs = rows.inputs(batch, self.device)
+                with (
+                    contextlib.nullcontext()
+                    if lower is None
+                    else below.serving(rows.gather(lower.states, batch, self.device), structure)
+                ):
+                    hidden = prefix.states(inputs)
+                found = hidden[rows.inside(batch).to(self.device)].cpu()
+                seconds += self.clock() - started
+                writer.write(found)
+            writer.write(torch.zeros_like(found[:1]))
+        rate = seconds / rows.tokens
+        if lower is not None:
+            rate += float(lower.notes[_SECONDS_PER_TOKEN])
+        writer.notes[_SECONDS_PER_TOKEN] = repr(rate)
+
+    def _lower(self, name: str, cut: int, files: PrefixFiles) -> tuple[int, StoredStates | None]:
+        for lower_cut in range(cut - 1, 0, -1):
+            states = files.open(self._key(name, lower_cut))
+            if states is not None:
+                return lower_cut, states
+        return 0, None
+
+    def _autocast(self) -> Any:
+        if self._training.resolved_precision() == "bf16-mixed":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+class TrialPrefix:
+    """What lies below one trial's lowest adapter.
+
+    Args:
+        cache: Has the hidden states.
+        prefix: The frozen prefix, entered; None where none is held apart.
+    """
+
+    def __init__(self, cache: PrefixCache, prefix: FrozenPrefix | None) -> None:
+        self._cache = cache
+        self._prefix = prefix
+        self._opened: _Opened | None = None
+        self._started = 0.0
+        self._serve_seconds = 0.0
+        self._saved_seconds = 0.0
+
+    def open(self) -> None:
+        """Get the hidden states that training and validation will be served, if that pays."""
+        if self._prefix is not None:
+            self._opened = self._cache.open(self._prefix)
+        self._started = self._cache.clock()
+
+    @contextmanager
+    def serve(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """Leave the prefix out of forward passes over a batch, if its hidden states are at hand."""
+        found = rows_of(batch)
+        if self._opened is None or self._prefix is None or found is None:
+            yield
+            return
+        started = self._cache.clock()
+        split, numbers = found
+        rows, stored = self._opened.splits[split]
+        chosen = numbers.tolist()
+        states = rows.gather(stored.states, chosen, self._cache.device)
+        rate = float(stored.notes[_SECONDS_PER_TOKEN])
+        self._saved_seconds += rate * float(rows.lengths[chosen].sum())
+        self._serve_seconds += self._cache.clock() - started
+        with self._prefix.serving(states, self._opened.structure):
+            yield
+
+    def record(self) -> dict[str, float]:
+        """Record what serving gave since `open`, beside what was expected, and return it as values."""
+        if self._opened is None or self._prefix is None or not self._serve_seconds:
+            return {}
+        elapsed = self._cache.clock() - self._started
+        saved = self._saved_seconds - self._serve_seconds
+        use = PrefixUse(
+            cut=self._prefix.cut,
+            estimated_share=self._opened.expected.share,
+            share=saved / (elapsed + saved),
+            seconds_saved=saved,
+            fill_seconds=self._opened.fill_seconds,
+        )
+        self._cache.uses.append(use)
+        _logger.log(
+            logging.WARNING if saved < 0 else logging.INFO,
+            "Leaving out %d frozen blocks saved %.0f %% of the training's time, expected were %.0f %%.",
+            use.cut,
+            100 * use.share,
+            100 * use.estimated_share,
+        )
+        return {
+            "prefix_seconds_saved": use.seconds_saved,
+            "prefix_seconds_saved_share": use.share,
+            "prefix_seconds_saved_share_estimated": use.estimated_share,
+        }
+
+
+def _tolerance(states: Tensor, precision: str) -> float:
+    """Return the largest relative difference that is rounding."""
+    return 1e-3 if states.dtype == torch.float32 and precision == "32-true" else 0.1

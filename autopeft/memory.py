@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
-from autopeft.meta_tensors import CpuAttention, MetaCounter
+from autopeft.meta_tensors import MetaCounter, cpu_attention
 
 Precision = Literal["32-true", "bf16-mixed"]
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -67,7 +67,7 @@ class MemoryCounter:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._remembered: dict[Any, Any] = {}
-        self._agrees: dict[Hashable, bool] = {}
+        self._agrees: dict[tuple[frozenset[type], Hashable], bool] = {}
 
     def count(
         self, batch: Mapping[str, Tensor], loss: Loss, *, precision: Precision = "32-true"
@@ -86,8 +86,8 @@ class MemoryCounter:
         self._model.train()
         try:
             shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
-            kind = frozenset(type(module) for module in self._model.modules()), shapes, precision
-            if self._agrees.get(kind):
+            kind = frozenset(map(type, self._model.modules())), (shapes, precision)
+            if self._is_quick(*kind):
                 return self._count_on_meta(batch, loss, precision)
             slow = self._count_on_fake(batch, loss, precision)
             if kind not in self._agrees:
@@ -101,6 +101,13 @@ class MemoryCounter:
             ) from error
         finally:
             self._model.train(was_training)
+
+    def _is_quick(self, modules: frozenset[type], setting: Hashable) -> bool:
+        """Whether the quick way was seen to agree for a model of these and perhaps more kinds of modules."""
+        return any(
+            agrees and setting == known and modules <= several
+            for (several, known), agrees in self._agrees.items()
+        )
 
     def _count_on_fake(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
         with FakeTensorMode() as fake:
@@ -119,7 +126,7 @@ class MemoryCounter:
             made = torch.empty_like(tensor, device="meta")
             return made.requires_grad_(tensor.requires_grad)
 
-        with CpuAttention():
+        with cpu_attention(self._remembered):
             return self._count(MetaCounter(self._remembered), convert, batch, loss, precision)
 
     def _count(
@@ -130,24 +137,23 @@ class MemoryCounter:
         loss: Loss,
         precision: Precision,
     ) -> MemoryCount:
-        parameters = {name: convert(one) for name, one in self._model.named_parameters()}
-        buffers = {name: convert(one) for name, one in self._model.named_buffers()}
-        inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
-        labels = convert(batch[LABELS])
-        batch_bytes = counter.exclude((*inputs.values(), labels))
-        parameter_bytes = counter.exclude((*parameters.values(), *buffers.values()))
-        trainable = [one for one in parameters.values() if one.requires_grad]
-        gradient_bytes = sum(one.numel() * one.element_size() for one in trainable)
-        optimizer_bytes = 2 * gradient_bytes + _STEP_COUNTER_BYTES * len(trainable)
-        with counter, _autocast(precision):
-            output = functional_call(self._model, {**parameters, **buffers}, kwargs=inputs)
-            value = loss(output.logits, labels)
-            del output
-            forward_peak = counter.peak_bytes
-            counter.restart_peak()
-        with counter:
-            value.backward()
-            backward_peak = counter.peak_bytes
+        with _converted(self._model, convert) as (parameters, buffers):
+            inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
+            labels = convert(batch[LABELS])
+            batch_bytes = counter.exclude((*inputs.values(), labels))
+            parameter_bytes = counter.exclude((*parameters, *buffers))
+            trainable = [one for one in parameters if one.requires_grad]
+            gradient_bytes = sum(one.numel() * one.element_size() for one in trainable)
+            optimizer_bytes = 2 * gradient_bytes + _STEP_COUNTER_BYTES * len(trainable)
+            with counter:
+                with _autocast(precision):
+                    output = self._model(**inputs)
+                    value = loss(output.logits, labels)
+                    del output
+                    forward_peak = counter.peak_bytes
+                    counter.restart_peak()
+                value.backward()
+                backward_peak = counter.peak_bytes
         # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
         temporaries = 2 * max((one.numel() * one.element_size() for one in trainable), default=0)
         step = max(gradient_bytes + forward_peak, backward_peak, gradient_bytes + temporaries)
@@ -157,6 +163,39 @@ class MemoryCounter:
             gradient_bytes=gradient_bytes,
             optimizer_bytes=optimizer_bytes,
         )
+
+
+@contextmanager
+def _converted(
+    model: nn.Module, convert: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Put converted tensors in the place of a model's parameters and buffers, tied ones once.
+
+    It is what `torch.func.functional_call` does, in one walk through the model in place of five.
+
+    Yields:
+        The converted parameters and buffers.
+    """
+    converted: dict[int, Tensor] = {}
+    originals: list[tuple[dict[str, Any], str, Tensor]] = []
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    try:
+        for module in model.modules():
+            holders: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+            for holder, several in zip(holders, found, strict=True):
+                for name, original in holder.items():
+                    if original is None:
+                        continue
+                    if id(original) not in converted:
+                        converted[id(original)] = convert(original)
+                        several.append(converted[id(original)])
+                    originals.append((holder, name, original))
+        for holder, name, original in originals:
+            holder[name] = converted[id(original)]
+        yield found
+    finally:
+        for holder, name, original in originals:
+            holder[name] = original
 
 
 def _on_cpu(fake: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ meta tensor has to be told: for the models of transformers that is attention alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -22,24 +24,35 @@ from autopeft.live_storage import StorageCounter
 _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
-class CpuAttention(TorchFunctionMode):
+@contextmanager
+def cpu_attention(remembered: dict[Any, Any]) -> Iterator[None]:
     """Let attention on meta tensors take the kernel that the CPU would take.
 
     `scaled_dot_product_attention` asks the tensors' device which kernel is best, and the meta device knows
     of none: it computes step by step, and would keep the attention matrix, where the CPU takes its flash
     kernel (without dropout, and with a mask that needs no gradient) and keeps one row sum a query.
+
+    The function is replaced where models look it up, as a mode over all functions is a third of a count's
+    time. A model that has it under another name is found out: its count differs from that on fake tensors.
+
+    Args:
+        remembered: Kernels by what decides them; filled.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the operation; attention with the CPU's kernel."""
-        if func is scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def attend(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        plain = scaled_dot_product_attention if not query.is_meta else partial(_attend, remembered)
+        return plain(query, *arguments, **options)
+
+    replaced = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = replaced
 
 
 def _attend(
+    remembered: dict[Any, Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -49,18 +62,12 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    with _disable_current_modes():
-        choice = torch._fused_sdp_choice(
-            _unwritten(query),
-            _unwritten(key),
-            _unwritten(value),
-            None if attn_mask is None else _unwritten(attn_mask),
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    if choice != _FLASH:
+    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    needs = tuple(one.requires_grad for one in tensors), torch.is_grad_enabled()
+    case = ("attention", _signature(tensors), needs, dropout_p, is_causal, scale, enable_gqa)
+    if case not in remembered:
+        remembered[case] = _choice(tensors, dropout_p, is_causal, scale, enable_gqa)
+    if remembered[case] != _FLASH:
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -72,6 +79,26 @@ def _attend(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
     return attended
+
+
+def _choice(
+    tensors: Sequence[Tensor], dropout: float, causal: bool, scale: float | None, grouped: bool
+) -> int:
+    """Return the kernel that the CPU takes for query, key, value and perhaps a mask."""
+    with _disable_current_modes():
+        query, key, value, *mask = [_unwritten(one) for one in tensors]
+        return int(
+            torch._fused_sdp_choice(
+                query,
+                key,
+                value,
+                mask[0] if mask else None,
+                dropout,
+                causal,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
 
 
 def _unwritten(tensor: Tensor) -> Tensor:
@@ -91,6 +118,7 @@ class MetaCounter(StorageCounter):
     def __init__(self, remembered: dict[Any, Any]) -> None:
         super().__init__()
         self._remembered = remembered
+        self._aliases: dict[int, bool] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -98,9 +126,15 @@ class MetaCounter(StorageCounter):
         """Make the operation's result, and track it."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return False
+        number = id(func)  # operations live as long as the process, and hash slowly
+        aliases = self._aliases.get(number)
+        if aliases is None:
+            aliases = self._aliases[number] = _aliases(func)
+        if aliases:
+            return super().__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         try:
-            key = (func, _signature(args), _signature(kwargs.values()), tuple(kwargs))
+            key = (number, _signature(args), _signature(kwargs.values()), tuple(kwargs))
             remembered = self._remembered.get(key)
         except TypeError:  # an argument that cannot be hashed
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -122,6 +156,11 @@ class MetaCounter(StorageCounter):
 
 
 _RUN = object()
+
+
+def _aliases(func: Any) -> bool:
+    """Whether an operation's result is a view of an argument, or one that was written to."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -133,11 +133,12 @@ class Attachment:
                         nn.init.zeros_(module.bias)
 
     def _select_trainable(self) -> None:
-        model = self.backbone.model
-        model.requires_grad_(False)
+        parameters = list(self.backbone.model.parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        found = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        found = sum(one.numel() for one in parameters if one.requires_grad)
         expected = self._expected_parameters()
         if found != expected:
             raise RuntimeError(

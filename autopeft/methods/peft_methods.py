@@ -3,19 +3,27 @@
 Adapters that differ in an option peft holds once a config (rsLoRA, dropout) are injected as separate
 peft adapters of one model. peft ignores patterns that match nothing, so `attach` in `attachment.py`
 checks every site afterwards.
+
+peft's injection matches every module of a model against every pattern, and walks the model a dozen times.
+As the modules are known by name here, its layers are made for them directly, in the order in which peft
+would make them; where a layer is none of the plain ones, peft's injection is used.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import IA3Config, IA3Model, LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.layer import dispatch_default as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from autopeft.backbone import SiteShape
 from autopeft.configuration import Adapter, Site
@@ -34,6 +42,12 @@ class PeftMethod(Method):
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what the adapters of one peft config have in common."""
         return ()
+
+    @abstractmethod
+    def new_layer(
+        self, module: nn.Module, shape: SiteShape, adapter: Adapter, adapter_name: str, config: Any
+    ) -> nn.Module:
+        """Return peft's layer around a plain module, as injecting the config would make it."""
 
     def groups(self, placement: Placement) -> dict[str, Placement]:
         """Split a placement into groups, by the name of the peft adapter that holds each."""
@@ -59,14 +73,10 @@ class PeftMethod(Method):
                 del model.peft_config
 
         groups = self.groups(placement)
+        put = self._wrap if all(map(_is_plain, originals.values())) else self._inject
         try:
             for adapter_name, group in groups.items():
-                with warnings.catch_warnings():
-                    # Several adapters on disjoint modules of one model, and norms of any class, are
-                    # what we are here for; peft warns of both.
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    warnings.filterwarnings("ignore", message="Unsupported layer type")
-                    inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+                put(model, adapter_name, group)
             for adapter_name, group in groups.items():
                 for site, (shape, _) in group.items():
                     layer = model.get_submodule(shape.module)
@@ -80,6 +90,35 @@ class PeftMethod(Method):
             undo()
             raise
         return Attached(parameters=parameters, undo=undo)
+
+    def _wrap(self, model: nn.Module, adapter_name: str, group: Placement) -> None:
+        """Put peft's layers around the modules of a group, in the order in which they stand in the model."""
+        config = self.peft_config(group)
+        by_module = {shape.module: (shape, adapter) for shape, adapter in group.values()}
+        modules = [(name, one) for name, one in model.named_modules() if name in by_module]
+        with _quiet_peft():
+            for name, module in modules:
+                layer = self.new_layer(module, *by_module[name], adapter_name, config)
+                replace_module(model, name, layer)
+
+    def _inject(self, model: nn.Module, adapter_name: str, group: Placement) -> None:
+        with _quiet_peft():
+            inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Silence warnings of what we are here for: several adapters on disjoint modules, norms of any class."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        yield
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether peft has nothing to see to: no quantised, sharded or wrapped layer."""
+    known = type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear | BaseTunerLayer)
+    return known and getattr(module, "_hf_tp_plan", None) is None
 
 
 def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -142,6 +181,21 @@ class Lora(PeftMethod):
             fan_in_fan_out=shape.transposed,
         )
 
+    def new_layer(
+        self, module: nn.Module, shape: SiteShape, adapter: Adapter, adapter_name: str, config: Any
+    ) -> nn.Module:
+        """Return LoRA's layer; see `PeftMethod.new_layer`."""
+        layer = lora_layer(
+            module,
+            adapter_name,
+            config=config,
+            r=adapter.size,
+            lora_alpha=adapter.option("alpha"),
+            target_name=shape.module,
+        )
+        assert layer is not None  # a plain linear layer has one
+        return layer
+
 
 class IA3(PeftMethod):
     """IA3: a learned vector that scales a linear layer's output, or the input of the ffn's last layer.
@@ -170,6 +224,16 @@ class IA3(PeftMethod):
             fan_in_fan_out=shape.transposed,
         )
 
+    def new_layer(
+        self, module: nn.Module, shape: SiteShape, adapter: Adapter, adapter_name: str, config: Any
+    ) -> nn.Module:
+        """Return IA3's layer; see `PeftMethod.new_layer`."""
+        scales_input = shape.site.role == "ffn_down"
+        layer: nn.Module = IA3Model._create_new_module(
+            config, adapter_name, module, is_feedforward=scales_input
+        )
+        return layer
+
 
 class LayerNormTuning(PeftMethod):
     """LayerNorm tuning: scale and shift of a norm are trained in a copy.
@@ -186,3 +250,9 @@ class LayerNormTuning(PeftMethod):
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return an LNTuningConfig over the modules."""
         return LNTuningConfig(target_modules=_module_names(placement))
+
+    def new_layer(
+        self, module: nn.Module, shape: SiteShape, adapter: Adapter, adapter_name: str, config: Any
+    ) -> nn.Module:
+        """Return the norm's layer; see `PeftMethod.new_layer`."""
+        return LNTuningLayer(module, adapter_name, config=config)

@@ -1,0 +1,76 @@
+"""Layers made directly against those that peft's own injection makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Adapter, Configuration
+from autopeft.methods import attach, peft_methods
+from autopeft.methods.peft_methods import PeftMethod
+from tests.models import draw_parameters, everywhere, logits_of, tiny_backbone
+
+ARCHITECTURES = ("bert", "deberta-v2", "gpt2", "llama", "modernbert", "t5")
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """Return everything of peft's layers that is neither a tensor nor a module."""
+    kept = (bool, int, float, str, dict, list, set, tuple, type(None))
+    left_out = ("_parameters", "_modules", "_buffers", "kwargs")  # kwargs is for quantised layers
+    return {
+        f"{name}.{key}": repr(value)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        for key, value in vars(layer).items()
+        if isinstance(value, kept) and key not in left_out
+    }
+
+
+def attached(backbone: Backbone, configuration: Configuration) -> tuple[dict[str, Any], ...]:
+    with attach(backbone, configuration, seed=5) as attachment:
+        backbone.model.train()
+        states: dict[str, Tensor] = attachment.state_dict()
+        trainable = {name: one.requires_grad for name, one in backbone.model.named_parameters()}
+        draw_parameters(attachment.parameters.values(), std=0.1)
+        backbone.model.eval()
+        return states, trainable, described(backbone.model), {"logits": logits_of(backbone)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "ia3", "layernorm"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_layer_is_the_one_peft_injects(
+    architecture: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(architecture)
+    nn.Module.to(backbone.model, dtype)
+    configuration = everywhere(backbone, method, size=3)
+    if method == "lora":  # several configs, with their own options
+        mixed = {
+            site: Adapter("lora", 1 + site.block, {"rslora": site.block % 2 == 0, "alpha": 7 + site.block})
+            for site in configuration.adapters
+        }
+        configuration = Configuration(mixed)
+    injected: list[str] = []
+    inject = PeftMethod._inject
+
+    def noted(self: PeftMethod, *rest: Any) -> None:
+        injected.append(self.name)
+        inject(self, *rest)
+
+    monkeypatch.setattr(PeftMethod, "_inject", noted)
+    direct = attached(backbone, configuration)
+    assert not injected
+    monkeypatch.setattr(peft_methods, "_is_plain", lambda module: False)
+    expected = attached(backbone, configuration)
+    assert set(injected) == {method}
+    for ours, theirs in zip(direct, expected, strict=True):
+        assert list(ours) == list(theirs)
+        for name, value in ours.items():
+            same = torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+            assert same, (name, value, theirs[name])

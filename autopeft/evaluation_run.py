@@ -30,6 +30,7 @@ from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.methods import Attachment
 from autopeft.paused_training import PausedTraining, TrainingState
 from autopeft.prefix_cache import TrialPrefix
+from autopeft.seeding import seeded
 from autopeft.training import FineTuning, build_trainer, quiet_lightning
 from autopeft.training_plan import PlannedBatches
 from autopeft.training_state import put_state, stopped_early, take_state
@@ -112,8 +113,7 @@ class EvaluationRun:
         module.train()
         start = 0 if self.before is None else self.before.step
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
+            with seeded(self.seed, evaluator.device):
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)
                     trainer = build_trainer(

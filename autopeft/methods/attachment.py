@@ -16,6 +16,7 @@ from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Parallel, Series
 from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
 from autopeft.methods.prefix import PrefixTuning
+from autopeft.seeding import seeded
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -82,8 +83,7 @@ class Attachment:
         self._detached = False
         backbone.attached = configuration
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 self._attach_methods()
                 self._attach_head()
             self._select_trainable()

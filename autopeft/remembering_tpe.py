@@ -131,7 +131,12 @@ class _Observations(_Follower):
                 row[:] = [
                     one.to_internal_repr(trial.params[name]) for name, one in self.distributions.items()
                 ]
-        self._rows = np.concatenate([self._rows[:known], rows])
+        count = known + len(new)
+        if count > len(self._rows):  # twice the room, so that a trial is copied a few times and not always
+            grown = np.empty((2 * count, self._rows.shape[1]))
+            grown[:known] = self._rows[:known]
+            self._rows = grown
+        self._rows[known:count] = rows
         self._whole = np.concatenate([self._whole[:known], np.array(whole, dtype=bool)])
 
     def of(self, places: Indices) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.search_space import IntersectionSearchSpace
+from optuna.search_space.intersection import _calculate
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -135,7 +135,8 @@ class SeededSampler(BaseSampler):
         self._factory = factory
         self._seed = seed
         self._sampler = self._make(0)
-        self._shared_parameters = IntersectionSearchSpace(include_pruned=True)
+        self._shared: dict[str, BaseDistribution] | None = None
+        self._seen = -1
 
     def _make(self, number: int) -> BaseSampler:
         digest = hashlib.sha256(f"{self._seed}:{number}".encode()).digest()
@@ -159,8 +160,10 @@ class SeededSampler(BaseSampler):
         """
         if isinstance(self._sampler, optuna.samplers.RandomSampler):
             return {}
-        shared = self._shared_parameters.calculate(study)
-        return {name: one for name, one in shared.items() if not one.single()}
+        trials = study.get_trials(deepcopy=False)
+        # What `IntersectionSearchSpace.calculate` does, without a copy of every distribution.
+        self._shared, self._seen = _calculate(trials, True, self._shared, self._seen)
+        return {name: one for name, one in sorted((self._shared or {}).items()) if not one.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

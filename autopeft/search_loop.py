@@ -337,14 +337,16 @@ class SearchLoop:
 
     def _refuse_hopeless(self) -> None:
         """Raise where it is plain that going on finds nothing: what was recorded stays."""
-        evaluated = [one.evaluation for one in self.records if one.evaluation.status != "infeasible"]
-        outcomes = {(one.status, one.reason) for one in evaluated}
-        alike = len(outcomes) == 1 and evaluated[0].status == "failed"
-        if alike and len(evaluated) >= _MOST_ALIKE_FAILURES:
-            raise RuntimeError(
-                f"All {len(evaluated)} candidates so far failed alike: {evaluated[0].reason}. Mend that, and "
-                "run the search under another name."
-            )
+        # Nearly always the first candidate did not fail, and no other is looked at.
+        evaluated = (one.evaluation for one in self.records if one.evaluation.status != "infeasible")
+        first = next(evaluated, None)
+        if first is not None and first.status == "failed":
+            outcomes = [(one.status, one.reason) for one in (first, *evaluated)]
+            if len(set(outcomes)) == 1 and len(outcomes) >= _MOST_ALIKE_FAILURES:
+                raise RuntimeError(
+                    f"All {len(outcomes)} candidates so far failed alike: {first.reason}. Mend that, and "
+                    "run the search under another name."
+                )
         latest = self.records[-_MOST_INFEASIBLE:]
         infeasible = all(record.evaluation.status == "infeasible" for record in reversed(latest))
         if len(latest) == _MOST_INFEASIBLE and infeasible:

@@ -22,6 +22,7 @@ from autopeft.sensitivity.matrix_sites import MatrixSite, forward_hooks
 _Product = tuple[Tensor, Tensor]
 
 _BLOCK_ENTRIES = 2**17
+_WORTH_DROPPING = 0.8
 
 
 class LayerGradient:
@@ -84,9 +85,15 @@ class LayerGradient:
 
 
 def _outer(output_gradient: Tensor, given: Tensor) -> Tensor:
+    """Return δᵀ x, without the tokens whose δ is 0: padding, and in a last block all that is not pooled."""
     dtype = torch.promote_types(given.dtype, torch.float32)
-    left = output_gradient.reshape(-1, output_gradient.shape[-1]).to(dtype)
-    return left.mT @ given.reshape(-1, given.shape[-1]).to(dtype)
+    left = output_gradient.reshape(-1, output_gradient.shape[-1])
+    right = given.reshape(-1, given.shape[-1])
+    if left.device.type == "cpu":  # elsewhere, to look at the numbers is to wait for them
+        used = left.any(dim=1)
+        if int(used.sum()) < _WORTH_DROPPING * len(left):
+            left, right = left[used], right[used]
+    return left.to(dtype).mT @ right.to(dtype)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
 from autopeft.progress import SearchProgress
 from autopeft.score_check import FEWEST_TRIALS, check_scores
+from autopeft.search_spaces import History
 from autopeft.study_store import StudyStore
 from autopeft.tracking import Tracker
 
@@ -211,9 +212,24 @@ class SearchLoop:
         shares = contributions([point.values for point in front], self.axes)
         parents = {point.configuration: share for point, share in zip(front, shares, strict=True)}
         generator = random.Random(f"{search.seed}:{number}")
-        proposal = search.space.propose(number, parents, generator, search.backbone)
+        proposal = search.space.propose(number, parents, generator, search.backbone, self._history())
         if proposal is not None:
             live.enqueue_trial(dict(proposal))
+
+    def _history(self) -> History:
+        """Return every trial with the values known of it; a failed training has the worst of the metrics."""
+        worst = {one.objective.name: one.worst for one in self.axes if not one.objective.before_training}
+        names = [objective.name for objective in self.search.objectives]
+        trials = []
+        for evaluation in (one.evaluation for one in self.records if one.duplicate_of is None):
+            values = dict(evaluation.values)
+            if evaluation.status == "failed":
+                values |= worst
+            elif evaluation.status == "paused" and self.promotion is not None:
+                expected = self.promotion.expected(evaluation, self.records)
+                values |= dict(zip(names, expected, strict=True))
+            trials.append((evaluation.configuration, values))
+        return History(trials=trials, axes=self.axes, constraints=self.search.constraints)
 
     def _evaluate(self, trial: Trial, configuration: Configuration, front: ParetoFront) -> TrialRecord:
         if self.tracker is not None:

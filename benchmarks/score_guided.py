@@ -1,9 +1,9 @@
 """How many trials does a score-guided search need for the hypervolume of a per-layer search with TPE?
 
-    python -m benchmarks.score_guided [--trials 40] [--seeds 3] [--no-anchors]
+    python -m benchmarks.score_guided [--trials 24] [--seeds 3] [--dataset questions] [--no-anchors]
 
-Both search LoRA ranks of every site of MiniLM on question classification, with the same seeds, training,
-objectives and axes of the hypervolume; validation accuracy is what a search sees, and what is compared. The
+Both search LoRA ranks of every site of MiniLM on one data set, with the same seeds, training, objectives
+and axes of the hypervolume; validation accuracy is what a search sees, and what is compared. The
 rival is `PerLayer` with TPE. Searches run one a core, and resume where they were stopped.
 """
 
@@ -31,7 +31,7 @@ from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.training import Training
 from benchmarks.datasets import DATASETS
 
-RESULTS = Path(__file__).parent / "results" / "score_guided.json"
+RESULTS = Path(__file__).parent / "results"
 RATE = (5e-4, 1e-2)
 RANKS = (1, 32)
 SPACES: dict[str, SearchSpace] = {
@@ -40,18 +40,20 @@ SPACES: dict[str, SearchSpace] = {
 }
 
 
-def run_search(name: str, seed: int, trials: int, anchors: bool, folder: str) -> list[float]:
+def run_search(dataset: str, name: str, seed: int, trials: int, anchors: bool, folder: str) -> list[float]:
     """Return the hypervolume after every trial."""
     torch.set_num_threads(1)
+    data = DATASETS[dataset]
     search = Search(
         str(prepare("minilm")),
-        DATASETS["questions"].task(train=256, validation=300, test=500),
+        data.task(train=256, validation=300, test=500),
         SPACES[name],
+        objectives=(data.metric, "trainable_parameters", "peak_memory"),
         training=Training(epochs=3, batch_size=16, validate_every=3, device="cpu"),
         seed=seed,
         anchors=anchors,
         name=f"{name} {seed} {'with' if anchors else 'without'} anchors".replace(",", ""),
-        folder=folder,
+        folder=str(Path(folder) / dataset),
         tracking=None,
         score_check=False,
     )
@@ -73,8 +75,9 @@ def trials_to(curve: list[float], level: float) -> int | None:
 def main() -> None:
     """Run the searches, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="questions")
     parser.add_argument("--no-anchors", action="store_true")
     parser.add_argument("--folder", default="autopeft_runs/score_guided")
     arguments = parser.parse_args()
@@ -82,12 +85,16 @@ def main() -> None:
     rival, ours = SPACES
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = {
-            (name, seed): pool.submit(run_search, name, seed, arguments.trials, anchors, arguments.folder)
+            (name, seed): pool.submit(
+                run_search, arguments.dataset, name, seed, arguments.trials, anchors, arguments.folder
+            )
             for seed in range(arguments.seeds)
             for name in SPACES
         }
         curves = {key: future.result() for key, future in futures.items()}
-    table = Table(title=f"Trials to the hypervolume that {rival} has after {arguments.trials} trials")
+    table = Table(
+        title=f"{arguments.dataset}: trials to the hypervolume that {rival} has after {arguments.trials}"
+    )
     for heading in ("seed", f"hypervolume of {rival}", f"hypervolume of {ours}", "trials needed", "share"):
         table.add_column(heading, justify="right")
     rows: list[dict[str, Any]] = []
@@ -113,14 +120,16 @@ def main() -> None:
     suffix = "" if anchors else " --no-anchors"
     record = {
         "command": f"python -m benchmarks.score_guided --trials {arguments.trials} "
-        f"--seeds {arguments.seeds}{suffix}",
+        f"--seeds {arguments.seeds} --dataset {arguments.dataset}{suffix}",
+        "dataset": arguments.dataset,
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "anchors": anchors,
         "rows": rows,
         "median_share": statistics.median(shares),
         "curves": {f"{name}, seed {seed}": curve for (name, seed), curve in curves.items()},
     }
-    path = RESULTS if anchors else RESULTS.with_name("score_guided_without_anchors.json")
+    name = "score_guided" if arguments.dataset == "questions" else f"score_guided_{arguments.dataset}"
+    path = RESULTS / f"{name}{'' if anchors else '_without_anchors'}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -15,6 +15,8 @@ from optuna.trial import FixedTrial, Trial
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.errors import unknown_choice
+from autopeft.objectives import Constraint
+from autopeft.pareto import Axis
 from autopeft.sensitivity import SiteScores
 
 LearningRate = float | tuple[float, float]
@@ -34,6 +36,31 @@ class Anchor:
 
     name: str
     configuration: Configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a search has found so far and what it is after, for a space that proposes trials.
+
+    Attributes:
+        trials: Configurations that were tried, each with the values known of it: all objectives of a
+            complete trial, only the costs of one that broke a constraint. Where a training failed, its
+            metrics are the worst there are; where it is paused, those it is expected to reach.
+        axes: The axes of the hypervolume.
+        constraints: Bounds on what is exact before training.
+    """
+
+    trials: Sequence[tuple[Configuration, Mapping[str, float]]]
+    axes: Sequence[Axis]
+    constraints: Sequence[Constraint] = ()
+
+
+def distinct(anchors: Iterable[Anchor]) -> tuple[Anchor, ...]:
+    """Return the anchors without those whose configuration an earlier one has."""
+    found: dict[Configuration, Anchor] = {}
+    for anchor in anchors:
+        found.setdefault(anchor.configuration, anchor)
+    return tuple(found.values())
 
 
 class SearchSpace(ABC):
@@ -65,7 +92,12 @@ class SearchSpace(ABC):
         return False
 
     def propose(
-        self, number: int, front: Mapping[Configuration, float], generator: random.Random, backbone: Backbone
+        self,
+        number: int,
+        front: Mapping[Configuration, float],
+        generator: random.Random,
+        backbone: Backbone,
+        history: History,
     ) -> Mapping[str, Any] | None:
         """Return parameters of a trial (some or all), to be used in place of what the sampler would ask.
 
@@ -74,6 +106,7 @@ class SearchSpace(ABC):
             front: Configurations of the front so far, each with what it adds to the hypervolume.
             generator: The trial's own; the only source of chance.
             backbone: The backbone.
+            history: Every trial so far, and what the search is after.
         """
         return None
 
@@ -157,6 +190,14 @@ def _readable(value: float, low: float, high: float) -> float:
     return min(max(float(f"{value:.3g}"), low), high)
 
 
+def draw_learning_rate(generator: random.Random, learning_rate: LearningRate) -> float:
+    """Draw a learning rate evenly on a log scale."""
+    if isinstance(learning_rate, float):
+        return learning_rate
+    low, high = learning_rate
+    return _readable(low * (high / low) ** generator.random(), low, high)
+
+
 def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str, float]:
     """Return the parameter that `suggest_learning_rate` decodes to `value`."""
     if isinstance(learning_rate, float):
@@ -176,10 +217,15 @@ def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str,
 
 def middle_learning_rate(learning_rate: LearningRate) -> float:
     """Return the geometric middle of the range: what an anchor is trained with."""
+    return learning_rate_at(0.5, learning_rate)
+
+
+def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
+    """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
     if isinstance(learning_rate, float):
         return learning_rate
     low, high = learning_rate
-    return min(max(float(f"{math.sqrt(low * high):.2g}"), low), high)
+    return min(max(float(f"{low * (high / low) ** place:.2g}"), low), high)
 
 
 def describe_learning_rate(learning_rate: LearningRate) -> str:

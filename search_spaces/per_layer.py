@@ -16,12 +16,15 @@ from autopeft.methods import count_parameters, count_site
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.search_spaces.base import (
     Anchor,
+    History,
     LearningRate,
     SearchSpace,
     SuggestTrial,
     checked_learning_rate,
     checked_names,
     describe_learning_rate,
+    distinct,
+    draw_learning_rate,
     encode_learning_rate,
     middle_learning_rate,
     options_of,
@@ -217,10 +220,7 @@ class PerLayer(SearchSpace):
                 pairs = [(site, adapter) for slot in slots for site in slot.sites]
                 found.append(Anchor(name=f"{adapter} {where}", configuration=self._configuration(pairs)))
         found += self._prior_anchors(backbone, sizes)
-        distinct: dict[Configuration, Anchor] = {}
-        for anchor in found:
-            distinct.setdefault(anchor.configuration, anchor)
-        return tuple(distinct.values())
+        return distinct(found)
 
     def _prior_anchors(self, backbone: Backbone, sizes: Sequence[Adapter]) -> Iterator[Anchor]:
         """Yield the prior's allocation of the first method, at the budgets of its sizes everywhere."""
@@ -246,20 +246,20 @@ class PerLayer(SearchSpace):
         return self.prior is not None and number < self.prior_trials
 
     def propose(
-        self, number: int, front: Mapping[Configuration, float], generator: random.Random, backbone: Backbone
+        self,
+        number: int,
+        front: Mapping[Configuration, float],
+        generator: random.Random,
+        backbone: Backbone,
+        history: History,
     ) -> dict[str, Any] | None:
         """Draw by the prior until `prior_trials`; see `SearchSpace.propose`."""
         if self.prior is None or not self.proposes(number):
             return None
         slots = [slot for _, several in self.slots(backbone) for slot in several]
         adapters = draw(slots, standings(slots, scores_of(self.site_scores, self.prior)), generator)
-        return self.encode(Configuration(adapters, learning_rate=self._drawn_rate(generator)), backbone)
-
-    def _drawn_rate(self, generator: random.Random) -> float:
-        if isinstance(self.learning_rate, float):
-            return self.learning_rate
-        low, high = self.learning_rate
-        return min(max(float(f"{low * (high / low) ** generator.random():.3g}"), low), high)
+        rate = draw_learning_rate(generator, self.learning_rate)
+        return self.encode(Configuration(adapters, learning_rate=rate), backbone)
 
     def _configuration(self, pairs: Sequence[tuple[Site, Adapter]]) -> Configuration:
         return Configuration(dict(pairs), learning_rate=middle_learning_rate(self.learning_rate))

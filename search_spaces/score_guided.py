@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optuna.trial import FixedTrial
+
 from autopeft.adapter import Adapter, Site
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
@@ -16,17 +18,22 @@ from autopeft.methods import count_parameters, count_site
 from autopeft.search_spaces.allocated import Allocation, site_values
 from autopeft.search_spaces.base import (
     Anchor,
+    History,
     LearningRate,
     SearchSpace,
     SuggestTrial,
     checked_learning_rate,
     checked_names,
     describe_learning_rate,
+    distinct,
+    draw_learning_rate,
     encode_learning_rate,
+    learning_rate_at,
     middle_learning_rate,
     scores_of,
     suggest_learning_rate,
 )
+from autopeft.search_spaces.expected_gain import ExpectedGain, Features
 from autopeft.search_spaces.per_layer import PerLayer
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
 from autopeft.sensitivity import SCORES, SiteScores
@@ -36,8 +43,12 @@ _GUIDED = "guided"
 _REFINED = "refined"
 _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
-# Of the anchors: where on the budgets' log scale, and whether in the top half alone.
-_ANCHORS = ((0.95, False), (0.55, True), (0.75, False), (0.35, True))
+# Of the anchors: the budget's place on its log scale, the share of blocks left free, the rate's place.
+_ANCHORS = ((0.9, 0.0, 0.3), (0.3, 0.5, 0.85), (0.7, 0.33, 0.5), (0.5, 0.67, 0.7))
+# Of a pool: candidates drawn anew, those made from the front, and further learning rates for each.
+_DRAWN = 32
+_REFINED_CANDIDATES = 64
+_MORE_RATES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +56,10 @@ class ScoreGuided(SearchSpace):
     """A score ranks the sites; budget, temperature and placement turn it into the size of every adapter.
 
     Six or seven dimensions whatever the number of blocks: budget, temperature, placement, lowest block,
-    learning rate, and score and method where there are several. From `guided_trials` on, a share of the
-    trials are refinements: a configuration of the front, changed at single sites, roles or blocks in the
-    full per-layer space (resize, drop, add, cross over).
+    learning rate, and score and method where there are several. From `guided_trials` on, most trials are
+    chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
+    front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
+    over). The one with the largest expected gain in hypervolume is tried; see `ExpectedGain`.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -59,8 +71,9 @@ class ScoreGuided(SearchSpace):
         roles: Roles that may carry an adapter; None for all that a method can sit on.
         temperature: (lowest, highest) power of the scores: 0 is the same size everywhere.
         placement: (smallest, largest) share of the sites that may carry an adapter.
-        refinement: Share of the trials that refine the front, in [0, 1].
-        guided_trials: Trials before the first refinement, anchors included.
+        modelled: Share of the trials that are chosen by expected gain, in [0, 1]; the sampler asks for the
+            others.
+        guided_trials: Trials before the first that is chosen so, anchors included.
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
         site_scores: The scores of the backbone on the task; a `Search` fills them in.
@@ -77,8 +90,8 @@ class ScoreGuided(SearchSpace):
     roles: Sequence[str] | None = None
     temperature: tuple[float, float] = (0.0, 1.5)
     placement: tuple[float, float] = (0.2, 1.0)
-    refinement: float = 0.5
-    guided_trials: int = 8
+    modelled: float = 0.9
+    guided_trials: int = 5
     learning_rate: LearningRate = (3e-4, 1e-2)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     site_scores: Mapping[str, SiteScores] = field(default_factory=dict, repr=False, compare=False)
@@ -93,8 +106,8 @@ class ScoreGuided(SearchSpace):
         _check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        if not 0 <= self.refinement <= 1:
-            raise ValueError(f"refinement is a share of the trials in [0, 1], got {self.refinement!r}.")
+        if not 0 <= self.modelled <= 1:
+            raise ValueError(f"modelled is a share of the trials in [0, 1], got {self.modelled!r}.")
         if self.guided_trials < 1:
             raise ValueError(f"guided_trials is a number of trials from 1 up, got {self.guided_trials!r}.")
 
@@ -129,8 +142,9 @@ class ScoreGuided(SearchSpace):
         """Return the methods that each site takes, with their sizes."""
         found: dict[Site, dict[str, SizedMethod]] = {}
         for method in self.methods:
+            sized = self._sized(method)
             for site in Allocation(budget=1, method=method, roles=self.roles).candidates(backbone):
-                found.setdefault(site, {})[method] = self._sized(method)
+                found.setdefault(site, {})[method] = sized
         return dict(sorted(found.items()))
 
     def _sized(self, method: str) -> SizedMethod:
@@ -228,7 +242,8 @@ class ScoreGuided(SearchSpace):
                 raise ValueError(f"{site} takes one adapter, got {len(several)}.")
             parameters[f"{site}.method"] = several[0].method if several else _OFF
             for one in several:
-                _check_choice(site, one, methods)
+                if one.method not in methods or one != methods[one.method].of_size(one.size or 0):
+                    raise ValueError(f"{one} is none of the choices for {site}.")
                 parameters[f"{site}.{one.method}_size"] = one.size
         return parameters | encode_learning_rate(configuration.learning_rate, self.learning_rate)
 
@@ -237,11 +252,42 @@ class ScoreGuided(SearchSpace):
         return True
 
     def propose(
-        self, number: int, front: Mapping[Configuration, float], generator: random.Random, backbone: Backbone
+        self,
+        number: int,
+        front: Mapping[Configuration, float],
+        generator: random.Random,
+        backbone: Backbone,
+        history: History,
     ) -> dict[str, Any]:
-        """Say whether a trial is guided, or refine the front; see `SearchSpace.propose`."""
-        if number < self.guided_trials or not front or generator.random() >= self.refinement:
+        """Leave the trial to the sampler, or choose the best of a pool; see `SearchSpace.propose`."""
+        if number < self.guided_trials or not front or generator.random() >= self.modelled:
             return {"stage": _GUIDED}
+        pool = self._pool(front, generator, backbone)
+        best = ExpectedGain(history, self._features(backbone)).best([one for one, _ in pool])
+        if best is None:
+            return {"stage": _GUIDED}
+        configuration, drawn = pool[best]
+        if drawn is None:
+            return self.encode(configuration, backbone)
+        return drawn | encode_learning_rate(configuration.learning_rate, self.learning_rate)
+
+    def _features(self, backbone: Backbone) -> Features:
+        fewest, most = (count_parameters(backbone, one) for one in self.extremes(backbone))
+        return Features(
+            backbone=backbone,
+            sites=len(self.choices(backbone)),
+            methods=self.methods,
+            learning_rate=self.learning_rate,
+            parameters=(fewest, most),
+        )
+
+    def _pool(
+        self, front: Mapping[Configuration, float], generator: random.Random, backbone: Backbone
+    ) -> list[tuple[Configuration, dict[str, Any] | None]]:
+        """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
+
+        Each stands there with a few learning rates: drawing more rates costs nothing.
+        """
         choices = self.choices(backbone)
         rate = self.learning_rate
         refiner = Refiner(
@@ -249,16 +295,48 @@ class ScoreGuided(SearchSpace):
             values=site_values(self._scores_of(self.scores[0]), choices),
             learning_rate=(rate, rate) if isinstance(rate, float) else rate,
         )
-        return self.encode(refiner.child(front, generator), backbone)
+        found: list[tuple[Configuration, dict[str, Any] | None]] = []
+        for _ in range(_DRAWN):
+            drawn = self._draw(generator, backbone)
+            found.append((self.suggest(FixedTrial(drawn), backbone), drawn))
+        found += [(refiner.child(front, generator), None) for _ in range(_REFINED_CANDIDATES)]
+        if not isinstance(rate, float):
+            rates = [draw_learning_rate(generator, rate) for _ in range(_MORE_RATES * len(found))]
+            found += [
+                (one.replace(learning_rate=other), drawn)
+                for (one, drawn), other in zip(found * _MORE_RATES, rates, strict=True)
+            ]
+        return found
+
+    def _draw(self, generator: random.Random, backbone: Backbone) -> dict[str, Any]:
+        """Draw the parameters of a guided trial evenly, the budget on a log scale."""
+        low, high = self.budgets(backbone)
+        budget = round(low * (high / low) ** generator.random())
+        return {
+            "stage": _GUIDED,
+            "score": generator.choice(self.scores),
+            "method": generator.choice(self.methods),
+            "budget": min(max(budget, low), high),
+            "temperature": generator.uniform(*self.temperature),
+            "placement": generator.uniform(*self.placement),
+            "lowest_block": generator.randint(0, self._highest_block(backbone)),
+            **encode_learning_rate(draw_learning_rate(generator, self.learning_rate), self.learning_rate),
+        }
 
     def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
-        """Return the head alone, and the first score's allocation at several budgets, and in the top half."""
+        """Return the head alone, and the first score's allocation at several budgets.
+
+        The smaller the budget, the higher are the lowest block, which saves memory, and the learning rate:
+        a small adapter needs and bears a larger one, and which range is good is what a search has to learn
+        first.
+        """
         rate = middle_learning_rate(self.learning_rate)
-        low, high = (math.log(one) for one in self.budgets(backbone))
-        highest = self._highest_block(backbone)
+        low, high = self.budgets(backbone)
+        blocks = self._highest_block(backbone) + 1
         found = [Anchor(name="head alone", configuration=Configuration({}, learning_rate=rate))]
-        for place, in_top_half in _ANCHORS:
-            budget = round(math.exp(low + (high - low) * place))
+        for place, lowest_share, rate_place in _ANCHORS:
+            budget = round(low * (high / low) ** place)
+            lowest_block = min(round(lowest_share * blocks), blocks - 1)
             adapters = self._allocated(
                 backbone,
                 self.scores[0],
@@ -266,15 +344,12 @@ class ScoreGuided(SearchSpace):
                 temperature=min(max(0.5, self.temperature[0]), self.temperature[1]),
                 budget=budget,
                 placement=self.placement[1],
-                lowest_block=min(highest // 2 + 1, highest) if in_top_half else 0,
+                lowest_block=lowest_block,
             )
-            where = " in the top half" if in_top_half else ""
-            name = f"{self.scores[0]} with {budget:,} parameters{where}"
+            name = f"{self.scores[0]} with {budget:,} parameters from block {lowest_block} up"
+            rate = learning_rate_at(rate_place, self.learning_rate)
             found.append(Anchor(name=name, configuration=Configuration(adapters, learning_rate=rate)))
-        distinct: dict[Configuration, Anchor] = {}
-        for anchor in found:
-            distinct.setdefault(anchor.configuration, anchor)
-        return tuple(distinct.values())
+        return distinct(found)
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the head alone, and every site at its largest."""
@@ -304,7 +379,8 @@ class ScoreGuided(SearchSpace):
                 f"ScoreGuided: {', '.join(self.scores)} place {', '.join(self.methods)}; budget "
                 f"{budgets[0]:,} to {budgets[1]:,} parameters, temperature {_range(self.temperature)}, "
                 f"placement {_range(self.placement)}, lowest block 0 to {self._highest_block(backbone)}",
-                f"from trial {self.guided_trials} on, {self.refinement:.0%} of the trials refine the front",
+                f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
+                "largest expected gain in hypervolume of a pool",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]
@@ -319,9 +395,3 @@ def _check_range(name: str, bounds: Any, low: float, high: float) -> None:
     numbers = isinstance(bounds, tuple | list) and len(bounds) == 2
     if not numbers or not low <= bounds[0] <= bounds[1] <= high:
         raise ValueError(f"{name} is (lowest, highest), two numbers in [{low:g}, {high:g}], got {bounds!r}.")
-
-
-def _check_choice(site: Site, adapter: Adapter, methods: Mapping[str, SizedMethod]) -> None:
-    sized = methods.get(adapter.method)
-    if sized is None or adapter.size is None or adapter != sized.of_size(adapter.size):
-        raise ValueError(f"{adapter} is none of the choices for {site}.")

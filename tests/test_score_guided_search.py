@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -14,8 +15,9 @@ from PIL import Image
 
 from autopeft.adapter import Adapter, Site
 from autopeft.configuration import Configuration
+from autopeft.fidelity import SuccessiveHalving
 from autopeft.search import Search
-from autopeft.search_spaces import PerLayer, ScoreGuided
+from autopeft.search_spaces import History, PerLayer, ScoreGuided
 from autopeft.search_spaces.allocated import Allocation, site_values
 from autopeft.search_spaces.prior import draw, standings
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
@@ -34,7 +36,7 @@ def stages(search: Search) -> list[str]:
     return [trial.params["stage"] for trial in study.trials]
 
 
-def test_it_guides_then_refines_and_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_it_guides_then_chooses_by_gain_and_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
     whole = tiny_search(tmp_path / "whole", space=SPACE)
     front = whole.run(trials=24, progress=False)
     anchors = len(whole.space.anchors(whole.backbone))
@@ -45,6 +47,32 @@ def test_it_guides_then_refines_and_resumes_as_if_uninterrupted(tmp_path: Path) 
     tiny_search(tmp_path / "cut", space=SPACE).run(trials=15, progress=False)
     resumed = tiny_search(tmp_path / "cut", space=SPACE).run(trials=24, progress=False)
     assert outcomes(resumed.records) == outcomes(front.records)
+
+
+def test_a_space_is_told_what_paused_and_infeasible_trials_are_worth(tmp_path: Path) -> None:
+    told: list[History] = []
+
+    class Watching(ScoreGuided):
+        def propose(self, *arguments: Any) -> dict[str, Any]:
+            told.append(arguments[-1])
+            return super().propose(*arguments)
+
+    space = Watching(scores=("gradient_norm",), ranks=(1, 8), guided_trials=6)
+    search = tiny_search(
+        tmp_path,
+        space=space,
+        fidelity=SuccessiveHalving(rungs=(0.5,)),
+        constraints={"trainable_parameters": "2k"},
+    )
+    records = search.run(trials=14, progress=False).records
+    statuses = {record.evaluation.configuration: record.evaluation.status for record in records}
+    assert {"paused", "infeasible", "complete"} <= {*statuses.values()}
+    assert {one.constraints[0].objective.name for one in told} == {"trainable_parameters"}
+    for configuration, values in told[-1].trials:
+        assert values["trainable_parameters"] > 0
+        assert ("accuracy" in values) == (statuses[configuration] != "infeasible")
+    proposed = [one.evaluation for one in records[6:]]
+    assert sum(one.status == "infeasible" for one in proposed) <= len(proposed) / 3
 
 
 def test_a_prior_decides_the_first_trials_and_leans_to_the_best_sites(tmp_path: Path) -> None:

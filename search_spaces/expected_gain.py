@@ -1,0 +1,161 @@
+"""What a candidate is expected to add to the hypervolume, from the trials of the search so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import qmc
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.methods import count_parameters
+from autopeft.objectives import Constraint, Objective
+from autopeft.search_spaces.base import History, LearningRate
+from autopeft.search_spaces.surrogate import Array, GaussianProcess
+
+_LATEST = 128  # trials that a model learns from: its time grows with their third power
+_CELLS = 4096
+_COUNTED = "trainable_parameters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The few numbers in [0, 1] that say most about what a configuration costs and reaches.
+
+    The learning rate and the number of parameters on a log scale, the share of the blocks below the lowest
+    adapted one, the share of the sites that carry an adapter, and the share of each method but the first.
+
+    Attributes:
+        backbone: Counts blocks and parameters.
+        sites: Number of sites that may carry an adapter.
+        methods: The methods there are.
+        learning_rate: A number, or (lowest, highest).
+        parameters: (fewest, most) trainable parameters.
+    """
+
+    backbone: Backbone
+    sites: int
+    methods: Sequence[str]
+    learning_rate: LearningRate
+    parameters: tuple[int, int]
+
+    def __call__(self, configuration: Configuration) -> list[float]:
+        """Return the features of a configuration."""
+        rate = self.learning_rate
+        blocks = len(self.backbone.blocks)
+        lowest = configuration.lowest_block
+        adapters = max(1, len(configuration))
+        return [
+            0.5 if isinstance(rate, float) else _place(configuration.learning_rate, *rate),
+            _place(count_parameters(self.backbone, configuration), *self.parameters),
+            (blocks if lowest is None else lowest) / blocks,
+            len(configuration.adapters) / self.sites,
+            *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
+        ]
+
+
+def _place(value: float, low: float, high: float) -> float:
+    """Return where a value lies between two others on a log scale."""
+    return math.log(value / low) / (math.log(high / low) or 1.0)
+
+
+class ExpectedGain:
+    """Expected hypervolume improvement of candidates, by models of what is not known of them yet.
+
+    A metric is modelled with noise. A cost that is exact before training is modelled without: counting
+    memory takes longer than asking a model. Trainable parameters are counted. The expectation is the
+    integral, over the part of the unit cube that no trial dominates, of the probability that the candidate
+    does (Emmerich, Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted
+    by Gaussian Random Field Metamodels", 2006), times the probability that it keeps the constraints.
+
+    Args:
+        history: The search so far; at least one trial with a value on every axis.
+        features: Turns a configuration into the inputs of the models.
+    """
+
+    def __init__(self, history: History, features: Features) -> None:
+        self._history, self._features = history, features
+        objectives = [axis.objective for axis in history.axes]
+        objectives += [constraint.objective for constraint in history.constraints]
+        self._models = {
+            one.name: self._model(one) for one in dict.fromkeys(objectives) if one.name != _COUNTED
+        }
+        self._cells = self._not_dominated()
+
+    def _model(self, objective: Objective) -> GaussianProcess:
+        name = objective.name
+        known = [trial for trial in self._history.trials if name in trial[1]][-_LATEST:]
+        return GaussianProcess(
+            np.array([self._features(configuration) for configuration, _ in known]),
+            np.array([_scaled(objective, values[name]) for _, values in known]),
+            exact=objective.before_training,
+        )
+
+    def _not_dominated(self) -> Array:
+        """Return points spread evenly over the part of the unit cube that no trial dominates."""
+        axes = self._history.axes
+        cells = _cells(len(axes))
+        free = np.ones(len(cells), dtype=bool)
+        for _, values in self._history.trials:
+            if all(axis.objective.name in values for axis in axes):
+                position = [axis.position(values[axis.objective.name]) for axis in axes]
+                free &= (cells > position).any(axis=1)
+        return cells[free]
+
+    def __call__(self, candidates: Sequence[Configuration]) -> Array:
+        """Return the expected gain of each candidate, a share of the unit cube."""
+        rows = np.array([self._features(one) for one in candidates])
+        reached = np.ones((len(candidates), len(self._cells)))
+        for axis, places in zip(self._history.axes, self._cells.T, strict=True):
+            mean, deviation = self._predicted(axis.objective, candidates, rows)
+            worst, best = _scaled(axis.objective, axis.worst), _scaled(axis.objective, axis.best)
+            bounds = worst + (best - worst) * places
+            reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds)
+        gain: Array = reached.sum(axis=1) / _CELLS
+        for constraint in self._history.constraints:
+            gain *= self._feasible(constraint, candidates, rows)
+        return gain
+
+    def best(self, candidates: Sequence[Configuration]) -> int | None:
+        """Return the index of the candidate with the largest gain; None where all have been tried."""
+        tried = {configuration for configuration, _ in self._history.trials}
+        ranking = np.argsort(-self(candidates), kind="stable")
+        return next((int(index) for index in ranking if candidates[index] not in tried), None)
+
+    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration], rows: Array) -> Array:
+        objective = constraint.objective
+        mean, deviation = self._predicted(objective, candidates, rows)
+        return _kept(objective, mean, deviation, np.array(_scaled(objective, constraint.bound)))
+
+    def _predicted(
+        self, objective: Objective, candidates: Sequence[Configuration], rows: Array
+    ) -> tuple[Array, Array]:
+        """Return mean and standard deviation of an objective, on a log scale where it has one."""
+        if objective.name != _COUNTED:
+            return self._models[objective.name].predict(rows)
+        counts = (count_parameters(self._features.backbone, one) for one in candidates)
+        return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
+
+
+def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:
+    """Return the probability of being at least as good as a bound."""
+    better = mean - bound if objective.direction == "maximize" else bound - mean
+    known = np.where(better >= 0, np.inf, -np.inf)
+    standard = np.divide(better, deviation, out=known, where=deviation > 0)
+    probability: Array = ndtr(standard)
+    return probability
+
+
+def _scaled(objective: Objective, value: float) -> float:
+    return math.log(max(value, 1e-300)) if objective.log_scale else value
+
+
+@cache
+def _cells(axes: int) -> Array:
+    cells: Array = qmc.Sobol(axes, scramble=True, rng=np.random.default_rng(0)).random(_CELLS)
+    return cells

@@ -1,0 +1,159 @@
+"""The expected gain in hypervolume: equal to sampling it, and it leads a search."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optuna.trial import FixedTrial
+from torch.nn.functional import cross_entropy
+
+from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.methods import count_parameters
+from autopeft.objectives import resolve_constraints, resolve_objectives
+from autopeft.pareto import Axis, hypervolume
+from autopeft.search_spaces import History, ScoreGuided
+from autopeft.search_spaces.expected_gain import ExpectedGain, Features
+from autopeft.sensitivity import compute_scores
+from tests.models import tiny_backbone
+
+BACKBONE = tiny_backbone("bert")
+SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
+SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), cross_entropy, SPACE.scores))
+FEWEST, MOST = (count_parameters(BACKBONE, one) for one in SPACE.extremes(BACKBONE))
+ACCURACY, PARAMETERS, MEMORY = resolve_objectives(
+    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy",)
+)
+AXES = (
+    Axis(objective=ACCURACY, worst=0.2, best=1.0),
+    Axis(objective=PARAMETERS, worst=MOST, best=FEWEST),
+    Axis(objective=MEMORY, worst=4e6, best=1e6),
+)
+FEATURES = Features(
+    backbone=BACKBONE,
+    sites=len(SPACE.choices(BACKBONE)),
+    methods=("lora",),
+    learning_rate=(1e-4, 1e-2),
+    parameters=(FEWEST, MOST),
+)
+
+
+def values(one: Configuration) -> dict[str, float]:
+    """Return made-up outcomes: best at a rate of 3e-3, better and dearer the more and lower the adapters."""
+    rate, size, lowest, share = FEATURES(one)
+    return {
+        "accuracy": 0.2 + 0.7 * math.exp(-8 * (rate - 0.75) ** 2) * min(1.0, 1.5 * size),
+        "trainable_parameters": float(count_parameters(BACKBONE, one)),
+        "peak_memory": 1e6 * 4 ** (0.6 * (1 - lowest) + 0.3 * share),
+    }
+
+
+def drawn(count: int, seed: int) -> list[Configuration]:
+    generator = random.Random(seed)
+    roles = sorted({site.role for site in SPACE.choices(BACKBONE)})
+    return [
+        Configuration(
+            {
+                Site(block, role): Adapter("lora", generator.randint(1, 16))
+                for block in range(generator.randint(0, 1), 2)
+                for role in generator.sample(roles, 3)
+            },
+            learning_rate=float(f"{1e-4 * 100 ** generator.random():.3g}"),
+        )
+        for _ in range(count)
+    ]
+
+
+def history(trials: Sequence[Configuration], **constraints: float | str) -> History:
+    return History(
+        trials=[(one, values(one)) for one in trials],
+        axes=AXES,
+        constraints=resolve_constraints(constraints, ("accuracy",)),
+    )
+
+
+def test_the_gain_is_that_of_sampled_outcomes() -> None:
+    trials, candidates = drawn(4, 0), drawn(6, 1)
+    known = history(trials)
+    gain = ExpectedGain(known, FEATURES)
+    before = hypervolume([one for _, one in known.trials], AXES)
+    normal = np.random.default_rng(0).standard_normal((400, 2))
+    rows = np.array([FEATURES(one) for one in candidates])
+    means, deviations = zip(
+        *(gain._models[name].predict(rows) for name in ("accuracy", "peak_memory")), strict=True
+    )
+    for index, candidate in enumerate(candidates):
+        gains = []
+        for accuracy, memory in normal:
+            outcome = {
+                "accuracy": means[0][index] + deviations[0][index] * accuracy,
+                "trainable_parameters": float(count_parameters(BACKBONE, candidate)),
+                "peak_memory": math.exp(means[1][index] + deviations[1][index] * memory),
+            }
+            gains.append(hypervolume([*(one for _, one in known.trials), outcome], AXES) - before)
+        error = 3 * np.std(gains) / math.sqrt(len(gains)) + 5e-4
+        assert gain([candidate])[0] == pytest.approx(np.mean(gains), abs=error)
+    assert max(gain(candidates)) > 0.01
+
+
+def test_what_breaks_a_constraint_gains_nothing() -> None:
+    trials, candidates = drawn(24, 0), drawn(40, 1)
+    free = ExpectedGain(history(trials), FEATURES)(candidates)
+    bound = ExpectedGain(history(trials, trainable_parameters=1500.0, peak_memory="2.2 MB"), FEATURES)
+    for one, before, after in zip(candidates, free, bound(candidates), strict=True):
+        costs = values(one)
+        if costs["trainable_parameters"] > 1500 or costs["peak_memory"] > 2.3e6:
+            assert after < 0.1 * before + 1e-6
+        elif costs["peak_memory"] < 2.1e6:
+            assert after == pytest.approx(before, rel=0.1)
+
+
+def test_the_best_has_not_been_tried() -> None:
+    trials = drawn(8, 0)
+    gain = ExpectedGain(history(trials), FEATURES)
+    candidates = drawn(5, 1)
+    best = gain.best(candidates)
+    assert best == int(np.argmax(gain(candidates)))
+    assert gain.best([*trials, candidates[0]]) == len(trials)
+    assert gain.best(trials) is None
+
+
+def searched(seed: int, modelled: float) -> float:
+    """Return the hypervolume after 20 trials of a space with made-up outcomes."""
+    space = replace(SPACE, modelled=modelled)
+    trials: list[Configuration] = [anchor.configuration for anchor in space.anchors(BACKBONE)]
+    while len(trials) < 20:
+        generator = random.Random(f"{seed}:{len(trials)}")
+        proposal = space.propose(
+            len(trials), dict.fromkeys(trials, 0.1), generator, BACKBONE, history(trials)
+        )
+        if proposal == {"stage": "guided"}:  # what a random sampler would ask
+            proposal = space._draw(generator, BACKBONE)
+        trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
+    return hypervolume([values(one) for one in trials], AXES)
+
+
+def test_chosen_trials_find_more_than_drawn_ones() -> None:
+    chosen, sampled = ([searched(seed, modelled) for seed in range(4)] for modelled in (1.0, 0.0))
+    assert all(one > other for one, other in zip(chosen, sampled, strict=True))
+    assert sum(chosen) / 4 > sum(sampled) / 4 + 0.02
+
+
+def test_proposals_of_mixed_methods_are_whole_points() -> None:
+    space = ScoreGuided(
+        scores=("condition_number",), methods=("lora", "series", "prefix"), ranks=(2, 9), learning_rate=1e-3
+    ).with_scores(SPACE.site_scores)
+    trials = [anchor.configuration for anchor in space.anchors(BACKBONE)]
+    for seed in range(8):
+        known = History(trials=[(one, values(one)) for one in trials], axes=AXES)
+        front = dict.fromkeys(trials, 0.1)
+        proposal = space.propose(9, front, random.Random(seed), BACKBONE, known)
+        if len(proposal) > 1:
+            trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
+            BACKBONE.check(trials[-1])
+    assert len({*trials}) == len(trials) > len(space.anchors(BACKBONE)) + 5
+    assert len({name for one in trials for name in one.methods}) == 3

@@ -1,0 +1,57 @@
+"""The Gaussian process: it interpolates, knows what it does not know, and sees through noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import qmc
+
+from autopeft.search_spaces.surrogate import Array, GaussianProcess
+
+
+def points(count: int, seed: int) -> Array:
+    sampled: Array = qmc.Sobol(3, rng=np.random.default_rng(seed)).random(count)
+    return sampled
+
+
+def smooth(features: Array) -> Array:
+    """A function of the first two of three features."""
+    values: Array = np.sin(3 * features[:, 0]) + features[:, 0] * features[:, 1]
+    return values
+
+
+def test_exact_values_are_interpolated_and_the_deviation_is_honest() -> None:
+    known, others = points(32, 0), points(128, 1)
+    model = GaussianProcess(known, smooth(known), exact=True)
+    mean, deviation = model.predict(known)
+    assert np.abs(mean - smooth(known)).max() < 0.03
+    assert deviation.max() < 0.03
+    mean, deviation = model.predict(others)
+    error = np.abs(mean - smooth(others))
+    assert error.mean() < 0.1 * smooth(others).std()
+    assert (error < 3 * deviation).mean() > 0.9
+    far, near = model.predict(np.array([[3.0, 3.0, 3.0], [0.5, 0.5, 0.5]]))[1]
+    assert far > 5 * near
+
+
+def test_noise_is_seen_through() -> None:
+    known, others = points(64, 0), points(128, 1)
+    noise = np.random.default_rng(0).normal(0, 0.3, len(known))
+    mean, deviation = GaussianProcess(known, smooth(known) + noise).predict(others)
+    error = np.sqrt(((mean - smooth(others)) ** 2).mean())
+    assert error < 0.5 * 0.3
+    assert 0.5 * error < deviation.mean() < 2 * error
+
+
+def test_a_linear_trend_goes_on() -> None:
+    known = points(16, 0) / 2
+    values = 5 - 2 * known[:, 0]
+    mean, _ = GaussianProcess(known, values, exact=True).predict(np.array([[0.9, 0.2, 0.2]]))
+    assert mean[0] < values.min() - 0.2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_or_equal_values_are_no_trouble(count: int) -> None:
+    mean, deviation = GaussianProcess(points(2, 0)[:count], np.full(count, 0.25)).predict(points(4, 1))
+    assert mean == pytest.approx(np.full(4, 0.25))
+    assert np.isfinite(deviation).all()

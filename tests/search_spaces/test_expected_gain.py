@@ -95,8 +95,8 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
                 "peak_memory": math.exp(means[1][index] + deviations[1][index] * memory),
             }
             gains.append(hypervolume([*(one for _, one in known.trials), outcome], AXES) - before)
-        error = 3 * np.std(gains) / math.sqrt(len(gains)) + 5e-4
-        assert gain([candidate])[0] == pytest.approx(np.mean(gains), abs=error)
+        error = 3 * float(np.std(gains)) / math.sqrt(len(gains)) + 5e-4
+        assert gain([candidate])[0] == pytest.approx(float(np.mean(gains)), abs=error)
     assert max(gain(candidates)) > 0.01
 
 

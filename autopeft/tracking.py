@@ -272,9 +272,11 @@ class Tracker:
             return
         self._caught_up = time.monotonic()
         members = self._members
-        for number in sorted((self._tagged ^ members) & self._runs.keys()):
-            self._client.set_tag(self._runs[number], PARETO_TAG, str(number in members).lower())
-            self._tagged ^= {number}
+        changed = (self._tagged ^ members) & self._runs.keys()
+        values = {self._runs[number]: str(number in members).lower() for number in sorted(changed)}
+        if values:
+            self._trial_runs.mark(PARETO_TAG, values)
+            self._tagged ^= changed
         while batch := self._waiting[:_BATCH]:
             self._client.log_batch(self._parent, metrics=batch)
             del self._waiting[: len(batch)]

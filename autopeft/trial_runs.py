@@ -64,6 +64,10 @@ class TrialRuns(ABC):
     def finish(self, run_id: str | None, run: FinishedRun) -> str:
         """Write what a run holds and end it; make it where it was not started. Return its id."""
 
+    @abstractmethod
+    def mark(self, tag: str, values: Mapping[str, str]) -> None:
+        """Give runs, by their ids, a new value of a tag that they have."""
+
 
 class ClientRuns(TrialRuns):
     """Writes runs to any store that MLflow's client can reach.
@@ -101,6 +105,11 @@ class ClientRuns(TrialRuns):
             )
         self._client.set_terminated(run_id, status=run.status)
         return run_id
+
+    def mark(self, tag: str, values: Mapping[str, str]) -> None:
+        """Change a tag; see `TrialRuns.mark`."""
+        for run_id, value in values.items():
+            self._client.set_tag(run_id, tag, value)
 
 
 class DatabaseRuns(TrialRuns):
@@ -162,6 +171,14 @@ class DatabaseRuns(TrialRuns):
             self._insert_texts(session, SqlParam, run_id, run.params)
             self._insert_metrics(session, run_id, run.metrics, known=started)
         return run_id
+
+    def mark(self, tag: str, values: Mapping[str, str]) -> None:
+        """Change a tag; see `TrialRuns.mark`."""
+        tags = SqlTag.__table__
+        with self._store.ManagedSessionMaker(read_only=False) as session:
+            for run_id, value in values.items():
+                place = (tags.c.run_uuid == run_id) & (tags.c.key == tag)
+                session.execute(tags.update().where(place).values(value=value))
 
     def _save_artifacts(self, run_id: str, run: FinishedRun) -> None:
         artifacts = get_artifact_repository(self._artifact_uri(run_id))

@@ -15,12 +15,18 @@ Places = Sequence[tuple[str, type, str]]
 
 
 class Stopwatch:
-    """Add up the processor time of parts; what a part calls that is a part itself counts there alone."""
+    """Add up the time of parts; what a part calls that is a part itself counts there alone.
+
+    Attributes:
+        seconds: Processor seconds of the thread, by part.
+        wall: Elapsed seconds, by part.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.wall: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
-        self._last = 0.0
+        self._last = 0.0, 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -34,9 +40,10 @@ class Stopwatch:
             self._running.pop()
 
     def _count(self) -> None:
-        now = time.thread_time()
+        now = time.thread_time(), time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._last
+            self.seconds[self._running[-1]] += now[0] - self._last[0]
+            self.wall[self._running[-1]] += now[1] - self._last[1]
         self._last = now
 
     @contextmanager

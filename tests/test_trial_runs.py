@@ -109,6 +109,17 @@ def test_a_run_that_is_shown_as_running_is_the_clients(store: tuple[MlflowClient
     assert runs[1].info.run_name == name
 
 
+def test_tags_change_in_the_runs_named_alone(store: tuple[MlflowClient, str]) -> None:
+    client = store[0]
+    for writer in writers(store):
+        first, second, third = (writer.start("trial", {"front": "false", "other": "x"}) for _ in range(3))
+        writer.mark("front", {first: "true", third: "maybe"})
+        writer.mark("front", {})
+        found = [client.get_run(run_id).data.tags for run_id in (first, second, third)]
+        assert [tags["front"] for tags in found] == ["true", "false", "maybe"]
+        assert {tags["other"] for tags in found} == {"x"}
+
+
 def test_a_run_without_metrics_and_parameters(store: tuple[MlflowClient, str]) -> None:
     empty = replace(contents(), metrics=[], params={})
     for writer in writers(store):

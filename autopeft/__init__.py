@@ -3,6 +3,8 @@
 from autopeft import search_spaces, tasks
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.elastic import ElasticAdapter
+from autopeft.elastic_proposals import Elastic
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, load_adapter
@@ -16,6 +18,8 @@ __all__ = [
     "Adapter",
     "Backbone",
     "Configuration",
+    "Elastic",
+    "ElasticAdapter",
     "Evaluation",
     "Evaluator",
     "ExportReport",

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from autopeft.budget import Budget
+from autopeft.elastic_proposals import Elastic
 from autopeft.errors import unknown_choice
 from autopeft.fidelity import SuccessiveHalving
 from autopeft.search import Search
@@ -112,6 +113,8 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
         rest["training"] = _build(Training, rest["training"], "training")
     if rest.get("fidelity") is not None:
         rest["fidelity"] = _build(SuccessiveHalving, rest["fidelity"], "fidelity")
+    if rest.get("elastic") is not None:
+        rest["elastic"] = _build(Elastic, rest["elastic"], "elastic")
     if run:
         try:
             Budget(**run)  # what is wrong with a budget shows before anything is loaded

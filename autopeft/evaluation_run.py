@@ -211,12 +211,12 @@ def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestW
         evaluator.data.steps_per_epoch,
         step=module.first_step,
     )
-    with _interrupts_stay_interrupts(), quiet_lightning():
+    with interrupts_stay_interrupts(), quiet_lightning():
         trainer.fit(module, batches, evaluator.data.val_dataloader())
 
 
 @contextmanager
-def _interrupts_stay_interrupts() -> Iterator[None]:
+def interrupts_stay_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
 
     On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process.

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from autopeft.fidelity import SuccessiveHalving
 from autopeft.search_spaces import SearchSpace
 from autopeft.tasks import Task
 from autopeft.training import Training
+
+if TYPE_CHECKING:
+    from autopeft.elastic_proposals import Elastic
 
 _PACKAGES = (
     "autopeft",
@@ -36,6 +39,7 @@ def search_identity(
     space: SearchSpace,
     training: Training,
     fidelity: SuccessiveHalving | None,
+    elastic: Elastic | None,
     objectives: Sequence[str],
     constraints: Mapping[str, float],
     sampler: str,
@@ -49,6 +53,7 @@ def search_identity(
         "space": _fields(space),
         "training": _fields(training),
         "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
+        **({} if elastic is None else {"elastic": _fields(elastic)}),
         "search": {
             "objectives": ", ".join(objectives),
             "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),

@@ -17,6 +17,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.budget import Budget
 from autopeft.checkpoints import Checkpoints
+from autopeft.elastic_proposals import Elastic, ElasticProposals
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, export_adapter
 from autopeft.fidelity import Promotion, SuccessiveHalving
@@ -52,6 +53,7 @@ class Search:
         training: What every candidate has in common.
         fidelity: How candidates are trained in part and the promising ones on; None to train each to
             the end.
+        elastic: A one-shot elastic adapter that proposes trials; None for none.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores.
         anchors: Whether to try the space's reference points first: what people do today.
@@ -78,6 +80,7 @@ class Search:
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
         fidelity: SuccessiveHalving | None = None,
+        elastic: Elastic | None = None,
         sampler: str | BaseSampler = "tpe",
         seed: int = 0,
         anchors: bool = True,
@@ -96,6 +99,7 @@ class Search:
         self.constraints = resolve_constraints(constraints or {}, task.metrics)
         self.training = training if training is not None else Training()
         self.fidelity = fidelity
+        self.elastic = elastic
         self.seed = seed
         self.anchors = anchors
         self.score_check = score_check
@@ -199,6 +203,7 @@ class Search:
             space=self.space,
             training=self.training,
             fidelity=self.fidelity,
+            elastic=self.elastic,
             objectives=[objective.name for objective in self.objectives],
             constraints={one.objective.name: one.bound for one in self.constraints},
             sampler=self._sampler_name,
@@ -247,6 +252,14 @@ class Search:
             return None
         evaluator = self.evaluator
         return Promotion(self.fidelity, evaluator.plan.rungs, self.objectives, self.axes(), evaluator.monitor)
+
+    def elastic_proposals(self) -> ElasticProposals | None:
+        """Return what proposes trials by a one-shot elastic adapter; None where there is none."""
+        if self.elastic is None:
+            return None
+        return ElasticProposals(
+            self.elastic, self.evaluator, self.space, self.axes(), self.folder / "elastic"
+        )
 
     def run(
         self,
@@ -364,7 +377,8 @@ class Search:
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
                 f"training {training.epochs} epochs, batch size {training.batch_size}, "
                 f"{training.resolved_device()}, {training.resolved_precision()}"
-                + ("" if self.fidelity is None else f"; {self.fidelity.describe()}"),
+                + ("" if self.fidelity is None else f"; {self.fidelity.describe()}")
+                + ("" if self.elastic is None else f"; {self.elastic.describe()}"),
                 f"sampler {self._sampler_name}, seed {self.seed}",
                 self.space.describe(self.backbone),
             ]

@@ -14,6 +14,7 @@ from optuna.trial import Trial, TrialState
 from autopeft.budget import Budget, Spent
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
+from autopeft.dead_ends import refuse_hopeless, used_up
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
 from autopeft.identity import environment
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _ANCHOR = "autopeft:anchor"
-_MOST_INFEASIBLE = 500
-_MOST_DUPLICATES = 100
-_MOST_ALIKE_FAILURES = 5
 _PUBLISH_EVERY_SECONDS = 60.0
 _STATES = {
     "complete": TrialState.COMPLETE,
@@ -65,6 +63,7 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = search.promotion()
+        self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known = {
@@ -79,7 +78,7 @@ class SearchLoop:
         )
         self._published = time.monotonic()
         self._started = time.monotonic()
-        self._spent = Spent.of(store.records)
+        self._spent = self._sum()
         self._share_at_start = budget.spent_share(self._spent)
 
     @property
@@ -102,6 +101,8 @@ class SearchLoop:
                 while self._goes_on():
                     front = self._step(front)
             self._check_scores(front)
+            if self.elastic is not None and self._has_run:
+                self.elastic.report(self.records, self.progress.say, self.tracker)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -177,7 +178,7 @@ class SearchLoop:
         self.store.update(record, _STATES[evaluation.status], values)
         if evaluation.status != "paused":
             self.paused.drop(record.number)
-        self._spent = Spent.of(self.records)
+        self._spent = self._sum()
         return self._after(record, front)
 
     def _begin(self, front: ParetoFront) -> ParetoFront:
@@ -207,6 +208,13 @@ class SearchLoop:
         if live.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
         number = len(live.get_trials(deepcopy=False))
+        if self.elastic is not None:
+            points = {point.configuration: point.values for point in front}
+            proposed = self.elastic.propose(number, self.records, points)
+            self._spent = self._sum()
+            if proposed is not None:
+                live.enqueue_trial(proposed)
+                return
         if not search.space.proposes(number):  # what each point adds to the hypervolume is work
             return
         shares = contributions([point.values for point in front], self.axes)
@@ -230,6 +238,11 @@ class SearchLoop:
                 values |= dict(zip(names, expected, strict=True))
             trials.append((evaluation.configuration, values))
         return History(trials=trials, axes=self.axes, constraints=self.search.constraints)
+
+    def _sum(self) -> Spent:
+        """Return what was spent on all trials, and on the elastic adapter."""
+        spent = Spent.of(self.records)
+        return spent if self.elastic is None else replace(spent, cost=spent.cost + self.elastic.cost)
 
     def _evaluate(self, trial: Trial, configuration: Configuration, front: ParetoFront) -> TrialRecord:
         if self.tracker is not None:
@@ -285,7 +298,7 @@ class SearchLoop:
         self._track(record, front, changed=front.members != before)
         for callback in self.callbacks:
             callback(record, front)
-        self._refuse_hopeless()
+        refuse_hopeless(self.records)
         return front
 
     def _show(self, front: ParetoFront) -> None:
@@ -340,36 +353,10 @@ class SearchLoop:
             self.tracker.log_report(check.save, "sensitivity")
 
     def _used_up(self) -> bool:
-        """Whether nothing new is found; duplicates spend no compute, and the search would never end."""
-        latest = self.records[-_MOST_DUPLICATES:]
-        used_up = (
-            self.budget.trials is None
-            and len(latest) == _MOST_DUPLICATES
-            and all(record.duplicate_of is not None for record in latest)
-        )
-        if used_up:
-            self.progress.say(f"The last {_MOST_DUPLICATES} candidates had all been tried: the search ends.")
-        return used_up
-
-    def _refuse_hopeless(self) -> None:
-        """Raise where it is plain that going on finds nothing: what was recorded stays."""
-        # Nearly always the first candidate did not fail, and no other is looked at.
-        evaluated = (one.evaluation for one in self.records if one.evaluation.status != "infeasible")
-        first = next(evaluated, None)
-        if first is not None and first.status == "failed":
-            outcomes = [(one.status, one.reason) for one in (first, *evaluated)]
-            if len(set(outcomes)) == 1 and len(outcomes) >= _MOST_ALIKE_FAILURES:
-                raise RuntimeError(
-                    f"All {len(outcomes)} candidates so far failed alike: {first.reason}. Mend that, and "
-                    "run the search under another name."
-                )
-        latest = self.records[-_MOST_INFEASIBLE:]
-        infeasible = all(record.evaluation.status == "infeasible" for record in reversed(latest))
-        if len(latest) == _MOST_INFEASIBLE and infeasible:
-            raise ValueError(
-                f"{_MOST_INFEASIBLE} candidates in a row broke a constraint (the last: "
-                f"{latest[-1].evaluation.reason}): relax the constraints, or make the space smaller."
-            )
+        found = used_up(self.records, self.budget)
+        if found:
+            self.progress.say("The latest candidates had all been tried: the search ends.")
+        return found
 
     def _close(self, front: ParetoFront) -> None:
         if self.progress.enabled:

@@ -73,7 +73,7 @@ class StudyStore:
         storage = _open_journal(self.folder / STUDY_FILE)
         directions = [objective.direction for objective in objectives]
         names = [objective.name for objective in objectives]
-        with _quiet_optuna():
+        with quiet_optuna():
             self._saved = optuna.create_study(
                 study_name=name, storage=storage, directions=directions, load_if_exists=True
             )
@@ -87,7 +87,7 @@ class StudyStore:
     def _refresh(self, waiting: Sequence[FrozenTrial]) -> None:
         """Make the live study anew: what paused trials are expected to reach has changed."""
         saved = self._saved
-        with _quiet_optuna():
+        with quiet_optuna():
             self.live = optuna.create_study(
                 study_name=saved.study_name, directions=saved.directions, sampler=self._sampler
             )
@@ -164,7 +164,7 @@ class StudyStore:
 
 
 @contextmanager
-def _quiet_optuna() -> Iterator[None]:
+def quiet_optuna() -> Iterator[None]:
     """Silence messages of studies created; warnings stay, metric names being experimental apart."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -103,7 +103,7 @@ def _principal(rows: Tensor, components: int) -> Tensor:
             rows, q=components + _SPARE_COMPONENTS, niter=_ITERATIONS
         )
         return singular_values[:components, None] * right.mT[:components]
-    # The product takes most of the time, and leading components bear its rounding; the decomposition does not.
+    # Leading components bear the rounding of the product, which takes most of the time; eigh would not.
     left: Tensor = torch.linalg.eigh((rows @ rows.mT).double()).eigenvectors
     return left[:, -components:].flip(1).mT.to(rows.dtype) @ rows
 

@@ -1,0 +1,329 @@
+"""The elastic adapter in a search: inference on untrained configurations decides what is tried next.
+
+It is the cheapest fidelity there is, and may be wrong. So its ranking is compared with every training of a
+sub-configuration as the search goes on, and while it is poor the elastic adapter has no say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autopeft.configuration import Configuration
+from autopeft.elastic import ElasticAdapter, SubScore
+from autopeft.elastic_check import ElasticCheck, check_elastic
+from autopeft.elastic_pool import crossed, drawn, largest_lora
+from autopeft.evaluation import Cost, TrialRecord
+from autopeft.evaluation_run import reason_of_failure
+from autopeft.evaluator import Evaluator
+from autopeft.methods import count_parameters
+from autopeft.pareto import Axis, Values, hypervolume
+from autopeft.search_spaces import SearchSpace
+from autopeft.search_spaces.base import middle_learning_rate
+from autopeft.tracking import Tracker
+
+_GENERATIONS = 3
+_SHORTLIST = 12
+_FEWEST_FOR_A_LINE = 3
+_RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elastic:
+    """Train a one-shot elastic adapter when a search begins, and let it propose a share of the trials.
+
+    Its training and its inference are part of what the search costs.
+
+    Attributes:
+        trainings: Length of its training, in trainings of one candidate.
+        candidates: Sub-configurations that are scored by inference to propose from.
+        share: Share of the trials it proposes, in [0, 1].
+        lowest_correlation: It proposes nothing while Spearman's correlation of its scores with the trained
+            metric is below this.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    trainings: float = 1.0
+    candidates: int = 96
+    share: float = 0.5
+    lowest_correlation: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.trainings) and self.trainings > 0):
+            raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
+        if self.candidates < _GENERATIONS:
+            raise ValueError(f"candidates is a whole number from {_GENERATIONS} up, got {self.candidates!r}.")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is a share of the trials in [0, 1], got {self.share!r}.")
+        if not -1 <= self.lowest_correlation <= 1:
+            raise ValueError(f"lowest_correlation is in [-1, 1], got {self.lowest_correlation!r}.")
+
+    def describe(self) -> str:
+        """Say in a line what it does."""
+        return (
+            f"a one-shot elastic adapter of {self.trainings:g} trainings proposes {self.share:.0%} of the "
+            f"trials, from {self.candidates} scored by inference"
+        )
+
+
+class ElasticProposals:
+    """Proposes trials by the scores of an elastic adapter; kept in a folder, so that a search resumes.
+
+    Args:
+        settings: What to train, and how often to propose.
+        evaluator: Trains and scores.
+        space: What proposals are points of.
+        axes: The search's axes of the hypervolume.
+        folder: Where adapter and scores are kept.
+
+    Attributes:
+        obstacle: Why there is no elastic adapter; None while there may be one.
+    """
+
+    def __init__(
+        self,
+        settings: Elastic,
+        evaluator: Evaluator,
+        space: SearchSpace,
+        axes: Sequence[Axis],
+        folder: Path,
+    ) -> None:
+        self.settings = settings
+        self.evaluator = evaluator
+        self.space = space
+        self.axes = tuple(axes)
+        self.folder = folder
+        self.obstacle: str | None = None
+        self._adapter = ElasticAdapter.load(folder / "adapter.safetensors")
+        self._scores: dict[Configuration, SubScore] = {}
+        self._scoring_cost = Cost()
+        self._pool: list[Configuration] = []
+        self._costs: dict[Configuration, dict[str, float]] = {}
+        self._load()
+
+    @property
+    def cost(self) -> Cost:
+        """Compute of the training and of all scoring so far."""
+        training = Cost() if self._adapter is None else self._adapter.cost
+        return training + self._scoring_cost
+
+    def propose(
+        self, number: int, records: Sequence[TrialRecord], front: Mapping[Configuration, Values]
+    ) -> dict[str, Any] | None:
+        """Return the parameters of the trial that promises most, or None where another is to decide.
+
+        Args:
+            number: The trial's number; with the evaluator's seed the only source of chance.
+            records: All finished trials.
+            front: Configurations of the front with their values.
+        """
+        generator = random.Random(f"elastic:{self.evaluator.seed}:{number}")
+        if generator.random() >= self.settings.share or not self._prepare():
+            return None
+        check = self.check(records)
+        if check is None or not check.trusted:
+            return None
+        tried = {_bare(record.evaluation.configuration) for record in records}
+        left = [one for one in self._pool if one not in tried]
+        best = self._most_promising(left, records, list(front.values()))
+        if best is None:
+            return None
+        chosen = best.replace(learning_rate=self._rate(front, generator))
+        return self.space.encode(chosen, self.evaluator.backbone)
+
+    def check(self, records: Sequence[TrialRecord]) -> ElasticCheck | None:
+        """Compare the scores with what was trained; None where there is no elastic adapter yet."""
+        adapter = self._adapter
+        if adapter is None or self.obstacle is not None:
+            return None
+        trained = [
+            one.evaluation
+            for one in records
+            if one.evaluation.status == "complete"
+            and one.duplicate_of is None
+            and adapter.obstacle(one.evaluation.configuration) is None
+        ]
+        self._score([_bare(one.configuration) for one in trained])
+        monitor = self.evaluator.monitor
+        return check_elastic(
+            monitor,
+            scores=[-self._scores[_bare(one.configuration)].loss for one in trained],
+            trained=[one.values[monitor] for one in trained],
+            parameters=[one.values["trainable_parameters"] for one in trained],
+            lowest=self.settings.lowest_correlation,
+        )
+
+    def report(
+        self, records: Sequence[TrialRecord], say: Callable[[str], object], tracker: Tracker | None
+    ) -> None:
+        """Say how well the elastic adapter ranked the trials, and keep the figures with the search's run."""
+        if self.obstacle is not None:
+            say(f"There was no elastic adapter: {self.obstacle}.")
+        check = self.check(records)
+        if check is not None:
+            say(check.describe())
+            if tracker is not None:
+                tracker.log_report(check.save, "elastic")
+
+    def _prepare(self) -> bool:
+        """Train the adapter and score the pool where that was not done; False where it cannot be."""
+        if self._pool or self.obstacle is not None:
+            return self.obstacle is None
+        backbone = self.evaluator.backbone
+        generator = random.Random(f"elastic:{self.evaluator.seed}")
+        points = drawn(self.space, backbone, max(1, self.settings.candidates // _GENERATIONS), generator)
+        largest = largest_lora(self.space, backbone, points)
+        if largest is None:
+            self.obstacle = "the space has no configuration of LoRA alone"
+            return False
+        reason = reason_of_failure(lambda: self._train(largest))
+        adapter = self._adapter
+        if reason is not None or adapter is None:
+            self.obstacle = f"the elastic adapter's training failed: {reason}"
+            return False
+        self._evolve([one for one in points if adapter.obstacle(one) is None], generator)
+        self._save()
+        return True
+
+    def _train(self, largest: Configuration) -> None:
+        if self._adapter is None:
+            self._adapter = ElasticAdapter.train(self.evaluator, largest, trainings=self.settings.trainings)
+            self._adapter.save(self.folder / "adapter.safetensors")
+
+    def _evolve(self, points: Sequence[Configuration], generator: random.Random) -> None:
+        """Score draws, then crossings of those that promise most (Cai et al., "Once-for-All", 2020)."""
+        pool = dict.fromkeys(map(_bare, points))
+        self._score(list(pool))
+        while len(pool) < self.settings.candidates:
+            parents = self._promising(list(pool))
+            wanted = min(self.settings.candidates - len(pool), self.settings.candidates // _GENERATIONS)
+            children = crossed(self.space, self.evaluator.backbone, parents, pool, wanted, generator)
+            if not children:
+                break
+            self._score(children)
+            pool |= dict.fromkeys(children)
+        self._pool = list(pool)
+
+    def _promising(self, pool: Sequence[Configuration]) -> list[Configuration]:
+        """Return the first layers of non-dominated sorting by score, parameters and lowest block.
+
+        Memory follows the lowest block, and would take a second a configuration to count.
+        """
+        left = list(pool)
+        kept: list[Configuration] = []
+        while left and len(kept) < _SHORTLIST:
+            lines = np.array([self._line(one) for one in left])
+            beats = (lines[:, None] <= lines[None]).all(2) & (lines[:, None] < lines[None]).any(2)
+            best = [not beaten for beaten in np.any(beats, axis=0).tolist()]
+            kept += [one for one, flag in zip(left, best, strict=True) if flag]
+            left = [one for one, flag in zip(left, best, strict=True) if not flag]
+        return kept
+
+    def _line(self, one: Configuration) -> tuple[float, float, float]:
+        """Return what is to be small of a configuration."""
+        parameters = float(count_parameters(self.evaluator.backbone, one))
+        lowest = math.inf if one.lowest_block is None else one.lowest_block
+        return self._scores[one].loss, parameters, -float(lowest)
+
+    def _most_promising(
+        self, left: Sequence[Configuration], records: Sequence[TrialRecord], front: Sequence[Values]
+    ) -> Configuration | None:
+        """Return what is expected to add most to the hypervolume; None where nothing adds."""
+        shortlist = self._promising(left)[: 2 * _SHORTLIST]
+        expected = self._expected(shortlist, records)
+        before = hypervolume(front, self.axes)
+        best, most = None, 0.0
+        for one, metric in zip(shortlist, expected, strict=True):
+            values = {**self._costs_of(one), self.evaluator.monitor: metric}
+            gain = hypervolume([*front, values], self.axes) - before
+            if gain > most:
+                best, most = one, gain
+        return best
+
+    def _expected(self, chosen: Sequence[Configuration], records: Sequence[TrialRecord]) -> list[float]:
+        """Return the metric a training may give: a line through what was trained, by the loss.
+
+        What trainings differ from the line by (one standard deviation) is added: else a line, which is flat
+        where little is known, would never expect more than what there is.
+        """
+        monitor = self.evaluator.monitor
+        known = [
+            (self._scores[bare].loss, one.evaluation.values[monitor])
+            for one in records
+            if one.evaluation.status == "complete"
+            and one.duplicate_of is None
+            and (bare := _bare(one.evaluation.configuration)) in self._scores
+        ]
+        losses = np.array([loss for loss, _ in known])
+        metrics = np.array([metric for _, metric in known])
+        if len(known) < _FEWEST_FOR_A_LINE or losses.std() == 0:
+            return [self._scores[one].metrics[monitor] for one in chosen]
+        slope, level = np.polyfit(losses, metrics, 1)
+        spread = float(np.std(metrics - level - slope * losses))
+        return [float(level + slope * self._scores[one].loss) + spread for one in chosen]
+
+    def _costs_of(self, one: Configuration) -> dict[str, float]:
+        if one not in self._costs:
+            needed = {axis.objective.name for axis in self.axes} - set(self.evaluator.task.metrics)
+            exact = {"trainable_parameters": float(count_parameters(self.evaluator.backbone, one))}
+            self._costs[one] = exact if needed <= exact.keys() else self.evaluator.costs(one)
+        return {**self._costs[one], **self._scores[one].metrics}
+
+    def _rate(self, front: Mapping[Configuration, Values], generator: random.Random) -> float:
+        """Return a learning rate near that of a front's member: inference says nothing of it."""
+        rate = self.space.learning_rate
+        if isinstance(rate, float):
+            return rate
+        adapted = [one.learning_rate for one in front if len(one)]
+        near = generator.choice(adapted) if adapted else middle_learning_rate(rate)
+        moved = near * math.exp(generator.gauss(0, _RATE_SPREAD))
+        return min(max(float(f"{moved:.3g}"), rate[0]), rate[1])
+
+    def _score(self, configurations: Sequence[Configuration]) -> None:
+        unknown = [one for one in dict.fromkeys(configurations) if one not in self._scores]
+        if not unknown:
+            return
+        assert self._adapter is not None
+        scoring = self._adapter.score(self.evaluator, unknown)
+        self._scores |= dict(zip(unknown, scoring.scores, strict=True))
+        self._scoring_cost += scoring.cost
+        self._save()
+
+    def _save(self) -> None:
+        """Write scores, pool and cost; the file is there whole or not at all."""
+        order = list(self._scores)
+        places = {one: index for index, one in enumerate(order)}
+        data = {
+            "cost": asdict(self._scoring_cost),
+            "scores": [{"configuration": one.to_dict(), **asdict(self._scores[one])} for one in order],
+            "pool": [places[one] for one in self._pool],
+        }
+        path = self.folder / "scores.json"
+        path.with_suffix(".part").write_text(json.dumps(data))
+        os.replace(path.with_suffix(".part"), path)
+
+    def _load(self) -> None:
+        path = self.folder / "scores.json"
+        if self._adapter is None or not path.is_file():
+            return
+        data = json.loads(path.read_text())
+        self._scoring_cost = Cost(**data["cost"])
+        order = [Configuration.from_dict(one["configuration"]) for one in data["scores"]]
+        for one, entry in zip(order, data["scores"], strict=True):
+            self._scores[one] = SubScore(loss=entry["loss"], metrics=entry["metrics"])
+        self._pool = [order[index] for index in data["pool"]]
+
+
+def _bare(configuration: Configuration) -> Configuration:
+    """Return a configuration as far as inference tells it from others: without how it is trained."""
+    return Configuration(configuration.adapters)

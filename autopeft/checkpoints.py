@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from autopeft.profiling import section
+
 
 class Checkpoints:
     """One safetensors file a trial in a folder.
@@ -23,6 +25,7 @@ class Checkpoints:
     def _path(self, number: int) -> Path:
         return self.folder / f"trial-{number:05d}.safetensors"
 
+    @section("record")
     def save(self, number: int, state: Mapping[str, Tensor]) -> None:
         """Write a trial's tensors; the file is there whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,7 @@ class Checkpoints:
         path = self._path(number)
         return load_file(path) if path.is_file() else None
 
+    @section("record")
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the tensors of every other trial, and what a killed process left unfinished."""
         wanted = {self._path(number) for number in numbers}

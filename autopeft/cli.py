@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from autopeft.errors import unknown_choice
 from autopeft.front import ParetoFront
 from autopeft.objectives import resolve_objectives
 from autopeft.pareto import Axis
+from autopeft.profiling import Profile
 from autopeft.progress import wide_console
 from autopeft.sensitivity import CHEAP_SCORES
 from autopeft.server import serve
@@ -38,15 +40,20 @@ Name = Annotated[str | None, typer.Option("--search", help="Name of the search; 
 
 
 @app.command()
-def search(config: Config, overrides: Overrides = None) -> None:
+def search(
+    config: Config,
+    overrides: Overrides = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
+) -> None:
     """Run a search, or resume it. After Ctrl-C the exit code is 130."""
     loaded = load_config(config, overrides or ())
     if not loaded.run:
         raise ValueError("The settings have no budget: add for example run.trials=50.")
-    loaded.search.validate()
-    _remember(loaded)
-    budget = Budget(**loaded.run)  # before the search's own, whose hours are then over where these are
-    front = loaded.search.run(**loaded.run)
+    with Profile() if profile else nullcontext():  # here, so that it also has what is loaded for the name
+        loaded.search.validate()
+        _remember(loaded)
+        budget = Budget(**loaded.run)  # before the search's own, whose hours are then over where these are
+        front = loaded.search.run(**loaded.run)
     # Without a bound of trials a search also ends, its budget unspent, when it finds nothing new.
     if budget.trials is not None and budget.spent_share(Spent.of(front.records)) < 1:
         raise typer.Exit(_INTERRUPTED)

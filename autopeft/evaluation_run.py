@@ -30,6 +30,7 @@ from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.methods import Attachment
 from autopeft.paused_training import PausedTraining, TrainingState
 from autopeft.prefix_cache import TrialPrefix
+from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.training import FineTuning, build_trainer, quiet_lightning
 from autopeft.training_plan import PlannedBatches
@@ -104,6 +105,7 @@ class EvaluationRun:
                 self._train(attachment, prefix)
                 self.values |= prefix.record()
 
+    @section("set-up")
     def _train(self, attachment: Attachment, prefix: TrialPrefix) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
         best = BestWeights(evaluator.monitor, restore_at_end=False)

@@ -22,6 +22,7 @@ from autopeft.methods import Attachment, attach
 from autopeft.objectives import Constraint, Objective
 from autopeft.paused_training import PausedTraining
 from autopeft.prefix_cache import PrefixCache
+from autopeft.profiling import section
 from autopeft.tasks import Task
 from autopeft.training import FineTuning, Serve, Training, build_trainer, quiet_lightning
 from autopeft.training_plan import TrainingPlan
@@ -67,7 +68,8 @@ class Evaluator:
         self.monitor = next(one.name for one in objectives if one.unit == "score")
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
-        self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
+        with section("tokenise"):
+            self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = TrainingPlan.of(training, self.data.steps_per_epoch, rungs)
         self._memory = MemoryCounter(backbone.model)
         prefixes = None if cache is None else cache / "prefixes"
@@ -83,6 +85,7 @@ class Evaluator:
         with attach(self.backbone, configuration, self.seed) as attachment, self.prefixes.below(attachment):
             return self.attached_costs(attachment)
 
+    @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
         """Return every cost that is exact before training, of what is attached now."""
         values = {"trainable_parameters": float(attachment.trainable_parameters)}
@@ -174,6 +177,7 @@ class Evaluator:
             serve=serve,
         )
 
+    @section("evaluate")
     def latency(self) -> float:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autopeft.evaluation import Evaluation
+from autopeft.profiling import section
 
 _META = "autopeft"
 
@@ -112,10 +113,12 @@ class PausedTrainings:
     def _path(self, number: int) -> Path:
         return self.folder / f"trial-{number:05d}.safetensors"
 
+    @section("record")
     def save(self, number: int, paused: PausedTraining) -> None:
         """Write a trial's state in place of an earlier one."""
         paused.save(self._path(number))
 
+    @section("record")
     def load(self, number: int) -> PausedTraining | None:
         """Return a trial's state; None where it has none."""
         return PausedTraining.load(self._path(number))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from autopeft.front import ParetoFront
 from autopeft.identity import search_identity
 from autopeft.objectives import resolve_constraints, resolve_objectives
 from autopeft.pareto import Axis
+from autopeft.profiling import Profile, section
 from autopeft.samplers import make_sampler
 from autopeft.score_check import ScoreCheck, check_scores
 from autopeft.search_loop import SearchLoop, TrialCallback
@@ -123,8 +125,10 @@ class Search:
     def evaluator(self) -> Evaluator:
         """The evaluator with its resident backbone; loaded on first use."""
         if self._evaluator is None:
-            self.task.validate()
-            backbone = Backbone.load(self._source, self.task, self._tokenizer)
+            with section("tokenise"):
+                self.task.validate()
+            with section("load"):
+                backbone = Backbone.load(self._source, self.task, self._tokenizer)
             self.space.validate(backbone)
             self._evaluator = Evaluator(
                 backbone,
@@ -269,6 +273,7 @@ class Search:
         gpu_seconds: float | None = None,
         cpu_seconds: float | None = None,
         progress: bool = True,
+        profile: bool = False,
         callbacks: Sequence[TrialCallback] = (),
     ) -> ParetoFront:
         """Search until a budget is spent; see `Budget` for the bounds.
@@ -279,6 +284,9 @@ class Search:
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
 
+        With `profile`, the call ends with a table of where its time went, which is also kept in the
+        search's folder and in MLflow below `profile/`; see `autopeft.profiling.SECTIONS`.
+
         Returns:
             The Pareto front of all finished trials.
 
@@ -286,12 +294,13 @@ class Search:
             ValueError: Something is not valid (see `validate`), or no candidate is feasible.
         """
         budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
-        self.validate()
-        store = StudyStore(self.folder, self.name, self.objectives, self._sampler, self.promotion())
-        try:
-            return SearchLoop(self, store, budget, progress=progress, callbacks=callbacks).run()
-        finally:
-            store.close()
+        with Profile() if profile else nullcontext():
+            self.validate()
+            store = StudyStore(self.folder, self.name, self.objectives, self._sampler, self.promotion())
+            try:
+                return SearchLoop(self, store, budget, progress=progress, callbacks=callbacks).run()
+            finally:
+                store.close()
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, without running any.

@@ -20,8 +20,10 @@ from autopeft.front import ParetoFront
 from autopeft.identity import environment
 from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
+from autopeft.profiling import section
 from autopeft.progress import SearchProgress
 from autopeft.score_check import FEWEST_TRIALS, check_scores
+from autopeft.search_profile import record_profile
 from autopeft.search_spaces import History
 from autopeft.study_store import StudyStore
 from autopeft.tracking import Tracker
@@ -76,6 +78,7 @@ class SearchLoop:
         self._evaluations = sum(
             max(1, sum(step <= record.evaluation.cost.steps for step in rungs)) for record in store.records
         )
+        self._evaluations_at_start = self._evaluations
         self._published = time.monotonic()
         self._started = time.monotonic()
         self._spent = self._sum()
@@ -110,7 +113,12 @@ class SearchLoop:
         finally:
             if self.tracker is not None:
                 self.tracker.publish_front(self.records, self.front().members)
-                self.tracker.finish(status, self.records)
+            try:
+                done = self._evaluations - self._evaluations_at_start
+                record_profile(self.search.folder, done, self.tracker, self.progress)
+            finally:
+                if self.tracker is not None:
+                    self.tracker.finish(status, self.records)
         self._close(front)
         return front
 
@@ -157,6 +165,7 @@ class SearchLoop:
         only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
         return only_trials_are_spent and self._promoted() is not None
 
+    @section("ask")
     def _promoted(self) -> tuple[TrialRecord, int] | None:
         return None if self.promotion is None else self.promotion.next(self.records)
 
@@ -183,8 +192,9 @@ class SearchLoop:
 
     def _begin(self, front: ParetoFront) -> ParetoFront:
         self._propose(front)
-        trial = self.store.live.ask()
-        configuration = self.search.space.suggest(trial, self.search.backbone)
+        with section("ask"):
+            trial = self.store.live.ask()
+            configuration = self.search.space.suggest(trial, self.search.backbone)
         self.progress.running(trial.number)
         twin = self._known.get(configuration.key)
         if twin is not None:
@@ -202,6 +212,7 @@ class SearchLoop:
         self._spent = self._spent.plus(record)
         return self._after(record, front)
 
+    @section("ask")
     def _propose(self, front: ParetoFront) -> None:
         """Let the space say what the next trial tries, unless an anchor is waiting."""
         live, search = self.store.live, self.search
@@ -266,6 +277,7 @@ class SearchLoop:
             self.checkpoints.save(number, trained.state)
         return record
 
+    @section("record")
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
         """Tell Optuna: constraints on every trial, values of complete ones, a state for the others.
 
@@ -285,6 +297,7 @@ class SearchLoop:
         else:
             live.tell(trial, state=_STATES[evaluation.status])
 
+    @section("record")
     def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
             self._known[record.evaluation.configuration.key] = record
@@ -296,11 +309,13 @@ class SearchLoop:
         self.progress.finished(record, on_front=record.number in front.members)
         self._show(front)
         self._track(record, front, changed=front.members != before)
-        for callback in self.callbacks:
-            callback(record, front)
+        with section("callbacks"):
+            for callback in self.callbacks:
+                callback(record, front)
         refuse_hopeless(self.records)
         return front
 
+    @section("other")
     def _show(self, front: ParetoFront) -> None:
         share = self.budget.spent_share(self._spent)
         progressed = share - self._share_at_start
@@ -312,6 +327,7 @@ class SearchLoop:
             seconds_left=elapsed / progressed * max(0.0, 1 - share) if progressed > 0 else None,
         )
 
+    @section("log")
     def _track(self, record: TrialRecord, front: ParetoFront, *, changed: bool) -> None:
         if self.tracker is None:
             return

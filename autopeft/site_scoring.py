@@ -14,12 +14,14 @@ import torch
 
 from autopeft.configuration import Configuration
 from autopeft.evaluator import Evaluator
+from autopeft.profiling import section
 from autopeft.sensitivity import SiteScores, compute_scores
 from autopeft.sensitivity_report import SensitivityReport, dump_scores, read_scores
 
 SCORE_BATCHES = 16
 
 
+@section("score")
 def score_sites(
     evaluator: Evaluator,
     names: Sequence[str],

@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autopeft.evaluation import TrialRecord
 from autopeft.fidelity import Promotion
 from autopeft.objectives import Objective
+from autopeft.profiling import section
 
 STUDY_FILE = "study.log"
 _RECORD = "autopeft:record"
@@ -131,6 +132,7 @@ class StudyStore:
         """Keep a JSON value with the study."""
         self._saved.set_user_attr(f"autopeft:{name}", value)
 
+    @section("record")
     def save(self, record: TrialRecord, trial: FrozenTrial) -> None:
         """Write a finished or paused trial; after this it survives anything."""
         trial.user_attrs[_RECORD] = record.to_dict()
@@ -141,6 +143,7 @@ class StudyStore:
         self._saved.add_trial(trial)
         self.records.append(record)
 
+    @section("record")
     def update(self, record: TrialRecord, state: TrialState, values: Sequence[float] | None) -> None:
         """Write what became of a paused trial that went on.
 

@@ -22,6 +22,7 @@ from autopeft.configuration import Configuration
 from autopeft.evaluation import TrialRecord
 from autopeft.mlflow_view import save_view, valid_key, view_link, view_state
 from autopeft.objectives import Objective
+from autopeft.profiling import Spell, section
 from autopeft.run_writer import (
     FIDELITY_TAG,
     KEY_PARAM,
@@ -100,12 +101,14 @@ class Tracker:
         self._ending = threading.Event()
         self._last_success = time.monotonic()
         self.failures = 0
+        self.worked = Spell()  # the thread's time
 
     @property
     def link(self) -> str:
         """The link that opens the UI on the scatter charts of this search's trials."""
         return view_link(self._ui_url, self._experiment_id, self._view)
 
+    @section("log")
     def start(
         self,
         *,
@@ -299,6 +302,7 @@ class Tracker:
             save(Path(folder))
             self._client.log_artifacts(self._parent, folder, place)
 
+    @section("log")
     def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
         """Write what is waiting, log the table of all trials, and end the search's run.
 
@@ -324,13 +328,16 @@ class Tracker:
     def _write_table(self, records: Sequence[TrialRecord]) -> None:
         write_table(self._client, self._parent, records, self._members, self.objectives)
 
-    def flush(self) -> None:
-        """Wait until everything queued so far is written."""
+    @section("log")
+    def flush(self, patience_seconds: float = math.inf) -> None:
+        """Wait until everything queued so far is written, or the patience is over."""
         done = threading.Event()
         self._queue.put(partial(self._catch_up, at_once=True))
         self._queue.put(done.set)
+        end = time.monotonic() + patience_seconds
         while self._thread is not None and self._thread.is_alive() and not done.wait(0.1):
-            pass
+            if time.monotonic() > end:
+                return
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
@@ -339,7 +346,8 @@ class Tracker:
                 continue
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    entry()
+                    with self.worked.running():
+                        entry()
                     self._last_success = time.monotonic()
                     break
                 except Exception:

@@ -22,6 +22,7 @@ from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import unknown_choice
 from autopeft.objectives import parse_quantity
 from autopeft.tasks import Task
+from autopeft.training_profiler import training_profiler
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
 FrozenPrefixMode = Literal["train", "eval", "cached"]
@@ -250,6 +251,7 @@ def build_trainer(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             inference_mode=True,
+            profiler=training_profiler(),
         )
 
 

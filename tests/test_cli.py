@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_search_with_other_settings_leaves_those_of_the_search_alone(place: Path
         "search", place / "search.yaml", "training.epochs=2"
     )
     assert kept.read_text() == before
+
+
+def test_search_says_where_the_time_went(place: Path, tmp_path: Path) -> None:
+    assert call("search", place / "search.yaml", f"folder={tmp_path}", "--profile").exit_code == 0
+    kept = json.loads((tmp_path / "tiny" / "profile" / "profile.json").read_text())
+    assert kept["trainings"] == 3
+    assert all(kept["sections"][name]["seconds"] > 0 for name in ("load", "tokenise", "forward"))
 
 
 def test_search_needs_a_budget(place: Path) -> None:

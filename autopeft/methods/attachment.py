@@ -16,6 +16,7 @@ from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Parallel, Series
 from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
 from autopeft.methods.prefix import PrefixTuning
+from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
 
@@ -72,6 +73,7 @@ class Attachment:
         RuntimeError: A site does not carry what the configuration says.
     """
 
+    @section("attach")
     def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:
         if backbone.attached is not None:
             raise ValueError(f"{backbone.name} already carries {backbone.attached!r}: detach that one first.")
@@ -184,6 +186,7 @@ class Attachment:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
 
+    @section("attach")
     def detach(self) -> None:
         """Take everything out; the backbone is then what it was, bit for bit. Safe to call again."""
         if self._detached:  # another configuration may be attached by now

@@ -20,7 +20,7 @@ from autopeft.adapter_files import (
     read_adapters,
 )
 from autopeft.configuration import Configuration
-from autopeft.methods import METHODS, Placement
+from autopeft.methods import METHODS, Placement, carries_adapters
 
 
 def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
@@ -124,7 +124,7 @@ def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrained
         # transformers knows no "~"; a hub name never starts with one.
         name = str(base)
         return _from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name, head)
-    if hasattr(base, "peft_config"):
+    if carries_adapters(base):
         raise ValueError(f"{type(base).__name__} already carries adapters: load the base model again.")
     config = _config_of(base, head)
     if base.base_model is base:

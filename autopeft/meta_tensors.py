@@ -118,44 +118,45 @@ class MetaCounter(StorageCounter):
     def __init__(self, remembered: dict[Any, Any]) -> None:
         super().__init__()
         self._remembered = remembered
-        self._aliases: dict[int, bool] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Make the operation's result, and track it."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False
         number = id(func)  # operations live as long as the process, and hash slowly
-        aliases = self._aliases.get(number)
+        aliases = _ALIASES.get(number)
         if aliases is None:
-            aliases = self._aliases[number] = _aliases(func)
+            aliases = _ALIASES[number] = _aliases(func)
         if aliases:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        kwargs = kwargs or {}
+        if number == _VALUE:
+            return False
+        key: Any = number, _signature(args)
+        if kwargs:
+            key = *key, tuple(kwargs), _signature(kwargs.values())
         try:
-            key = (number, _signature(args), _signature(kwargs.values()), tuple(kwargs))
             remembered = self._remembered.get(key)
         except TypeError:  # an argument that cannot be hashed
             return super().__torch_dispatch__(func, types, args, kwargs)
         if remembered is None:
             result = super().__torch_dispatch__(func, types, args, kwargs)
-            self._remembered[key] = _recipe(result, (*args, *kwargs.values()))
+            self._remembered[key] = _recipe(result, (*args, *(kwargs or {}).values()))
             return result
         if remembered is _RUN:
             return super().__torch_dispatch__(func, types, args, kwargs)
         single, recipes = remembered
-        made = [
-            None if one is None else torch.empty_strided(one[0], one[1], dtype=one[2], device="meta")
-            for one in recipes
-        ]
-        for tensor in made:
-            if tensor is not None:
-                self._track(tensor)
+        made = [None if one is None else self._make(*one) for one in recipes]
         return made[0] if single else tuple(made)
 
+    def _make(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        self._track(tensor)
+        return tensor
 
+
+_VALUE = id(torch.ops.aten._local_scalar_dense.default)
 _RUN = object()
+_ALIASES: dict[int, bool] = {}
 
 
 def _aliases(func: Any) -> bool:
@@ -165,14 +166,15 @@ def _aliases(func: Any) -> bool:
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
     """Return what decides the shapes of a result: shapes of tensors, and other arguments as they are."""
-    return tuple(
-        (value.shape, value.stride(), value.dtype)
-        if isinstance(value, Tensor)
-        else ("several", *_signature(value))
-        if isinstance(value, list | tuple)
-        else (type(value), value)
-        for value in values
-    )
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found += value.shape, value.stride(), value.dtype
+        elif isinstance(value, list | tuple):
+            found.append(_signature(value))
+        else:
+            found += type(value), value
+    return tuple(found)
 
 
 def _recipe(result: Any, arguments: Iterable[Any]) -> Any:

@@ -123,6 +123,8 @@ class ExpectedGain:
 
     def best(self, candidates: Sequence[Configuration]) -> int | None:
         """Return the index of the candidate with the largest gain; None where all have been tried."""
+        if not candidates:
+            return None
         tried = {configuration for configuration, _ in self._history.trials}
         ranking = np.argsort(-self(candidates), kind="stable")
         return next((int(index) for index in ranking if candidates[index] not in tried), None)

@@ -286,7 +286,8 @@ class ScoreGuided(SearchSpace):
     ) -> list[tuple[Configuration, dict[str, Any] | None]]:
         """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
 
-        Each stands there with a few learning rates: drawing more rates costs nothing.
+        Each stands there with a few learning rates: drawing more rates costs nothing. The head alone is not
+        among them: it is an anchor, and would often be tried again for the noise in its metric.
         """
         choices = self.choices(backbone)
         rate = self.learning_rate
@@ -300,6 +301,7 @@ class ScoreGuided(SearchSpace):
             drawn = self._draw(generator, backbone)
             found.append((self.suggest(FixedTrial(drawn), backbone), drawn))
         found += [(refiner.child(front, generator), None) for _ in range(_REFINED_CANDIDATES)]
+        found = [(one, drawn) for one, drawn in found if len(one)]
         if not isinstance(rate, float):
             rates = [draw_learning_rate(generator, rate) for _ in range(_MORE_RATES * len(found))]
             found += [
@@ -326,11 +328,11 @@ class ScoreGuided(SearchSpace):
     def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
         """Return the head alone, and the first score's allocation at several budgets.
 
-        The smaller the budget, the higher are the lowest block, which saves memory, and the learning rate:
-        a small adapter needs and bears a larger one, and which range is good is what a search has to learn
-        first.
+        They spread over budgets, lowest blocks (higher ones save memory) and learning rates, for which rates
+        are good is what a search has to learn first. The higher rates stand with the smaller budgets, the
+        highest with the head alone: what trains less needs and bears more.
         """
-        rate = middle_learning_rate(self.learning_rate)
+        rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)
         blocks = self._highest_block(backbone) + 1
         found = [Anchor(name="head alone", configuration=Configuration({}, learning_rate=rate))]

@@ -7,15 +7,16 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.bitfit import BitFit
-from autopeft.methods.bottleneck import Parallel, Series
+from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
 from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
-from autopeft.methods.prefix import PrefixTuning
+from autopeft.methods.prefix import Prefix, PrefixTuning
 from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
@@ -34,6 +35,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """The torch side of every method in `METHOD_SPECIFICATIONS`; those that replace modules come first."""
 
 assert METHODS.keys() == METHOD_SPECIFICATIONS.keys()
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Return whether adapters of peft or of autopeft are attached to a model, or it is a `PeftModel`."""
+    adapters = (BaseTunerLayer, Bottleneck, Prefix)
+    return hasattr(model, "peft_config") or any(isinstance(one, adapters) for one in model.modules())
 
 
 def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,9 +84,10 @@ class Setting:
         return Backbone.load(self.model, self.task)
 
     def evaluator(self, backbone: Backbone) -> Evaluator:
-        """Return what trains and scores a configuration by itself."""
+        """Return what trains and scores a configuration by itself, through the whole model in every step."""
         objectives = resolve_objectives((self.metric, "trainable_parameters"), self.task.metrics)
-        return Evaluator(backbone, self.task, TRAINING, objectives, seed=self.seed)
+        training = replace(TRAINING, frozen_prefix="train")
+        return Evaluator(backbone, self.task, training, objectives, seed=self.seed)
 
     def entry(self, backbone: Backbone, configuration: Configuration, score: float | None) -> Entry:
         """Return the log's entry of a candidate that was done just now."""

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -36,7 +36,7 @@ from autopeft.methods import attach
 from autopeft.seeding import seeded
 from autopeft.shared_prefix import SharedPrefix
 from autopeft.sub_ranks import RowRanks, SubRankDraw
-from autopeft.training import FineTuning, build_trainer, quiet_lightning
+from autopeft.training import FineTuning, build_trainer, dismantle, quiet_lightning
 from autopeft.training_plan import PlannedBatches, TrainingPlan
 
 _META = "autopeft"
@@ -315,16 +315,16 @@ def _fit(
     draw = SubRankDraw(blocks, ranks, smallest_rank, seed)
     batches = PlannedBatches(evaluator.data.train_dataloader(seed), plan, steps_per_epoch)
     module.train()
-    try:
+    with ExitStack() as ending:
+        ending.callback(module.eval)
         with seeded(seed, evaluator.device), quiet_lightning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You defined a `validation_step`")
             callbacks = [StopOnDivergence(), RowRanks(draw, tuple(shapes))]
             trainer = build_trainer(training, callbacks, monitor=evaluator.monitor, pieces=1)
+            ending.callback(dismantle, trainer)
             with interrupts_stay_interrupts():
                 trainer.fit(module, batches)
-    finally:
-        module.eval()
-    return int(trainer.global_step)
+            return int(trainer.global_step)
 
 
 def _judged(evaluator: Evaluator, logits: Tensor, labels: Tensor) -> SubScore:

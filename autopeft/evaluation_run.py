@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from autopeft.paused_training import PausedTraining, TrainingState
 from autopeft.prefix_cache import TrialPrefix
 from autopeft.profiling import section
 from autopeft.seeding import seeded
-from autopeft.training import FineTuning, build_trainer, quiet_lightning
+from autopeft.training import FineTuning, build_trainer, dismantle, quiet_lightning
 from autopeft.training_plan import PlannedBatches
 from autopeft.training_state import put_state, stopped_early, take_state
 
@@ -114,21 +114,21 @@ class EvaluationRun:
         module = evaluator.module(self.configuration, self.before, prefix.serve)
         module.train()
         start = 0 if self.before is None else self.before.step
-        try:
+        with ExitStack() as ending:
+            ending.callback(module.eval)
             with seeded(self.seed, evaluator.device):
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)
                     trainer = build_trainer(
                         evaluator.training, callbacks, monitor=evaluator.monitor, pieces=pieces
                     )
+                ending.callback(dismantle, trainer)
                 if self.before is not None:
                     put_state(self.before.state, trainer, module, best)
                 _fit(trainer, module, evaluator, best, self.seed)
                 if self.end < plan.total_steps and not stopped_early(trainer):
                     self.pause = take_state(trainer, module, best)
             best.restore(module)
-        finally:
-            module.eval()
         self.values |= best.metrics
         self._measure(memory)
         if self.pause is None:

@@ -24,7 +24,7 @@ from autopeft.paused_training import PausedTraining
 from autopeft.prefix_cache import PrefixCache
 from autopeft.profiling import section
 from autopeft.tasks import Task
-from autopeft.training import FineTuning, Serve, Training, build_trainer, quiet_lightning
+from autopeft.training import FineTuning, Serve, Training, build_trainer, dismantle, quiet_lightning
 from autopeft.training_plan import TrainingPlan
 
 _LATENCY_REPEATS = 10
@@ -153,6 +153,7 @@ class Evaluator:
             with quiet_lightning():
                 trainer = build_trainer(self.training, [], monitor=self.monitor)
                 (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
+                dismantle(trainer)
         return {name: float(value) for name, value in metrics.items()}
 
     def module(

@@ -110,7 +110,9 @@ class PrefixCache:
             if self._training.frozen_prefix != "train" and attachment.cut is not None:
                 prefix = FrozenPrefix(self._backbone.model, self._backbone.blocks, attachment.cut)
                 stack.enter_context(prefix)
-            yield TrialPrefix(self, prefix)
+            trial = TrialPrefix(self, prefix)
+            stack.callback(trial.close)
+            yield trial
 
     def open(self, prefix: FrozenPrefix) -> _Opened | None:
         """Return the hidden states at a cut, computed where they are missing.
@@ -340,6 +342,10 @@ class TrialPrefix:
         if self._prefix is not None:
             self._opened = self._cache.open(self._prefix)
         self._started = self._cache.clock()
+
+    def close(self) -> None:
+        """Let go of the files: what a trainer refers to lives on until Python looks for cycles."""
+        self._opened = None
 
     @contextmanager
     def serve(self, batch: Mapping[str, Tensor]) -> Iterator[None]:

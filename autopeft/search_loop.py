@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class SearchLoop:
             max(1, sum(step <= record.evaluation.cost.steps for step in rungs)) for record in store.records
         )
         self._evaluations_at_start = self._evaluations
-        self._published = time.monotonic()
+        self._published = -math.inf  # the first trial is to be seen at once
         self._started = time.monotonic()
         self._spent = self._sum()
         self._share_at_start = budget.spent_share(self._spent)

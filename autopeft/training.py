@@ -255,6 +255,18 @@ def build_trainer(
         )
 
 
+def dismantle(trainer: Trainer) -> None:
+    """Take a Trainer apart for good: its parts refer to each other in circles.
+
+    Else gradients and the optimizer's state would stay until Python next looks for circles, which may be
+    hundreds of trials later.
+    """
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
+    vars(trainer).clear()
+
+
 @contextmanager
 def _no_external_callbacks() -> Iterator[None]:
     """Keep Lightning from asking every installed package for callbacks: half the time a Trainer takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,16 @@ def test_a_search_on_the_gpu_gives_a_front_that_exports(tmp_path: Path) -> None:
     with attach(search.backbone, LORA):
         assert {one.device.type for one in search.backbone.model.parameters()} == {"cuda"}
     torch.cuda.synchronize()
+
+
+def test_allocated_memory_returns_to_the_backbones_after_each_trial() -> None:
+    evaluator = tiny_evaluator(learner(), training=ON_GPU)
+    evaluator.evaluate(LORA)  # moves the backbone, and makes what is made once
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        assert evaluator.evaluate(LORA).status == "complete"
+        # A few counts of torchmetrics and Lightning refer to themselves.
+        assert torch.cuda.memory_allocated() <= before + 64 * 1024
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before

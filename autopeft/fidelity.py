@@ -1,7 +1,8 @@
 """Multi-objective successive halving: which candidates of a search are trained on.
 
 What a candidate costs is exact before training; its metric alone is uncertain. So a candidate is compared
-with the others at the same rung, and goes on only while nobody who costs no more is clearly better.
+with the others at the same rung, and goes on only while nobody who costs no more is clearly better, and
+while it can be hoped to become better than every whole training that costs no more.
 """
 
 from __future__ import annotations
@@ -60,6 +61,15 @@ class _Candidate:
     waits: bool
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """A score that those must pass who cost as much or more; `passes_at`: reaching it is enough."""
+
+    costs: Mapping[str, float]
+    score: float
+    passes_at: bool
+
+
 class Promotion:
     """Decides, from the finished trials alone, which paused one goes on next.
 
@@ -96,7 +106,7 @@ class Promotion:
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records)
             if any(one.waits for one in candidates):
-                chosen = self._choose(candidates, self.noise(rung, records))
+                chosen = self._choose(candidates, self._bars(rung, candidates, records))
                 if chosen is not None:
                     return chosen.record, rung + 1
         return None
@@ -130,11 +140,11 @@ class Promotion:
         best = max(validations, key=lambda one: one[self.monitor])
         return {name: best[name] for name in self._scores}
 
-    def _choose(self, candidates: Sequence[_Candidate], noise: float) -> _Candidate | None:
+    def _choose(self, candidates: Sequence[_Candidate], bars: Sequence[_Bar]) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
         for index in self._best([one.values for one in candidates], quota):
             one = candidates[index]
-            if one.waits and not self._beaten(one, candidates, noise):
+            if one.waits and not any(self._stops(bar, one) for bar in bars):
                 return one
         return None
 
@@ -150,13 +160,28 @@ class Promotion:
             left = [index for index in left if index not in set(layer)]
         return order[:count]
 
-    def _beaten(self, one: _Candidate, others: Sequence[_Candidate], noise: float) -> bool:
-        """Whether someone who costs no more is better by more than the noise."""
-        return any(
-            other.values[self.monitor] > one.values[self.monitor] + noise
-            and all(other.values[name] <= one.values[name] for name in self._costs)
-            for other in others
-        )
+    def _bars(
+        self, rung: int, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]
+    ) -> list[_Bar]:
+        """Return what a candidate must reach at a rung, as candidates there and whole trainings set it."""
+        noise = self.noise(rung, records)
+        bars = [_Bar(one.values, one.values[self.monitor] - noise, passes_at=True) for one in candidates]
+        gains = self._gains(self.steps[rung], records)
+        if len(gains) < _FEWEST_FOR_NOISE:
+            return bars
+        hoped = statistics.median(gains) + noise
+        for record in records:
+            values = record.evaluation.values
+            if record.evaluation.status == "complete" and record.duplicate_of is None:
+                bars.append(_Bar(values, values[self.monitor] - hoped, passes_at=False))
+        return bars
+
+    def _stops(self, bar: _Bar, one: _Candidate) -> bool:
+        """Whether a bar's setter costs no more, and a candidate does not pass it."""
+        if any(bar.costs[name] > one.values[name] for name in self._costs):
+            return False
+        score = one.values[self.monitor]
+        return score < bar.score or (score == bar.score and not bar.passes_at)
 
     def noise(self, rung: int, records: Sequence[TrialRecord]) -> float:
         """Return the standard deviation of what whole trainings gained after a rung; 0 where unknown."""

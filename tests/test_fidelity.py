@@ -97,12 +97,32 @@ def test_the_highest_rung_comes_first() -> None:
 def test_who_is_beaten_beyond_the_noise_waits() -> None:
     # Three whole trainings gained 0.1, 0.2 and 0.3 after the first rung: noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
-    better = trial(3, 1e3, 0.50, 0.9, 0.7)
+    better = trial(3, 1e3, 0.50, 0.6, 0.7)
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
     assert promotion.noise(0, known) == pytest.approx(0.1)
     near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
     assert promotion.next([*known, better, near]) == (near, 1)
     assert promotion.next([*known, better, far]) is None
+
+
+def test_who_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
+    # Whole trainings gained 0.2 in the median after the first rung, with noise of 0.1.
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    whole = trial(3, 1e3, 0.1, 0.1, 0.7, status="complete")
+    hopeful, hopeless = trial(4, 2e3, 0.50), trial(4, 2e3, 0.15)
+    assert promotion.next([*known, whole, hopeful]) == (hopeful, 1)
+    assert promotion.next([*known, whole, hopeless]) is None
+    cheaper = trial(4, 9e2, 0.15)
+    assert promotion.next([*known, whole, cheaper]) == (cheaper, 1)
+
+
+def test_what_has_learned_nothing_is_not_tried_again() -> None:
+    # All that cost the least have the majority's score: promotion by rank alone would train each to the end.
+    known = [trial(n, 1e2, 0.3, 0.3, 0.3) for n in range(3)]
+    assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9))]) is None
+    other = trial(9, 1e2, 0.31)
+    assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9)), other]) == (9, 1)
 
 
 def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:

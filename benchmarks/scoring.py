@@ -2,8 +2,9 @@
 
     python -m benchmarks.scoring [--batches 64]
 
-MiniLM on question classification, batch size 16: all cheap scores in one pass, against one epoch of LoRA of
-rank 8 on all linear modules; peak live bytes of both, the training with one row more in its batch.
+MiniLM on question classification, batch size 16: sets of scores, each in one pass, against one epoch of LoRA
+of rank 8 on all linear modules, one thread; peak live bytes of all cheap scores and of the
+training with one row more in its batch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from autopeft.evaluator import Evaluator
 from autopeft.live_storage import StorageCounter, measure_live_storage
 from autopeft.methods import attach
 from autopeft.objectives import resolve_objectives
+from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.sensitivity import CHEAP_SCORES, compute_scores
 from autopeft.training import Training
@@ -35,6 +37,14 @@ from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 BATCH_SIZE = 16
+_SETS = {
+    f"all {len(CHEAP_SCORES)} cheap scores": CHEAP_SCORES,
+    "what ScoreGuided asks for": ScoreGuided().scores,
+    "the four of single batches' gradients": ("gradient_norm", "fisher", "snip", "taylor2"),
+    "gradient norm": ("gradient_norm",),
+    "explained variance": ("explained_variance",),
+}
+_EPOCH = "an epoch of LoRA 8, one row more for the peak"
 WIDTH = 32
 
 
@@ -76,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=64)
     batches = parser.parse_args().batches
+    torch.set_num_threads(1)
     task = DATASETS["questions"].task(train=batches * BATCH_SIZE, validation=100, test=100)
     backbone = Backbone.load(str(prepare("minilm")), task)
     training = Training(epochs=1, batch_size=BATCH_SIZE, device="cpu")
@@ -83,32 +94,28 @@ def main() -> None:
     evaluator = Evaluator(backbone, task, training, objectives)
     given = list(islice(evaluator.data.train_dataloader(), batches))
     compute_scores(backbone, given[:1], task.loss)  # what is loaded on first use
-    started = time.perf_counter()
-    compute_scores(backbone, given, task.loss)
-    scoring = time.perf_counter() - started
-    started = time.perf_counter()
-    compute_scores(backbone, given, task.loss, ("gradient_norm", "fisher", "snip", "taylor2"))
-    gradients = time.perf_counter() - started
+    seconds = {}
+    for name, scores in _SETS.items():
+        started = time.perf_counter()
+        compute_scores(backbone, given, task.loss, scores)
+        seconds[name] = time.perf_counter() - started
     epoch = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
-    peaks = peak_of_scoring(backbone), peak_of_training(backbone)
+    first = next(iter(_SETS))
+    peaks = {first: peak_of_scoring(backbone), _EPOCH: peak_of_training(backbone)}
     table = Table(title=f"{batches} batches of {BATCH_SIZE}")
     for heading in ("", "seconds", "of the epoch", "peak live MiB"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = (
-        (f"all {len(CHEAP_SCORES)} cheap scores", scoring, peaks[0]),
-        ("the four of single batches' gradients", gradients, None),
-        ("an epoch of LoRA 8, one row more for the peak", epoch, peaks[1]),
-    )
-    for name, seconds, peak in rows:
-        shown = "" if peak is None else f"{peak / 2**20:.1f}"
-        table.add_row(name, f"{seconds:.1f}", f"{seconds / epoch:.2f}", shown)
+    seconds[_EPOCH] = epoch
+    for name, one in seconds.items():
+        peak = f"{peaks[name] / 2**20:.1f}" if name in peaks else ""
+        table.add_row(name, f"{one:.1f}", f"{one / epoch:.2f}", peak)
     Console().print(table)
     record = {
         "command": f"python -m benchmarks.scoring --batches {batches}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "rows": [
-            {"what": name, "seconds": seconds, "share": seconds / epoch, "peak_bytes": peak}
-            for name, seconds, peak in rows
+            {"what": name, "seconds": one, "share": one / epoch, "peak_bytes": peaks.get(name)}
+            for name, one in seconds.items()
         ],
     }
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")

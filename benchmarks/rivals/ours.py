@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from autopeft import ParetoFront, Search, SuccessiveHalving
+from autopeft import Elastic, ParetoFront, Search, SuccessiveHalving
 from autopeft.evaluation import TrialRecord
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
@@ -20,12 +20,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
+    "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
         "training": replace(TRAINING, frozen_prefix="train"),
     },
 }
-"""By name, the arguments of `Search`; each technique is switched off alone."""
+"""By name, the arguments of `Search`: each technique of the whole is switched off alone, and one added."""
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:

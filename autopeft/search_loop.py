@@ -18,6 +18,7 @@ from autopeft.configuration import Configuration
 from autopeft.dead_ends import refuse_hopeless, used_up
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
+from autopeft.garbage import settled_objects
 from autopeft.identity import environment
 from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
@@ -28,6 +29,7 @@ from autopeft.search_profile import record_profile
 from autopeft.search_spaces import History
 from autopeft.study_store import StudyStore
 from autopeft.tracking import Tracker
+from autopeft.training import quiet_lightning
 
 if TYPE_CHECKING:
     from autopeft.search import Search
@@ -100,7 +102,7 @@ class SearchLoop:
         status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
         front = self.front()
         try:
-            with self.progress:
+            with self.progress, quiet_lightning(), settled_objects():
                 self._announce(front)
                 while self._goes_on():
                     front = self._step(front)

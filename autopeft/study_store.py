@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -244,18 +244,22 @@ def _lock(folder: Path, name: str) -> TextIO:
     return handle
 
 
+class _HeldAlready(JournalFileSymlinkLock):
+    """Optuna's lock of the journal, which is not needed: who writes holds the search's own."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
 def _open_journal(path: Path) -> JournalStorage:
-    """Open the journal, clearing what a killed process can leave: half a line, and Optuna's lock."""
-    for leftover in _leftovers(path):
-        leftover.unlink(missing_ok=True)
+    """Open the journal, clearing what a killed process can leave: half a line."""
     if path.exists():
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             with path.open("r+b") as handle:
                 handle.truncate(len(whole))
-    return JournalStorage(JournalFileBackend(str(path)))
-
-
-def _leftovers(path: Path) -> Iterable[Path]:
-    return path.parent.glob(f"{path.name}.lock*")
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready(str(path))))

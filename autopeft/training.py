@@ -284,11 +284,14 @@ def quiet_lightning() -> Iterator[None]:
     """Silence what Lightning says of devices, loaders and finished fits: a search makes hundreds."""
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
-    logger.setLevel(logging.WARNING)
+    quiet = before >= logging.WARNING  # by a call around this one: changing a level takes a millisecond
+    if not quiet:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
             yield
     finally:
-        logger.setLevel(before)
+        if not quiet:
+            logger.setLevel(before)

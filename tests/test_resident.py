@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from autopeft import ParetoFront
 from autopeft.configuration import Configuration
+from autopeft.evaluation import TrialRecord
+from autopeft.garbage import settled_objects
 from autopeft.search_spaces import PerLayer
 from benchmarks.leak import WARM_UP, WINDOW, growth, measure
 from tests.learnable import TRAINING, learner, tiny_evaluator, tiny_search
@@ -94,3 +97,24 @@ def test_growth_is_that_after_the_first_trials() -> None:
 def test_two_hundred_trials_in_one_process_do_not_grow() -> None:
     torch.set_num_threads(1)
     assert growth(measure(200))["growth"] < 0.02
+
+
+def test_what_was_there_before_is_frozen_while_a_search_runs(tmp_path: Path) -> None:
+    frozen: list[int] = []
+    search = tiny_search(tmp_path)
+    search.run(
+        trials=2, progress=False, callbacks=[lambda record, front: frozen.append(gc.get_freeze_count())]
+    )
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_else_has_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with settled_objects():
+            assert gc.get_freeze_count() == before
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        gc.unfreeze()

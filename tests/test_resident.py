@@ -101,10 +101,11 @@ def test_two_hundred_trials_in_one_process_do_not_grow() -> None:
 
 def test_what_was_there_before_is_frozen_while_a_search_runs(tmp_path: Path) -> None:
     frozen: list[int] = []
-    search = tiny_search(tmp_path)
-    search.run(
-        trials=2, progress=False, callbacks=[lambda record, front: frozen.append(gc.get_freeze_count())]
-    )
+
+    def note(record: TrialRecord, front: ParetoFront) -> None:
+        frozen.append(gc.get_freeze_count())
+
+    tiny_search(tmp_path).run(trials=2, progress=False, callbacks=[note])
     assert min(frozen) > 10_000
     assert gc.get_freeze_count() == 0
 

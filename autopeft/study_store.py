@@ -21,12 +21,13 @@ from typing import Any, TextIO
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.evaluation import TrialRecord
 from autopeft.fidelity import Promotion
+from autopeft.journal import SoleWriterJournal
 from autopeft.objectives import Objective
 from autopeft.profiling import section
 
@@ -60,6 +61,7 @@ class StudyStore:
     ) -> None:
         self.folder = folder
         self._lock = _lock(folder, name)
+        self._journal: SoleWriterJournal | None = None
         self._sampler = sampler
         self._promotion = promotion
         self.records: list[TrialRecord] = []
@@ -71,7 +73,8 @@ class StudyStore:
             raise
 
     def _open(self, name: str, objectives: Sequence[Objective]) -> None:
-        storage = _open_journal(self.folder / STUDY_FILE)
+        self._journal = SoleWriterJournal(self.folder / STUDY_FILE)
+        storage = JournalStorage(self._journal)
         directions = [objective.direction for objective in objectives]
         names = [objective.name for objective in objectives]
         with quiet_optuna():
@@ -163,7 +166,11 @@ class StudyStore:
 
     def close(self) -> None:
         """Let another process run this search."""
-        self._lock.close()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            self._lock.close()
 
 
 @contextmanager
@@ -242,24 +249,3 @@ def _lock(folder: Path, name: str) -> TextIO:
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
-
-
-class _HeldAlready(JournalFileSymlinkLock):
-    """Optuna's lock of the journal, which is not needed: who writes holds the search's own."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        """Do nothing."""
-
-
-def _open_journal(path: Path) -> JournalStorage:
-    """Open the journal, clearing what a killed process can leave: half a line."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready(str(path))))

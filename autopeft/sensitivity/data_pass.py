@@ -27,6 +27,7 @@ def run_data_pass(
     store: GradientStore | None,
     variance: InputVariance | None,
     per_sample_fisher: bool,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, SiteScores]:
     """Run the model once on every batch, backwards too if a gradient is needed.
 
@@ -36,6 +37,7 @@ def run_data_pass(
         store: Filled with the gradients, unless None.
         variance: Filled with the inputs, unless None.
         per_sample_fisher: Whether "fisher" is of samples instead of batches.
+        dtype: What matrices are multiplied in, the weights' gradients among them; None for the model's own.
 
     Returns:
         The scores in `names`: means over the batches (or samples).
@@ -54,9 +56,9 @@ def run_data_pass(
         mask = inputs.get("attention_mask")
         with contextlib.nullcontext() if variance is None else variance.watch(mask):
             if formulas or store is not None:
-                _run_backward(subject, index, formulas, sums, store)
+                _run_backward(subject, index, formulas, sums, store, dtype)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), subject.autocast(dtype):
                     subject.model(**inputs)
     return {name: _mean(subject, name, sums[name], per_sample_fisher) for name in formulas}
 
@@ -67,6 +69,7 @@ def _run_backward(
     formulas: Mapping[str, Callable[[LayerGradient], Tensor]],
     sums: _Sums,
     store: GradientStore | None,
+    dtype: torch.dtype | None,
 ) -> None:
     def receive(layer: LayerGradient) -> None:
         for name, formula in formulas.items():
@@ -76,8 +79,8 @@ def _run_backward(
         if store is not None:
             store.add(layer)
 
-    with layer_gradients(subject.sites, receive, rows=subject.rows(index)) as run_backward:
-        run_backward(subject.forward_loss(index))
+    with layer_gradients(subject.sites, receive, rows=subject.rows(index), dtype=dtype) as run_backward:
+        run_backward(subject.forward_loss(index, dtype))
 
 
 def _mean(subject: Subject, name: str, sums: Mapping[Site, Tensor], per_sample_fisher: bool) -> SiteScores:

@@ -103,9 +103,8 @@ def _principal(rows: Tensor, components: int) -> Tensor:
             rows, q=components + _SPARE_COMPONENTS, niter=_ITERATIONS
         )
         return singular_values[:components, None] * right.mT[:components]
-    # Leading components bear the rounding of the product, which takes most of the time; eigh would not.
-    left: Tensor = torch.linalg.eigh((rows @ rows.mT).double()).eigenvectors
-    return left[:, -components:].flip(1).mT.to(rows.dtype) @ rows
+    left: Tensor = torch.linalg.eigh(rows @ rows.mT).eigenvectors
+    return left[:, -components:].flip(1).mT @ rows
 
 
 class InputVariance:

@@ -33,17 +33,22 @@ class LayerGradient:
         products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
             forward pass: one, or more where blocks share their weights.
         rows: Number of rows of the batch; the loss is the mean over them.
+        dtype: What is multiplied, less precise than single precision or not; None for single precision or
+            what is better.
     """
 
-    def __init__(self, site: MatrixSite, products: Sequence[_Product], rows: int) -> None:
+    def __init__(
+        self, site: MatrixSite, products: Sequence[_Product], rows: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.site = site
         self._products = products
         self._rows = rows
+        self._dtype = dtype
 
     @cached_property
     def gradient(self) -> Tensor:
         """G, (out, in), in single precision or what is better."""
-        return _sum([_outer(*product) for product in self._products])
+        return _sum([_outer(*product, self._dtype) for product in self._products])
 
     @cached_property
     def norm(self) -> Tensor:
@@ -71,7 +76,8 @@ class LayerGradient:
         """
         by_row = [tuple(map(self._apart, product)) for product in self._products]
         for row in range(self._rows):
-            total = _sum([_outer(output_gradient[row], given[row]) for output_gradient, given in by_row])
+            products = [(output_gradient[row], given[row]) for output_gradient, given in by_row]
+            total = _sum([_outer(*product, self._dtype) for product in products])
             yield total.mul_(self._rows)
 
     def _apart(self, tensor: Tensor) -> Tensor:
@@ -84,16 +90,17 @@ class LayerGradient:
         return tensor.reshape(self._rows, -1, tensor.shape[-1])
 
 
-def _outer(output_gradient: Tensor, given: Tensor) -> Tensor:
+def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return δᵀ x, without the tokens whose δ is 0: padding, and in a last block all that is not pooled."""
-    dtype = torch.promote_types(given.dtype, torch.float32)
+    precise = torch.promote_types(given.dtype, torch.float32)
+    factors = precise if dtype is None else dtype
     left = output_gradient.reshape(-1, output_gradient.shape[-1])
     right = given.reshape(-1, given.shape[-1])
     if left.device.type == "cpu":  # elsewhere, to look at the numbers is to wait for them
         used = left.any(dim=1)
         if int(used.sum()) < _WORTH_DROPPING * len(left):
             left, right = left[used], right[used]
-    return left.to(dtype).mT @ right.to(dtype)
+    return (left.to(factors).mT @ right.to(factors)).to(precise)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
@@ -105,7 +112,10 @@ def _sum(tensors: list[Tensor]) -> Tensor:
 
 @contextmanager
 def layer_gradients(
-    sites: Sequence[MatrixSite], receive: Callable[[LayerGradient], None], rows: int
+    sites: Sequence[MatrixSite],
+    receive: Callable[[LayerGradient], None],
+    rows: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Callable[[Tensor], None]]:
     """Hand over each site's gradient while a backward pass runs; yields what runs it.
 
@@ -117,13 +127,14 @@ def layer_gradients(
         sites: The sites to watch.
         receive: Called once a site; whatever it keeps of the gradient stays alive.
         rows: Number of rows of the batch.
+        dtype: See `LayerGradient`.
     """
     waiting: dict[Site, int] = defaultdict(int)
     products: dict[Site, list[_Product]] = defaultdict(list)
     matrices = {matrix.site: matrix for matrix in sites}
 
     def hand_over(site: Site) -> None:
-        receive(LayerGradient(matrices[site], products.pop(site), rows))
+        receive(LayerGradient(matrices[site], products.pop(site), rows, dtype))
 
     def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor | None:
         site = matrix.site

@@ -62,13 +62,23 @@ class Subject:
         """Return the number of rows of a batch with labels."""
         return len(self.batches[index]["labels"])
 
-    def forward_loss(self, index: int) -> Tensor:
+    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
+        """Return the context in which the model computes in a dtype; in its own for None."""
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def forward_loss(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the loss of a batch, a scalar with its graph.
+
+        Args:
+            index: The batch.
+            dtype: What the model computes in, under autocast; the loss is of single precision logits.
 
         Raises:
             ValueError: The loss is not finite.
         """
-        logits = self.model(**self.inputs(index)).logits
+        with self.autocast(dtype):
+            logits = self.model(**self.inputs(index)).logits
+        logits = logits if dtype is None else logits.float()
         value = self.loss(logits, self.batches[index]["labels"].to(self.device))
         if not bool(torch.isfinite(value).all()):
             raise ValueError(

@@ -166,6 +166,25 @@ def test_half_precision() -> None:
             assert rough[name].values[site] == pytest.approx(value, rel=0.2)
 
 
+def test_mixed_precision_moves_scores_little_and_is_used() -> None:
+    backbone, batches = tiny_backbone("bert"), labelled_batches(2)
+    names = [*FIRST_ORDER, "explained_variance"]
+    exact = compute_scores(backbone, batches, cross_entropy, names)
+    options = ScoreOptions(precision="bf16-mixed")
+    mixed = compute_scores(backbone, batches, cross_entropy, names, options=options)
+    for name, scores in exact.items():
+        tolerance = 0.02 * max(scores.values.values())
+        for site, value in scores.values.items():
+            assert mixed[name].values[site] == pytest.approx(value, rel=0.1, abs=tolerance)
+    assert mixed["gradient_norm"] != exact["gradient_norm"]
+    assert mixed["explained_variance"] != exact["explained_variance"]
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="precision 'bf16'.*bf16-mixed"):
+        ScoreOptions(precision="bf16")  # type: ignore[arg-type]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_as_on_the_cpu() -> None:
     backbone, batches = tiny_backbone("bert"), labelled_batches(2)

@@ -19,6 +19,7 @@ from autopeft.evaluation import Evaluation
 from autopeft.evaluation_run import EvaluationRun, Trained, reason_of_failure
 from autopeft.memory import MemoryCounter, count_flops
 from autopeft.methods import Attachment, attach
+from autopeft.modes import in_mode
 from autopeft.objectives import Constraint, Objective
 from autopeft.paused_training import PausedTraining
 from autopeft.prefix_cache import PrefixCache
@@ -185,15 +186,12 @@ class Evaluator:
         batch = {
             name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
         }
-        was_training = model.training
-        model.eval()
         seconds = []
-        with torch.inference_mode():
+        with in_mode(model, training=False), torch.inference_mode():
             for _ in range(_LATENCY_REPEATS + 1):
                 started = time.perf_counter()
                 model(**batch)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)
-        model.train(was_training)
         return statistics.median(seconds[1:])

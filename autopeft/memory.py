@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
 from autopeft.meta_tensors import MetaCounter, cpu_attention
+from autopeft.modes import in_mode
 
 Precision = Literal["32-true", "bf16-mixed"]
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -82,25 +83,22 @@ class MemoryCounter:
         Raises:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
-        was_training = self._model.training
-        self._model.train()
         try:
-            shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
-            kind = frozenset(map(type, self._model.modules())), (shapes, precision)
-            if self._is_quick(*kind):
-                return self._count_on_meta(batch, loss, precision)
-            slow = self._count_on_fake(batch, loss, precision)
-            if kind not in self._agrees:
-                self._agrees[kind] = slow == self._try_on_meta(batch, loss, precision)
-            return slow
+            with in_mode(self._model, training=True):
+                shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
+                kind = frozenset(map(type, self._model.modules())), (shapes, precision)
+                if self._is_quick(*kind):
+                    return self._count_on_meta(batch, loss, precision)
+                slow = self._count_on_fake(batch, loss, precision)
+                if kind not in self._agrees:
+                    self._agrees[kind] = slow == self._try_on_meta(batch, loss, precision)
+                return slow
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"The peak memory of {type(self._model).__name__} cannot be counted without running it "
                 f"({str(error).strip().splitlines()[0]}): leave peak_memory out of objectives and "
                 "constraints."
             ) from error
-        finally:
-            self._model.train(was_training)
 
     def _is_quick(self, modules: frozenset[type], setting: Hashable) -> bool:
         """Whether the quick way was seen to agree for a model of these and perhaps more kinds of modules."""

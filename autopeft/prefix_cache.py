@@ -24,6 +24,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import rows_of
 from autopeft.frozen_prefix import FrozenPrefix, Structure, UnservableError
 from autopeft.methods import Attachment
+from autopeft.modes import in_mode
 from autopeft.objectives import parse_quantity
 from autopeft.prefix_estimate import Estimate, Passes, estimate
 from autopeft.prefix_files import PrefixFiles, StateWriter, StoredStates
@@ -122,19 +123,14 @@ class PrefixCache:
         cut = prefix.cut
         if self._files is None or cut == 0 or cut in self._unservable or not self._know_rows():
             return None
-        model = self._backbone.model
-        was_training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
+            with in_mode(self._backbone.model, training=False), torch.no_grad():
                 return self._open(prefix, self._files)
         except UnservableError as error:
             self._unservable.add(cut)
             _logger.warning("Hidden states of %s cannot be served: %s.", self._backbone.name, error)
         except OSError as error:
             _logger.warning("Hidden states cannot be kept in %s: %s.", self._files.folder, error)
-        finally:
-            model.train(was_training)
         return None
 
     def _know_rows(self) -> bool:

@@ -49,13 +49,17 @@ class _RepeatableNSGAIII(optuna.samplers.NSGAIIISampler):
 
 
 class _TPEFactory:
-    """Make TPE samplers that share what they remember of finished trials."""
+    """Give one TPE sampler again and again, seeded anew: all it remembers is finished trials."""
 
     def __init__(self) -> None:
-        self._remembered = Remembered()
+        self._sampler: RememberingTPESampler | None = None
 
     def __call__(self, seed: int) -> BaseSampler:
-        return RememberingTPESampler(seed, self._remembered)
+        if self._sampler is None:
+            self._sampler = RememberingTPESampler(seed, Remembered())
+        else:
+            self._sampler.reseed(seed)
+        return self._sampler
 
 
 def _nsga2(seed: int) -> BaseSampler:

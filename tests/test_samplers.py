@@ -61,8 +61,8 @@ class PlainTPE(SeededSampler):
 
 
 def test_tpe_asks_what_optunas_asks() -> None:
-    ours, plain = asked("tpe", 40), new_study(PlainTPE(0))
-    for _ in range(40):
+    ours, plain = asked("tpe", 120), new_study(PlainTPE(0))
+    for _ in range(120):
         step(plain)
     assert [one.params for one in ours.trials] == [one.params for one in plain.trials]
 

@@ -181,7 +181,7 @@ def test_mixed_precision_moves_scores_little_and_is_used() -> None:
 
 
 def test_unknown_precision() -> None:
-    with pytest.raises(ValueError, match="precision 'bf16'.*bf16-mixed"):
+    with pytest.raises(ValueError, match=r"precision .bf16.*bf16-mixed"):
         ScoreOptions(precision="bf16")  # type: ignore[arg-type]
 
 

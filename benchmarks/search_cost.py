@@ -1,6 +1,6 @@
 """What a front costs: hypervolume against processor time, for autopeft and for what people do today.
 
-    python -m benchmarks.search_cost [--methods ...] [--datasets questions spam] [--seeds 3] [--trials 24]
+    python -m benchmarks.search_cost [--methods ...] [--dataset questions] [--seeds 3] [--trials 60]
 
 A front's value is what its members give when they are trained again from the start, with a seed that no
 search has used, and scored on the test split: never a search's own, optimistic values. A method's front at
@@ -20,7 +20,9 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import partial
@@ -33,14 +35,16 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft.configuration import Configuration
-from benchmarks.rivals.comparison import FRESH_SEEDS, SHARES, Archive, Comparison
+from benchmarks.datasets import DATASETS
+from benchmarks.rivals.comparison import FRESH_SEEDS, Archive, Comparison
 from benchmarks.rivals.setting import EXAMPLES, TRAINING, Entry, Setting
 
-RESULTS = Path(__file__).parent / "results" / "search_cost.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "search_cost.png"
+RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
 HANDWRITTEN = "hand-written loop, TPE"
 PAPER = "AutoPEFT paper's protocol"
 OURS = "autopeft"
+RIVALS = (HANDWRITTEN, PAPER)
 _NEEDS = {PAPER: ("optuna_integration", "botorch"), "Syne Tune's MO-ASHA": ("syne_tune", "syne-tune")}
 
 
@@ -89,56 +93,54 @@ def train_again(dataset: str, configurations: Sequence[dict[str, Any]], seed: in
     return scores
 
 
-def draw(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw hypervolume against processor time, a panel a data set: the median over seeds."""
-    figure = Figure(figsize=(6.4 * len(tables), 4.6), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axes, (dataset, rows) in zip(panels, tables.items(), strict=True):
-        for row in rows:
-            curves = list(row["curves"].values())
-            median = [statistics.median(values) for values in zip(*curves, strict=True)]
-            axes.plot(row["times"], median, marker="o", markersize=3, label=row["method"])
-        axes.set_xscale("log")
-        axes.set_title(dataset)
-        axes.set_xlabel("CPU-seconds of the whole process")
-        axes.set_ylabel("hypervolume of the front, trained again, test split")
-        axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE)
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw hypervolume against processor time: every seed thin, the median over seeds thick."""
+    figure = Figure(figsize=(7.2, 4.8), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for index, row in enumerate(rows):
+        curves = list(row["curves"].values())
+        for curve in curves:
+            axes.plot(row["times"], curve, color=f"C{index}", linewidth=0.6, alpha=0.5)
+        median = [statistics.median(values) for values in zip(*curves, strict=True)]
+        axes.plot(row["times"], median, color=f"C{index}", marker="o", markersize=3, label=row["method"])
+    axes.set_xscale("log")
+    axes.set_title(rows[0]["dataset"])
+    axes.set_xlabel("CPU-seconds of the whole process")
+    axes.set_ylabel("hypervolume of the front, trained again, test split")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
-def show(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Print a table a data set."""
-    for dataset, rows in tables.items():
-        by_name = {row["method"]: row for row in rows}
-        table = Table(
-            title=f"{dataset}: CPU-seconds to a share of the reference hypervolume (median over seeds)"
-        )
-        table.add_column("method")
-        headings = [f"{share:.0%}" for share in SHARES]
-        for heading in (*headings, "at the end", "CPU-seconds", f"{HANDWRITTEN}: times"):
-            table.add_column(heading, justify="right")
-        for row in rows:
-            cells = ["–" if row[f"to_{one}"] is None else f"{row[f'to_{one}']:.0f}" for one in headings]
-            table.add_row(
-                row["method"],
-                *cells,
-                f"{row['share_at_end']:.3f}",
-                f"{row['cpu_seconds']:.0f}",
-                ratio(by_name.get(HANDWRITTEN), row),
-            )
-        Console(width=140).print(table)
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table."""
+    rivals = {f"{row['method']}: its end": row for row in rows if row["method"] in RIVALS}
+    table = Table(title=f"{rows[0]['dataset']}: CPU-seconds to a level of hypervolume (median over seeds)")
+    table.add_column("method")
+    for level in rows[0]["seconds_to"]:
+        table.add_column(level if level in rivals else f"{level} of the reference", justify="right")
+    table.add_column("at the end, of the reference", justify="right")
+    table.add_column("CPU-seconds in all", justify="right")
+    for row in rows:
+        cells = []
+        for level, seconds in row["seconds_to"].items():
+            cell = "–" if seconds is None else f"{seconds:.0f}"
+            rival = rivals.get(level, row)
+            cells.append(cell if rival is row else f"{cell} ({ratio(rival, row, level)})")
+        table.add_row(row["method"], *cells, f"{row['share_at_end']:.3f}", f"{row['cpu_seconds']:.0f}")
+    Console(width=160).print(table)
 
 
-def ratio(rival: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:
-    """Say how many times the rival's processor time to 95 % is the row's; "> " where it never gets there."""
-    own = row["to_95%"]
-    if rival is None or own is None:
+def ratio(rival: Mapping[str, Any], row: Mapping[str, Any], level: str) -> str:
+    """Say how many times a method's processor time to a level the rival takes.
+
+    "> " where the rival never gets there: it took more than all it had.
+    """
+    own, other = row["seconds_to"][level], rival["seconds_to"][level]
+    if own is None:
         return "–"
-    other = rival["to_95%"]
-    return f"> {rival['cpu_seconds'] / own:.1f}" if other is None else f"{other / own:.1f}"
+    return f"> {rival['cpu_seconds'] / own:.1f}×" if other is None else f"{other / own:.1f}×"
 
 
 def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int) -> None:
@@ -163,56 +165,65 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
 
 
 def main() -> None:
-    """Run what is missing, train the fronts again, print tables, draw, write JSON."""
+    """Run what is missing, train the fronts again, print a table, draw, write JSON."""
     known = methods()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=list(known), default=list(known))
-    parser.add_argument("--datasets", nargs="+", default=["questions", "spam"])
+    parser.add_argument("--methods", nargs="+", choices=list(known), default=[*RIVALS, OURS])
+    parser.add_argument("--dataset", default="questions", choices=list(DATASETS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--our-trials", type=int, default=48, help="of autopeft's variants: most pause early")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument(
+        "--our-trials", type=int, default=144, help="of autopeft's variants: most pause early"
+    )
+    parser.add_argument("--name", help="of the results; the data set's unless given")
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/search_cost"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     archive = Archive(arguments.folder)
+    settings = {
+        (method, seed): Setting(
+            dataset=arguments.dataset,
+            seed=seed,
+            trials=arguments.our_trials if method.startswith(OURS) else arguments.trials,
+        )
+        for seed in range(arguments.seeds)
+        for method in arguments.methods
+    }
     context = multiprocessing.get_context("spawn")
-
-    def trials(method: str) -> int:
-        return int(arguments.our_trials if method.startswith(OURS) else arguments.trials)
-
     with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool:
-        futures = {}
-        for dataset in arguments.datasets:
-            for seed in range(arguments.seeds):
-                for method in arguments.methods:
-                    setting = Setting(dataset=dataset, seed=seed, trials=trials(method))
-                    if (method, dataset, seed, setting.trials) not in archive.runs:
-                        futures[pool.submit(search, method, setting)] = method, setting
-        for count, future in enumerate(as_completed(futures), 1):
-            method, setting = futures[future]
-            archive.add_run(method, setting, future.result())
-            print(f"{count} of {len(futures)}: {method}, {setting.dataset}, {setting.seed}", flush=True)
-        tables = {}
-        for dataset in arguments.datasets:
-            runs = {
-                (method, seed): archive.runs[method, dataset, seed, trials(method)]
-                for method in arguments.methods
-                for seed in range(arguments.seeds)
-            }
-            comparison = Comparison(dataset, runs, archive)
-            _train_missing(comparison, pool, size=12)
-            tables[dataset] = comparison.rows()
-    show(tables)
-    draw(tables)
+        _search_missing(archive, settings, pool)
+        runs = {key: archive.runs[key[0], one.dataset, one.seed, one.trials] for key, one in settings.items()}
+        comparison = Comparison(arguments.dataset, runs, archive)
+        _train_missing(comparison, pool, size=12)
+    rows = comparison.rows([name for name in RIVALS if name in arguments.methods])
+    show(rows)
+    name = arguments.name or arguments.dataset
+    draw(rows, PICTURES / f"search_cost_{name}.png")
     record = {
-        "command": f"python -m benchmarks.search_cost --seeds {arguments.seeds} --trials {arguments.trials} "
-        f"--our-trials {arguments.our_trials}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a run",
+        "command": f"python -m benchmarks.search_cost {shlex.join(sys.argv[1:])}".rstrip(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a run, "
+        f"{arguments.processes} runs at once",
         "examples": EXAMPLES,
         "epochs": TRAINING.epochs,
-        "tables": tables,
+        "reference": comparison.reference(),
+        "rows": rows,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"search_cost_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _search_missing(
+    archive: Archive, settings: Mapping[tuple[str, int], Setting], pool: ProcessPoolExecutor
+) -> None:
+    """Run the searches that the archive does not have."""
+    futures = {
+        pool.submit(search, method, one): (method, one)
+        for (method, _), one in settings.items()
+        if (method, one.dataset, one.seed, one.trials) not in archive.runs
+    }
+    for count, future in enumerate(as_completed(futures), 1):
+        method, setting = futures[future]
+        archive.add_run(method, setting, future.result())
+        print(f"{count} of {len(futures)}: {method}, {setting.dataset}, {setting.seed}", flush=True)
 
 
 if __name__ == "__main__":

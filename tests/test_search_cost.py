@@ -10,7 +10,7 @@ import pytest
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.objectives import resolve_objectives
-from benchmarks.rivals.comparison import Archive, key_of, members_at, moments, reached
+from benchmarks.rivals.comparison import Archive, Comparison, key_of, members_at, moments, reached
 from benchmarks.rivals.setting import Entry, Setting
 from benchmarks.search_cost import ratio
 
@@ -55,11 +55,28 @@ def test_a_level_is_reached_between_moments_on_a_log_scale(level: float, expecte
 
 
 def test_the_ratio_is_a_bound_where_the_rival_never_gets_there() -> None:
-    own = {"to_95%": 50.0, "cpu_seconds": 60.0}
-    assert ratio({"to_95%": 500.0, "cpu_seconds": 900.0}, own) == "10.0"
-    assert ratio({"to_95%": None, "cpu_seconds": 900.0}, own) == "> 18.0"
-    assert ratio(own, {"to_95%": None, "cpu_seconds": 900.0}) == "–"
-    assert ratio(None, own) == "–"
+    def row(seconds: float | None) -> dict[str, object]:
+        return {"seconds_to": {"95%": seconds}, "cpu_seconds": 900.0}
+
+    own = row(50.0)
+    assert ratio(row(500.0), own, "95%") == "10.0×"
+    assert ratio(row(None), own, "95%") == "> 18.0×"
+    assert ratio(own, row(None), "95%") == "–"
+
+
+def test_what_a_rival_has_at_its_end_is_a_level(tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    quick, slow = entry(1, 0.9, 3_000, 10.0), entry(2, 0.6, 3_000, 80.0)
+    for one, test in ((quick, 0.8), (slow, 0.6)):
+        archive.add_training("questions", key_of(one), 1000, test)
+    rows = Comparison("questions", {("ours", 0): [quick], ("rival", 0): [slow]}, archive).rows(["rival"])
+    ours, rival = rows
+    assert list(ours["seconds_to"]) == ["90%", "95%", "99%", "rival: its end"]
+    assert list(ours["seconds_to"].values()) == pytest.approx([10.0] * 4)
+    assert rival["seconds_to"]["95%"] is None
+    assert rival["seconds_to"]["rival: its end"] == pytest.approx(80.0)
+    assert ours["share_at_end"] == 1.0
+    assert ratio(rival, ours, "95%") == "> 8.0×"
 
 
 def test_what_is_done_is_kept(tmp_path: Path) -> None:

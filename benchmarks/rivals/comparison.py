@@ -161,11 +161,27 @@ class Comparison:
         points = [self.point(one) for log in self.runs.values() for one in self.members(log, math.inf)]
         return hypervolume(points, self.axes)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row a method: processor time to each share of the reference, median over seeds."""
+    def _own_times(self, method: str, seed: int) -> list[float]:
+        """Return the moments, those after a run's end taken as its end."""
+        end = self.runs[method, seed][-1].cpu_seconds
+        return [min(one, end) for one in self.times]
+
+    def rows(self, rivals: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Return one row a method: processor time to each level of hypervolume, medians over seeds.
+
+        The levels are shares of the reference, and what each rival has at its end (the median over its
+        seeds): where nobody comes near the reference, that says what the same front costs.
+
+        Args:
+            rivals: Methods whose end is a level, of those that were run.
+        """
         reference = self.reference()
         names = dict.fromkeys(name for name, _ in self.runs)
         curves = {key: self.curve(log) for key, log in self.runs.items()}
+        levels = {f"{share:.0%}": share * reference for share in SHARES}
+        for rival in rivals:
+            ends = [curve[-1] for (method, _), curve in curves.items() if method == rival]
+            levels[f"{rival}: its end"] = statistics.median(ends)
         rows = []
         for name in names:
             own = {seed: curve for (method, seed), curve in curves.items() if method == name}
@@ -177,10 +193,11 @@ class Comparison:
                 "cpu_seconds": statistics.median(self.runs[name, seed][-1].cpu_seconds for seed in own),
                 "curves": {str(seed): curve for seed, curve in own.items()},
                 "times": self.times,
+                "seconds_to": {},
             }
-            for share in SHARES:
-                found = [reached(curve, self.times, share * reference) for curve in own.values()]
+            for label, level in levels.items():
+                found = [reached(curve, self._own_times(name, seed), level) for seed, curve in own.items()]
                 median = statistics.median(math.inf if one is None else one for one in found)
-                row[f"to_{share:.0%}"] = median if math.isfinite(median) else None
+                row["seconds_to"][label] = median if math.isfinite(median) else None
             rows.append(row)
         return rows

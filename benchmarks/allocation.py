@@ -1,12 +1,13 @@
 """Do scores place LoRA ranks better than uniform LoRA, at the same number of trainable parameters?
 
-    python -m benchmarks.allocation [--datasets questions movies spam] [--seeds 3] [--uniform-ranks 1 2 4 8]
+    python -m benchmarks.allocation [--datasets questions movies spam] [--budgets ...] [--arms ...]
 
 For every data set, budget and arm (a score with an allocator, uniform LoRA, random scores): the learning rate
 is chosen on the validation split from the same grid, the configuration is trained with several seeds, and
-scored on the test split. Budgets are those of uniform LoRA of rank 1, 2, 4 and 8 on all linear modules.
-Arms are compared by the paired differences to uniform LoRA over data sets' seeds. Trainings run one a core;
-those that are done are kept in a file and not run again.
+scored on the test split. Budgets are those of uniform LoRA: of rank 1 on query and value, which is the
+least that people train, and of rank 1, 2, 4 and 8 on all linear modules. Arms are compared by the paired
+differences to that LoRA over data sets' seeds. Trainings run one a core; those that are done are kept in a
+file and not run again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import math
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +47,6 @@ TRAININGS = Path(__file__).parent / "results" / "allocation_trainings.jsonl"
 TRAINING = Training(epochs=4, batch_size=16, validate_every=4, device="cpu")
 EXAMPLES = {"train": 512, "validation": 300, "test": 1000}
 SCORE_BATCHES = 16
-UNIFORM_RANKS = (1, 2, 4, 8)
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 QUERY_VALUE = ("query", "value")
 
 
@@ -103,12 +104,39 @@ ARMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """As many parameters as a uniform LoRA has.
+
+    Attributes:
+        rank: Its rank.
+        uniform: The arm that is this uniform LoRA, whom the others are compared with.
+        rates: Learning rates to choose from.
+    """
+
+    rank: int
+    uniform: Arm = ARMS[0]
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+
+    def parameters(self, backbone: Backbone) -> int:
+        """Return the parameters of its LoRA, without the head's."""
+        sites = Allocation(budget=1, roles=self.uniform.roles).candidates(backbone)
+        shapes = [backbone.sites[site] for site in sites]
+        return self.rank * sum(shape.in_features + shape.out_features for shape in shapes)
+
+
+BUDGETS: Mapping[str, Budget] = {
+    "1 on query, value": Budget(rank=1, uniform=ARMS[1], rates=(2e-3, 4e-3, 8e-3)),
+    **{str(rank): Budget(rank=rank) for rank in (1, 2, 4, 8)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One training: where, what, and how good."""
 
     dataset: str
     arm: str
-    uniform_rank: int
+    budget: str
     learning_rate: float
     seed: int
     parameters: int
@@ -116,9 +144,9 @@ class Outcome:
     test: float
 
     @property
-    def key(self) -> tuple[str, str, int, float, int]:
+    def key(self) -> tuple[str, str, str, float, int]:
         """What tells it from every other training."""
-        return self.dataset, self.arm, self.uniform_rank, self.learning_rate, self.seed
+        return self.dataset, self.arm, self.budget, self.learning_rate, self.seed
 
 
 class Bench:
@@ -146,15 +174,11 @@ class Bench:
             )[name]
         return self._scores[key]
 
-    def budget(self, uniform_rank: int) -> int:
-        """Return the parameters of uniform LoRA of a rank on all linear modules."""
-        shapes = [self.backbone.sites[site] for site in Allocation(budget=1).candidates(self.backbone)]
-        return uniform_rank * sum(shape.in_features + shape.out_features for shape in shapes)
-
-    def train(self, arm: Arm, uniform_rank: int, learning_rate: float, seed: int) -> Outcome:
+    def train(self, arm: Arm, budget: str, learning_rate: float, seed: int) -> Outcome:
         """Train an arm once."""
-        budget = self.budget(uniform_rank)
-        configuration = arm.configuration(self.backbone, self.scores(arm.score, seed), budget, learning_rate)
+        parameters = BUDGETS[budget].parameters(self.backbone)
+        scores = self.scores(arm.score, seed)
+        configuration = arm.configuration(self.backbone, scores, parameters, learning_rate)
         trained = self.evaluator.train(configuration, seed)
         values, test = trained.evaluation.values, math.nan
         if trained.state is not None:
@@ -162,7 +186,7 @@ class Bench:
         return Outcome(
             dataset=self.dataset,
             arm=arm.name,
-            uniform_rank=uniform_rank,
+            budget=budget,
             learning_rate=learning_rate,
             seed=seed,
             parameters=int(values["trainable_parameters"]),
@@ -171,9 +195,7 @@ class Bench:
         )
 
 
-def run_cell(
-    dataset: str, arm: Arm, uniform_rank: int, seeds: int, known: Sequence[Outcome]
-) -> list[Outcome]:
+def run_cell(dataset: str, arm: Arm, budget: str, seeds: int, known: Sequence[Outcome]) -> list[Outcome]:
     """Choose the learning rate with the first seed, then train with the others."""
     done = {(one.learning_rate, one.seed): one for one in known}
     bench: Bench | None = None
@@ -182,10 +204,10 @@ def run_cell(
         nonlocal bench
         if (learning_rate, seed) not in done:
             bench = bench or _bench(dataset)
-            done[learning_rate, seed] = bench.train(arm, uniform_rank, learning_rate, seed)
+            done[learning_rate, seed] = bench.train(arm, budget, learning_rate, seed)
         return done[learning_rate, seed]
 
-    best = max(LEARNING_RATES, key=lambda rate: outcome(rate, 0).validation)
+    best = max(BUDGETS[budget].rates, key=lambda rate: outcome(rate, 0).validation)
     for seed in range(1, seeds):
         outcome(best, seed)
     return list(done.values())
@@ -200,11 +222,11 @@ def _bench(dataset: str) -> Bench:
     return _BENCHES[dataset]
 
 
-def chosen(outcomes: Iterable[Outcome]) -> dict[tuple[str, int, str], dict[int, Outcome]]:
+def chosen(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, str], dict[int, Outcome]]:
     """Return the outcomes at the chosen learning rate, by data set, budget and arm, then by seed."""
-    cells: dict[tuple[str, int, str], list[Outcome]] = {}
+    cells: dict[tuple[str, str, str], list[Outcome]] = {}
     for one in outcomes:
-        cells.setdefault((one.dataset, one.uniform_rank, one.arm), []).append(one)
+        cells.setdefault((one.dataset, one.budget, one.arm), []).append(one)
     found = {}
     for key, several in cells.items():
         first = [one for one in several if one.seed == 0]
@@ -225,18 +247,19 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return one row a data set, budget and arm, with the verdict against uniform LoRA."""
     cells = chosen(outcomes)
     table = []
-    for (dataset, rank, arm), by_seed in cells.items():
-        uniform = cells.get((dataset, rank, "uniform"), {})
+    for (dataset, budget, arm), by_seed in cells.items():
+        compared_with = BUDGETS[budget].uniform.name
+        uniform = cells.get((dataset, budget, compared_with), {})
         mean, half = interval([one.test for one in by_seed.values()])
         differences = [one.test - uniform[seed].test for seed, one in by_seed.items() if seed in uniform]
         gain, gain_half = interval(differences) if differences else (math.nan, math.nan)
         verdict = "–"
-        if arm != "uniform" and not math.isnan(gain_half):
+        if arm != compared_with and not math.isnan(gain_half):
             verdict = "better" if gain > gain_half else "worse" if gain < -gain_half else "no difference"
         table.append(
             {
                 "dataset": dataset,
-                "uniform_rank": rank,
+                "budget": budget,
                 "arm": arm,
                 "parameters": next(iter(by_seed.values())).parameters,
                 "learning_rate": next(iter(by_seed.values())).learning_rate,
@@ -248,25 +271,26 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "verdict": verdict,
             }
         )
-    order = [arm.name for arm in ARMS]
-    return sorted(table, key=lambda row: (row["dataset"], row["uniform_rank"], order.index(row["arm"])))
+    arms, budgets = [arm.name for arm in ARMS], list(BUDGETS)
+    return sorted(
+        table, key=lambda row: (row["dataset"], budgets.index(row["budget"]), arms.index(row["arm"]))
+    )
 
 
 def pooled(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return one row an arm: its paired gain over uniform LoRA, over all data sets, budgets and seeds."""
     cells = chosen(outcomes)
+    gains: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
+    for (dataset, budget, arm), by_seed in cells.items():
+        compared_with = BUDGETS[budget].uniform.name
+        uniform = cells.get((dataset, budget, compared_with), {})
+        if arm != compared_with:
+            gains[arm] += [one.test - uniform[seed].test for seed, one in by_seed.items() if seed in uniform]
     found = []
-    for arm in ARMS[1:]:
-        gains = [
-            one.test - cells[dataset, rank, "uniform"][seed].test
-            for (dataset, rank, name), by_seed in cells.items()
-            if name == arm.name and (dataset, rank, "uniform") in cells
-            for seed, one in by_seed.items()
-            if seed in cells[dataset, rank, "uniform"]
-        ]
-        if gains:
-            gain, half = interval(gains)
-            found.append({"arm": arm.name, "gain": gain, "gain_half_width": half, "pairs": len(gains)})
+    for arm, several in gains.items():
+        if several:
+            gain, half = interval(several)
+            found.append({"arm": arm, "gain": gain, "gain_half_width": half, "pairs": len(several)})
     return found
 
 
@@ -275,13 +299,13 @@ def report(outcomes: Sequence[Outcome], command: str) -> None:
     console = Console(width=130)
     found = rows(outcomes)
     table = Table(title="Test score at equal parameters (mean ± half width of the 95 % interval)")
-    headings = ("data set", "budget as uniform rank", "arm", "parameters", "rate", "test", "gain", "verdict")
+    headings = ("data set", "budget: uniform rank", "arm", "parameters", "rate", "test", "gain", "verdict")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("data set", "arm", "verdict") else "right")
     for row in found:
         table.add_row(
             row["dataset"],
-            str(row["uniform_rank"]),
+            row["budget"],
             row["arm"],
             f"{row['parameters']:,}",
             f"{row['learning_rate']:g}",
@@ -319,22 +343,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--uniform-ranks", type=int, nargs="+", default=UNIFORM_RANKS)
+    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="all unless given")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     outcomes = load()
     cells = [
-        (dataset, arm, rank)
-        for rank in arguments.uniform_ranks
+        (dataset, arm, budget)
+        for budget in arguments.budgets
         for arm in ARMS
         for dataset in arguments.datasets
+        if arguments.arms is None or arm.name in (*arguments.arms, BUDGETS[budget].uniform.name)
     ]
     pool = ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn"))
     with pool:
         futures = []
-        for dataset, arm, rank in cells:
-            known = [o for o in outcomes if (o.dataset, o.arm, o.uniform_rank) == (dataset, arm.name, rank)]
-            futures.append(pool.submit(run_cell, dataset, arm, rank, arguments.seeds, known))
+        for dataset, arm, budget in cells:
+            known = [one for one in outcomes if one.key[:3] == (dataset, arm.name, budget)]
+            futures.append(pool.submit(run_cell, dataset, arm, budget, arguments.seeds, known))
         for count, future in enumerate(as_completed(futures), 1):
             done = {one.key for one in outcomes}
             new = [one for one in future.result() if one.key not in done]
@@ -342,12 +368,8 @@ def main() -> None:
             with TRAININGS.open("a") as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
             if new:
-                print(
-                    f"{count} of {len(cells)}: {new[-1].dataset}, {new[-1].arm}, {new[-1].uniform_rank}",
-                    flush=True,
-                )
-    ranks = " ".join(map(str, arguments.uniform_ranks))
-    report(outcomes, f"python -m benchmarks.allocation --seeds {arguments.seeds} --uniform-ranks {ranks}")
+                print(f"{count} of {len(cells)}: {', '.join(new[-1].key[:3])}", flush=True)
+    report(outcomes, f"python -m benchmarks.allocation {shlex.join(sys.argv[1:])}".rstrip())
 
 
 if __name__ == "__main__":

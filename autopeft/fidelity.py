@@ -63,11 +63,12 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Bar:
-    """A score that those must pass who cost as much or more; `passes_at`: reaching it is enough."""
+    """A score that those must pass who cost as much, or more if `for_dearer`; `passes_at`: or reach."""
 
     costs: Mapping[str, float]
     score: float
     passes_at: bool
+    for_dearer: bool = True
 
 
 class Promotion:
@@ -101,14 +102,17 @@ class Promotion:
     def next(self, records: Sequence[TrialRecord]) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
 
-        The highest rung comes first, as in ASHA: what is nearly done is worth most.
+        The highest rung comes first, as in ASHA: what is nearly done is worth most. The space's reference
+        points always go on: whole trainings of the best alone would not tell what others gain after a rung.
         """
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records)
-            if any(one.waits for one in candidates):
+            waiting = [one for one in candidates if one.waits]
+            chosen = next((one for one in waiting if one.record.anchor is not None), None)
+            if waiting and chosen is None:
                 chosen = self._choose(candidates, self._bars(rung, candidates, records))
-                if chosen is not None:
-                    return chosen.record, rung + 1
+            if chosen is not None:
+                return chosen.record, rung + 1
         return None
 
     def _at(self, rung: int, records: Sequence[TrialRecord]) -> list[_Candidate]:
@@ -142,8 +146,13 @@ class Promotion:
 
     def _choose(self, candidates: Sequence[_Candidate], bars: Sequence[_Bar]) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
-        for index in self._best([one.values for one in candidates], quota):
-            one = candidates[index]
+        waiting = [one for one in candidates if one.waits]
+        if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
+            # The rung does not tell them apart: sorting by costs alone would let none but the cheapest go on.
+            best = waiting[: max(0, quota - (len(candidates) - len(waiting)))]
+        else:
+            best = [candidates[index] for index in self._best([one.values for one in candidates], quota)]
+        for one in best:
             if one.waits and not any(self._stops(bar, one) for bar in bars):
                 return one
         return None
@@ -173,12 +182,15 @@ class Promotion:
         for record in records:
             values = record.evaluation.values
             if record.evaluation.status == "complete" and record.duplicate_of is None:
-                bars.append(_Bar(values, values[self.monitor] - hoped, passes_at=False))
+                # Where all have gained alike, as nothing at all, what dearer ones would gain is not known.
+                score = values[self.monitor] - hoped
+                bars.append(_Bar(values, score, passes_at=False, for_dearer=noise > 0))
         return bars
 
     def _stops(self, bar: _Bar, one: _Candidate) -> bool:
         """Whether a bar's setter costs no more, and a candidate does not pass it."""
-        if any(bar.costs[name] > one.values[name] for name in self._costs):
+        differences = [one.values[name] - bar.costs[name] for name in self._costs]
+        if any(one < 0 for one in differences) or (any(differences) and not bar.for_dearer):
             return False
         score = one.values[self.monitor]
         return score < bar.score or (score == bar.score and not bar.passes_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,23 @@ def test_what_has_learned_nothing_is_not_tried_again() -> None:
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9))]) is None
     other = trial(9, 1e2, 0.31)
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9)), other]) == (9, 1)
+
+
+def test_reference_points_go_on_whatever_a_rung_says() -> None:
+    known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
+    worst = trial(3, 5e5, 0.0)
+    assert next_of([*known, worst]) is None
+    assert next_of([*known, replace(worst, anchor="uniform lora 8")]) == (3, 1)
+
+
+def test_a_rung_at_which_nobody_has_learned_anything_stops_nobody() -> None:
+    # As with Matthews correlation, which is 0 until the rarer class is predicted at all.
+    cheap = [trial(n, 1e2 * (n + 1), 0.0, 0.0, gained) for n, gained in enumerate((0.0, 0.8, 0.9))]
+    waiting = [trial(n, 1e6 - 1e3 * n, 0.0) for n in range(3, 8)]
+    assert next_of([*cheap, *waiting[:2]]) is None, "one of two goes on"
+    assert next_of([*cheap, *waiting]) == (3, 1), "the first, not the cheapest"
+    failed = [trial(n, 1e2 * (n + 1), 0.0, 0.0, 0.0) for n in range(3)]
+    assert next_of([*failed, *waiting]) == (3, 1), "that cheap ones have not learned says nothing of others"
 
 
 def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:

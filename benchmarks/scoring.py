@@ -4,7 +4,8 @@
 
 MiniLM on question classification, batch size 16: sets of scores, each in one pass, against one epoch of LoRA
 of rank 8 on all linear modules, one thread; peak live bytes of all cheap scores and of the
-training with one row more in its batch.
+training with one row more in its batch. Scores are computed in single precision, as LoRA is trained here, and
+in bfloat16, as a search does it on processors that multiply it; and how far that moves them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch.nn.functional import cross_entropy
 
 from assets.prepare import prepare
@@ -31,12 +35,13 @@ from autopeft.methods import attach
 from autopeft.objectives import resolve_objectives
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.allocated import Allocation
-from autopeft.sensitivity import CHEAP_SCORES, compute_scores
+from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.training import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 BATCH_SIZE = 16
+PRECISIONS: tuple[Literal["32-true", "bf16-mixed"], ...] = ("32-true", "bf16-mixed")
 _SETS = {
     f"all {len(CHEAP_SCORES)} cheap scores": CHEAP_SCORES,
     "what ScoreGuided asks for": ScoreGuided().scores,
@@ -81,6 +86,15 @@ def peak_of_training(backbone: Backbone) -> int:
             backbone.model.eval()
 
 
+def agreement(exact: Mapping[str, SiteScores], mixed: Mapping[str, SiteScores]) -> dict[str, float]:
+    """Return Spearman's correlation of the sites between two precisions, by score; not of constant ones."""
+    return {
+        name: float(stats.spearmanr(list(one.values.values()), list(mixed[name].values.values())).statistic)
+        for name, one in exact.items()
+        if len(set(one.values.values())) > 1
+    }
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,14 +108,19 @@ def main() -> None:
     evaluator = Evaluator(backbone, task, training, objectives)
     given = list(islice(evaluator.data.train_dataloader(), batches))
     compute_scores(backbone, given[:1], task.loss)  # what is loaded on first use
-    seconds = {}
-    for name, scores in _SETS.items():
-        started = time.perf_counter()
-        compute_scores(backbone, given, task.loss, scores)
-        seconds[name] = time.perf_counter() - started
+    seconds: dict[str, float] = {}
+    found: dict[str, Mapping[str, SiteScores]] = {}
+    for precision in PRECISIONS:
+        for title, scores in _SETS.items():
+            name = f"{title}, {precision}"
+            started = time.perf_counter()
+            options = ScoreOptions(precision=precision)
+            found[name] = compute_scores(backbone, given, task.loss, scores, options=options)
+            seconds[name] = time.perf_counter() - started
     epoch = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
-    first = next(iter(_SETS))
+    first = f"{next(iter(_SETS))}, {PRECISIONS[0]}"
     peaks = {first: peak_of_scoring(backbone), _EPOCH: peak_of_training(backbone)}
+    correlations = agreement(*(found[f"{next(iter(_SETS))}, {precision}"] for precision in PRECISIONS))
     table = Table(title=f"{batches} batches of {BATCH_SIZE}")
     for heading in ("", "seconds", "of the epoch", "peak live MiB"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -110,6 +129,8 @@ def main() -> None:
         peak = f"{peaks[name] / 2**20:.1f}" if name in peaks else ""
         table.add_row(name, f"{one:.1f}", f"{one / epoch:.2f}", peak)
     Console().print(table)
+    lowest = min(correlations, key=lambda name: correlations[name])
+    print(f"Lowest rank correlation of sites between precisions: {correlations[lowest]:.4f} ({lowest})")
     record = {
         "command": f"python -m benchmarks.scoring --batches {batches}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
@@ -117,6 +138,7 @@ def main() -> None:
             {"what": name, "seconds": one, "share": one / epoch, "peak_bytes": peaks.get(name)}
             for name, one in seconds.items()
         ],
+        "rank_correlation_of_precisions": correlations,
     }
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 

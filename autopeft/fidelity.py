@@ -1,8 +1,8 @@
 """Multi-objective successive halving: which candidates of a search are trained on.
 
-What a candidate costs is exact before training; its metric alone is uncertain. So a candidate is compared
-with the others at the same rung, and goes on only while nobody who costs no more is clearly better, and
-while it can be hoped to become better than every whole training that costs no more.
+What a candidate costs is exact before training; its metric alone is uncertain. What whole trainings of like
+costs gained after a rung says what a candidate there may reach: it goes on only while it can be hoped to become
+better than everyone who costs no more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from autopeft.objectives import Objective
 from autopeft.pareto import Axis, contributions, non_dominated
 
 _FEWEST_FOR_NOISE = 3
+_NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candidate's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,15 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Bar:
-    """A score that those must pass who cost as much, or more if `for_dearer`; `passes_at`: or reach."""
+    """What someone costs, and reached in a whole training, or is expected to reach."""
 
     costs: Mapping[str, float]
     score: float
-    passes_at: bool
-    for_dearer: bool = True
+    whole: bool
+
+
+def _is_whole(record: TrialRecord) -> bool:
+    return record.evaluation.status == "complete" and record.duplicate_of is None
 
 
 class Promotion:
@@ -110,7 +114,7 @@ class Promotion:
             waiting = [one for one in candidates if one.waits]
             chosen = next((one for one in waiting if one.record.anchor is not None), None)
             if waiting and chosen is None:
-                chosen = self._choose(candidates, self._bars(rung, candidates, records))
+                chosen = self._choose(rung, candidates, records)
             if chosen is not None:
                 return chosen.record, rung + 1
         return None
@@ -144,16 +148,20 @@ class Promotion:
         best = max(validations, key=lambda one: one[self.monitor])
         return {name: best[name] for name in self._scores}
 
-    def _choose(self, candidates: Sequence[_Candidate], bars: Sequence[_Bar]) -> _Candidate | None:
+    def _choose(
+        self, rung: int, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]
+    ) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
         waiting = [one for one in candidates if one.waits]
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
             # The rung does not tell them apart: sorting by costs alone would let none but the cheapest go on.
             best = waiting[: max(0, quota - (len(candidates) - len(waiting)))]
         else:
-            best = [candidates[index] for index in self._best([one.values for one in candidates], quota)]
+            points = [{**one.values, self.monitor: self._reach(rung, one, records)} for one in candidates]
+            best = [candidates[index] for index in self._best(points, quota)]
+        bars = self._bars(rung, candidates, records)
         for one in best:
-            if one.waits and not any(self._stops(bar, one) for bar in bars):
+            if one.waits and not self._is_stopped(rung, one, bars, records):
                 return one
         return None
 
@@ -172,49 +180,73 @@ class Promotion:
     def _bars(
         self, rung: int, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]
     ) -> list[_Bar]:
-        """Return what a candidate must reach at a rung, as candidates there and whole trainings set it."""
-        noise = self.noise(rung, records)
-        bars = [_Bar(one.values, one.values[self.monitor] - noise, passes_at=True) for one in candidates]
-        gains = self._gains(self.steps[rung], records)
+        """Return what others reach: those who wait at a rung as is expected, whole trainings as they did."""
+        waiting = [one for one in candidates if one.waits]
+        bars = [_Bar(one.values, self._reach(rung, one, records), whole=False) for one in waiting]
+        wholes = (one.evaluation.values for one in records if _is_whole(one))
+        return bars + [_Bar(values, values[self.monitor], whole=True) for values in wholes]
+
+    def _reach(self, rung: int, one: _Candidate, records: Sequence[TrialRecord]) -> float:
+        """Return the metric that a candidate is expected to reach, or has reached beyond the rung."""
+        if not one.waits:
+            return one.record.evaluation.values[self.monitor]
+        return one.values[self.monitor] + self._gain(rung, one, records)[0]
+
+    def _gain(self, rung: int, one: _Candidate, records: Sequence[TrialRecord]) -> tuple[float, float | None]:
+        """Return what a candidate is expected to gain after a rung, and the noise; None where unknown."""
+        gains = self.gains(one.record.evaluation, self.steps[rung], records)
         if len(gains) < _FEWEST_FOR_NOISE:
-            return bars
-        hoped = statistics.median(gains) + noise
+            return 0.0, None
+        return statistics.median(gains), statistics.stdev(gains)
+
+    def _is_stopped(
+        self, rung: int, one: _Candidate, bars: Sequence[_Bar], records: Sequence[TrialRecord]
+    ) -> bool:
+        """Whether someone who costs no more is better than this one can be hoped to become."""
+        gain, noise = self._gain(rung, one, records)
+        hoped = one.values[self.monitor] + gain + (noise or 0.0)
+        for bar in bars:
+            differences = [one.values[name] - bar.costs[name] for name in self._costs]
+            if any(difference < 0 for difference in differences):
+                continue
+            if bar.whole and noise is None:
+                continue
+            if bar.whole and not noise and any(differences):
+                continue  # all have gained alike, as nothing at all: what dearer ones gain is not known
+            if hoped < bar.score or (bar.whole and hoped == bar.score):
+                return True
+        return False
+
+    def gains(self, evaluation: Evaluation, step: int, records: Sequence[TrialRecord]) -> list[float]:
+        """Return what whole trainings gained after a step: those that cost most nearly what this one does.
+
+        What is small learns less: the gains of large candidates would promise it what it cannot keep.
+        """
+        found = []
         for record in records:
-            values = record.evaluation.values
-            if record.evaluation.status == "complete" and record.duplicate_of is None:
-                # Where all have gained alike, as nothing at all, what dearer ones would gain is not known.
-                score = values[self.monitor] - hoped
-                bars.append(_Bar(values, score, passes_at=False, for_dearer=noise > 0))
-        return bars
-
-    def _stops(self, bar: _Bar, one: _Candidate) -> bool:
-        """Whether a bar's setter costs no more, and a candidate does not pass it."""
-        differences = [one.values[name] - bar.costs[name] for name in self._costs]
-        if any(one < 0 for one in differences) or (any(differences) and not bar.for_dearer):
-            return False
-        score = one.values[self.monitor]
-        return score < bar.score or (score == bar.score and not bar.passes_at)
-
-    def noise(self, rung: int, records: Sequence[TrialRecord]) -> float:
-        """Return the standard deviation of what whole trainings gained after a rung; 0 where unknown."""
-        gains = self._gains(self.steps[rung], records)
-        return statistics.stdev(gains) if len(gains) >= _FEWEST_FOR_NOISE else 0.0
-
-    def _gains(self, step: int, records: Sequence[TrialRecord]) -> list[float]:
-        gains = []
-        for record in records:
-            if record.evaluation.status == "complete" and record.duplicate_of is None:
+            if _is_whole(record):
                 scores = self.scores_at(record.evaluation, step)
                 if scores is not None:
-                    gains.append(record.evaluation.values[self.monitor] - scores[self.monitor])
-        return gains
+                    gain = record.evaluation.values[self.monitor] - scores[self.monitor]
+                    found.append((self._distance(evaluation, record.evaluation), record.number, gain))
+        return [gain for *_, gain in sorted(found)[:_NEAREST]]
+
+    def _distance(self, first: Evaluation, second: Evaluation) -> float:
+        """Return the largest difference in a cost, on the axes of the hypervolume."""
+        names = [axis.objective.name for axis in self._axes]
+        differences = [
+            abs(axis.position(first.values[name]) - axis.position(second.values[name]))
+            for name, axis in zip(names, self._axes, strict=True)
+            if name in self._costs
+        ]
+        return max(differences, default=0.0)
 
     def expected(self, evaluation: Evaluation, records: Sequence[TrialRecord]) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
 
-        The median of what whole trainings gained from that step on is added to the metric it has.
+        The median of what whole trainings of like costs gained from that step on is added to its metric.
         """
-        gains = self._gains(evaluation.cost.steps, records)
+        gains = self.gains(evaluation, evaluation.cost.steps, records)
         gain = statistics.median(gains) if gains else 0.0
         values = {**evaluation.values, self.monitor: evaluation.values[self.monitor] + gain}
         values["training_seconds"] /= evaluation.fidelity

@@ -100,7 +100,7 @@ def test_who_is_beaten_beyond_the_noise_waits() -> None:
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     better = trial(3, 1e3, 0.50, 0.6, 0.7)
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
-    assert promotion.noise(0, known) == pytest.approx(0.1)
+    assert promotion.gains(better.evaluation, RUNGS[0], known) == pytest.approx([0.1, 0.2, 0.3])
     near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
     assert promotion.next([*known, better, near]) == (near, 1)
     assert promotion.next([*known, better, far]) is None
@@ -124,6 +124,22 @@ def test_what_has_learned_nothing_is_not_tried_again() -> None:
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9))]) is None
     other = trial(9, 1e2, 0.31)
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9)), other]) == (9, 1)
+
+
+def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
+    # Large ones gain much after the first rung, small ones little.
+    large = [trial(n, 5e5 + n, 0.2, 0.4, 0.7 + 0.01 * n) for n in range(5)]
+    small = [trial(n, 2e2 + n, 0.3, 0.3, 0.3 + 0.01 * (n - 5)) for n in range(5, 10)]
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    another, dear = trial(10, 3e2, 0.28), trial(11, 6e5, 0.28)
+    known = [*large, *small]
+    assert promotion.gains(another.evaluation, RUNGS[0], known) == pytest.approx(
+        [0.04, 0.03, 0.02, 0.01, 0.0]
+    )
+    assert promotion.expected(another.evaluation, known)[0] == pytest.approx(0.30)
+    assert promotion.expected(dear.evaluation, known)[0] == pytest.approx(0.80)
+    assert promotion.next([*known, another]) is None
+    assert promotion.next([*known, dear]) == (dear, 1)
 
 
 def test_reference_points_go_on_whatever_a_rung_says() -> None:

@@ -1,8 +1,8 @@
 """Multi-objective successive halving: which candidates of a search are trained on.
 
 What a candidate costs is exact before training; its metric alone is uncertain. What whole trainings of like
-costs gained after a rung says what a candidate there may reach: it goes on only while it can be hoped to become
-better than everyone who costs no more.
+costs gained after a rung says what a candidate there may reach: it goes on only while it can be hoped to
+become better than everyone who costs no more.
 """
 
 from __future__ import annotations

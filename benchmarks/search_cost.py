@@ -22,7 +22,6 @@ import os
 import platform
 import shlex
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import partial
@@ -200,7 +199,7 @@ def main() -> None:
     name = arguments.name or arguments.dataset
     draw(rows, PICTURES / f"search_cost_{name}.png")
     record = {
-        "command": f"python -m benchmarks.search_cost {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": command(arguments),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a run, "
         f"{arguments.processes} runs at once",
         "examples": EXAMPLES,
@@ -209,6 +208,14 @@ def main() -> None:
         "rows": rows,
     }
     (RESULTS / f"search_cost_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """Return what repeats a run; where it keeps its archive is nobody's business."""
+    parts = ["python -m benchmarks.search_cost", "--methods", *map(shlex.quote, arguments.methods)]
+    for name in ("dataset", "seeds", "trials", "our_trials"):
+        parts += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return " ".join(parts)
 
 
 def _search_missing(

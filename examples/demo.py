@@ -47,7 +47,8 @@ def conditions(front: ParetoFront, full: Baseline, head: Baseline) -> list[str]:
     return [
         f"The front has {len(front)} points, the largest with {max(parameters) / min(parameters):.0f} times "
         "the parameters of the smallest.",
-        f"Its best is {to_full:.1f} points below full fine-tuning and {to_head:.1f} above the head alone.",
+        f"Its best is {abs(to_full):.1f} points {'below' if to_full > 0 else 'above'} full fine-tuning and "
+        f"{to_head:.1f} above the head alone.",
     ]
 
 

@@ -11,6 +11,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.objectives import Objective
@@ -55,11 +59,21 @@ class SuccessiveHalving:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A trial at a rung: what it costs, and its scores there."""
+    """A trial at a rung.
+
+    Attributes:
+        record: The trial.
+        values: What it costs, and its scores there.
+        waits: Whether it is paused there.
+        expected: The metric it reached beyond the rung, or is expected to reach.
+        noise: Of what is expected; None where it is not known.
+    """
 
     record: TrialRecord
     values: Mapping[str, float]
     waits: bool
+    expected: float
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,15 @@ class _Bar:
     costs: Mapping[str, float]
     score: float
     whole: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gains:
+    """What whole trainings gained after a rung, and where their costs lie."""
+
+    evaluations: Sequence[Evaluation]
+    gains: Sequence[float]
+    places: NDArray[np.float64]
 
 
 def _is_whole(record: TrialRecord) -> bool:
@@ -102,6 +125,7 @@ class Promotion:
         self._scores = [one.name for one in self.objectives if one.unit == "score"]
         self._costs = [one.name for one in self.objectives if one.unit != "score"]
         self._axes = axes
+        self._known: dict[int, _Gains] = {}
 
     def next(self, records: Sequence[TrialRecord]) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
@@ -114,7 +138,7 @@ class Promotion:
             waiting = [one for one in candidates if one.waits]
             chosen = next((one for one in waiting if one.record.anchor is not None), None)
             if waiting and chosen is None:
-                chosen = self._choose(rung, candidates, records)
+                chosen = self._choose(candidates, records)
             if chosen is not None:
                 return chosen.record, rung + 1
         return None
@@ -122,6 +146,7 @@ class Promotion:
     def _at(self, rung: int, records: Sequence[TrialRecord]) -> list[_Candidate]:
         """Return everyone who has reached a rung, with the scores they had there."""
         step = self.steps[rung]
+        known = self._gains_after(step, records)
         found = []
         for record in records:
             evaluation = record.evaluation
@@ -131,7 +156,13 @@ class Promotion:
             if scores is not None:
                 costs = {name: evaluation.values[name] for name in self._costs}
                 waits = evaluation.status == "paused" and evaluation.cost.steps == step
-                found.append(_Candidate(record, {**costs, **scores}, waits))
+                reached, noise = evaluation.values[self.monitor], None
+                if waits:
+                    gains = self._nearest(known, evaluation)
+                    reached = scores[self.monitor]
+                    if len(gains) >= _FEWEST_FOR_NOISE:
+                        reached, noise = reached + statistics.median(gains), statistics.stdev(gains)
+                found.append(_Candidate(record, {**costs, **scores}, waits, reached, noise))
         return found
 
     def scores_at(self, evaluation: Evaluation, step: int) -> dict[str, float] | None:
@@ -148,22 +179,20 @@ class Promotion:
         best = max(validations, key=lambda one: one[self.monitor])
         return {name: best[name] for name in self._scores}
 
-    def _choose(
-        self, rung: int, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]
-    ) -> _Candidate | None:
+    def _choose(self, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
         waiting = [one for one in candidates if one.waits]
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
             # The rung does not tell them apart: sorting by costs alone would let none but the cheapest go on.
             best = waiting[: max(0, quota - (len(candidates) - len(waiting)))]
         else:
-            points = [{**one.values, self.monitor: self._reach(rung, one, records)} for one in candidates]
+            points = [{**one.values, self.monitor: one.expected} for one in candidates]
             best = [candidates[index] for index in self._best(points, quota)]
-        bars = self._bars(rung, candidates, records)
-        for one in best:
-            if one.waits and not self._is_stopped(rung, one, bars, records):
-                return one
-        return None
+        bars = [_Bar(one.values, one.expected, whole=False) for one in waiting]
+        for record in filter(_is_whole, records):
+            values = record.evaluation.values
+            bars.append(_Bar(values, values[self.monitor], whole=True))
+        return next((one for one in best if one.waits and not self._is_stopped(one, bars)), None)
 
     def _best(self, points: Sequence[Mapping[str, float]], count: int) -> list[int]:
         """Return the first points by non-dominated sorting; a layer's by what they add to the hypervolume."""
@@ -177,34 +206,10 @@ class Promotion:
             left = [index for index in left if index not in set(layer)]
         return order[:count]
 
-    def _bars(
-        self, rung: int, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]
-    ) -> list[_Bar]:
-        """Return what others reach: those who wait at a rung as is expected, whole trainings as they did."""
-        waiting = [one for one in candidates if one.waits]
-        bars = [_Bar(one.values, self._reach(rung, one, records), whole=False) for one in waiting]
-        wholes = (one.evaluation.values for one in records if _is_whole(one))
-        return bars + [_Bar(values, values[self.monitor], whole=True) for values in wholes]
-
-    def _reach(self, rung: int, one: _Candidate, records: Sequence[TrialRecord]) -> float:
-        """Return the metric that a candidate is expected to reach, or has reached beyond the rung."""
-        if not one.waits:
-            return one.record.evaluation.values[self.monitor]
-        return one.values[self.monitor] + self._gain(rung, one, records)[0]
-
-    def _gain(self, rung: int, one: _Candidate, records: Sequence[TrialRecord]) -> tuple[float, float | None]:
-        """Return what a candidate is expected to gain after a rung, and the noise; None where unknown."""
-        gains = self.gains(one.record.evaluation, self.steps[rung], records)
-        if len(gains) < _FEWEST_FOR_NOISE:
-            return 0.0, None
-        return statistics.median(gains), statistics.stdev(gains)
-
-    def _is_stopped(
-        self, rung: int, one: _Candidate, bars: Sequence[_Bar], records: Sequence[TrialRecord]
-    ) -> bool:
+    def _is_stopped(self, one: _Candidate, bars: Sequence[_Bar]) -> bool:
         """Whether someone who costs no more is better than this one can be hoped to become."""
-        gain, noise = self._gain(rung, one, records)
-        hoped = one.values[self.monitor] + gain + (noise or 0.0)
+        noise = one.noise
+        hoped = one.expected + (noise or 0.0)
         for bar in bars:
             differences = [one.values[name] - bar.costs[name] for name in self._costs]
             if any(difference < 0 for difference in differences):
@@ -222,24 +227,37 @@ class Promotion:
 
         What is small learns less: the gains of large candidates would promise it what it cannot keep.
         """
-        found = []
-        for record in records:
-            if _is_whole(record):
-                scores = self.scores_at(record.evaluation, step)
-                if scores is not None:
-                    gain = record.evaluation.values[self.monitor] - scores[self.monitor]
-                    found.append((self._distance(evaluation, record.evaluation), record.number, gain))
-        return [gain for *_, gain in sorted(found)[:_NEAREST]]
+        return self._nearest(self._gains_after(step, records), evaluation)
 
-    def _distance(self, first: Evaluation, second: Evaluation) -> float:
-        """Return the largest difference in a cost, on the axes of the hypervolume."""
-        names = [axis.objective.name for axis in self._axes]
-        differences = [
-            abs(axis.position(first.values[name]) - axis.position(second.values[name]))
-            for name, axis in zip(names, self._axes, strict=True)
-            if name in self._costs
-        ]
-        return max(differences, default=0.0)
+    def _nearest(self, known: _Gains, evaluation: Evaluation) -> list[float]:
+        if not known.gains:
+            return []
+        distances = np.abs(known.places - self._place(evaluation)).max(axis=1, initial=0.0)
+        return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
+
+    def _gains_after(self, step: int, records: Sequence[TrialRecord]) -> _Gains:
+        """Return the gains of all whole trainings, by number; read again only where they are others."""
+        whole = sorted(filter(_is_whole, records), key=lambda one: one.number)
+        evaluations = [one.evaluation for one in whole]
+        known = self._known.get(step)
+        same = known is not None and len(known.evaluations) == len(evaluations)
+        if known is None or not same or not all(map(is_, known.evaluations, evaluations)):
+            known = self._known[step] = self._read(evaluations, step)
+        return known
+
+    def _read(self, whole: Sequence[Evaluation], step: int) -> _Gains:
+        gains, places = [], []
+        for one in whole:
+            scores = self.scores_at(one, step)
+            if scores is not None:
+                gains.append(one.values[self.monitor] - scores[self.monitor])
+                places.append(self._place(one))
+        return _Gains(evaluations=whole, gains=gains, places=np.array(places))
+
+    def _place(self, evaluation: Evaluation) -> list[float]:
+        """Return where the costs lie on the axes of the hypervolume."""
+        axes = [axis for axis in self._axes if axis.objective.name in self._costs]
+        return [axis.position(evaluation.values[axis.objective.name]) for axis in axes]
 
     def expected(self, evaluation: Evaluation, records: Sequence[TrialRecord]) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.

@@ -33,6 +33,7 @@ from autopeft.evaluation import Cost
 from autopeft.evaluation_run import interrupts_stay_interrupts
 from autopeft.evaluator import Evaluator
 from autopeft.methods import attach
+from autopeft.precision import autocast
 from autopeft.seeding import seeded
 from autopeft.shared_prefix import SharedPrefix
 from autopeft.sub_ranks import RowRanks, SubRankDraw
@@ -200,14 +201,14 @@ class ElasticAdapter:
     def _attached(self, evaluator: Evaluator) -> Iterator[_Slices]:
         """Attach the largest configuration with its trained weights, ready for inference."""
         backbone = evaluator.backbone
-        mixed = evaluator.training.resolved_precision() == "bf16-mixed"
+        precision = evaluator.training.resolved_precision()
         with attach(backbone, self.largest, evaluator.seed) as attachment, torch.no_grad():
             attachment.load_state_dict(self.tensors)
             backbone.model.eval()
             modules = find_lora_modules(backbone.model)
             ordered = [modules[backbone.shape(site).module] for site in self.largest.adapters]
             blocks = [site.block for site in self.largest.adapters]
-            with torch.autocast(evaluator.device.type, dtype=torch.bfloat16, enabled=mixed):
+            with autocast(precision, evaluator.device.type):
                 yield _Slices(backbone.model, backbone.blocks, ordered, blocks)
 
     def save(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autopeft.batches import LABELS, model_inputs
+from autopeft.precision import Precision, autocast
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,7 +79,14 @@ class StorageCounter(TorchDispatchMode):
         return result
 
 
-def measure_live_storage(model: nn.Module, batch: Mapping[str, Tensor], loss: Loss, *, steps: int = 2) -> int:
+def measure_live_storage(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    steps: int = 2,
+    precision: Precision = "32-true",
+) -> int:
     """Return the peak live bytes of real optimizer steps on the CPU: what `MemoryCounter` predicts.
 
     Trains the model's trainable parameters for `steps` steps.
@@ -90,7 +98,8 @@ def measure_live_storage(model: nn.Module, batch: Mapping[str, Tensor], loss: Lo
     base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
     with counter:
         for _ in range(steps):
-            value = loss(model(**inputs).logits, batch[LABELS])
+            with autocast(precision, "cpu"):
+                value = loss(model(**inputs).logits, batch[LABELS])
             optimizer.zero_grad()
             value.backward()
             del value

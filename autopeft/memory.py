@@ -12,12 +12,11 @@ has seen it agree with the first.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
+from autopeft.meta_autocast import MetaAutocast
 from autopeft.meta_tensors import MetaCounter, cpu_attention
 from autopeft.modes import in_mode
+from autopeft.precision import Precision, autocast
 
-Precision = Literal["32-true", "bf16-mixed"]
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
 
 
@@ -109,7 +109,8 @@ class MemoryCounter:
 
     def _count_on_fake(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
         with FakeTensorMode() as fake:
-            return self._count(StorageCounter(), partial(_on_cpu, fake), batch, loss, precision)
+            context = autocast(precision, "cpu")
+            return self._count(StorageCounter(), partial(_on_cpu, fake), batch, loss, context)
 
     def _try_on_meta(
         self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision
@@ -124,8 +125,10 @@ class MemoryCounter:
             made = torch.empty_like(tensor, device="meta")
             return made.requires_grad_(tensor.requires_grad)
 
-        with cpu_attention(self._remembered):
-            return self._count(MetaCounter(self._remembered), convert, batch, loss, precision)
+        mixed = MetaAutocast() if precision == "bf16-mixed" else None
+        with cpu_attention(self._remembered, None if mixed is None else mixed.lowered):
+            context = mixed or nullcontext()
+            return self._count(MetaCounter(self._remembered), convert, batch, loss, context)
 
     def _count(
         self,
@@ -133,7 +136,7 @@ class MemoryCounter:
         convert: Callable[[Tensor], Tensor],
         batch: Mapping[str, Tensor],
         loss: Loss,
-        precision: Precision,
+        forward: AbstractContextManager[Any],
     ) -> MemoryCount:
         with _converted(self._model, convert) as (parameters, buffers):
             inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
@@ -144,7 +147,7 @@ class MemoryCounter:
             gradient_bytes = sum(one.numel() * one.element_size() for one in trainable)
             optimizer_bytes = 2 * gradient_bytes + _STEP_COUNTER_BYTES * len(trainable)
             with counter:
-                with _autocast(precision):
+                with forward:
                     output = self._model(**inputs)
                     value = loss(output.logits, labels)
                     del output
@@ -202,15 +205,6 @@ def _on_cpu(fake: FakeTensorMode, tensor: Tensor) -> Tensor:
     if converted.device.type != "cpu":
         converted = converted.detach().cpu().requires_grad_(tensor.requires_grad)
     return converted
-
-
-@contextmanager
-def _autocast(precision: Precision) -> Iterator[None]:
-    context: Any = contextlib.nullcontext()
-    if precision == "bf16-mixed":
-        context = torch.autocast("cpu", dtype=torch.bfloat16)
-    with context:
-        yield
 
 
 def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:

@@ -7,9 +7,8 @@ meta tensor has to be told: for the models of transformers that is attention alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autopeft.live_storage import StorageCounter
 
@@ -25,7 +24,9 @@ _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
 @contextmanager
-def cpu_attention(remembered: dict[Any, Any]) -> Iterator[None]:
+def cpu_attention(
+    remembered: dict[Any, Any], cast: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[None]:
     """Let attention on meta tensors take the kernel that the CPU would take.
 
     `scaled_dot_product_attention` asks the tensors' device which kernel is best, and the meta device knows
@@ -37,11 +38,15 @@ def cpu_attention(remembered: dict[Any, Any]) -> Iterator[None]:
 
     Args:
         remembered: Kernels by what decides them; filled.
+        cast: What autocast does to the arguments; None without it.
     """
 
     def attend(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        plain = scaled_dot_product_attention if not query.is_meta else partial(_attend, remembered)
-        return plain(query, *arguments, **options)
+        if not query.is_meta:
+            return scaled_dot_product_attention(query, *arguments, **options)
+        if cast is not None:
+            query, arguments, options = tree_map_only(Tensor, cast, (query, arguments, options))
+        return _attend(remembered, query, *arguments, **options)
 
     replaced = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = attend

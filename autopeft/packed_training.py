@@ -26,6 +26,7 @@ from autopeft.callbacks import StopOnDivergence
 from autopeft.evaluation import Cost
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
+from autopeft.precision import autocast
 from autopeft.tasks import Task, TaskData
 from autopeft.training import FineTuning, Training
 
@@ -211,12 +212,7 @@ class PackedTraining:
         self.training = training
         self._candidates = list(candidates)
         self._device = training.resolved_device()
-        self._autocast = partial(
-            torch.autocast,
-            self._device.type,
-            dtype=torch.bfloat16,
-            enabled=training.resolved_precision() == "bf16-mixed",
-        )
+        self._autocast = partial(autocast, training.resolved_precision(), self._device.type)
         self._meter = Meter(self._device)
         self._steps = 0
 

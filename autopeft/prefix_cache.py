@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from autopeft.frozen_prefix import FrozenPrefix, Structure, UnservableError
 from autopeft.methods import Attachment
 from autopeft.modes import in_mode
 from autopeft.objectives import parse_quantity
+from autopeft.precision import autocast
 from autopeft.prefix_estimate import Estimate, Passes, estimate
 from autopeft.prefix_files import PrefixFiles, StateWriter, StoredStates
 from autopeft.prefix_rows import SplitRows, place
@@ -311,10 +311,8 @@ class PrefixCache:
                 return lower_cut, states
         return 0, None
 
-    def _autocast(self) -> Any:
-        if self._training.resolved_precision() == "bf16-mixed":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    def _autocast(self) -> torch.autocast:
+        return autocast(self._training.resolved_precision(), self.device.type)
 
 
 class TrialPrefix:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -77,21 +76,8 @@ def _compute(evaluator: Evaluator, names: Sequence[str], batches: int) -> dict[s
         names,
         seed=evaluator.seed,
         train_one=train_one,
-        options=ScoreOptions(precision=_precision(evaluator)),
+        options=ScoreOptions(precision=evaluator.training.resolved_precision()),
     )
-
-
-def _precision(evaluator: Evaluator) -> Literal["32-true", "bf16-mixed"]:
-    """Return what scores are computed in: training's precision, and on processors made for it bfloat16.
-
-    Sites are put in order, not trained: what bfloat16 rounds away is far below what other batches change.
-    """
-    training = evaluator.training
-    if training.precision == "auto" and training.resolved_device().type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")):
-            return "bf16-mixed"
-    return training.resolved_precision()
 
 
 def _digest(evaluator: Evaluator, batches: int) -> str:
@@ -101,7 +87,7 @@ def _digest(evaluator: Evaluator, batches: int) -> str:
         "seed": evaluator.seed,
         "batch_size": evaluator.training.batch_size,
         "batches": batches,
-        "precision": _precision(evaluator),
+        "precision": evaluator.training.resolved_precision(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import unknown_choice
 from autopeft.objectives import parse_quantity
+from autopeft.precision import Precision, quickest_precision
 from autopeft.tasks import Task
 from autopeft.training_profiler import training_profiler
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
 FrozenPrefixMode = Literal["train", "eval", "cached"]
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "32-true", "bf16-mixed"]
+TrainingPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Training:
         patience: Stop after this many validations without improvement; None to train to the end.
         validate_every: Epochs between validations. The best validation's weights are kept.
         device: "auto" takes CUDA where there is one.
-        precision: "auto" is bf16-mixed on CUDA devices that have it, 32-true elsewhere.
+        precision: "auto" is bf16-mixed on CUDA devices and processors that multiply it, 32-true elsewhere.
         frozen_prefix: How embeddings and blocks below the lowest adapter are run in training. "train": with
             dropout. "eval": without, so that they give the same in every epoch and trial. "cached": as
             "eval", with their hidden states kept on disk where that saves time; results differ from "eval" in
@@ -62,7 +63,7 @@ class Training:
     patience: int | None = None
     validate_every: int = 1
     device: Device = "auto"
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     frozen_prefix: FrozenPrefixMode = "cached"
     prefix_cache: int | str = field(default="8 GiB", compare=False)
 
@@ -83,7 +84,7 @@ class Training:
                 f"validate_every={self.validate_every} is beyond the {self.epochs} epochs: "
                 "a candidate would never be validated."
             )
-        choices_of = {"device": Device, "precision": Precision, "frozen_prefix": FrozenPrefixMode}
+        choices_of = {"device": Device, "precision": TrainingPrecision, "frozen_prefix": FrozenPrefixMode}
         for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise unknown_choice(name, str(getattr(self, name)), get_args(choices))
@@ -97,12 +98,9 @@ class Training:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())  # Lightning asks for the index
 
-    def resolved_precision(self) -> Literal["32-true", "bf16-mixed"]:
+    def resolved_precision(self) -> Precision:
         """Return the precision candidates are trained in."""
-        if self.precision != "auto":
-            return self.precision
-        on_cuda = self.resolved_device().type == "cuda"
-        return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+        return quickest_precision(self.resolved_device()) if self.precision == "auto" else self.precision
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of a training that is not stopped early."""

@@ -40,7 +40,7 @@ from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLES = {"train": 512, "validation": 300, "test": 100}
-TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
+TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu", precision="32-true")
 SPACE = PerLayer(methods=("lora",), ranks=(1, 16), learning_rate=2e-3)
 
 

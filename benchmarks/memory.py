@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-For configurations of every method on MiniLM: bytes counted before training against bytes counted over two
-real optimizer steps on the CPU, on CUDA also against the allocator's peak; time of a count against the plain
-count on fake tensors.
+For configurations of every method on MiniLM, in single precision and bfloat16: bytes counted before training
+against bytes counted over two real optimizer steps on the CPU, on CUDA also against the allocator's peak;
+time of a count against the plain count on fake tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
 from autopeft.live_storage import measure_live_storage
 from autopeft.memory import MemoryCounter
+from autopeft.precision import Precision, autocast
 from autopeft.tasks import TextClassification
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"method": "lora", "size": 8}
 LINEAR = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
-SHAPES = ((32, 20), (16, 128))
+CASES: tuple[tuple[tuple[int, int], Precision], ...] = (
+    ((32, 20), "32-true"),
+    ((16, 128), "32-true"),
+    ((16, 128), "bf16-mixed"),
+)
 
 
 def configurations() -> Iterator[tuple[str, Configuration]]:
@@ -73,7 +78,7 @@ def batch_of(shape: tuple[int, int]) -> dict[str, Tensor]:
     }
 
 
-def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Precision) -> int:
     """Return the CUDA allocator's peak over two steps, what was allocated before left out but the model."""
     device = torch.device("cuda")
     nn.Module.to(model, device)
@@ -83,7 +88,8 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
-        loss = functional.cross_entropy(model(**inputs).logits, on_device["labels"])
+        with autocast(precision, "cuda"):
+            loss = functional.cross_entropy(model(**inputs).logits, on_device["labels"])
         optimizer.zero_grad()
         loss.backward()
         del loss
@@ -93,11 +99,13 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return peak
 
 
-def timed_count(counter: MemoryCounter, batch: Mapping[str, Tensor]) -> tuple[int, float]:
+def timed_count(
+    counter: MemoryCounter, batch: Mapping[str, Tensor], precision: Precision
+) -> tuple[int, float]:
     """Return the counted bytes, and milliseconds of a count that is not the first."""
-    counter.count(batch, functional.cross_entropy)
+    counter.count(batch, functional.cross_entropy, precision=precision)
     started = time.perf_counter()
-    count = counter.count(batch, functional.cross_entropy)
+    count = counter.count(batch, functional.cross_entropy, precision=precision)
     return count.peak_bytes, 1000 * (time.perf_counter() - started)
 
 
@@ -107,22 +115,25 @@ def main() -> None:
     backbone = Backbone.load(str(prepare("minilm")), task)
     counter = MemoryCounter(backbone.model)
     rows = []
-    for shape in SHAPES:
+    for shape, precision in CASES:
         batch = batch_of(shape)
         for name, configuration in configurations():
             with attach(backbone, configuration):
-                counted, milliseconds = timed_count(counter, batch)
+                counted, milliseconds = timed_count(counter, batch, precision)
                 started = time.perf_counter()
-                counter._count_on_fake(batch, functional.cross_entropy, "32-true")
+                counter._count_on_fake(batch, functional.cross_entropy, precision)
                 fake = 1000 * (time.perf_counter() - started)
                 backbone.model.train()
-                cuda = measure_cuda(backbone.model, batch) if torch.cuda.is_available() else None
-                real = measure_live_storage(backbone.model, batch, functional.cross_entropy)
+                cuda = measure_cuda(backbone.model, batch, precision) if torch.cuda.is_available() else None
+                real = measure_live_storage(
+                    backbone.model, batch, functional.cross_entropy, precision=precision
+                )
                 backbone.model.eval()
             rows.append(
                 {
                     "configuration": name,
                     "batch": f"{shape[0]}×{shape[1]}",
+                    "precision": precision,
                     "counted_bytes": counted,
                     "real_cpu_bytes": real,
                     "error": counted / real - 1,
@@ -137,19 +148,29 @@ def main() -> None:
 def report(rows: list[dict[str, object]]) -> None:
     """Print the table and write the JSON."""
     table = Table(title="Peak training memory: counted before training, against real steps")
-    for heading in ("configuration", "batch", "counted", "real", "error", "count", "on fake tensors"):
+    for heading in (
+        "configuration",
+        "batch",
+        "precision",
+        "counted",
+        "real",
+        "error",
+        "count",
+        "on fake tensors",
+    ):
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
     for row in rows:
         table.add_row(
             str(row["configuration"]),
             str(row["batch"]),
+            str(row["precision"]),
             f"{float(str(row['counted_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['real_cpu_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['error'])):+.3%}",
             f"{float(str(row['count_ms'])):.0f} ms",
             f"{float(str(row['fake_tensor_count_ms'])):.0f} ms",
         )
-    Console().print(table)
+    Console(width=130).print(table)
     RESULTS.mkdir(exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {

@@ -49,7 +49,7 @@ def run_search(dataset: str, name: str, seed: int, trials: int, anchors: bool, f
         data.task(train=256, validation=300, test=500),
         SPACES[name],
         objectives=(data.metric, "trainable_parameters", "peak_memory"),
-        training=Training(epochs=3, batch_size=16, validate_every=3, device="cpu"),
+        training=Training(epochs=3, batch_size=16, validate_every=3, device="cpu", precision="32-true"),
         seed=seed,
         anchors=anchors,
         name=f"{name} {seed} {'with' if anchors else 'without'} anchors".replace(",", ""),

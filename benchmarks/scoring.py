@@ -4,8 +4,8 @@
 
 MiniLM on question classification, batch size 16: sets of scores, each in one pass, against one epoch of LoRA
 of rank 8 on all linear modules, one thread; peak live bytes of all cheap scores and of the
-training with one row more in its batch. Scores are computed in single precision, as LoRA is trained here, and
-in bfloat16, as a search does it on processors that multiply it; and how far that moves them.
+training with one row more in its batch. Both are done in single precision, and in bfloat16, as a search does
+both on processors that multiply it; and how far that moves the scores.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,6 +34,7 @@ from autopeft.evaluator import Evaluator
 from autopeft.live_storage import StorageCounter, measure_live_storage
 from autopeft.methods import attach
 from autopeft.objectives import resolve_objectives
+from autopeft.precision import Precision
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
@@ -41,7 +43,7 @@ from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 BATCH_SIZE = 16
-PRECISIONS: tuple[Literal["32-true", "bf16-mixed"], ...] = ("32-true", "bf16-mixed")
+PRECISIONS: tuple[Precision, ...] = ("32-true", "bf16-mixed")
 _SETS = {
     f"all {len(CHEAP_SCORES)} cheap scores": CHEAP_SCORES,
     "what ScoreGuided asks for": ScoreGuided().scores,
@@ -49,7 +51,7 @@ _SETS = {
     "gradient norm": ("gradient_norm",),
     "explained variance": ("explained_variance",),
 }
-_EPOCH = "an epoch of LoRA 8, one row more for the peak"
+_EPOCH = "an epoch of LoRA 8 (peak: with one row more)"
 WIDTH = 32
 
 
@@ -95,6 +97,18 @@ def agreement(exact: Mapping[str, SiteScores], mixed: Mapping[str, SiteScores]) 
     }
 
 
+def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for heading in ("", "precision", "seconds", "of its epoch", "of single precision's", "peak live MiB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+        shares = (f"{row[name]:.2f}" for name in ("share", "share_of_single_precision"))
+        table.add_row(row["what"], row["precision"], f"{row['seconds']:.1f}", *shares, peak)
+    Console(width=130).print(table)
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,41 +117,44 @@ def main() -> None:
     torch.set_num_threads(1)
     task = DATASETS["questions"].task(train=batches * BATCH_SIZE, validation=100, test=100)
     backbone = Backbone.load(str(prepare("minilm")), task)
-    training = Training(epochs=1, batch_size=BATCH_SIZE, device="cpu")
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
-    evaluator = Evaluator(backbone, task, training, objectives)
-    given = list(islice(evaluator.data.train_dataloader(), batches))
-    compute_scores(backbone, given[:1], task.loss)  # what is loaded on first use
-    seconds: dict[str, float] = {}
-    found: dict[str, Mapping[str, SiteScores]] = {}
-    for precision in PRECISIONS:
+    training = Training(epochs=1, batch_size=BATCH_SIZE, device="cpu")
+    evaluators = {
+        precision: Evaluator(backbone, task, replace(training, precision=precision), objectives)
+        for precision in PRECISIONS
+    }
+    given = list(islice(evaluators["32-true"].data.train_dataloader(), batches))
+    seconds: dict[tuple[str, Precision], float] = {}
+    found: dict[tuple[str, Precision], Mapping[str, SiteScores]] = {}
+    for precision, evaluator in evaluators.items():
+        options = ScoreOptions(precision=precision)
+        compute_scores(backbone, given[:1], task.loss, options=options)  # what is loaded on first use
         for title, scores in _SETS.items():
-            name = f"{title}, {precision}"
             started = time.perf_counter()
-            options = ScoreOptions(precision=precision)
-            found[name] = compute_scores(backbone, given, task.loss, scores, options=options)
-            seconds[name] = time.perf_counter() - started
-    epoch = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
-    first = f"{next(iter(_SETS))}, {PRECISIONS[0]}"
-    peaks = {first: peak_of_scoring(backbone), _EPOCH: peak_of_training(backbone)}
-    correlations = agreement(*(found[f"{next(iter(_SETS))}, {precision}"] for precision in PRECISIONS))
-    table = Table(title=f"{batches} batches of {BATCH_SIZE}")
-    for heading in ("", "seconds", "of the epoch", "peak live MiB"):
-        table.add_column(heading, justify="right" if heading else "left")
-    seconds[_EPOCH] = epoch
-    for name, one in seconds.items():
-        peak = f"{peaks[name] / 2**20:.1f}" if name in peaks else ""
-        table.add_row(name, f"{one:.1f}", f"{one / epoch:.2f}", peak)
-    Console().print(table)
+            found[title, precision] = compute_scores(backbone, given, task.loss, scores, options=options)
+            seconds[title, precision] = time.perf_counter() - started
+        seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
+    every = next(iter(_SETS))
+    peaks = {(every, "32-true"): peak_of_scoring(backbone), (_EPOCH, "32-true"): peak_of_training(backbone)}
+    correlations = agreement(*(found[every, precision] for precision in PRECISIONS))
+    rows = [
+        {
+            "what": title,
+            "precision": precision,
+            "seconds": one,
+            "share": one / seconds[_EPOCH, precision],
+            "share_of_single_precision": one / seconds[_EPOCH, "32-true"],
+            "peak_bytes": peaks.get((title, precision)),
+        }
+        for (title, precision), one in seconds.items()
+    ]
+    show(rows, f"{batches} batches of {BATCH_SIZE}")
     lowest = min(correlations, key=lambda name: correlations[name])
     print(f"Lowest rank correlation of sites between precisions: {correlations[lowest]:.4f} ({lowest})")
     record = {
         "command": f"python -m benchmarks.scoring --batches {batches}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "rows": [
-            {"what": name, "seconds": one, "share": one / epoch, "peak_bytes": peaks.get(name)}
-            for name, one in seconds.items()
-        ],
+        "rows": rows,
         "rank_correlation_of_precisions": correlations,
     }
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")

@@ -20,7 +20,7 @@ from autopeft.training import Training
 from tests.models import LABELS, tiny_backbone, tiny_classifier, tiny_tokenizer
 
 OBJECTIVES = ("accuracy", "trainable_parameters", "peak_memory")
-TRAINING = Training(epochs=1, batch_size=8, device="cpu")
+TRAINING = Training(epochs=1, batch_size=8, device="cpu", precision="32-true")
 _WORDS_A_CLASS = 20
 
 

@@ -24,7 +24,7 @@ from autopeft.training import Training
 from tests.learnable import learner, tiny_evaluator
 from tests.models import draw_parameters, everywhere, logits_of, tiny_backbone, tiny_batch
 
-TRAINING = Training(epochs=12, batch_size=8, device="cpu")
+TRAINING = Training(epochs=12, batch_size=8, device="cpu", precision="32-true")
 LARGEST_RANK = 8
 
 

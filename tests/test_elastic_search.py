@@ -37,7 +37,7 @@ def elastic_search(folder: Path, **settings: Any) -> Any:
 
 
 def proposals(folder: Path, elastic: Elastic = ELASTIC) -> ElasticProposals:
-    training = Training(epochs=8, batch_size=8, device="cpu")
+    training = Training(epochs=8, batch_size=8, device="cpu", precision="32-true")
     made = elastic_search(folder, elastic=elastic, training=training).elastic_proposals()
     assert isinstance(made, ElasticProposals)
     return made

@@ -87,7 +87,9 @@ def test_costs_before_training_are_those_of_the_evaluation() -> None:
 
 
 def test_training_learns() -> None:
-    evaluator = tiny_evaluator(rows=96, training=Training(epochs=6, batch_size=8, device="cpu"))
+    evaluator = tiny_evaluator(
+        rows=96, training=Training(epochs=6, batch_size=8, device="cpu", precision="32-true")
+    )
     assert evaluator.evaluate(lora(evaluator.backbone)).values["accuracy"] > 0.6
 
 
@@ -122,7 +124,9 @@ def test_cost_counts_steps_and_time() -> None:
     assert cost.wall_seconds > 0
     assert cost.cpu_seconds > 0
     assert cost.gpu_seconds == 0
-    bounded = tiny_evaluator(training=Training(epochs=1, batch_size=8, max_steps=2, device="cpu"))
+    bounded = tiny_evaluator(
+        training=Training(epochs=1, batch_size=8, max_steps=2, device="cpu", precision="32-true")
+    )
     evaluation = bounded.evaluate(lora(bounded.backbone))
     assert (evaluation.status, evaluation.cost.steps) == ("complete", 2)
 
@@ -212,7 +216,7 @@ def test_a_configuration_the_backbone_cannot_carry_is_an_error() -> None:
 
 
 def test_the_test_split_is_read_by_test_alone() -> None:
-    evaluator = tiny_evaluator(training=Training(epochs=3, batch_size=8, device="cpu"))
+    evaluator = tiny_evaluator(training=Training(epochs=3, batch_size=8, device="cpu", precision="32-true"))
     configuration = lora(evaluator.backbone)
     trained = evaluator.train(configuration)
     assert trained.state is not None
@@ -248,7 +252,7 @@ def test_defaults_are_those_of_a_search() -> None:
 
 
 def test_steps_after_the_last_validation_are_judged_too() -> None:
-    training = Training(epochs=3, batch_size=8, max_steps=9, device="cpu")
+    training = Training(epochs=3, batch_size=8, max_steps=9, device="cpu", precision="32-true")
     evaluator = tiny_evaluator(training=training)
     assert evaluator.data.steps_per_epoch == 6
     curve = evaluator.evaluate(Configuration(learning_rate=1e-2)).curves

@@ -187,7 +187,7 @@ def test_the_factor_is_above_one(factor: float) -> None:
         SuccessiveHalving(reduction_factor=factor)
 
 
-TRAINING = Training(epochs=3, batch_size=8, device="cpu")
+TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 
 def halving_search(folder: Path, **settings: Any) -> Search:

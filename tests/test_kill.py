@@ -31,7 +31,7 @@ search = Search(
     place / "model",
     TextClassification(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
-    training=Training(epochs=2, batch_size=8, device="cpu"),
+    training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     fidelity=fidelity,
     sampler="tpe",
     seed=3,

@@ -146,7 +146,9 @@ def test_a_configuration_the_backbone_cannot_carry_is_an_error() -> None:
 
 def test_dropout_trains_too_and_is_off_in_validation() -> None:
     backbone = tiny_backbone("bert", new_head=True, num_hidden_layers=4)
-    evaluator = tiny_evaluator(backbone, rows=96, training=Training(epochs=6, batch_size=8, device="cpu"))
+    evaluator = tiny_evaluator(
+        backbone, rows=96, training=Training(epochs=6, batch_size=8, device="cpu", precision="32-true")
+    )
     candidates = (
         lora("0-3.query 0-3.value 0-3.ffn_up", 8, dropout=0.2),
         lora("0-3.query 0-3.value 0-3.ffn_up", 8),

@@ -94,6 +94,7 @@ def test_a_real_model_trains_as_it_does_alone(minilm_folder: Path, questions_csv
             lora("4-5.query 4-5.ffn_up", 3, 5e-3),
             of({"3.ffn": {"method": "parallel", "size": 8}, "5.attention": {"method": "prefix", "size": 4}}),
         ),
+        tolerance=1e-4,  # a fiftieth of a step; with one thread or two, sums differ in their last digits
     )
 
 
@@ -109,7 +110,9 @@ def test_a_real_model_trains_as_it_does_alone(minilm_folder: Path, questions_csv
     ],
 )
 def test_every_setting_of_a_training_holds(training: dict[str, Any]) -> None:
-    evaluator = packing_evaluator(training=Training(batch_size=8, device="cpu", **training))
+    evaluator = packing_evaluator(
+        training=Training(**{"batch_size": 8, "device": "cpu", "precision": "32-true", **training})
+    )
     if training.get("precision") == "bf16-mixed":  # rounding to 8 bits: alike, not equal
         packed = PackedTrainer(evaluator).train(LORAS[:2])
         for configuration, trained in zip(LORAS, packed, strict=False):

@@ -19,7 +19,7 @@ from autopeft.training_plan import PlannedBatches, TrainingPlan
 from tests.learnable import OBJECTIVES, learnable_task
 from tests.models import everywhere, tiny_backbone
 
-TRAINING = Training(epochs=3, batch_size=8, device="cpu")
+TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 TIMES = ("training_seconds", "examples_per_second", "inference_latency")
 
 

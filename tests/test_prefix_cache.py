@@ -26,7 +26,7 @@ from autopeft.vocabulary import METHOD_SPECIFICATIONS
 from tests.learnable import OBJECTIVES, learnable_task
 from tests.models import everywhere, fingerprint, logits_of, tiny_backbone
 
-TRAINING = Training(epochs=2, batch_size=8, device="cpu", frozen_prefix="eval")
+TRAINING = Training(epochs=2, batch_size=8, device="cpu", precision="32-true", frozen_prefix="eval")
 BLOCKS = 3
 DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers"}
 

@@ -135,7 +135,7 @@ def test_names_are_checked_and_profiles_do_not_nest() -> None:
 
 
 def test_lightnings_actions_are_those_of_the_installed_version() -> None:
-    evaluator = tiny_evaluator(training=Training(epochs=2, batch_size=8, device="cpu"))
+    evaluator = tiny_evaluator(training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"))
     configuration = everywhere(evaluator.backbone, "lora")
     with Profile() as profile:
         evaluator.train(configuration)

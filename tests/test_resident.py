@@ -111,7 +111,7 @@ def test_what_was_there_before_is_frozen_while_a_search_runs(tmp_path: Path) -> 
 
 
 def is_frozen(one: object) -> bool:
-    """Whether the collector has set an object aside. A count would tell no more: frozen objects may still die."""
+    """Whether the collector has set an object aside; a count tells less, as frozen objects may still die."""
     return gc.is_tracked(one) and all(other is not one for other in gc.get_objects())
 
 

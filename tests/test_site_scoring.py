@@ -11,7 +11,7 @@ import torch
 
 from autopeft.sensitivity import ScoreOptions, compute_scores
 from autopeft.site_scoring import score_sites
-from autopeft.training import Precision
+from autopeft.training import TrainingPrecision
 from tests.learnable import TRAINING, tiny_evaluator
 
 NAMES = ("gradient_norm", "explained_variance")
@@ -27,7 +27,10 @@ NAMES = ("gradient_norm", "explained_variance")
     ],
 )
 def test_scores_are_in_bfloat16_where_the_processor_is_made_for_it(
-    capabilities: dict[str, bool], precision: Precision, expected: str, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool],
+    precision: TrainingPrecision,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     evaluator = tiny_evaluator(training=replace(TRAINING, precision=precision))
@@ -45,7 +48,8 @@ def test_scores_of_another_precision_are_not_taken_from_the_disk(
     reports = []
     for quick in (True, False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda quick=quick: {"avx512_bf16": quick})
-        reports.append(score_sites(tiny_evaluator(), NAMES, batches=2, folder=tmp_path))
+        evaluator = tiny_evaluator(training=replace(TRAINING, precision="auto"))
+        reports.append(score_sites(evaluator, NAMES, batches=2, folder=tmp_path))
     assert reports[0].scores != reports[1].scores
     assert reports[0].scores == reports[2].scores
     assert [one.seconds > 0 for one in reports] == [True, True, False]

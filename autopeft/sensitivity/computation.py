@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from autopeft.backbone import Backbone
 from autopeft.errors import unknown_choice
 from autopeft.live_storage import Loss
+from autopeft.precision import Precision
 from autopeft.sensitivity.curvature_scores import grasp_scores, hessian_scores
 from autopeft.sensitivity.data_pass import run_data_pass
 from autopeft.sensitivity.gradient_scores import BATCH_SCORES, gora_scores, gradient_spectrum_scores
@@ -59,7 +59,7 @@ class ScoreOptions:
     hessian_probes: int = 4
     components: int = 64
     convergence: float | None = 0.999
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision = "32-true"
 
     def __post_init__(self) -> None:
         for name in ("hessian_probes", "components"):

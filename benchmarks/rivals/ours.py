@@ -20,10 +20,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
+    "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
-        "training": replace(TRAINING, frozen_prefix="train"),
+        "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
     },
 }
 """By name, the arguments of `Search`: each technique of the whole is switched off alone, and one added."""

@@ -84,9 +84,9 @@ class Setting:
         return Backbone.load(self.model, self.task)
 
     def evaluator(self, backbone: Backbone) -> Evaluator:
-        """Return what trains and scores a configuration by itself, through the whole model in every step."""
+        """Return what trains a configuration as people do: through the whole model, in single precision."""
         objectives = resolve_objectives((self.metric, "trainable_parameters"), self.task.metrics)
-        training = replace(TRAINING, frozen_prefix="train")
+        training = replace(TRAINING, frozen_prefix="train", precision="32-true")
         return Evaluator(backbone, self.task, training, objectives, seed=self.seed)
 
     def entry(self, backbone: Backbone, configuration: Configuration, score: float | None) -> Entry:

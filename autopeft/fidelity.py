@@ -8,20 +8,14 @@ become better than everyone who costs no more.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from autopeft.evaluation import Evaluation, TrialRecord
+from autopeft.evaluation import TrialRecord
+from autopeft.forecast import Forecast
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis, contributions, non_dominated
-
-_FEWEST_FOR_NOISE = 3
-_NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candidate's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +79,6 @@ class _Bar:
     whole: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Gains:
-    """What whole trainings gained after a rung, and where their costs lie."""
-
-    evaluations: Sequence[Evaluation]
-    gains: Sequence[float]
-    places: NDArray[np.float64]
-
-
 def _is_whole(record: TrialRecord) -> bool:
     return record.evaluation.status == "complete" and record.duplicate_of is None
 
@@ -120,12 +105,18 @@ class Promotion:
         self.halving = halving
         self.steps = tuple(steps)
         self.monitor = monitor
-        self._all_objectives = tuple(objectives)
         self.objectives = [one for one in objectives if one.unit == "score" or one.before_training]
-        self._scores = [one.name for one in self.objectives if one.unit == "score"]
         self._costs = [one.name for one in self.objectives if one.unit != "score"]
         self._axes = axes
-        self._known: dict[int, _Gains] = {}
+        self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
+        self._last = self._forecast(())
+
+    def forecast(self, records: Sequence[TrialRecord]) -> Forecast:
+        """Return what the whole trainings of a search tell of its paused ones."""
+        whole = [one.evaluation for one in sorted(filter(_is_whole, records), key=lambda one: one.number)]
+        if self._last.whole != tuple(whole):  # it has read their curves, once
+            self._last = self._forecast(whole)
+        return self._last
 
     def next(self, records: Sequence[TrialRecord]) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
@@ -138,50 +129,39 @@ class Promotion:
             waiting = [one for one in candidates if one.waits]
             chosen = next((one for one in waiting if one.record.anchor is not None), None)
             if waiting and chosen is None:
-                chosen = self._choose(candidates, records)
+                chosen = self._choose(candidates, waiting, records)
             if chosen is not None:
                 return chosen.record, rung + 1
         return None
 
     def _at(self, rung: int, records: Sequence[TrialRecord]) -> list[_Candidate]:
         """Return everyone who has reached a rung, with the scores they had there."""
-        step = self.steps[rung]
-        known = self._gains_after(step, records)
+        forecast = self.forecast(records)
         found = []
         for record in records:
-            evaluation = record.evaluation
-            if record.duplicate_of is not None or evaluation.status not in ("complete", "paused"):
-                continue
-            scores = self.scores_at(evaluation, step)
-            if scores is not None:
-                costs = {name: evaluation.values[name] for name in self._costs}
-                waits = evaluation.status == "paused" and evaluation.cost.steps == step
-                reached, noise = evaluation.values[self.monitor], None
-                if waits:
-                    gains = self._nearest(known, evaluation)
-                    reached = scores[self.monitor]
-                    if len(gains) >= _FEWEST_FOR_NOISE:
-                        reached, noise = reached + statistics.median(gains), statistics.stdev(gains)
-                found.append(_Candidate(record, {**costs, **scores}, waits, reached, noise))
+            if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
+                scores = forecast.scores_at(record.evaluation, self.steps[rung])
+                if scores is not None:
+                    found.append(self._candidate(record, scores, self.steps[rung], forecast))
         return found
 
-    def scores_at(self, evaluation: Evaluation, step: int) -> dict[str, float] | None:
-        """Return the scores of the best validation up to a step; None before it was reached."""
-        if evaluation.status == "paused" and evaluation.cost.steps < step:
-            return None
-        known: dict[int, dict[str, float]] = {}
-        for point in evaluation.curves:
-            if point.step <= step:
-                known.setdefault(point.step, {})[point.metric] = point.value
-        validations = [one for one in known.values() if all(name in one for name in self._scores)]
-        if not validations:
-            return None
-        best = max(validations, key=lambda one: one[self.monitor])
-        return {name: best[name] for name in self._scores}
+    def _candidate(
+        self, record: TrialRecord, scores: Mapping[str, float], step: int, forecast: Forecast
+    ) -> _Candidate:
+        evaluation = record.evaluation
+        values = {**{name: evaluation.values[name] for name in self._costs}, **scores}
+        if evaluation.status != "paused" or evaluation.cost.steps != step:
+            return _Candidate(record, values, waits=False, expected=evaluation.values[self.monitor])
+        expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
+        return _Candidate(record, values, waits=True, expected=expected, noise=noise)
 
-    def _choose(self, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]) -> _Candidate | None:
+    def _choose(
+        self,
+        candidates: Sequence[_Candidate],
+        waiting: Sequence[_Candidate],
+        records: Sequence[TrialRecord],
+    ) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
-        waiting = [one for one in candidates if one.waits]
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
             # The rung does not tell them apart: sorting by costs alone would let none but the cheapest go on.
             best = waiting[: max(0, quota - (len(candidates) - len(waiting)))]
@@ -214,58 +194,8 @@ class Promotion:
             differences = [one.values[name] - bar.costs[name] for name in self._costs]
             if any(difference < 0 for difference in differences):
                 continue
-            if bar.whole and noise is None:
-                continue
-            if bar.whole and not noise and any(differences):
-                continue  # all have gained alike, as nothing at all: what dearer ones gain is not known
+            if bar.whole and (noise is None or (noise == 0 and any(differences))):
+                continue  # nobody has gained, or all alike: what dearer ones gain is not known
             if hoped < bar.score or (bar.whole and hoped == bar.score):
                 return True
         return False
-
-    def gains(self, evaluation: Evaluation, step: int, records: Sequence[TrialRecord]) -> list[float]:
-        """Return what whole trainings gained after a step: those that cost most nearly what this one does.
-
-        What is small learns less: the gains of large candidates would promise it what it cannot keep.
-        """
-        return self._nearest(self._gains_after(step, records), evaluation)
-
-    def _nearest(self, known: _Gains, evaluation: Evaluation) -> list[float]:
-        if not known.gains:
-            return []
-        distances = np.abs(known.places - self._place(evaluation)).max(axis=1, initial=0.0)
-        return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
-
-    def _gains_after(self, step: int, records: Sequence[TrialRecord]) -> _Gains:
-        """Return the gains of all whole trainings, by number; read again only where they are others."""
-        whole = sorted(filter(_is_whole, records), key=lambda one: one.number)
-        evaluations = [one.evaluation for one in whole]
-        known = self._known.get(step)
-        same = known is not None and len(known.evaluations) == len(evaluations)
-        if known is None or not same or not all(map(is_, known.evaluations, evaluations)):
-            known = self._known[step] = self._read(evaluations, step)
-        return known
-
-    def _read(self, whole: Sequence[Evaluation], step: int) -> _Gains:
-        gains, places = [], []
-        for one in whole:
-            scores = self.scores_at(one, step)
-            if scores is not None:
-                gains.append(one.values[self.monitor] - scores[self.monitor])
-                places.append(self._place(one))
-        return _Gains(evaluations=whole, gains=gains, places=np.array(places))
-
-    def _place(self, evaluation: Evaluation) -> list[float]:
-        """Return where the costs lie on the axes of the hypervolume."""
-        axes = [axis for axis in self._axes if axis.objective.name in self._costs]
-        return [axis.position(evaluation.values[axis.objective.name]) for axis in axes]
-
-    def expected(self, evaluation: Evaluation, records: Sequence[TrialRecord]) -> list[float]:
-        """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
-
-        The median of what whole trainings of like costs gained from that step on is added to its metric.
-        """
-        gains = self.gains(evaluation, evaluation.cost.steps, records)
-        gain = statistics.median(gains) if gains else 0.0
-        values = {**evaluation.values, self.monitor: evaluation.values[self.monitor] + gain}
-        values["training_seconds"] /= evaluation.fidelity
-        return [values[objective.name] for objective in self._all_objectives]

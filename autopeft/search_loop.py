@@ -242,14 +242,14 @@ class SearchLoop:
         """Return every trial with the values known of it; a failed training has the worst of the metrics."""
         worst = {one.objective.name: one.worst for one in self.axes if not one.objective.before_training}
         names = [objective.name for objective in self.search.objectives]
+        forecast = None if self.promotion is None else self.promotion.forecast(self.records)
         trials = []
         for evaluation in (one.evaluation for one in self.records if one.duplicate_of is None):
             values = dict(evaluation.values)
             if evaluation.status == "failed":
                 values |= worst
-            elif evaluation.status == "paused" and self.promotion is not None:
-                expected = self.promotion.expected(evaluation, self.records)
-                values |= dict(zip(names, expected, strict=True))
+            elif evaluation.status == "paused" and forecast is not None:
+                values |= dict(zip(names, forecast.values(evaluation), strict=True))
             trials.append((evaluation.configuration, values))
         return History(trials=trials, axes=self.axes, constraints=self.search.constraints)
 
@@ -296,7 +296,7 @@ class SearchLoop:
             live.tell(trial, [known[objective.name] for objective in self.search.objectives])
         elif evaluation.status == "paused":
             assert self.promotion is not None
-            live.tell(trial, self.promotion.expected(evaluation, self.records))
+            live.tell(trial, self.promotion.forecast(self.records).values(evaluation))
         else:
             live.tell(trial, state=_STATES[evaluation.status])
 

@@ -96,19 +96,14 @@ class StudyStore:
                 study_name=saved.study_name, directions=saved.directions, sampler=self._sampler
             )
             self.live.set_metric_names(saved.metric_names or [])
+        forecast = None if self._promotion is None else self._promotion.forecast(self.records)
         for trial, record in zip(saved.get_trials(deepcopy=False), self.records, strict=True):
-            self.live.add_trial(self._live_trial(trial, record))
+            if record.evaluation.status == "paused":
+                assert forecast is not None
+                trial = _finished(trial, forecast.values(record.evaluation))
+            self.live.add_trial(trial)
         for trial in waiting:
             self.live.add_trial(trial)
-
-    def _live_trial(self, trial: FrozenTrial, record: TrialRecord) -> FrozenTrial:
-        if record.evaluation.status != "paused":
-            return trial
-        assert self._promotion is not None
-        trial = copy.copy(trial)
-        trial.state, trial.datetime_complete = TrialState.COMPLETE, trial.datetime_start
-        trial.values = self._promotion.expected(record.evaluation, self.records)
-        return trial
 
     def _other_search(self, differing: Sequence[str]) -> ValueError:
         return ValueError(
@@ -205,6 +200,14 @@ def _encode(record: TrialRecord) -> str:
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """Return the record of a saved trial."""
     return TrialRecord.from_dict(json.loads(trial.user_attrs[_RECORD]))
+
+
+def _finished(trial: FrozenTrial, values: Sequence[float]) -> FrozenTrial:
+    """Return a paused trial as samplers are to see it: complete, with what it is expected to reach."""
+    trial = copy.copy(trial)
+    trial.state, trial.datetime_complete = TrialState.COMPLETE, trial.datetime_start
+    trial.values = values
+    return trial
 
 
 def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:

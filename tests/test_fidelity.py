@@ -100,7 +100,7 @@ def test_who_is_beaten_beyond_the_noise_waits() -> None:
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     better = trial(3, 1e3, 0.50, 0.6, 0.7)
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
-    assert promotion.gains(better.evaluation, RUNGS[0], known) == pytest.approx([0.1, 0.2, 0.3])
+    assert promotion.forecast(known).gains(better.evaluation, RUNGS[0]) == pytest.approx([0.1, 0.2, 0.3])
     near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
     assert promotion.next([*known, better, near]) == (near, 1)
     assert promotion.next([*known, better, far]) is None
@@ -133,11 +133,11 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
     another, dear = trial(10, 3e2, 0.28), trial(11, 6e5, 0.28)
     known = [*large, *small]
-    assert promotion.gains(another.evaluation, RUNGS[0], known) == pytest.approx(
+    assert promotion.forecast(known).gains(another.evaluation, RUNGS[0]) == pytest.approx(
         [0.04, 0.03, 0.02, 0.01, 0.0]
     )
-    assert promotion.expected(another.evaluation, known)[0] == pytest.approx(0.30)
-    assert promotion.expected(dear.evaluation, known)[0] == pytest.approx(0.80)
+    assert promotion.forecast(known).values(another.evaluation)[0] == pytest.approx(0.30)
+    assert promotion.forecast(known).values(dear.evaluation)[0] == pytest.approx(0.80)
     assert promotion.next([*known, another]) is None
     assert promotion.next([*known, dear]) == (dear, 1)
 
@@ -170,9 +170,9 @@ def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:
 def test_a_paused_trial_is_expected_to_gain_what_others_gained() -> None:
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
     paused = trial(3, 7e2, 0.4, 0.3)
-    assert promotion.expected(paused.evaluation, []) == [0.4, 7e2]
+    assert promotion.forecast([]).values(paused.evaluation) == [0.4, 7e2]
     known = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
-    assert promotion.expected(paused.evaluation, known) == [pytest.approx(0.6), 7e2]
+    assert promotion.forecast(known).values(paused.evaluation) == [pytest.approx(0.6), 7e2]
 
 
 @pytest.mark.parametrize("rungs", [(), (0.0,), (1.0,), (0.5, 0.2), (0.2, 0.2), (float("nan"),)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -55,29 +54,6 @@ class _Follower(ABC):
         """Keep what was remembered of the first `known` trials, and add the new ones."""
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The best complete trials, as they were chosen among the first `known` trials.
-
-    Attributes:
-        places: Which trials.
-        count: How many were asked for.
-        tied: Losses of the rank that was cut. A trial that one of them dominates is of a later rank: the
-            choice stays what it was.
-        known: How many trials there were.
-    """
-
-    places: Indices
-    count: int
-    tied: Floats
-    known: int
-
-    def dominates(self, losses: Floats) -> bool:
-        """Whether one of the rank that was cut dominates these losses."""
-        no_worse = (self.tied <= losses).all(axis=1)
-        return bool((self.tied[no_worse] < losses).any())
-
-
 class _Outcomes(_Follower):
     """What TPE splits trials by: their values, and by how much they break constraints."""
 
@@ -86,12 +62,9 @@ class _Outcomes(_Follower):
         self._penalties = np.empty(0)
         self._complete = np.empty(0, dtype=bool)
         self._values: list[list[float]] = []  # of complete trials; others have none
-        self._chosen: _Chosen | None = None
 
     def read(self, known: int, new: Sequence[FrozenTrial]) -> None:
         """Read states, values and constraints."""
-        if self._chosen is not None and known < self._chosen.known:
-            self._chosen = None
         penalties = [_get_infeasible_trial_score(trial) for trial in new]
         self._penalties = np.concatenate([self._penalties[:known], np.array(penalties, dtype=float)])
         complete = [trial.state == TrialState.COMPLETE for trial in new]
@@ -121,30 +94,22 @@ class _Outcomes(_Follower):
         """Return the complete trials by rank; of the rank that is cut, those of most hypervolume."""
         if count >= len(complete):
             return complete
-        signs = np.array([-1.0 if one == StudyDirection.MAXIMIZE else 1.0 for one in study.directions])
-        chosen = self._chosen
-        if chosen is not None and chosen.count == count:
-            new = complete[np.searchsorted(complete, chosen.known) :]
-            if all(chosen.dominates(signs * self._values[index]) for index in new):
-                self._chosen = replace(chosen, known=len(self.trials))
-                return chosen.places
-        losses = np.array([self._values[index] for index in complete]) * signs
+        losses = np.array([self._values[index] for index in complete])
+        losses *= [-1.0 if one == StudyDirection.MAXIMIZE else 1.0 for one in study.directions]
         ranks = _fast_non_domination_rank(losses, n_below=count)
         cut = np.sort(ranks)[count]  # the rank of the first one that is left out
         better = np.flatnonzero(ranks < cut)
         tied = np.flatnonzero(ranks == cut)
-        best = better
-        if len(better) < count:
-            of_tied = _solve_hssp_with_cache(
-                tuple(losses[tied].ravel()),
-                tuple(tied),
-                count - len(better),
-                tuple(_get_reference_point(losses[tied])),
-            )
-            best = np.append(better, of_tied)
-        places: Indices = complete[best]
-        self._chosen = _Chosen(places=places, count=count, tied=losses[tied], known=len(self.trials))
-        return places
+        if len(better) == count:
+            return complete[better]
+        chosen: Indices = _solve_hssp_with_cache(
+            tuple(losses[tied].ravel()),
+            tuple(tied),
+            count - len(better),
+            tuple(_get_reference_point(losses[tied])),
+        )
+        best: Indices = complete[np.append(better, chosen)]
+        return best
 
 
 class _Observations(_Follower):
@@ -215,11 +180,6 @@ class RememberingTPESampler(TPESampler):
             constant_liar=False,
         )
         self._remembered = remembered
-
-    def reseed(self, seed: int) -> None:
-        """Begin again as a new sampler with this seed would. Cheaper: a new one first asks for entropy."""
-        for generator in (self._rng, self._random_sampler._rng):
-            generator.rng.seed(seed)
 
     def _sample(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

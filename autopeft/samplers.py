@@ -49,17 +49,13 @@ class _RepeatableNSGAIII(optuna.samplers.NSGAIIISampler):
 
 
 class _TPEFactory:
-    """Give one TPE sampler again and again, seeded anew: all it remembers is finished trials."""
+    """Make TPE samplers that share what they remember of finished trials."""
 
     def __init__(self) -> None:
-        self._sampler: RememberingTPESampler | None = None
+        self._remembered = Remembered()
 
     def __call__(self, seed: int) -> BaseSampler:
-        if self._sampler is None:
-            self._sampler = RememberingTPESampler(seed, Remembered())
-        else:
-            self._sampler.reseed(seed)
-        return self._sampler
+        return RememberingTPESampler(seed, self._remembered)
 
 
 def _nsga2(seed: int) -> BaseSampler:

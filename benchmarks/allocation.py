@@ -33,9 +33,11 @@ from rich.table import Table
 from scipy import stats
 
 from assets.prepare import prepare
+from autopeft.adapter import Adapter
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.evaluator import Evaluator
+from autopeft.methods import count_site
 from autopeft.objectives import resolve_objectives
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.sensitivity import SiteScores, compute_scores
@@ -120,8 +122,8 @@ class Budget:
     def parameters(self, backbone: Backbone) -> int:
         """Return the parameters of its LoRA, without the head's."""
         sites = Allocation(budget=1, roles=self.uniform.roles).candidates(backbone)
-        shapes = [backbone.sites[site] for site in sites]
-        return self.rank * sum(shape.in_features + shape.out_features for shape in shapes)
+        lora = Adapter("lora", self.rank)
+        return sum(count_site(backbone, site, lora) for site in sites)
 
 
 BUDGETS: Mapping[str, Budget] = {
@@ -222,9 +224,13 @@ def _bench(dataset: str) -> Bench:
     return _BENCHES[dataset]
 
 
-def chosen(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, str], dict[int, Outcome]]:
+Cell = tuple[str, str, str]
+"""Data set, budget and arm."""
+
+
+def chosen(outcomes: Iterable[Outcome]) -> dict[Cell, dict[int, Outcome]]:
     """Return the outcomes at the chosen learning rate, by data set, budget and arm, then by seed."""
-    cells: dict[tuple[str, str, str], list[Outcome]] = {}
+    cells: dict[Cell, list[Outcome]] = {}
     for one in outcomes:
         cells.setdefault((one.dataset, one.budget, one.arm), []).append(one)
     found = {}
@@ -236,11 +242,21 @@ def chosen(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, str], dict[int, 
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and half width of its 95 % interval (Student's t)."""
+    """Return mean and half width of its 95 % interval (Student's t); NaN where there are too few."""
     if len(values) < 2:
-        return statistics.fmean(values), math.nan
+        return statistics.fmean(values) if values else math.nan, math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), float(half)
+
+
+def gains_of(cell: Cell, cells: Mapping[Cell, Mapping[int, Outcome]]) -> list[float]:
+    """Return by how much an arm beats uniform LoRA with the same seeds; nothing for that LoRA itself."""
+    dataset, budget, arm = cell
+    compared_with = BUDGETS[budget].uniform.name
+    if arm == compared_with:
+        return []
+    uniform = cells.get((dataset, budget, compared_with), {})
+    return [one.test - uniform[seed].test for seed, one in cells[cell].items() if seed in uniform]
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -248,13 +264,10 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     cells = chosen(outcomes)
     table = []
     for (dataset, budget, arm), by_seed in cells.items():
-        compared_with = BUDGETS[budget].uniform.name
-        uniform = cells.get((dataset, budget, compared_with), {})
         mean, half = interval([one.test for one in by_seed.values()])
-        differences = [one.test - uniform[seed].test for seed, one in by_seed.items() if seed in uniform]
-        gain, gain_half = interval(differences) if differences else (math.nan, math.nan)
+        gain, gain_half = interval(gains_of((dataset, budget, arm), cells))
         verdict = "–"
-        if arm != compared_with and not math.isnan(gain_half):
+        if not math.isnan(gain_half):
             verdict = "better" if gain > gain_half else "worse" if gain < -gain_half else "no difference"
         table.append(
             {
@@ -281,11 +294,8 @@ def pooled(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return one row an arm: its paired gain over uniform LoRA, over all data sets, budgets and seeds."""
     cells = chosen(outcomes)
     gains: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
-    for (dataset, budget, arm), by_seed in cells.items():
-        compared_with = BUDGETS[budget].uniform.name
-        uniform = cells.get((dataset, budget, compared_with), {})
-        if arm != compared_with:
-            gains[arm] += [one.test - uniform[seed].test for seed, one in by_seed.items() if seed in uniform]
+    for cell in cells:
+        gains[cell[2]] += gains_of(cell, cells)
     found = []
     for arm, several in gains.items():
         if several:
@@ -325,6 +335,7 @@ def report(outcomes: Sequence[Outcome], command: str) -> None:
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "examples": EXAMPLES,
         "epochs": TRAINING.epochs,
+        "precision": TRAINING.resolved_precision(),
         "rows": found,
         "pooled": pooled(outcomes),
     }

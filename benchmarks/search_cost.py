@@ -35,7 +35,7 @@ from rich.table import Table
 
 from autopeft.configuration import Configuration
 from benchmarks.datasets import DATASETS
-from benchmarks.rivals.comparison import FRESH_SEEDS, Archive, Comparison
+from benchmarks.rivals.comparison import FRESH_SEEDS, Archive, Comparison, end_of
 from benchmarks.rivals.setting import EXAMPLES, TRAINING, Entry, Setting
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,7 +114,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table."""
-    rivals = {f"{row['method']}: its end": row for row in rows if row["method"] in RIVALS}
+    rivals = {end_of(row["method"]): row for row in rows if row["method"] in RIVALS}
     table = Table(title=f"{rows[0]['dataset']}: CPU-seconds to a level of hypervolume (median over seeds)")
     table.add_column("method")
     for level in rows[0]["seconds_to"]:
@@ -215,6 +215,8 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["python -m benchmarks.search_cost", "--methods", *map(shlex.quote, arguments.methods)]
     for name in ("dataset", "seeds", "trials", "our_trials"):
         parts += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.name is not None:
+        parts += ["--name", shlex.quote(arguments.name)]
     return " ".join(parts)
 
 

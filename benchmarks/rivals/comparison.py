@@ -96,6 +96,11 @@ def reached(curve: Sequence[float], times: Sequence[float], level: float) -> flo
     return None
 
 
+def end_of(rival: str) -> str:
+    """Return the name of the level that a rival has at its end."""
+    return f"{rival}: its end"
+
+
 class Comparison:
     """All runs on one data set, on common axes.
 
@@ -181,7 +186,7 @@ class Comparison:
         levels = {f"{share:.0%}": share * reference for share in SHARES}
         for rival in rivals:
             ends = [curve[-1] for (method, _), curve in curves.items() if method == rival]
-            levels[f"{rival}: its end"] = statistics.median(ends)
+            levels[end_of(rival)] = statistics.median(ends)
         rows = []
         for name in names:
             own = {seed: curve for (method, seed), curve in curves.items() if method == name}

@@ -33,15 +33,12 @@ from rich.table import Table
 from scipy import stats
 
 from assets.prepare import prepare
-from autopeft.adapter import Adapter
 from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
 from autopeft.evaluator import Evaluator
-from autopeft.methods import count_site
 from autopeft.objectives import resolve_objectives
-from autopeft.search_spaces.allocated import Allocation
 from autopeft.sensitivity import SiteScores, compute_scores
 from autopeft.training import Training
+from benchmarks.allocation_arms import ARMS, BUDGETS, Arm
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
@@ -49,87 +46,6 @@ TRAININGS = Path(__file__).parent / "results" / "allocation_trainings.jsonl"
 TRAINING = Training(epochs=4, batch_size=16, validate_every=4, device="cpu")
 EXAMPLES = {"train": 512, "validation": 300, "test": 1000}
 SCORE_BATCHES = 16
-QUERY_VALUE = ("query", "value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """A way to spend a budget.
-
-    Attributes:
-        name: How the table calls it.
-        score: Of `autopeft.sensitivity.SCORES`.
-        allocator: Of `autopeft.allocation.ALLOCATORS`.
-        placement: Share of the sites that may carry an adapter.
-        temperature: Of the proportional allocator; the higher, the more the best sites get.
-        lowest_block: Blocks below it get nothing.
-        roles: Roles that may; None for all linear modules.
-    """
-
-    name: str
-    score: str
-    allocator: str = "proportional"
-    placement: float = 1.0
-    temperature: float | None = None
-    lowest_block: int = 0
-    roles: tuple[str, ...] | None = None
-
-    def configuration(
-        self, backbone: Backbone, scores: SiteScores, budget: int, learning_rate: float
-    ) -> Configuration:
-        """Return what the arm trains at a budget."""
-        allocation = Allocation(
-            budget=budget,
-            allocator=self.allocator,
-            placement=self.placement,
-            lowest_block=self.lowest_block,
-            roles=self.roles,
-            allocator_options={} if self.temperature is None else {"temperature": self.temperature},
-        )
-        return Configuration(allocation.adapters(backbone, scores), learning_rate=learning_rate)
-
-
-ARMS = (
-    Arm(name="uniform", score="uniform"),
-    Arm(name="uniform on query, value", score="uniform", roles=QUERY_VALUE),
-    Arm(name="random, proportional", score="random"),
-    Arm(name="gradient_norm, proportional", score="gradient_norm"),
-    Arm(name="gradient_norm, temperature 0.5", score="gradient_norm", temperature=0.5),
-    Arm(name="gradient_norm, best half of sites", score="gradient_norm", placement=0.5),
-    Arm(name="gradient_norm, upper half of blocks", score="gradient_norm", lowest_block=3),
-    Arm(name="fisher, fisher", score="fisher", allocator="fisher"),
-    Arm(name="gora, gora", score="gora", allocator="gora"),
-    Arm(name="gradient_spectrum, water_filling", score="gradient_spectrum", allocator="water_filling"),
-    Arm(name="explained_variance, explained_variance", score="explained_variance",
-        allocator="explained_variance"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """As many parameters as a uniform LoRA has.
-
-    Attributes:
-        rank: Its rank.
-        uniform: The arm that is this uniform LoRA, whom the others are compared with.
-        rates: Learning rates to choose from.
-    """
-
-    rank: int
-    uniform: Arm = ARMS[0]
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-
-    def parameters(self, backbone: Backbone) -> int:
-        """Return the parameters of its LoRA, without the head's."""
-        sites = Allocation(budget=1, roles=self.uniform.roles).candidates(backbone)
-        lora = Adapter("lora", self.rank)
-        return sum(count_site(backbone, site, lora) for site in sites)
-
-
-BUDGETS: Mapping[str, Budget] = {
-    "1 on query, value": Budget(rank=1, uniform=ARMS[1], rates=(2e-3, 4e-3, 8e-3)),
-    **{str(rank): Budget(rank=rank) for rank in (1, 2, 4, 8)},
-}
 
 
 @dataclass(frozen=True, kw_only=True)

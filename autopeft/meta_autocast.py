@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 
 class MetaAutocast(TorchFunctionMode):
@@ -37,26 +36,27 @@ class MetaAutocast(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function with its arguments cast."""
-        options = dict(kwargs or {})
-        if func in _IN_BFLOAT16:
-            args, options = tree_map_only(Tensor, self.lowered, (args, options))
-        elif func in _IN_SINGLE:
-            args, options = tree_map_only(Tensor, _raised, (args, options))
+        options = kwargs or {}
+        cast = self.lowered if func in _IN_BFLOAT16 else _raised if func in _IN_SINGLE else None
+        if cast is not None:
+            args = tuple(map(cast, args))
+            options = {name: cast(one) for name, one in options.items()}
         return func(*args, **options)
 
-    def lowered(self, tensor: Tensor) -> Tensor:
+    def lowered(self, value: Any) -> Any:
         """Return a tensor in bfloat16; a trainable parameter's copy is kept until the block ends."""
-        if not tensor.is_meta or tensor.dtype not in (torch.float32, torch.float16):
-            return tensor
-        if not (tensor.requires_grad and tensor.is_leaf) or tensor._is_view():
-            return tensor.to(torch.bfloat16)
-        if id(tensor) not in self._cached:
-            self._cached[id(tensor)] = tensor, tensor.to(torch.bfloat16)
-        return self._cached[id(tensor)][1]
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or not value.is_meta:
+            return value
+        if not (value.requires_grad and value.is_leaf) or value._is_view():
+            return value.to(torch.bfloat16)
+        if id(value) not in self._cached:
+            self._cached[id(value)] = value, value.to(torch.bfloat16)
+        return self._cached[id(value)][1]
 
 
-def _raised(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_meta and tensor.dtype == torch.bfloat16 else tensor
+def _raised(value: Any) -> Any:
+    lowered = isinstance(value, Tensor) and value.is_meta and value.dtype == torch.bfloat16
+    return value.float() if lowered else value
 
 
 _IN_BFLOAT16 = frozenset(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from autopeft.live_storage import StorageCounter
 
@@ -24,9 +24,7 @@ _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
 @contextmanager
-def cpu_attention(
-    remembered: dict[Any, Any], cast: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[None]:
+def cpu_attention(remembered: dict[Any, Any], cast: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """Let attention on meta tensors take the kernel that the CPU would take.
 
     `scaled_dot_product_attention` asks the tensors' device which kernel is best, and the meta device knows
@@ -45,7 +43,8 @@ def cpu_attention(
         if not query.is_meta:
             return scaled_dot_product_attention(query, *arguments, **options)
         if cast is not None:
-            query, arguments, options = tree_map_only(Tensor, cast, (query, arguments, options))
+            query, arguments = cast(query), tuple(map(cast, arguments))
+            options = {name: cast(one) for name, one in options.items()}
         return _attend(remembered, query, *arguments, **options)
 
     replaced = functional.scaled_dot_product_attention

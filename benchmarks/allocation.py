@@ -195,8 +195,8 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "seeds": len(by_seed),
                 "test_mean": mean,
                 "test_half_width": half,
-                "gain": gain,
-                "gain_half_width": gain_half,
+                "gain": None if math.isnan(gain) else gain,
+                "gain_half_width": None if math.isnan(gain_half) else gain_half,
                 "verdict": verdict,
             }
         )
@@ -236,7 +236,7 @@ def report(outcomes: Sequence[Outcome], command: str) -> None:
             f"{row['parameters']:,}",
             f"{row['learning_rate']:g}",
             f"{row['test_mean']:.4f} ± {row['test_half_width']:.4f}",
-            f"{row['gain']:+.4f} ± {row['gain_half_width']:.4f}",
+            "–" if row["gain_half_width"] is None else f"{row['gain']:+.4f} ± {row['gain_half_width']:.4f}",
             row["verdict"],
         )
     console.print(table)

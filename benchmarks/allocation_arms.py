@@ -61,7 +61,7 @@ def falling(adapters: Mapping[Site, Adapter], decay: float) -> dict[Site, Adapte
     top = max(site.block for site in adapters)
     found = {}
     for site, one in adapters.items():
-        alpha = float(one.option("alpha")) * decay ** (top - site.block)
+        alpha = max(1, round(int(one.option("alpha")) * decay ** (top - site.block)))
         found[site] = Adapter(one.method, one.size, {**dict(one.options), "alpha": alpha})
     return found
 

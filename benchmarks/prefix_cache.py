@@ -85,7 +85,9 @@ def lora_above(cut: int, blocks: int) -> Configuration:
 def build(folder: Path, mode: FrozenPrefixMode, *, rows: int) -> Evaluator:
     """Return an evaluator of MiniLM on question classification."""
     task = DATASETS["questions"].task(train=rows, validation=500, test=100)
-    training = Training(epochs=EPOCHS, batch_size=BATCH_SIZE, device="cpu", frozen_prefix=mode)
+    training = Training(
+        epochs=EPOCHS, batch_size=BATCH_SIZE, device="cpu", precision="32-true", frozen_prefix=mode
+    )
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
     backbone = Backbone.load(str(prepare("minilm")), task)
     return Evaluator(backbone, task, training, objectives, cache=folder)

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autopeft.configuration import Configuration, Site
 from autopeft.loading import load_model
+from autopeft.lowered_weights import LoweredWeights
 from autopeft.roles import BlockModules, find_blocks, linear_sizes
 from autopeft.vocabulary import KIND_OF_ROLE, METHOD_SPECIFICATIONS, ROLES, Kind
 
@@ -67,6 +68,9 @@ class Backbone:
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
+    Attributes:
+        lowered_weights: The weights of all sites as mixed precision multiplies them; made when first used.
+
     Raises:
         ValueError: No transformer block was found, or a head module does not exist.
     """
@@ -101,6 +105,9 @@ class Backbone:
             for index, block in enumerate(self._block_modules)
             for shape in _shapes(model, index, block)
         }
+        linear = (shape.module for shape in self.sites.values() if shape.kind == "linear")
+        # Of the layers themselves, before anything is put around them.
+        self.lowered_weights = LoweredWeights(map(model.get_submodule, linear))
 
     @classmethod
     def load(

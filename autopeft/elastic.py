@@ -208,7 +208,7 @@ class ElasticAdapter:
             modules = find_lora_modules(backbone.model)
             ordered = [modules[backbone.shape(site).module] for site in self.largest.adapters]
             blocks = [site.block for site in self.largest.adapters]
-            with autocast(precision, evaluator.device.type):
+            with backbone.lowered_weights.in_place(precision), autocast(precision, evaluator.device.type):
                 yield _Slices(backbone.model, backbone.blocks, ordered, blocks)
 
     def save(self, path: Path) -> None:
@@ -323,7 +323,8 @@ def _fit(
             callbacks = [StopOnDivergence(), RowRanks(draw, tuple(shapes))]
             trainer = build_trainer(training, callbacks, monitor=evaluator.monitor, pieces=1)
             ending.callback(dismantle, trainer)
-            with interrupts_stay_interrupts():
+            lowered = evaluator.backbone.lowered_weights.in_place(training.resolved_precision())
+            with interrupts_stay_interrupts(), lowered:
                 trainer.fit(module, batches)
             return int(trainer.global_step)
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from autopeft.configuration import Configuration
 
 Status = Literal["complete", "paused", "failed", "infeasible"]
+VALIDATION_LOSS = "validation_loss"
+"""Name of the mean loss over the validation split, among an evaluation's values and in its curves."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,7 +213,9 @@ def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestW
         evaluator.data.steps_per_epoch,
         step=module.first_step,
     )
-    with interrupts_stay_interrupts(), quiet_lightning():
+    precision = evaluator.training.resolved_precision()
+    lowered = evaluator.backbone.lowered_weights.in_place(precision)
+    with interrupts_stay_interrupts(), quiet_lightning(), lowered:
         trainer.fit(module, batches, evaluator.data.val_dataloader())
 
 

@@ -151,7 +151,8 @@ class Evaluator:
             attachment.load_state_dict(state)
             module = self.module(configuration)
             module.eval()
-            with quiet_lightning():
+            precision = self.training.resolved_precision()
+            with quiet_lightning(), self.backbone.lowered_weights.in_place(precision):
                 trainer = build_trainer(self.training, [], monitor=self.monitor)
                 (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
                 dismantle(trainer)

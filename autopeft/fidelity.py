@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from autopeft.evaluation import TrialRecord
+from autopeft.evaluation import VALIDATION_LOSS, TrialRecord
 from autopeft.forecast import Forecast
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis, contributions, non_dominated
+
+_LOSS = Objective(name=VALIDATION_LOSS, direction="minimize", unit="score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ class Promotion:
     ) -> _Candidate:
         evaluation = record.evaluation
         values = {**{name: evaluation.values[name] for name in self._costs}, **scores}
+        values[VALIDATION_LOSS] = forecast.loss_at(evaluation, step)
         if evaluation.status != "paused" or evaluation.cost.steps != step:
             return _Candidate(record, values, waits=False, expected=evaluation.values[self.monitor])
         expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
@@ -163,8 +166,8 @@ class Promotion:
     ) -> _Candidate | None:
         quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
-            # The rung does not tell them apart: sorting by costs alone would let none but the cheapest go on.
-            best = waiting[: max(0, quota - (len(candidates) - len(waiting)))]
+            # The metric does not tell them apart: by costs alone none but the cheapest would go on.
+            best = self._by_loss(candidates)[:quota]
         else:
             points = [{**one.values, self.monitor: one.expected} for one in candidates]
             best = [candidates[index] for index in self._best(points, quota)]
@@ -173,6 +176,19 @@ class Promotion:
             values = record.evaluation.values
             bars.append(_Bar(values, values[self.monitor], whole=True))
         return next((one for one in best if one.waits and not self._is_stopped(one, bars)), None)
+
+    def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
+        objectives = [_LOSS, *(one for one in self.objectives if one.unit != "score")]
+        known = [one for one in candidates if math.isfinite(one.values[VALIDATION_LOSS])]
+        rest = [one for one in candidates if not math.isfinite(one.values[VALIDATION_LOSS])]
+        left = sorted(known, key=lambda one: one.values[VALIDATION_LOSS])
+        order: list[_Candidate] = []
+        while left:
+            flags = non_dominated([one.values for one in left], objectives)
+            order += [one for one, flag in zip(left, flags, strict=True) if flag]
+            left = [one for one, flag in zip(left, flags, strict=True) if not flag]
+        return order + rest
 
     def _best(self, points: Sequence[Mapping[str, float]], count: int) -> list[int]:
         """Return the first points by non-dominated sorting; a layer's by what they add to the hypervolume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopeft.evaluation import Evaluation
+from autopeft.evaluation import VALIDATION_LOSS, Evaluation
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis
 
@@ -64,6 +65,15 @@ class Forecast:
             return None
         best = max(validations, key=lambda one: one[self.monitor])
         return {name: best[name] for name in self._scores}
+
+    def loss_at(self, evaluation: Evaluation, step: int) -> float:
+        """Return the loss of the latest validation up to a step; infinity where none is known."""
+        losses = [
+            point.value
+            for point in evaluation.curves
+            if point.metric == VALIDATION_LOSS and point.step <= step
+        ]
+        return losses[-1] if losses else math.inf
 
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
         """Return what whole trainings gained after a step: those that cost most nearly what this one does.

@@ -114,8 +114,7 @@ class PackedCandidate:
 
     def validated(self) -> None:
         """Note the metrics that were collected, keep the best weights, and see whether to stop."""
-        values = {name: float(one) for name, one in self.module.metrics.compute().items()}
-        self.module.metrics.reset()
+        values = {name: float(one) for name, one in self.module.judged().items()}
         self._last_validation = self.steps
         if self._losses:
             self.points.append(("training_loss", self.steps, sum(self._losses) / len(self._losses)))
@@ -222,6 +221,10 @@ class PackedTraining:
         Args:
             seed: Seed of shuffling and dropout, the same for every candidate.
         """
+        with self.backbone.lowered_weights.in_place(self.training.resolved_precision()):
+            self._run(seed)
+
+    def _run(self, seed: int) -> None:
         batches = self.data.train_dataloader(seed)
         total = self.training.total_steps(self.data.steps_per_epoch)
         self._model = self._pack()
@@ -279,7 +282,7 @@ class PackedTraining:
             with self._autocast():
                 logits = self._model(on_device)
             for candidate, own in zip(self._candidates, logits, strict=True):
-                candidate.module.metrics.update(own, on_device[LABELS])
+                candidate.module.judge(own, on_device[LABELS])
 
     def _validate(self) -> None:
         """Validate every candidate; those that have stopped improving leave."""

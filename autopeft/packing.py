@@ -304,6 +304,7 @@ class PackedTrainer:
             total_steps=evaluator.training.total_steps(evaluator.data.steps_per_epoch),
         )
         module.metrics.to(evaluator.device)
+        module.validation_loss.to(evaluator.device)
         return module
 
     def _outcome(self, one: _Admitted, candidate: PackedCandidate, seed: int) -> Trained:

@@ -242,7 +242,7 @@ class PrefixCache:
             if len(stored.states) != rows.tokens + 1:
                 return False
             probe = rows.probe()
-            with self._autocast():
+            with self._mixed():
                 states = rows.gather(stored.states, probe, self.device)
                 inputs = rows.inputs(probe, self.device)
                 error = self._error(prefix, structure, inputs, states, rows.inside(probe))
@@ -284,7 +284,7 @@ class PrefixCache:
         lower_cut, lower = self._lower(name, prefix.cut, files)
         seconds = 0.0
         with ExitStack() as stack:
-            stack.enter_context(self._autocast())
+            stack.enter_context(self._mixed())
             below = stack.enter_context(FrozenPrefix(model, self._backbone.blocks, lower_cut))
             for batch in rows.batches:
                 started = self.clock()
@@ -311,8 +311,12 @@ class PrefixCache:
                 return lower_cut, states
         return 0, None
 
-    def _autocast(self) -> torch.autocast:
-        return autocast(self._training.resolved_precision(), self.device.type)
+    @contextmanager
+    def _mixed(self) -> Iterator[None]:
+        """Compute in the training's precision."""
+        precision = self._training.resolved_precision()
+        with self._backbone.lowered_weights.in_place(precision), autocast(precision, self.device.type):
+            yield
 
 
 class TrialPrefix:

@@ -17,9 +17,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import callback_connector
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.aggregation import MeanMetric
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import unknown_choice
+from autopeft.evaluation import VALIDATION_LOSS
 from autopeft.objectives import parse_quantity
 from autopeft.precision import Precision, quickest_precision
 from autopeft.tasks import Task
@@ -147,6 +149,7 @@ class FineTuning(LightningModule):
         self.serve = serve
         self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection()
+        self.validation_loss = MeanMetric(nan_strategy="disable")
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits, of shape (batch, labels)."""
@@ -159,21 +162,33 @@ class FineTuning(LightningModule):
         return self.task.loss(self(batch), batch[LABELS])
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        """Add one batch to the metrics."""
-        self.metrics.update(self(batch), batch[LABELS])
+        """Add one batch to the metrics and the loss."""
+        self.judge(self(batch), batch[LABELS])
+
+    def judge(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (rows, labels) of one validation batch to the metrics and the loss."""
+        self.metrics.update(logits, labels)
+        self.validation_loss.update(self.task.loss(logits, labels), weight=len(labels))
+
+    def judged(self) -> dict[str, Tensor]:
+        """Return the metrics and the mean loss of all rows since the last call, by name."""
+        found = {**self.metrics.compute(), VALIDATION_LOSS: self.validation_loss.compute()}
+        self.metrics.reset()
+        self.validation_loss.reset()
+        return found
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics under their names."""
-        self.log_dict(self.metrics.compute())
-        self.metrics.reset()
+        """Log the metrics and the loss under their names."""
+        self.log_dict(self.judged())
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics."""
-        self.validation_step(batch, batch_index)
+        self.metrics.update(self(batch), batch[LABELS])
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics under their names."""
-        self.on_validation_epoch_end()
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the trainable parameters, with linear warm-up and decay a step."""

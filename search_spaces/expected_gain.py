@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import qmc
 
+from autopeft.adapter import Adapter, Site
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
@@ -20,7 +22,9 @@ from autopeft.search_spaces.surrogate import Array, GaussianProcess
 
 _LATEST = 128  # trials that a model learns from: its time grows with their third power
 _CELLS = 4096
+_NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
 _COUNTED = "trainable_parameters"
+_Adapters = tuple[tuple[Site, Adapter], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +126,22 @@ class ExpectedGain:
         return gain
 
     def best(self, candidates: Sequence[Configuration]) -> int | None:
-        """Return the index of the candidate with the largest gain; None where all have been tried."""
+        """Return the index of the candidate with the largest gain; None where all have been tried.
+
+        One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
+        trial's: it would be chosen for the noise in its metric, again and again.
+        """
         if not candidates:
             return None
-        tried = {configuration for configuration, _ in self._history.trials}
+        tried: dict[_Adapters, list[float]] = defaultdict(list)
+        for one, _ in self._history.trials:
+            tried[tuple(one)].append(one.learning_rate)
         ranking = np.argsort(-self(candidates), kind="stable")
-        return next((int(index) for index in ranking if candidates[index] not in tried), None)
+        for index in ranking.tolist():
+            rate = candidates[index].learning_rate
+            if not any(_is_near(rate, other) for other in tried[tuple(candidates[index])]):
+                return int(index)
+        return None
 
     def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration], rows: Array) -> Array:
         objective = constraint.objective
@@ -142,6 +156,10 @@ class ExpectedGain:
             return self._models[objective.name].predict(rows)
         counts = (count_parameters(self._features.backbone, one) for one in candidates)
         return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
+
+
+def _is_near(rate: float, other: float) -> bool:
+    return abs(math.log(rate / other)) < math.log(_NEAR)
 
 
 def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from optuna.trial import TrialState
 from autopeft import Search, SuccessiveHalving
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
+from autopeft.evaluation import VALIDATION_LOSS, Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.fidelity import Promotion
 from autopeft.front import ParetoFront
 from autopeft.objectives import resolve_objectives
@@ -38,8 +39,10 @@ RUNGS = (10, 30, 90)
 HALVING = SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=2)
 
 
-def trial(number: int, parameters: float, *accuracies: float, status: str | None = None) -> TrialRecord:
-    """Make a trial that reached as many rungs as it has accuracies."""
+def trial(
+    number: int, parameters: float, *accuracies: float, status: str | None = None, loss: float = math.nan
+) -> TrialRecord:
+    """Make a trial that reached as many rungs as it has accuracies, with one validation loss at all."""
     steps = RUNGS[len(accuracies) - 1]
     status = status or ("complete" if len(accuracies) == len(RUNGS) else "paused")
     curves = [
@@ -47,6 +50,7 @@ def trial(number: int, parameters: float, *accuracies: float, status: str | None
         for step, value in zip(RUNGS, accuracies, strict=False)
         for name in ("accuracy", "f1", "training_loss")
     ]
+    curves += [CurvePoint(metric=VALIDATION_LOSS, step=point.step, value=loss) for point in curves[::3]]
     evaluation = Evaluation(
         configuration=Configuration({Site(0, "query"): Adapter("lora", number + 1)}),
         status=status,  # type: ignore[arg-type]
@@ -124,6 +128,23 @@ def test_what_has_learned_nothing_is_not_tried_again() -> None:
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9))]) is None
     other = trial(9, 1e2, 0.31)
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9)), other]) == (9, 1)
+
+
+def test_where_the_metric_tells_nobody_apart_the_loss_decides() -> None:
+    # A rare class is not predicted by anybody yet: Matthews correlation, or accuracy, is the majority's.
+    known = [trial(n, 5e5, 0.3, 0.5, 0.6 + 0.1 * n, loss=0.6) for n in range(3)]
+    waiting = [trial(3, 2e3, 0.3, loss=0.65), trial(4, 2e3, 0.3, loss=0.4), trial(5, 2e3, 0.3, loss=0.5)]
+    assert next_of([*known, *waiting]) == (4, 1)
+    went_on = trial(4, 2e3, 0.3, 0.5, 0.6, loss=0.4)
+    assert next_of([*known, waiting[0], went_on, waiting[2]]) == (5, 1)
+    cheaper = trial(6, 1e3, 0.3, loss=0.6)
+    assert next_of([*known, waiting[0], went_on, cheaper]) == (6, 1), "nobody who costs less has a lower loss"
+
+
+def test_a_loss_that_is_not_known_comes_last() -> None:
+    known = [trial(n, 5e5, 0.3, 0.5, 0.6 + 0.1 * n, loss=0.6) for n in range(3)]
+    waiting = [trial(3, 2e3, 0.3), trial(4, 2e3, 0.3, loss=0.5)]
+    assert next_of([*known, *waiting]) == (4, 1)
 
 
 def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:

@@ -121,14 +121,15 @@ def compute_scores(
         sites, IncrementalVariance(components, leading=rank, convergence=options.convergence)
     )
     with undisturbed(backbone.model, seed), GradientStore(sites, len(batches)) as store:
-        averages = run_data_pass(
-            subject,
-            [name for name in names if name in BATCH_SCORES],
-            store=store if _OF_MEAN_GRADIENT & set(names) else None,
-            variance=variance if "explained_variance" in names else None,
-            per_sample_fisher=options.per_sample_fisher,
-            dtype=_DTYPES[options.precision],
-        )
+        with backbone.lowered_weights.in_place(options.precision):
+            averages = run_data_pass(
+                subject,
+                [name for name in names if name in BATCH_SCORES],
+                store=store if _OF_MEAN_GRADIENT & set(names) else None,
+                variance=variance if "explained_variance" in names else None,
+                per_sample_fisher=options.per_sample_fisher,
+                dtype=_DTYPES[options.precision],
+            )
         rest: Mapping[str, Callable[[], SiteScores]] = {
             "gora": lambda: gora_scores(store),
             "gradient_spectrum": lambda: gradient_spectrum_scores(store, rank=rank, components=components),

@@ -122,6 +122,17 @@ def test_the_best_has_not_been_tried() -> None:
     assert gain.best(trials) is None
 
 
+def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
+    trials = drawn(8, 0)
+    gain = ExpectedGain(history(trials), FEATURES)
+    tried = trials[3]
+    near = [tried.replace(learning_rate=tried.learning_rate * factor) for factor in (0.85, 1.15)]
+    assert gain.best(near) is None
+    assert gain.best([*near, tried.replace(learning_rate=tried.learning_rate * 1.3)]) == 2
+    adapters = dict(list(tried.adapters.items())[1:])
+    assert gain.best([*near, Configuration(adapters, learning_rate=tried.learning_rate)]) == 2
+
+
 def searched(seed: int, modelled: float) -> float:
     """Return the hypervolume after 20 trials of a space with made-up outcomes."""
     space = replace(SPACE, modelled=modelled)

@@ -1,0 +1,106 @@
+"""Weights that are cast once: the same numbers as autocast's, and a backbone that is left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopeft.backbone import Backbone
+from autopeft.lowered_weights import LoweredWeights
+from autopeft.methods import attach
+from autopeft.precision import autocast
+from tests.learnable import TRAINING, tiny_evaluator
+from tests.models import everywhere, fingerprint, places, tiny_backbone, tiny_batch
+
+ARCHITECTURES = ("bert", "deberta-v2", "gpt2", "llama", "t5")
+
+
+def backbone_with(architecture: str) -> Backbone:
+    return tiny_backbone(architecture)
+
+
+def step(backbone: Backbone, *, lowered: bool) -> dict[str, Tensor]:
+    """Return logits and all gradients of one pass forwards and backwards in mixed precision."""
+    configuration = everywhere(backbone, "lora")
+    with attach(backbone, configuration, seed=0) as attachment:
+        precision = "bf16-mixed" if lowered else "32-true"
+        with backbone.lowered_weights.in_place(precision), autocast("bf16-mixed", "cpu"):
+            logits = backbone.model(**tiny_batch()).logits
+            logits.float().square().sum().backward()
+        gradients = {name: one.grad for name, one in attachment.parameters.items() if one.grad is not None}
+        assert gradients
+        return {"logits": logits.detach(), **{name: one.clone() for name, one in gradients.items()}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pass_gives_what_autocast_gives_bit_for_bit(architecture: str) -> None:
+    backbone = backbone_with(architecture)
+    plain, lowered = step(backbone, lowered=False), step(backbone, lowered=True)
+    assert plain.keys() == lowered.keys()
+    for name, expected in plain.items():
+        torch.testing.assert_close(lowered[name], expected, rtol=0, atol=0, msg=name)
+
+
+def test_a_training_gives_what_autocast_gives_bit_for_bit() -> None:
+    evaluator = tiny_evaluator(training=replace(TRAINING, precision="bf16-mixed"))
+    configuration = everywhere(evaluator.backbone, "lora")
+    casts: list[int] = []
+    original = LoweredWeights._lowered
+
+    def noted(self: LoweredWeights, index: int, name: str, tensor: nn.Parameter) -> nn.Parameter:
+        casts.append(index)
+        return original(self, index, name, tensor)
+
+    with patch.object(LoweredWeights, "_lowered", noted):
+        lowered = evaluator.train(configuration)
+    assert casts, "copies were in place"
+    with patch("autopeft.lowered_weights._is_castable", return_value=False):
+        plain = evaluator.train(configuration)
+    assert lowered.state is not None
+    assert plain.state is not None
+    assert all(torch.equal(one, plain.state[name]) for name, one in lowered.state.items())
+    assert lowered.evaluation.values["accuracy"] == plain.evaluation.values["accuracy"]
+
+
+def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
+    backbone = backbone_with("bert")
+    before = fingerprint(backbone.model)
+    weight = backbone.model.get_submodule(backbone.sites[places(backbone, "lora")[0]].module)
+    with backbone.lowered_weights.in_place("bf16-mixed"):
+        assert weight.weight.dtype == torch.bfloat16
+    with pytest.raises(KeyError), backbone.lowered_weights.in_place("bf16-mixed"):
+        raise KeyError
+    assert weight.weight.dtype == torch.float32
+    after = fingerprint(backbone.model)
+    assert after.keys() == before.keys()
+    step(backbone, lowered=True)
+    assert weight.weight.dtype == torch.float32
+
+
+def test_copies_are_made_once_and_anew_when_a_weight_has_changed() -> None:
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    lowered = LoweredWeights([layer])
+    with lowered.in_place("bf16-mixed"):
+        first = layer.weight
+    with lowered.in_place("bf16-mixed"):
+        assert layer.weight is first
+    layer.weight.fill_(0.5)
+    with lowered.in_place("bf16-mixed"):
+        assert layer.weight is not first
+        assert layer.weight.unique().tolist() == [0.5]
+
+
+def test_what_is_trained_or_is_not_asked_for_stays() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)  # as in BitFit, the bias is trained
+    lowered = LoweredWeights([layer])
+    with lowered.in_place("32-true"):
+        assert layer.weight.dtype == torch.float32
+    with lowered.in_place("bf16-mixed"):
+        assert layer.weight.dtype == torch.bfloat16
+        assert layer.bias.dtype == torch.float32
+        assert layer.bias.requires_grad

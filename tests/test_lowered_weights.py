@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autopeft.backbone import Backbone
 from autopeft.lowered_weights import LoweredWeights
 from autopeft.methods import attach
-from autopeft.precision import autocast
+from autopeft.precision import Precision, autocast
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.models import everywhere, fingerprint, places, tiny_backbone, tiny_batch
 
@@ -27,7 +27,7 @@ def step(backbone: Backbone, *, lowered: bool) -> dict[str, Tensor]:
     """Return logits and all gradients of one pass forwards and backwards in mixed precision."""
     configuration = everywhere(backbone, "lora")
     with attach(backbone, configuration, seed=0) as attachment:
-        precision = "bf16-mixed" if lowered else "32-true"
+        precision: Precision = "bf16-mixed" if lowered else "32-true"
         with backbone.lowered_weights.in_place(precision), autocast("bf16-mixed", "cpu"):
             logits = backbone.model(**tiny_batch()).logits
             logits.float().square().sum().backward()

@@ -127,7 +127,7 @@ class MemoryCounter:
 
         mixed = MetaAutocast() if precision == "bf16-mixed" else None
         with cpu_attention(self._remembered, None if mixed is None else mixed.lowered):
-            context = mixed or nullcontext()
+            context = nullcontext() if mixed is None else mixed.casting()
             return self._count(MetaCounter(self._remembered), convert, batch, loss, context)
 
     def _count(

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+_Cast = Callable[[Any], Any]
 
 
-class MetaAutocast(TorchFunctionMode):
-    """Cast what `torch.autocast("cpu", torch.bfloat16)` would cast; use it in a `with` block.
+class MetaAutocast:
+    """Cast what `torch.autocast("cpu", torch.bfloat16)` would cast.
 
     The functions are those of torch's list that models of transformers, their adapters and losses call
-    (https://docs.pytorch.org/docs/stable/amp.html#cpu-op-specific-behavior). A model that calls others of
-    the list is found out: its memory differs from that counted on fake tensors.
+    (https://docs.pytorch.org/docs/stable/amp.html#cpu-op-specific-behavior), but for attention, which
+    `cpu_attention` sees to. They are replaced where models look them up: a mode over all functions takes a
+    third of a count's time. A model that calls others of the list, or has them under other names, is found
+    out: its memory differs from that counted on fake tensors.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._cached: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __exit__(self, *reason: Any) -> None:
-        """Leave, and forget the parameters' copies, as autocast does."""
-        self._cached.clear()
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call a function with its arguments cast."""
-        options = kwargs or {}
-        cast = self.lowered if func in _IN_BFLOAT16 else _raised if func in _IN_SINGLE else None
-        if cast is not None:
-            args = tuple(map(cast, args))
-            options = {name: cast(one) for name, one in options.items()}
-        return func(*args, **options)
+    @contextmanager
+    def casting(self) -> Iterator[None]:
+        """Cast in a `with` block; at its end the parameters' copies are forgotten, as autocast does it."""
+        replaced = [
+            (owner, name, vars(owner).get(name))
+            for owners in (_IN_BFLOAT16, _IN_SINGLE)
+            for owner, names in owners.items()
+            for name in names
+        ]
+        try:
+            for owners, cast in ((_IN_BFLOAT16, self.lowered), (_IN_SINGLE, _raised)):
+                for owner, names in owners.items():
+                    for name in names:
+                        setattr(owner, name, _with_cast(getattr(owner, name), cast))
+            yield
+        finally:
+            for owner, name, original in replaced:
+                if original is None:  # inherited
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+            self._cached.clear()
 
     def lowered(self, value: Any) -> Any:
         """Return a tensor in bfloat16; a trainable parameter's copy is kept until the block ends."""
@@ -59,21 +65,18 @@ def _raised(value: Any) -> Any:
     return value.float() if lowered else value
 
 
-_IN_BFLOAT16 = frozenset(
-    {
-        functional.linear,
-        functional.conv1d,
-        functional.scaled_dot_product_attention,
-        torch.addmm,
-        torch.baddbmm,
-        torch.bmm,
-        torch.matmul,
-        torch.mm,
-        Tensor.__matmul__,
-        Tensor.__rmatmul__,
-        Tensor.bmm,
-        Tensor.matmul,
-        Tensor.mm,
-    }
-)
-_IN_SINGLE = frozenset({functional.cross_entropy, functional.mse_loss, functional.nll_loss})
+def _with_cast(function: Callable[..., Any], cast: _Cast) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        if options:
+            options = {name: cast(one) for name, one in options.items()}
+        return function(*map(cast, arguments), **options)
+
+    return call
+
+
+_IN_BFLOAT16: Mapping[Any, tuple[str, ...]] = {
+    functional: ("linear", "conv1d"),
+    torch: ("addmm", "baddbmm", "bmm", "matmul", "mm"),
+    Tensor: ("__matmul__", "__rmatmul__", "bmm", "matmul", "mm"),
+}
+_IN_SINGLE: Mapping[Any, tuple[str, ...]] = {functional: ("cross_entropy", "mse_loss", "nll_loss")}

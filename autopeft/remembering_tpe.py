@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
+import moocore
 import numpy as np
 from numpy.typing import NDArray
+from optuna._hypervolume.hssp import _solve_hssp
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe.sampler import (
     _get_infeasible_trial_score,
     _get_reference_point,
-    _solve_hssp_with_cache,
     _split_trials,
     default_gamma,
     default_gamma_multiobjective,
@@ -102,14 +103,46 @@ class _Outcomes(_Follower):
         tied = np.flatnonzero(ranks == cut)
         if len(better) == count:
             return complete[better]
-        chosen: Indices = _solve_hssp_with_cache(
-            tuple(losses[tied].ravel()),
-            tuple(tied),
-            count - len(better),
-            tuple(_get_reference_point(losses[tied])),
-        )
+        chosen = tied[most_hypervolume(losses[tied], count - len(better))]
         best: Indices = complete[np.append(better, chosen)]
         return best
+
+
+def most_hypervolume(losses: Floats, count: int) -> Indices:
+    """Return the places of those losses that have most hypervolume together, chosen greedily.
+
+    Those that Optuna chooses, but for ties that rounding breaks, in a sixth of the time: its own hypervolume
+    takes 0.2 ms for 25 points, and moocore's 0.01. What a point adds only falls as others are chosen, so that
+    it is computed anew for the most promising alone (Minoux, "Accelerated Greedy Algorithms for Maximizing
+    Submodular Set Functions", 1978).
+
+    Args:
+        losses: Of shape (points, objectives), all minimised, none of them dominated.
+        count: How many to choose, at most as many as there are points.
+    """
+    points, first = np.unique(losses, axis=0, return_index=True)
+    reference = _get_reference_point(losses)
+    if len(points) <= count or not (np.isfinite(reference).all() and np.isfinite(losses).all()):
+        every: Indices = _solve_hssp(losses, np.arange(len(losses)), count, reference)
+        return every
+    hypervolume = moocore.Hypervolume(ref=reference)
+    gains = np.prod(reference - points, axis=1)
+    known_of = np.zeros(len(points), dtype=int)  # how many were chosen when the gain was computed
+    chosen = np.empty((count, points.shape[1]))
+    places = []
+    volume = 0.0
+    for number in range(count):
+        best = int(np.argmax(gains))
+        while known_of[best] != number:
+            chosen[number] = points[best]
+            gains[best] = hypervolume(chosen[: number + 1]) - volume
+            known_of[best] = number
+            best = int(np.argmax(gains))
+        chosen[number] = points[best]
+        volume += gains[best]
+        gains[best] = -np.inf
+        places.append(first[best])
+    return np.array(places, dtype=np.intp)
 
 
 class _Observations(_Follower):

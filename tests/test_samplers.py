@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from optuna._hypervolume.hssp import _solve_hssp
 from optuna.samplers import BaseSampler
+from optuna.samplers._tpe.sampler import _get_reference_point
 from optuna.study import Study
+from optuna.study._multi_objective import _is_pareto_front
 from optuna.trial import Trial, TrialState
 
+from autopeft.remembering_tpe import most_hypervolume
 from autopeft.samplers import SAMPLERS, SeededSampler, make_sampler
 
 NAMES = [name for name in SAMPLERS if name != "botorch"]
@@ -65,6 +70,24 @@ def test_tpe_asks_what_optunas_asks() -> None:
     for _ in range(120):
         step(plain)
     assert [one.params for one in ours.trials] == [one.params for one in plain.trials]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_best_of_a_rank_are_those_of_most_hypervolume(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    losses = (
+        generator.random((int(generator.integers(30, 300)), 2 + seed % 2)) * [-1.0, 1e5, 1e8][: 2 + seed % 2]
+    )
+    losses = losses[_is_pareto_front(losses, assume_unique_lexsorted=False)]
+    count = len(losses) // 2
+    expected = _solve_hssp(losses, np.arange(len(losses)), count, _get_reference_point(losses))
+    assert most_hypervolume(losses, count).tolist() == expected.tolist()
+    assert most_hypervolume(losses, len(losses)).tolist() == list(range(len(losses)))
+
+
+def test_the_best_of_a_rank_may_be_alike() -> None:
+    losses = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert sorted(most_hypervolume(losses, 2).tolist()) == [0, 1]
 
 
 def test_tpe_asks_what_optunas_asks_for_one_objective_and_parameters_that_not_all_trials_have() -> None:

@@ -69,7 +69,7 @@ class Backbone:
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
-        lowered_weights: The weights of all sites as mixed precision multiplies them; made when first used.
+        lowered_weights: The linear sites' weights as mixed precision multiplies them; made when first used.
 
     Raises:
         ValueError: No transformer block was found, or a head module does not exist.
@@ -105,9 +105,9 @@ class Backbone:
             for index, block in enumerate(self._block_modules)
             for shape in _shapes(model, index, block)
         }
-        linear = (shape.module for shape in self.sites.values() if shape.kind == "linear")
+        names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
         # Of the layers themselves, before anything is put around them.
-        self.lowered_weights = LoweredWeights(map(model.get_submodule, linear))
+        self.lowered_weights = LoweredWeights(map(model.get_submodule, names))
 
     @classmethod
     def load(

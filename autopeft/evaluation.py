@@ -10,7 +10,7 @@ from autopeft.configuration import Configuration
 
 Status = Literal["complete", "paused", "failed", "infeasible"]
 VALIDATION_LOSS = "validation_loss"
-"""Name of the mean loss over the validation split, among an evaluation's values and in its curves."""
+"""Name of the validation split's loss: in curves, and in values that of the best validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

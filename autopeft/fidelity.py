@@ -59,7 +59,7 @@ class _Candidate:
 
     Attributes:
         record: The trial.
-        values: What it costs, and its scores there.
+        values: What it costs, and its scores and validation loss there.
         waits: Whether it is paused there.
         expected: The metric it reached beyond the rung, or is expected to reach.
         noise: Of what is expected; None where it is not known.

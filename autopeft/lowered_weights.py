@@ -32,8 +32,9 @@ class LoweredWeights:
     multiplying by it. With the copies in place there is nothing left to cast. The same numbers are
     multiplied, so that results are those of autocast alone, bit for bit.
 
-    They take half as much main memory again as the weights do. On other devices, where memory is what is
-    short and a cast takes next to no time, the weights are left as they are.
+    A copy is kept for good, and made anew where its original was replaced or changed in place (a change
+    through `.data` is not seen). All take half as many bytes again as these layers do. On other devices,
+    where memory is what is short and a cast takes next to no time, the weights are left as they are.
 
     Args:
         layers: The layers, `nn.Linear` or transformers' Conv1D. What is put around them later (a LoRA layer)

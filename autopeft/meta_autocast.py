@@ -19,7 +19,7 @@ class MetaAutocast:
     The functions are those of torch's list that models of transformers, their adapters and losses call
     (https://docs.pytorch.org/docs/stable/amp.html#cpu-op-specific-behavior), but for attention, which
     `cpu_attention` sees to. They are replaced where models look them up: a mode over all functions takes a
-    third of a count's time. A model that calls others of the list, or has them under other names, is found
+    fifth of a count's time. A model that calls others of the list, or has them under other names, is found
     out: its memory differs from that counted on fake tensors.
     """
 

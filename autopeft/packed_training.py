@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class PackedCandidate:
 
     def validated(self) -> None:
         """Note the metrics that were collected, keep the best weights, and see whether to stop."""
-        values = {name: float(one) for name, one in self.module.judged().items()}
+        values = {name: float(one) for name, one in self.module.take_validated().items()}
         self._last_validation = self.steps
         if self._losses:
             self.points.append(("training_loss", self.steps, sum(self._losses) / len(self._losses)))
@@ -211,7 +211,6 @@ class PackedTraining:
         self.training = training
         self._candidates = list(candidates)
         self._device = training.resolved_device()
-        self._autocast = partial(autocast, training.resolved_precision(), self._device.type)
         self._meter = Meter(self._device)
         self._steps = 0
 
@@ -221,10 +220,6 @@ class PackedTraining:
         Args:
             seed: Seed of shuffling and dropout, the same for every candidate.
         """
-        with self.backbone.lowered_weights.in_place(self.training.resolved_precision()):
-            self._run(seed)
-
-    def _run(self, seed: int) -> None:
         batches = self.data.train_dataloader(seed)
         total = self.training.total_steps(self.data.steps_per_epoch)
         self._model = self._pack()
@@ -255,6 +250,13 @@ class PackedTraining:
             without_dropout=self.training.frozen_prefix != "train",
         )
 
+    @contextmanager
+    def _mixed(self) -> Iterator[None]:
+        """Compute in the training's precision; a pack is built outside, from the weights as they are."""
+        precision = self.training.resolved_precision()
+        with self.backbone.lowered_weights.in_place(precision), autocast(precision, self._device.type):
+            yield
+
     def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self._device) for name, one in batch.items()}
 
@@ -262,7 +264,7 @@ class PackedTraining:
         """Take one step with every candidate; those that diverge leave."""
         batch = self._batch(batch)
         labels = batch[LABELS]
-        with self._autocast():
+        with self._mixed():
             losses = torch.stack([self.task.loss(logits, labels) for logits in self._model(batch)])
         self._model.zero_grad()
         losses.sum().backward()  # the sum's gradient of each loss is 1, and no slice depends on another
@@ -279,10 +281,10 @@ class PackedTraining:
     def _predict(self) -> None:
         for batch in self.data.val_dataloader():
             on_device = self._batch(batch)
-            with self._autocast():
+            with self._mixed():
                 logits = self._model(on_device)
             for candidate, own in zip(self._candidates, logits, strict=True):
-                candidate.module.judge(own, on_device[LABELS])
+                candidate.module.add_validated(own, on_device[LABELS])
 
     def _validate(self) -> None:
         """Validate every candidate; those that have stopped improving leave."""

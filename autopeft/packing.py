@@ -123,7 +123,8 @@ class PackedTrainer:
         evaluator: Gives backbone, task, training, objectives and constraints.
         max_bytes: Memory a pack may take: the frozen backbone, and what the counts before training give
             for its candidates beside it. A pack that would take more is split, at most to candidates alone.
-            None for no bound: a pack that runs out of memory is then halved and begun again.
+            None for no bound: a pack that runs out of memory is then halved and begun again. The search's
+            bfloat16 copies of frozen weights (`LoweredWeights`, on the CPU alone) are not counted.
 
     Raises:
         ValueError: `max_bytes` is not above 0.
@@ -304,7 +305,6 @@ class PackedTrainer:
             total_steps=evaluator.training.total_steps(evaluator.data.steps_per_epoch),
         )
         module.metrics.to(evaluator.device)
-        module.validation_loss.to(evaluator.device)
         return module
 
     def _outcome(self, one: _Admitted, candidate: PackedCandidate, seed: int) -> Trained:

@@ -12,8 +12,8 @@ Precision = Literal["32-true", "bf16-mixed"]
 def quickest_precision(device: torch.device) -> Precision:
     """Return bf16-mixed where a device multiplies bfloat16 in hardware, else 32-true.
 
-    On x86 those are processors with AVX512-BF16 or AMX; there it halves the time of a training step. Weights,
-    adapters and the optimizer's state stay in single precision either way.
+    On x86 those are processors with AVX512-BF16 or AMX. Weights, adapters and the optimizer's state stay in
+    single precision either way; frozen weights have copies in bfloat16 beside them (`LoweredWeights`).
 
     Args:
         device: Where the model computes.

@@ -118,13 +118,14 @@ def most_hypervolume(losses: Floats, count: int) -> Indices:
 
     Args:
         losses: Of shape (points, objectives), all minimised, none of them dominated.
-        count: How many to choose, at most as many as there are points.
+        count: How many to choose, at most as many as there are points. Where there is little to choose
+            (points that are alike, losses that are not finite) Optuna's own function does it.
     """
     points, first = np.unique(losses, axis=0, return_index=True)
     reference = _get_reference_point(losses)
     if len(points) <= count or not (np.isfinite(reference).all() and np.isfinite(losses).all()):
-        every: Indices = _solve_hssp(losses, np.arange(len(losses)), count, reference)
-        return every
+        simple: Indices = _solve_hssp(losses, np.arange(len(losses)), count, reference)
+        return simple
     hypervolume = moocore.Hypervolume(ref=reference)
     gains = np.prod(reference - points, axis=1)
     known_of = np.zeros(len(points), dtype=int)  # how many were chosen when the gain was computed
@@ -193,7 +194,7 @@ class Remembered:
 
 
 class RememberingTPESampler(TPESampler):
-    """Optuna's multivariate TPE, asking the same in a quarter of the time.
+    """Optuna's multivariate TPE, asking the same (but for ties) in a quarter of the time.
 
     Optuna turns every parameter of every trial into a number each time it asks, and goes through the
     parameters one by one: with 120 parameters and 1,000 trials most of its time.

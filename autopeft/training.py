@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import callback_connector
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics.aggregation import MeanMetric
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import unknown_choice
@@ -149,7 +148,7 @@ class FineTuning(LightningModule):
         self.serve = serve
         self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection()
-        self.validation_loss = MeanMetric(nan_strategy="disable")
+        self._validated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits, of shape (batch, labels)."""
@@ -163,23 +162,27 @@ class FineTuning(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics and the loss."""
-        self.judge(self(batch), batch[LABELS])
+        self.add_validated(self(batch), batch[LABELS])
 
-    def judge(self, logits: Tensor, labels: Tensor) -> None:
+    def add_validated(self, logits: Tensor, labels: Tensor) -> None:
         """Add the logits (rows, labels) of one validation batch to the metrics and the loss."""
         self.metrics.update(logits, labels)
-        self.validation_loss.update(self.task.loss(logits, labels), weight=len(labels))
+        self._validated.append((logits, labels))
 
-    def judged(self) -> dict[str, Tensor]:
-        """Return the metrics and the mean loss of all rows since the last call, by name."""
-        found = {**self.metrics.compute(), VALIDATION_LOSS: self.validation_loss.compute()}
+    def take_validated(self) -> dict[str, Tensor]:
+        """Return the metrics and the loss of all rows that were added, by name, and forget these.
+
+        The loss is that of all rows at once: with class weights, batches' losses have no simple mean.
+        """
+        logits, labels = map(torch.cat, zip(*self._validated, strict=True))
+        found = {**self.metrics.compute(), VALIDATION_LOSS: self.task.loss(logits, labels)}
         self.metrics.reset()
-        self.validation_loss.reset()
+        self._validated = []
         return found
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and the loss under their names."""
-        self.log_dict(self.judged())
+        self.log_dict(self.take_validated())
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics."""

@@ -38,6 +38,7 @@ from autopeft.precision import Precision
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
+from autopeft.tasks import TextClassification
 from autopeft.training import Training
 from benchmarks.datasets import DATASETS
 
@@ -68,22 +69,24 @@ def uniform(backbone: Backbone) -> Configuration:
     return Configuration.from_dict({"sites": {str(one): {"method": "lora", "size": 8} for one in sites}})
 
 
-def peak_of_scoring(backbone: Backbone) -> int:
-    """Return the peak live bytes of scoring one batch."""
+def peak_of_scoring(task: TextClassification, precision: Precision) -> int:
+    """Return the peak live bytes of scoring one batch, on a model that has not been used yet."""
+    backbone = Backbone.load(str(prepare("minilm")), task)
     batch = batch_of(BATCH_SIZE)
     counter = StorageCounter()
     base = counter.exclude((*batch.values(), *backbone.model.parameters(), *backbone.model.buffers()))
     with counter:
-        compute_scores(backbone, [batch], cross_entropy)
+        compute_scores(backbone, [batch], cross_entropy, options=ScoreOptions(precision=precision))
     return base + counter.peak_bytes
 
 
-def peak_of_training(backbone: Backbone) -> int:
+def peak_of_training(backbone: Backbone, precision: Precision) -> int:
     """Return the peak live bytes of LoRA training steps with one row more."""
     with attach(backbone, uniform(backbone)):
         backbone.model.train()
         try:
-            return measure_live_storage(backbone.model, batch_of(BATCH_SIZE + 1), cross_entropy)
+            batch = batch_of(BATCH_SIZE + 1)
+            return measure_live_storage(backbone.model, batch, cross_entropy, precision=precision)
         finally:
             backbone.model.eval()
 
@@ -135,7 +138,10 @@ def main() -> None:
             seconds[title, precision] = time.perf_counter() - started
         seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
     every = next(iter(_SETS))
-    peaks = {(every, "32-true"): peak_of_scoring(backbone), (_EPOCH, "32-true"): peak_of_training(backbone)}
+    peaks: dict[tuple[str, Precision], int] = {}
+    for precision in PRECISIONS:
+        peaks[every, precision] = peak_of_scoring(task, precision)
+        peaks[_EPOCH, precision] = peak_of_training(backbone, precision)
     correlations = agreement(*(found[every, precision] for precision in PRECISIONS))
     rows = [
         {

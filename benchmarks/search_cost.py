@@ -2,13 +2,13 @@
 
     python -m benchmarks.search_cost [--methods ...] [--dataset questions] [--seeds 3] [--trials 60]
 
-A front's value is what its members give when they are trained again from the start, with a seed that no
-search has used, and scored on the test split: never a search's own, optimistic values. A method's front at
-some moment has the candidates that were done by then and that nobody beats on the validation split. The axes
-are the metric, from always predicting the majority to 1, and trainable parameters on a log scale over the
-per-layer space. Each run is a process of its own with one thread, whose whole processor time counts, imports
-included; training the front again does not. Runs and trainings that are done are kept in a folder and not
-done again.
+A front's value is what its members give when they are trained again from the start, with two seeds that no
+search has used, and scored on the test split: never a search's own, optimistic values. All are trained again
+alike, in bfloat16 where the processor multiplies it. A method's front at some moment has the candidates that
+were done by then and that nobody beats on the validation split. The axes are the metric, from always
+predicting the majority to 1, and trainable parameters on a log scale over the per-layer space. Each run is a
+process of its own with one thread, whose whole processor time counts, imports included; training the front
+again does not. Runs and trainings that are done are kept in a folder and not done again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def train_again(dataset: str, configurations: Sequence[dict[str, Any]], seed: in
     """Train configurations with a fresh seed; return their scores on the test split."""
     torch.set_num_threads(1)
     setting = Setting(dataset=dataset, seed=seed, trials=1)
-    evaluator = setting.evaluator(setting.load())
+    evaluator = setting.evaluator(setting.load(), precision="auto")
     scores = []
     for data in configurations:
         configuration = Configuration.from_dict(data)

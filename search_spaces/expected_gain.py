@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,13 +132,13 @@ class ExpectedGain:
         """
         if not candidates:
             return None
-        tried: dict[_Adapters, list[float]] = defaultdict(list)
+        tried: dict[_Adapters, list[float]] = {}
         for one, _ in self._history.trials:
-            tried[tuple(one)].append(one.learning_rate)
+            tried.setdefault(tuple(one), []).append(one.learning_rate)
         ranking = np.argsort(-self(candidates), kind="stable")
         for index in ranking.tolist():
             rate = candidates[index].learning_rate
-            if not any(_is_near(rate, other) for other in tried[tuple(candidates[index])]):
+            if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
                 return int(index)
         return None
 

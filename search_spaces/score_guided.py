@@ -43,8 +43,7 @@ _GUIDED = "guided"
 _REFINED = "refined"
 _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
-# Of the anchors: the budget's place on its log scale, the share of blocks left free, the rate's place.
-# The quickest to train come first: a front that has something early is worth more.
+# Of the anchors, the quickest first: the budget's place on its log scale, blocks left free, the rate's place.
 _ANCHORS = ((0.5, 0.67, 0.7), (0.3, 0.5, 0.85), (0.7, 0.33, 0.5), (0.9, 0.0, 0.3))
 # Of a pool: candidates drawn anew, those made from the front, and further learning rates for each.
 _DRAWN = 32

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from autopeft.backbone import Backbone
 from autopeft.lowered_weights import LoweredWeights
 from autopeft.methods import attach
-from autopeft.precision import Precision, autocast
+from autopeft.precision import autocast
+from autopeft.sensitivity import ScoreOptions, compute_scores
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.models import everywhere, fingerprint, places, tiny_backbone, tiny_batch
+from tests.sensitivity.references import labelled_batches
 
-ARCHITECTURES = ("bert", "deberta-v2", "gpt2", "llama", "t5")
+CASES = [
+    *((architecture, "lora") for architecture in ("bert", "deberta-v2", "gpt2", "llama", "t5")),
+    *(("bert", method) for method in ("ia3", "bitfit", "series", "parallel", "prefix", "layernorm")),
+    ("llama", "ia3"),
+]
 
 
-def backbone_with(architecture: str) -> Backbone:
-    return tiny_backbone(architecture)
-
-
-def step(backbone: Backbone, *, lowered: bool) -> dict[str, Tensor]:
+def step(backbone: Backbone, method: str, *, lowered: bool) -> dict[str, Tensor]:
     """Return logits and all gradients of one pass forwards and backwards in mixed precision."""
-    configuration = everywhere(backbone, "lora")
+    configuration = everywhere(backbone, method)
     with attach(backbone, configuration, seed=0) as attachment:
-        precision: Precision = "bf16-mixed" if lowered else "32-true"
-        with backbone.lowered_weights.in_place(precision), autocast("bf16-mixed", "cpu"):
+        in_place = backbone.lowered_weights.in_place("bf16-mixed") if lowered else nullcontext()
+        with in_place, autocast("bf16-mixed", "cpu"):
             logits = backbone.model(**tiny_batch()).logits
             logits.float().square().sum().backward()
         gradients = {name: one.grad for name, one in attachment.parameters.items() if one.grad is not None}
@@ -36,10 +40,10 @@ def step(backbone: Backbone, *, lowered: bool) -> dict[str, Tensor]:
         return {"logits": logits.detach(), **{name: one.clone() for name, one in gradients.items()}}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_pass_gives_what_autocast_gives_bit_for_bit(architecture: str) -> None:
-    backbone = backbone_with(architecture)
-    plain, lowered = step(backbone, lowered=False), step(backbone, lowered=True)
+@pytest.mark.parametrize(("architecture", "method"), CASES)
+def test_a_pass_gives_what_autocast_gives_bit_for_bit(architecture: str, method: str) -> None:
+    backbone = tiny_backbone(architecture)
+    plain, lowered = step(backbone, method, lowered=False), step(backbone, method, lowered=True)
     assert plain.keys() == lowered.keys()
     for name, expected in plain.items():
         torch.testing.assert_close(lowered[name], expected, rtol=0, atol=0, msg=name)
@@ -67,7 +71,7 @@ def test_a_training_gives_what_autocast_gives_bit_for_bit() -> None:
 
 
 def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
-    backbone = backbone_with("bert")
+    backbone = tiny_backbone("bert")
     before = fingerprint(backbone.model)
     weight = backbone.model.get_submodule(backbone.sites[places(backbone, "lora")[0]].module)
     with backbone.lowered_weights.in_place("bf16-mixed"):
@@ -75,9 +79,15 @@ def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
     with pytest.raises(KeyError), backbone.lowered_weights.in_place("bf16-mixed"):
         raise KeyError
     assert weight.weight.dtype == torch.float32
-    after = fingerprint(backbone.model)
-    assert after.keys() == before.keys()
-    step(backbone, lowered=True)
+    assert fingerprint(backbone.model) == before
+    step(backbone, "lora", lowered=True)
+    compute_scores(
+        backbone,
+        labelled_batches(1),
+        cross_entropy,
+        ["gradient_norm"],
+        options=ScoreOptions(precision="bf16-mixed"),
+    )
     assert weight.weight.dtype == torch.float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.live_storage import measure_live_storage
 from autopeft.memory import MemoryCounter, count_flops
+from autopeft.meta_autocast import MetaAutocast
 from autopeft.methods import Attachment, FullFineTuning, attach
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
@@ -167,6 +169,20 @@ def test_an_adapter_costs_flops(tiny_bert: Any) -> None:
         assert count_flops(backbone.model, batch) > plain
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_replaced_functions_are_put_back(fails: bool) -> None:
+    owners = (torch, torch.nn.functional, Tensor)
+    before = [{name: one for name, one in vars(owner).items() if callable(one)} for owner in owners]
+    mixed = MetaAutocast()
+    with suppress(KeyError), mixed.casting():
+        assert (torch.ones(2, 2, device="meta") @ torch.ones(2, 2, device="meta")).dtype == torch.bfloat16
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        if fails:
+            raise KeyError
+    assert [{name: one for name, one in vars(owner).items() if callable(one)} for owner in owners] == before
+    assert (torch.ones(2, 2, device="meta") @ torch.ones(2, 2, device="meta")).dtype == torch.float32
+
+
 def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
     task = learnable_task(class_weights={"a": 3.0})
     backbone, batch = backbone_of(tiny_bert()), batch_of()
@@ -175,6 +191,7 @@ def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
         assert counter.count(batch, task.loss) == counter.count(batch, task.loss)
         counter.count(batch, task.loss, precision="bf16-mixed")
     assert counter._agrees
+    assert all(counter._agrees.values())
 
 
 def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:

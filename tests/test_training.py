@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from autopeft.evaluation import VALIDATION_LOSS
 from autopeft.training import FineTuning, ResidentStrategy, Training, build_trainer, quiet_lightning
 
 
@@ -114,6 +115,29 @@ def test_a_fit_learns_and_leaves_the_module_where_it_is() -> None:
         trainer.fit(trained, batches(), batches(2))
     assert trainer.global_step == 32
     assert float(trainer.callback_metrics["accuracy"]) > 0.8
+
+
+class WeightedTask(Task):
+    """The second class counts nine times."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 9.0]))
+
+
+@pytest.mark.parametrize("task", [Task(), WeightedTask()])
+def test_the_validation_loss_is_that_of_all_rows_at_once(task: Task) -> None:
+    trained = module()
+    trained.task = task  # type: ignore[assignment]
+    rows = next(iter(DataLoader(batches(5).dataset, batch_size=20)))
+    parts = [{name: one[start : start + 8] for name, one in rows.items()} for start in (0, 8, 16)]
+    with torch.no_grad():
+        for _ in range(2):  # the second validation knows nothing of the first
+            for index, part in enumerate(parts):
+                trained.validation_step(part, index)
+            found = trained.take_validated()
+            assert set(found) == {"accuracy", VALIDATION_LOSS}
+            expected = task.loss(trained(rows), rows["labels"])
+            assert float(found[VALIDATION_LOSS]) == pytest.approx(float(expected))
 
 
 def test_patience_stops_early_and_max_steps_bounds() -> None:

@@ -36,7 +36,7 @@ class GradientStore:
         batches: Number of batches the mean is over.
 
     Raises:
-        OSError: The disk has no room for the file, which is written when the first gradient comes.
+        OSError: The disk has no room for the file, which is written when it is first used.
     """
 
     def __init__(self, sites: Sequence[MatrixSite], batches: int) -> None:

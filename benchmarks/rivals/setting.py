@@ -15,7 +15,7 @@ from autopeft.methods import count_parameters
 from autopeft.objectives import resolve_objectives
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
-from autopeft.training import Training
+from autopeft.training import Training, TrainingPrecision
 from benchmarks.datasets import DATASETS
 
 TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
@@ -83,10 +83,15 @@ class Setting:
         """Load the pretrained model."""
         return Backbone.load(self.model, self.task)
 
-    def evaluator(self, backbone: Backbone) -> Evaluator:
-        """Return what trains a configuration as people do: through the whole model, in single precision."""
+    def evaluator(self, backbone: Backbone, precision: TrainingPrecision = "32-true") -> Evaluator:
+        """Return what trains a configuration as people do: through the whole model, in single precision.
+
+        Args:
+            backbone: What is trained.
+            precision: Another one than people's.
+        """
         objectives = resolve_objectives((self.metric, "trainable_parameters"), self.task.metrics)
-        training = replace(TRAINING, frozen_prefix="train", precision="32-true")
+        training = replace(TRAINING, frozen_prefix="train", precision=precision)
         return Evaluator(backbone, self.task, training, objectives, seed=self.seed)
 
     def entry(self, backbone: Backbone, configuration: Configuration, score: float | None) -> Entry:

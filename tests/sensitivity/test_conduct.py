@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import resource
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.live_storage import StorageCounter, measure_live_storage
 from autopeft.methods import attach
+from autopeft.precision import Precision
 from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.sensitivity.weight_scores import absolute_parameters
 from tests.models import fingerprint, tiny_backbone, tiny_batch
@@ -178,6 +180,35 @@ def test_mixed_precision_moves_scores_little_and_is_used() -> None:
             assert mixed[name].values[site] == pytest.approx(value, rel=0.1, abs=tolerance)
     assert mixed["gradient_norm"] != exact["gradient_norm"]
     assert mixed["explained_variance"] != exact["explained_variance"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tokens", "flash"),
+    [("bf16-mixed", 9, False), ("bf16-mixed", 140, True), ("32-true", 9, True)],
+)
+def test_short_rows_in_bfloat16_take_attention_step_by_step(
+    precision: Precision, tokens: int, flash: bool
+) -> None:
+    backbone = tiny_backbone("bert", max_position_embeddings=160)
+    batches = [{**tiny_batch(tokens=tokens), "labels": torch.tensor([0, 1, 2])}]
+    seen: list[bool] = []
+    handle = backbone.model.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled())
+    )
+    compute_scores(backbone, batches, cross_entropy, ["snip"], options=ScoreOptions(precision=precision))
+    handle.remove()
+    assert seen == [flash]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_disk_without_room_for_mean_gradients_is_an_error() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            compute_scores(tiny_backbone("bert"), labelled_batches(1), cross_entropy, ["gora"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_unknown_precision() -> None:

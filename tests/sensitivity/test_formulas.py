@@ -15,7 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration, Site
-from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores, compute_scores
+from autopeft.sensitivity import (
+    CHEAP_SCORES,
+    SCORES,
+    ScoreOptions,
+    SiteScores,
+    compute_scores,
+    layer_gradients,
+)
 from autopeft.sensitivity.curvature_scores import curvature
 from autopeft.sensitivity.input_scores import IncrementalVariance
 from autopeft.sensitivity.matrix_sites import Subject, matrix_sites, undisturbed
@@ -59,6 +66,16 @@ def test_exact_scores(backbone: Backbone, name: str) -> None:
     batches = labelled_batches()
     found = compute_scores(backbone, batches, cross_entropy, [name], options=ALL_BATCHES)[name]
     assert found.name == name
+    assert_close(found.values, references.EXACT[name](backbone, batches))
+
+
+@pytest.mark.parametrize("name", ["snip", "taylor2"])
+def test_weighted_gradients_are_summed_block_by_block(
+    backbone: Backbone, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = labelled_batches()
+    monkeypatch.setattr(layer_gradients, "_BLOCK_ENTRIES", 300)  # a few rows; the last block has fewer
+    found = compute_scores(backbone, batches, cross_entropy, [name])[name]
     assert_close(found.values, references.EXACT[name](backbone, batches))
 
 

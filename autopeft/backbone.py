@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from autopeft.configuration import Configuration, Site
 from autopeft.loading import load_model
 from autopeft.lowered_weights import LoweredWeights
+from autopeft.precision import Precision, autocast
 from autopeft.roles import BlockModules, find_blocks, linear_sizes
 from autopeft.vocabulary import KIND_OF_ROLE, METHOD_SPECIFICATIONS, ROLES, Kind
 
@@ -143,6 +145,13 @@ class Backbone:
     def blocks(self) -> tuple[nn.Module, ...]:
         """The transformer blocks, from the input to the output."""
         return tuple(self.model.get_submodule(block.name) for block in self._block_modules)
+
+    @contextmanager
+    def computing_in(self, precision: Precision) -> Iterator[None]:
+        """Compute in a precision in a `with` block: under autocast, with frozen weights cast beforehand."""
+        device = next(self.model.parameters()).device
+        with self.lowered_weights.in_place(precision), autocast(precision, device.type):
+            yield
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -33,7 +33,6 @@ from autopeft.evaluation import Cost
 from autopeft.evaluation_run import interrupts_stay_interrupts
 from autopeft.evaluator import Evaluator
 from autopeft.methods import attach
-from autopeft.precision import autocast
 from autopeft.seeding import seeded
 from autopeft.shared_prefix import SharedPrefix
 from autopeft.sub_ranks import RowRanks, SubRankDraw
@@ -208,7 +207,7 @@ class ElasticAdapter:
             modules = find_lora_modules(backbone.model)
             ordered = [modules[backbone.shape(site).module] for site in self.largest.adapters]
             blocks = [site.block for site in self.largest.adapters]
-            with backbone.lowered_weights.in_place(precision), autocast(precision, evaluator.device.type):
+            with backbone.computing_in(precision):
                 yield _Slices(backbone.model, backbone.blocks, ordered, blocks)
 
     def save(self, path: Path) -> None:

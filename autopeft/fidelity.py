@@ -8,7 +8,7 @@ become better than everyone who costs no more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,6 +83,15 @@ class _Bar:
 
 def _is_whole(record: TrialRecord) -> bool:
     return record.evaluation.status == "complete" and record.duplicate_of is None
+
+
+def _layers(points: Sequence[Mapping[str, float]], objectives: Sequence[Objective]) -> Iterator[list[int]]:
+    """Yield the places of points by non-dominated sorting: who is beaten by nobody, then without these."""
+    left = list(range(len(points)))
+    while left:
+        flags = non_dominated([points[index] for index in left], objectives)
+        yield [index for index, flag in zip(left, flags, strict=True) if flag]
+        left = [index for index, flag in zip(left, flags, strict=True) if not flag]
 
 
 class Promotion:
@@ -182,24 +191,18 @@ class Promotion:
         objectives = [_LOSS, *(one for one in self.objectives if one.unit != "score")]
         known = [one for one in candidates if math.isfinite(one.values[VALIDATION_LOSS])]
         rest = [one for one in candidates if not math.isfinite(one.values[VALIDATION_LOSS])]
-        left = sorted(known, key=lambda one: one.values[VALIDATION_LOSS])
-        order: list[_Candidate] = []
-        while left:
-            flags = non_dominated([one.values for one in left], objectives)
-            order += [one for one, flag in zip(left, flags, strict=True) if flag]
-            left = [one for one, flag in zip(left, flags, strict=True) if not flag]
-        return order + rest
+        known.sort(key=lambda one: one.values[VALIDATION_LOSS])
+        layers = _layers([one.values for one in known], objectives)
+        return [known[index] for layer in layers for index in layer] + rest
 
     def _best(self, points: Sequence[Mapping[str, float]], count: int) -> list[int]:
         """Return the first points by non-dominated sorting; a layer's by what they add to the hypervolume."""
         order: list[int] = []
-        left = list(range(len(points)))
-        while len(order) < count:
-            flags = non_dominated([points[index] for index in left], self.objectives)
-            layer = [index for index, flag in zip(left, flags, strict=True) if flag]
+        for layer in _layers(points, self.objectives):
             shares = contributions([points[index] for index in layer], self._axes)
             order += [index for _, index in sorted(zip(shares, layer, strict=True), key=lambda one: -one[0])]
-            left = [index for index in left if index not in set(layer)]
+            if len(order) >= count:  # layers further down are not looked at
+                break
         return order[:count]
 
     def _is_stopped(self, one: _Candidate, bars: Sequence[_Bar]) -> bool:

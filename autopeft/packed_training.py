@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,6 @@ from autopeft.callbacks import StopOnDivergence
 from autopeft.evaluation import Cost
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
-from autopeft.precision import autocast
 from autopeft.tasks import Task, TaskData
 from autopeft.training import FineTuning, Training
 
@@ -250,12 +249,9 @@ class PackedTraining:
             without_dropout=self.training.frozen_prefix != "train",
         )
 
-    @contextmanager
-    def _mixed(self) -> Iterator[None]:
+    def _mixed(self) -> AbstractContextManager[None]:
         """Compute in the training's precision; a pack is built outside, from the weights as they are."""
-        precision = self.training.resolved_precision()
-        with self.backbone.lowered_weights.in_place(precision), autocast(precision, self._device.type):
-            yield
+        return self.backbone.computing_in(self.training.resolved_precision())
 
     def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self._device) for name, one in batch.items()}

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from autopeft.frozen_prefix import FrozenPrefix, Structure, UnservableError
 from autopeft.methods import Attachment
 from autopeft.modes import in_mode
 from autopeft.objectives import parse_quantity
-from autopeft.precision import autocast
 from autopeft.prefix_estimate import Estimate, Passes, estimate
 from autopeft.prefix_files import PrefixFiles, StateWriter, StoredStates
 from autopeft.prefix_rows import SplitRows, place
@@ -311,12 +310,9 @@ class PrefixCache:
                 return lower_cut, states
         return 0, None
 
-    @contextmanager
-    def _mixed(self) -> Iterator[None]:
+    def _mixed(self) -> AbstractContextManager[None]:
         """Compute in the training's precision."""
-        precision = self._training.resolved_precision()
-        with self._backbone.lowered_weights.in_place(precision), autocast(precision, self.device.type):
-            yield
+        return self._backbone.computing_in(self._training.resolved_precision())
 
 
 class TrialPrefix:

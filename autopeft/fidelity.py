@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from autopeft.evaluation import VALIDATION_LOSS, TrialRecord
-from autopeft.forecast import Forecast
+from autopeft.forecast import FEWEST_FOR_NOISE, Forecast
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis, contributions, non_dominated
 
@@ -133,12 +133,16 @@ class Promotion:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
 
         The highest rung comes first, as in ASHA: what is nearly done is worth most. The space's reference
-        points always go on: whole trainings of the best alone would not tell what others gain after a rung.
+        points go on until enough whole trainings tell what is gained after a rung: those of the best alone
+        would not tell it of others.
         """
+        whole = sum(map(_is_whole, records))
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records)
             waiting = [one for one in candidates if one.waits]
-            chosen = next((one for one in waiting if one.record.anchor is not None), None)
+            chosen = None
+            if whole < FEWEST_FOR_NOISE:
+                chosen = next((one for one in waiting if one.record.anchor is not None), None)
             if waiting and chosen is None:
                 chosen = self._choose(candidates, waiting, records)
             if chosen is not None:

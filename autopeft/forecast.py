@@ -1,4 +1,4 @@
-"""What a candidate that is not trained to the end may reach: what whole trainings of like costs gained."""
+"""What a candidate that is not trained to the end may reach: what whole trainings like it gained."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from autopeft.evaluation import VALIDATION_LOSS, Evaluation
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis
 
-_FEWEST_FOR_NOISE = 3
+FEWEST_FOR_NOISE = 3
+"""Whole trainings that tell how much what they gain after a rung differs."""
 _NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candidate's
 
 
 @dataclass(frozen=True)
 class _Gains:
-    """What whole trainings gained after a step, and where their costs lie."""
+    """What whole trainings gained after a step, and where their costs and their loss there lie."""
 
     gains: Sequence[float]
     places: NDArray[np.float64]
@@ -76,16 +77,20 @@ class Forecast:
         return losses[-1] if losses else math.inf
 
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
-        """Return what whole trainings gained after a step: those that cost most nearly what this one does.
+        """Return what whole trainings gained after a step: those that were most like this one there.
 
-        What is small learns less: the gains of large candidates would promise it what it cannot keep.
+        What is small learns less, and what has not begun to learn may not begin: the gains of others would
+        promise it what it cannot keep. Likeness is in the costs and in the validation loss at that step,
+        where all have one, each by how much it differs between the whole trainings.
         """
         if step not in self._known:
             self._known[step] = self._read(step)
         known = self._known[step]
         if not known.gains:
             return []
-        distances = np.abs(known.places - self._place(evaluation)).max(axis=1, initial=0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):  # where a loss is not known, or nothing differs
+            apart = (known.places - self._place(evaluation, step)) / np.std(known.places, axis=0)
+        distances = np.square(apart[:, np.isfinite(apart).all(axis=0)]).sum(axis=1)
         return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
 
     def _read(self, step: int) -> _Gains:
@@ -94,12 +99,13 @@ class Forecast:
             scores = self.scores_at(one, step)
             if scores is not None:
                 gains.append(one.values[self.monitor] - scores[self.monitor])
-                places.append(self._place(one))
+                places.append(self._place(one, step))
         return _Gains(gains, np.array(places))
 
-    def _place(self, evaluation: Evaluation) -> list[float]:
-        """Return where the costs lie on the axes of the hypervolume."""
-        return [axis.position(evaluation.values[axis.objective.name]) for axis in self._axes]
+    def _place(self, evaluation: Evaluation, step: int) -> list[float]:
+        """Return where the costs lie on the axes of the hypervolume, and the loss at a step."""
+        places = [axis.position(evaluation.values[axis.objective.name]) for axis in self._axes]
+        return [*places, self.loss_at(evaluation, step)]
 
     def beyond(self, evaluation: Evaluation, step: int, score: float) -> tuple[float, float | None]:
         """Return the metric that a candidate is expected to reach, and its noise.
@@ -113,14 +119,14 @@ class Forecast:
             The score itself, and None, where too few have gone on to tell.
         """
         gains = self.gains(evaluation, step)
-        if len(gains) < _FEWEST_FOR_NOISE:
+        if len(gains) < FEWEST_FOR_NOISE:
             return score, None
         return score + statistics.median(gains), statistics.stdev(gains)
 
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
 
-        The median of what whole trainings of like costs gained from that step on is added to its metric.
+        The median of what whole trainings like it gained from that step on is added to its metric.
         """
         gains = self.gains(evaluation, evaluation.cost.steps)
         gain = statistics.median(gains) if gains else 0.0

@@ -183,10 +183,11 @@ def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> f
     if isinstance(learning_rate, float):
         return learning_rate
     low, high = learning_rate
-    return _readable(trial.suggest_float("learning_rate", low, high, log=True), low, high)
+    return readable_learning_rate(trial.suggest_float("learning_rate", low, high, log=True), low, high)
 
 
-def _readable(value: float, low: float, high: float) -> float:
+def readable_learning_rate(value: float, low: float, high: float) -> float:
+    """Return a learning rate of three significant digits within bounds."""
     return min(max(float(f"{value:.3g}"), low), high)
 
 
@@ -195,7 +196,7 @@ def draw_learning_rate(generator: random.Random, learning_rate: LearningRate) ->
     if isinstance(learning_rate, float):
         return learning_rate
     low, high = learning_rate
-    return _readable(low * (high / low) ** generator.random(), low, high)
+    return readable_learning_rate(low * (high / low) ** generator.random(), low, high)
 
 
 def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str, float]:
@@ -207,9 +208,10 @@ def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str,
     low, high = learning_rate
     if not low <= value <= high:
         raise ValueError(f"The learning rate {value:g} is outside [{low:g}, {high:g}].")
-    if value != _readable(value, low, high):
+    if value != readable_learning_rate(value, low, high):
         raise ValueError(
-            f"The space has learning rates of three digits such as {_readable(value, low, high):g}, "
+            f"The space has learning rates of three digits such as "
+            f"{readable_learning_rate(value, low, high):g}, "
             f"not {value!r}."
         )
     return {"learning_rate": value}

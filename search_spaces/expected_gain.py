@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from scipy.special import ndtr
@@ -17,10 +17,12 @@ from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.objectives import Constraint, Objective
 from autopeft.search_spaces.base import History, LearningRate
-from autopeft.search_spaces.surrogate import Array, GaussianProcess
+from autopeft.search_spaces.refinement import SizedMethod
+from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
 _LATEST = 128  # trials that a model learns from: its time grows with their third power
 _CELLS = 4096
+_FOR_ALL = 0.25  # of a step's time: head, loop and optimizer, for which it does not matter what is adapted
 _NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
 _COUNTED = "trainable_parameters"
 _Adapters = tuple[tuple[Site, Adapter], ...]
@@ -28,21 +30,22 @@ _Adapters = tuple[tuple[Site, Adapter], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """The few numbers in [0, 1] that say most about what a configuration costs and reaches.
+    """The numbers in [0, 1] that say most about what a configuration costs and reaches.
 
     The learning rate and the number of parameters on a log scale, the share of the blocks below the lowest
-    adapted one, the share of the sites that carry an adapter, and the share of each method but the first.
+    adapted one, the share of the sites that carry an adapter, and the share of each method but the first;
+    and its placement, one number a site.
 
     Attributes:
         backbone: Counts blocks and parameters.
-        sites: Number of sites that may carry an adapter.
+        choices: The methods there are for every site.
         methods: The methods there are.
         learning_rate: A number, or (lowest, highest).
         parameters: (fewest, most) trainable parameters.
     """
 
     backbone: Backbone
-    sites: int
+    choices: Mapping[Site, Mapping[str, SizedMethod]]
     methods: Sequence[str]
     learning_rate: LearningRate
     parameters: tuple[int, int]
@@ -50,16 +53,41 @@ class Features:
     def __call__(self, configuration: Configuration) -> list[float]:
         """Return the features of a configuration."""
         rate = self.learning_rate
-        blocks = len(self.backbone.blocks)
-        lowest = configuration.lowest_block
         adapters = max(1, len(configuration))
         return [
             0.5 if isinstance(rate, float) else _place(configuration.learning_rate, *rate),
             _place(count_parameters(self.backbone, configuration), *self.parameters),
-            (blocks if lowest is None else lowest) / blocks,
-            len(configuration.adapters) / self.sites,
+            self._frozen_share(configuration),
+            len(configuration.adapters) / len(self.choices),
             *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
         ]
+
+    def compute(self, configuration: Configuration) -> float:
+        """Return what training takes: the share of the blocks gradients go through, and what all take."""
+        return _FOR_ALL + 1 - self._frozen_share(configuration)
+
+    def _frozen_share(self, configuration: Configuration) -> float:
+        """Return the share of the blocks that lie below the lowest adapted one."""
+        lowest = configuration.lowest_block
+        return 1.0 if lowest is None else lowest / self._blocks
+
+    @cached_property
+    def _blocks(self) -> int:
+        return len(self.backbone.blocks)
+
+    def placement(self, configuration: Configuration) -> list[float]:
+        """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""
+        return [
+            max((methods[one.method].place(one) for one in configuration.adapters.get(site, ())), default=0.0)
+            for site, methods in self.choices.items()
+        ]
+
+    def inputs(self, configurations: Sequence[Configuration]) -> Inputs:
+        """Return what a model is given."""
+        return Inputs(
+            np.array([self(one) for one in configurations]),
+            np.array([self.placement(one) for one in configurations]),
+        )
 
 
 def _place(value: float, low: float, high: float) -> float:
@@ -94,7 +122,7 @@ class ExpectedGain:
         name = objective.name
         known = [trial for trial in self._history.trials if name in trial[1]][-_LATEST:]
         return GaussianProcess(
-            np.array([self._features(configuration) for configuration, _ in known]),
+            self._features.inputs([configuration for configuration, _ in known]),
             np.array([_scaled(objective, values[name]) for _, values in known]),
             exact=objective.before_training,
         )
@@ -112,7 +140,7 @@ class ExpectedGain:
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
-        rows = np.array([self._features(one) for one in candidates])
+        rows = self._features.inputs(candidates)
         reached = np.ones((len(candidates), len(self._cells)))
         for axis, places in zip(self._history.axes, self._cells.T, strict=True):
             mean, deviation = self._predicted(axis.objective, candidates, rows)
@@ -125,7 +153,10 @@ class ExpectedGain:
         return gain
 
     def best(self, candidates: Sequence[Configuration]) -> int | None:
-        """Return the index of the candidate with the largest gain; None where all have been tried.
+        """Return the index of the candidate that gains most for its compute; None where all were tried.
+
+        The gain is divided by what training takes, as a share of the whole network's (Snoek, Larochelle and
+        Adams, "Practical Bayesian Optimization of Machine Learning Algorithms", 2012).
 
         One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
         trial's: it would be chosen for the noise in its metric, again and again.
@@ -135,20 +166,21 @@ class ExpectedGain:
         tried: dict[_Adapters, list[float]] = {}
         for one, _ in self._history.trials:
             tried.setdefault(tuple(one), []).append(one.learning_rate)
-        ranking = np.argsort(-self(candidates), kind="stable")
+        compute = np.array([self._features.compute(one) for one in candidates])
+        ranking = np.argsort(-self(candidates) / compute, kind="stable")
         for index in ranking.tolist():
             rate = candidates[index].learning_rate
             if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
                 return int(index)
         return None
 
-    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration], rows: Array) -> Array:
+    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration], rows: Inputs) -> Array:
         objective = constraint.objective
         mean, deviation = self._predicted(objective, candidates, rows)
         return _kept(objective, mean, deviation, np.array(_scaled(objective, constraint.bound)))
 
     def _predicted(
-        self, objective: Objective, candidates: Sequence[Configuration], rows: Array
+        self, objective: Objective, candidates: Sequence[Configuration], rows: Inputs
     ) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:

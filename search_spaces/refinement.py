@@ -11,6 +11,7 @@ from typing import Any
 
 from autopeft.adapter import Adapter, Site
 from autopeft.configuration import Configuration
+from autopeft.search_spaces.base import readable_learning_rate
 
 Adapters = dict[Site, Adapter]
 _SECOND_MOVE_SHARE = 0.5
@@ -37,6 +38,12 @@ class SizedMethod:
     def of_size(self, size: int) -> Adapter:
         """Return the adapter of a size, or of the nearest there is."""
         return Adapter(self.method, min(max(size, self.smallest), self.largest), dict(self.options))
+
+    def place(self, adapter: Adapter) -> float:
+        """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest)."""
+        size = min(max(adapter.size or self.smallest, self.smallest), self.largest)
+        share = math.log(size / self.smallest) / (math.log(self.largest / self.smallest) or 1.0)
+        return 0.5 + 0.5 * share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +91,30 @@ class Refiner:
         return changed
 
     def _drop(self, adapters: Adapters, generator: random.Random) -> Adapters:
-        """Take adapters out: the lowest block, which saves memory, or where least is promised."""
+        """Take adapters out: the lowest block, which saves memory; where least is promised; or anywhere."""
         if not adapters:
             return adapters
-        if generator.random() < 0.5:
+        choice = generator.randrange(3)
+        if choice == 0:
             lowest = min(site.block for site in adapters)
             return {site: one for site, one in adapters.items() if site.block != lowest}
-        worst_first = sorted(adapters, key=lambda site: (self.values[site], site))
-        count = generator.randint(1, max(1, len(worst_first) // 4))
-        return {site: adapters[site] for site in worst_first[count:]}
+        order = sorted(adapters, key=lambda site: (self.values[site], site))
+        if choice == 1:
+            generator.shuffle(order)
+        count = generator.randint(1, max(1, len(order) // 4))
+        return {site: adapters[site] for site in order[count:]}
 
     def _add(self, adapters: Adapters, generator: random.Random) -> Adapters:
-        """Put adapters where there are none, the more often the more is promised."""
+        """Put adapters where there are none: half of them where more is promised, half anywhere.
+
+        Promises are made before anything is trained; what they pass over would never be found out.
+        """
         empty = sorted(self.choices.keys() - adapters.keys())
         if not empty:
             return adapters
-        weights = [self.values[site] for site in empty]
-        first = generator.choices(empty, weights if sum(weights) > 0 else None)[0]
+        promised = [self.values[site] for site in empty]
+        weighted = sum(promised) > 0 and generator.random() < 0.5
+        first = generator.choices(empty, promised if weighted else None)[0]
         added = [first, *(site for site in self._scope(empty, generator) if site.block == first.block)]
         sizes = sorted(one.size or 1 for one in adapters.values())
         changed = dict(adapters)
@@ -138,4 +152,4 @@ class Refiner:
         low, high = self.learning_rate
         if low < high and generator.random() < _RATE_SHARE:
             rate *= math.exp(generator.gauss(0, _RATE_SPREAD))
-        return min(max(float(f"{rate:.3g}"), low), high)
+        return readable_learning_rate(rate, low, high)

@@ -34,6 +34,7 @@ from autopeft.search_spaces.base import (
     suggest_learning_rate,
 )
 from autopeft.search_spaces.expected_gain import ExpectedGain, Features
+from autopeft.search_spaces.known_rates import KnownRates
 from autopeft.search_spaces.per_layer import PerLayer
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
 from autopeft.sensitivity import SCORES, SiteScores
@@ -45,10 +46,9 @@ _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
 # Of the anchors, the quickest first: the budget's place on its log scale, blocks left free, the rate's place.
 _ANCHORS = ((0.5, 0.67, 0.7), (0.3, 0.5, 0.85), (0.7, 0.33, 0.5), (0.9, 0.0, 0.3))
-# Of a pool: candidates drawn anew, those made from the front, and further learning rates for each.
+# Of a pool: candidates drawn anew, and those made from the front.
 _DRAWN = 32
-_REFINED_CANDIDATES = 64
-_MORE_RATES = 2
+_REFINED_CANDIDATES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +275,7 @@ class ScoreGuided(SearchSpace):
         fewest, most = (count_parameters(backbone, one) for one in self.extremes(backbone))
         return Features(
             backbone=backbone,
-            sites=len(self.choices(backbone)),
+            choices=self.choices(backbone),
             methods=self.methods,
             learning_rate=self.learning_rate,
             parameters=(fewest, most),
@@ -286,8 +286,8 @@ class ScoreGuided(SearchSpace):
     ) -> list[tuple[Configuration, dict[str, Any] | None]]:
         """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
 
-        Each stands there with a few learning rates: drawing more rates costs nothing. The head alone is not
-        among them: it is an anchor, and would often be tried again for the noise in its metric.
+        Each stands there with two learning rates, its own and one near what the front has. The head alone is
+        not among them: it is an anchor, and would often be tried again for the noise in its metric.
         """
         choices = self.choices(backbone)
         rate = self.learning_rate
@@ -303,11 +303,8 @@ class ScoreGuided(SearchSpace):
         found += [(refiner.child(front, generator), None) for _ in range(_REFINED_CANDIDATES)]
         found = [(one, drawn) for one, drawn in found if len(one)]
         if not isinstance(rate, float):
-            rates = [draw_learning_rate(generator, rate) for _ in range(_MORE_RATES * len(found))]
-            found += [
-                (one.replace(learning_rate=other), drawn)
-                for (one, drawn), other in zip(found * _MORE_RATES, rates, strict=True)
-            ]
+            known = KnownRates(front, backbone, rate)
+            found += [(one.replace(learning_rate=known.draw(one, generator)), drawn) for one, drawn in found]
         return found
 
     def _draw(self, generator: random.Random, backbone: Backbone) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,32 +17,62 @@ _KEPT = 16  # of those, the likeliest
 _LENGTH = (0.5, 0.7)  # median and spread of the logarithm: of the unit cube that features lie in
 _LINEAR = (0.3, 1.0)
 _NOISE = (0.1, 1.2)
+_PLACEMENT_ODDS = (1.0, 1.0)  # that a difference is one of which sites carry adapters
+_PLACEMENT_LENGTH = (1.0, 0.7)
 _JITTER = 1e-8
+
+
+class Inputs(NamedTuple):
+    """What is known of configurations before they are trained.
+
+    Attributes:
+        features: (configurations, features) numbers in [0, 1].
+        placements: (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size.
+    """
+
+    features: Array
+    placements: Array
+
+
+class _HyperParameters(NamedTuple):
+    """Draws of the hyper-parameters, of shape (draws,) or (draws, features)."""
+
+    lengths: Array
+    linear: Array
+    noise: Array
+    placement: Array
+    placement_length: Array
+
+    def of(self, draws: NDArray[np.intp]) -> _HyperParameters:
+        """Return some of the draws."""
+        return _HyperParameters(*(one[draws] for one in self))
 
 
 class GaussianProcess:
     """Regression with a Matérn-5/2 kernel, a linear one beside it, and noise.
 
-    The hyper-parameters (a length a feature, the shares of the linear part and of the noise) are not
-    fitted but averaged over: draws from a prior, weighted by the likelihood of the data. With ten trials
-    the likeliest single setting is often a wrong one. Rasmussen and Williams, "Gaussian Processes for
-    Machine Learning" (2006), chapters 2 and 5.
+    A share of the Matérn kernel is multiplied by a Gaussian one of the distance of placements: features tell
+    how many sites carry adapters, and not which. The hyper-parameters (a length a feature and that of
+    placements, the shares of the linear part, of placement and of the noise) are not fitted but averaged
+    over: draws from a prior, weighted by the likelihood of the data. With ten trials the likeliest single
+    setting is often a wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006),
+    chapters 2, 4 and 5.
 
     Args:
-        features: (trials, features) numbers in [0, 1].
+        inputs: Of the trials.
         values: (trials,) what was measured.
         exact: Whether the values are without noise.
     """
 
-    def __init__(self, features: Array, values: Array, *, exact: bool = False) -> None:
-        self._features = features
+    def __init__(self, inputs: Inputs, values: Array, *, exact: bool = False) -> None:
+        self._inputs = inputs
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
-        self._lengths, self._linear, noise = _hyper_parameters(features.shape[1])
-        noise = np.full_like(noise, 1e-4) if exact else noise
-        covariance = self._covariance(features, features)
-        covariance += (noise[:, None, None] + _JITTER) * np.eye(len(features))
+        self._prior = _hyper_parameters(inputs.features.shape[1])
+        noise = np.full_like(self._prior.noise, 1e-4) if exact else self._prior.noise
+        covariance = self._covariance(inputs, inputs)
+        covariance += (noise[:, None, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
         white = np.linalg.solve(root, np.broadcast_to(standard[:, None], (len(root), len(standard), 1)))
         diagonal = np.diagonal(root, axis1=1, axis2=2)
@@ -49,35 +80,64 @@ class GaussianProcess:
         best = np.argsort(-likelihood, kind="stable")[:_KEPT]
         weights = np.exp(likelihood[best] - likelihood[best[0]])
         self._weights = weights / weights.sum()
-        self._lengths, self._linear = self._lengths[best], self._linear[best]
+        self._prior = self._prior.of(best)
         self._root, self._white = root[best], white[best]
 
-    def _covariance(self, first: Array, second: Array) -> Array:
+    def _covariance(self, first: Inputs, second: Inputs) -> Array:
         """Return (draws, first, second) covariances."""
-        squares = (first[:, None, :] - second[None, :, :]) ** 2
-        distance = np.sqrt(5 * np.einsum("abf,hf->hab", squares, self._lengths**-2.0, optimize=True))
+        prior = self._prior
+        squares = (first.features[:, None, :] - second.features[None, :, :]) ** 2
+        distance = np.sqrt(5 * np.einsum("abf,hf->hab", squares, prior.lengths**-2.0, optimize=True))
         smooth = (1 + distance + distance**2 / 3) * np.exp(-distance)
-        linear: Array = (first - 0.5) @ (second - 0.5).T
-        covariance: Array = smooth + self._linear[:, None, None] * linear
+        apart = ((first.placements[:, None, :] - second.placements[None, :, :]) ** 2).sum(axis=2)
+        alike = np.exp(-0.5 * _each(prior.placement_length) ** -2.0 * apart)
+        share = _each(prior.placement)
+        smooth *= 1 - share + share * alike
+        linear: Array = (first.features - 0.5) @ (second.features - 0.5).T
+        covariance: Array = smooth + _each(prior.linear) * linear
         return covariance
 
-    def predict(self, features: Array) -> tuple[Array, Array]:
-        """Return the mean and the standard deviation (noise left out) at (points, features)."""
-        across = np.linalg.solve(self._root, self._covariance(self._features, features))
+    def predict(self, inputs: Inputs) -> tuple[Array, Array]:
+        """Return the mean and the standard deviation (noise left out) at some points."""
+        across = np.linalg.solve(self._root, self._covariance(self._inputs, inputs))
         means = (across * self._white).sum(axis=1)
-        own = 1 + self._linear[:, None] * ((features - 0.5) ** 2).sum(axis=1)
+        linear = ((inputs.features - 0.5) ** 2).sum(axis=1)
+        own = 1 + self._prior.linear[:, None] * linear
         variances = np.maximum(own - (across**2).sum(axis=1), 0.0)
         mean = self._weights @ means
         variance = self._weights @ (variances + means**2) - mean**2
         return self._mean + self._scale * mean, self._scale * np.sqrt(np.maximum(variance, 0.0))
 
 
+def _each(hyper_parameter: Array) -> Array:
+    """Return a hyper-parameter of every draw, to be taken with (draws, first, second) covariances."""
+    return hyper_parameter[:, None, None]
+
+
 @cache
-def _hyper_parameters(count: int) -> tuple[Array, Array, Array]:
-    """Return draws of (lengths, weight of the linear part, noise) from the prior; always the same ones."""
-    uniform = qmc.Sobol(count + 2, scramble=True, rng=np.random.default_rng(0)).random(_DRAWS)
-    normal = ndtri(np.clip(uniform, 1e-6, 1 - 1e-6))
-    lengths = _LENGTH[0] * np.exp(_LENGTH[1] * normal[:, :count])
-    linear = _LINEAR[0] * np.exp(_LINEAR[1] * normal[:, count])
-    noise = _NOISE[0] * np.exp(_NOISE[1] * normal[:, count + 1])
-    return lengths, linear, noise
+def _hyper_parameters(count: int) -> _HyperParameters:
+    """Return draws from the prior, for so many features; always the same ones."""
+    lengths, (linear, noise) = np.split(_normal(count + 2, seed=0), [count])
+    odds, placement_length = _normal(2, seed=1)
+    odds = _lognormal(_PLACEMENT_ODDS, odds)
+    return _HyperParameters(
+        lengths=_lognormal(_LENGTH, lengths).T,
+        linear=_lognormal(_LINEAR, linear),
+        noise=_lognormal(_NOISE, noise),
+        placement=odds / (1 + odds),
+        placement_length=_lognormal(_PLACEMENT_LENGTH, placement_length),
+    )
+
+
+def _normal(count: int, seed: int) -> Array:
+    """Return (count, draws) standard normal numbers that fill the space evenly."""
+    uniform = qmc.Sobol(count, scramble=True, rng=np.random.default_rng(seed)).random(_DRAWS)
+    normal: Array = ndtri(np.clip(uniform, 1e-6, 1 - 1e-6))
+    return normal.T
+
+
+def _lognormal(prior: tuple[float, float], normal: Array) -> Array:
+    """Turn standard normal numbers into draws, by the median and the spread of their logarithm."""
+    median, spread = prior
+    drawn: Array = median * np.exp(spread * normal)
+    return drawn

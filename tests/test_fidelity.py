@@ -163,11 +163,25 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     assert promotion.next([*known, dear]) == (dear, 1)
 
 
-def test_reference_points_go_on_whatever_a_rung_says() -> None:
-    known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
+def test_reference_points_go_on_until_three_whole_trainings_tell_of_gains() -> None:
+    known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(2)]
     worst = trial(3, 5e5, 0.0)
+    reference = replace(worst, anchor="uniform lora 8")
     assert next_of([*known, worst]) is None
-    assert next_of([*known, replace(worst, anchor="uniform lora 8")]) == (3, 1)
+    assert next_of([*known, reference]) == (3, 1)
+    assert next_of([*known, trial(2, 1e3, 0.5, 0.6, 0.7), reference]) is None
+
+
+def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
+    # All cost the same and have the same metric at the rung; those of low loss have begun to learn.
+    begun = [trial(n, 1e3, 0.3, 0.5, 0.7 + 0.01 * n, loss=1.4) for n in range(5)]
+    stuck = [trial(n, 1e3, 0.3, 0.3, 0.3, loss=1.7) for n in range(5, 10)]
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    near, far, unknown = (trial(10, 1e3, 0.3, loss=loss) for loss in (1.45, 1.65, math.inf))
+    forecast = promotion.forecast([*begun, *stuck])
+    assert forecast.values(near.evaluation)[0] == pytest.approx(0.72)
+    assert forecast.values(far.evaluation)[0] == pytest.approx(0.3)
+    assert len(forecast.gains(unknown.evaluation, RUNGS[0])) == 5
 
 
 def test_a_rung_at_which_nobody_has_learned_anything_stops_nobody() -> None:

@@ -35,7 +35,7 @@ AXES = (
 )
 FEATURES = Features(
     backbone=BACKBONE,
-    sites=len(SPACE.choices(BACKBONE)),
+    choices=SPACE.choices(BACKBONE),
     methods=("lora",),
     learning_rate=(1e-4, 1e-2),
     parameters=(FEWEST, MOST),
@@ -82,7 +82,7 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
     gain = ExpectedGain(known, FEATURES)
     before = hypervolume([one for _, one in known.trials], AXES)
     normal = np.random.default_rng(0).standard_normal((400, 2))
-    rows = np.array([FEATURES(one) for one in candidates])
+    rows = FEATURES.inputs(candidates)
     means, deviations = zip(
         *(gain._models[name].predict(rows) for name in ("accuracy", "peak_memory")), strict=True
     )

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import qmc
 
-from autopeft.search_spaces.surrogate import Array, GaussianProcess
+from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
 
 def points(count: int, seed: int) -> Array:
     sampled: Array = qmc.Sobol(3, rng=np.random.default_rng(seed)).random(count)
     return sampled
+
+
+def alike(features: Array) -> Inputs:
+    """Return inputs whose adapters sit at the same sites."""
+    return Inputs(features, np.zeros((len(features), 2)))
 
 
 def smooth(features: Array) -> Array:
@@ -22,22 +27,22 @@ def smooth(features: Array) -> Array:
 
 def test_exact_values_are_interpolated_and_the_deviation_is_honest() -> None:
     known, others = points(32, 0), points(128, 1)
-    model = GaussianProcess(known, smooth(known), exact=True)
-    mean, deviation = model.predict(known)
+    model = GaussianProcess(alike(known), smooth(known), exact=True)
+    mean, deviation = model.predict(alike(known))
     assert np.abs(mean - smooth(known)).max() < 0.03
     assert deviation.max() < 0.03
-    mean, deviation = model.predict(others)
+    mean, deviation = model.predict(alike(others))
     error = np.abs(mean - smooth(others))
     assert error.mean() < 0.1 * smooth(others).std()
     assert (error < 3 * deviation).mean() > 0.9
-    far, near = model.predict(np.array([[3.0, 3.0, 3.0], [0.5, 0.5, 0.5]]))[1]
+    far, near = model.predict(alike(np.array([[3.0, 3.0, 3.0], [0.5, 0.5, 0.5]])))[1]
     assert far > 5 * near
 
 
 def test_noise_is_seen_through() -> None:
     known, others = points(64, 0), points(128, 1)
     noise = np.random.default_rng(0).normal(0, 0.3, len(known))
-    mean, deviation = GaussianProcess(known, smooth(known) + noise).predict(others)
+    mean, deviation = GaussianProcess(alike(known), smooth(known) + noise).predict(alike(others))
     error = np.sqrt(((mean - smooth(others)) ** 2).mean())
     assert error < 0.5 * 0.3
     assert 0.5 * error < deviation.mean() < 2 * error
@@ -46,12 +51,25 @@ def test_noise_is_seen_through() -> None:
 def test_a_linear_trend_goes_on() -> None:
     known = points(16, 0) / 2
     values = 5 - 2 * known[:, 0]
-    mean, _ = GaussianProcess(known, values, exact=True).predict(np.array([[0.9, 0.2, 0.2]]))
+    mean, _ = GaussianProcess(alike(known), values, exact=True).predict(alike(np.array([[0.9, 0.2, 0.2]])))
     assert mean[0] < values.min() - 0.2
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_or_equal_values_are_no_trouble(count: int) -> None:
-    mean, deviation = GaussianProcess(points(2, 0)[:count], np.full(count, 0.25)).predict(points(4, 1))
+    model = GaussianProcess(alike(points(2, 0)[:count]), np.full(count, 0.25))
+    mean, deviation = model.predict(alike(points(4, 1)))
     assert mean == pytest.approx(np.full(4, 0.25))
     assert np.isfinite(deviation).all()
+
+
+def test_what_a_site_gives_is_learned() -> None:
+    generator = np.random.default_rng(0)
+    placements = generator.integers(0, 2, (48, 6)).astype(float)
+    features = np.full((48, 2), 0.5)  # which tell nothing
+    values = placements[:, 0] + 0.1 * placements[:, 1]
+    known, others = slice(0, 32), slice(32, 48)
+    model = GaussianProcess(Inputs(features[known], placements[known]), values[known])
+    mean, _ = model.predict(Inputs(features[others], placements[others]))
+    with_site = placements[others][:, 0] == 1
+    assert mean[with_site].min() > mean[~with_site].max() + 0.3

@@ -1,0 +1,43 @@
+"""Learning rates near those that have proved good: of the front's configurations of about the same size."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.methods import count_parameters
+from autopeft.search_spaces.base import readable_learning_rate
+
+_SPREAD = 0.5  # of the logarithm: a factor of 1.6
+
+
+class KnownRates:
+    """The learning rates of the front, by the number of trainable parameters.
+
+    What trains few parameters bears higher rates than what trains many: a rate drawn evenly from the whole
+    range is wrong for most configurations, and one of a like configuration seldom is.
+
+    Args:
+        front: Configurations of the front; at least one.
+        backbone: Counts parameters.
+        bounds: (lowest, highest) learning rate.
+    """
+
+    def __init__(
+        self, front: Iterable[Configuration], backbone: Backbone, bounds: tuple[float, float]
+    ) -> None:
+        self._backbone = backbone
+        self._bounds = bounds
+        self._known = [(self._size(one), one.learning_rate) for one in front]
+
+    def _size(self, configuration: Configuration) -> float:
+        return math.log(max(1, count_parameters(self._backbone, configuration)))
+
+    def draw(self, configuration: Configuration, generator: random.Random) -> float:
+        """Draw a learning rate near that of the configuration of the front that is nearest in size."""
+        size = self._size(configuration)
+        _, rate = min(self._known, key=lambda known: abs(known[0] - size))
+        return readable_learning_rate(rate * math.exp(generator.gauss(0, _SPREAD)), *self._bounds)

@@ -109,17 +109,40 @@ def test_what_breaks_a_constraint_gains_nothing() -> None:
         if costs["trainable_parameters"] > 1500 or costs["peak_memory"] > 2.3e6:
             assert after < 0.1 * before + 1e-6
         elif costs["peak_memory"] < 2.1e6:
-            assert after == pytest.approx(before, rel=0.1)
+            assert after == pytest.approx(before, rel=0.2)
 
 
 def test_the_best_has_not_been_tried() -> None:
     trials = drawn(8, 0)
     gain = ExpectedGain(history(trials), FEATURES)
     candidates = drawn(5, 1)
+    compute = [FEATURES.compute(one) for one in candidates]
     best = gain.best(candidates)
-    assert best == int(np.argmax(gain(candidates)))
+    assert best == int(np.argmax(gain(candidates) / compute))
     assert gain.best([*trials, candidates[0]]) == len(trials)
     assert gain.best(trials) is None
+
+
+def test_what_takes_less_compute_may_gain_less() -> None:
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    assert FEATURES.compute(Configuration()) < FEATURES.compute(upper) < FEATURES.compute(lower)
+    ratio = FEATURES.compute(lower) / FEATURES.compute(upper)
+    gains = []
+    for seed in range(8):  # accuracy and parameters alone: where adapters sit is worth nothing
+        gain = ExpectedGain(replace(history(drawn(8, seed)), axes=AXES[:2]), FEATURES)
+        more, less = gain([lower, upper])
+        assert gain.best([lower, upper]) == (0 if more > ratio * less else 1)
+        gains.append(more / less)
+    assert any(1 < one < ratio for one in gains)
+
+
+def test_a_placement_tells_sites_and_sizes() -> None:
+    sites = list(FEATURES.choices)
+    configuration = Configuration({sites[1]: Adapter("lora", 16), sites[4]: Adapter("lora", 4)})
+    assert FEATURES.placement(configuration) == pytest.approx(
+        [{1: 1.0, 4: 0.75}.get(index, 0.0) for index in range(len(sites))]
+    )
 
 
 def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:

@@ -1,19 +1,19 @@
 """Multi-objective successive halving: which candidates of a search are trained on.
 
-What a candidate costs is exact before training; its metric alone is uncertain. What whole trainings of like
-costs gained after a rung says what a candidate there may reach: it goes on only while it can be hoped to
-become better than everyone who costs no more.
+What a candidate costs is exact before training; its metric alone is uncertain. What whole trainings like it,
+in costs and in loss, gained after a rung says what a candidate there may reach: it goes on only while it can
+be hoped to become better than everyone who costs no more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from autopeft.evaluation import VALIDATION_LOSS, TrialRecord
-from autopeft.forecast import FEWEST_FOR_NOISE, Forecast
+from autopeft.forecast import Forecast
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis, contributions, non_dominated
 
@@ -103,6 +103,7 @@ class Promotion:
         objectives: The search's; those that only a whole training tells are left out.
         axes: The fixed axes of the hypervolume; they break ties.
         monitor: Metric of which the best validation counts.
+        references: Names of the reference points that go on whatever a rung says of them.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class Promotion:
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
         monitor: str,
+        references: Collection[str] = (),
     ) -> None:
         self.halving = halving
         self.steps = tuple(steps)
         self.monitor = monitor
+        self._references = frozenset(references)
         self.objectives = [one for one in objectives if one.unit == "score" or one.before_training]
         self._costs = [one.name for one in self.objectives if one.unit != "score"]
         self._axes = axes
@@ -133,16 +136,12 @@ class Promotion:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
 
         The highest rung comes first, as in ASHA: what is nearly done is worth most. The space's reference
-        points go on until enough whole trainings tell what is gained after a rung: those of the best alone
-        would not tell it of others.
+        points go on first: whole trainings of the best alone would not tell what others gain after a rung.
         """
-        whole = sum(map(_is_whole, records))
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records)
             waiting = [one for one in candidates if one.waits]
-            chosen = None
-            if whole < FEWEST_FOR_NOISE:
-                chosen = next((one for one in waiting if one.record.anchor is not None), None)
+            chosen = next((one for one in waiting if one.record.anchor in self._references), None)
             if waiting and chosen is None:
                 chosen = self._choose(candidates, waiting, records)
             if chosen is not None:

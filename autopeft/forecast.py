@@ -14,17 +14,26 @@ from autopeft.evaluation import VALIDATION_LOSS, Evaluation
 from autopeft.objectives import Objective
 from autopeft.pareto import Axis
 
-FEWEST_FOR_NOISE = 3
-"""Whole trainings that tell how much what they gain after a rung differs."""
+_FEWEST_FOR_NOISE = 3
 _NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candidate's
+_ALIKE = 1e-9  # what differs by less differs by rounding alone
 
 
 @dataclass(frozen=True)
 class _Gains:
-    """What whole trainings gained after a step, and where their costs and their loss there lie."""
+    """What whole trainings gained after a step, and where they were then.
+
+    Attributes:
+        gains: Of the metric, one a training.
+        places: (trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss.
+        spread: Standard deviation of each column; infinite where nothing differs.
+        worst_loss: Logarithm of the highest loss known.
+    """
 
     gains: Sequence[float]
     places: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    worst_loss: float
 
 
 class Forecast:
@@ -81,31 +90,40 @@ class Forecast:
 
         What is small learns less, and what has not begun to learn may not begin: the gains of others would
         promise it what it cannot keep. Likeness is in the costs and in the validation loss at that step,
-        where all have one, each by how much it differs between the whole trainings.
+        each by how much it differs between the whole trainings. A loss that is not known is the highest that
+        is.
         """
         if step not in self._known:
             self._known[step] = self._read(step)
         known = self._known[step]
         if not known.gains:
             return []
-        with np.errstate(invalid="ignore", divide="ignore"):  # where a loss is not known, or nothing differs
-            apart = (known.places - self._place(evaluation, step)) / np.std(known.places, axis=0)
-        distances = np.square(apart[:, np.isfinite(apart).all(axis=0)]).sum(axis=1)
+        place = np.array(self._place(evaluation, step))
+        if not math.isfinite(place[-1]):
+            place[-1] = known.worst_loss
+        distances = np.square((known.places - place) / known.spread).sum(axis=1)
         return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
 
     def _read(self, step: int) -> _Gains:
-        gains, places = [], []
+        gains, found = [], []
         for one in self.whole:
             scores = self.scores_at(one, step)
             if scores is not None:
                 gains.append(one.values[self.monitor] - scores[self.monitor])
-                places.append(self._place(one, step))
-        return _Gains(gains, np.array(places))
+                found.append(self._place(one, step))
+        places = np.array(found).reshape(len(found), len(self._axes) + 1)
+        is_known = np.isfinite(places[:, -1])
+        worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0
+        places[~is_known, -1] = worst_loss
+        if not gains:
+            return _Gains((), places, np.empty(0), worst_loss)
+        spread = np.where(np.ptp(places, axis=0) > _ALIKE, places.std(axis=0), np.inf)
+        return _Gains(gains, places, spread, worst_loss)
 
     def _place(self, evaluation: Evaluation, step: int) -> list[float]:
-        """Return where the costs lie on the axes of the hypervolume, and the loss at a step."""
+        """Return where the costs lie on the axes of the hypervolume, and the logarithm of a step's loss."""
         places = [axis.position(evaluation.values[axis.objective.name]) for axis in self._axes]
-        return [*places, self.loss_at(evaluation, step)]
+        return [*places, math.log(max(self.loss_at(evaluation, step), _ALIKE))]
 
     def beyond(self, evaluation: Evaluation, step: int, score: float) -> tuple[float, float | None]:
         """Return the metric that a candidate is expected to reach, and its noise.
@@ -119,7 +137,7 @@ class Forecast:
             The score itself, and None, where too few have gone on to tell.
         """
         gains = self.gains(evaluation, step)
-        if len(gains) < FEWEST_FOR_NOISE:
+        if len(gains) < _FEWEST_FOR_NOISE:
             return score, None
         return score + statistics.median(gains), statistics.stdev(gains)
 

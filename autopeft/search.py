@@ -254,8 +254,9 @@ class Search:
         """Return what decides which paused trial goes on; None where trials do not pause."""
         if self.fidelity is None:
             return None
-        evaluator = self.evaluator
-        return Promotion(self.fidelity, evaluator.plan.rungs, self.objectives, self.axes(), evaluator.monitor)
+        steps, monitor = self.evaluator.plan.rungs, self.evaluator.monitor
+        references = [one.name for one in self.space.anchors(self.backbone) if one.is_trained_whole]
+        return Promotion(self.fidelity, steps, self.objectives, self.axes(), monitor, references)
 
     def elastic_proposals(self) -> ElasticProposals | None:
         """Return what proposes trials by a one-shot elastic adapter; None where there is none."""

@@ -32,10 +32,12 @@ class Anchor:
     Attributes:
         name: What it stands for, as in "lora 8 everywhere".
         configuration: A point of the space.
+        is_trained_whole: Whether rungs train it to the end whatever it promises there.
     """
 
     name: str
     configuration: Configuration
+    is_trained_whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,13 @@ class History:
             metrics are the worst there are; where it is paused, those it is expected to reach.
         axes: The axes of the hypervolume.
         constraints: Bounds on what is exact before training.
+        is_prefix_served: Whether training does without running the blocks below the lowest adapted one.
     """
 
     trials: Sequence[tuple[Configuration, Mapping[str, float]]]
     axes: Sequence[Axis]
     constraints: Sequence[Constraint] = ()
+    is_prefix_served: bool = False
 
 
 def distinct(anchors: Iterable[Anchor]) -> tuple[Anchor, ...]:

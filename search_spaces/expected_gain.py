@@ -1,4 +1,4 @@
-"""What a candidate is expected to add to the hypervolume, from the trials of the search so far."""
+"""What a candidate is expected to add to the hypervolume for its compute, from the trials so far."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
 _LATEST = 128  # trials that a model learns from: its time grows with their third power
 _CELLS = 4096
-_FOR_ALL = 0.25  # of a step's time: head, loop and optimizer, for which it does not matter what is adapted
+_FOR_ALL = 0.25  # of what all blocks take in a step: head, loop and optimizer
 _NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
 _COUNTED = "trainable_parameters"
 _Adapters = tuple[tuple[Site, Adapter], ...]
@@ -62,9 +62,15 @@ class Features:
             *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
         ]
 
-    def compute(self, configuration: Configuration) -> float:
-        """Return what training takes: the share of the blocks gradients go through, and what all take."""
-        return _FOR_ALL + 1 - self._frozen_share(configuration)
+    def compute(self, configuration: Configuration, *, is_prefix_served: bool) -> float:
+        """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
+
+        Args:
+            configuration: What is trained.
+            is_prefix_served: Whether the blocks below the lowest adapted one are not even run forward.
+        """
+        frozen = self._frozen_share(configuration)
+        return _FOR_ALL + 1 - (frozen if is_prefix_served else frozen / 2)
 
     def _frozen_share(self, configuration: Configuration) -> float:
         """Return the share of the blocks that lie below the lowest adapted one."""
@@ -98,11 +104,12 @@ def _place(value: float, low: float, high: float) -> float:
 class ExpectedGain:
     """Expected hypervolume improvement of candidates, by models of what is not known of them yet.
 
-    A metric is modelled with noise. A cost that is exact before training is modelled without: counting
-    memory takes longer than asking a model. Trainable parameters are counted. The expectation is the
-    integral, over the part of the unit cube that no trial dominates, of the probability that the candidate
-    does (Emmerich, Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted
-    by Gaussian Random Field Metamodels", 2006), times the probability that it keeps the constraints.
+    A metric is modelled with noise, by features and placement. A cost that is exact before training is
+    modelled without noise and by the features alone, from which it nearly follows: counting memory takes
+    longer than asking a model. Trainable parameters are counted. The expectation is the integral, over the
+    part of the unit cube that no trial dominates, of the probability that the candidate does (Emmerich,
+    Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
+    Random Field Metamodels", 2006), times the probability that it keeps the constraints.
 
     Args:
         history: The search so far; at least one trial with a value on every axis.
@@ -122,7 +129,7 @@ class ExpectedGain:
         name = objective.name
         known = [trial for trial in self._history.trials if name in trial[1]][-_LATEST:]
         return GaussianProcess(
-            self._features.inputs([configuration for configuration, _ in known]),
+            _inputs_for(objective, self._features.inputs([configuration for configuration, _ in known])),
             np.array([_scaled(objective, values[name]) for _, values in known]),
             exact=objective.before_training,
         )
@@ -155,8 +162,8 @@ class ExpectedGain:
     def best(self, candidates: Sequence[Configuration]) -> int | None:
         """Return the index of the candidate that gains most for its compute; None where all were tried.
 
-        The gain is divided by what training takes, as a share of the whole network's (Snoek, Larochelle and
-        Adams, "Practical Bayesian Optimization of Machine Learning Algorithms", 2012).
+        The gain is divided by what a training step takes, as in Snoek, Larochelle and Adams, "Practical
+        Bayesian Optimization of Machine Learning Algorithms" (2012).
 
         One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
         trial's: it would be chosen for the noise in its metric, again and again.
@@ -166,7 +173,8 @@ class ExpectedGain:
         tried: dict[_Adapters, list[float]] = {}
         for one, _ in self._history.trials:
             tried.setdefault(tuple(one), []).append(one.learning_rate)
-        compute = np.array([self._features.compute(one) for one in candidates])
+        served = self._history.is_prefix_served
+        compute = np.array([self._features.compute(one, is_prefix_served=served) for one in candidates])
         ranking = np.argsort(-self(candidates) / compute, kind="stable")
         for index in ranking.tolist():
             rate = candidates[index].learning_rate
@@ -184,9 +192,13 @@ class ExpectedGain:
     ) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:
-            return self._models[objective.name].predict(rows)
+            return self._models[objective.name].predict(_inputs_for(objective, rows))
         counts = (count_parameters(self._features.backbone, one) for one in candidates)
         return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
+
+
+def _inputs_for(objective: Objective, inputs: Inputs) -> Inputs:
+    return inputs.without_placements() if objective.before_training else inputs
 
 
 def _is_near(rate: float, other: float) -> bool:

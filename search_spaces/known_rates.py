@@ -20,6 +20,8 @@ class KnownRates:
     What trains few parameters bears higher rates than what trains many: a rate drawn evenly from the whole
     range is wrong for most configurations, and one of a like configuration seldom is.
 
+    The head alone, which bears higher rates than any adapter, is followed only where there is no other.
+
     Args:
         front: Configurations of the front; at least one.
         backbone: Counts parameters.
@@ -31,7 +33,9 @@ class KnownRates:
     ) -> None:
         self._backbone = backbone
         self._bounds = bounds
-        self._known = [(self._size(one), one.learning_rate) for one in front]
+        known = list(front)
+        adapted = [one for one in known if len(one)] or known
+        self._known = [(self._size(one), one.learning_rate) for one in adapted]
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))

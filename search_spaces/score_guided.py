@@ -46,6 +46,7 @@ _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
 # Of the anchors, the quickest first: the budget's place on its log scale, blocks left free, the rate's place.
 _ANCHORS = ((0.5, 0.67, 0.7), (0.3, 0.5, 0.85), (0.7, 0.33, 0.5), (0.9, 0.0, 0.3))
+_TRAINED_WHOLE = 2  # of these, and the head alone: three trainings tell what is gained after a rung
 # Of a pool: candidates drawn anew, and those made from the front.
 _DRAWN = 32
 _REFINED_CANDIDATES = 128
@@ -59,7 +60,7 @@ class ScoreGuided(SearchSpace):
     learning rate, and score and method where there are several. From `guided_trials` on, most trials are
     chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
     front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
-    over). The one with the largest expected gain in hypervolume is tried; see `ExpectedGain`.
+    over). The one with the largest expected gain in hypervolume for its compute is tried; see `ExpectedGain`.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -327,13 +328,14 @@ class ScoreGuided(SearchSpace):
 
         They spread over budgets, lowest blocks (higher ones save memory) and learning rates, for which rates
         are good is what a search has to learn first. The higher rates stand with the smaller budgets, the
-        highest with the head alone: what trains less needs and bears more.
+        highest with the head alone: what trains less needs and bears more. The two that take most go on after
+        a rung only where they promise something.
         """
         rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)
         blocks = self._highest_block(backbone) + 1
         found = [Anchor(name="head alone", configuration=Configuration({}, learning_rate=rate))]
-        for place, lowest_share, rate_place in _ANCHORS:
+        for index, (place, lowest_share, rate_place) in enumerate(_ANCHORS):
             budget = round(low * (high / low) ** place)
             lowest_block = min(round(lowest_share * blocks), blocks - 1)
             adapters = self._allocated(
@@ -347,7 +349,9 @@ class ScoreGuided(SearchSpace):
             )
             name = f"{self.scores[0]} with {budget:,} parameters from block {lowest_block} up"
             rate = learning_rate_at(rate_place, self.learning_rate)
-            found.append(Anchor(name=name, configuration=Configuration(adapters, learning_rate=rate)))
+            configuration = Configuration(adapters, learning_rate=rate)
+            whole = index < _TRAINED_WHOLE
+            found.append(Anchor(name=name, configuration=configuration, is_trained_whole=whole))
         return distinct(found)
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
@@ -379,7 +383,7 @@ class ScoreGuided(SearchSpace):
                 f"{budgets[0]:,} to {budgets[1]:,} parameters, temperature {_range(self.temperature)}, "
                 f"placement {_range(self.placement)}, lowest block 0 to {self._highest_block(backbone)}",
                 f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
-                "largest expected gain in hypervolume of a pool",
+                "largest expected gain in hypervolume for their compute, of a pool",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]

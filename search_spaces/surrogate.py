@@ -17,8 +17,8 @@ _KEPT = 16  # of those, the likeliest
 _LENGTH = (0.5, 0.7)  # median and spread of the logarithm: of the unit cube that features lie in
 _LINEAR = (0.3, 1.0)
 _NOISE = (0.1, 1.2)
-_PLACEMENT_ODDS = (1.0, 1.0)  # that a difference is one of which sites carry adapters
-_PLACEMENT_LENGTH = (1.0, 0.7)
+_PLACEMENT_ODDS = (1.0, 1.0)  # of the share of the Matérn kernel that placements modulate
+_PLACEMENT_LENGTH = (0.17, 0.7)  # root of the mean square difference of two placements' sites
 _JITTER = 1e-8
 
 
@@ -33,17 +33,21 @@ class Inputs(NamedTuple):
     features: Array
     placements: Array
 
+    def without_placements(self) -> Inputs:
+        """Return the features alone."""
+        return Inputs(self.features, self.placements[:, :0])
+
 
 class _HyperParameters(NamedTuple):
     """Draws of the hyper-parameters, of shape (draws,) or (draws, features)."""
 
     lengths: Array
-    linear: Array
+    linear_weight: Array
     noise: Array
-    placement: Array
+    placement_share: Array
     placement_length: Array
 
-    def of(self, draws: NDArray[np.intp]) -> _HyperParameters:
+    def select(self, draws: NDArray[np.intp]) -> _HyperParameters:
         """Return some of the draws."""
         return _HyperParameters(*(one[draws] for one in self))
 
@@ -51,12 +55,12 @@ class _HyperParameters(NamedTuple):
 class GaussianProcess:
     """Regression with a Matérn-5/2 kernel, a linear one beside it, and noise.
 
-    A share of the Matérn kernel is multiplied by a Gaussian one of the distance of placements: features tell
-    how many sites carry adapters, and not which. The hyper-parameters (a length a feature and that of
-    placements, the shares of the linear part, of placement and of the noise) are not fitted but averaged
-    over: draws from a prior, weighted by the likelihood of the data. With ten trials the likeliest single
-    setting is often a wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006),
-    chapters 2, 4 and 5.
+    A share of the Matérn kernel is multiplied by a Gaussian one of how much placements differ a site:
+    features tell how many sites carry adapters, and not which. The hyper-parameters (a length a feature and
+    that of placements, the shares of the linear part, of placement and of the noise) are not fitted but
+    averaged over: draws from a prior, weighted by the likelihood of the data. With ten trials the likeliest
+    single setting is often a wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning"
+    (2006), chapters 2, 4 and 5.
 
     Args:
         inputs: Of the trials.
@@ -69,8 +73,8 @@ class GaussianProcess:
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
-        self._prior = _hyper_parameters(inputs.features.shape[1])
-        noise = np.full_like(self._prior.noise, 1e-4) if exact else self._prior.noise
+        self._drawn = _hyper_parameters(inputs.features.shape[1])
+        noise = np.full_like(self._drawn.noise, 1e-4) if exact else self._drawn.noise
         covariance = self._covariance(inputs, inputs)
         covariance += (noise[:, None, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
@@ -80,21 +84,21 @@ class GaussianProcess:
         best = np.argsort(-likelihood, kind="stable")[:_KEPT]
         weights = np.exp(likelihood[best] - likelihood[best[0]])
         self._weights = weights / weights.sum()
-        self._prior = self._prior.of(best)
+        self._drawn = self._drawn.select(best)
         self._root, self._white = root[best], white[best]
 
     def _covariance(self, first: Inputs, second: Inputs) -> Array:
         """Return (draws, first, second) covariances."""
-        prior = self._prior
+        drawn = self._drawn
         squares = (first.features[:, None, :] - second.features[None, :, :]) ** 2
-        distance = np.sqrt(5 * np.einsum("abf,hf->hab", squares, prior.lengths**-2.0, optimize=True))
+        distance = np.sqrt(5 * np.einsum("abf,hf->hab", squares, drawn.lengths**-2.0, optimize=True))
         smooth = (1 + distance + distance**2 / 3) * np.exp(-distance)
-        apart = ((first.placements[:, None, :] - second.placements[None, :, :]) ** 2).sum(axis=2)
-        alike = np.exp(-0.5 * _each(prior.placement_length) ** -2.0 * apart)
-        share = _each(prior.placement)
+        apart = _mean_square_differences(first.placements, second.placements)
+        alike = np.exp(-0.5 * _per_draw(drawn.placement_length) ** -2.0 * apart)
+        share = _per_draw(drawn.placement_share)
         smooth *= 1 - share + share * alike
         linear: Array = (first.features - 0.5) @ (second.features - 0.5).T
-        covariance: Array = smooth + _each(prior.linear) * linear
+        covariance: Array = smooth + _per_draw(drawn.linear_weight) * linear
         return covariance
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:
@@ -102,30 +106,38 @@ class GaussianProcess:
         across = np.linalg.solve(self._root, self._covariance(self._inputs, inputs))
         means = (across * self._white).sum(axis=1)
         linear = ((inputs.features - 0.5) ** 2).sum(axis=1)
-        own = 1 + self._prior.linear[:, None] * linear
+        own = 1 + self._drawn.linear_weight[:, None] * linear
         variances = np.maximum(own - (across**2).sum(axis=1), 0.0)
         mean = self._weights @ means
         variance = self._weights @ (variances + means**2) - mean**2
         return self._mean + self._scale * mean, self._scale * np.sqrt(np.maximum(variance, 0.0))
 
 
-def _each(hyper_parameter: Array) -> Array:
+def _per_draw(hyper_parameter: Array) -> Array:
     """Return a hyper-parameter of every draw, to be taken with (draws, first, second) covariances."""
     return hyper_parameter[:, None, None]
+
+
+def _mean_square_differences(first: Array, second: Array) -> Array:
+    """Return (first, second) mean squares of the differences over the columns; 0 where there are none."""
+    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+    found: Array = np.maximum(squares, 0.0) / max(1, first.shape[1])
+    return found
 
 
 @cache
 def _hyper_parameters(count: int) -> _HyperParameters:
     """Return draws from the prior, for so many features; always the same ones."""
-    lengths, (linear, noise) = np.split(_normal(count + 2, seed=0), [count])
-    odds, placement_length = _normal(2, seed=1)
-    odds = _lognormal(_PLACEMENT_ODDS, odds)
+    normal = _normal(count + 2, seed=0)
+    # Shuffled, as two Sobol sequences go up and down together.
+    others = np.random.default_rng(1).permutation(_normal(2, seed=1), axis=1)
+    odds = _lognormal(_PLACEMENT_ODDS, others[0])
     return _HyperParameters(
-        lengths=_lognormal(_LENGTH, lengths).T,
-        linear=_lognormal(_LINEAR, linear),
-        noise=_lognormal(_NOISE, noise),
-        placement=odds / (1 + odds),
-        placement_length=_lognormal(_PLACEMENT_LENGTH, placement_length),
+        lengths=_lognormal(_LENGTH, normal[:count]).T,
+        linear_weight=_lognormal(_LINEAR, normal[count]),
+        noise=_lognormal(_NOISE, normal[count + 1]),
+        placement_share=odds / (1 + odds),
+        placement_length=_lognormal(_PLACEMENT_LENGTH, others[1]),
     )
 
 

@@ -163,13 +163,14 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     assert promotion.next([*known, dear]) == (dear, 1)
 
 
-def test_reference_points_go_on_until_three_whole_trainings_tell_of_gains() -> None:
-    known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(2)]
+def test_reference_points_go_on_whatever_a_rung_says() -> None:
+    known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
     worst = trial(3, 5e5, 0.0)
-    reference = replace(worst, anchor="uniform lora 8")
     assert next_of([*known, worst]) is None
-    assert next_of([*known, reference]) == (3, 1)
-    assert next_of([*known, trial(2, 1e3, 0.5, 0.6, 0.7), reference]) is None
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy", ["uniform lora 8"])
+    reference, other = (replace(worst, anchor=name) for name in ("uniform lora 8", "uniform lora 64"))
+    assert promotion.next([*known, reference]) == (reference, 1)
+    assert promotion.next([*known, other]) is None, "no reference point of those that always go on"
 
 
 def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
@@ -177,11 +178,21 @@ def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
     begun = [trial(n, 1e3, 0.3, 0.5, 0.7 + 0.01 * n, loss=1.4) for n in range(5)]
     stuck = [trial(n, 1e3, 0.3, 0.3, 0.3, loss=1.7) for n in range(5, 10)]
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
-    near, far, unknown = (trial(10, 1e3, 0.3, loss=loss) for loss in (1.45, 1.65, math.inf))
+    near, far, unknown = (trial(10, 1e3, 0.3, loss=loss) for loss in (1.45, 1.65, math.nan))
     forecast = promotion.forecast([*begun, *stuck])
     assert forecast.values(near.evaluation)[0] == pytest.approx(0.72)
     assert forecast.values(far.evaluation)[0] == pytest.approx(0.3)
-    assert len(forecast.gains(unknown.evaluation, RUNGS[0])) == 5
+    assert forecast.values(unknown.evaluation)[0] == pytest.approx(0.3), "as bad a loss as any"
+    lost = trial(11, 1e3, 0.3, 0.3, 0.3)
+    assert promotion.forecast([*begun, *stuck, lost]).values(near.evaluation)[0] == pytest.approx(0.72)
+    dear = trial(12, 1.2e3, 0.3, loss=1.45)  # all others cost the same, which is no measure of costs
+    assert forecast.values(dear.evaluation)[0] == pytest.approx(0.72)
+
+
+def test_one_whole_training_tells_what_it_gained() -> None:
+    promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    forecast = promotion.forecast([trial(0, 1e3, 0.3, 0.5, 0.7, loss=1.0)])
+    assert forecast.values(trial(1, 5e3, 0.2, loss=2.0).evaluation)[0] == pytest.approx(0.6)
 
 
 def test_a_rung_at_which_nobody_has_learned_anything_stops_nobody() -> None:

@@ -84,7 +84,9 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
     normal = np.random.default_rng(0).standard_normal((400, 2))
     rows = FEATURES.inputs(candidates)
     means, deviations = zip(
-        *(gain._models[name].predict(rows) for name in ("accuracy", "peak_memory")), strict=True
+        gain._models["accuracy"].predict(rows),
+        gain._models["peak_memory"].predict(rows.without_placements()),
+        strict=True,
     )
     for index, candidate in enumerate(candidates):
         gains = []
@@ -109,28 +111,30 @@ def test_what_breaks_a_constraint_gains_nothing() -> None:
         if costs["trainable_parameters"] > 1500 or costs["peak_memory"] > 2.3e6:
             assert after < 0.1 * before + 1e-6
         elif costs["peak_memory"] < 2.1e6:
-            assert after == pytest.approx(before, rel=0.2)
+            assert after == pytest.approx(before, rel=0.1)
 
 
 def test_the_best_has_not_been_tried() -> None:
     trials = drawn(8, 0)
     gain = ExpectedGain(history(trials), FEATURES)
     candidates = drawn(5, 1)
-    compute = [FEATURES.compute(one) for one in candidates]
+    compute = [FEATURES.compute(one, is_prefix_served=False) for one in candidates]
     best = gain.best(candidates)
     assert best == int(np.argmax(gain(candidates) / compute))
     assert gain.best([*trials, candidates[0]]) == len(trials)
     assert gain.best(trials) is None
 
 
-def test_what_takes_less_compute_may_gain_less() -> None:
+@pytest.mark.parametrize(("is_prefix_served", "ratio"), [(True, 1.25 / 0.75), (False, 1.25 / 1.0)])
+def test_what_takes_less_compute_may_gain_less(is_prefix_served: bool, ratio: float) -> None:
     upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
     lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
-    assert FEATURES.compute(Configuration()) < FEATURES.compute(upper) < FEATURES.compute(lower)
-    ratio = FEATURES.compute(lower) / FEATURES.compute(upper)
+    compute = [FEATURES.compute(one, is_prefix_served=is_prefix_served) for one in (lower, upper)]
+    assert compute[0] / compute[1] == pytest.approx(ratio)
     gains = []
     for seed in range(8):  # accuracy and parameters alone: where adapters sit is worth nothing
-        gain = ExpectedGain(replace(history(drawn(8, seed)), axes=AXES[:2]), FEATURES)
+        known = replace(history(drawn(8, seed)), axes=AXES[:2], is_prefix_served=is_prefix_served)
+        gain = ExpectedGain(known, FEATURES)
         more, less = gain([lower, upper])
         assert gain.best([lower, upper]) == (0 if more > ratio * less else 1)
         gains.append(more / less)

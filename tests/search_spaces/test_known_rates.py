@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Sequence
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces.known_rates import KnownRates
@@ -19,8 +20,13 @@ LARGE = Configuration(
 )
 
 
-def drawn(configuration: Configuration, seed: int = 0) -> list[float]:
-    rates = KnownRates([SMALL, LARGE], BACKBONE, BOUNDS)
+HEAD = Configuration({}, learning_rate=1e-2)
+
+
+def drawn(
+    configuration: Configuration, seed: int = 0, front: Sequence[Configuration] = (HEAD, SMALL, LARGE)
+) -> list[float]:
+    rates = KnownRates(front, BACKBONE, BOUNDS)
     generator = random.Random(seed)
     return [rates.draw(configuration, generator) for _ in range(400)]
 
@@ -31,6 +37,11 @@ def test_a_rate_is_near_that_of_the_configuration_nearest_in_size() -> None:
     assert math.isclose(statistics.median(near_small), 8e-3, rel_tol=0.15)
     assert math.isclose(statistics.median(near_large), 4e-4, rel_tol=0.15)
     assert max(near_large) / min(near_large) > 4, "others are tried as well"
+
+
+def test_the_head_alone_is_followed_only_where_there_is_no_other() -> None:
+    assert drawn(HEAD) == drawn(SMALL), "that of the smallest adapter"
+    assert math.isclose(statistics.median(drawn(SMALL, front=[HEAD])), 1e-2, rel_tol=0.15)
 
 
 def test_rates_lie_in_the_space_and_follow_from_the_seed() -> None:

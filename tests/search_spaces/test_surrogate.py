@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import qmc
 
-from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
+from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs, _hyper_parameters
 
 
 def points(count: int, seed: int) -> Array:
@@ -63,13 +63,22 @@ def test_few_or_equal_values_are_no_trouble(count: int) -> None:
     assert np.isfinite(deviation).all()
 
 
-def test_what_a_site_gives_is_learned() -> None:
+@pytest.mark.parametrize("sites", [12, 72])
+def test_what_a_site_gives_is_learned(sites: int) -> None:
     generator = np.random.default_rng(0)
-    placements = generator.integers(0, 2, (48, 6)).astype(float)
-    features = np.full((48, 2), 0.5)  # which tell nothing
+    placements = (generator.random((64, sites)) < 4 / sites).astype(float)
+    placements[::2, 0] = 1.0
+    features = np.full((64, 2), 0.5)  # which tell nothing
     values = placements[:, 0] + 0.1 * placements[:, 1]
-    known, others = slice(0, 32), slice(32, 48)
+    known, others = slice(0, 48), slice(48, 64)
     model = GaussianProcess(Inputs(features[known], placements[known]), values[known])
     mean, _ = model.predict(Inputs(features[others], placements[others]))
     with_site = placements[others][:, 0] == 1
-    assert mean[with_site].min() > mean[~with_site].max() + 0.3
+    assert mean[with_site].mean() > mean[~with_site].mean() + 0.4
+
+
+def test_hyper_parameters_are_drawn_independently() -> None:
+    drawn = _hyper_parameters(4)
+    columns = np.log([*drawn.lengths.T, *drawn[1:]])
+    correlations = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlations).max() < 0.2

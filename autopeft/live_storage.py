@@ -69,7 +69,7 @@ class StorageCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and track what it made."""
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, Tensor):
             self._track(result)
         else:

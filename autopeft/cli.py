@@ -22,7 +22,7 @@ from autopeft.sensitivity import CHEAP_SCORES
 from autopeft.server import serve
 from autopeft.site_scoring import SCORE_BATCHES
 from autopeft.study_store import STUDY_FILE, load_study
-from autopeft.tracking import log_report_run
+from autopeft.tracking_store import log_report_run
 
 app = typer.Typer(
     no_args_is_help=True,

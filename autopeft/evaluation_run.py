@@ -28,6 +28,7 @@ from autopeft.callbacks import (
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.methods import Attachment
+from autopeft.modes import set_mode
 from autopeft.paused_training import PausedTraining, TrainingState
 from autopeft.prefix_cache import TrialPrefix
 from autopeft.profiling import section
@@ -112,10 +113,10 @@ class EvaluationRun:
         memory = PeakMemory()
         callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
         module = evaluator.module(self.configuration, self.before, prefix.serve)
-        module.train()
+        set_mode(module, training=True)
         start = 0 if self.before is None else self.before.step
         with ExitStack() as ending:
-            ending.callback(module.eval)
+            ending.callback(set_mode, module, training=False)
             with seeded(self.seed, evaluator.device):
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)

@@ -131,13 +131,16 @@ class ParetoFront(Sequence[FrontPoint]):
             records.append(record)
         else:
             records[place] = record
-        return ParetoFront(
+        front = ParetoFront(
             records,
             self.objectives,
             self.axes,
             self._exporter,
             candidates=[*(point.record for point in self._points), record],
         )
+        if place is None and front.members == self.members:
+            front.hypervolume = self.hypervolume  # of the same points, and slow to compute
+        return front
 
     @cached_property
     def members(self) -> frozenset[int]:

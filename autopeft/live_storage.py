@@ -52,24 +52,26 @@ class StorageCounter(TorchDispatchMode):
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
+        if storage._cdata not in self._known:
+            self._track_new(storage, storage.nbytes())
+
+    def _track_new(self, storage: torch.UntypedStorage, size: int) -> None:
+        known, key = self._known, storage._cdata
 
         def died(_: object) -> None:
-            if self._known.pop(key, None) is not None:
+            if known.pop(key, None) is not None:
                 self.live_bytes -= size
 
-        self._known[key] = weakref.ref(storage, died)
+        known[key] = weakref.ref(storage, died)
         self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and track what it made."""
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, Tensor):
             self._track(result)
         else:

@@ -28,7 +28,7 @@ from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
 from autopeft.meta_autocast import MetaAutocast
 from autopeft.meta_tensors import MetaCounter, cpu_attention
-from autopeft.modes import in_mode
+from autopeft.modes import every_module, in_mode
 from autopeft.precision import Precision, autocast
 
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -86,7 +86,7 @@ class MemoryCounter:
         try:
             with in_mode(self._model, training=True):
                 shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
-                kind = frozenset(map(type, self._model.modules())), (shapes, precision)
+                kind = frozenset(map(type, every_module(self._model))), (shapes, precision)
                 if self._is_quick(*kind):
                     return self._count_on_meta(batch, loss, precision)
                 slow = self._count_on_fake(batch, loss, precision)
@@ -181,7 +181,7 @@ def _converted(
     originals: list[tuple[dict[str, Any], str, Tensor]] = []
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
-        for module in model.modules():
+        for module in every_module(model):
             holders: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
             for holder, several in zip(holders, found, strict=True):
                 for name, original in holder.items():

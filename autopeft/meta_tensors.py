@@ -128,10 +128,12 @@ class MetaCounter(StorageCounter):
     ) -> Any:
         """Make the operation's result, and track it."""
         number = id(func)  # operations live as long as the process, and hash slowly
-        aliases = _ALIASES.get(number)
-        if aliases is None:
-            aliases = _ALIASES[number] = _aliases(func)
-        if aliases:
+        kind = _KINDS.get(number)
+        if kind is None:
+            kind = _KINDS[number] = _kind(func)
+        if kind is _SHARING:  # nothing new to track
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if kind is _WRITING:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if number == _VALUE:
             return False
@@ -149,23 +151,30 @@ class MetaCounter(StorageCounter):
         if remembered is _RUN:
             return super().__torch_dispatch__(func, types, args, kwargs)
         single, recipes = remembered
-        made = [None if one is None else self._make(*one) for one in recipes]
-        return made[0] if single else tuple(made)
+        if single:
+            return self._make(*recipes[0])
+        return tuple([None if one is None else self._make(*one) for one in recipes])
 
-    def _make(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        self._track(tensor)
+    def _make(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+        self._track_new(tensor.untyped_storage(), size)
         return tensor
 
 
 _VALUE = id(torch.ops.aten._local_scalar_dense.default)
 _RUN = object()
-_ALIASES: dict[int, bool] = {}
+_META = torch.device("meta")
+_SHARING, _WRITING, _FRESH = object(), object(), object()
+_KINDS: dict[int, object] = {}
 
 
-def _aliases(func: Any) -> bool:
-    """Whether an operation's result is a view of an argument, or one that was written to."""
-    return any(argument.alias_info is not None for argument in func._schema.arguments)
+def _kind(func: Any) -> object:
+    """Return whether all that an operation gives shares storage with its arguments, or some, or none."""
+    schema = func._schema
+    if all(argument.alias_info is None for argument in schema.arguments):
+        return _FRESH
+    shares = all(result.alias_info is not None for result in schema.returns)
+    return _SHARING if shares and schema.returns else _WRITING
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -196,5 +205,5 @@ def _recipe(result: Any, arguments: Iterable[Any]) -> Any:
             return _RUN
         if one.untyped_storage().nbytes() != one.numel() * one.element_size():
             return _RUN
-        recipes.append((one.shape, one.stride(), one.dtype))
+        recipes.append((one.shape, one.stride(), one.dtype, one.untyped_storage().nbytes()))
     return isinstance(result, Tensor), tuple(recipes)

@@ -97,6 +97,10 @@ class _Outcomes(_Follower):
             return complete
         losses = np.array([self._values[index] for index in complete])
         losses *= [-1.0 if one == StudyDirection.MAXIMIZE else 1.0 for one in study.directions]
+        first = np.flatnonzero(moocore.is_nondominated(losses, keep_weakly=True))
+        if len(first) > count and np.isfinite(losses).all():  # the first rank is the one that is cut
+            found: Indices = complete[first[most_hypervolume(losses[first], count)]]
+            return found
         ranks = _fast_non_domination_rank(losses, n_below=count)
         cut = np.sort(ranks)[count]  # the rank of the first one that is left out
         better = np.flatnonzero(ranks < cut)
@@ -133,12 +137,12 @@ def most_hypervolume(losses: Floats, count: int) -> Indices:
     places = []
     volume = 0.0
     for number in range(count):
-        best = int(np.argmax(gains))
+        best = int(gains.argmax())
         while known_of[best] != number:
             chosen[number] = points[best]
             gains[best] = hypervolume(chosen[: number + 1]) - volume
             known_of[best] = number
-            best = int(np.argmax(gains))
+            best = int(gains.argmax())
         chosen[number] = points[best]
         volume += gains[best]
         gains[best] = -np.inf

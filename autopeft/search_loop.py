@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import Trial, TrialState
 
 from autopeft.budget import Budget, Spent
@@ -19,6 +20,7 @@ from autopeft.dead_ends import refuse_hopeless, used_up
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
 from autopeft.garbage import settled_objects
+from autopeft.gathered_trial import GatheredTrial
 from autopeft.identity import environment
 from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
@@ -196,8 +198,9 @@ class SearchLoop:
     def _begin(self, front: ParetoFront) -> ParetoFront:
         self._propose(front)
         with section("ask"):
-            trial = self.store.live.ask()
+            trial = GatheredTrial(self.store.live.ask())
             configuration = self.search.space.suggest(trial, self.search.backbone)
+            trial.write()
         self.progress.running(trial.number)
         twin = self._known.get(configuration.key)
         if twin is not None:
@@ -296,14 +299,16 @@ class SearchLoop:
         for constraint in self.search.constraints:
             name = constraint.objective.name
             trial.set_constraint(name, constraint.violation(known) if name in known else 0.0)
-        live = self.store.live
+        values, state = None, None
         if evaluation.status == "complete":
-            live.tell(trial, [known[objective.name] for objective in self.search.objectives])
+            values = [known[objective.name] for objective in self.search.objectives]
         elif evaluation.status == "paused":
             assert self.promotion is not None
-            live.tell(trial, self.promotion.forecast(self.records).values(evaluation))
+            values = self.promotion.forecast(self.records).values(evaluation)
         else:
-            live.tell(trial, state=_STATES[evaluation.status])
+            state = _STATES[evaluation.status]
+        # What `Study.tell` does, but for the deep copy of the trial that it returns.
+        _tell_with_warning(self.store.live, trial, values, state)
 
     @section("record")
     def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:

@@ -50,6 +50,7 @@ _PAGE = 1000
 _BATCH = 100
 _PATIENCE_SECONDS = 60.0
 _CATCH_UP_EVERY_SECONDS = 2.0
+_SHOW_AFTER_SECONDS = 1.0
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
 
@@ -92,6 +93,7 @@ class Tracker:
         self._runs: dict[int, str] = {}
         self._points: dict[int, int] = {}  # of the curves that runs have
         self._finished: set[int] = set()  # trials over before they could be shown as running
+        self._to_show: tuple[float, Callable[[], None]] | None = None  # when, and how
         self._members: frozenset[int] = frozenset()  # of the front
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
@@ -238,6 +240,7 @@ class Tracker:
         on_front = number in self._members
         points = self._points.get(number, 0)
         run = finished_run(self._parent, record, on_front=on_front, known_points=points)
+        self._to_show = None  # there is one trial at a time
         self._runs[number] = self._trial_runs.finish(self._runs.get(number), run)
         self._points[number] = len(record.evaluation.curves)
         if on_front:
@@ -249,8 +252,21 @@ class Tracker:
             self._runs[number] = run_id
 
     def trial_started(self, number: int, configuration: Configuration) -> None:
-        """Show a trial as running."""
-        self._queue.put(partial(self._start_run, number, configuration))
+        """Show a trial as running, unless it is over in a second: its run is then written at once."""
+        self._queue.put(partial(self._show_later, partial(self._start_run, number, configuration)))
+
+    def _show_later(self, show: Callable[[], None]) -> None:
+        self._to_show = time.monotonic() + _SHOW_AFTER_SECONDS, show
+
+    def _show_now(self) -> None:
+        if self._to_show is not None:
+            self._take_to_show()()
+
+    def _take_to_show(self) -> Callable[[], None]:
+        assert self._to_show is not None
+        _, show = self._to_show
+        self._to_show = None
+        return show
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
@@ -332,6 +348,7 @@ class Tracker:
     def flush(self, patience_seconds: float = math.inf) -> None:
         """Wait until everything queued so far is written, or the patience is over."""
         done = threading.Event()
+        self._queue.put(self._show_now)
         self._queue.put(partial(self._catch_up, at_once=True))
         self._queue.put(done.set)
         end = time.monotonic() + patience_seconds
@@ -340,7 +357,7 @@ class Tracker:
                 return
 
     def _work(self) -> None:
-        while (entry := self._queue.get()) is not None:
+        while (entry := self._next()) is not None:
             if self._hopeless():
                 self.failures += 1
                 continue
@@ -356,6 +373,14 @@ class Tracker:
                         break
                     time.sleep(0.5 * attempt)  # SQLite is locked while another search writes
 
+    def _next(self) -> Callable[[], None] | None:
+        """Return what is to be written next; where nothing is, and a trial has run for a while, its run."""
+        seconds = None if self._to_show is None else max(0.0, self._to_show[0] - time.monotonic())
+        try:
+            return self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return self._take_to_show()
+
     def _hopeless(self) -> bool:
         return self._ending.is_set() and time.monotonic() - self._last_success > _PATIENCE_SECONDS
 
@@ -363,29 +388,3 @@ class Tracker:
         self.failures += 1
         if self.failures == 1:
             _logger.warning("An entry could not be written to MLflow; more are counted.", exc_info=True)
-
-
-def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], object], place: str) -> str:
-    """Write a report to a run of its own, and return the run's id.
-
-    Args:
-        uri: MLflow tracking URI.
-        experiment: Name of the experiment; made if it is not there.
-        name: Name of the run.
-        save: Writes the report's files into a folder.
-        place: Where the run keeps them.
-
-    Raises:
-        ValueError: MLflow cannot use the store.
-    """
-    store, artifacts = checked_store(uri)
-    try:
-        client, experiment_id = open_experiment(store, artifacts, experiment)
-        run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            client.log_artifacts(run_id, folder, place)
-        client.set_terminated(run_id)
-    except MlflowException as error:
-        raise ValueError(f"MLflow cannot use the tracking store {uri!r}: {error}") from error
-    return run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -67,6 +68,32 @@ def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowC
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return client, str(found.experiment_id)
+
+
+def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], object], place: str) -> str:
+    """Write a report to a run of its own, and return the run's id.
+
+    Args:
+        uri: MLflow tracking URI.
+        experiment: Name of the experiment; made if it is not there.
+        name: Name of the run.
+        save: Writes the report's files into a folder.
+        place: Where the run keeps them.
+
+    Raises:
+        ValueError: MLflow cannot use the store.
+    """
+    store, artifacts = checked_store(uri)
+    try:
+        client, experiment_id = open_experiment(store, artifacts, experiment)
+        run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder))
+            client.log_artifacts(run_id, folder, place)
+        client.set_terminated(run_id)
+    except MlflowException as error:
+        raise ValueError(f"MLflow cannot use the tracking store {uri!r}: {error}") from error
+    return run_id
 
 
 def _check_database(path: Path) -> None:

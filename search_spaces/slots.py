@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from autopeft.backbone import Backbone
@@ -30,7 +31,7 @@ class Slot:
     sites: tuple[Site, ...]
     adapters: Mapping[str, tuple[Adapter, ...]]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Prefix of the slot's parameters, as in "0-1.query"."""
         return f"{self.group}.{self.sites[0].role}"
@@ -97,6 +98,7 @@ class Slot:
         return several[0] if several else None
 
 
+@cache
 def _size_name(method: str) -> str:
     size_name = METHOD_SPECIFICATIONS[method].size_name
     assert size_name is not None

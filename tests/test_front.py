@@ -194,3 +194,13 @@ def test_the_first_metric_chooses() -> None:
     front = ParetoFront(records, objectives, AXES[:2])
     assert front.metric.name == "f1_macro"
     assert front.best().number == 0
+
+
+def test_hypervolume_is_kept_only_while_the_front_is_the_same(front: ParetoFront) -> None:
+    assert front.hypervolume > 0
+    beaten, better = record(6, 0.60, 40_000, 500), record(6, 0.95, 40_000, 350)
+    redone = record(1, 0.81, 20_000, 300)  # takes the place of a member that was paused
+    for new, same in ((beaten, True), (better, False), (redone, False)):
+        grown = front.with_trial(new)
+        assert grown.hypervolume == ParetoFront(grown.records, OBJECTIVES, AXES).hypervolume
+        assert (grown.hypervolume == front.hypervolume) == same

@@ -17,6 +17,7 @@ from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
 from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
 from autopeft.methods.prefix import Prefix, PrefixTuning
+from autopeft.modes import every_parameter
 from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
@@ -142,7 +143,7 @@ class Attachment:
                         nn.init.zeros_(module.bias)
 
     def _select_trainable(self) -> None:
-        parameters = list(self.backbone.model.parameters())
+        parameters = every_parameter(self.backbone.model)
         for parameter in parameters:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
@@ -201,7 +202,8 @@ class Attachment:
         self._detached = True
         while self._undo:
             self._undo.pop()()
-        self.backbone.model.requires_grad_(False)
+        for parameter in every_parameter(self.backbone.model):
+            parameter.requires_grad_(False)
         self.backbone.attached = None
 
     def __enter__(self) -> Self:

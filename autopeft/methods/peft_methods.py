@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from autopeft.backbone import SiteShape
 from autopeft.configuration import Adapter, Site
 from autopeft.methods.base import Attached, Method, Placement, replace_module
+from autopeft.modes import set_mode
 
 
 class PeftMethod(Method):
@@ -84,7 +85,7 @@ class PeftMethod(Method):
                         # Injecting a peft adapter makes it the active one of every layer, also of
                         # those that carry another.
                         layer.set_adapter(adapter_name)
-                        layer.train(originals[shape.module].training)
+                        set_mode(layer, training=originals[shape.module].training)
                     parameters[site] = _adapter_parameters(layer, adapter_name)
         except BaseException:
             undo()

@@ -254,12 +254,8 @@ class SearchLoop:
             elif evaluation.status == "paused" and forecast is not None:
                 values |= dict(zip(names, forecast.values(evaluation), strict=True))
             trials.append((evaluation.configuration, values))
-        return History(
-            trials=trials,
-            axes=self.axes,
-            constraints=self.search.constraints,
-            is_prefix_served=self.search.training.frozen_prefix == "cached",
-        )
+        constraints, served = self.search.constraints, self.search.training.frozen_prefix == "cached"
+        return History(trials=trials, axes=self.axes, constraints=constraints, is_prefix_served=served)
 
     def _sum(self) -> Spent:
         """Return what was spent on all trials, and on the elastic adapter."""

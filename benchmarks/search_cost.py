@@ -2,13 +2,14 @@
 
     python -m benchmarks.search_cost [--methods ...] [--dataset questions] [--seeds 3] [--trials 60]
 
-A front's value is what its members give when they are trained again from the start, with two seeds that no
-search has used, and scored on the test split: never a search's own, optimistic values. All are trained again
-alike, in bfloat16 where the processor multiplies it. A method's front at some moment has the candidates that
-were done by then and that nobody beats on the validation split. The axes are the metric, from always
-predicting the majority to 1, and trainable parameters on a log scale over the per-layer space. Each run is a
-process of its own with one thread, whose whole processor time counts, imports included; training the front
-again does not. Runs and trainings that are done are kept in a folder and not done again.
+A front's value is what its members give when they are trained again from the start, with seeds that no
+search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
+values. All are trained again alike, in bfloat16 where the processor multiplies it. A method's front at some
+moment has the candidates that were done by then and that nobody beats on the validation split. The axes are
+the metric, from always predicting the majority to 1, and trainable parameters on a log scale over the
+per-layer space. Each run is a process of its own with one thread, whose whole processor time counts, imports
+included; training the front again does not. Runs and trainings that are done are kept in a folder and not
+done again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rich.table import Table
 
 from autopeft.configuration import Configuration
 from benchmarks.datasets import DATASETS
-from benchmarks.rivals.comparison import FRESH_SEEDS, Archive, Comparison, end_of
+from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.setting import EXAMPLES, TRAINING, Entry, Setting
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,7 +147,7 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
     """Train again everyone on some front who was not yet, a few in one process."""
     archive, dataset = comparison.archive, comparison.dataset
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
-    for seed in FRESH_SEEDS:
+    for seed in comparison.fresh_seeds:
         missing = [
             (key, one)
             for key, one in comparison.needed().items()
@@ -174,6 +175,8 @@ def main() -> None:
     parser.add_argument(
         "--our-trials", type=int, default=144, help="of autopeft's variants: most pause early"
     )
+    parser.add_argument("--fresh-seeds", type=int, default=len(FRESH_SEEDS), help="of a member of a front")
+    parser.add_argument("--moments", type=int, default=MOMENTS, help="at which fronts are compared")
     parser.add_argument("--name", help="of the results; the data set's unless given")
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/search_cost"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -192,7 +195,13 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool:
         _search_missing(archive, settings, pool)
         runs = {key: archive.runs[key[0], one.dataset, one.seed, one.trials] for key, one in settings.items()}
-        comparison = Comparison(arguments.dataset, runs, archive)
+        comparison = Comparison(
+            arguments.dataset,
+            runs,
+            archive,
+            fresh_seeds=range(FRESH_SEEDS[0], FRESH_SEEDS[0] + arguments.fresh_seeds),
+            count=arguments.moments,
+        )
         _train_missing(comparison, pool, size=12)
     rows = comparison.rows([name for name in RIVALS if name in arguments.methods])
     show(rows)
@@ -213,7 +222,7 @@ def main() -> None:
 def command(arguments: argparse.Namespace) -> str:
     """Return what repeats a run; where it keeps its archive is nobody's business."""
     parts = ["python -m benchmarks.search_cost", "--methods", *map(shlex.quote, arguments.methods)]
-    for name in ("dataset", "seeds", "trials", "our_trials"):
+    for name in ("dataset", "seeds", "trials", "our_trials", "fresh_seeds", "moments"):
         parts += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     if arguments.name is not None:
         parts += ["--name", shlex.quote(arguments.name)]

@@ -59,11 +59,11 @@ class Archive:
             file.write(json.dumps(line) + "\n")
 
 
-def moments(logs: Sequence[Sequence[Entry]]) -> list[float]:
+def moments(logs: Sequence[Sequence[Entry]], count: int = MOMENTS) -> list[float]:
     """Return log-spaced moments of processor time from the first candidate done to the last, of all runs."""
     times = [one.cpu_seconds for log in logs for one in log]
     low, high = math.log(min(times)), math.log(max(times))
-    return [math.exp(low + (high - low) * index / (MOMENTS - 1)) for index in range(MOMENTS)]
+    return [math.exp(low + (high - low) * index / (count - 1)) for index in range(count)]
 
 
 def members_at(log: Sequence[Entry], seconds: float, metric: Objective, cost: Objective) -> list[Entry]:
@@ -108,15 +108,24 @@ class Comparison:
         dataset: Name of the data set.
         runs: Logs by method and seed.
         archive: Has the trainings of the fronts.
+        fresh_seeds: Seeds of these trainings; no search has used them.
+        count: Number of moments at which fronts are compared.
     """
 
     def __init__(
-        self, dataset: str, runs: Mapping[tuple[str, int], Sequence[Entry]], archive: Archive
+        self,
+        dataset: str,
+        runs: Mapping[tuple[str, int], Sequence[Entry]],
+        archive: Archive,
+        *,
+        fresh_seeds: Sequence[int] = FRESH_SEEDS,
+        count: int = MOMENTS,
     ) -> None:
         setting = Setting(dataset=dataset, seed=0, trials=1)
         self.dataset = dataset
         self.runs = runs
         self.archive = archive
+        self.fresh_seeds = tuple(fresh_seeds)
         self.metric, self.cost = resolve_objectives(
             (setting.metric, "trainable_parameters"), setting.task.metrics
         )
@@ -130,7 +139,7 @@ class Comparison:
             ),
             Axis(objective=self.cost, worst=float(largest), best=float(smallest)),
         )
-        self.times = moments(list(runs.values()))
+        self.times = moments(list(runs.values()), count)
 
     def members(self, log: Sequence[Entry], seconds: float) -> list[Entry]:
         """Return a run's front at a moment."""
@@ -148,7 +157,7 @@ class Comparison:
     def point(self, entry: Entry) -> Values:
         """Return what a member is worth: its test score, the mean over fresh seeds."""
         key = key_of(entry)
-        tests = [self.archive.trainings[self.dataset, key, seed] for seed in FRESH_SEEDS]
+        tests = [self.archive.trainings[self.dataset, key, seed] for seed in self.fresh_seeds]
         return {self.metric.name: statistics.fmean(tests), self.cost.name: float(entry.parameters)}
 
     def curve(self, log: Sequence[Entry]) -> list[float]:

@@ -34,10 +34,11 @@ class Model(nn.Module):
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+        linear = nn.Linear(4, 4)
+        self.first = nn.Sequential(linear, nn.Dropout(0.5))
         self.again = self.first
         self.tied = nn.Linear(4, 4)
-        self.tied.weight = self.first[0].weight
+        self.tied.weight = linear.weight
         self.nothing: nn.Module | None
         self.register_module("nothing", None)
         self.last = last
@@ -47,7 +48,7 @@ class Model(nn.Module):
 
 
 def scripted() -> Any:
-    return torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))  # type: ignore[no-untyped-call]
+    return torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
 
 
 LAST: dict[str, Callable[[], nn.Module]] = {

@@ -9,6 +9,10 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial
 
+_OF_A_TRIAL = {"_cached_frozen_trial", "_fixed_params", "_relative_params", "relative_search_space"}
+_OF_ALL_TRIALS = ("_suggest", "relative_params")
+_OF_A_STORAGE = ("_lock", "_studies", "_get_trial", "_set_trial", "check_trial_is_updatable")
+
 
 class GatheredTrial(Trial):
     """A trial of a study in memory that writes its parameters at once, as Optuna would write each of them.
@@ -24,7 +28,23 @@ class GatheredTrial(Trial):
     def __init__(self, trial: Trial) -> None:
         # Without the parent's: that would announce the trial to the sampler a second time.
         vars(self).update(vars(trial))
+        # The study's own object until something is written: it is not to be changed here.
+        own = self._cached_frozen_trial = copy.copy(trial._cached_frozen_trial)
+        own.params, own.distributions = dict(own.params), dict(own.distributions)
         self._gathered: dict[str, tuple[float, BaseDistribution]] = {}
+
+    @classmethod
+    def of(cls, trial: Trial) -> Trial:
+        """Return a trial that gathers; the trial itself where its storage, or its Optuna, is another."""
+        storage = trial.storage
+        known = (
+            isinstance(storage, InMemoryStorage)
+            and vars(trial).keys() >= _OF_A_TRIAL
+            and all(hasattr(Trial, name) for name in _OF_ALL_TRIALS)
+            and all(hasattr(storage, name) for name in _OF_A_STORAGE)
+            and hasattr(storage._studies.get(trial.study._study_id), "param_distribution")
+        )
+        return cls(trial) if known else trial
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         cached = self._cached_frozen_trial
@@ -42,6 +62,8 @@ class GatheredTrial(Trial):
         """Return the value that is known for a parameter, as it is and as Optuna stores it, and of what."""
         if name in self._fixed_params:
             value = self._fixed_params[name]
+        elif distribution.single():
+            return None  # Optuna asks no sampler for it
         else:
             if self._relative_params is None:
                 self.write()  # the sampler is to see what was fixed
@@ -55,7 +77,11 @@ class GatheredTrial(Trial):
         return (value, internal, distribution) if distribution._contains(internal) else None
 
     def write(self) -> None:
-        """Write what was gathered to the study."""
+        """Write what was gathered to the study.
+
+        Raises:
+            ValueError: A parameter is of another kind than in the study's other trials; nothing is written.
+        """
         if not self._gathered:
             return
         storage = self.storage
@@ -64,14 +90,16 @@ class GatheredTrial(Trial):
             trial = copy.copy(storage._get_trial(self._trial_id))
             storage.check_trial_is_updatable(self._trial_id, trial.state)
             known = storage._studies[self.study._study_id].param_distribution
-            params, distributions = dict(trial.params), dict(trial.distributions)
-            for name, (internal, distribution) in self._gathered.items():
-                if known.get(name) is not distribution:
-                    check_distribution_compatibility(known.get(name, distribution), distribution)
-                    known[name] = distribution
-                params[name] = distribution.to_external_repr(internal)
-                distributions[name] = distribution
-            trial.params, trial.distributions = params, distributions
+            new = {name: one for name, (_, one) in self._gathered.items() if known.get(name) is not one}
+            for name, distribution in new.items():
+                check_distribution_compatibility(known.get(name, distribution), distribution)
+            values = {name: one.to_external_repr(value) for name, (value, one) in self._gathered.items()}
+            known.update(new)
+            trial.params = {**trial.params, **values}
+            trial.distributions = {
+                **trial.distributions,
+                **{name: one for name, (_, one) in self._gathered.items()},
+            }
             storage._set_trial(self._trial_id, trial)
         self._gathered = {}
 

@@ -114,9 +114,16 @@ def _unwritten(tensor: Tensor) -> Tensor:
 class MetaCounter(StorageCounter):
     """Count on meta tensors, remembering what shapes an operation gives for what shapes.
 
-    Operations whose result shares storage with an argument (views, in-place) are run, which is quick for
-    them; the others' results are made from memory. Asking for a value (as transformers does to learn
-    whether a mask pads anything) is answered with False: the largest batch is a padded one.
+    There are three kinds of operations, told apart by their schema:
+
+    - `_NOTHING_NEW`: all results share storage with an argument (views, in-place). It is run, which is
+      quick, and not looked at.
+    - `_MAYBE_NEW`: some results may be new, or one is seen for the first time (as `torch.tensor` gives it).
+      It is run, and what is new is tracked.
+    - `_ALL_NEW`: no result shares storage with an argument. Results are made from memory.
+
+    Asking for a value (as transformers does to learn whether a mask pads anything) is answered with False:
+    the largest batch is a padded one.
     """
 
     def __init__(self, remembered: dict[Any, Any]) -> None:
@@ -131,9 +138,9 @@ class MetaCounter(StorageCounter):
         kind = _KINDS.get(number)
         if kind is None:
             kind = _KINDS[number] = _kind(func)
-        if kind is _SHARING:  # nothing new to track
+        if kind is _NOTHING_NEW:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if kind is _WRITING:
+        if kind is _MAYBE_NEW:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if number == _VALUE:
             return False
@@ -164,17 +171,20 @@ class MetaCounter(StorageCounter):
 _VALUE = id(torch.ops.aten._local_scalar_dense.default)
 _RUN = object()
 _META = torch.device("meta")
-_SHARING, _WRITING, _FRESH = object(), object(), object()
+_NOTHING_NEW, _MAYBE_NEW, _ALL_NEW = object(), object(), object()
+_FIRST_SIGHT = torch.ops.aten.lift_fresh.default  # of a tensor made of numbers; by its schema, a view
 _KINDS: dict[int, object] = {}
 
 
 def _kind(func: Any) -> object:
-    """Return whether all that an operation gives shares storage with its arguments, or some, or none."""
+    """Return what an operation gives; see `MetaCounter`."""
+    if func is _FIRST_SIGHT:
+        return _MAYBE_NEW
     schema = func._schema
     if all(argument.alias_info is None for argument in schema.arguments):
-        return _FRESH
+        return _ALL_NEW
     shares = all(result.alias_info is not None for result in schema.returns)
-    return _SHARING if shares and schema.returns else _WRITING
+    return _NOTHING_NEW if shares and schema.returns else _MAYBE_NEW
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -41,11 +41,22 @@ def every_parameter(model: nn.Module) -> list[nn.Parameter]:
 def set_mode(model: nn.Module, *, training: bool) -> None:
     """Do what `model.train(training)` does."""
     modules = every_module(model)
-    if any(type(one).train not in _PLAIN or getattr(one, "use_kernels", False) for one in modules):
+    if not all(map(_is_plain, modules)):
         model.train(training)  # one of them has something of its own to do
         return
     for one in modules:
         one.__dict__["training"] = training
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's mode is its attribute `training`, and nothing else."""
+    kind = type(module)
+    return (
+        kind.train in _PLAIN
+        and kind.__setattr__ is nn.Module.__setattr__  # scripted modules hand the attribute on
+        and "train" not in vars(module)
+        and not getattr(module, "use_kernels", False)
+    )
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from optuna.study._tell import _tell_with_warning
 from optuna.trial import Trial, TrialState
 
 from autopeft.budget import Budget, Spent
@@ -198,9 +197,10 @@ class SearchLoop:
     def _begin(self, front: ParetoFront) -> ParetoFront:
         self._propose(front)
         with section("ask"):
-            trial = GatheredTrial(self.store.live.ask())
+            trial = GatheredTrial.of(self.store.live.ask())
             configuration = self.search.space.suggest(trial, self.search.backbone)
-            trial.write()
+            if isinstance(trial, GatheredTrial):
+                trial.write()
         self.progress.running(trial.number)
         twin = self._known.get(configuration.key)
         if twin is not None:
@@ -303,8 +303,7 @@ class SearchLoop:
             values = self.promotion.forecast(self.records).values(evaluation)
         else:
             state = _STATES[evaluation.status]
-        # What `Study.tell` does, but for the deep copy of the trial that it returns.
-        _tell_with_warning(self.store.live, trial, values, state)
+        self.store.live.tell(trial, values, state)
 
     @section("record")
     def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:

@@ -246,21 +246,24 @@ class Tracker:
         if on_front:
             self._tagged.add(number)
 
-    def _start_run(self, number: int, configuration: Configuration) -> None:
-        if number not in self._runs and number not in self._finished:
-            run_id = self._trial_runs.start(*started_run(self._parent, number, configuration))
-            self._runs[number] = run_id
+    def _start_run(self, number: int, configuration: Configuration, started: int) -> None:
+        if number not in self._runs and number not in self._finished and not self._ending.is_set():
+            name, tags = started_run(self._parent, number, configuration)
+            self._runs[number] = self._trial_runs.start(name, tags, started=started)
 
     def trial_started(self, number: int, configuration: Configuration) -> None:
         """Show a trial as running, unless it is over in a second: its run is then written at once."""
-        self._queue.put(partial(self._show_later, partial(self._start_run, number, configuration)))
+        due, started = time.monotonic() + _SHOW_AFTER_SECONDS, int(time.time() * 1000)
+        show = partial(self._start_run, number, configuration, started)
+        self._queue.put(partial(self._show_later, due, show))
 
-    def _show_later(self, show: Callable[[], None]) -> None:
-        self._to_show = time.monotonic() + _SHOW_AFTER_SECONDS, show
+    def _show_later(self, due: float, show: Callable[[], None]) -> None:
+        self._to_show = due, show
 
     def _show_now(self) -> None:
         if self._to_show is not None:
-            self._take_to_show()()
+            self._to_show[1]()
+            self._to_show = None  # only now: where it fails, it is tried again
 
     def _take_to_show(self) -> Callable[[], None]:
         assert self._to_show is not None
@@ -322,17 +325,18 @@ class Tracker:
     def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
         """Write what is waiting, log the table of all trials, and end the search's run.
 
-        A store that has stopped answering is given up once nothing has been written for a minute.
+        A store that has stopped answering is given up once nothing has been written for a minute. A trial
+        that was interrupted before it could be shown as running is not shown any more.
         """
         if self._thread is None or not self._thread.is_alive():
             return
+        self._last_success = time.monotonic()
+        self._ending.set()
         self._queue.put(partial(self._catch_up, at_once=True))
         if records:
             self._queue.put(partial(self._write_table, tuple(records)))
         self._queue.put(partial(self._client.set_terminated, self._parent, status=status))
         self._queue.put(None)
-        self._last_success = time.monotonic()
-        self._ending.set()
         self._thread.join()
         if self.failures:
             _logger.warning(

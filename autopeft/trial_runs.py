@@ -57,8 +57,8 @@ class TrialRuns(ABC):
     """Writes the runs of trials to one experiment."""
 
     @abstractmethod
-    def start(self, name: str, tags: Mapping[str, str]) -> str:
-        """Make a run that is shown as running, and return its id."""
+    def start(self, name: str, tags: Mapping[str, str], *, started: int) -> str:
+        """Make a run that is shown as running since a time in milliseconds, and return its id."""
 
     @abstractmethod
     def finish(self, run_id: str | None, run: FinishedRun) -> str:
@@ -81,9 +81,9 @@ class ClientRuns(TrialRuns):
         self._client = client
         self._experiment_id = experiment_id
 
-    def start(self, name: str, tags: Mapping[str, str]) -> str:
+    def start(self, name: str, tags: Mapping[str, str], *, started: int) -> str:
         """Make a run; see `TrialRuns.start`."""
-        run = self._client.create_run(self._experiment_id, run_name=name, tags=dict(tags))
+        run = self._client.create_run(self._experiment_id, started, dict(tags), name)
         return str(run.info.run_id)
 
     def finish(self, run_id: str | None, run: FinishedRun) -> str:
@@ -147,11 +147,11 @@ class DatabaseRuns(TrialRuns):
     def _artifact_uri(self, run_id: str) -> str:
         return f"{self._artifacts}/{run_id}/{SqlAlchemyStore.ARTIFACTS_FOLDER_NAME}"
 
-    def start(self, name: str, tags: Mapping[str, str]) -> str:
+    def start(self, name: str, tags: Mapping[str, str], *, started: int) -> str:
         """Make a run; see `TrialRuns.start`."""
         run_id = uuid.uuid4().hex
         with self._store.ManagedSessionMaker(read_only=False) as session:
-            self._insert_run(session, run_id, name, started=int(time.time() * 1000))
+            self._insert_run(session, run_id, name, started=started)
             self._insert_texts(session, SqlTag, run_id, {**tags, _NAME_TAG: name})
         return run_id
 

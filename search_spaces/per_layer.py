@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
@@ -44,9 +43,6 @@ _FAMILY: Mapping[str, SizeFamily] = {
     "bottleneck width": "widths",
     "prefix length": "prefix_lengths",
 }
-_LAST_SLOTS: WeakKeyDictionary[Backbone, tuple[PerLayer, tuple[tuple[str, tuple[Slot, ...]], ...]]]
-_LAST_SLOTS = WeakKeyDictionary()
-"""By backbone, the space that was last asked for its slots, and these: a search asks every trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +134,7 @@ class PerLayer(SearchSpace):
 
     def slots(self, backbone: Backbone) -> tuple[tuple[str, tuple[Slot, ...]], ...]:
         """Return every group's name with its slots."""
-        space, slots = _LAST_SLOTS.get(backbone, (None, ()))
-        if space is not self:
-            slots = tuple(self._groups(backbone))
-            _LAST_SLOTS[backbone] = self, slots
-        return slots
+        return tuple(self._groups(backbone))
 
     def _groups(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
         adapters = {method: self.adapters_of(method) for method in self.methods}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import optuna
 import pytest
-from optuna.storages import InMemoryStorage
+from optuna.storages import InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 
@@ -72,6 +74,9 @@ def test_what_the_sampler_said_together_is_written_once() -> None:
     with patch.object(InMemoryStorage, "set_trial_param") as one_by_one:
         trial.suggest_categorical("a", ("x", "y"))
         trial.suggest_int("b", 0, 5)
+        assert trial.params.keys() == {"a", "b"}
+        stored = study.get_trials()[-1]
+        assert (stored.params, stored.distributions) == ({}, {})
         trial.write()
     assert not one_by_one.called
     assert study.get_trials()[-1].params.keys() == {"a", "b"}
@@ -92,8 +97,38 @@ def test_another_kind_of_parameter_under_a_known_name_is_refused() -> None:
     trial.suggest_int("rank", 0, 6)
     trial.write()
     study.tell(trial, 0.0)
-    study.enqueue_trial({"rank": 3})
+    study.enqueue_trial({"new": 2, "rank": 3})
     other = GatheredTrial(study.ask())
+    other.suggest_int("new", 0, 6)
     other.suggest_float("rank", 0, 6)
     with pytest.raises(ValueError, match="different distribution kind"):
         other.write()
+    stored = study.get_trials()[-1]
+    assert (stored.params, stored.distributions) == ({}, {})
+    study.ask().suggest_float("new", 0, 6)  # the study has not heard of the other kind
+
+
+def test_a_constant_is_not_asked_of_the_sampler() -> None:
+    study = optuna.create_study(sampler=make_sampler("tpe", 7))
+    study.enqueue_trial({"rank": 3})
+    trial = GatheredTrial(study.ask())
+    with patch.object(study.sampler, "sample_relative") as sample:
+        assert (trial.suggest_int("rank", 0, 6), trial.suggest_int("only", 3, 3)) == (3, 3)
+        trial.write()
+    assert not sample.called
+    assert study.get_trials()[-1].params == {"rank": 3, "only": 3}
+
+
+def test_only_trials_of_a_storage_that_is_known_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study()
+    with patch.object(study.sampler, "sample_relative") as sample:
+        assert isinstance(GatheredTrial.of(study.ask()), GatheredTrial)
+    assert not sample.called
+    on_disk = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(tmp_path / "journal"))))
+    trial = on_disk.ask()
+    assert GatheredTrial.of(trial) is trial
+    monkeypatch.delattr(InMemoryStorage, "_set_trial")  # as in an Optuna that names it otherwise
+    trial = study.ask()
+    assert GatheredTrial.of(trial) is trial

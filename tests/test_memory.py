@@ -205,3 +205,28 @@ def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:
         pytest.raises(ValueError, match="leave peak_memory out of objectives"),
     ):
         MemoryCounter(backbone.model).count(batch, loss)
+
+
+class Scaled(nn.Module):
+    """A layer between products with a number, and perhaps a sum with several, that are made at each pass."""
+
+    def __init__(self, *, shifted: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 3)
+        self.shifted = shifted
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        scale = torch.tensor(2.0)
+        hidden = inputs + torch.tensor([0.5] * 16) if self.shifted else inputs
+        return SimpleNamespace(logits=self.layer(hidden * scale) * scale)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_tensors_made_of_numbers_in_a_forward_pass_are_counted(shifted: bool) -> None:
+    counter = MemoryCounter(Scaled(shifted=shifted))
+    batch = {"inputs": torch.zeros(64, 16), "labels": torch.zeros(64, dtype=torch.long)}
+    slow = counter._count_on_fake(batch, functional.cross_entropy, "32-true")
+    for _ in range(2):
+        assert counter.count(batch, functional.cross_entropy) == slow
+    # A meta tensor takes no vector from the CPU: such a model is counted on fake tensors.
+    assert [*counter._agrees.values()] == [not shifted]

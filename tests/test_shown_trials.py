@@ -24,11 +24,14 @@ def test_a_trial_is_shown_as_running_once_it_has_run_for_a_second(
     monkeypatch.setattr("autopeft.tracking._SHOW_AFTER_SECONDS", 0.2)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
+    before = int(1000 * time.time())
     tracker.trial_started(0, record.evaluation.configuration)
+    after = int(1000 * time.time())
     deadline = time.monotonic() + 20
     while not (runs := trial_runs(uri)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [run.info.status for run in runs] == ["RUNNING"]
+    assert before <= runs[0].info.start_time <= after
     tracker.trial_finished(record)
     tracker.finish("FINISHED")
     assert [run.info.run_id for run in trial_runs(uri)] == [runs[0].info.run_id]
@@ -39,10 +42,41 @@ def test_a_quick_trial_is_written_in_one_piece(uri: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("autopeft.tracking._SHOW_AFTER_SECONDS", 20.0)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    tracker.trial_started(0, record.evaluation.configuration)
-    time.sleep(0.3)  # the thread has seen it
     with patch.object(tracker._trial_runs, "start") as start:
+        tracker.trial_started(0, record.evaluation.configuration)
+        time.sleep(0.3)  # the thread has seen it
         tracker.trial_finished(record)
         tracker.finish("FINISHED")
     assert not start.called
     assert [run.info.status for run in trial_runs(uri)] == ["FINISHED"]
+
+
+def test_a_trial_that_could_not_be_shown_is_shown_at_the_next_attempt(uri: str) -> None:
+    (record,) = synthetic_records(1)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    start = tracker._trial_runs.start
+    with patch.object(tracker._trial_runs, "start", side_effect=[OSError("busy"), "run"]) as failing:
+        tracker.trial_started(0, record.evaluation.configuration)
+        tracker.flush(20)
+    assert failing.call_count == 2
+    assert (tracker._runs, tracker.failures) == ({0: "run"}, 0)
+    tracker._runs[0] = start("trial", {}, started=0)
+    tracker.trial_finished(record)
+    tracker.finish("FINISHED")
+
+
+def test_an_interrupted_trial_is_not_shown_after_the_end(uri: str) -> None:
+    (record,) = synthetic_records(1)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+
+    def comes_due(_: Path) -> None:
+        assert tracker._ending.wait(20)
+        tracker._show_now()
+
+    tracker.trial_started(0, record.evaluation.configuration)
+    tracker.log_report(comes_due, "late")
+    tracker.finish("KILLED")
+    assert trial_runs(uri) == []
+    assert tracker.failures == 0

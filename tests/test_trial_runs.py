@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from autopeft.run_writer import finished_run, started_run
 from autopeft.tracking_store import checked_store, open_experiment
 from autopeft.trial_runs import ClientRuns, DatabaseRuns, FinishedRun, TrialRuns
 from tests.records import synthetic_records
+
+NOW = int(1000 * time.time())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,9 @@ def test_a_run_is_the_one_the_client_writes(store: tuple[MlflowClient, str], sta
     run, client = contents(), store[0]
     found = []
     for writer in writers(store):
-        first = writer.start(run.name, {**run.tags, "autopeft.pareto": "false"}) if started else None
+        first = (
+            writer.start(run.name, {**run.tags, "autopeft.pareto": "false"}, started=NOW) if started else None
+        )
         if first is not None:
             assert client.get_run(first).info.status == "RUNNING"
         run_id = writer.finish(first, run)
@@ -102,22 +107,24 @@ def test_a_run_that_was_paused_goes_on(store: tuple[MlflowClient, str]) -> None:
 
 def test_a_run_that_is_shown_as_running_is_the_clients(store: tuple[MlflowClient, str]) -> None:
     name, tags = started_run("parent", 3, synthetic_records(4)[3].evaluation.configuration)
-    runs = [store[0].get_run(writer.start(name, tags)) for writer in writers(store)]
+    runs = [store[0].get_run(writer.start(name, tags, started=NOW - 5000)) for writer in writers(store)]
     assert runs[0].data.to_dictionary() == runs[1].data.to_dictionary()
     assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
     assert [run.info.end_time for run in runs] == [None, None]
+    assert [run.info.start_time for run in runs] == [NOW - 5000, NOW - 5000]
     assert runs[1].info.run_name == name
 
 
 def test_tags_change_in_the_runs_named_alone(store: tuple[MlflowClient, str]) -> None:
     client = store[0]
     for writer in writers(store):
-        first, second, third = (writer.start("trial", {"front": "false", "other": "x"}) for _ in range(3))
+        tags = {"front": "false", "other": "x"}
+        first, second, third = (writer.start("trial", tags, started=NOW) for _ in range(3))
         writer.mark("front", {first: "true", third: "maybe"})
         writer.mark("front", {})
         found = [client.get_run(run_id).data.tags for run_id in (first, second, third)]
-        assert [tags["front"] for tags in found] == ["true", "false", "maybe"]
-        assert {tags["other"] for tags in found} == {"x"}
+        assert [one["front"] for one in found] == ["true", "false", "maybe"]
+        assert {one["other"] for one in found} == {"x"}
 
 
 def test_a_run_without_metrics_and_parameters(store: tuple[MlflowClient, str]) -> None:
@@ -139,7 +146,7 @@ def test_a_run_that_cannot_be_written_leaves_nothing(store: tuple[MlflowClient, 
 
 def test_a_run_that_was_deleted_while_its_trial_ran(store: tuple[MlflowClient, str]) -> None:
     database = writers(store)[1]
-    run_id = database.start("trial", {"a": "b"})
+    run_id = database.start("trial", {"a": "b"}, started=NOW)
     store[0].delete_run(run_id)
     with pytest.raises(MlflowException, match="was deleted while its trial was running"):
         database.finish(run_id, contents())

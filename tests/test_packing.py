@@ -32,7 +32,8 @@ from tests.packed import (
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_loras_of_other_ranks_sites_and_rates_train_as_they_do_alone(architecture: str) -> None:
     evaluator = packing_evaluator(architecture)
-    for trained in compare(evaluator, LORAS, seed=3):
+    # 5e-5: rounding, which differs between processors and which Adam does not make smaller.
+    for trained in compare(evaluator, LORAS, seed=3, tolerance=5e-5):
         with attach(evaluator.backbone, trained.evaluation.configuration, 3) as attachment:
             initial = attachment.state_dict()
         assert trained.state is not None

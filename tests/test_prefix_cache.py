@@ -127,7 +127,24 @@ def test_every_method_is_served(method: str, tmp_path: Path) -> None:
     trained = cached.train(configuration)
     assert served_cuts(cached) == [2]
     assert fingerprint(backbone.model) == before
-    assert_alike(trained, evaluator_of(backbone, None, mode="eval").train(configuration))
+    computed = evaluator_of(backbone, None, mode="eval").train(configuration)
+    if method == "bitfit":
+        trained, computed = without_key_biases(trained), without_key_biases(computed)
+    assert_alike(trained, computed)
+
+
+def without_key_biases(trained: Trained) -> Trained:
+    """Put zeros in the place of GPT-2's biases of keys.
+
+    They have no gradient, as softmax does not change when all keys move: Adam follows its rounding.
+    """
+    assert trained.state is not None
+    state = {name: tensor.clone() for name, tensor in trained.state.items()}
+    fused = [tensor for name, tensor in state.items() if name.endswith("qkv.bitfit.bias")]
+    assert fused
+    for tensor in fused:
+        tensor.chunk(3)[1].zero_()
+    return replace(trained, state=state)
 
 
 def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Path) -> None:

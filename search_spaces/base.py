@@ -195,6 +195,11 @@ def readable_learning_rate(value: float, low: float, high: float) -> float:
     return min(max(float(f"{value:.3g}"), low), high)
 
 
+def log_place(value: float, low: float, high: float) -> float:
+    """Return where a value lies between two others on a log scale."""
+    return math.log(value / low) / (math.log(high / low) or 1.0)
+
+
 def draw_learning_rate(generator: random.Random, learning_rate: LearningRate) -> float:
     """Draw a learning rate evenly on a log scale."""
     if isinstance(learning_rate, float):

@@ -16,7 +16,7 @@ from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.objectives import Constraint, Objective
-from autopeft.search_spaces.base import History, LearningRate
+from autopeft.search_spaces.base import History, LearningRate, log_place
 from autopeft.search_spaces.refinement import SizedMethod
 from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
@@ -55,8 +55,8 @@ class Features:
         rate = self.learning_rate
         adapters = max(1, len(configuration))
         return [
-            0.5 if isinstance(rate, float) else _place(configuration.learning_rate, *rate),
-            _place(count_parameters(self.backbone, configuration), *self.parameters),
+            0.5 if isinstance(rate, float) else log_place(configuration.learning_rate, *rate),
+            log_place(count_parameters(self.backbone, configuration), *self.parameters),
             self._frozen_share(configuration),
             len(configuration.adapters) / len(self.choices),
             *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
@@ -94,11 +94,6 @@ class Features:
             np.array([self(one) for one in configurations]),
             np.array([self.placement(one) for one in configurations]),
         )
-
-
-def _place(value: float, low: float, high: float) -> float:
-    """Return where a value lies between two others on a log scale."""
-    return math.log(value / low) / (math.log(high / low) or 1.0)
 
 
 class ExpectedGain:

@@ -132,11 +132,8 @@ class PerLayer(SearchSpace):
         edges = [round(index * total / count) for index in range(count + 1)]
         return tuple(tuple(range(*pair)) for pair in pairwise(edges))
 
-    def slots(self, backbone: Backbone) -> tuple[tuple[str, tuple[Slot, ...]], ...]:
-        """Return every group's name with its slots."""
-        return tuple(self._groups(backbone))
-
-    def _groups(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
+    def slots(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
+        """Yield every group's name with its slots."""
         adapters = {method: self.adapters_of(method) for method in self.methods}
         for blocks in self.block_groups(backbone):
             name = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from autopeft.adapter import Adapter, Site
 from autopeft.configuration import Configuration
-from autopeft.search_spaces.base import readable_learning_rate
+from autopeft.search_spaces.base import log_place, readable_learning_rate
 
 Adapters = dict[Site, Adapter]
 _SECOND_MOVE_SHARE = 0.5
@@ -42,8 +42,7 @@ class SizedMethod:
     def place(self, adapter: Adapter) -> float:
         """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest)."""
         size = min(max(adapter.size or self.smallest, self.smallest), self.largest)
-        share = math.log(size / self.smallest) / (math.log(self.largest / self.smallest) or 1.0)
-        return 0.5 + 0.5 * share
+        return 0.5 + 0.5 * log_place(size, self.smallest, self.largest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export TOKENIZERS_PARALLELISM ?= false
 
+# Tests run in so many processes, a file of them in one: what tiny models take is one thread's work.
+WORKERS ?= 2
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -44,10 +49,10 @@ demo: setup ## Search adapters for a real model on real data, show the front, ex
 	$(PYTHON) examples/demo.py
 
 test: setup ## All quality gates: tests, types, lint, import directions, coverage
-	$(PYTHON) -m pytest -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
+	$(ONE_THREAD) $(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
 
 test-all: setup ## The same with slow tests and, where there is a GPU, GPU tests
-	$(PYTHON) -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(ONE_THREAD) $(PYTHON) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term --cov-fail-under=90
 
 lint: setup ## Only the static checks
 	$(VENV)/bin/ruff check .

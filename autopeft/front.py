@@ -82,7 +82,7 @@ class FrontPoint:
         return self._exporter.export(self.number, folder, **options)
 
     def __str__(self) -> str:
-        values = ", ".join(f"{one.name} {one.format(self.values[one.name])}" for one in self.objectives)
+        values = ", ".join(f"{one.name} {self.record.evaluation.format(one)}" for one in self.objectives)
         return f"trial {self.number}: {values}"
 
 
@@ -117,13 +117,15 @@ class ParetoFront(Sequence[FrontPoint]):
         ]
         costs = [one for one in self.objectives if one.direction == "minimize"]
         self._points = sorted(
-            points, key=lambda point: [point.values[one.name] for one in (*costs, self.metric)]
+            points,
+            key=lambda point: [*(point.values[one.name] for one in (*costs, self.metric)), point.number],
         )
 
     def with_trial(self, record: TrialRecord) -> ParetoFront:
-        """Return the front with one more finished trial: only members and the new one can be on it.
+        """Return the front with one more finished trial, or with what became of one that it knows.
 
-        A trial that was paused before takes its earlier record's place.
+        Only members and the new one can be on it, unless a member has other values now: whom it had driven
+        off may then be back.
         """
         records = list(self.records)
         place = next((place for place, one in enumerate(records) if one.number == record.number), None)
@@ -136,7 +138,9 @@ class ParetoFront(Sequence[FrontPoint]):
             self.objectives,
             self.axes,
             self._exporter,
-            candidates=[*(point.record for point in self._points), record],
+            candidates=(
+                None if record.number in self.members else [*(point.record for point in self._points), record]
+            ),
         )
         if place is None and front.members == self.members:
             front.hypervolume = self.hypervolume  # of the same points, and slow to compute
@@ -216,7 +220,7 @@ class ParetoFront(Sequence[FrontPoint]):
 
     def to_frame(self, *, all_trials: bool = False) -> pandas.DataFrame:
         """Return the front as a data frame, cheapest first, or all trials in their order: a row a trial."""
-        from autopeft.plots import front_frame
+        from autopeft.front_frame import front_frame
 
         frame = front_frame(self.records, self.members, self.objectives)
         if all_trials:
@@ -242,7 +246,7 @@ class ParetoFront(Sequence[FrontPoint]):
             blocks = len({site.block for site in configuration.adapters})
             table.add_row(
                 str(point.number),
-                *(one.format(point.values[one.name]) for one in self.objectives),
+                *(point.record.evaluation.format(one) for one in self.objectives),
                 "+".join(configuration.methods) or "head alone",
                 str(len(configuration)),
                 str(blocks),

@@ -44,6 +44,7 @@ def search_identity(
     constraints: Mapping[str, float],
     sampler: str,
     seed: int,
+    seeds: int,
     anchors: bool,
 ) -> dict[str, dict[str, str]]:
     """Return every setting that decides what a search's trials are."""
@@ -59,6 +60,7 @@ def search_identity(
             "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),
             "sampler": sampler,
             "seed": str(seed),
+            **({} if seeds == 1 else {"seeds": str(seeds)}),
             "anchors": str(anchors),
         },
     }

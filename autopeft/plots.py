@@ -1,4 +1,4 @@
-"""Pictures and the table of a search: the front, interactive and static."""
+"""Pictures of a search: the front, interactive and static."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
@@ -38,62 +37,16 @@ def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Object
     return [(one, first) for one in objectives if one.name != first.name]
 
 
-def front_frame(
-    records: Sequence[TrialRecord], members: Collection[int], objectives: Sequence[Objective]
-) -> pd.DataFrame:
-    """Return all trials as a table, a row a trial.
-
-    Args:
-        records: The search's trials.
-        members: Numbers of the trials on the front.
-        objectives: Their values become columns, in their own units (memory in bytes); NaN where a
-            trial has none.
-    """
-    rows = []
-    for record in sorted(records, key=lambda one: one.number):
-        evaluation = record.evaluation
-        configuration = evaluation.configuration
-        rows.append(
-            {
-                "trial": record.number,
-                "front": record.number in members,
-                "status": evaluation.status,
-                **{one.name: evaluation.values.get(one.name, math.nan) for one in objectives},
-                "methods": "+".join(configuration.methods),
-                "adapters": len(configuration),
-                "lowest_block": configuration.lowest_block,
-                "learning_rate": configuration.learning_rate,
-                "weight_decay": configuration.weight_decay,
-                "seed": evaluation.seed,
-                "wall_seconds": evaluation.cost.wall_seconds,
-                "reference": record.anchor,
-                "duplicate_of": record.duplicate_of,
-                "reason": evaluation.reason,
-                "configuration": configuration.key,
-            }
-        )
-    frame = pd.DataFrame(rows, columns=_columns(objectives))
-    # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
-    return frame.astype({"front": bool, "lowest_block": "Int64", "duplicate_of": "Int64"})
-
-
-def _columns(objectives: Sequence[Objective]) -> list[str]:
-    return [
-        *("trial", "front", "status", *(one.name for one in objectives), "methods", "adapters"),
-        *("lowest_block", "learning_rate", "weight_decay", "seed", "wall_seconds", "reference"),
-        *("duplicate_of", "reason", "configuration"),
-    ]
-
-
 def front_figure(
     records: Sequence[TrialRecord], members: Collection[int], objectives: Sequence[Objective]
 ) -> go.Figure:
     """Draw the front for a browser.
 
     One panel for each pair of `projections`; with three objectives a panel in three dimensions too.
-    Completed trials only. Pointing at a trial shows its number, values and configuration. The stairs
-    join the members that are best in the panel's own two objectives: with three objectives, a member
-    above them is on the front by the third.
+    Completed trials only. Pointing at a trial shows its number, values and configuration; a bar is the
+    standard deviation over the trainings of one that was trained again. The stairs join the members that
+    are best in the panel's own two objectives: with three objectives, a member above them is on the front
+    by the third.
 
     Args:
         records: The search's trials.
@@ -123,6 +76,7 @@ def front_figure(
                 go.Scatter(
                     x=[_shown(one, x) for one in group],
                     y=[_shown(one, y) for one in group],
+                    error_y=_error_bars(group, y),
                     marker=marker,
                     **_common(name, group, objectives, shown_in_legend=column == 1),
                 ),
@@ -196,6 +150,12 @@ def _factor(objective: Objective) -> float:
 
 def _shown(record: TrialRecord, objective: Objective) -> float:
     return record.evaluation.values[objective.name] * _factor(objective)
+
+
+def _error_bars(group: Sequence[TrialRecord], y: Objective) -> dict[str, Any] | None:
+    deviations = [one.evaluation.deviation(y) for one in group]
+    known = any(one is not None for one in deviations)
+    return {"array": deviations, "thickness": 1, "width": 3} if known else None
 
 
 def _axis_title(objective: Objective) -> str:
@@ -287,7 +247,7 @@ def _common(
 def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
     evaluation = record.evaluation
     name = f"trial {record.number}" + (f" · {record.anchor}" if record.anchor else "")
-    values = [f"{one.name} {one.format(evaluation.values[one.name])}" for one in objectives]
+    values = [f"{one.name} {evaluation.format(one)}" for one in objectives]
     rest = f"learning_rate {evaluation.configuration.learning_rate:g}"
     grid = html.escape(evaluation.configuration.grid()).splitlines()
     lines = [f"<b>{html.escape(name)}</b>", *values, rest, "", *grid]
@@ -365,6 +325,17 @@ def _draw_panel(
                 zorder=3 if name == "front" else 2,
                 label=name if (symbol == "D") == (name == "reference point") else None,
             )
+        repeated = [one for one in group if one.evaluation.deviation(y) is not None]
+        axes.errorbar(
+            [_shown(one, x) for one in repeated],
+            [_shown(one, y) for one in repeated],
+            yerr=[one.evaluation.deviation(y) or 0.0 for one in repeated],
+            fmt="none",
+            ecolor=marker["color"],
+            elinewidth=0.8,
+            capsize=2,
+            alpha=marker.get("opacity", 1),
+        )
     stairs = _stairs([one for one in drawn if one.number in members], x, y)
     points = [(_shown(one, x), _shown(one, y)) for one in stairs]
     axes.step(*zip(*points, strict=True), where="post", color=FRONT_COLOUR, lw=1.2) if points else None

@@ -107,11 +107,13 @@ def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front
     what = record.anchor or methods
     if evaluation.status != "complete":
         return f"trial {record.number:>3}    {evaluation.status}: {evaluation.reason}  [{what}]"
-    values = "  ".join(f"{one.name} {one.format(evaluation.values[one.name])}" for one in objectives)
+    values = "  ".join(f"{one.name} {evaluation.format(one)}" for one in objectives)
     mark = "●" if on_front else " "
     tail = (
         f"as trial {record.duplicate_of}"
         if record.duplicate_of is not None
         else f"{evaluation.cost.wall_seconds:.1f} s"
     )
+    if evaluation.trainings > 1:
+        tail += f" in {evaluation.trainings} trainings"
     return f"trial {record.number:>3}  {mark} {values}  {tail}  [{what}]"

@@ -38,17 +38,23 @@ class _Follower(ABC):
 
     def __init__(self) -> None:
         self.trials: list[FrozenTrial] = []
+        self._known: list[object] = []
 
     def follow(self, trials: Sequence[FrozenTrial]) -> None:
         """Read the trials that are new; where one known is no longer there, all from there on."""
-        known = len(self.trials)
-        if known > len(trials) or not all(map(is_, self.trials, trials)):
-            same = [one is other for one, other in zip(self.trials, trials, strict=False)]
-            known = same.index(False) if False in same else len(same)
-        if known == len(trials) == len(self.trials):
-            return
         self.trials = list(trials)
-        self.read(known, self.trials[known:])
+        objects = [self.object_of(trial) for trial in trials]
+        before, self._known = self._known, objects
+        known = len(before)
+        if known > len(objects) or not all(map(is_, before, objects)):
+            same = [one is other for one, other in zip(before, objects, strict=False)]
+            known = same.index(False) if False in same else len(same)
+        if not known == len(objects) == len(before):
+            self.read(known, self.trials[known:])
+
+    def object_of(self, trial: FrozenTrial) -> object:
+        """Return the object that a trial is known by, which is another one when what is read has changed."""
+        return trial
 
     @abstractmethod
     def read(self, known: int, new: Sequence[FrozenTrial]) -> None:
@@ -159,6 +165,10 @@ class _Observations(_Follower):
         self.space = Space(list(distributions.values()))
         self._rows = np.empty((0, len(distributions)))
         self._whole = np.empty(0, dtype=bool)
+
+    def object_of(self, trial: FrozenTrial) -> object:
+        """Return the parameters: they stay when a paused trial goes on."""
+        return trial.params
 
     def read(self, known: int, new: Sequence[FrozenTrial]) -> None:
         """Turn the parameters of trials that have all of the space's into numbers."""

@@ -17,16 +17,18 @@ from mlflow.entities import Dataset, DatasetInput, Metric, RunStatus
 
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Status, TrialRecord
+from autopeft.front_frame import front_frame
 from autopeft.mlflow_view import valid_key
 from autopeft.objectives import Objective
 from autopeft.pictures import configuration_image
-from autopeft.plots import front_figure, front_frame, front_image, save_front_html
+from autopeft.plots import front_figure, front_image, save_front_html
 from autopeft.trial_runs import FinishedRun
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
 FIDELITY_TAG: Final = "autopeft.fidelity"
+TRAININGS_TAG: Final = "autopeft.trainings"
 KEY_PARAM: Final = "configuration_key"
 _LONGEST_TAG = 5000
 _MOST_ROWS = 30
@@ -109,19 +111,22 @@ def _params(record: TrialRecord) -> dict[str, str]:
     return params
 
 
-def fidelity_tag(record: TrialRecord) -> str:
-    """Return the share of the training that a trial had, as its run's tag says it."""
-    return f"{record.evaluation.fidelity:.4f}"
+def training_tags(record: TrialRecord) -> dict[str, str]:
+    """Return the tags that say how much training is behind a run's values."""
+    evaluation = record.evaluation
+    return {FIDELITY_TAG: f"{evaluation.fidelity:.4f}", TRAININGS_TAG: str(evaluation.trainings)}
 
 
 def _tags(record: TrialRecord, *, on_front: bool) -> dict[str, str]:
     tags = {
         "autopeft.status": record.evaluation.status,
-        FIDELITY_TAG: fidelity_tag(record),
+        **training_tags(record),
         PARETO_TAG: str(on_front).lower(),
     }
     if record.evaluation.reason is not None:
         tags["autopeft.reason"] = shortened(record.evaluation.reason, _LONGEST_TAG)
+    for seed, reason in record.evaluation.failures.items():
+        tags[f"autopeft.reason.{seed}"] = shortened(reason, _LONGEST_TAG)
     if record.duplicate_of is not None:
         tags["autopeft.duplicate_of"] = str(record.duplicate_of)
     return tags
@@ -154,7 +159,8 @@ def write_table(
 ) -> None:
     """Write the table of all trials, which MLflow's UI can compare between searches."""
     # log_table appends to a file that is there: a file a number of trials, written once.
-    path = f"pareto/trials_{len(records):05d}.json"
+    again = sum(one.evaluation.trainings - 1 for one in records)
+    path = f"pareto/trials_{len(records):05d}{f'_and_{again}_again' if again else ''}.json"
     if path not in {one.path for one in client.list_artifacts(run_id, "pareto")}:
         client.log_table(run_id, front_frame(records, members, objectives), path)
 
@@ -182,7 +188,7 @@ def front_markdown(
     heading = ["trial", *(one.name for one in objectives), "methods"]
     lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
     for record in on_front[:_MOST_ROWS]:
-        values = [one.format(record.evaluation.values[one.name]) for one in objectives]
+        values = [record.evaluation.format(one) for one in objectives]
         methods = "+".join(record.evaluation.configuration.methods) or "head alone"
         lines.append(" | ".join([str(record.number), *values, methods]))
     rest = len(on_front) - _MOST_ROWS

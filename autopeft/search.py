@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from autopeft.axes import fixed_axes
 from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.budget import Budget
@@ -57,7 +58,10 @@ class Search:
             the end.
         elastic: A one-shot elastic adapter that proposes trials; None for none.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
-        seed: The same seed gives the same configurations and, on the CPU, the same scores.
+        seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
+            has a seed of its own, made from it.
+        seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
+            are the means over its trainings; where these do not hold, it leaves the front.
         anchors: Whether to try the space's reference points first: what people do today.
         score_check: Whether a call that ends a search scores the sites, and says how well the scores
             would have ranked its trials.
@@ -85,6 +89,7 @@ class Search:
         elastic: Elastic | None = None,
         sampler: str | BaseSampler = "tpe",
         seed: int = 0,
+        seeds: int = 1,
         anchors: bool = True,
         score_check: bool = True,
         name: str | None = None,
@@ -95,6 +100,8 @@ class Search:
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed is a whole number from 0 up, got {seed!r}.")
+        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+            raise ValueError(f"seeds is a number of trainings from 1 up, got {seeds!r}.")
         self.task = task
         self.space = space
         self.objectives = resolve_objectives(objectives, task.metrics)
@@ -103,6 +110,7 @@ class Search:
         self.fidelity = fidelity
         self.elastic = elastic
         self.seed = seed
+        self.seeds = seeds
         self.anchors = anchors
         self.score_check = score_check
         self.experiment = experiment
@@ -212,6 +220,7 @@ class Search:
             constraints={one.objective.name: one.bound for one in self.constraints},
             sampler=self._sampler_name,
             seed=self.seed,
+            seeds=self.seeds,
             anchors=self.anchors,
         )
 
@@ -238,17 +247,7 @@ class Search:
         configuration. Times are not on it: what they can be is not known before training.
         """
         ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
-        axes = []
-        for objective in self.objectives:
-            if objective.unit == "score":
-                worst = self.task.majority_score(objective.name)
-                best = self.task.best_score(objective.name)
-                axes.append(Axis(objective=objective, worst=worst, best=best))
-            elif objective.before_training:
-                best, worst = sorted(end[objective.name] for end in ends)
-                if best < worst:
-                    axes.append(Axis(objective=objective, worst=worst, best=best))
-        return tuple(axes)
+        return fixed_axes(self.objectives, self.task, ends)
 
     def promotion(self) -> Promotion | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""
@@ -280,7 +279,7 @@ class Search:
         """Search until a budget is spent; see `Budget` for the bounds.
 
         Callbacks are called with each trial's record and the front, once the trial is kept: when it has
-        finished, and each time it pauses at a rung. What they raise ends the call.
+        finished, each time it pauses at a rung or was trained again. What they raise ends the call.
 
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
@@ -330,7 +329,7 @@ class Search:
             merged: Write a full model with the adapters merged into the weights.
             retrain: Train the configuration again, at full fidelity, instead of using the tensors the
                 search kept. This also happens where none were kept (trials off the front).
-            seed: Seed of re-training; the search's by default.
+            seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
         Raises:
@@ -338,34 +337,34 @@ class Search:
                 cannot be merged.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
-        record = self.front().trial(number).record
+        front, checkpoints = self.front(), Checkpoints(self.folder / "adapters")
+        record = front.trial(number).record
         if record.evaluation.status != "complete":
             raise ValueError(
                 f"Trial {number} {record.evaluation.status} ({record.evaluation.reason}): "
                 "there is nothing to export."
             )
-        configuration = record.evaluation.configuration
         original = number if record.duplicate_of is None else record.duplicate_of
+        evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
         state: Mapping[str, Tensor] | None
-        state = None if retrain else Checkpoints(self.folder / "adapters").load(original)
-        values = dict(record.evaluation.values)
+        state = None if retrain else checkpoints.load(original)
         if state is None:
-            trained = self.evaluator.train(configuration, seed)
+            trained = self.evaluator.train(configuration, evaluation.seed if seed is None else seed)
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
-            state, values = trained.state, dict(trained.evaluation.values)
+            state, evaluation = trained.state, trained.evaluation
         test = self.evaluator.test(configuration, state)
-        values |= {f"test_{name}": value for name, value in test.items()}
         batch = self.evaluator.data.largest_batch()
         return export_adapter(
             self.backbone,
             configuration,
             state,
             folder,
-            values=values,
+            values={**evaluation.values, **{f"test_{name}": value for name, value in test.items()}},
             details={
                 "search": self.name,
                 "trial": str(number),
+                "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             probe=model_inputs(batch),
@@ -389,7 +388,8 @@ class Search:
                 f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.fidelity is None else f"; {self.fidelity.describe()}")
                 + ("" if self.elastic is None else f"; {self.elastic.describe()}"),
-                f"sampler {self._sampler_name}, seed {self.seed}",
+                f"sampler {self._sampler_name}, seed {self.seed}"
+                + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds"),
                 self.space.describe(self.backbone),
             ]
         )

@@ -20,17 +20,20 @@ from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
 from autopeft.garbage import settled_objects
 from autopeft.gathered_trial import GatheredTrial
+from autopeft.history import history_of
 from autopeft.identity import environment
 from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
 from autopeft.profiling import section
 from autopeft.progress import SearchProgress
+from autopeft.repeats import evaluations_of, next_to_repeat
 from autopeft.score_check import FEWEST_TRIALS, check_scores
 from autopeft.search_profile import record_profile
 from autopeft.search_spaces import History
-from autopeft.study_store import StudyStore
+from autopeft.study_store import STATES, StudyStore
 from autopeft.tracking import Tracker
 from autopeft.training import quiet_lightning
+from autopeft.trial_training import TrialTraining
 
 if TYPE_CHECKING:
     from autopeft.search import Search
@@ -38,12 +41,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _ANCHOR = "autopeft:anchor"
 _PUBLISH_EVERY_SECONDS = 60.0
-_STATES = {
-    "complete": TrialState.COMPLETE,
-    "paused": TrialState.RUNNING,
-    "infeasible": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
 
 
 TrialCallback = Callable[[TrialRecord, ParetoFront], None]
@@ -69,6 +66,7 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = search.promotion()
+        self.training = TrialTraining(search.evaluator, self.checkpoints, self.paused, seed=search.seed)
         self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
@@ -79,9 +77,7 @@ class SearchLoop:
         }
         self._has_run = False
         rungs = search.evaluator.plan.rungs
-        self._evaluations = sum(
-            max(1, sum(step <= record.evaluation.cost.steps for step in rungs)) for record in store.records
-        )
+        self._evaluations = sum(evaluations_of(record, rungs) for record in store.records)
         self._evaluations_at_start = self._evaluations
         self._published = -math.inf  # the first trial is to be seen at once
         self._started = time.monotonic()
@@ -105,7 +101,7 @@ class SearchLoop:
         try:
             with self.progress, quiet_lightning(), settled_objects():
                 self._announce(front)
-                while self._goes_on():
+                while self._goes_on(front):
                     front = self._step(front)
             self._check_scores(front)
             if self.elastic is not None and self._has_run:
@@ -132,7 +128,7 @@ class SearchLoop:
         self.store.set_attribute("metrics", list(search.task.metrics))
         axes = [[one.objective.name, one.worst, one.best] for one in self.axes]
         self.store.set_attribute("axes", axes)
-        self.checkpoints.keep_only(self.front().members)
+        self._drop_tensors(self.front())
         if search.anchors:
             tried = {record.anchor for record in self.records}
             for anchor in search.space.anchors(search.backbone):
@@ -162,34 +158,50 @@ class SearchLoop:
         self._say_link()
         self._show(front)
 
-    def _goes_on(self) -> bool:
+    def _goes_on(self, front: ParetoFront) -> bool:
         """Whether there is more to do; when all trials are begun, the promising ones are trained on."""
         if self.budget.spent_share(self._spent) < 1:
             return not self._used_up()
         only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
-        return only_trials_are_spent and self._promoted() is not None
+        is_left = self._promoted() is not None or self._to_repeat(front) is not None
+        return only_trials_are_spent and is_left
 
     @section("ask")
     def _promoted(self) -> tuple[TrialRecord, int] | None:
         return None if self.promotion is None else self.promotion.next(self.records)
 
+    def _to_repeat(self, front: ParetoFront) -> TrialRecord | None:
+        return next_to_repeat(self.records, front.members, self.search.seeds)
+
     def _step(self, front: ParetoFront) -> ParetoFront:
+        """Do what is worth most: what is on the front has to hold before others are trained on or begun."""
+        to_repeat = self._to_repeat(front)
+        if to_repeat is not None:
+            return self._repeat(to_repeat, front)
         promoted = self._promoted()
         return self._begin(front) if promoted is None else self._continue(*promoted, front)
 
     def _continue(self, record: TrialRecord, rung: int, front: ParetoFront) -> ParetoFront:
         """Train a paused trial on to a rung; at the last one it completes."""
-        self.progress.running(record.number)
+        self._show_running(record.number, record.evaluation.configuration)
+        return self._update(self.training.go_on(record, front, rung), front)
+
+    def _repeat(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
+        """Train a member of the front again, with another seed."""
+        self._show_running(record.number, record.evaluation.configuration)
+        task = self.search.task
+        worst = {name: task.majority_score(name) for name in task.metrics}
+        return self._update(self.training.repeat(record, worst), front)
+
+    def _show_running(self, number: int, configuration: Configuration) -> None:
+        self.progress.running(number)
         if self.tracker is not None:
-            self.tracker.trial_started(record.number, record.evaluation.configuration)
-        record = self._train(record.number, record.evaluation.configuration, front, record.anchor, rung)
-        evaluation = record.evaluation
-        objectives = self.search.objectives
-        values = (
-            [evaluation.values[one.name] for one in objectives] if evaluation.status == "complete" else None
-        )
-        self.store.update(record, _STATES[evaluation.status], values)
-        if evaluation.status != "paused":
+            self.tracker.trial_started(number, configuration)
+
+    def _update(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
+        """Keep what became of a trial that was known."""
+        self.store.update(record)
+        if record.evaluation.status != "paused":
             self.paused.drop(record.number)
         self._spent = self._sum()
         return self._after(record, front)
@@ -201,9 +213,9 @@ class SearchLoop:
             configuration = self.search.space.suggest(trial, self.search.backbone)
             if isinstance(trial, GatheredTrial):
                 trial.write()
-        self.progress.running(trial.number)
         twin = self._known.get(configuration.key)
         if twin is not None:
+            self.progress.running(trial.number)
             record = TrialRecord(
                 number=trial.number,
                 evaluation=twin.evaluation,
@@ -211,7 +223,10 @@ class SearchLoop:
                 anchor=trial.user_attrs.get(_ANCHOR),
             )
         else:
-            record = self._evaluate(trial, configuration, front)
+            self._show_running(trial.number, configuration)
+            anchor = trial.user_attrs.get(_ANCHOR)
+            rung = None if self.promotion is None else 0
+            record = self.training.begin(trial.number, configuration, front, anchor=anchor, rung=rung)
         self._tell(trial, record.evaluation)
         finished = self.store.live.get_trials(deepcopy=False)[trial.number]
         self.store.save(record, finished)
@@ -242,47 +257,20 @@ class SearchLoop:
             live.enqueue_trial(dict(proposal))
 
     def _history(self) -> History:
-        """Return every trial with the values known of it; a failed training has the worst of the metrics."""
-        worst = {one.objective.name: one.worst for one in self.axes if not one.objective.before_training}
-        names = [objective.name for objective in self.search.objectives]
-        forecast = None if self.promotion is None else self.promotion.forecast(self.records)
-        trials = []
-        for evaluation in (one.evaluation for one in self.records if one.duplicate_of is None):
-            values = dict(evaluation.values)
-            if evaluation.status == "failed":
-                values |= worst
-            elif evaluation.status == "paused" and forecast is not None:
-                values |= dict(zip(names, forecast.values(evaluation), strict=True))
-            trials.append((evaluation.configuration, values))
-        constraints, served = self.search.constraints, self.search.training.frozen_prefix == "cached"
-        return History(trials=trials, axes=self.axes, constraints=constraints, is_prefix_served=served)
+        search = self.search
+        return history_of(
+            self.records,
+            search.objectives,
+            self.axes,
+            search.constraints,
+            forecast=None if self.promotion is None else self.promotion.forecast(self.records),
+            is_prefix_served=search.training.frozen_prefix == "cached",
+        )
 
     def _sum(self) -> Spent:
         """Return what was spent on all trials, and on the elastic adapter."""
         spent = Spent.of(self.records)
         return spent if self.elastic is None else replace(spent, cost=spent.cost + self.elastic.cost)
-
-    def _evaluate(self, trial: Trial, configuration: Configuration, front: ParetoFront) -> TrialRecord:
-        if self.tracker is not None:
-            self.tracker.trial_started(trial.number, configuration)
-        return self._train(trial.number, configuration, front, trial.user_attrs.get(_ANCHOR), 0)
-
-    def _train(
-        self, number: int, configuration: Configuration, front: ParetoFront, anchor: str | None, rung: int
-    ) -> TrialRecord:
-        """Train a trial up to a rung, from where it paused, and keep what it left."""
-        train = self.search.evaluator.train
-        if self.promotion is None:
-            trained = train(configuration)
-        else:
-            trained = train(configuration, rung=rung, paused=self.paused.load(number))
-        record = TrialRecord(number=number, evaluation=trained.evaluation, anchor=anchor)
-        # Before the trial is recorded: it must never be without its tensors.
-        if trained.paused is not None:
-            self.paused.save(number, trained.paused)
-        if trained.state is not None and number in front.with_trial(record).members:
-            self.checkpoints.save(number, trained.state)
-        return record
 
     @section("record")
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
@@ -302,7 +290,7 @@ class SearchLoop:
             assert self.promotion is not None
             values = self.promotion.forecast(self.records).values(evaluation)
         else:
-            state = _STATES[evaluation.status]
+            state = STATES[evaluation.status]
         self.store.live.tell(trial, values, state)
 
     @section("record")
@@ -313,7 +301,7 @@ class SearchLoop:
         self._evaluations += 1
         before, front = front.members, front.with_trial(record)
         if front.members != before:
-            self.checkpoints.keep_only(front.members)
+            self._drop_tensors(front)
         self.progress.finished(record, on_front=record.number in front.members)
         self._show(front)
         self._track(record, front, changed=front.members != before)
@@ -322,6 +310,11 @@ class SearchLoop:
                 callback(record, front)
         refuse_hopeless(self.records)
         return front
+
+    def _drop_tensors(self, front: ParetoFront) -> None:
+        """Keep the tensors of the front, and of who was trained again: it may come back."""
+        repeated = {one.number for one in self.records if one.evaluation.by_seed}
+        self.checkpoints.keep_only(front.members | repeated)
 
     @section("other")
     def _show(self, front: ParetoFront) -> None:
@@ -383,9 +376,11 @@ class SearchLoop:
         return found
 
     def _close(self, front: ParetoFront) -> None:
-        if self.progress.enabled:
-            self.progress.show(front.table())
-            self._say_link()
+        self.progress.show(front.table())
+        fewer = sum(point.record.evaluation.trainings < self.search.seeds for point in front)
+        if fewer:
+            self.progress.say(f"{fewer} of these were not trained with every seed: the same call goes on.")
+        self._say_link()
 
     def _say_link(self) -> None:
         if self.tracker is None:

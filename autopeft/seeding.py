@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,3 +27,18 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             with torch.cuda.device(one):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def training_seed(seed: int, trial: int, training: int = 0) -> int:
+    """Return the seed of one training of a search, in [0, 2³¹).
+
+    Every training has a seed of its own: what one order of the batches and one set of initial weights do to
+    all candidates alike would otherwise be taken for what the candidates are worth.
+
+    Args:
+        seed: The search's.
+        trial: The trial's number.
+        training: Which of its trainings, from 0.
+    """
+    digest = hashlib.sha256(f"{seed}:{trial}:{training}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

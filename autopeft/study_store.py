@@ -3,7 +3,9 @@
 The live study is in memory, which is where samplers read it. A finished trial goes to an Optuna journal
 file in one write (a suggested parameter at a time would be one write each: 0.2 s for 48 of them), so the
 file is a plain Optuna study that optuna-dashboard opens. A paused trial is a running one there; the live
-study has it as complete, with the values it is expected to reach.
+study has it as complete, with the values it is expected to reach. A trial that was trained again has the
+values of its first training in the file, as Optuna changes no finished trial, and its means in the study's
+attributes; the live study has the means.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autopeft.evaluation import TrialRecord
+from autopeft.changed_trial import change_trial
+from autopeft.evaluation import Status, TrialRecord
 from autopeft.fidelity import Promotion
+from autopeft.forecast import Forecast
 from autopeft.journal import SoleWriterJournal
 from autopeft.objectives import Objective
 from autopeft.profiling import section
@@ -34,6 +38,14 @@ from autopeft.profiling import section
 STUDY_FILE = "study.log"
 _RECORD = "autopeft:record"
 _IDENTITY = "autopeft:identity"
+_METRIC_NAMES = "study:metric_names"  # Optuna's name for it
+STATES: Mapping[Status, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "paused": TrialState.RUNNING,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+"""What a trial of each status is in the file."""
 
 
 class StudyStore:
@@ -85,25 +97,65 @@ class StudyStore:
             if known is not None and known != names:
                 raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
             self._saved.set_metric_names(names)
-        self.records += [record_of(trial) for trial in self._saved.get_trials(deepcopy=False)]
+        self.records += _records(self._saved)
+        if self._promotion is None and any(one.evaluation.status == "paused" for one in self.records):
+            raise self._other_search(["fidelity: trials pause there, none does here"])
+        for trial, record in zip(self._saved.get_trials(deepcopy=False), self.records, strict=True):
+            self._finish(trial, record)  # a process that was killed may not have come to it
         self._refresh(())
 
     def _refresh(self, waiting: Sequence[FrozenTrial]) -> None:
-        """Make the live study anew: what paused trials are expected to reach has changed."""
+        """Make the live study anew."""
         saved = self._saved
         with quiet_optuna():
             self.live = optuna.create_study(
                 study_name=saved.study_name, directions=saved.directions, sampler=self._sampler
             )
             self.live.set_metric_names(saved.metric_names or [])
-        forecast = None if self._promotion is None else self._promotion.forecast(self.records)
+        forecast = self._forecast()
         for trial, record in zip(saved.get_trials(deepcopy=False), self.records, strict=True):
-            if record.evaluation.status == "paused":
-                assert forecast is not None
-                trial = _finished(trial, forecast.values(record.evaluation))
-            self.live.add_trial(trial)
+            values = self._expected(record, forecast)
+            self.live.add_trial(trial if values is None else _finished(trial, values))
         for trial in waiting:
             self.live.add_trial(trial)
+
+    def _forecast(self) -> Forecast | None:
+        return None if self._promotion is None else self._promotion.forecast(self.records)
+
+    def _expected(self, record: TrialRecord, forecast: Forecast | None) -> list[float] | None:
+        """Return the objectives that samplers are to see; None where there are none.
+
+        Of a paused trial those it is expected to reach, of one that was trained again its means; a duplicate
+        has what its original has.
+        """
+        evaluation = record.evaluation
+        if record.duplicate_of is not None:
+            evaluation = next(one.evaluation for one in self.records if one.number == record.duplicate_of)
+        if evaluation.status == "paused":
+            assert forecast is not None  # else the search was refused
+            return forecast.values(evaluation)
+        return self._objectives(evaluation.values) if evaluation.status == "complete" else None
+
+    def _objectives(self, values: Mapping[str, float]) -> list[float]:
+        return [values[name] for name in self._saved.metric_names or ()]
+
+    def _follow(self, changed: int) -> None:
+        """Bring the live study up to date with a trial that changed, and what paused ones now promise."""
+        live = self.live.get_trials(deepcopy=False)
+        saved = self._saved.get_trials(deepcopy=False)
+        forecast = self._forecast()
+        # Genetic samplers keep the parents of a generation there, chosen by values that may change now.
+        is_known = not self.live._storage.get_study_system_attrs(self.live._study_id).keys() - {_METRIC_NAMES}
+        for place, record in enumerate(self.records):
+            if record.evaluation.status != "paused" and changed not in (record.number, record.duplicate_of):
+                continue
+            values = self._expected(record, forecast)
+            state = saved[place].state if values is None else TrialState.COMPLETE
+            if (live[place].state, live[place].values) == (state, values):
+                continue
+            if not (is_known and change_trial(self.live, place, state, values)):
+                self._refresh(self.live.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+                return
 
     def _other_search(self, differing: Sequence[str]) -> ValueError:
         return ValueError(
@@ -140,24 +192,31 @@ class StudyStore:
             trial.values = None
         self._saved.add_trial(trial)
         self.records.append(record)
+        if record.evaluation.status == "complete" and self._promotion is not None:
+            self._follow(record.number)  # a whole training tells of those that paused
 
     @section("record")
-    def update(self, record: TrialRecord, state: TrialState, values: Sequence[float] | None) -> None:
-        """Write what became of a paused trial that went on.
-
-        Args:
-            record: The trial now.
-            state: RUNNING where it has paused again.
-            values: The objectives of a complete trial.
-        """
+    def update(self, record: TrialRecord) -> None:
+        """Write what became of a paused trial that went on, or of a complete one that was trained again."""
         index = next(place for place, one in enumerate(self.records) if one.number == record.number)
-        storage = self._saved._storage
-        trial_id = self._saved.get_trials(deepcopy=False)[index]._trial_id
-        storage.set_trial_user_attr(trial_id, _RECORD, _encode(record))
-        if state is not TrialState.RUNNING:
-            storage.set_trial_state_values(trial_id, state, values)
+        trial = self._saved.get_trials(deepcopy=False)[index]
+        if trial.state.is_finished():
+            self._saved.set_user_attr(f"{_RECORD}:{record.number}", _encode(record))
+        else:
+            self._saved._storage.set_trial_user_attr(trial._trial_id, _RECORD, _encode(record))
         self.records[index] = record
-        self._refresh(self.live.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        self._finish(trial, record)
+        self._follow(record.number)
+
+    def _finish(self, trial: FrozenTrial, record: TrialRecord) -> None:
+        """Finish a trial of the file that is over, with the values of its first training."""
+        evaluation = record.evaluation
+        if trial.state.is_finished() or evaluation.status == "paused":
+            return
+        is_complete = evaluation.status == "complete"
+        first = next(iter(evaluation.each_training().values()))
+        values = self._objectives(first) if is_complete else None
+        self._saved._storage.set_trial_state_values(trial._trial_id, STATES[evaluation.status], values)
 
     def close(self) -> None:
         """Let another process run this search."""
@@ -202,10 +261,21 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
     return TrialRecord.from_dict(json.loads(trial.user_attrs[_RECORD]))
 
 
+def _records(study: Study) -> list[TrialRecord]:
+    """Return the records of a saved study, of trials that were trained again the latest."""
+    latest = study.user_attrs
+    records = []
+    for trial in study.get_trials(deepcopy=False):
+        text = latest.get(f"{_RECORD}:{trial.number}")
+        records.append(record_of(trial) if text is None else TrialRecord.from_dict(json.loads(text)))
+    return records
+
+
 def _finished(trial: FrozenTrial, values: Sequence[float]) -> FrozenTrial:
-    """Return a paused trial as samplers are to see it: complete, with what it is expected to reach."""
+    """Return a trial as samplers are to see it: complete, with what it is expected to reach, or its means."""
     trial = copy.copy(trial)
-    trial.state, trial.datetime_complete = TrialState.COMPLETE, trial.datetime_start
+    trial.state = TrialState.COMPLETE
+    trial.datetime_complete = trial.datetime_complete or trial.datetime_start
     trial.values = values
     return trial
 
@@ -224,9 +294,12 @@ def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
     if not names:
         raise ValueError(f"There is no search in {folder}: {STUDY_FILE} is empty.")
     study = optuna.load_study(study_name=names[0], storage=storage)
-    attributes = {key.removeprefix("autopeft:"): one for key, one in study.user_attrs.items()}
-    records = [record_of(trial) for trial in study.get_trials(deepcopy=False)]
-    return {"name": names[0], **attributes}, records
+    attributes = {
+        key.removeprefix("autopeft:"): one
+        for key, one in study.user_attrs.items()
+        if not key.startswith(f"{_RECORD}:")
+    }
+    return {"name": names[0], **attributes}, _records(study)
 
 
 def _lock(folder: Path, name: str) -> TextIO:

@@ -24,16 +24,15 @@ from autopeft.mlflow_view import save_view, valid_key, view_link, view_state
 from autopeft.objectives import Objective
 from autopeft.profiling import Spell, section
 from autopeft.run_writer import (
-    FIDELITY_TAG,
     KEY_PARAM,
     PARENT_TAG,
     PARETO_TAG,
     TRIAL_TAG,
-    fidelity_tag,
     finished_run,
     front_markdown,
     shortened,
     started_run,
+    training_tags,
     write_dataset,
     write_front,
     write_table,
@@ -217,7 +216,7 @@ class Tracker:
                 record is not None and run.data.params.get(KEY_PARAM) == record.evaluation.configuration.key
             )
             # A paused trial may have gone on since its run was written.
-            current = record is not None and run.data.tags.get(FIDELITY_TAG) == fidelity_tag(record)
+            current = record is not None and training_tags(record).items() <= run.data.tags.items()
             if record is None or not (finished and of_study and current) or number in self._runs:
                 foreign += finished and not of_study
                 self._client.delete_run(run.info.run_id)

@@ -9,7 +9,7 @@ moment has the candidates that were done by then and that nobody beats on the va
 the metric, from always predicting the majority to 1, and trainable parameters on a log scale over the
 per-layer space. Each run is a process of its own with one thread, whose whole processor time counts, imports
 included; training the front again does not. Runs and trainings that are done are kept in a folder and not
-done again.
+done again: after a change of a method, give another folder.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class History:
         trials: Configurations that were tried, each with the values known of it: all objectives of a
             complete trial, only the costs of one that broke a constraint. Where a training failed, its
             metrics are the worst there are; where it is paused, those it is expected to reach.
+        trainings: How many trainings the values of each trial are the means of; one each where empty.
         axes: The axes of the hypervolume.
         constraints: Bounds on what is exact before training.
         is_prefix_served: Whether training does without running the blocks below the lowest adapted one.
@@ -56,6 +57,7 @@ class History:
     trials: Sequence[tuple[Configuration, Mapping[str, float]]]
     axes: Sequence[Axis]
     constraints: Sequence[Constraint] = ()
+    trainings: Sequence[int] = ()
     is_prefix_served: bool = False
 
 
@@ -284,3 +286,15 @@ def scores_of(site_scores: Mapping[str, SiteScores], name: str) -> SiteScores:
 def options_of(options: Mapping[str, Mapping[str, Any]], method: str) -> Mapping[str, Any]:
     """Return the options the user fixed for a method."""
     return options.get(method, {})
+
+
+def describe_range(bounds: Iterable[float]) -> str:
+    """Say from where to where bounds go."""
+    return " to ".join(f"{bound:g}" for bound in bounds)
+
+
+def check_range(name: str, bounds: Any, low: float, high: float) -> None:
+    """Raise ValueError where bounds are not (lowest, highest) between two numbers."""
+    numbers = isinstance(bounds, tuple | list) and len(bounds) == 2
+    if not numbers or not low <= bounds[0] <= bounds[1] <= high:
+        raise ValueError(f"{name} is (lowest, highest), two numbers in [{low:g}, {high:g}], got {bounds!r}.")

@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
 def test_tensors_come_back(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "adapters")
     assert checkpoints.load(7) is None
-    checkpoints.save(7, STATE)
+    checkpoints.save(7, STATE, 5)
     found = checkpoints.load(7)
     assert found is not None
     assert found.keys() == STATE.keys()
@@ -30,7 +30,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 
 def test_tensors_that_are_views_are_kept_as_they_look(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(0, {"transposed": STATE["0.query.lora.a"].T})
+    checkpoints.save(0, {"transposed": STATE["0.query.lora.a"].T}, 5)
     assert torch.equal(
         load_file(tmp_path / "trial-00000.safetensors")["transposed"], torch.arange(6.0).reshape(2, 3).T
     )
@@ -38,8 +38,8 @@ def test_tensors_that_are_views_are_kept_as_they_look(tmp_path: Path) -> None:
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, STATE)
-    checkpoints.save(1, {"other": torch.zeros(1)})
+    checkpoints.save(1, STATE, 5)
+    checkpoints.save(1, {"other": torch.zeros(1)}, 5)
     found = checkpoints.load(1)
     assert found is not None
     assert list(found) == ["other"]
@@ -48,7 +48,7 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
 def test_only_the_wanted_are_kept_and_what_was_unfinished_goes(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for number in range(4):
-        checkpoints.save(number, STATE)
+        checkpoints.save(number, STATE, 5)
     (tmp_path / "trial-00009.part").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("not ours")
     checkpoints.keep_only({1, 3, 100_000})
@@ -64,10 +64,10 @@ def test_nothing_saved_yet_is_nothing_to_delete(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, STATE)
+    checkpoints.save(2, STATE, 5)
     (tmp_path / "trial-00002.part").mkdir()  # stands where the new file would be written
     with pytest.raises(Exception, match=r"trial-00002|directory"):
-        checkpoints.save(2, {"other": torch.zeros(1)})
+        checkpoints.save(2, {"other": torch.zeros(1)}, 5)
     found = checkpoints.load(2)
     assert found is not None
     assert found.keys() == STATE.keys()

@@ -161,10 +161,10 @@ def test_an_interrupted_search_exits_with_130(
 ) -> None:
     train = Evaluator.train
 
-    def interrupted(self: Evaluator, *arguments: Any) -> Trained:
+    def interrupted(self: Evaluator, *arguments: Any, **options: Any) -> Trained:
         if load_study(tmp_path / "tiny")[1]:
             raise KeyboardInterrupt
-        return train(self, *arguments)
+        return train(self, *arguments, **options)
 
     command = ("search", place / "search.yaml", f"folder={tmp_path}", "run.trials=2", "run.hours=9")
     with monkeypatch.context() as patch:

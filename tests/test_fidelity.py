@@ -252,8 +252,8 @@ def run(search: Search, trials: int) -> ParetoFront:
 
 def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: Path) -> None:
     search = halving_search(tmp_path)
-    front = run(search, 10)
-    assert [record.number for record in front.records] == list(range(10))
+    front = run(search, 14)
+    assert [record.number for record in front.records] == list(range(14))
     new = [record for record in front.records if record.duplicate_of is None]
     statuses = [record.evaluation.status for record in new]
     assert {"complete", "paused"} == set(statuses)
@@ -270,7 +270,7 @@ def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: P
         state = states.load(point.number)
         assert state is not None
         whole = halving_search(tmp_path / "alone", fidelity=None)
-        trained = whole.evaluator.train(point.configuration)
+        trained = whole.evaluator.train(point.configuration, point.record.evaluation.seed)
         assert trained.state is not None
         assert all(torch.equal(state[name], tensor) for name, tensor in trained.state.items())
 

@@ -35,6 +35,7 @@ search = Search(
     fidelity=fidelity,
     sampler="tpe",
     seed=3,
+    seeds=2,
     name="killed",
     folder=folder,
     tracking=f"sqlite:///{folder}/mlflow.db",

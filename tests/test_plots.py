@@ -13,9 +13,10 @@ from PIL import Image
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.evaluation import TrialRecord
+from autopeft.front_frame import front_frame
 from autopeft.objectives import Objective, resolve_objectives
 from autopeft.pictures import configuration_image
-from autopeft.plots import front_figure, front_frame, front_image, projections, save_front_html
+from autopeft.plots import front_figure, front_image, projections, save_front_html
 from tests.records import OBJECTIVES, front_of, synthetic_records
 
 TWO = OBJECTIVES[:2]

@@ -98,11 +98,11 @@ def test_duplicates_are_not_trained_twice(tmp_path: Path) -> None:
     trained: list[str] = []
     train = search.evaluator.train
 
-    def counted(configuration: Any, *arguments: Any) -> Any:
+    def counted(configuration: Any, *arguments: Any, **options: Any) -> Any:
         trained.append(configuration.key)
-        return train(configuration, *arguments)
+        return train(configuration, *arguments, **options)
 
-    search.evaluator.train = counted  # type: ignore[method-assign, assignment]
+    search.evaluator.train = counted  # type: ignore[method-assign]
     front = run(search, 6)
     assert len(trained) == len(set(trained)) == 2
     assert [record.duplicate_of is None for record in front.records].count(True) == 2

@@ -45,6 +45,13 @@ def test_a_front_has_who_was_done_and_is_beaten_by_nobody() -> None:
     assert members_at(log, 40.0, METRIC, COST) == log[3:]
 
 
+def test_of_one_that_was_trained_again_the_mean_counts() -> None:
+    lucky, other, mean = entry(1, 0.9, 100, 10.0), entry(2, 0.5, 100, 20.0), entry(1, 0.45, 100, 30.0)
+    log = [lucky, other, mean]
+    assert members_at(log, 20.0, METRIC, COST) == [lucky]
+    assert members_at(log, 30.0, METRIC, COST) == [other]
+
+
 def test_moments_are_log_spaced_over_all_runs() -> None:
     found = moments([[entry(1, 0.5, 1, 10.0)], [entry(2, 0.5, 1, 1000.0)]])
     assert found[0] == pytest.approx(10.0)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -17,6 +18,7 @@ from optuna.trial import TrialState
 
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.objectives import Objective, resolve_objectives
+from autopeft.repeats import with_repeat
 from autopeft.samplers import make_sampler
 from autopeft.study_store import STUDY_FILE, StudyStore, load_study
 from tests.records import OBJECTIVES, completed, random_configuration
@@ -213,3 +215,70 @@ def test_attributes_are_kept(tmp_path: Path) -> None:
     store.set_attribute("axes", [["accuracy", 0.2, 1.0]])
     store.close()
     assert load_study(tmp_path)[0]["axes"] == [["accuracy", 0.2, 1.0]]
+
+
+def paused_trial(store: StudyStore) -> TrialRecord:
+    """Ask, tell and save a trial as paused; return what it is when it has completed."""
+    record = run_trial(store)
+    trial = store.live.ask()
+    trial.suggest_int("rank", 1, 64)
+    whole = replace(record, number=trial.number)
+    store.live.tell(trial, [record.evaluation.values[one.name] for one in OBJECTIVES])
+    paused = replace(record.evaluation, status="paused", reason="half of it", fidelity=0.5)
+    store.save(replace(whole, evaluation=paused), store.live.get_trials(deepcopy=False)[trial.number])
+    return whole
+
+
+def test_a_trial_that_was_over_when_the_process_was_killed_is_finished(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    record = paused_trial(store)
+    saved = store._saved.get_trials(deepcopy=False)[record.number]
+    assert saved.state == TrialState.RUNNING
+    text = json.dumps(record.to_dict())  # and killed before the state was written
+    store._saved._storage.set_trial_user_attr(saved._trial_id, "autopeft:record", text)
+    store.close()
+    again = opened(tmp_path)
+    values = [record.evaluation.values[one.name] for one in OBJECTIVES]
+    for study in (again.live, again._saved):
+        trial = study.get_trials()[record.number]
+        assert (trial.state, trial.values) == (TrialState.COMPLETE, values)
+    again.close()
+
+
+def test_a_search_that_paused_does_not_go_on_without_rungs(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    paused_trial(store)
+    store.close()
+    with pytest.raises(ValueError, match="trials pause there, none does here"):
+        opened(tmp_path)
+
+
+def test_means_replace_values_for_duplicates_and_genetic_samplers_too(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    record = run_trial(store)
+    values = [record.evaluation.values[one.name] for one in OBJECTIVES]
+    twin = store.live.ask()
+    twin.suggest_int("rank", 1, 64)
+    store.live.tell(twin, values)
+    store.save(
+        TrialRecord(number=twin.number, evaluation=record.evaluation, duplicate_of=record.number),
+        store.live.get_trials(deepcopy=False)[twin.number],
+    )
+    before = store.live
+    other = replace(record.evaluation, seed=1, values={**record.evaluation.values, "accuracy": 0.1})
+    record = replace(record, evaluation=with_repeat(record.evaluation, other, {"accuracy": 0.0}))
+    store.update(record)
+    means = [record.evaluation.values[one.name] for one in OBJECTIVES]
+    assert means != values
+    assert store.live is before
+    assert [trial.values for trial in store.live.trials] == [means, means]
+    assert [trial.values for trial in store._saved.trials] == [values, values]
+    # The parents of a generation were chosen by the values before.
+    before._storage.set_study_system_attr(before._study_id, "nsgaii:parents", [0])
+    third = replace(other, seed=2)
+    store.update(replace(record, evaluation=with_repeat(record.evaluation, third, {"accuracy": 0.0})))
+    assert not store.live._storage.get_study_system_attrs(store.live._study_id).keys() & {"nsgaii:parents"}
+    store.close()
+    again = opened(tmp_path)
+    assert [one.values for one in again.live.trials] == [one.values for one in store.live.trials]
+    again.close()

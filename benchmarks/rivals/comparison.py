@@ -67,8 +67,12 @@ def moments(logs: Sequence[Sequence[Entry]], count: int = MOMENTS) -> list[float
 
 
 def members_at(log: Sequence[Entry], seconds: float, metric: Objective, cost: Objective) -> list[Entry]:
-    """Return whom a user would choose from at a moment: done by then, and beaten by nobody in validation."""
-    done = [one for one in log if one.score is not None and one.cpu_seconds <= seconds * (1 + 1e-9)]
+    """Return whom a user would choose from at a moment: done by then, and beaten by nobody in validation.
+
+    Of a configuration that is in the log again, with the mean of several trainings, the latest counts.
+    """
+    by_then = [one for one in log if one.score is not None and one.cpu_seconds <= seconds * (1 + 1e-9)]
+    done = list({key_of(one): one for one in by_then}.values())
     points = [{metric.name: one.score or 0.0, cost.name: float(one.parameters)} for one in done]
     flags = non_dominated(points, (metric, cost))
     return [one for one, on_front in zip(done, flags, strict=True) if on_front]

@@ -56,7 +56,7 @@ class Setting:
 
     Attributes:
         dataset: A name of `DATASETS`.
-        seed: Seed of the search and of every training in it.
+        seed: Seed of the search. A rival's trainings have it too, autopeft's have their own, made from it.
         trials: Candidates to begin.
     """
 

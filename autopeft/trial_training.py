@@ -1,0 +1,87 @@
+"""One trial's trainings: from the start, on from a pause, and again with another seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from autopeft.checkpoints import Checkpoints
+from autopeft.configuration import Configuration
+from autopeft.evaluation import TrialRecord
+from autopeft.evaluation_run import Trained
+from autopeft.evaluator import Evaluator
+from autopeft.front import ParetoFront
+from autopeft.paused_training import PausedTrainings
+from autopeft.repeats import with_repeat
+from autopeft.seeding import training_seed
+
+
+class TrialTraining:
+    """Trains trials, and keeps on disk what a training leaves before its trial is recorded.
+
+    Args:
+        evaluator: Trains a configuration.
+        checkpoints: Trained tensors of those on the front.
+        paused: What paused trainings go on from.
+        seed: The search's.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, checkpoints: Checkpoints, paused: PausedTrainings, *, seed: int
+    ) -> None:
+        self._evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._paused = paused
+        self._seed = seed
+
+    def begin(
+        self,
+        number: int,
+        configuration: Configuration,
+        front: ParetoFront,
+        *,
+        anchor: str | None,
+        rung: int | None,
+    ) -> TrialRecord:
+        """Train a new trial up to a rung; to the end where it is None."""
+        # What was paused by a process that was killed before it could record the trial goes on.
+        paused = None if rung is None else self._paused.load(number)
+        seed = training_seed(self._seed, number) if paused is None else paused.evaluation.seed
+        trained = self._evaluator.train(configuration, seed, rung=rung, paused=paused)
+        record = TrialRecord(number=number, evaluation=trained.evaluation, anchor=anchor)
+        return self._kept(record, trained, front)
+
+    def go_on(self, record: TrialRecord, front: ParetoFront, rung: int) -> TrialRecord:
+        """Train a paused trial on to a rung."""
+        trained = self._evaluator.train(
+            record.evaluation.configuration,
+            record.evaluation.seed,
+            rung=rung,
+            paused=self._paused.load(record.number),
+        )
+        return self._kept(replace(record, evaluation=trained.evaluation), trained, front)
+
+    def repeat(self, record: TrialRecord, worst: Mapping[str, float]) -> TrialRecord:
+        """Train a completed trial again with another seed; of its trainings the better's tensors are kept.
+
+        Args:
+            record: The trial.
+            worst: Of each of the task's metrics: a training that fails has them.
+        """
+        evaluation, monitor = record.evaluation, self._evaluator.monitor
+        seed = training_seed(self._seed, record.number, evaluation.trainings)
+        trained = self._evaluator.train(evaluation.configuration, seed)
+        if trained.state is not None:
+            # Where the trial was off the front for a while, there may be none.
+            kept = evaluation.each_training().get(self._checkpoints.seed(record.number) or -1)
+            if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
+                self._checkpoints.save(record.number, trained.state, seed)
+        return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, worst))
+
+    def _kept(self, record: TrialRecord, trained: Trained, front: ParetoFront) -> TrialRecord:
+        """Keep what a training left, before its trial is recorded: it must never be without its tensors."""
+        if trained.paused is not None:
+            self._paused.save(record.number, trained.paused)
+        if trained.state is not None and record.number in front.with_trial(record).members:
+            self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
+        return record

@@ -1,0 +1,286 @@
+"""Trained again with other seeds, what is on the front has the means of its trainings, or leaves it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from torch import Tensor
+
+from autopeft import Search
+from autopeft.checkpoints import Checkpoints
+from autopeft.configuration import Configuration
+from autopeft.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.fidelity import SuccessiveHalving
+from autopeft.front import ParetoFront
+from autopeft.repeats import FAILED_SEEDS, next_to_repeat, with_repeat
+from autopeft.search_spaces import Uniform
+from autopeft.seeding import training_seed
+from autopeft.study_store import STUDY_FILE, load_study
+from tests.learnable import outcomes, save_tiny_model, tiny_search
+from tests.records import OBJECTIVES, synthetic_records
+
+ACCURACY = OBJECTIVES[0]
+WORST = {"accuracy": 0.25, "f1": 0.1}
+TWO_RATES = Uniform(ranks=(1, 4), learning_rate=(1e-3, 3e-2))
+
+
+def evaluated(seed: int, accuracy: float, **changes: float) -> Evaluation:
+    values = {
+        "accuracy": accuracy,
+        "f1": accuracy / 2,
+        "trainable_parameters": 100.0,
+        "training_seconds": 3.0,
+    }
+    return Evaluation(
+        configuration=Configuration({}),
+        status="complete",
+        values=values | changes,
+        cost=Cost(wall_seconds=2.0, steps=8),
+        seed=seed,
+    )
+
+
+def test_values_are_the_means_over_all_trainings() -> None:
+    found = evaluated(1, 0.9, peak_memory_measured=5.0, training_seconds=1.0)
+    for seed, accuracy in ((2, 0.6), (3, 0.3)):
+        found = with_repeat(found, evaluated(seed, accuracy, peak_memory_measured=4.0), WORST)
+    assert found.values["accuracy"] == pytest.approx(0.6)
+    assert found.values["f1"] == pytest.approx(0.3)
+    assert found.values["accuracy_std"] == pytest.approx(0.3)
+    assert found.values["trainable_parameters"] == 100.0
+    assert found.values["peak_memory_measured"] == 5.0
+    assert found.values["training_seconds"] == pytest.approx(7 / 3)
+    assert found.cost == Cost(wall_seconds=6.0, steps=24)
+    assert (found.trainings, found.fidelity, found.seed, found.status) == (3, 1.0, 1, "complete")
+    assert [one["accuracy"] for one in found.by_seed.values()] == [0.9, 0.6, 0.3]
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.format(ACCURACY) == f"{ACCURACY.format(0.6)} ± {ACCURACY.format(0.3)}"
+
+
+def test_a_training_that_failed_counts_as_the_worst() -> None:
+    failed = Evaluation(
+        configuration=Configuration({}),
+        status="failed",
+        reason="diverged: training_loss is nan",
+        values={"trainable_parameters": 100.0},
+        cost=Cost(wall_seconds=1.0),
+        seed=2,
+    )
+    found = with_repeat(evaluated(1, 0.85), failed, WORST)
+    assert found.status == "complete"
+    assert found.values["accuracy"] == pytest.approx(0.55)
+    assert found.values["f1"] == pytest.approx((0.425 + 0.1) / 2)
+    assert found.values["f1_std"] > 0.2
+    assert found.values[FAILED_SEEDS] == 1
+    assert found.values["trainable_parameters"] == 100.0
+    assert found.failures == {2: "diverged: training_loss is nan"}
+    again = with_repeat(found, replace(failed, seed=3), WORST)
+    assert again.values["accuracy"] == pytest.approx(0.45)
+    assert again.values[FAILED_SEEDS] == 2
+    assert again.failures.keys() == {2, 3}
+    assert Evaluation.from_dict(json.loads(json.dumps(again.to_dict()))) == again
+
+
+def test_members_with_the_fewest_trainings_come_first() -> None:
+    records = [TrialRecord(number=number, evaluation=evaluated(number, 0.5)) for number in range(4)]
+    repeated = with_repeat(evaluated(1, 0.5), evaluated(9, 0.5), WORST)
+    records[1] = replace(records[1], evaluation=repeated)
+    chosen = [next_to_repeat(records, members, seeds) for members, seeds in (((1, 2, 3), 3), ((0, 1), 3))]
+    assert [one.number for one in chosen if one is not None] == [2, 0]
+    assert next_to_repeat(records, (1,), 2) is None
+    assert next_to_repeat(records, (1,), 3) is records[1]
+    assert next_to_repeat(records, (0, 1, 2), 1) is None
+
+
+def test_whom_a_lucky_member_drove_off_comes_back() -> None:
+    records = synthetic_records(30)
+    front = ParetoFront(records, OBJECTIVES, ())
+    for number in [point.number for point in sorted(front, key=lambda one: -one.values["accuracy"])][:4]:
+        record = front.trial(number).record
+        worse = replace(record.evaluation, values={**record.evaluation.values, "accuracy": 0.1}, fidelity=2.0)
+        front = front.with_trial(replace(record, evaluation=worse))
+        anew = ParetoFront(front.records, OBJECTIVES, ())
+        assert front.members == anew.members
+        assert number not in front.members
+    assert len(front.members - ParetoFront(records, OBJECTIVES, ()).members) > 0
+
+
+def test_every_training_has_a_seed_of_its_own() -> None:
+    seeds = [
+        training_seed(seed, trial, training)
+        for seed in range(4)
+        for trial in range(40)
+        for training in range(3)
+    ]
+    assert len({*seeds}) == len(seeds)
+    assert all(0 <= one < 2**31 for one in seeds)
+    assert training_seed(3, 5, 1) == 3996450
+
+
+@pytest.mark.parametrize("seeds", [0, -1, 1.5, True, "2"])
+def test_seeds_are_a_number_of_trainings(seeds: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seeds is a number of trainings from 1 up"):
+        tiny_search(tmp_path, seeds=seeds)
+
+
+def search(folder: Path, **settings: object) -> Search:
+    return tiny_search(folder, **({"space": TWO_RATES, "seeds": 2, "score_check": False} | settings))
+
+
+@pytest.mark.parametrize("fidelity", [None, SuccessiveHalving(rungs=(1 / 3,))], ids=("whole", "rungs"))
+def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
+    one = search(tmp_path, fidelity=fidelity, tracking=f"sqlite:///{tmp_path}/mlflow.db")
+    front = one.run(trials=8, progress=False)
+    assert all(point.record.evaluation.trainings == 2 for point in front)
+    for record in front.records:
+        evaluation = record.evaluation
+        if evaluation.by_seed:
+            seeds = [training_seed(0, record.number, training) for training in (0, 1)]
+            assert list(evaluation.by_seed) == seeds
+            alone = [one.evaluator.evaluate(evaluation.configuration, seed) for seed in seeds]
+            assert [other.values["accuracy"] for other in alone] == [
+                values["accuracy"] for values in evaluation.by_seed.values()
+            ]
+            mean = statistics.fmean(other.values["accuracy"] for other in alone)
+            assert evaluation.values["accuracy"] == pytest.approx(mean)
+    _, records = load_study(one.folder)
+    assert records == list(front.records)
+    shown = front.table()
+    assert any("±" in str(cell) for cell in shown.columns[1].cells)
+    _check_optuna(one.folder, records)
+    _check_mlflow(tmp_path, records)
+
+
+def test_an_export_says_what_its_figures_are(tmp_path: Path) -> None:
+    one = search(tmp_path, backbone=str(save_tiny_model(tmp_path / "base")))
+    front = one.run(trials=5, progress=False)
+    point = max(front, key=lambda point: len(point.configuration))
+    mean = point.values["accuracy"]
+    for name, options, trainings in (
+        ("kept", {}, "2, of which the validation figures are the means; this is number"),
+        ("again", {"retrain": True}, "1 |"),
+    ):
+        point.export(tmp_path / name, **options)
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"| trainings | {trainings}" in card
+        first = next(iter(point.record.evaluation.by_seed.values()))["accuracy"]
+        assert f"| accuracy | validation | {mean if name == 'kept' else first:.4f} |" in card
+
+
+def _check_optuna(folder: Path, records: list[TrialRecord]) -> None:
+    """A finished trial of the file has the values of its first training."""
+    storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    study = optuna.load_study(study_name="tiny", storage=storage)
+    for trial, record in zip(study.trials, records, strict=True):
+        if record.evaluation.status == "complete":
+            first = next(iter(record.evaluation.each_training().values()))
+            assert trial.values == [first[one.name] for one in OBJECTIVES]
+
+
+def _check_mlflow(folder: Path, records: list[TrialRecord]) -> None:
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("autopeft")
+    assert experiment is not None
+    runs = {
+        int(run.data.tags["autopeft.trial"]): run
+        for run in client.search_runs([experiment.experiment_id], "tags.`autopeft.trial` LIKE '%'")
+    }
+    assert len(runs) == len(records)
+    for record in records:
+        run, evaluation = runs[record.number], record.evaluation
+        assert run.data.metrics["accuracy"] == pytest.approx(evaluation.values["accuracy"])
+        assert run.data.tags["autopeft.trainings"] == str(evaluation.trainings)
+        if evaluation.by_seed:
+            assert run.data.metrics["accuracy_std"] == pytest.approx(evaluation.values["accuracy_std"])
+            assert "curve/accuracy/training_2" in run.data.metrics
+
+
+def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
+    uncut = search(tmp_path / "uncut").run(trials=6, progress=False)
+    one = search(tmp_path / "cut")
+    interrupts = iter((2, 4))
+    due, count = next(interrupts), 0
+    repeat = one.evaluator.train
+
+    def interrupted(configuration: Configuration, seed: int, **options: object) -> object:
+        nonlocal due, count
+        count += "rung" not in options
+        if count == due and "rung" not in options:
+            due = next(interrupts, -1)
+            raise KeyboardInterrupt
+        return repeat(configuration, seed, **options)  # type: ignore[arg-type]
+
+    one.evaluator.train = interrupted  # type: ignore[method-assign, assignment]
+    for _ in range(3):
+        front = one.run(trials=6, progress=False)
+    assert due == -1
+    assert outcomes(front.records) == outcomes(uncut.records)
+    assert front.members == uncut.members
+    assert not list(one.run(trials=6, progress=False).members ^ front.members)
+
+
+def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
+    one = search(tmp_path, seeds=3, seed=3)
+    front = one.run(trials=8, progress=False)
+    best = []
+    for point in front:
+        trainings = point.record.evaluation.by_seed
+        kept = Checkpoints(one.folder / "adapters").load(point.number)
+        assert kept is not None
+        same = [
+            seed for seed in trainings if _same(kept, one.evaluator.train(point.configuration, seed).state)
+        ]
+        assert len(same) == 1
+        assert Checkpoints(one.folder / "adapters").seed(point.number) == same[0]
+        ranking = sorted(trainings, key=lambda one: -trainings[one]["accuracy"])  # the first of equals
+        best.append((same[0] == ranking[0], ranking[0] != next(iter(trainings))))
+    # One that came back to the front has the best of its trainings since then.
+    assert sum(is_best for is_best, _ in best) >= len(best) - 1
+    assert any(is_best and is_later for is_best, is_later in best)
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None) -> bool:
+    return second is not None and all(torch.equal(one, second[name]) for name, one in first.items())
+
+
+def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
+    one = search(tmp_path)
+    train = one.evaluator.train
+    failing: list[int] = []
+
+    def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if failing and module.training and type(getattr(output, "logits", None)) is Tensor:
+            raise RuntimeError("broken on purpose")
+
+    def second_fails(configuration: Configuration, seed: int, **options: object) -> object:
+        failing[:] = [seed] if "rung" not in options else []
+        return train(configuration, seed, **options)  # type: ignore[arg-type]
+
+    handle = one.backbone.model.register_forward_hook(hook)
+    one.evaluator.train = second_fails  # type: ignore[method-assign, assignment]
+    front = one.run(trials=5, progress=False)
+    handle.remove()
+    worst = one.task.majority_score("accuracy")
+    repeated = [one.evaluation for one in front.records if one.evaluation.by_seed]
+    assert repeated
+    for evaluation in repeated:
+        first = next(iter(evaluation.by_seed.values()))["accuracy"]
+        assert evaluation.values["accuracy"] == pytest.approx((first + worst) / 2)
+        assert evaluation.values[FAILED_SEEDS] == 1
+    assert all(point.record.evaluation.trainings == 2 for point in front)
+
+
+def test_a_search_with_other_seeds_is_another_one(tmp_path: Path) -> None:
+    search(tmp_path, seeds=1).run(trials=2, progress=False)
+    with pytest.raises(ValueError, match=r"search\.seeds: None there, '2' here"):
+        search(tmp_path, seeds=2).run(trials=2, progress=False)

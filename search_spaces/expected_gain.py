@@ -16,6 +16,7 @@ from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.objectives import Constraint, Objective
+from autopeft.pareto import non_dominated
 from autopeft.search_spaces.base import History, LearningRate, log_place
 from autopeft.search_spaces.refinement import SizedMethod
 from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
@@ -56,11 +57,21 @@ class Features:
         adapters = max(1, len(configuration))
         return [
             0.5 if isinstance(rate, float) else log_place(configuration.learning_rate, *rate),
-            log_place(count_parameters(self.backbone, configuration), *self.parameters),
+            log_place(self.count(configuration), *self.parameters),
             self._frozen_share(configuration),
             len(configuration.adapters) / len(self.choices),
             *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
         ]
+
+    def count(self, configuration: Configuration) -> int:
+        """Return a configuration's trainable parameters, counted once."""
+        if configuration not in self._counts:
+            self._counts[configuration] = count_parameters(self.backbone, configuration)
+        return self._counts[configuration]
+
+    @cached_property
+    def _counts(self) -> dict[Configuration, int]:
+        return {}
 
     def compute(self, configuration: Configuration, *, is_prefix_served: bool) -> float:
         """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
@@ -113,32 +124,71 @@ class ExpectedGain:
 
     def __init__(self, history: History, features: Features) -> None:
         self._history, self._features = history, features
+        self._tried = [one for one, _ in history.trials]
+        self._rows = features.inputs(self._tried)
+        self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
         objectives = [axis.objective for axis in history.axes]
+        known = self._on_all_axes()
+        flags = non_dominated([history.trials[place][1] for place in known], objectives)
+        self._front = frozenset(place for place, is_member in zip(known, flags, strict=True) if is_member)
         objectives += [constraint.objective for constraint in history.constraints]
         self._models = {
             one.name: self._model(one) for one in dict.fromkeys(objectives) if one.name != _COUNTED
         }
         self._cells = self._not_dominated()
+        self._known: dict[Configuration, float] = {}
 
     def _model(self, objective: Objective) -> GaussianProcess:
-        name = objective.name
-        known = [trial for trial in self._history.trials if name in trial[1]][-_LATEST:]
+        found = [values.get(objective.name) for _, values in self._history.trials]
+        places = self._learned_from([place for place, value in enumerate(found) if value is not None])
         return GaussianProcess(
-            _inputs_for(objective, self._features.inputs([configuration for configuration, _ in known])),
-            np.array([_scaled(objective, values[name]) for _, values in known]),
+            _inputs_for(objective, self._rows.select(places)),
+            np.array([_scaled(objective, found[place] or 0.0) for place in places]),
+            None if objective.before_training else self._trainings[places],
             exact=objective.before_training,
         )
 
+    def _learned_from(self, places: Sequence[int]) -> list[int]:
+        """Return the trials that a model learns from: the front, who was on it, and the latest of the others.
+
+        Who has been on the front was trained again, if anyone: what it gained must not be forgotten.
+        """
+        again = set(np.flatnonzero(self._trainings > 1).tolist())
+        kept = [place for place in places if place in again or place in self._front][-_LATEST:]
+        others = [place for place in places if place not in kept]
+        room = _LATEST - len(kept)
+        return sorted([*kept, *(others[-room:] if room else [])])
+
+    def _on_all_axes(self) -> list[int]:
+        """Return the trials that have a value on every axis."""
+        names = [axis.objective.name for axis in self._history.axes]
+        trials = enumerate(self._history.trials)
+        return [place for place, (_, values) in trials if all(name in values for name in names)]
+
     def _not_dominated(self) -> Array:
-        """Return points spread evenly over the part of the unit cube that no trial dominates."""
+        """Return points spread evenly over the part of the unit cube that no trial dominates.
+
+        A trial stands where the model has it: by what was measured, the luckiest training would say what is
+        left to gain (Picheny, Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy
+        optimization", 2013).
+        """
         axes = self._history.axes
+        known = self._on_all_axes()
+        positions = [[axis.position(one) for one in self._reached(axis.objective, known)] for axis in axes]
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
-        for _, values in self._history.trials:
-            if all(axis.objective.name in values for axis in axes):
-                position = [axis.position(values[axis.objective.name]) for axis in axes]
-                free &= (cells > position).any(axis=1)
+        for position in zip(*positions, strict=True):
+            free &= (cells > position).any(axis=1)
         return cells[free]
+
+    def _reached(self, objective: Objective, places: Sequence[int]) -> list[float]:
+        """Return what some trials reached: an exact cost as it was measured, others as the model has them."""
+        if objective.before_training:
+            return [self._history.trials[place][1][objective.name] for place in places]
+        mean, _ = self._predicted(
+            objective, [self._tried[place] for place in places], self._rows.select(places)
+        )
+        return [float(one) for one in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
@@ -154,23 +204,29 @@ class ExpectedGain:
             gain *= self._feasible(constraint, candidates, rows)
         return gain
 
-    def best(self, candidates: Sequence[Configuration]) -> int | None:
-        """Return the index of the candidate that gains most for its compute; None where all were tried.
+    def for_compute(self, candidates: Sequence[Configuration]) -> Array:
+        """Return the expected gain of each candidate for its compute, worked out once.
 
         The gain is divided by what a training step takes, as in Snoek, Larochelle and Adams, "Practical
         Bayesian Optimization of Machine Learning Algorithms" (2012).
+        """
+        new = [one for one in dict.fromkeys(candidates) if one not in self._known]
+        if new:
+            served = self._history.is_prefix_served
+            compute = [self._features.compute(one, is_prefix_served=served) for one in new]
+            self._known |= dict(zip(new, (self(new) / compute).tolist(), strict=True))
+        return np.array([self._known[one] for one in candidates])
+
+    def best(self, candidates: Sequence[Configuration]) -> int | None:
+        """Return the index of the candidate that gains most for its compute; None where all were tried.
 
         One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
         trial's: it would be chosen for the noise in its metric, again and again.
         """
-        if not candidates:
-            return None
         tried: dict[_Adapters, list[float]] = {}
-        for one, _ in self._history.trials:
+        for one in self._tried:
             tried.setdefault(tuple(one), []).append(one.learning_rate)
-        served = self._history.is_prefix_served
-        compute = np.array([self._features.compute(one, is_prefix_served=served) for one in candidates])
-        ranking = np.argsort(-self(candidates) / compute, kind="stable")
+        ranking = np.argsort(-self.for_compute(candidates), kind="stable")
         for index in ranking.tolist():
             rate = candidates[index].learning_rate
             if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
@@ -188,7 +244,7 @@ class ExpectedGain:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:
             return self._models[objective.name].predict(_inputs_for(objective, rows))
-        counts = (count_parameters(self._features.backbone, one) for one in candidates)
+        counts = (self._features.count(one) for one in candidates)
         return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
 
 

@@ -63,9 +63,9 @@ class Refiner:
         """Return a configuration near one of the parents.
 
         Args:
-            parents: Configurations of the front, each with one adapter a site, and what each adds to the
-                hypervolume: the more, the more often it is a parent. The head alone is one only where
-                there is no other.
+            parents: Configurations with one adapter a site, and what each is worth, at least 0 (of the front,
+                what it adds to the hypervolume): the more, the more often it is a parent. The head alone is
+                one only where there is no other.
             generator: Decides everything.
         """
         adapted = {one: share for one, share in parents.items() if len(one)} or parents

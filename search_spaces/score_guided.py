@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +22,11 @@ from autopeft.search_spaces.base import (
     LearningRate,
     SearchSpace,
     SuggestTrial,
+    check_range,
     checked_learning_rate,
     checked_names,
     describe_learning_rate,
+    describe_range,
     distinct,
     draw_learning_rate,
     encode_learning_rate,
@@ -33,6 +35,7 @@ from autopeft.search_spaces.base import (
     scores_of,
     suggest_learning_rate,
 )
+from autopeft.search_spaces.climbing import climb
 from autopeft.search_spaces.expected_gain import ExpectedGain, Features
 from autopeft.search_spaces.known_rates import KnownRates
 from autopeft.search_spaces.per_layer import PerLayer
@@ -60,7 +63,8 @@ class ScoreGuided(SearchSpace):
     learning rate, and score and method where there are several. From `guided_trials` on, most trials are
     chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
     front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
-    over). The one with the largest expected gain in hypervolume for its compute is tried; see `ExpectedGain`.
+    over). From the best of them a local search leads to more. The one with the largest expected gain in
+    hypervolume for its compute is tried; see `ExpectedGain`.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -103,8 +107,8 @@ class ScoreGuided(SearchSpace):
         object.__setattr__(self, "methods", checked_names("method with a size", self.methods, sized))
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
         self._per_layer()
-        _check_range("temperature", self.temperature, 0.0, math.inf)
-        _check_range("placement", self.placement, 0.0, 1.0)
+        check_range("temperature", self.temperature, 0.0, math.inf)
+        check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
         if not 0 <= self.modelled <= 1:
@@ -135,9 +139,6 @@ class ScoreGuided(SearchSpace):
         if missing:
             raise unknown_choice("score among those computed", missing[0], scores)
         return replace(self, site_scores={name: scores[name] for name in self.scores})
-
-    def _scores_of(self, name: str) -> SiteScores:
-        return scores_of(self.site_scores, name)
 
     def choices(self, backbone: Backbone) -> dict[Site, dict[str, SizedMethod]]:
         """Return the methods that each site takes, with their sizes."""
@@ -215,7 +216,7 @@ class ScoreGuided(SearchSpace):
             allocator_options={"temperature": temperature},
             options=dict(sized.options),
             **allocation,
-        ).adapters(backbone, self._scores_of(score))
+        ).adapters(backbone, scores_of(self.site_scores, score))
         return {site: one for site, one in adapters.items() if (one.size or 0) >= sized.smallest}
 
     def _suggest_refined(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
@@ -263,14 +264,25 @@ class ScoreGuided(SearchSpace):
         """Leave the trial to the sampler, or choose the best of a pool; see `SearchSpace.propose`."""
         if number < self.guided_trials or not front or generator.random() >= self.modelled:
             return {"stage": _GUIDED}
-        pool = self._pool(front, generator, backbone)
-        best = ExpectedGain(history, self._features(backbone)).best([one for one, _ in pool])
+        refiner = self._refiner(backbone)
+        pool = self._pool(front, refiner, generator, backbone)
+        gain = ExpectedGain(history, self._features(backbone))
+        climbed = climb([one for one, _ in pool], gain.for_compute, refiner, generator) if pool else []
+        pool += [(one, None) for one in climbed]
+        best = gain.best([one for one, _ in pool])
         if best is None:
             return {"stage": _GUIDED}
         configuration, drawn = pool[best]
-        if drawn is None:
-            return self.encode(configuration, backbone)
-        return drawn | encode_learning_rate(configuration.learning_rate, self.learning_rate)
+        rate = encode_learning_rate(configuration.learning_rate, self.learning_rate)
+        return self.encode(configuration, backbone) if drawn is None else drawn | rate
+
+    def _refiner(self, backbone: Backbone) -> Refiner:
+        choices, rate = self.choices(backbone), self.learning_rate
+        return Refiner(
+            choices=choices,
+            values=site_values(scores_of(self.site_scores, self.scores[0]), choices),
+            learning_rate=(rate, rate) if isinstance(rate, float) else rate,
+        )
 
     def _features(self, backbone: Backbone) -> Features:
         fewest, most = (count_parameters(backbone, one) for one in self.extremes(backbone))
@@ -283,20 +295,18 @@ class ScoreGuided(SearchSpace):
         )
 
     def _pool(
-        self, front: Mapping[Configuration, float], generator: random.Random, backbone: Backbone
+        self,
+        front: Mapping[Configuration, float],
+        refiner: Refiner,
+        generator: random.Random,
+        backbone: Backbone,
     ) -> list[tuple[Configuration, dict[str, Any] | None]]:
         """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
 
         Each stands there with two learning rates, its own and one near what the front has. The head alone is
         not among them: it is an anchor, and would often be tried again for the noise in its metric.
         """
-        choices = self.choices(backbone)
         rate = self.learning_rate
-        refiner = Refiner(
-            choices=choices,
-            values=site_values(self._scores_of(self.scores[0]), choices),
-            learning_rate=(rate, rate) if isinstance(rate, float) else rate,
-        )
         found: list[tuple[Configuration, dict[str, Any] | None]] = []
         for _ in range(_DRAWN):
             drawn = self._draw(generator, backbone)
@@ -376,25 +386,15 @@ class ScoreGuided(SearchSpace):
     def describe(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.describe`."""
         low, high = (count_parameters(backbone, one) for one in self.extremes(backbone))
-        budgets = self.budgets(backbone)
+        (cheap, dear), top = self.budgets(backbone), self._highest_block(backbone)
         return "\n".join(
             [
                 f"ScoreGuided: {', '.join(self.scores)} place {', '.join(self.methods)}; budget "
-                f"{budgets[0]:,} to {budgets[1]:,} parameters, temperature {_range(self.temperature)}, "
-                f"placement {_range(self.placement)}, lowest block 0 to {self._highest_block(backbone)}",
+                f"{cheap:,} to {dear:,} parameters, temperature {describe_range(self.temperature)}, "
+                f"placement {describe_range(self.placement)}, lowest block 0 to {top}",
                 f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
                 "largest expected gain in hypervolume for their compute, of a pool",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]
         )
-
-
-def _range(bounds: Iterable[float]) -> str:
-    return " to ".join(f"{bound:g}" for bound in bounds)
-
-
-def _check_range(name: str, bounds: Any, low: float, high: float) -> None:
-    numbers = isinstance(bounds, tuple | list) and len(bounds) == 2
-    if not numbers or not low <= bounds[0] <= bounds[1] <= high:
-        raise ValueError(f"{name} is (lowest, highest), two numbers in [{low:g}, {high:g}], got {bounds!r}.")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 from scipy.special import ndtri
 from scipy.stats import qmc
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 _DRAWS = 256  # of the hyper-parameters, from their prior
 _KEPT = 16  # of those, the likeliest
@@ -32,6 +35,10 @@ class Inputs(NamedTuple):
 
     features: Array
     placements: Array
+
+    def select(self, rows: Sequence[int]) -> Inputs:
+        """Return some configurations' inputs."""
+        return Inputs(self.features[rows], self.placements[rows])
 
     def without_placements(self) -> Inputs:
         """Return the features alone."""
@@ -65,20 +72,24 @@ class GaussianProcess:
     Args:
         inputs: Of the trials.
         values: (trials,) what was measured.
+        repeats: (trials,) how many measurements each value is the mean of; its noise is so much less.
         exact: Whether the values are without noise.
     """
 
-    def __init__(self, inputs: Inputs, values: Array, *, exact: bool = False) -> None:
+    def __init__(
+        self, inputs: Inputs, values: Array, repeats: Array | None = None, *, exact: bool = False
+    ) -> None:
         self._inputs = inputs
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
         self._drawn = _hyper_parameters(inputs.features.shape[1])
         noise = np.full_like(self._drawn.noise, 1e-4) if exact else self._drawn.noise
-        covariance = self._covariance(inputs, inputs)
-        covariance += (noise[:, None, None] + _JITTER) * np.eye(len(values))
+        covariance = self._own_covariance(inputs)
+        share = np.ones(len(values)) if repeats is None else 1 / repeats
+        covariance += (noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
-        white = np.linalg.solve(root, np.broadcast_to(standard[:, None], (len(root), len(standard), 1)))
+        white = np.stack([solve_triangular(one, standard, lower=True) for one in root])[:, :, None]
         diagonal = np.diagonal(root, axis1=1, axis2=2)
         likelihood = -0.5 * (white**2).sum(axis=(1, 2)) - np.log(diagonal).sum(axis=1)
         best = np.argsort(-likelihood, kind="stable")[:_KEPT]
@@ -89,16 +100,33 @@ class GaussianProcess:
 
     def _covariance(self, first: Inputs, second: Inputs) -> Array:
         """Return (draws, first, second) covariances."""
+        pairs = np.indices((len(first.features), len(second.features))).reshape(2, -1)
+        found = self._of_pairs(first, second, *pairs)
+        return found.reshape(len(found), len(first.features), len(second.features))
+
+    def _own_covariance(self, inputs: Inputs) -> Array:
+        """Return (draws, inputs, inputs) covariances, of which half are computed."""
+        count = len(inputs.features)
+        rows, columns = np.triu_indices(count)
+        half = self._of_pairs(inputs, inputs, rows, columns)
+        found = np.empty((len(half), count, count))
+        found[:, rows, columns] = half
+        found[:, columns, rows] = half
+        return found
+
+    def _of_pairs(self, first: Inputs, second: Inputs, rows: Indices, columns: Indices) -> Array:
+        """Return (draws, pairs) covariances of the first's rows with the second's."""
         drawn = self._drawn
-        squares = (first.features[:, None, :] - second.features[None, :, :]) ** 2
-        distance = np.sqrt(5 * np.einsum("abf,hf->hab", squares, drawn.lengths**-2.0, optimize=True))
-        smooth = (1 + distance + distance**2 / 3) * np.exp(-distance)
-        apart = _mean_square_differences(first.placements, second.placements)
-        alike = np.exp(-0.5 * _per_draw(drawn.placement_length) ** -2.0 * apart)
-        share = _per_draw(drawn.placement_share)
-        smooth *= 1 - share + share * alike
-        linear: Array = (first.features - 0.5) @ (second.features - 0.5).T
-        covariance: Array = smooth + _per_draw(drawn.linear_weight) * linear
+        squares = (first.features[rows] - second.features[columns]) ** 2
+        distance = np.sqrt(5 * drawn.lengths**-2.0 @ squares.T)
+        covariance: Array = np.exp(-distance)
+        covariance *= 1 + distance * (1 + distance / 3)
+        apart = _mean_square_differences(first.placements, second.placements)[rows, columns]
+        alike = np.exp(-0.5 * drawn.placement_length[:, None] ** -2.0 * apart)
+        alike -= 1
+        covariance *= 1 + drawn.placement_share[:, None] * alike
+        linear = ((first.features - 0.5) @ (second.features - 0.5).T)[rows, columns]
+        covariance += drawn.linear_weight[:, None] * linear
         return covariance
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:
@@ -111,11 +139,6 @@ class GaussianProcess:
         mean = self._weights @ means
         variance = self._weights @ (variances + means**2) - mean**2
         return self._mean + self._scale * mean, self._scale * np.sqrt(np.maximum(variance, 0.0))
-
-
-def _per_draw(hyper_parameter: Array) -> Array:
-    """Return a hyper-parameter of every draw, to be taken with (draws, first, second) covariances."""
-    return hyper_parameter[:, None, None]
 
 
 def _mean_square_differences(first: Array, second: Array) -> Array:

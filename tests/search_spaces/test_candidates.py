@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from torch.nn.functional import cross_entropy
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces import ScoreGuided
+from autopeft.search_spaces.climbing import climb
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
+from autopeft.search_spaces.surrogate import Array
 from autopeft.sensitivity import compute_scores
 from tests.models import tiny_backbone
 
@@ -41,7 +45,9 @@ def test_refinement_adds_and_drops_against_the_scores_too() -> None:
 def test_a_pool_has_rates_near_the_fronts(learning_rate: float | tuple[float, float]) -> None:
     space = replace(SPACE, learning_rate=learning_rate)
     anchors = [anchor.configuration.replace(learning_rate=1e-3) for anchor in space.anchors(BACKBONE)]
-    pool = [one for one, _ in space._pool(dict.fromkeys(anchors, 0.1), random.Random(0), BACKBONE)]
+    front = dict.fromkeys(anchors, 0.1)
+    refiner = space._refiner(BACKBONE)
+    pool = [one for one, _ in space._pool(front, refiner, random.Random(0), BACKBONE)]
     assert all(len(one) for one in pool), "the head alone is a reference point"
     if isinstance(learning_rate, float):
         assert {one.learning_rate for one in pool} == {1e-3}
@@ -56,3 +62,29 @@ def test_rungs_spare_the_reference_points_that_take_least() -> None:
     spared = [anchor.is_trained_whole for anchor in SPACE.anchors(BACKBONE)]
     assert spared == [True] * 3 + [False] * (len(spared) - 3)
     assert len(spared) > 3
+
+
+def test_climbing_finds_better_candidates_than_as_many_changes_at_random() -> None:
+    sites = [Site(block, role) for block in range(6) for role in ("query", "key", "value")]
+    lora = SizedMethod(method="lora", smallest=1, largest=8)
+    choices: dict[Site, dict[str, SizedMethod]] = {site: {"lora": lora} for site in sites}
+    refiner = Refiner(choices=choices, values=dict.fromkeys(sites, 1.0), learning_rate=(1e-4, 1e-2))
+    wanted = {site for site in sites if site.role != "value" and site.block > 2}
+
+    def worth(candidates: Sequence[Configuration]) -> Array:
+        """The share of the sites that are as they should be."""
+        return np.array([1 - len(wanted ^ one.adapters.keys()) / len(sites) for one in candidates])
+
+    gained = []
+    for seed in range(12):
+        generator = random.Random(seed)
+        drawn = [
+            Configuration(dict.fromkeys(generator.sample(sites, 5), Adapter("lora", 2)), learning_rate=1e-3)
+            for _ in range(20)
+        ]
+        found = climb(drawn, worth, refiner, generator)
+        assert all(len(one) for one in found)
+        changed = [refiner.child(dict.fromkeys(drawn, 1.0), generator) for _ in found]
+        gained.append(max(worth(found)) - max(worth(changed)))
+    assert sum(gained) / len(gained) > 0.05
+    assert climb(drawn, worth, refiner, random.Random(1)) == climb(drawn, worth, refiner, random.Random(1))

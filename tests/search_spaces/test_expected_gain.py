@@ -80,7 +80,9 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
     trials, candidates = drawn(4, 0), drawn(6, 1)
     known = history(trials)
     gain = ExpectedGain(known, FEATURES)
-    before = hypervolume([one for _, one in known.trials], AXES)
+    reached, _ = gain._models["accuracy"].predict(FEATURES.inputs(trials))
+    front = [{**values(one), "accuracy": mean} for one, mean in zip(trials, reached.tolist(), strict=True)]
+    before = hypervolume(front, AXES)
     normal = np.random.default_rng(0).standard_normal((400, 2))
     rows = FEATURES.inputs(candidates)
     means, deviations = zip(
@@ -96,7 +98,7 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
                 "trainable_parameters": float(count_parameters(BACKBONE, candidate)),
                 "peak_memory": math.exp(means[1][index] + deviations[1][index] * memory),
             }
-            gains.append(hypervolume([*(one for _, one in known.trials), outcome], AXES) - before)
+            gains.append(hypervolume([*front, outcome], AXES) - before)
         error = 3 * float(np.std(gains)) / math.sqrt(len(gains)) + 5e-4
         assert gain([candidate])[0] == pytest.approx(float(np.mean(gains)), abs=error)
     assert max(gain(candidates)) > 0.01
@@ -112,6 +114,27 @@ def test_what_breaks_a_constraint_gains_nothing() -> None:
             assert after < 0.1 * before + 1e-6
         elif costs["peak_memory"] < 2.1e6:
             assert after == pytest.approx(before, rel=0.1)
+
+
+def test_a_lucky_training_does_not_say_what_is_left_to_gain() -> None:
+    trials, candidates = drawn(24, 0), drawn(24, 1)
+    known = history(trials)
+    lucky = min(range(24), key=lambda index: abs(known.trials[index][1]["accuracy"] - 0.6))
+    shown = [
+        (one, {**found, "accuracy": 0.95} if index == lucky else found)
+        for index, (one, found) in enumerate(known.trials)
+    ]
+    honest, once, often = (
+        ExpectedGain(one, FEATURES)
+        for one in (
+            known,
+            replace(known, trials=shown),
+            replace(known, trials=shown, trainings=[20 if index == lucky else 1 for index in range(24)]),
+        )
+    )
+    dominated = [len(one._cells) for one in (honest, once, often)]
+    assert dominated[0] - dominated[1] < 0.5 * (dominated[0] - dominated[2])
+    assert sum(once(candidates)) > sum(often(candidates))
 
 
 def test_the_best_has_not_been_tried() -> None:

@@ -48,6 +48,18 @@ def test_noise_is_seen_through() -> None:
     assert 0.5 * error < deviation.mean() < 2 * error
 
 
+def test_the_mean_of_several_measurements_is_believed_more() -> None:
+    known = points(32, 0)
+    values = smooth(known) + np.random.default_rng(0).normal(0, 0.3, len(known))
+    values[5] += 1.0
+    errors = []
+    for count in (1.0, 8.0, 64.0):
+        repeats = np.where(np.arange(32) == 5, count, 1.0)
+        mean, _ = GaussianProcess(alike(known), values, repeats).predict(alike(known[5:6]))
+        errors.append(abs(mean[0] - values[5]))
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+
+
 def test_a_linear_trend_goes_on() -> None:
     known = points(16, 0) / 2
     values = 5 - 2 * known[:, 0]

@@ -72,6 +72,8 @@ def test_plain_data_is_plain() -> None:
         "cost": {"wall_seconds": 1.5, "cpu_seconds": 0.0, "gpu_seconds": 0.0, "steps": 10},
         "seed": 3,
         "fidelity": 1.0,
+        "by_seed": {},
+        "failures": {},
     }
 
 

@@ -57,9 +57,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    place: Path, folder: Path, trials: int, fidelity: str, *, kill_after: float | None = None
+    place: Path, folder: Path, trials: int, fidelity: str, *, kill_at: tuple[float, float] | None = None
 ) -> tuple[bool, float]:
-    """Run the search in a process of its own; say whether it ended by itself, and how long it searched."""
+    """Run the search in a process of its own; say whether it ended by itself, and how long it searched.
+
+    Args:
+        place: Has model and data.
+        folder: Of the search.
+        trials: Trials.
+        fidelity: Rungs or none.
+        kill_at: Bytes of the study after which it is killed, and seconds from then on.
+    """
     with (folder / "stderr.txt").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(place), str(folder), str(trials), fidelity],
@@ -72,14 +80,22 @@ def run(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", (folder / "stderr.txt").read_text()
         started = time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
+        if kill_at is not None:
+            while process.poll() is None and study_bytes(folder) < kill_at[0]:
+                time.sleep(0.002)
+            time.sleep(kill_at[1])
             process.kill()
         ended = process.stdout.readline() == "done\n"
         seconds = time.monotonic() - started
         process.wait()
-    assert ended or kill_after is not None, (folder / "stderr.txt").read_text()
+    assert ended or kill_at is not None, (folder / "stderr.txt").read_text()
     return ended, seconds
+
+
+def study_bytes(folder: Path) -> int:
+    """Return how large the study's file is."""
+    path = folder / "killed" / "study.log"
+    return path.stat().st_size if path.is_file() else 0
 
 
 def finished_runs(folder: Path) -> Counter[int]:
@@ -103,9 +119,11 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
     draw = random.Random(seed)
     hits = 0
     progress = []
-    while hits < kills:
-        # The first moments bring every part of a trial; later ones let the search get on.
-        ended, _ = run(place, cut, trials, fidelity, kill_after=draw.uniform(0.05, 1.8 / kills) * seconds)
+    for kill in range(kills):
+        # By what is done, not by time, which other work on the machine stretches; then any part of a trial.
+        share = (kill + draw.random()) / (kills + 1)
+        moment = share * study_bytes(whole), draw.random() * seconds / trials
+        ended, _ = run(place, cut, trials, fidelity, kill_at=moment)
         if ended:
             break
         hits += 1

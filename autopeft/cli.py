@@ -118,6 +118,11 @@ def show(
     known = {objective.name: objective for objective in found.objectives}
     for key, value in evaluation.values.items():
         print(f"  {key}: {known[key].format(value) if key in known else f'{value:g}'}")
+    for seed, values in evaluation.by_seed.items():
+        outcome = evaluation.failures.get(
+            seed, f"{found.metric.name} {found.metric.format(values[found.metric.name])}"
+        )
+        print(f"  training with seed {seed}: {outcome}")
     cost = evaluation.cost
     print(f"  cost: {cost.wall_seconds:.1f} s, {cost.cpu_seconds:.1f} CPU-seconds, {cost.steps} steps")
     print(evaluation.configuration.grid())

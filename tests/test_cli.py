@@ -193,6 +193,16 @@ def test_front_names_the_searches_there_are(place: Path, tmp_path: Path) -> None
     assert "There is no search in" in error("front", "--folder", tmp_path / "missing")
 
 
+def test_show_names_every_training_of_a_trial(place: Path, tmp_path: Path) -> None:
+    assert call("search", place / "search.yaml", f"folder={tmp_path}", "seeds=2").exit_code == 0
+    _, records = load_study(tmp_path / "tiny")
+    record = next(one for one in records if one.evaluation.by_seed)
+    shown = call("show", str(record.number), "--folder", tmp_path).output
+    for seed, values in record.evaluation.by_seed.items():
+        assert f"training with seed {seed}: accuracy {values['accuracy']:.3f}" in shown
+    assert "±" in call("front", "--folder", tmp_path).output
+
+
 def test_show_prints_a_trial_whose_configuration_reads_back(place: Path) -> None:
     _, records = load_study(place / "runs" / "tiny")
     result = call("show", "1", "--folder", place / "runs")

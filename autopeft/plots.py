@@ -155,7 +155,7 @@ def _shown(record: TrialRecord, objective: Objective) -> float:
 def _error_bars(group: Sequence[TrialRecord], y: Objective) -> dict[str, Any] | None:
     deviations = [one.evaluation.deviation(y) for one in group]
     known = any(one is not None for one in deviations)
-    return {"array": deviations, "thickness": 1, "width": 3} if known else None
+    return {"array": deviations, "thickness": 1, "width": 0} if known else None
 
 
 def _axis_title(objective: Objective) -> str:

@@ -1,4 +1,7 @@
-"""The command line: search, sensitivity, front, show, export, ui, validate."""
+"""The command line: search, sensitivity, front, show, export, ui, validate.
+
+MLflow, which takes seconds to import, is imported by the commands that write to it or serve it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,8 @@ from autopeft.pareto import Axis
 from autopeft.profiling import Profile
 from autopeft.progress import wide_console
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.server import serve
 from autopeft.site_scoring import SCORE_BATCHES
 from autopeft.study_store import STUDY_FILE, load_study
-from autopeft.tracking_store import log_report_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,6 +89,8 @@ def sensitivity(
     except OSError as error:
         raise ValueError(f"The report cannot be written to {to}: {error.strerror}.") from error
     if search.tracking is not None:
+        from autopeft.tracking_store import log_report_run
+
         name = f"sensitivity {search.name}"
         run = log_report_run(search.tracking, search.experiment, name, report.save, "sensitivity")
         print(f"MLflow: run {name!r} ({run}) in the experiment {search.experiment!r}")
@@ -171,6 +174,8 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
 ) -> None:
     """Start the MLflow UI on the loopback interface and print the links to the fronts."""
+    from autopeft.server import serve
+
     serve(tracking, port=port)
 
 

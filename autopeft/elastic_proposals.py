@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,9 @@ from autopeft.methods import count_parameters
 from autopeft.pareto import Axis, Values, hypervolume
 from autopeft.search_spaces import SearchSpace
 from autopeft.search_spaces.base import middle_learning_rate
-from autopeft.tracking import Tracker
+
+if TYPE_CHECKING:
+    from autopeft.tracking import Tracker
 
 _GENERATIONS = 3
 _SHORTLIST = 12

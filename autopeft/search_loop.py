@@ -31,12 +31,12 @@ from autopeft.score_check import FEWEST_TRIALS, check_scores
 from autopeft.search_profile import record_profile
 from autopeft.search_spaces import History
 from autopeft.study_store import STATES, StudyStore
-from autopeft.tracking import Tracker
 from autopeft.training import quiet_lightning
 from autopeft.trial_training import TrialTraining
 
 if TYPE_CHECKING:
     from autopeft.search import Search
+    from autopeft.tracking import Tracker
 
 _logger = logging.getLogger(__name__)
 _ANCHOR = "autopeft:anchor"
@@ -138,6 +138,8 @@ class SearchLoop:
                         user_attrs={_ANCHOR: anchor.name},
                     )
         if search.tracking is not None:
+            from autopeft.tracking import Tracker  # MLflow is a fifth of what importing all takes
+
             self.tracker = Tracker(
                 search.tracking,
                 experiment=search.experiment,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autopeft.profiling import current_profile
 from autopeft.progress import SearchProgress
-from autopeft.tracking import Tracker
+
+if TYPE_CHECKING:
+    from autopeft.tracking import Tracker
 
 PROFILE_FOLDER = "profile"
 _PATIENCE_SECONDS = 60.0

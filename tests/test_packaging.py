@@ -138,3 +138,8 @@ def test_mypy_strict() -> None:
 
 def test_import_directions() -> None:
     run(str(Path(sys.executable).with_name("lint-imports")))
+
+
+@pytest.mark.parametrize("module", ["autopeft", "autopeft.cli"])
+def test_what_needs_no_mlflow_does_not_import_it(module: str) -> None:
+    run(sys.executable, "-c", f"import sys, {module}; sys.exit('mlflow' in sys.modules)")

@@ -73,7 +73,8 @@ class TrialTraining:
         trained = self._evaluator.train(evaluation.configuration, seed)
         if trained.state is not None:
             # Where the trial was off the front for a while, there may be none.
-            kept = evaluation.each_training().get(self._checkpoints.seed(record.number) or -1)
+            kept_seed = self._checkpoints.seed(record.number)
+            kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
             if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
                 self._checkpoints.save(record.number, trained.state, seed)
         return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, worst))

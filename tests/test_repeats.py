@@ -249,6 +249,26 @@ def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
     assert any(is_best and is_later for is_best, is_later in best)
 
 
+def test_tensors_of_a_training_with_seed_0_are_kept_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.trial_training.training_seed", _number_of_training)
+    one = search(tmp_path)
+    front = one.run(trials=8, progress=False)
+    kept = Checkpoints(one.folder / "adapters")
+    better = {
+        record.number: max(trainings, key=lambda seed: trainings[seed]["accuracy"])  # the first of equals
+        for record in front.records
+        if (trainings := record.evaluation.by_seed)
+    }
+    assert 0 in better.values()
+    assert {number: kept.seed(number) for number in better} == better
+
+
+def _number_of_training(seed: int, trial: int, training: int = 0) -> int:
+    return training
+
+
 def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None) -> bool:
     return second is not None and all(torch.equal(one, second[name]) for name, one in first.items())
 

@@ -25,8 +25,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # Tests run in so many processes, a file of them in one: what tiny models take is one thread's work.
 WORKERS ?= 2
-SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TESTS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile \
+    --cov --cov-report=term --cov-fail-under=90
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,10 +49,10 @@ demo: setup ## Search adapters for a real model on real data, show the front, ex
 	$(PYTHON) examples/demo.py
 
 test: setup ## All quality gates: tests, types, lint, import directions, coverage
-	$(ONE_THREAD) $(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
+	$(TESTS) -m "not slow and not gpu"
 
 test-all: setup ## The same with slow tests and, where there is a GPU, GPU tests
-	$(ONE_THREAD) $(PYTHON) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term --cov-fail-under=90
+	$(TESTS)
 
 lint: setup ## Only the static checks
 	$(VENV)/bin/ruff check .

@@ -65,7 +65,7 @@ class SearchLoop:
         self.axes = search.axes()
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
-        self.promotion = search.promotion()
+        self.promotion = store.promotion
         self.training = TrialTraining(search.evaluator, self.checkpoints, self.paused, seed=search.seed)
         self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
@@ -191,9 +191,7 @@ class SearchLoop:
     def _repeat(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         """Train a member of the front again, with another seed."""
         self._show_running(record.number, record.evaluation.configuration)
-        task = self.search.task
-        worst = {name: task.majority_score(name) for name in task.metrics}
-        return self._update(self.training.repeat(record, worst), front)
+        return self._update(self.training.repeat(record), front)
 
     def _show_running(self, number: int, configuration: Configuration) -> None:
         self.progress.running(number)

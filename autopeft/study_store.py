@@ -75,7 +75,7 @@ class StudyStore:
         self._lock = _lock(folder, name)
         self._journal: SoleWriterJournal | None = None
         self._sampler = sampler
-        self._promotion = promotion
+        self.promotion = promotion
         self.records: list[TrialRecord] = []
         self.live: Study
         try:
@@ -98,7 +98,7 @@ class StudyStore:
                 raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
             self._saved.set_metric_names(names)
         self.records += _records(self._saved)
-        if self._promotion is None and any(one.evaluation.status == "paused" for one in self.records):
+        if self.promotion is None and any(one.evaluation.status == "paused" for one in self.records):
             raise self._other_search(["fidelity: trials pause there, none does here"])
         for trial, record in zip(self._saved.get_trials(deepcopy=False), self.records, strict=True):
             self._finish(trial, record)  # a process that was killed may not have come to it
@@ -120,7 +120,7 @@ class StudyStore:
             self.live.add_trial(trial)
 
     def _forecast(self) -> Forecast | None:
-        return None if self._promotion is None else self._promotion.forecast(self.records)
+        return None if self.promotion is None else self.promotion.forecast(self.records)
 
     def _expected(self, record: TrialRecord, forecast: Forecast | None) -> list[float] | None:
         """Return the objectives that samplers are to see; None where there are none.
@@ -192,7 +192,7 @@ class StudyStore:
             trial.values = None
         self._saved.add_trial(trial)
         self.records.append(record)
-        if record.evaluation.status == "complete" and self._promotion is not None:
+        if record.evaluation.status == "complete" and self.promotion is not None:
             self._follow(record.number)  # a whole training tells of those that paused
 
     @section("record")
@@ -256,19 +256,14 @@ def _encode(record: TrialRecord) -> str:
     return json.dumps(record.to_dict())
 
 
-def record_of(trial: FrozenTrial) -> TrialRecord:
-    """Return the record of a saved trial."""
-    return TrialRecord.from_dict(json.loads(trial.user_attrs[_RECORD]))
-
-
 def _records(study: Study) -> list[TrialRecord]:
     """Return the records of a saved study, of trials that were trained again the latest."""
     latest = study.user_attrs
-    records = []
-    for trial in study.get_trials(deepcopy=False):
-        text = latest.get(f"{_RECORD}:{trial.number}")
-        records.append(record_of(trial) if text is None else TrialRecord.from_dict(json.loads(text)))
-    return records
+    texts = (
+        latest.get(f"{_RECORD}:{trial.number}", trial.user_attrs[_RECORD])
+        for trial in study.get_trials(deepcopy=False)
+    )
+    return [TrialRecord.from_dict(json.loads(text)) for text in texts]
 
 
 def _finished(trial: FrozenTrial, values: Sequence[float]) -> FrozenTrial:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
@@ -61,13 +61,8 @@ class TrialTraining:
         )
         return self._kept(replace(record, evaluation=trained.evaluation), trained, front)
 
-    def repeat(self, record: TrialRecord, worst: Mapping[str, float]) -> TrialRecord:
-        """Train a completed trial again with another seed; of its trainings the better's tensors are kept.
-
-        Args:
-            record: The trial.
-            worst: Of each of the task's metrics: a training that fails has them.
-        """
+    def repeat(self, record: TrialRecord) -> TrialRecord:
+        """Train a completed trial again with another seed; of its trainings the better's tensors are kept."""
         evaluation, monitor = record.evaluation, self._evaluator.monitor
         seed = training_seed(self._seed, record.number, evaluation.trainings)
         trained = self._evaluator.train(evaluation.configuration, seed)
@@ -77,7 +72,13 @@ class TrialTraining:
             kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
             if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
                 self._checkpoints.save(record.number, trained.state, seed)
-        return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, worst))
+        return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, self._worst))
+
+    @cached_property
+    def _worst(self) -> dict[str, float]:
+        """The worst of each of the task's metrics, which a repeat that fails has."""
+        task = self._evaluator.task
+        return {name: task.majority_score(name) for name in task.metrics}
 
     def _kept(self, record: TrialRecord, trained: Trained, front: ParetoFront) -> TrialRecord:
         """Keep what a training left, before its trial is recorded: it must never be without its tensors."""

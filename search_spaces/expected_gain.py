@@ -128,9 +128,9 @@ class ExpectedGain:
         self._rows = features.inputs(self._tried)
         self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
         objectives = [axis.objective for axis in history.axes]
-        known = self._on_all_axes()
-        flags = non_dominated([history.trials[place][1] for place in known], objectives)
-        self._front = frozenset(place for place, is_member in zip(known, flags, strict=True) if is_member)
+        self._placed = self._on_all_axes()
+        flags = non_dominated([history.trials[place][1] for place in self._placed], objectives)
+        self._front = frozenset(place for place, flag in zip(self._placed, flags, strict=True) if flag)
         objectives += [constraint.objective for constraint in history.constraints]
         self._models = {
             one.name: self._model(one) for one in dict.fromkeys(objectives) if one.name != _COUNTED
@@ -139,11 +139,12 @@ class ExpectedGain:
         self._known: dict[Configuration, float] = {}
 
     def _model(self, objective: Objective) -> GaussianProcess:
-        found = [values.get(objective.name) for _, values in self._history.trials]
-        places = self._learned_from([place for place, value in enumerate(found) if value is not None])
+        name, trials = objective.name, enumerate(self._history.trials)
+        known = {place: values[name] for place, (_, values) in trials if name in values}
+        places = self._learned_from(list(known))
         return GaussianProcess(
             _inputs_for(objective, self._rows.select(places)),
-            np.array([_scaled(objective, found[place] or 0.0) for place in places]),
+            np.array([_scaled(objective, known[place]) for place in places]),
             None if objective.before_training else self._trainings[places],
             exact=objective.before_training,
         )
@@ -153,9 +154,9 @@ class ExpectedGain:
 
         Who has been on the front was trained again, if anyone: what it gained must not be forgotten.
         """
-        again = set(np.flatnonzero(self._trainings > 1).tolist())
-        kept = [place for place in places if place in again or place in self._front][-_LATEST:]
-        others = [place for place in places if place not in kept]
+        was_on_front = {place: place in self._front or self._trainings[place] > 1 for place in places}
+        kept = [place for place in places if was_on_front[place]][-_LATEST:]
+        others = [place for place in places if not was_on_front[place]]
         room = _LATEST - len(kept)
         return sorted([*kept, *(others[-room:] if room else [])])
 
@@ -173,21 +174,18 @@ class ExpectedGain:
         optimization", 2013).
         """
         axes = self._history.axes
-        known = self._on_all_axes()
-        positions = [[axis.position(one) for one in self._reached(axis.objective, known)] for axis in axes]
+        positions = [[axis.position(one) for one in self._reached(axis.objective)] for axis in axes]
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
         for position in zip(*positions, strict=True):
             free &= (cells > position).any(axis=1)
         return cells[free]
 
-    def _reached(self, objective: Objective, places: Sequence[int]) -> list[float]:
-        """Return what some trials reached: an exact cost as it was measured, others as the model has them."""
+    def _reached(self, objective: Objective) -> list[float]:
+        """Return what trials on all axes reached: exact costs, and the rest as the model has it."""
         if objective.before_training:
-            return [self._history.trials[place][1][objective.name] for place in places]
-        mean, _ = self._predicted(
-            objective, [self._tried[place] for place in places], self._rows.select(places)
-        )
+            return [self._history.trials[place][1][objective.name] for place in self._placed]
+        mean, _ = self._models[objective.name].predict(self._rows.select(self._placed))
         return [float(one) for one in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:

@@ -14,8 +14,7 @@ from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per
 
 _GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
-SEEDS = 2
-_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS}
+_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS, "seeds": 2}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
@@ -25,7 +24,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, PerLayer and TPE alone": {
-        "seeds": 1,
         "space": per_layer(),
         "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
     },
@@ -55,7 +53,7 @@ def run(setting: Setting, variant: str) -> list[Entry]:
             folder=folder,
             tracking=None,
             score_check=False,
-            **{"training": TRAINING, "seeds": SEEDS, **VARIANTS[variant]},
+            **{"training": TRAINING, **VARIANTS[variant]},
         )
         search.run(trials=setting.trials, progress=False, callbacks=[note])
     return log

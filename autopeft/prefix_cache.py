@@ -6,11 +6,10 @@ was there: a search that was killed and goes on gives the same results as one th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,14 @@ from autopeft.methods import Attachment
 from autopeft.modes import in_mode
 from autopeft.objectives import parse_quantity
 from autopeft.prefix_estimate import Estimate, Passes, estimate
-from autopeft.prefix_files import PrefixFiles, StateWriter, StoredStates
+from autopeft.prefix_files import PrefixFiles, StoredStates
+from autopeft.prefix_filling import SECONDS_PER_TOKEN, Start, fill
 from autopeft.prefix_rows import SplitRows, place
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.training import Training
 
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
-_SECONDS_PER_TOKEN = "seconds_per_token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,8 @@ class PrefixUse:
         share: The share that was saved, of the time without serving, validations included.
         seconds_saved: Time that the blocks below the cut would have taken, at the speed they had when the
             states were computed, less what serving took.
-        fill_seconds: Time spent on computing hidden states that were not there yet; not part of the above.
+        fill_seconds: Time spent on computing hidden states that were not there yet, those of lower cuts among
+            them; not part of the above.
     """
 
     cut: int
@@ -160,24 +160,72 @@ class PrefixCache:
                 size = (rows.tokens + 1) * token_bytes
                 if not files.make_room(size, frozenset(keys.values())):
                     raise OSError(f"there is no room for {size:,} bytes")
-                states = self._filled(prefix, structure, name, key, files)
+                states = self._filled(prefix, structure, name, files)
             opened[name] = rows, states
         seconds = self.clock() - started if filled else 0.0
         return _Opened(splits=opened, structure=structure, expected=expected, fill_seconds=seconds)
 
     def _filled(
-        self, prefix: FrozenPrefix, structure: Structure, name: str, key: str, files: PrefixFiles
+        self, prefix: FrozenPrefix, structure: Structure, name: str, files: PrefixFiles
     ) -> StoredStates:
-        rows = self._rows[name]
-        self._verified.discard(key)
-        with files.writing(key, rows.tokens + 1) as writer:
-            self._fill(prefix, structure, name, writer, files)
+        start = self._start(name, prefix.cut, files)
+        on_the_way = self._on_the_way(start.cut, prefix.cut, files)
+        try:
+            self._fill(prefix, structure, name, files, start, (*on_the_way, prefix.cut))
+        except OSError:
+            if not on_the_way:
+                raise
+            # What nobody has asked for yet must not cost the trial its own.
+            self._fill(prefix, structure, name, files, start, (prefix.cut,))
+        key = self._key(name, prefix.cut)
         states = files.open(key)
         if states is None:
             raise OSError("a file that was just written is gone")
-        if not self._agrees(prefix, structure, rows, states, key):
+        if not self._agrees(prefix, structure, self._rows[name], states, key):
             raise UnservableError("with them in place the model computes something else")
         return states
+
+    def _fill(
+        self,
+        prefix: FrozenPrefix,
+        structure: Structure,
+        name: str,
+        files: PrefixFiles,
+        start: Start,
+        cuts: Sequence[int],
+    ) -> None:
+        rows = self._rows[name]
+        keys = {cut: self._key(name, cut) for cut in cuts}
+        self._verified.difference_update(keys.values())
+        with ExitStack() as stack:
+            writers = {
+                cut: stack.enter_context(files.writing(key, rows.tokens + 1)) for cut, key in keys.items()
+            }
+            stack.enter_context(self._mixed())
+            fill(prefix, structure, rows, writers, start, device=self.device, clock=self.clock)
+
+    def _start(self, name: str, cut: int, files: PrefixFiles) -> Start:
+        """Return the highest lower cut whose hidden states there are."""
+        for lower_cut in range(cut - 1, 0, -1):
+            states = files.open(self._key(name, lower_cut))
+            if states is not None:
+                return Start(lower_cut, states)
+        return Start(0, None)
+
+    def _on_the_way(self, start: int, cut: int, files: PrefixFiles) -> list[int]:
+        """Return the cuts between whose hidden states a pass is to keep too: other trials will have them.
+
+        Nothing is removed for them, and room is left for the cut itself.
+        """
+        token_bytes = self._token_bytes[cut]
+        kept: list[int] = []
+        for lower_cut in range(cut - 1, start, -1):
+            expected = self._estimate(lower_cut, token_bytes)
+            files_then = len(kept) + 2  # with this one, and that of the cut itself
+            has_room = files.has_room(files_then * expected.bytes)
+            if expected.pays and expected.pays_on_the_way and has_room:
+                kept.append(lower_cut)
+        return kept
 
     def _key(self, name: str, cut: int) -> str:
         text = f"{self._identity} {self._rows[name].identity} {cut}"
@@ -270,46 +318,6 @@ class PrefixCache:
         of_logits = (served - plain).abs().max() / plain.abs().max()
         return float(torch.maximum(of_states.max(), of_logits))
 
-    def _fill(
-        self,
-        prefix: FrozenPrefix,
-        structure: Structure,
-        name: str,
-        writer: StateWriter,
-        files: PrefixFiles,
-    ) -> None:
-        """Compute all rows' hidden states, from those at the highest lower cut where there are any."""
-        rows, model = self._rows[name], self._backbone.model
-        lower_cut, lower = self._lower(name, prefix.cut, files)
-        seconds = 0.0
-        with ExitStack() as stack:
-            stack.enter_context(self._mixed())
-            below = stack.enter_context(FrozenPrefix(model, self._backbone.blocks, lower_cut))
-            for batch in rows.batches:
-                started = self.clock()
-                inputs = rows.inputs(batch, self.device)
-                with (
-                    contextlib.nullcontext()
-                    if lower is None
-                    else below.serving(rows.gather(lower.states, batch, self.device), structure)
-                ):
-                    hidden = prefix.states(inputs)
-                found = hidden[rows.inside(batch).to(self.device)].cpu()
-                seconds += self.clock() - started
-                writer.write(found)
-            writer.write(torch.zeros_like(found[:1]))
-        rate = seconds / rows.tokens
-        if lower is not None:
-            rate += float(lower.notes[_SECONDS_PER_TOKEN])
-        writer.notes[_SECONDS_PER_TOKEN] = repr(rate)
-
-    def _lower(self, name: str, cut: int, files: PrefixFiles) -> tuple[int, StoredStates | None]:
-        for lower_cut in range(cut - 1, 0, -1):
-            states = files.open(self._key(name, lower_cut))
-            if states is not None:
-                return lower_cut, states
-        return 0, None
-
     def _mixed(self) -> AbstractContextManager[None]:
         """Compute in the training's precision."""
         return self._backbone.computing_in(self._training.resolved_precision())
@@ -353,7 +361,7 @@ class TrialPrefix:
         rows, stored = self._opened.splits[split]
         chosen = numbers.tolist()
         states = rows.gather(stored.states, chosen, self._cache.device)
-        rate = float(stored.notes[_SECONDS_PER_TOKEN])
+        rate = float(stored.notes[SECONDS_PER_TOKEN])
         self._saved_seconds += rate * float(rows.lengths[chosen].sum())
         self._serve_seconds += self._cache.clock() - started
         with self._prefix.serving(states, self._opened.structure):

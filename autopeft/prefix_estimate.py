@@ -83,11 +83,14 @@ class Estimate:
         share: Seconds saved, as a share of a training that is not served; filling is left out.
         fill_share: Seconds that filling takes once, as a share of the same.
         bytes: Size of the hidden states.
+        pays_on_the_way: Whether writing hidden states takes less than the pass of a block that computes them
+            from those below: then a pass to a higher cut had better keep them too.
     """
 
     share: float
     fill_share: float
     bytes: int
+    pays_on_the_way: bool
 
     @property
     def pays(self) -> bool:
@@ -119,13 +122,19 @@ def estimate(
         device: Type of the device: "cpu" or "cuda".
     """
     rates = RATES[device]
-    saved = whole = filling = 0.0
+    saved = whole = passing = writing = 0.0
     for split in splits.values():
         block = max(rates.block_seconds * split.batches, 2 * block_parameters * split.tokens / rates.flops)
         read = rates.read_seconds * split.batches + split.tokens * token_bytes / rates.read_bytes
         saved += split.times * (cut * block - read)
         above = block * split.block_cost * (blocks - cut)
         whole += split.times * (cut * block + above + rates.step_seconds * split.batches)
-        filling += cut * block + split.tokens * token_bytes / rates.write_bytes
+        passing += block
+        writing += split.tokens * token_bytes / rates.write_bytes
     size = sum(split.tokens + 1 for split in splits.values()) * token_bytes
-    return Estimate(share=saved / whole, fill_share=filling / whole, bytes=size)
+    return Estimate(
+        share=saved / whole,
+        fill_share=(cut * passing + writing) / whole,
+        bytes=size,
+        pays_on_the_way=writing < passing,
+    )

@@ -5,6 +5,7 @@ The least recently used ones go first.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -146,19 +147,36 @@ class PrefixFiles:
             keep: Keys of files that stay.
         """
         kept = {self._path(key) for key in keep}
-        files = sorted((path.stat().st_mtime_ns, path) for path in self.folder.glob("*.safetensors"))
-        total = sum(path.stat().st_size for _, path in files)
-        for _, path in files:
+        files = self._files("*.safetensors")
+        total = sum(size for _, size, _ in files)
+        for _, bytes_there, path in files:
             if self._fits(total, size):
                 break
             if path not in kept:
-                total -= path.stat().st_size
+                total -= bytes_there
                 path.unlink(missing_ok=True)  # who has it mapped keeps it until done
         return self._fits(total, size)
 
+    def has_room(self, size: int) -> bool:
+        """Say whether `size` bytes more fit with nothing removed, and leave the disk as much again."""
+        total = sum(bytes_there for _, bytes_there, _ in self._files("*"))
+        return self._fits(total, size) and 2 * size < self._free()
+
+    def _files(self, pattern: str) -> list[tuple[int, int, Path]]:
+        """Return time of last use, bytes and path of files, the least recently used first."""
+        found = []
+        for path in self.folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        return sorted(found)
+
     def _fits(self, total: int, size: int) -> bool:
+        return total + size <= self.limit_bytes and size < self._free()
+
+    def _free(self) -> int:
         folder = next(one for one in (self.folder, *self.folder.absolute().parents) if one.is_dir())
-        return total + size <= self.limit_bytes and size < shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free
 
     def _check(self, key: str, inode: int, opened: StoredStates) -> None:
         """Compare a file with its checksum, once a process."""

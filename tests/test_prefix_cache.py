@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from autopeft.live_storage import measure_live_storage
 from autopeft.memory import MemoryCounter
 from autopeft.methods import FullFineTuning, attach
 from autopeft.objectives import resolve_objectives
+from autopeft.prefix_files import PrefixFiles
 from autopeft.tasks import TextClassification
 from autopeft.training import Training
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
@@ -178,16 +180,81 @@ def test_results_do_not_depend_on_what_was_there(tmp_path: Path) -> None:
         assert_alike(evaluator.train(configuration), alone, tolerance=0)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of hidden states without their headers, which have the time it took."""
+    return {path.name: path.read_bytes()[1024:] for path in (folder / "prefixes").iterdir()}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_one_pass_keeps_the_states_of_lower_cuts_too(architecture: str, tmp_path: Path) -> None:
+    """The same bits as a pass of their own gives, and nothing is left to fill for trials with these cuts."""
+    backbone = backbone_of(architecture)
+    at_once = evaluator_of(backbone, tmp_path / "at once")
+    at_once.train(above(backbone, BLOCKS))
+    for cut in range(1, BLOCKS + 1):
+        evaluator_of(backbone, tmp_path / "one by one").train(above(backbone, cut))
+        at_once.train(above(backbone, cut))
+    assert contents(tmp_path / "at once") == contents(tmp_path / "one by one")
+    assert len(contents(tmp_path / "at once")) == 2 * BLOCKS
+    first, *others = at_once.prefixes.uses
+    assert first.fill_seconds > 0
+    assert [one.fill_seconds for one in others] == [0.0] * BLOCKS
+
+
+def test_a_pass_begins_at_one_cut_and_keeps_those_between(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    one_by_one, jumping = (evaluator_of(backbone, tmp_path / name) for name in ("one by one", "jumping"))
+    for evaluator, cuts in ((one_by_one, (1, 2, 3)), (jumping, (1, 3))):
+        for cut in cuts:
+            evaluator.train(above(backbone, cut))
+    assert contents(tmp_path / "jumping") == contents(tmp_path / "one by one")
+    files = PrefixFiles(tmp_path / "jumping" / "prefixes", 2**30)
+    for split in ("train", "validation"):
+        stored = [files.open(jumping.prefixes._key(split, cut)) for cut in (1, 2, 3)]
+        seconds = [float(one.notes["seconds_per_token"]) for one in stored if one is not None]
+        assert len(seconds) == 3
+        assert seconds == sorted(seconds)
+
+
+def test_what_nobody_asked_for_does_not_cost_a_trial_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for the files of lower cuts still has those of the trial."""
+    backbone = backbone_of()
+    cached = evaluator_of(backbone, tmp_path)
+    writing, failed = PrefixFiles.writing, []
+
+    def scarce(files: PrefixFiles, key: str, positions: int) -> Any:
+        if key == cached.prefixes._key("train", 1):
+            failed.append(key)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writing(files, key, positions)
+
+    monkeypatch.setattr(PrefixFiles, "writing", scarce)
+    trained = cached.train(above(backbone, 2))
+    assert failed
+    assert served_cuts(cached) == [2]
+    assert_alike(trained, evaluator_of(backbone, None, mode="eval").train(above(backbone, 2)))
+
+
+def test_lower_cuts_are_kept_only_where_there_is_room(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    evaluator = evaluator_of(backbone, tmp_path)
+    evaluator.train(above(backbone, 1))
+    size = sum(path.stat().st_size for path in (tmp_path / "prefixes").iterdir())
+    scarce = evaluator_of(backbone, tmp_path / "scarce", prefix_cache=f"{3 * size // 2} B")
+    scarce.train(above(backbone, BLOCKS))
+    assert [use.cut for use in scarce.prefixes.uses] == [BLOCKS]
+    assert len(contents(tmp_path / "scarce")) == 2
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_prefix_tuning_fills_the_same_states(architecture: str, tmp_path: Path) -> None:
     """It routes the attention of all blocks through another function."""
     backbone = backbone_of(architecture)
     for name, method in (("prefix", "prefix"), ("lora", "lora")):
         evaluator_of(backbone, tmp_path / name).train(above(backbone, 2, method))
-    files = [sorted((tmp_path / name / "prefixes").iterdir()) for name in ("prefix", "lora")]
-    assert [one.name for one in files[0]] == [one.name for one in files[1]]
-    for one, other in zip(*files, strict=True):  # behind the header, which has the time it took
-        assert one.read_bytes()[1024:] == other.read_bytes()[1024:]
+    assert contents(tmp_path / "prefix") == contents(tmp_path / "lora")
 
 
 def test_a_file_of_something_else_is_made_again(tmp_path: Path) -> None:

@@ -163,3 +163,10 @@ def test_it_does_not_pay_where_reading_takes_longer_or_little_is_trained() -> No
     assert not estimate({"train": slow}, cut=1, blocks=6, **wide).pays  # type: ignore[arg-type]
     assert not expected(3, epochs=0.1).pays
     assert expected(3, epochs=0.5).pays
+
+
+def test_lower_cuts_are_worth_writing_where_a_block_takes_longer() -> None:
+    train = {"train": Passes(batches=100, tokens=40_000, times=3.0, block_cost=2)}
+    sizes = {"cut": 3, "blocks": 6, "block_parameters": 1.8e6, "token_bytes": 1536}
+    assert estimate(train, device="cpu", **sizes).pays_on_the_way  # type: ignore[arg-type]
+    assert not estimate(train, device="cuda", **sizes).pays_on_the_way  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from autopeft.profiling import section
 from autopeft.sensitivity import ScoreOptions, SiteScores, compute_scores
 from autopeft.sensitivity_report import SensitivityReport, dump_scores, read_scores
 
-SCORE_BATCHES = 16
+SCORE_BATCHES = 4
+"""Unless told otherwise: more move the ranking of the sites little (`benchmarks/score_batches.py`)."""
 
 
 @section("score")

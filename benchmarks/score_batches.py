@@ -1,0 +1,104 @@
+"""How many training batches scores take: rank correlation with what sixteen give, and processor time.
+
+    python -m benchmarks.score_batches [--batches 1 2 4 8] [--seeds 3]
+
+MiniLM on three data sets, batch size 16, all cheap scores. A seed draws the head and the batches, of which a
+smaller number takes the first; the figures are means over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from autopeft.sensitivity import CHEAP_SCORES, SiteScores
+from autopeft.site_scoring import SCORE_BATCHES, score_sites
+from benchmarks.datasets import DATASETS
+from benchmarks.rivals.setting import Setting
+
+RESULTS = Path(__file__).parent / "results" / "score_batches.json"
+MOST = 16
+
+
+def scored(setting: Setting, batches: int) -> tuple[Mapping[str, SiteScores], float]:
+    """Return the scores from so many batches, and the processor seconds they took."""
+    evaluator = setting.evaluator(setting.load())
+    started = time.process_time()
+    report = score_sites(evaluator, CHEAP_SCORES, batches=batches)
+    return report.scores, time.process_time() - started
+
+
+def correlation(one: SiteScores, other: SiteScores) -> float:
+    """Return Spearman's rank correlation over the sites."""
+    sites = list(one.values)
+    return float(spearmanr([one.values[site] for site in sites], [other.values[site] for site in sites])[0])
+
+
+def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, Any]]:
+    """Return a row for each number of batches."""
+    rows = []
+    settings = [Setting(dataset=dataset, seed=seed, trials=1) for seed in range(seeds)]
+    whole = [scored(one, MOST) for one in settings]
+    for number in (*numbers, MOST):
+        several = whole if number == MOST else [scored(one, number) for one in settings]
+        pairs = [(few, sixteen) for (few, _), (sixteen, _) in zip(several, whole, strict=True)]
+        rows.append(
+            {
+                "dataset": dataset,
+                "batches": number,
+                "processor_seconds": statistics.fmean(seconds for _, seconds in several),
+                "correlation": {
+                    name: [correlation(few[name], sixteen[name]) for few, sixteen in pairs]
+                    for name in CHEAP_SCORES
+                },
+            }
+        )
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table for each data set."""
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        several = [row for row in rows if row["dataset"] == dataset]
+        table = Table(title=f"{dataset}: rank correlation with the scores from {MOST} batches")
+        for heading in ("batches", *(str(row["batches"]) for row in several)):
+            table.add_column(heading, justify="left" if heading == "batches" else "right")
+        for name in CHEAP_SCORES:
+            cells = (f"{statistics.fmean(row['correlation'][name]):.3f}" for row in several)
+            table.add_row(name, *cells)
+        table.add_row("CPU-seconds", *(f"{row['processor_seconds']:.1f}" for row in several))
+        Console(width=110).print(table)
+    print(f"A search takes {SCORE_BATCHES}.")
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for name in DATASETS for row in measure(name, arguments.batches, arguments.seeds)]
+    show(rows)
+    batches = " ".join(map(str, arguments.batches))
+    record = {
+        "command": f"python -m benchmarks.score_batches --batches {batches} --seeds {arguments.seeds}",
+        "machine": f"{platform.platform()}, one thread",
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

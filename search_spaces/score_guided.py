@@ -47,12 +47,12 @@ _GUIDED = "guided"
 _REFINED = "refined"
 _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
-# Of the anchors, the quickest first: the budget's place on its log scale, blocks left free, the rate's place.
-_ANCHORS = ((0.5, 0.67, 0.7), (0.3, 0.5, 0.85), (0.7, 0.33, 0.5), (0.9, 0.0, 0.3))
+# Of an anchor: the place of its budget on a log scale, the share of blocks left free, the place of its rate.
+# Two have one budget: where rates and sizes go together, a model takes one for the other.
+_ANCHORS = ((0.1, 0.67, 1.0), (0.35, 0.5, 0.8), (0.35, 0.67, 0.35))
 _TRAINED_WHOLE = 2  # of these, and the head alone: three trainings tell what is gained after a rung
-# Of a pool: candidates drawn anew, and those made from the front.
-_DRAWN = 32
-_REFINED_CANDIDATES = 128
+_DRAWN = 32  # candidates of a pool that are drawn anew
+_REFINED_CANDIDATES = 128  # and that are made from the front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class ScoreGuided(SearchSpace):
     roles: Sequence[str] | None = None
     temperature: tuple[float, float] = (0.0, 1.5)
     placement: tuple[float, float] = (0.2, 1.0)
-    modelled: float = 0.9
-    guided_trials: int = 5
+    modelled: float = 0.95
+    guided_trials: int = 4
     learning_rate: LearningRate = (3e-4, 1e-2)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     site_scores: Mapping[str, SiteScores] = field(default_factory=dict, repr=False, compare=False)
@@ -334,12 +334,10 @@ class ScoreGuided(SearchSpace):
         }
 
     def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
-        """Return the head alone, and the first score's allocation at several budgets.
+        """Return the head alone, and the first score's allocation at a few small budgets.
 
-        They spread over budgets, lowest blocks (higher ones save memory) and learning rates, for which rates
-        are good is what a search has to learn first. The higher rates stand with the smaller budgets, the
-        highest with the head alone: what trains less needs and bears more. The two that take most go on after
-        a rung only where they promise something.
+        A search has to learn first which learning rates are good. They are few and small, as large ones are
+        dear, and tried when models promise something. The last goes on after a rung only if it is promising.
         """
         rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)
@@ -348,21 +346,25 @@ class ScoreGuided(SearchSpace):
         for index, (place, lowest_share, rate_place) in enumerate(_ANCHORS):
             budget = round(low * (high / low) ** place)
             lowest_block = min(round(lowest_share * blocks), blocks - 1)
-            adapters = self._allocated(
-                backbone,
-                self.scores[0],
-                method=self.methods[0],
-                temperature=min(max(0.5, self.temperature[0]), self.temperature[1]),
-                budget=budget,
-                placement=self.placement[1],
-                lowest_block=lowest_block,
-            )
-            name = f"{self.scores[0]} with {budget:,} parameters from block {lowest_block} up"
+            while not (adapters := self._anchor_of(backbone, budget, lowest_block)) and budget < high:
+                budget *= 2  # no site's share was the smallest size
             rate = learning_rate_at(rate_place, self.learning_rate)
-            configuration = Configuration(adapters, learning_rate=rate)
-            whole = index < _TRAINED_WHOLE
-            found.append(Anchor(name=name, configuration=configuration, is_trained_whole=whole))
+            placed = f"{self.scores[0]} with {budget:,} parameters from block {lowest_block} up"
+            name = f"{placed}, learning rate {rate:g}"
+            chosen = Configuration(adapters, learning_rate=rate)
+            found.append(Anchor(name=name, configuration=chosen, is_trained_whole=index < _TRAINED_WHOLE))
         return distinct(found)
+
+    def _anchor_of(self, backbone: Backbone, budget: int, lowest_block: int) -> dict[Site, Adapter]:
+        return self._allocated(
+            backbone,
+            self.scores[0],
+            method=self.methods[0],
+            temperature=min(max(0.5, self.temperature[0]), self.temperature[1]),
+            budget=budget,
+            placement=self.placement[1],
+            lowest_block=lowest_block,
+        )
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the head alone, and every site at its largest."""

@@ -49,6 +49,19 @@ def test_it_guides_then_chooses_by_gain_and_resumes_as_if_uninterrupted(tmp_path
     assert outcomes(resumed.records) == outcomes(front.records)
 
 
+@pytest.mark.parametrize("ranks", [(1, 8), (16, 64), (32, 32)])
+def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Also where the smallest size is more than a site's share of the smallest budget."""
+    space = ScoreGuided(scores=("gradient_norm",), ranks=ranks, learning_rate=(1e-3, 1e-2))
+    search = tiny_search(tmp_path, space=space)
+    search.validate()
+    anchors = search.space.anchors(search.backbone)
+    sizes = [len(anchor.configuration) for anchor in anchors]
+    assert sizes[0] == 0
+    assert all(sizes[1:])
+    assert len(anchors) > 1
+
+
 def test_a_space_is_told_what_paused_and_infeasible_trials_are_worth(tmp_path: Path) -> None:
     told: list[History] = []
 

@@ -76,12 +76,19 @@ class Budget:
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
-    def spent_share(self, spent: Spent) -> float:
-        """Return how much of the scarcest bound is used up; 1 or more when the search is done."""
+    def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
+        """Return how much of the scarcest bound is used up; 1 or more when the search is done.
+
+        Args:
+            spent: What the trials have used up.
+            reserved: What is still to be spent on them, counted as if it were spent.
+        """
+        more = Cost() if reserved is None else reserved
+        elapsed = time.monotonic() - self._started + more.wall_seconds
         shares = (
             (spent.trials, self.trials),
-            (time.monotonic() - self._started, None if self.hours is None else self.hours * 3600),
-            (spent.cost.gpu_seconds, self.gpu_seconds),
-            (spent.cost.cpu_seconds, self.cpu_seconds),
+            (elapsed, None if self.hours is None else self.hours * 3600),
+            (spent.cost.gpu_seconds + more.gpu_seconds, self.gpu_seconds),
+            (spent.cost.cpu_seconds + more.cpu_seconds, self.cpu_seconds),
         )
         return max(amount / bound for amount, bound in shares if bound is not None)

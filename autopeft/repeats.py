@@ -2,9 +2,11 @@
 
 A front is made of the best values seen, so it has more than its share of lucky trainings, and what is chosen
 from it disappoints. Whoever is on it is therefore trained again until it has been trained so many times; its
-values are the means, and where these do not hold it leaves the front. This is the intensification of SMAC
-(Hutter, Hoos and Leyton-Brown, "Sequential Model-Based Optimization for General Algorithm Configuration",
-2011), with a front in place of the one incumbent.
+values are the means, and where these do not hold it leaves the front. While a search is young much stands on
+its front for a moment only: a member is trained again when it is still there after a few trials with later
+numbers, and a third time after many. This is the intensification of SMAC (Hutter, Hoos and Leyton-Brown,
+"Sequential Model-Based Optimization for General Algorithm Configuration", 2011), with a front in place of
+the one incumbent.
 """
 
 from __future__ import annotations
@@ -13,24 +15,47 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from autopeft.evaluation import Evaluation, TrialRecord, deviation_of
+from autopeft.evaluation import Cost, Evaluation, TrialRecord, deviation_of
 
+_LATER_TRIALS = 3  # before a member's second training
+_GROWTH = 8  # each further training waits for so many times as many
 FAILED_SEEDS = "failed_seeds"
 _PEAK_MEASURED = "peak_memory_measured"
 
 
+def lacking(records: Sequence[TrialRecord], members: Collection[int], seeds: int) -> list[TrialRecord]:
+    """Return the members of the front that were trained with fewer seeds than they are to be."""
+    return [one for one in records if one.number in members and one.evaluation.trainings < seeds]
+
+
 def next_to_repeat(
-    records: Sequence[TrialRecord], members: Collection[int], seeds: int
+    records: Sequence[TrialRecord], members: Collection[int], seeds: int, *, may_wait: bool
 ) -> TrialRecord | None:
-    """Return the member of the front to train again; None where all had their trainings.
+    """Return the member of the front to train again; None where none is due.
 
     Args:
-        records: All finished trials.
+        records: All trials so far.
         members: Numbers of those on the front.
         seeds: Trainings that a member is to have.
+        may_wait: Whether trials may still be begun: a member waits for some that come after it.
     """
-    fewer = [one for one in records if one.number in members and one.evaluation.trainings < seeds]
-    return min(fewer, key=lambda one: (one.evaluation.trainings, one.number), default=None)
+    latest = max((one.number for one in records), default=0)
+
+    def is_due(record: TrialRecord) -> bool:
+        later = _LATER_TRIALS * _GROWTH ** (record.evaluation.trainings - 1)
+        return not may_wait or latest - record.number >= later
+
+    due = [one for one in lacking(records, members, seeds) if is_due(one)]
+    return min(due, key=lambda one: (one.evaluation.trainings, one.number), default=None)
+
+
+def cost_of_repeats(records: Sequence[TrialRecord], members: Collection[int], seeds: int) -> Cost:
+    """Return what the trainings that members of the front are yet to have will take, by those they had."""
+    missing = [
+        one.evaluation.cost.times(seeds / one.evaluation.trainings - 1)
+        for one in lacking(records, members, seeds)
+    ]
+    return sum(missing, Cost())
 
 
 def evaluations_of(record: TrialRecord, rungs: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
 from autopeft.profiling import section
 from autopeft.progress import SearchProgress
-from autopeft.repeats import evaluations_of, next_to_repeat
+from autopeft.repeats import cost_of_repeats, evaluations_of, lacking, next_to_repeat
 from autopeft.score_check import FEWEST_TRIALS, check_scores
 from autopeft.search_profile import record_profile
 from autopeft.search_spaces import History
@@ -173,10 +173,16 @@ class SearchLoop:
         return None if self.promotion is None else self.promotion.next(self.records)
 
     def _to_repeat(self, front: ParetoFront) -> TrialRecord | None:
-        return next_to_repeat(self.records, front.members, self.search.seeds)
+        """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
+        records, members, seeds = self.records, front.members, self.search.seeds
+        if seeds == 1:
+            return None
+        reserved = cost_of_repeats(records, members, seeds)
+        may_wait = self.budget.spent_share(self._spent, reserved) < 1
+        return next_to_repeat(records, members, seeds, may_wait=may_wait)
 
     def _step(self, front: ParetoFront) -> ParetoFront:
-        """Do what is worth most: what is on the front has to hold before others are trained on or begun."""
+        """Do what is worth most: who stays on the front is trained again before others go on or begin."""
         to_repeat = self._to_repeat(front)
         if to_repeat is not None:
             return self._repeat(to_repeat, front)
@@ -312,9 +318,10 @@ class SearchLoop:
         return front
 
     def _drop_tensors(self, front: ParetoFront) -> None:
-        """Keep the tensors of the front, and of who was trained again: it may come back."""
-        repeated = {one.number for one in self.records if one.evaluation.by_seed}
-        self.checkpoints.keep_only(front.members | repeated)
+        """Keep the tensors of the front and of who was trained again; all, while members may yet fall."""
+        if not lacking(self.records, front.members, self.search.seeds):
+            repeated = {one.number for one in self.records if one.evaluation.by_seed}
+            self.checkpoints.keep_only(front.members | repeated)
 
     @section("other")
     def _show(self, front: ParetoFront) -> None:
@@ -377,9 +384,9 @@ class SearchLoop:
 
     def _close(self, front: ParetoFront) -> None:
         self.progress.show(front.table())
-        fewer = sum(point.record.evaluation.trainings < self.search.seeds for point in front)
+        fewer = len(lacking(self.records, front.members, self.search.seeds))
         if fewer:
-            self.progress.say(f"{fewer} of these were not trained with every seed: the same call goes on.")
+            self.progress.say(f"{fewer} of these were not trained with every seed: a larger budget goes on.")
         self._say_link()
 
     def _say_link(self) -> None:

@@ -14,7 +14,7 @@ from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per
 
 _GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
-_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS, "seeds": 2}
+_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS, "seeds": 3}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,
     "autopeft, one seed": {**_WHOLE, "seeds": 1},

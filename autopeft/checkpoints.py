@@ -1,6 +1,6 @@
 """Trained tensors of the trials on the front, kept on disk so that export needs no training.
 
-Those of a trial that was trained again are kept when it leaves the front: it may come back.
+Where members of the front are trained again, others may come onto it: their tensors are kept as well.
 """
 
 from __future__ import annotations

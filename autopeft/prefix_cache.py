@@ -170,14 +170,16 @@ class PrefixCache:
     ) -> StoredStates:
         start = self._start(name, prefix.cut, files)
         on_the_way = self._on_the_way(start.cut, prefix.cut, files)
+        key = self._key(name, prefix.cut)
         try:
             self._fill(prefix, structure, name, files, start, (*on_the_way, prefix.cut))
-        except OSError:
+        except OSError as error:
             if not on_the_way:
                 raise
             # What nobody has asked for yet must not cost the trial its own.
-            self._fill(prefix, structure, name, files, start, (prefix.cut,))
-        key = self._key(name, prefix.cut)
+            _logger.info("Hidden states of lower cuts cannot be kept: %s.", error)
+            if files.open(key) is None:
+                self._fill(prefix, structure, name, files, start, (prefix.cut,))
         states = files.open(key)
         if states is None:
             raise OSError("a file that was just written is gone")

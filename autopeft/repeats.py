@@ -3,8 +3,8 @@
 A front is made of the best values seen, so it has more than its share of lucky trainings, and what is chosen
 from it disappoints. Whoever is on it is therefore trained again until it has been trained so many times; its
 values are the means, and where these do not hold it leaves the front. While a search is young much stands on
-its front for a moment only: a member is trained again when it is still there after a few trials with later
-numbers, and a third time after many. This is the intensification of SMAC (Hutter, Hoos and Leyton-Brown,
+its front for a moment only: a member is trained again when it is there and a few trials with higher numbers
+have begun, and a third time after many. This is the intensification of SMAC (Hutter, Hoos and Leyton-Brown,
 "Sequential Model-Based Optimization for General Algorithm Configuration", 2011), with a front in place of
 the one incumbent.
 """

@@ -66,7 +66,9 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = store.promotion
-        self.training = TrialTraining(search.evaluator, self.checkpoints, self.paused, seed=search.seed)
+        self.training = TrialTraining(
+            search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
+        )
         self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
@@ -161,7 +163,7 @@ class SearchLoop:
         self._show(front)
 
     def _goes_on(self, front: ParetoFront) -> bool:
-        """Whether there is more to do; when all trials are begun, the promising ones are trained on."""
+        """Whether there is more to do; when all trials are begun, some are trained on, or again."""
         if self.budget.spent_share(self._spent) < 1:
             return not self._used_up()
         only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
@@ -306,7 +308,7 @@ class SearchLoop:
         self._has_run = True
         self._evaluations += 1
         before, front = front.members, front.with_trial(record)
-        if front.members != before:
+        if front.members != before or record.evaluation.by_seed:
             self._drop_tensors(front)
         self.progress.finished(record, on_front=record.number in front.members)
         self._show(front)
@@ -386,7 +388,9 @@ class SearchLoop:
         self.progress.show(front.table())
         fewer = len(lacking(self.records, front.members, self.search.seeds))
         if fewer:
-            self.progress.say(f"{fewer} of these were not trained with every seed: a larger budget goes on.")
+            self.progress.say(
+                f"{fewer} of these were not trained with every seed; with budget left, a call goes on."
+            )
         self._say_link()
 
     def _say_link(self) -> None:

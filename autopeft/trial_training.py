@@ -12,7 +12,7 @@ from autopeft.evaluation_run import Trained
 from autopeft.evaluator import Evaluator
 from autopeft.front import ParetoFront
 from autopeft.paused_training import PausedTrainings
-from autopeft.repeats import with_repeat
+from autopeft.repeats import lacking, with_repeat
 from autopeft.seeding import training_seed
 
 
@@ -21,18 +21,26 @@ class TrialTraining:
 
     Args:
         evaluator: Trains a configuration.
-        checkpoints: Trained tensors of those on the front.
+        checkpoints: Trained tensors of those on the front, and of those that may come onto it.
         paused: What paused trainings go on from.
         seed: The search's.
+        seeds: Trainings that a member of the front is to have.
     """
 
     def __init__(
-        self, evaluator: Evaluator, checkpoints: Checkpoints, paused: PausedTrainings, *, seed: int
+        self,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        paused: PausedTrainings,
+        *,
+        seed: int,
+        seeds: int,
     ) -> None:
         self._evaluator = evaluator
         self._checkpoints = checkpoints
         self._paused = paused
         self._seed = seed
+        self._seeds = seeds
 
     def begin(
         self,
@@ -81,9 +89,14 @@ class TrialTraining:
         return {name: task.majority_score(name) for name in task.metrics}
 
     def _kept(self, record: TrialRecord, trained: Trained, front: ParetoFront) -> TrialRecord:
-        """Keep what a training left, before its trial is recorded: it must never be without its tensors."""
+        """Keep what a training left, before its trial is recorded: it must never be without its tensors.
+
+        Who beats it may fall when trained again.
+        """
         if trained.paused is not None:
             self._paused.save(record.number, trained.paused)
-        if trained.state is not None and record.number in front.with_trial(record).members:
-            self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
+        if trained.state is not None:
+            is_member = record.number in front.with_trial(record).members
+            if is_member or lacking(front.records, front.members, self._seeds):
+                self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
         return record

@@ -21,7 +21,7 @@ from autopeft.live_storage import measure_live_storage
 from autopeft.memory import MemoryCounter
 from autopeft.methods import FullFineTuning, attach
 from autopeft.objectives import resolve_objectives
-from autopeft.prefix_files import PrefixFiles
+from autopeft.prefix_files import PrefixFiles, StateWriter
 from autopeft.tasks import TextClassification
 from autopeft.training import Training
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
@@ -222,18 +222,19 @@ def test_what_nobody_asked_for_does_not_cost_a_trial_its_own(
     """A disk that is full for the files of lower cuts still has those of the trial."""
     backbone = backbone_of()
     cached = evaluator_of(backbone, tmp_path)
-    writing, failed = PrefixFiles.writing, []
+    write, failed = StateWriter.write, []
 
-    def scarce(files: PrefixFiles, key: str, positions: int) -> Any:
-        if key == cached.prefixes._key("train", 1):
-            failed.append(key)
+    def scarce(writer: StateWriter, states: torch.Tensor) -> None:
+        if cached.prefixes._key("train", 1) in writer._file.name and writer._written:
+            failed.append(writer)
             raise OSError(errno.ENOSPC, "No space left on device")
-        return writing(files, key, positions)
+        write(writer, states)
 
-    monkeypatch.setattr(PrefixFiles, "writing", scarce)
+    monkeypatch.setattr(StateWriter, "write", scarce)
     trained = cached.train(above(backbone, 2))
-    assert failed
+    assert len(failed) == 1
     assert served_cuts(cached) == [2]
+    assert not list(tmp_path.rglob("*.part"))
     assert_alike(trained, evaluator_of(backbone, None, mode="eval").train(above(backbone, 2)))
 
 

@@ -130,6 +130,19 @@ def test_a_removed_file_stays_mapped(tmp_path: Path) -> None:
     assert torch.equal(opened.states, states)
 
 
+def test_a_file_that_another_process_removes_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = PrefixFiles(tmp_path, 2 * SIZE)
+    write(files, "a")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")  # listed, and not there when looked at
+    assert files.make_room(SIZE)
+    assert files.has_room(SIZE)
+    assert not files.has_room(SIZE + 1)
+    monkeypatch.setattr(PrefixFiles, "_free", lambda _: 2 * SIZE)
+    assert not files.has_room(SIZE)  # it would leave less than it takes
+
+
 def expected(cut: int, *, epochs: float = 3.0) -> Estimate:
     train = Passes(batches=100, tokens=40_000, times=epochs, block_cost=2)
     validation = Passes(batches=10, tokens=4_000, times=epochs, block_cost=1)

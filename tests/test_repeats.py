@@ -24,10 +24,12 @@ from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.fidelity import SuccessiveHalving
 from autopeft.front import ParetoFront
+from autopeft.paused_training import PausedTrainings
 from autopeft.repeats import FAILED_SEEDS, cost_of_repeats, next_to_repeat, with_repeat
 from autopeft.search_spaces import Uniform
 from autopeft.seeding import training_seed
 from autopeft.study_store import STUDY_FILE, load_study
+from autopeft.trial_training import TrialTraining
 from tests.learnable import outcomes, save_tiny_model, tiny_search
 from tests.records import OBJECTIVES, synthetic_records
 
@@ -133,6 +135,8 @@ def test_repeats_that_are_due_are_kept_a_share_of_the_budget() -> None:
     spent = Spent(trials=3)
     assert budget.spent_share(spent) < 0.5
     assert budget.spent_share(spent, cost_of_repeats(records, (0, 1), 3)) >= 1
+    more = Cost(cpu_seconds=4.0, gpu_seconds=40.0)
+    assert Budget(cpu_seconds=8).spent_share(Spent(cost=Cost(cpu_seconds=2.0)), more) == 0.75
     assert Budget(trials=100).spent_share(spent, cost_of_repeats(records, (0, 1), 3)) == 0.03
 
 
@@ -215,9 +219,10 @@ def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path)
     assert len([one for one in waited if one < 3]) >= len(at_the_end)
 
 
-def test_tensors_are_kept_while_members_may_yet_fall(tmp_path: Path) -> None:
-    """Whom a member drove off that was trained once may come back, and is then to have its tensors."""
-    one = search(tmp_path, seed=1)
+@pytest.mark.parametrize("seed", range(3))
+def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) -> None:
+    """Whom a member beats that was trained once may come onto the front, and is then to have its tensors."""
+    one = search(tmp_path, seed=seed)
     seen: set[str] = set()
     off_the_front = 0
 
@@ -233,10 +238,50 @@ def test_tensors_are_kept_while_members_may_yet_fall(tmp_path: Path) -> None:
     def names() -> set[str]:
         return {path.name for path in (one.folder / "adapters").iterdir()}
 
-    front = one.run(trials=20, progress=False, callbacks=[watch])
+    front = one.run(trials=12, progress=False, callbacks=[watch])
     assert off_the_front
     repeated = {record.number for record in front.records if record.evaluation.by_seed}
     assert names() == {f"trial-{number:05d}.safetensors" for number in front.members | repeated}
+
+
+def test_who_is_beaten_by_a_single_training_has_its_tensors_kept(tmp_path: Path) -> None:
+    one = search(tmp_path, anchors=False)
+    one.validate()
+    values = {"accuracy": 1.0, "f1": 1.0, "trainable_parameters": 1.0, "peak_memory": 1.0}
+    lucky = TrialRecord(number=0, evaluation=replace(evaluated(1, 1.0), values=values))
+    front = ParetoFront([lucky], one.objectives, one.axes())
+    for seeds, kept_seed in ((1, None), (2, training_seed(0, 1))):
+        checkpoints = Checkpoints(tmp_path / f"adapters-{seeds}")
+        paused = PausedTrainings(tmp_path / "paused")
+        training = TrialTraining(one.evaluator, checkpoints, paused, seed=0, seeds=seeds)
+        begun = training.begin(1, Configuration({}), front, anchor=None, rung=None)
+        assert begun.number not in front.with_trial(begun).members
+        assert checkpoints.seed(1) == kept_seed
+
+
+def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
+    """Every training is said to take a second; those that wait come before the last second is spent."""
+    one = search(tmp_path, seeds=3)
+    train = one.evaluator.train
+
+    def taking_a_second(*arguments: object, **options: object) -> object:
+        trained = train(*arguments, **options)  # type: ignore[arg-type]
+        return replace(trained, evaluation=replace(trained.evaluation, cost=Cost(cpu_seconds=1.0)))
+
+    one.evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
+    begun, waited = [], []
+
+    def watch(record: TrialRecord, front: ParetoFront) -> None:
+        if record.evaluation.trainings == 1:
+            begun.append(record.number)
+        else:
+            waited.append(begun[-1] - record.number)
+
+    front = one.run(cpu_seconds=20, progress=False, callbacks=[watch])
+    assert any(one < 3 for one in waited)
+    assert sum(record.evaluation.cost.cpu_seconds for record in front.records) <= 20
+    # The trial that was begun last had nothing kept for it.
+    assert all(point.record.evaluation.trainings == 3 for point in front if point.number != begun[-1])
 
 
 def test_an_export_says_what_its_figures_are(tmp_path: Path) -> None:

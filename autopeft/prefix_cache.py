@@ -196,13 +196,12 @@ class PrefixCache:
         start: Start,
         cuts: Sequence[int],
     ) -> None:
-        rows = self._rows[name]
-        keys = {cut: self._key(name, cut) for cut in cuts}
-        self._verified.difference_update(keys.values())
+        rows, writers = self._rows[name], {}
         with ExitStack() as stack:
-            writers = {
-                cut: stack.enter_context(files.writing(key, rows.tokens + 1)) for cut, key in keys.items()
-            }
+            for cut in cuts:
+                key = self._key(name, cut)
+                self._verified.discard(key)
+                writers[cut] = stack.enter_context(files.writing(key, rows.tokens + 1))
             stack.enter_context(self._mixed())
             fill(prefix, structure, rows, writers, start, device=self.device, clock=self.clock)
 
@@ -219,13 +218,12 @@ class PrefixCache:
 
         Nothing is removed for them, and room is left for the cut itself.
         """
-        token_bytes = self._token_bytes[cut]
         kept: list[int] = []
         for lower_cut in range(cut - 1, start, -1):
-            expected = self._estimate(lower_cut, token_bytes)
+            expected = self._estimate(lower_cut, self._token_bytes[cut])
             files_then = len(kept) + 2  # with this one, and that of the cut itself
-            has_room = files.has_room(files_then * expected.bytes)
-            if expected.pays and expected.pays_on_the_way and has_room:
+            pays = expected.pays and expected.pays_on_the_way
+            if pays and files.has_room(files_then * expected.bytes):
                 kept.append(lower_cut)
         return kept
 

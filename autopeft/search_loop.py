@@ -66,9 +66,8 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = store.promotion
-        self.training = TrialTraining(
-            search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
-        )
+        kept = self.checkpoints, self.paused
+        self.training = TrialTraining(search.evaluator, *kept, seed=search.seed, seeds=search.seeds)
         self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
@@ -386,8 +385,7 @@ class SearchLoop:
 
     def _close(self, front: ParetoFront) -> None:
         self.progress.show(front.table())
-        fewer = len(lacking(self.records, front.members, self.search.seeds))
-        if fewer:
+        if fewer := len(lacking(self.records, front.members, self.search.seeds)):
             self.progress.say(
                 f"{fewer} of these were not trained with every seed; with budget left, a call goes on."
             )

@@ -235,8 +235,7 @@ class ScoreGuided(SearchSpace):
         """Return the parameters of a refined trial; see `SearchSpace.encode`."""
         parameters: dict[str, Any] = {"stage": _REFINED}
         choices = self.choices(backbone)
-        outside = configuration.adapters.keys() - choices.keys()
-        if outside:
+        if outside := configuration.adapters.keys() - choices.keys():
             raise ValueError(f"{min(outside)} is no site of this space.")
         for site, methods in choices.items():
             several = configuration.adapters.get(site, ())
@@ -336,8 +335,8 @@ class ScoreGuided(SearchSpace):
     def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
         """Return the head alone, and the first score's allocation at a few small budgets.
 
-        A search has to learn first which learning rates are good. They are few and small, as large ones are
-        dear, and tried when models promise something. The last goes on after a rung only if it is promising.
+        Large ones are dear, and tried when models promise something. Which learning rates are good is to be
+        learned first. The last goes on after a rung only if it is promising.
         """
         rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)
@@ -349,8 +348,7 @@ class ScoreGuided(SearchSpace):
             while not (adapters := self._anchor_of(backbone, budget, lowest_block)) and budget < high:
                 budget *= 2  # no site's share was the smallest size
             rate = learning_rate_at(rate_place, self.learning_rate)
-            placed = f"{self.scores[0]} with {budget:,} parameters from block {lowest_block} up"
-            name = f"{placed}, learning rate {rate:g}"
+            name = f"{self.scores[0]}, {budget:,} parameters from block {lowest_block} up at rate {rate:g}"
             chosen = Configuration(adapters, learning_rate=rate)
             found.append(Anchor(name=name, configuration=chosen, is_trained_whole=index < _TRAINED_WHOLE))
         return distinct(found)

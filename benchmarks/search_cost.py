@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -104,6 +105,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         median = [statistics.median(values) for values in zip(*curves, strict=True)]
         axes.plot(row["times"], median, color=f"C{index}", marker="o", markersize=3, label=row["method"])
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(rows[0]["dataset"])
     axes.set_xlabel("CPU-seconds of the whole process")
     axes.set_ylabel("hypervolume of the front, trained again, test split")

@@ -68,6 +68,10 @@ class StateWriter:
         self._checksum = zlib.crc32(content, self._checksum)
         self._file.write(content)
 
+    def write_padding(self) -> None:
+        """Append a position of zeros, as wide as those before it."""
+        self.write(torch.zeros(1, self._width, dtype=self._dtype))
+
     def finish(self) -> None:
         """Write the header: before, the file is not a valid one.
 

@@ -86,7 +86,6 @@ class _Keeper:
         self._writers = writers
         self._clock = clock
         self._seconds = dict.fromkeys(writers, 0.0)
-        self._padding: dict[int, Tensor] = {}
 
     def begin(self, inside: Tensor) -> None:
         """Begin a batch that has tokens where `inside`, of shape (rows, longest), is true."""
@@ -100,11 +99,10 @@ class _Keeper:
         self._elapsed += self._clock() - self._started
         self._seconds[cut] += self._elapsed
         self._writers[cut].write(found)
-        self._padding[cut] = torch.zeros_like(found[:1])
         self._started = self._clock()
 
     def finish(self, seconds_before: float, tokens: int) -> None:
         """Write what padding is given, and note what a token took, with what it took up to the start."""
         for cut, writer in self._writers.items():
-            writer.write(self._padding[cut])
+            writer.write_padding()
             writer.notes[SECONDS_PER_TOKEN] = repr(seconds_before + self._seconds[cut] / tokens)

@@ -12,7 +12,7 @@ the one incumbent.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autopeft.evaluation import Cost, Evaluation, TrialRecord, deviation_of
@@ -23,38 +23,31 @@ FAILED_SEEDS = "failed_seeds"
 _PEAK_MEASURED = "peak_memory_measured"
 
 
-def lacking(records: Sequence[TrialRecord], members: Collection[int], seeds: int) -> list[TrialRecord]:
+def lacking(members: Iterable[TrialRecord], seeds: int) -> list[TrialRecord]:
     """Return the members of the front that were trained with fewer seeds than they are to be."""
-    return [one for one in records if one.number in members and one.evaluation.trainings < seeds]
+    return [one for one in members if one.evaluation.trainings < seeds]
 
 
-def next_to_repeat(
-    records: Sequence[TrialRecord], members: Collection[int], seeds: int, *, may_wait: bool
-) -> TrialRecord | None:
+def next_to_repeat(waiting: Sequence[TrialRecord], latest: int, *, may_wait: bool) -> TrialRecord | None:
     """Return the member of the front to train again; None where none is due.
 
     Args:
-        records: All trials so far.
-        members: Numbers of those on the front.
-        seeds: Trainings that a member is to have.
+        waiting: Those that lack trainings.
+        latest: Number of the latest trial.
         may_wait: Whether trials may still be begun: a member waits for some that come after it.
     """
-    latest = max((one.number for one in records), default=0)
 
     def is_due(record: TrialRecord) -> bool:
         later = _LATER_TRIALS * _GROWTH ** (record.evaluation.trainings - 1)
         return not may_wait or latest - record.number >= later
 
-    due = [one for one in lacking(records, members, seeds) if is_due(one)]
+    due = filter(is_due, waiting)
     return min(due, key=lambda one: (one.evaluation.trainings, one.number), default=None)
 
 
-def cost_of_repeats(records: Sequence[TrialRecord], members: Collection[int], seeds: int) -> Cost:
-    """Return what the trainings that members of the front are yet to have will take, by those they had."""
-    missing = [
-        one.evaluation.cost.times(seeds / one.evaluation.trainings - 1)
-        for one in lacking(records, members, seeds)
-    ]
+def cost_of_repeats(waiting: Sequence[TrialRecord], seeds: int) -> Cost:
+    """Return what the trainings that members of the front lack will take, by those that they had."""
+    missing = [one.evaluation.cost.times(seeds / one.evaluation.trainings - 1) for one in waiting]
     return sum(missing, Cost())
 
 

@@ -66,8 +66,9 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = store.promotion
-        kept = self.checkpoints, self.paused
-        self.training = TrialTraining(search.evaluator, *kept, seed=search.seed, seeds=search.seeds)
+        self.training = TrialTraining(
+            search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
+        )
         self.elastic = search.elastic_proposals()
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
@@ -175,17 +176,16 @@ class SearchLoop:
 
     def _to_repeat(self, front: ParetoFront) -> TrialRecord | None:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
-        records, members, seeds = self.records, front.members, self.search.seeds
-        if seeds == 1:
-            return None
-        reserved = cost_of_repeats(records, members, seeds)
-        may_wait = self.budget.spent_share(self._spent, reserved) < 1
-        return next_to_repeat(records, members, seeds, may_wait=may_wait)
+        waiting = self._lacking(front)
+        may_wait = self.budget.spent_share(self._spent, cost_of_repeats(waiting, self.search.seeds)) < 1
+        return next_to_repeat(waiting, len(self.records) - 1, may_wait=may_wait)
+
+    def _lacking(self, front: ParetoFront) -> list[TrialRecord]:
+        return lacking((point.record for point in front), self.search.seeds)
 
     def _step(self, front: ParetoFront) -> ParetoFront:
         """Do what is worth most: who stays on the front is trained again before others go on or begin."""
-        to_repeat = self._to_repeat(front)
-        if to_repeat is not None:
+        if (to_repeat := self._to_repeat(front)) is not None:
             return self._repeat(to_repeat, front)
         promoted = self._promoted()
         return self._begin(front) if promoted is None else self._continue(*promoted, front)
@@ -320,7 +320,7 @@ class SearchLoop:
 
     def _drop_tensors(self, front: ParetoFront) -> None:
         """Keep the tensors of the front and of who was trained again; all, while members may yet fall."""
-        if not lacking(self.records, front.members, self.search.seeds):
+        if not self._lacking(front):
             repeated = {one.number for one in self.records if one.evaluation.by_seed}
             self.checkpoints.keep_only(front.members | repeated)
 
@@ -385,7 +385,7 @@ class SearchLoop:
 
     def _close(self, front: ParetoFront) -> None:
         self.progress.show(front.table())
-        if fewer := len(lacking(self.records, front.members, self.search.seeds)):
+        if fewer := len(self._lacking(front)):
             self.progress.say(
                 f"{fewer} of these were not trained with every seed; with budget left, a call goes on."
             )

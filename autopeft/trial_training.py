@@ -97,6 +97,6 @@ class TrialTraining:
             self._paused.save(record.number, trained.paused)
         if trained.state is not None:
             is_member = record.number in front.with_trial(record).members
-            if is_member or lacking(front.records, front.members, self._seeds):
+            if is_member or lacking((point.record for point in front), self._seeds):
                 self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
         return record

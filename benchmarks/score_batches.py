@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
 
 from autopeft.sensitivity import CHEAP_SCORES, SiteScores
 from autopeft.site_scoring import SCORE_BATCHES, score_sites
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.setting import Setting
+from benchmarks.scoring import agreement
 
 RESULTS = Path(__file__).parent / "results" / "score_batches.json"
 MOST = 16
@@ -48,12 +48,6 @@ def scored(setting: Setting, batches: int) -> tuple[Mapping[str, SiteScores], fl
     return report.scores, time.process_time() - started
 
 
-def correlation(one: SiteScores, other: SiteScores) -> float:
-    """Return Spearman's rank correlation over the sites."""
-    sites = list(one.values)
-    return float(spearmanr([one.values[site] for site in sites], [other.values[site] for site in sites])[0])
-
-
 def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, Any]]:
     """Return a row for each number of batches."""
     rows = []
@@ -61,16 +55,13 @@ def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, 
     whole = [scored(one, MOST) for one in settings]
     for number in (*numbers, MOST):
         several = whole if number == MOST else [scored(one, number) for one in settings]
-        pairs = [(few, sixteen) for (few, _), (sixteen, _) in zip(several, whole, strict=True)]
+        found = [agreement(few, sixteen) for (few, _), (sixteen, _) in zip(several, whole, strict=True)]
         rows.append(
             {
                 "dataset": dataset,
                 "batches": number,
                 "processor_seconds": statistics.fmean(seconds for _, seconds in several),
-                "correlation": {
-                    name: [correlation(few[name], sixteen[name]) for few, sixteen in pairs]
-                    for name in READ_DATA
-                },
+                "correlation": {name: [one[name] for one in found] for name in READ_DATA},
             }
         )
     return rows

@@ -91,11 +91,11 @@ def peak_of_training(backbone: Backbone, precision: Precision) -> int:
             backbone.model.eval()
 
 
-def agreement(exact: Mapping[str, SiteScores], mixed: Mapping[str, SiteScores]) -> dict[str, float]:
-    """Return Spearman's correlation of the sites between two precisions, by score; not of constant ones."""
+def agreement(first: Mapping[str, SiteScores], second: Mapping[str, SiteScores]) -> dict[str, float]:
+    """Return Spearman's correlation of the sites between two computations, by score; not of constant ones."""
     return {
-        name: float(stats.spearmanr(list(one.values.values()), list(mixed[name].values.values())).statistic)
-        for name, one in exact.items()
+        name: float(stats.spearmanr(list(one.values.values()), list(second[name].values.values())).statistic)
+        for name, one in first.items()
         if len(set(one.values.values())) > 1
     }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -22,7 +23,7 @@ from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.fidelity import SuccessiveHalving
 from autopeft.front import ParetoFront
-from autopeft.repeats import FAILED_SEEDS, cost_of_repeats, next_to_repeat, with_repeat
+from autopeft.repeats import FAILED_SEEDS, cost_of_repeats, lacking, next_to_repeat, with_repeat
 from autopeft.search_spaces import Uniform
 from autopeft.seeding import training_seed
 from autopeft.study_store import STUDY_FILE, load_study
@@ -95,7 +96,11 @@ def test_members_with_the_fewest_trainings_come_first() -> None:
     records = [TrialRecord(number=number, evaluation=evaluated(number, 0.5)) for number in range(4)]
     repeated = with_repeat(evaluated(1, 0.5), evaluated(9, 0.5), WORST)
     records[1] = replace(records[1], evaluation=repeated)
-    due = partial(next_to_repeat, records, may_wait=False)
+
+    def due(members: Collection[int], seeds: int) -> TrialRecord | None:
+        waiting = lacking([records[number] for number in members], seeds)
+        return next_to_repeat(waiting, 3, may_wait=False)
+
     assert due((1, 2, 3), 3) is records[2]
     assert due((0, 1), 3) is records[0]
     assert due((1,), 2) is None
@@ -107,12 +112,11 @@ def test_a_member_is_trained_again_when_later_trials_have_left_it_there() -> Non
     """The second time after three of them, the third time after twenty-four; at the end at once."""
 
     def due(trials: int, trainings: int, **options: bool) -> bool:
-        records = [TrialRecord(number=number, evaluation=evaluated(number, 0.5)) for number in range(trials)]
         member = evaluated(0, 0.9)
         for seed in range(1, trainings):
             member = with_repeat(member, evaluated(seed, 0.9), WORST)
-        records[0] = replace(records[0], evaluation=member)
-        return next_to_repeat(records, (0,), 3, **options) is not None
+        waiting = lacking([TrialRecord(number=0, evaluation=member)], 3)
+        return next_to_repeat(waiting, trials - 1, **options) is not None
 
     assert [due(trials, 1, may_wait=True) for trials in (1, 3, 4)] == [False, False, True]
     assert [due(trials, 2, may_wait=True) for trials in (4, 24, 25)] == [False, False, True]
@@ -122,18 +126,20 @@ def test_a_member_is_trained_again_when_later_trials_have_left_it_there() -> Non
 
 
 def test_repeats_that_are_due_are_kept_a_share_of_the_budget() -> None:
-    records = [TrialRecord(number=number, evaluation=evaluated(number, 0.5)) for number in range(3)]
     twice = with_repeat(evaluated(1, 0.5), evaluated(9, 0.5), WORST)  # 4 seconds in all
-    records[1] = replace(records[1], evaluation=twice)
-    assert cost_of_repeats(records, (0, 1), 3).wall_seconds == pytest.approx(2 * 2 + 2)
-    assert cost_of_repeats(records, (0, 1), 1) == Cost()
+    members = [
+        TrialRecord(number=number, evaluation=one) for number, one in enumerate((evaluated(0, 0.5), twice))
+    ]
+    waiting = lacking(members, 3)
+    assert cost_of_repeats(waiting, 3).wall_seconds == pytest.approx(2 * 2 + 2)
+    assert cost_of_repeats(lacking(members, 1), 1) == Cost()
     budget = Budget(trials=100, hours=6 / 3600)
     spent = Spent(trials=3)
     assert budget.spent_share(spent) < 0.5
-    assert budget.spent_share(spent, cost_of_repeats(records, (0, 1), 3)) >= 1
+    assert budget.spent_share(spent, cost_of_repeats(waiting, 3)) >= 1
     more = Cost(cpu_seconds=4.0, gpu_seconds=40.0)
     assert Budget(cpu_seconds=8).spent_share(Spent(cost=Cost(cpu_seconds=2.0)), more) == 0.75
-    assert Budget(trials=100).spent_share(spent, cost_of_repeats(records, (0, 1), 3)) == 0.03
+    assert Budget(trials=100).spent_share(spent, cost_of_repeats(waiting, 3)) == 0.03
 
 
 def test_whom_a_lucky_member_drove_off_comes_back() -> None:
@@ -195,9 +201,8 @@ def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None
     _check_mlflow(tmp_path, records)
 
 
-def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path) -> None:
-    """A second training comes when three trials with later numbers have begun, and the others at the end."""
-    one = search(tmp_path)
+def run_and_watch(one: Search, **budget: Any) -> tuple[ParetoFront, list[int], list[int]]:
+    """Return the front, the trials in their order, and for each repeat how many trials had come after."""
     begun: list[int] = []
     waited: list[int] = []
 
@@ -207,7 +212,13 @@ def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path)
         else:
             waited.append(begun[-1] - record.number)
 
-    front = one.run(trials=8, progress=False, callbacks=[watch])
+    return one.run(**budget, progress=False, callbacks=[watch]), begun, waited
+
+
+def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path) -> None:
+    """A second training comes when three trials with later numbers have begun, and the others at the end."""
+    one = search(tmp_path)
+    front, begun, waited = run_and_watch(one, trials=8)
     assert begun == list(range(8))
     assert waited[0] == 3
     assert all(point.record.evaluation.trainings == 2 for point in front)
@@ -225,15 +236,7 @@ def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
         return replace(trained, evaluation=replace(trained.evaluation, cost=Cost(cpu_seconds=1.0)))
 
     one.evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
-    begun, waited = [], []
-
-    def watch(record: TrialRecord, front: ParetoFront) -> None:
-        if record.evaluation.trainings == 1:
-            begun.append(record.number)
-        else:
-            waited.append(begun[-1] - record.number)
-
-    front = one.run(cpu_seconds=20, progress=False, callbacks=[watch])
+    front, begun, waited = run_and_watch(one, cpu_seconds=20)
     assert any(one < 3 for one in waited)
     assert sum(record.evaluation.cost.cpu_seconds for record in front.records) <= 20
     # The trial that was begun last had nothing kept for it.

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,10 +163,8 @@ class EvaluationRun:
         if reason is not None or self.violations:
             reason = reason or "; ".join(self.violations)
             status = "infeasible" if self.violations else "failed"
-        elif self.pause is not None:
-            status = "paused"
-            reason = f"{evaluator.monitor} {self.values[evaluator.monitor]:.4f} after {cost.steps} steps"
-        share = 1.0 if status == "complete" else cost.steps / evaluator.plan.total_steps
+        pause = self.pause if status == "complete" else None
+        whole = status == "complete" and pause is None
         evaluation = Evaluation(
             configuration=self.configuration,
             status=status,
@@ -179,12 +177,18 @@ class EvaluationRun:
             ),
             cost=cost,
             seed=self.seed,
-            fidelity=share,
+            fidelity=1.0 if whole else cost.steps / evaluator.plan.total_steps,
         )
-        if status == "paused":
-            assert self.pause is not None
-            return Trained(evaluation, paused=PausedTraining(evaluation=evaluation, state=self.pause))
-        return Trained(evaluation, self.state if status == "complete" else None)
+        if pause is not None:
+            return at_pause(evaluation, pause, evaluator.monitor)
+        return Trained(evaluation, self.state if whole else None)
+
+
+def at_pause(evaluation: Evaluation, state: TrainingState, monitor: str) -> Trained:
+    """Return the outcome of a training that pauses with what it has come to."""
+    reason = f"{monitor} {evaluation.values[monitor]:.4f} after {evaluation.cost.steps} steps"
+    evaluation = replace(evaluation, status="paused", reason=reason)
+    return Trained(evaluation, paused=PausedTraining(evaluation=evaluation, state=state))
 
 
 def reason_of_failure(attempt: Callable[[], None]) -> str | None:

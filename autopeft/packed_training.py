@@ -5,7 +5,8 @@ one loss, and a Trainer cannot end one of several candidates.
 What a candidate is given is what the Trainer gives it alone: `FineTuning` makes optimizer and schedule, the
 order of batches, clipping, validations and stopping are the same, so that results are equal within float
 tolerance where there is no dropout. With dropout, masks are drawn for the rows of all candidates (below the
-cut for one batch that all share) and differ from those of a training alone.
+cut for one batch that all share) and differ from those of a training alone. A candidate that pauses at a rung
+leaves the state that `autopeft.training_state` takes out of a Trainer, and goes on alone from it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from autopeft.callbacks import StopOnDivergence
 from autopeft.evaluation import Cost
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
+from autopeft.paused_training import TrainingState
+from autopeft.seeding import generator_states
 from autopeft.tasks import Task, TaskData
 from autopeft.training import FineTuning, Training
+from autopeft.training_plan import PlannedBatches, TrainingPlan
 
 _LOSS_LIMIT = StopOnDivergence().loss_limit
 
@@ -40,6 +44,7 @@ class PackedCandidate:
         module: Gives loss, metrics, optimizer and schedule, over the parameters.
         training: Clipping and early stopping.
         monitor: Metric whose best validation is kept.
+        names: The parameters' names in a `FineTuning` of the backbone, by the member's own.
 
     Attributes:
         points: Learning curve: (metric, optimizer step, value).
@@ -49,13 +54,22 @@ class PackedCandidate:
         cost: The candidate's share of the compute.
         training_seconds: Its share of the time in which the pack was trained, without validations.
         reason: Why it failed; None while it has not.
+        paused: What it goes on from; None where it is done.
     """
 
-    def __init__(self, member: Member, module: FineTuning, training: Training, monitor: str) -> None:
+    def __init__(
+        self,
+        member: Member,
+        module: FineTuning,
+        training: Training,
+        monitor: str,
+        names: Mapping[str, str],
+    ) -> None:
         self.member = member
         self.module = module
         self.training = training
         self.monitor = monitor
+        self._names = names
         made = module.configure_optimizers()
         self._optimizer = made["optimizer"]
         self._scheduler = made["lr_scheduler"]["scheduler"]
@@ -66,9 +80,9 @@ class PackedCandidate:
         self.cost = Cost()
         self.training_seconds = 0.0
         self.reason: str | None = None
+        self.paused: TrainingState | None = None
         self.finished = False
         self._losses: list[float] = []
-        self._last_validation = -1
         self._best = math.nan
         self._without_improvement = 0
         self._weights: dict[str, Tensor] = {}
@@ -106,15 +120,9 @@ class PackedCandidate:
         self.reason = f"diverged: {why}"
         self.finished = True
 
-    @property
-    def is_validated(self) -> bool:
-        """Whether there was a validation since the latest step."""
-        return self._last_validation == self.steps
-
     def validated(self) -> None:
         """Note the metrics that were collected, keep the best weights, and see whether to stop."""
         values = {name: float(one) for name, one in self.module.take_validated().items()}
-        self._last_validation = self.steps
         if self._losses:
             self.points.append(("training_loss", self.steps, sum(self._losses) / len(self._losses)))
             self._losses = []
@@ -129,11 +137,33 @@ class PackedCandidate:
         if patience is not None and (not math.isfinite(value) or self._without_improvement >= patience):
             self.finished = True
 
+    def pause(self, device: torch.device) -> None:
+        """Note everything that a training alone goes on from."""
+        stopping = {"wait_count": self._without_improvement, "stopped_epoch": 0, "best_score": self._best}
+        named = [(self._names[name], one) for name, one in self.member.parameters.items()]
+        self.paused = TrainingState(
+            step=self.steps,
+            weights={name: one.detach().cpu().clone() for name, one in named},
+            best_weights={self._names[name]: one.cpu() for name, one in self._weights.items()},
+            best=self._best,
+            best_metrics=dict(self.metrics),
+            optimizer={
+                f"{name}|{entry}": value.detach().cpu().clone()
+                for name, one in named
+                for entry, value in self._optimizer.state[one].items()
+            },
+            generators=generator_states(device),
+            early_stopping={}
+            if self.training.patience is None
+            else {**stopping, "patience": self.training.patience},
+        )
+
     def finish(self) -> None:
         """Look at the trained weights, which a last step can break, then put the best ones back."""
         broken = next((n for n, one in self.member.parameters.items() if not one.isfinite().all()), None)
         if self.reason is None and broken is not None:
             self.fail(f"{broken} is not finite after training")
+            self.paused = None
         with torch.no_grad():
             for name, weights in self._weights.items():
                 self.member.parameters[name].copy_(weights)
@@ -194,6 +224,8 @@ class PackedTraining:
         data: Gives the batches.
         training: What the candidates have in common.
         candidates: Who is trained.
+        plan: At which steps they are validated.
+        end: Step of the plan after which they pause; its last step to train them to the end.
     """
 
     def __init__(
@@ -203,44 +235,51 @@ class PackedTraining:
         data: TaskData,
         training: Training,
         candidates: Sequence[PackedCandidate],
+        *,
+        plan: TrainingPlan,
+        end: int,
     ) -> None:
         self.backbone = backbone
         self.task = task
         self.data = data
         self.training = training
+        self.plan = plan
+        self.end = end
         self._candidates = list(candidates)
         self._device = training.resolved_device()
         self._meter = Meter(self._device)
-        self._steps = 0
 
     def run(self, seed: int) -> None:
-        """Train to the end, or until the last candidate has ended.
+        """Train up to the plan's `end`, or until the last candidate has ended.
 
         Args:
             seed: Seed of shuffling and dropout, the same for every candidate.
         """
-        batches = self.data.train_dataloader(seed)
-        total = self.training.total_steps(self.data.steps_per_epoch)
+        loader = self.data.train_dataloader(seed)
+        batches = PlannedBatches(loader, self.plan, self.data.steps_per_epoch)
         self._model = self._pack()
         try:
             self._model.train(True)
-            for epoch in range(1, self.training.epochs + 1):
-                for batch in batches:
-                    self._step(batch)
-                    if self._steps == total or not self._candidates:
-                        break
-                whole = self._steps == epoch * self.data.steps_per_epoch
-                self._charge(training=True)
-                if whole and epoch % self.training.validate_every == 0:
-                    self._validate()
-                if self._steps == total or not self._candidates:
-                    break
-            if not all(one.is_validated for one in self._candidates):
-                self._validate()
+            for _ in range(self.plan.pieces(0, self.end)):
+                self._train_to_stop(batches)
         finally:
             self._model.remove()
             self.backbone.model.eval()
+        if self.end < self.plan.total_steps:
+            for candidate in self._candidates:
+                candidate.pause(self._device)
         self._leave(self._candidates)
+
+    def _train_to_stop(self, batches: PlannedBatches) -> None:
+        """Train up to the plan's next stop, and validate there, those who have not ended."""
+        if not self._candidates:
+            return
+        for batch in batches:
+            self._step(batch)
+            if not self._candidates:
+                return
+        self._charge(training=True)
+        self._validate()
 
     def _pack(self) -> PackedModel:
         return PackedModel(
@@ -264,7 +303,6 @@ class PackedTraining:
             losses = torch.stack([self.task.loss(logits, labels) for logits in self._model(batch)])
         self._model.zero_grad()
         losses.sum().backward()  # the sum's gradient of each loss is 1, and no slice depends on another
-        self._steps += 1
         for candidate in self._candidates:
             candidate.step(len(labels))
         for candidate, loss in zip(self._candidates, losses.tolist(), strict=True):

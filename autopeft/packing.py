@@ -2,7 +2,7 @@
 
     trained = PackedTrainer(evaluator).train([first, second, third])
 
-All see the same batches in the same order, as all trials of a search do. See `autopeft.packed_model` for the
+All see the same batches in the same order. See `autopeft.packed_model` for the
 pass, `autopeft.packed_training` for the training, docs/search.md for when it pays.
 """
 
@@ -21,7 +21,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
-from autopeft.evaluation_run import Trained
+from autopeft.evaluation_run import Trained, at_pause
 from autopeft.evaluator import Evaluator
 from autopeft.memory import MemoryCounter
 from autopeft.methods import attach
@@ -30,7 +30,7 @@ from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
 from autopeft.packed_training import Meter, PackedCandidate, PackedTraining
 from autopeft.tasks import Batch
-from autopeft.training import FineTuning
+from autopeft.training import FineTuning, names_in_training
 
 __all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
 
@@ -111,6 +111,14 @@ class _Admitted:
     cost: Cost
 
 
+@dataclass(frozen=True)
+class _How:
+    """What all candidates of a pack are trained with: a seed, and the rung they pause at, if any."""
+
+    seed: int
+    rung: int | None
+
+
 class PackedTrainer:
     """Trains configurations together, with outcomes equal to `Evaluator.train`'s one by one.
 
@@ -137,7 +145,9 @@ class PackedTrainer:
         self.max_bytes = max_bytes
         self._memory = MemoryCounter(evaluator.backbone.model)
 
-    def train(self, configurations: Sequence[Configuration], seed: int | None = None) -> list[Trained]:
+    def train(
+        self, configurations: Sequence[Configuration], seed: int | None = None, *, rung: int | None = None
+    ) -> list[Trained]:
         """Check costs, train, and measure on the validation split; see `Evaluator.train`.
 
         A candidate that diverges leaves the pack and the others go on. A failure of the pack as a whole is
@@ -146,6 +156,8 @@ class PackedTrainer:
         Args:
             configurations: What to train together.
             seed: Another seed than the evaluator's, for all of them.
+            rung: Pause there (an index into the plan's rungs); None to train to the end. Who has paused goes
+                on by `Evaluator.train`.
 
         Returns:
             One outcome a configuration, in their order.
@@ -156,20 +168,20 @@ class PackedTrainer:
         """
         for configuration in configurations:
             self.evaluator.backbone.check(configuration)
-        seed = self.evaluator.seed if seed is None else seed
+        how = _How(self.evaluator.seed if seed is None else seed, rung)
         outcomes: dict[int, Trained] = {}
         admitted: list[_Admitted] = []
         for place, configuration in enumerate(configurations):
-            found = self._admit(place, configuration, seed)
+            found = self._admit(place, configuration, how)
             if isinstance(found, Trained):
                 outcomes[place] = found
             else:
                 admitted.append(found)
         for pack in self._split(admitted):
-            outcomes |= self._train(pack, seed)
+            outcomes |= self._train(pack, how)
         return [outcomes[place] for place in range(len(configurations))]
 
-    def _admit(self, place: int, configuration: Configuration, seed: int) -> _Admitted | Trained:
+    def _admit(self, place: int, configuration: Configuration, how: _How) -> _Admitted | Trained:
         """Count a configuration's costs; return its outcome where it is not to be trained in a pack."""
         evaluator = self.evaluator
         meter = Meter(evaluator.device)
@@ -177,7 +189,7 @@ class PackedTrainer:
             values = evaluator.costs(configuration)
             extra = 0 if self.max_bytes is None else self._extra_bytes(configuration, values)
         except Exception:  # an outcome, in the words of a training alone
-            return evaluator.train(configuration, seed)
+            return evaluator.train(configuration, how.seed, rung=how.rung)
         violated = [one.describe(values) for one in evaluator.constraints if one.violation(values) > 0]
         if not violated:
             return _Admitted(place, configuration, values, extra, meter.read())
@@ -187,7 +199,7 @@ class PackedTrainer:
             reason="; ".join(violated),
             values=values,
             cost=meter.read(),
-            seed=seed,
+            seed=how.seed,
         )
         return Trained(evaluation, None)
 
@@ -221,11 +233,11 @@ class PackedTrainer:
                 packs.append([one])
         return packs
 
-    def _train(self, pack: Sequence[_Admitted], seed: int) -> dict[int, Trained]:
+    def _train(self, pack: Sequence[_Admitted], how: _How) -> dict[int, Trained]:
         meter = Meter(self.evaluator.device)
         failure: str | None = None
         try:
-            return self._train_together(pack, seed)
+            return self._train_together(pack, how)
         except PackingError:
             raise
         except Exception as error:
@@ -237,28 +249,36 @@ class PackedTrainer:
         wasted = meter.read().times(1 / len(pack))
         charged = [replace(one, cost=one.cost + wasted) for one in pack]
         if len(pack) == 1:
-            return {pack[0].place: self._train_alone(charged[0], seed)}
+            return {pack[0].place: self._train_alone(charged[0], how)}
         _logger.warning("A pack of %d failed and is halved (%s).", len(pack), failure)
         half = len(charged) // 2
-        return self._train(charged[:half], seed) | self._train(charged[half:], seed)
+        return self._train(charged[:half], how) | self._train(charged[half:], how)
 
-    def _train_alone(self, one: _Admitted, seed: int) -> Trained:
-        trained = self.evaluator.train(one.configuration, seed)
+    def _train_alone(self, one: _Admitted, how: _How) -> Trained:
+        trained = self.evaluator.train(one.configuration, how.seed, rung=how.rung)
         evaluation = replace(trained.evaluation, cost=trained.evaluation.cost + one.cost)
-        return replace(trained, evaluation=evaluation)
+        if trained.paused is None:
+            return replace(trained, evaluation=evaluation)
+        return Trained(evaluation, paused=replace(trained.paused, evaluation=evaluation))
 
-    def _train_together(self, pack: Sequence[_Admitted], seed: int) -> dict[int, Trained]:
-        evaluator = self.evaluator
+    def _train_together(self, pack: Sequence[_Admitted], how: _How) -> dict[int, Trained]:
+        evaluator, plan = self.evaluator, self.evaluator.plan
         meter = Meter(evaluator.device)
-        candidates = self._candidates([one.configuration for one in pack], seed)
+        candidates = self._candidates([one.configuration for one in pack], how.seed)
         preparation = meter.read().times(1 / len(pack))
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(how.seed)
             PackedTraining(
-                evaluator.backbone, evaluator.task, evaluator.data, evaluator.training, candidates
-            ).run(seed)
+                evaluator.backbone,
+                evaluator.task,
+                evaluator.data,
+                evaluator.training,
+                candidates,
+                plan=plan,
+                end=plan.total_steps if how.rung is None else plan.rungs[how.rung],
+            ).run(how.seed)
         return {
-            one.place: self._outcome(replace(one, cost=one.cost + preparation), candidate, seed)
+            one.place: self._outcome(replace(one, cost=one.cost + preparation), candidate, how.seed)
             for one, candidate in zip(pack, candidates, strict=True)
         }
 
@@ -274,9 +294,11 @@ class PackedTrainer:
         members: list[Member] = []
         expected: list[Tensor] = []
         initial: list[dict[str, Tensor]] = []
+        names: list[dict[str, str]] = []
         for configuration in configurations:
             with attach(evaluator.backbone, configuration, seed) as attachment, torch.no_grad():
                 members.append(Member(configuration, dict(attachment.parameters)))
+                names.append(names_in_training(evaluator.backbone.model, attachment.parameters))
                 initial.append({name: one.detach().clone() for name, one in attachment.parameters.items()})
                 for one in attachment.parameters.values():
                     # As they are, most adapters change nothing.
@@ -288,8 +310,8 @@ class PackedTrainer:
                 for name, parameter in member.parameters.items():
                     parameter.copy_(weights[name])
         return [
-            PackedCandidate(member, self._module(member), evaluator.training, evaluator.monitor)
-            for member in members
+            PackedCandidate(member, self._module(member), evaluator.training, evaluator.monitor, known)
+            for member, known in zip(members, names, strict=True)
         ]
 
     def _module(self, member: Member) -> FineTuning:
@@ -302,7 +324,7 @@ class PackedTrainer:
             learning_rate=member.configuration.learning_rate,
             weight_decay=member.configuration.weight_decay,
             warmup_share=evaluator.training.warmup_share,
-            total_steps=evaluator.training.total_steps(evaluator.data.steps_per_epoch),
+            total_steps=evaluator.plan.total_steps,
         )
         module.metrics.to(evaluator.device)
         return module
@@ -324,6 +346,7 @@ class PackedTrainer:
             unusable = [each.name for each in evaluator.objectives if not math.isfinite(values[each.name])]
             if unusable:
                 reason = f"diverged: {unusable[0]} is {values[unusable[0]]}"
+        complete = reason is None and candidate.paused is None
         evaluation = Evaluation(
             configuration=one.configuration,
             status="complete" if reason is None else "failed",
@@ -336,8 +359,11 @@ class PackedTrainer:
             ),
             cost=one.cost + candidate.cost + meter.read() + Cost(steps=candidate.steps),
             seed=seed,
+            fidelity=1.0 if complete else candidate.steps / evaluator.plan.total_steps,
         )
-        return Trained(evaluation, state if reason is None else None)
+        if reason is None and candidate.paused is not None:
+            return at_pause(evaluation, candidate.paused, evaluator.monitor)
+        return Trained(evaluation, state if complete else None)
 
 
 def _check_agreement(

@@ -29,6 +29,14 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the generators that a training on a device draws from, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
 def training_seed(seed: int, trial: int, training: int = 0) -> int:
     """Return the seed of one training of a search, in [0, 2³¹).
 

@@ -218,6 +218,12 @@ class FineTuning(LightningModule):
         return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
 
 
+def names_in_training(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Return the names that parameters of a model have in a `FineTuning` of it, by those they are given."""
+    names = {id(one): f"model.{name}" for name, one in model.named_parameters()}
+    return {name: names[id(one)] for name, one in parameters.items()}
+
+
 class ResidentStrategy(SingleDeviceStrategy):
     """A single device on which the model stays when training ends.
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from autopeft.callbacks import BestWeights
 from autopeft.paused_training import TrainingState
+from autopeft.seeding import generator_states
 from autopeft.training import FineTuning
 
 
@@ -16,9 +17,6 @@ def take_state(trainer: Trainer, module: FineTuning, best: BestWeights) -> Train
     """Return copies of everything that a training has changed."""
     trainable = {name: one for name, one in module.named_parameters() if one.requires_grad}
     (optimizer,) = trainer.optimizers
-    generators = {"cpu": torch.get_rng_state()}
-    if module.device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(module.device)
     early: dict[str, Any] = {}
     if trainer.early_stopping_callback is not None:
         early = trainer.early_stopping_callback.state_dict()
@@ -34,7 +32,7 @@ def take_state(trainer: Trainer, module: FineTuning, best: BestWeights) -> Train
             for name, parameter in trainable.items()
             for entry, value in optimizer.state[parameter].items()
         },
-        generators=generators,
+        generators=generator_states(module.device),
         early_stopping=early,
     )
 

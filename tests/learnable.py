@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def tiny_evaluator(
     objectives: Iterable[str] = OBJECTIVES,
     constraints: dict[str, float | str] | None = None,
     training: Training = TRAINING,
+    rungs: Sequence[float] = (),
     seed: int = 0,
     rows: int = 48,
 ) -> Evaluator:
@@ -72,6 +73,7 @@ def tiny_evaluator(
         training,
         resolve_objectives(objectives, task.metrics),
         resolve_constraints(constraints or {}, task.metrics),
+        rungs=rungs,
         seed=seed,
     )
 

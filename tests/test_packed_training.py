@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from autopeft.configuration import Configuration
 from autopeft.evaluator import Evaluator
 from autopeft.live_storage import StorageCounter
 from autopeft.methods import attach
 from autopeft.packed_training import PackedTraining, shares
 from autopeft.packing import PackedTrainer, PackingError, packing_gain, worthwhile_packs
+from autopeft.paused_training import PausedTrainings
 from autopeft.training import Training
 from tests.learnable import tiny_evaluator
 from tests.models import fingerprint, tiny_backbone
@@ -47,6 +49,38 @@ def test_a_candidate_that_diverges_leaves_and_the_others_go_on() -> None:
 def test_all_candidates_may_diverge() -> None:
     packed = compare(packing_evaluator(), (lora("1.query", 2, 1e30), lora("2.query", 2, 1e32)))
     assert {one.evaluation.status for one in packed} == {"failed"}
+
+
+@pytest.mark.parametrize("training", [{"epochs": 3}, {"epochs": 6, "patience": 2}], ids=("whole", "early"))
+@pytest.mark.parametrize("methods", [LORAS, MIXED], ids=("lora", "mixed"))
+def test_who_pauses_in_a_pack_goes_on_alone_as_if_it_had_been_alone(
+    training: dict[str, Any], methods: tuple[Configuration, ...], tmp_path: Path
+) -> None:
+    settings = Training(batch_size=8, device="cpu", precision="32-true", **training)
+    evaluator = packing_evaluator(training=settings, rungs=(0.2,))
+    store = PausedTrainings(tmp_path)
+    packed = PackedTrainer(evaluator).train(methods, 5, rung=0)
+    assert {one.evaluation.status for one in packed} == {"paused"}
+    assert evaluator.backbone.attached is None
+    for number, (configuration, trained) in enumerate(zip(methods, packed, strict=True)):
+        alone = evaluator.train(configuration, 5, rung=0)
+        assert_alike(trained, alone)
+        assert trained.evaluation.fidelity == alone.evaluation.fidelity < 0.5
+        assert trained.paused is not None
+        store.save(number, trained.paused)
+        whole = evaluator.train(configuration, 5, paused=store.load(number))
+        assert_alike(whole, evaluator.train(configuration, 5), tolerance=5e-5)
+        assert whole.evaluation.cost.cpu_seconds > trained.evaluation.cost.cpu_seconds > 0
+
+
+def test_who_fails_before_a_rung_does_not_pause_there() -> None:
+    evaluator = packing_evaluator(rungs=(0.5,))
+    wild = lora("1-3.query 1-3.value", 3, 1e30)
+    packed = PackedTrainer(evaluator).train((LORAS[0], wild), rung=0)
+    assert [one.evaluation.status for one in packed] == ["paused", "failed"]
+    assert packed[1].paused is None
+    assert packed[1].evaluation.fidelity < 0.5
+    assert_alike(packed[1], evaluator.train(wild, rung=0))
 
 
 def test_an_infeasible_candidate_is_not_trained() -> None:

@@ -76,6 +76,10 @@ class Budget:
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
+    def at_most(self, wanted: int, spent: Spent) -> int:
+        """Return how many of so many trials may still be begun."""
+        return wanted if self.trials is None else min(wanted, self.trials - spent.trials)
+
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.
 

@@ -29,7 +29,8 @@ def refuse_hopeless(records: Sequence[TrialRecord]) -> None:
         RuntimeError: All candidates failed, and alike.
         ValueError: No candidate has kept the constraints for long.
     """
-    evaluated = [one.evaluation for one in records if one.evaluation.status != "infeasible"]
+    own = (one.evaluation for one in records if one.duplicate_of is None)
+    evaluated = [one for one in own if one.status != "infeasible"]
     outcomes = {(one.status, one.reason) for one in evaluated}
     alike = len(outcomes) == 1 and evaluated[0].status == "failed"
     if alike and len(evaluated) >= _MOST_ALIKE_FAILURES:

@@ -120,7 +120,11 @@ class ElasticProposals:
         return training + self._scoring_cost
 
     def propose(
-        self, number: int, records: Sequence[TrialRecord], front: Mapping[Configuration, Values]
+        self,
+        number: int,
+        records: Sequence[TrialRecord],
+        front: Mapping[Configuration, Values],
+        pending: Sequence[Configuration] = (),
     ) -> dict[str, Any] | None:
         """Return the parameters of the trial that promises most, or None where another is to decide.
 
@@ -128,6 +132,7 @@ class ElasticProposals:
             number: The trial's number; with the evaluator's seed the only source of chance.
             records: All finished trials.
             front: Configurations of the front with their values.
+            pending: What is about to be trained.
         """
         generator = random.Random(f"elastic:{self.evaluator.seed}:{number}")
         if generator.random() >= self.settings.share or not self._prepare():
@@ -135,7 +140,7 @@ class ElasticProposals:
         check = self.check(records)
         if check is None or not check.trusted:
             return None
-        tried = {_bare(record.evaluation.configuration) for record in records}
+        tried = {_bare(one) for one in (*pending, *(record.evaluation.configuration for record in records))}
         left = [one for one in self._pool if one not in tried]
         best = self._most_promising(left, records, list(front.values()))
         if best is None:

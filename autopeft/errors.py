@@ -28,3 +28,19 @@ def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
     hint = f"; did you mean {close!r}?" if close is not None else "."
     listed = ", ".join(choices) if choices else "none"
     return ValueError(f"Unknown {kind} {given!r}: expected one of {listed}{hint}")
+
+
+def check_whole(name: str, value: object, *, least: int, what: str = "a whole number") -> None:
+    """Raise where a value is no whole number from a least one up.
+
+    Args:
+        name: What the value is called.
+        value: What was given.
+        least: The least that is valid.
+        what: What the number counts, as in "a number of trainings".
+
+    Raises:
+        ValueError: Says what was given and what is valid.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {what} from {least} up, got {value!r}.")

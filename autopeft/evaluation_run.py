@@ -57,6 +57,12 @@ class Trained:
     state: Mapping[str, Tensor] | None = None
     paused: PausedTraining | None = None
 
+    def charged(self, cost: Cost) -> Trained:
+        """Return the same with more compute spent on it."""
+        evaluation = replace(self.evaluation, cost=self.evaluation.cost + cost)
+        paused = None if self.paused is None else replace(self.paused, evaluation=evaluation)
+        return replace(self, evaluation=evaluation, paused=paused)
+
 
 class EvaluationRun:
     """One evaluation on its way: what is known of it at any point, also when it fails."""

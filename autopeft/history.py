@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from autopeft.configuration import Configuration
 from autopeft.evaluation import TrialRecord
 from autopeft.forecast import Forecast
 from autopeft.objectives import Constraint, Objective
@@ -19,6 +20,7 @@ def history_of(
     *,
     forecast: Forecast | None,
     is_prefix_served: bool,
+    pending: Sequence[Configuration] = (),
 ) -> History:
     """Return every trial with the values known of it; a failed training has the worst of the metrics.
 
@@ -29,6 +31,7 @@ def history_of(
         constraints: The search's.
         forecast: Says what paused trials are expected to reach; None where trials do not pause.
         is_prefix_served: Whether training does without running the blocks below the lowest adapted one.
+        pending: What is about to be trained: tried, and nothing is known of it.
     """
     worst = {one.objective.name: one.worst for one in axes if not one.objective.before_training}
     names = [objective.name for objective in objectives]
@@ -42,8 +45,8 @@ def history_of(
             values |= dict(zip(names, forecast.values(evaluation), strict=True))
         trials.append((evaluation.configuration, values))
     return History(
-        trials=trials,
-        trainings=[one.trainings for one in evaluations],
+        trials=[*trials, *((one, {}) for one in pending)],
+        trainings=[*(one.trainings for one in evaluations), *(1 for _ in pending)],
         axes=axes,
         constraints=constraints,
         is_prefix_served=is_prefix_served,

@@ -18,6 +18,7 @@ from autopeft.training import Training
 
 if TYPE_CHECKING:
     from autopeft.elastic_proposals import Elastic
+    from autopeft.search import Search
 
 _PACKAGES = (
     "autopeft",
@@ -45,6 +46,7 @@ def search_identity(
     sampler: str,
     seed: int,
     seeds: int,
+    pack_size: int,
     anchors: bool,
 ) -> dict[str, dict[str, str]]:
     """Return every setting that decides what a search's trials are."""
@@ -61,9 +63,34 @@ def search_identity(
             "sampler": sampler,
             "seed": str(seed),
             **({} if seeds == 1 else {"seeds": str(seeds)}),
+            **({} if pack_size == 1 else {"pack_size": str(pack_size)}),
             "anchors": str(anchors),
         },
     }
+
+
+def describe_search(search: Search) -> str:
+    """Say in a few lines what is searched for and how."""
+    names = ", ".join(objective.name for objective in search.objectives)
+    bounds = "; ".join(
+        f"{one.objective.name} ≤ {one.objective.format(one.bound)}" for one in search.constraints
+    )
+    training = search.training
+    return "\n".join(
+        [
+            f"backbone {search.backbone!r}",
+            f"task {search.task!r}",
+            f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
+            f"training {training.epochs} epochs, batch size {training.batch_size}, "
+            f"{training.resolved_device()}, {training.resolved_precision()}"
+            + ("" if search.fidelity is None else f"; {search.fidelity.describe()}")
+            + ("" if search.elastic is None else f"; {search.elastic.describe()}"),
+            f"sampler {search.sampler_name}, seed {search.seed}"
+            + ("" if search.seeds == 1 else f"; the front is trained with {search.seeds} seeds")
+            + ("" if search.pack_size == 1 else f"; up to {search.pack_size} candidates train together"),
+            search.space.describe(search.backbone),
+        ]
+    )
 
 
 def environment() -> dict[str, str]:

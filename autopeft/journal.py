@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,38 @@ class SoleWriterJournal(JournalFileBackend):
         _cut_half_a_line(path)
         super().__init__(str(path), lock_obj=_HeldAlready(str(path)))
         self._path = path
+        self._count = path.read_bytes().count(b"\n")
+        self._held: list[dict[str, Any]] | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._flushing: Future[None] | None = None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write a line for each log; raise the OSError of this write, or of flushing the one before."""
+        if self._held is not None:
+            self._held += logs
+            return
         self._flushed()
         text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
         with self._path.open("ab") as file:
             file.write(text.encode())
+        self._count += len(logs)
         self._flushing = self._disk.submit(_flush, self._path)
+
+    @contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """Write what is appended in a `with` block at once, at its end: all of it is there, or nothing."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            if held:
+                self.append_logs(held)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Read the logs from a number on, with those that are yet to be written."""
+        yield from super().read_logs(log_number_from)
+        yield from (self._held or [])[max(0, log_number_from - self._count) :]
 
     def close(self) -> None:
         """Wait for the disk."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -28,8 +28,9 @@ from autopeft.evaluation import Cost
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
 from autopeft.paused_training import TrainingState
+from autopeft.profiling import section
 from autopeft.seeding import generator_states
-from autopeft.tasks import Task, TaskData
+from autopeft.tasks import Batch, Task, TaskData
 from autopeft.training import FineTuning, Training
 from autopeft.training_plan import PlannedBatches, TrainingPlan
 
@@ -262,19 +263,21 @@ class PackedTraining:
             self._model.train(True)
             for _ in range(self.plan.pieces(0, self.end)):
                 self._train_to_stop(batches)
+                if not self._candidates:
+                    break
         finally:
             self._model.remove()
             self.backbone.model.eval()
         if self.end < self.plan.total_steps:
             for candidate in self._candidates:
                 candidate.pause(self._device)
+        self._charge(training=False)
         self._leave(self._candidates)
 
     def _train_to_stop(self, batches: PlannedBatches) -> None:
-        """Train up to the plan's next stop, and validate there, those who have not ended."""
-        if not self._candidates:
-            return
-        for batch in batches:
+        """Train up to the plan's next stop, and validate there those who have not ended."""
+        rows = iter(batches)
+        while (batch := self._next(rows)) is not None:
             self._step(batch)
             if not self._candidates:
                 return
@@ -295,16 +298,22 @@ class PackedTraining:
     def _batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one.to(self._device) for name, one in batch.items()}
 
+    @section("data")
+    def _next(self, batches: Iterator[Batch]) -> dict[str, Tensor] | None:
+        batch = next(batches, None)
+        return None if batch is None else self._batch(batch)
+
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one step with every candidate; those that diverge leave."""
-        batch = self._batch(batch)
         labels = batch[LABELS]
-        with self._mixed():
+        with section("forward"), self._mixed():
             losses = torch.stack([self.task.loss(logits, labels) for logits in self._model(batch)])
-        self._model.zero_grad()
-        losses.sum().backward()  # the sum's gradient of each loss is 1, and no slice depends on another
-        for candidate in self._candidates:
-            candidate.step(len(labels))
+        with section("backward"):
+            self._model.zero_grad()
+            losses.sum().backward()  # the sum's gradient of each loss is 1, and no slice depends on another
+        with section("optimizer"):
+            for candidate in self._candidates:
+                candidate.step(len(labels))
         for candidate, loss in zip(self._candidates, losses.tolist(), strict=True):
             candidate.note_loss(loss)
         if any(one.finished for one in self._candidates):
@@ -320,6 +329,7 @@ class PackedTraining:
             for candidate, own in zip(self._candidates, logits, strict=True):
                 candidate.module.add_validated(own, on_device[LABELS])
 
+    @section("evaluate")
     def _validate(self) -> None:
         """Validate every candidate; those that have stopped improving leave."""
         self._model.train(False)

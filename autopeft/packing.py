@@ -2,8 +2,8 @@
 
     trained = PackedTrainer(evaluator).train([first, second, third])
 
-All see the same batches in the same order. See `autopeft.packed_model` for the
-pass, `autopeft.packed_training` for the training, docs/search.md for when it pays.
+All see the same batches in the same order. See `autopeft.packed_model` for the pass,
+`autopeft.packed_training` for the training, docs/search.md for when it pays.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
+from autopeft.errors import check_whole
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
 from autopeft.evaluation_run import Trained, at_pause
 from autopeft.evaluator import Evaluator
@@ -29,6 +30,8 @@ from autopeft.packed_layout import PackingError
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
 from autopeft.packed_training import Meter, PackedCandidate, PackedTraining
+from autopeft.profiling import section
+from autopeft.seeding import seeded
 from autopeft.tasks import Batch
 from autopeft.training import FineTuning, names_in_training
 
@@ -80,8 +83,7 @@ def worthwhile_packs(
     Raises:
         ValueError: `max_size` is below 1.
     """
-    if max_size < 1:
-        raise ValueError(f"max_size is a number of candidates from 1 up, got {max_size!r}.")
+    check_whole("max_size", max_size, what="a number of candidates", least=1)
     blocks = len(backbone.blocks)
 
     def gains(configuration: Configuration) -> bool:
@@ -123,7 +125,8 @@ class PackedTrainer:
     """Trains configurations together, with outcomes equal to `Evaluator.train`'s one by one.
 
     Equal within float tolerance where there is no dropout; with dropout the masks differ. What a candidate
-    cannot be given in a pack is left out: `peak_memory_measured`, which is known for the pack alone.
+    cannot be given in a pack is left out: `peak_memory_measured`, which is known for the pack alone. Hidden
+    states that `PrefixCache` keeps are not read: blocks that candidates share run once for all of them.
     Compute is shared out: a candidate is charged what was spent on it alone, and of each stretch of the
     training its share by `autopeft.packed_training.shares`; all shares add up to what was spent.
 
@@ -181,6 +184,14 @@ class PackedTrainer:
             outcomes |= self._train(pack, how)
         return [outcomes[place] for place in range(len(configurations))]
 
+    def check(self, configurations: Sequence[Configuration]) -> None:
+        """Check that configurations give the logits in a pack that they give alone.
+
+        Raises:
+            PackingError: They do not, or the model cannot be packed at all.
+        """
+        self._candidates(configurations, self.evaluator.seed)
+
     def _admit(self, place: int, configuration: Configuration, how: _How) -> _Admitted | Trained:
         """Count a configuration's costs; return its outcome where it is not to be trained in a pack."""
         evaluator = self.evaluator
@@ -200,6 +211,7 @@ class PackedTrainer:
             values=values,
             cost=meter.read(),
             seed=how.seed,
+            fidelity=0.0,
         )
         return Trained(evaluation, None)
 
@@ -255,19 +267,14 @@ class PackedTrainer:
         return self._train(charged[:half], how) | self._train(charged[half:], how)
 
     def _train_alone(self, one: _Admitted, how: _How) -> Trained:
-        trained = self.evaluator.train(one.configuration, how.seed, rung=how.rung)
-        evaluation = replace(trained.evaluation, cost=trained.evaluation.cost + one.cost)
-        if trained.paused is None:
-            return replace(trained, evaluation=evaluation)
-        return Trained(evaluation, paused=replace(trained.paused, evaluation=evaluation))
+        return self.evaluator.train(one.configuration, how.seed, rung=how.rung).charged(one.cost)
 
     def _train_together(self, pack: Sequence[_Admitted], how: _How) -> dict[int, Trained]:
         evaluator, plan = self.evaluator, self.evaluator.plan
         meter = Meter(evaluator.device)
         candidates = self._candidates([one.configuration for one in pack], how.seed)
         preparation = meter.read().times(1 / len(pack))
-        with torch.random.fork_rng():
-            torch.manual_seed(how.seed)
+        with seeded(how.seed, evaluator.device):
             PackedTraining(
                 evaluator.backbone,
                 evaluator.task,
@@ -282,6 +289,7 @@ class PackedTrainer:
             for one, candidate in zip(pack, candidates, strict=True)
         }
 
+    @section("set-up")
     def _candidates(self, configurations: Sequence[Configuration], seed: int) -> list[PackedCandidate]:
         """Attach each configuration for its initial weights, and check that the pack computes the same."""
         evaluator = self.evaluator
@@ -316,8 +324,7 @@ class PackedTrainer:
 
     def _module(self, member: Member) -> FineTuning:
         evaluator = self.evaluator
-        holder = nn.Module()
-        holder.parameters_of_member = nn.ParameterList(member.parameters.values())
+        holder = nn.ModuleList([nn.ParameterList(member.parameters.values())])
         module = FineTuning(
             holder,
             evaluator.task,
@@ -375,7 +382,7 @@ def _check_agreement(
         with PackedModel(backbone, members) as model, torch.no_grad():
             model.train(False)
             found = model(batch)
-    except PackingError:
+    except (PackingError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise PackingError(

@@ -74,11 +74,12 @@ class SearchProgress:
         if self.enabled:
             self._progress.console.print(table)
 
-    def running(self, number: int) -> None:
-        """Say which trial is being trained."""
+    def running(self, numbers: Sequence[int]) -> None:
+        """Say which trials are being trained, one or several together."""
+        several = f"s {numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else f" {numbers[0]}"
         task = self._progress.tasks[0]
         summary = task.fields.get("summary", "")
-        self._progress.update(self._task, description=f"trial {number} · {summary}")
+        self._progress.update(self._task, description=f"trial{several} · {summary}")
 
     def finished(self, record: TrialRecord, *, on_front: bool) -> None:
         """Print a trial's line."""

@@ -219,7 +219,7 @@ class RememberingTPESampler(TPESampler):
     """
 
     def __init__(self, seed: int, remembered: Remembered) -> None:
-        # One trial at a time: there is no running trial to keep away from.
+        # A pack's running trials are not kept away from: each has a generator of its own.
         super().__init__(
             seed=seed,
             multivariate=True,

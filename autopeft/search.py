@@ -20,12 +20,14 @@ from autopeft.batches import model_inputs
 from autopeft.budget import Budget
 from autopeft.checkpoints import Checkpoints
 from autopeft.elastic_proposals import Elastic, ElasticProposals
+from autopeft.errors import check_whole
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, export_adapter
 from autopeft.fidelity import Promotion, SuccessiveHalving
 from autopeft.front import ParetoFront
-from autopeft.identity import search_identity
+from autopeft.identity import describe_search, search_identity
 from autopeft.objectives import resolve_constraints, resolve_objectives
+from autopeft.packing import PackedTrainer
 from autopeft.pareto import Axis
 from autopeft.profiling import Profile, section
 from autopeft.samplers import make_sampler
@@ -59,7 +61,10 @@ class Search:
         elastic: A one-shot elastic adapter that proposes trials; None for none.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
-            has a seed of its own, made from it.
+            (or pack) has a seed of its own, made from it.
+        pack_size: How many new candidates are trained together in one pass over the backbone (see
+            `autopeft.packing`); 1 trains each alone. It pays where a candidate alone leaves the device idle,
+            or where candidates share lower blocks whose hidden states are not kept.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
         anchors: Whether to try the space's reference points first: what people do today.
@@ -90,6 +95,7 @@ class Search:
         sampler: str | BaseSampler = "tpe",
         seed: int = 0,
         seeds: int = 1,
+        pack_size: int = 1,
         anchors: bool = True,
         score_check: bool = True,
         name: str | None = None,
@@ -98,10 +104,9 @@ class Search:
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed is a whole number from 0 up, got {seed!r}.")
-        if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-            raise ValueError(f"seeds is a number of trainings from 1 up, got {seeds!r}.")
+        check_whole("seed", seed, least=0)
+        check_whole("seeds", seeds, what="a number of trainings", least=1)
+        check_whole("pack_size", pack_size, what="a number of candidates", least=1)
         self.task = task
         self.space = space
         self.objectives = resolve_objectives(objectives, task.metrics)
@@ -111,12 +116,13 @@ class Search:
         self.elastic = elastic
         self.seed = seed
         self.seeds = seeds
+        self.pack_size = pack_size
         self.anchors = anchors
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
         self._sampler = make_sampler(sampler, seed)
-        self._sampler_name = sampler if isinstance(sampler, str) else type(sampler).__name__
+        self.sampler_name = sampler if isinstance(sampler, str) else type(sampler).__name__
         self._source = backbone
         self._tokenizer = tokenizer
         self._name = name
@@ -186,12 +192,14 @@ class Search:
         return check_scores(self.front().records, self.sensitivity(scores).scores, metric)
 
     def validate(self) -> None:
-        """Find everything that can be wrong before training: data, backbone, space, constraints.
+        """Find everything that can be wrong before training: data, backbone, space, constraints, packing.
 
         Raises:
             ValueError: Says what was wrong, what was expected, and the nearest valid choice.
         """
-        smallest, _ = self.space.extremes(self.backbone)
+        smallest, largest = self.space.extremes(self.backbone)
+        if self.pack_size > 1:  # two of the largest: sharing a site is where a backbone may fail
+            PackedTrainer(self.evaluator).check([smallest, largest, largest])
         if not self.constraints:
             self.evaluator.costs(smallest)
             return
@@ -218,9 +226,10 @@ class Search:
             elastic=self.elastic,
             objectives=[objective.name for objective in self.objectives],
             constraints={one.objective.name: one.bound for one in self.constraints},
-            sampler=self._sampler_name,
+            sampler=self.sampler_name,
             seed=self.seed,
             seeds=self.seeds,
+            pack_size=self.pack_size,
             anchors=self.anchors,
         )
 
@@ -374,25 +383,7 @@ class Search:
 
     def describe(self) -> str:
         """Say in a few lines what is searched for and how."""
-        names = ", ".join(objective.name for objective in self.objectives)
-        bounds = "; ".join(
-            f"{one.objective.name} ≤ {one.objective.format(one.bound)}" for one in self.constraints
-        )
-        training = self.training
-        return "\n".join(
-            [
-                f"backbone {self.backbone!r}",
-                f"task {self.task!r}",
-                f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
-                f"training {training.epochs} epochs, batch size {training.batch_size}, "
-                f"{training.resolved_device()}, {training.resolved_precision()}"
-                + ("" if self.fidelity is None else f"; {self.fidelity.describe()}")
-                + ("" if self.elastic is None else f"; {self.elastic.describe()}"),
-                f"sampler {self._sampler_name}, seed {self.seed}"
-                + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds"),
-                self.space.describe(self.backbone),
-            ]
-        )
+        return describe_search(self)
 
     def __repr__(self) -> str:
         names = ", ".join(objective.name for objective in self.objectives)

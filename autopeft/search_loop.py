@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from optuna.trial import Trial, TrialState
+from optuna.trial import Trial
 
+from autopeft.asking import Asked, Asker
 from autopeft.budget import Budget, Spent
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
@@ -19,17 +20,13 @@ from autopeft.dead_ends import refuse_hopeless, used_up
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.front import ParetoFront
 from autopeft.garbage import settled_objects
-from autopeft.gathered_trial import GatheredTrial
-from autopeft.history import history_of
 from autopeft.identity import environment
-from autopeft.pareto import contributions
 from autopeft.paused_training import PausedTrainings
 from autopeft.profiling import section
 from autopeft.progress import SearchProgress
 from autopeft.repeats import cost_of_repeats, evaluations_of, lacking, next_to_repeat
 from autopeft.score_check import FEWEST_TRIALS, check_scores
 from autopeft.search_profile import record_profile
-from autopeft.search_spaces import History
 from autopeft.study_store import STATES, StudyStore
 from autopeft.training import quiet_lightning
 from autopeft.trial_training import TrialTraining
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from autopeft.tracking import Tracker
 
 _logger = logging.getLogger(__name__)
-_ANCHOR = "autopeft:anchor"
 _PUBLISH_EVERY_SECONDS = 60.0
 
 
@@ -70,6 +66,7 @@ class SearchLoop:
             search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
         )
         self.elastic = search.elastic_proposals()
+        self.asker = Asker(search, store, self.elastic)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known = {
@@ -110,7 +107,7 @@ class SearchLoop:
                 self.elastic.report(self.records, self.progress.say, self.tracker)
             status = "FINISHED"
         except KeyboardInterrupt:
-            status = "KILLED"
+            status, front = "KILLED", self.front()
             self.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             if self.tracker is not None:
@@ -132,13 +129,7 @@ class SearchLoop:
         self.store.set_attribute("axes", axes)
         self._drop_tensors(self.front())
         if search.anchors:
-            tried = {record.anchor for record in self.records}
-            for anchor in search.space.anchors(search.backbone):
-                if anchor.name not in tried:
-                    self.store.live.enqueue_trial(
-                        search.space.encode(anchor.configuration, search.backbone),
-                        user_attrs={_ANCHOR: anchor.name},
-                    )
+            self.asker.enqueue_anchors()
         if search.tracking is not None:
             from autopeft.tracking import Tracker  # MLflow is a fifth of what importing all takes
 
@@ -192,18 +183,18 @@ class SearchLoop:
 
     def _continue(self, record: TrialRecord, rung: int, front: ParetoFront) -> ParetoFront:
         """Train a paused trial on to a rung; at the last one it completes."""
-        self._show_running(record.number, record.evaluation.configuration)
+        self._show_running({record.number: record.evaluation.configuration})
         return self._update(self.training.go_on(record, front, rung), front)
 
     def _repeat(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         """Train a member of the front again, with another seed."""
-        self._show_running(record.number, record.evaluation.configuration)
+        self._show_running({record.number: record.evaluation.configuration})
         return self._update(self.training.repeat(record), front)
 
-    def _show_running(self, number: int, configuration: Configuration) -> None:
-        self.progress.running(number)
+    def _show_running(self, trials: Mapping[int, Configuration]) -> None:
+        self.progress.running(list(trials))
         if self.tracker is not None:
-            self.tracker.trial_started(number, configuration)
+            self.tracker.trials_started(trials)
 
     def _update(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         """Keep what became of a trial that was known."""
@@ -211,68 +202,47 @@ class SearchLoop:
         if record.evaluation.status != "paused":
             self.paused.drop(record.number)
         self._spent = self._sum()
-        return self._after(record, front)
+        return self._after([record], front)
 
     def _begin(self, front: ParetoFront) -> ParetoFront:
-        self._propose(front)
-        with section("ask"):
-            trial = GatheredTrial.of(self.store.live.ask())
-            configuration = self.search.space.suggest(trial, self.search.backbone)
-            if isinstance(trial, GatheredTrial):
-                trial.write()
-        twin = self._known.get(configuration.key)
-        if twin is not None:
-            self.progress.running(trial.number)
-            record = TrialRecord(
-                number=trial.number,
-                evaluation=twin.evaluation,
-                duplicate_of=twin.number,
-                anchor=trial.user_attrs.get(_ANCHOR),
-            )
-        else:
-            self._show_running(trial.number, configuration)
-            anchor = trial.user_attrs.get(_ANCHOR)
-            rung = None if self.promotion is None else 0
-            record = self.training.begin(trial.number, configuration, front, anchor=anchor, rung=rung)
-        self._tell(trial, record.evaluation)
-        finished = self.store.live.get_trials(deepcopy=False)[trial.number]
-        self.store.save(record, finished)
-        self._spent = self._spent.plus(record)
-        return self._after(record, front)
-
-    @section("ask")
-    def _propose(self, front: ParetoFront) -> None:
-        """Let the space say what the next trial tries, unless an anchor is waiting."""
-        live, search = self.store.live, self.search
-        if live.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return
-        number = len(live.get_trials(deepcopy=False))
+        """Begin a trial, or as many as are trained together."""
+        asked = self.asker.ask(front, self.budget.at_most(self.search.pack_size, self._spent))
         if self.elastic is not None:
-            points = {point.configuration: point.values for point in front}
-            proposed = self.elastic.propose(number, self.records, points)
             self._spent = self._sum()
-            if proposed is not None:
-                live.enqueue_trial(proposed)
-                return
-        if not search.space.proposes(number):  # what each point adds to the hypervolume is work
-            return
-        shares = contributions([point.values for point in front], self.axes)
-        parents = {point.configuration: share for point, share in zip(front, shares, strict=True)}
-        generator = random.Random(f"{search.seed}:{number}")
-        proposal = search.space.propose(number, parents, generator, search.backbone, self._history())
-        if proposal is not None:
-            live.enqueue_trial(dict(proposal))
+        records = self._train(asked, front)
+        for one, record in zip(asked, records, strict=True):
+            self._tell(one.trial, record.evaluation)
+        self.store.save(records)
+        for record in records:
+            self._spent = self._spent.plus(record)
+        return self._after(records, front)
 
-    def _history(self) -> History:
-        search = self.search
-        return history_of(
-            self.records,
-            search.objectives,
-            self.axes,
-            search.constraints,
-            forecast=None if self.promotion is None else self.promotion.forecast(self.records),
-            is_prefix_served=search.training.frozen_prefix == "cached",
-        )
+    def _train(self, asked: Sequence[Asked], front: ParetoFront) -> list[TrialRecord]:
+        """Train what was asked for, each configuration once; what was tried before is not trained again."""
+        firsts = {one.configuration.key: one for one in reversed(asked)}
+        new = {
+            one.number: one.configuration
+            for one in asked
+            if one.configuration.key not in self._known and one is firsts[one.configuration.key]
+        }
+        if new:
+            self._show_running(new)
+        rung = None if self.promotion is None else 0
+        trained = self.training.begin(new, front, rung=rung)
+        records = []
+        for one in asked:
+            key = one.configuration.key
+            twin = self._known.get(key) or trained[firsts[key].number]
+            duplicate_of = None if one.number == twin.number else twin.number
+            records.append(
+                TrialRecord(
+                    number=one.number,
+                    evaluation=twin.evaluation,
+                    duplicate_of=duplicate_of,
+                    anchor=one.anchor,
+                )
+            )
+        return records
 
     def _sum(self) -> Spent:
         """Return what was spent on all trials, and on the elastic adapter."""
@@ -301,22 +271,27 @@ class SearchLoop:
         self.store.live.tell(trial, values, state)
 
     @section("record")
-    def _after(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
-        if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
-            self._known[record.evaluation.configuration.key] = record
+    def _after(self, records: Sequence[TrialRecord], front: ParetoFront) -> ParetoFront:
+        """Say what became of trials that were trained together; return the front with them."""
+        states = [front]
+        for record in records:
+            if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
+                self._known[record.evaluation.configuration.key] = record
+            states.append(states[-1].with_trial(record))
         self._has_run = True
-        self._evaluations += 1
-        before, front = front.members, front.with_trial(record)
-        if front.members != before or record.evaluation.by_seed:
-            self._drop_tensors(front)
-        self.progress.finished(record, on_front=record.number in front.members)
-        self._show(front)
-        self._track(record, front, changed=front.members != before)
-        with section("callbacks"):
-            for callback in self.callbacks:
-                callback(record, front)
+        after = states[-1]
+        if after.members != front.members or any(one.evaluation.by_seed for one in records):
+            self._drop_tensors(after)  # once all are on it who belong there: their tensors are kept by then
+        for record, (before, then) in zip(records, pairwise(states), strict=True):
+            self._evaluations += 1
+            self.progress.finished(record, on_front=record.number in then.members)
+            self._show(then)
+            self._track(record, then, changed=then.members != before.members)
+            with section("callbacks"):
+                for callback in self.callbacks:
+                    callback(record, then)
         refuse_hopeless(self.records)
-        return front
+        return after
 
     def _drop_tensors(self, front: ParetoFront) -> None:
         """Keep the tensors of the front and of who was trained again; all, while members may yet fall."""

@@ -183,17 +183,26 @@ class StudyStore:
         self._saved.set_user_attr(f"autopeft:{name}", value)
 
     @section("record")
-    def save(self, record: TrialRecord, trial: FrozenTrial) -> None:
-        """Write a finished or paused trial; after this it survives anything."""
-        trial.user_attrs[_RECORD] = _encode(record)
-        if record.evaluation.status == "paused":
-            trial = copy.copy(trial)
-            trial.state, trial.datetime_complete = TrialState.RUNNING, None
-            trial.values = None
-        self._saved.add_trial(trial)
-        self.records.append(record)
-        if record.evaluation.status == "complete" and self.promotion is not None:
-            self._follow(record.number)  # a whole training tells of those that paused
+    def save(self, records: Sequence[TrialRecord]) -> None:
+        """Write finished or paused trials of the live study; after this they survive anything.
+
+        All that run in the live study have to be among them: it may be made anew.
+        """
+        live = self.live.get_trials(deepcopy=False)
+        assert self._journal is not None
+        with self._journal.in_one_piece():
+            for record in records:
+                trial = live[record.number]
+                trial.user_attrs[_RECORD] = _encode(record)
+                if record.evaluation.status == "paused":
+                    trial = copy.copy(trial)
+                    trial.state, trial.datetime_complete = TrialState.RUNNING, None
+                    trial.values = None
+                self._saved.add_trial(trial)
+        self.records += records
+        for record in records:
+            if record.evaluation.status == "complete" and self.promotion is not None:
+                self._follow(record.number)  # a whole training tells of those that paused
 
     @section("record")
     def update(self, record: TrialRecord) -> None:

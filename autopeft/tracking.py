@@ -239,21 +239,26 @@ class Tracker:
         on_front = number in self._members
         points = self._points.get(number, 0)
         run = finished_run(self._parent, record, on_front=on_front, known_points=points)
-        self._to_show = None  # there is one trial at a time
+        self._to_show = None  # those trained together are over together
         self._runs[number] = self._trial_runs.finish(self._runs.get(number), run)
         self._points[number] = len(record.evaluation.curves)
         if on_front:
             self._tagged.add(number)
 
-    def _start_run(self, number: int, configuration: Configuration, started: int) -> None:
-        if number not in self._runs and number not in self._finished and not self._ending.is_set():
-            name, tags = started_run(self._parent, number, configuration)
-            self._runs[number] = self._trial_runs.start(name, tags, started=started)
+    def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
+        for number, configuration in trials.items():
+            if number not in self._runs and number not in self._finished and not self._ending.is_set():
+                name, tags = started_run(self._parent, number, configuration)
+                self._runs[number] = self._trial_runs.start(name, tags, started=started)
 
-    def trial_started(self, number: int, configuration: Configuration) -> None:
-        """Show a trial as running, unless it is over in a second: its run is then written at once."""
+    def trials_started(self, trials: Mapping[int, Configuration]) -> None:
+        """Show trials as running, unless they are over in a second: their runs are then written at once.
+
+        Args:
+            trials: Configurations by number, of those that are trained together.
+        """
         due, started = time.monotonic() + _SHOW_AFTER_SECONDS, int(time.time() * 1000)
-        show = partial(self._start_run, number, configuration, started)
+        show = partial(self._start_runs, dict(trials), started)
         self._queue.put(partial(self._show_later, due, show))
 
     def _show_later(self, due: float, show: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from autopeft.batches import LABELS, model_inputs
-from autopeft.errors import unknown_choice
+from autopeft.errors import check_whole, unknown_choice
 from autopeft.evaluation import VALIDATION_LOSS
 from autopeft.objectives import parse_quantity
 from autopeft.precision import Precision, quickest_precision
@@ -74,8 +74,7 @@ class Training:
             optional = name in ("max_steps", "patience")
             if value is None and optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 up, got {value!r}.")
+            check_whole(name, value, least=1)
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share is a share in [0, 1], got {self.warmup_share!r}.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
+import torch
+
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
-from autopeft.evaluation import TrialRecord
+from autopeft.evaluation import Cost, TrialRecord
 from autopeft.evaluation_run import Trained
 from autopeft.evaluator import Evaluator
 from autopeft.front import ParetoFront
+from autopeft.packed_training import Meter
+from autopeft.packing import PackedTrainer, PackingError
 from autopeft.paused_training import PausedTrainings
 from autopeft.repeats import lacking, with_repeat
 from autopeft.seeding import training_seed
+
+_logger = logging.getLogger(__name__)
 
 
 class TrialTraining:
@@ -37,27 +46,60 @@ class TrialTraining:
         seeds: int,
     ) -> None:
         self._evaluator = evaluator
+        self._packed = PackedTrainer(evaluator, max_bytes=_room(evaluator))
         self._checkpoints = checkpoints
         self._paused = paused
         self._seed = seed
         self._seeds = seeds
 
     def begin(
-        self,
-        number: int,
-        configuration: Configuration,
-        front: ParetoFront,
-        *,
-        anchor: str | None,
-        rung: int | None,
-    ) -> TrialRecord:
-        """Train a new trial up to a rung; to the end where it is None."""
-        # What was paused by a process that was killed before it could record the trial goes on.
-        paused = None if rung is None else self._paused.load(number)
-        seed = training_seed(self._seed, number) if paused is None else paused.evaluation.seed
-        trained = self._evaluator.train(configuration, seed, rung=rung, paused=paused)
-        record = TrialRecord(number=number, evaluation=trained.evaluation, anchor=anchor)
-        return self._kept(record, trained, front)
+        self, trials: Mapping[int, Configuration], front: ParetoFront, *, rung: int | None
+    ) -> dict[int, TrialRecord]:
+        """Train new trials up to a rung, together where there are several.
+
+        Args:
+            trials: Configurations by number.
+            front: The front so far.
+            rung: None to train to the end.
+
+        Returns:
+            Their records by number.
+        """
+        outcomes = self._known(trials, rung) or self._from_the_start(trials, rung)
+        records = {
+            number: TrialRecord(number=number, evaluation=one.evaluation) for number, one in outcomes.items()
+        }
+        return {number: self._kept(one, outcomes[number], front) for number, one in records.items()}
+
+    def _known(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
+        """Go on from what a process left that was killed before it could record its trials: all, or none."""
+        found: dict[int, Trained] = {}
+        for number, configuration in trials.items():
+            paused = None if rung is None else self._paused.load(number)
+            if paused is None or paused.evaluation.configuration != configuration:
+                return {}
+            seed = paused.evaluation.seed
+            found[number] = self._evaluator.train(configuration, seed, rung=rung, paused=paused)
+        return found
+
+    def _from_the_start(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
+        """Train alone, or in a pack: its candidates see the same batches, by the seed of the first."""
+        if not trials:
+            return {}
+        seeds = {number: training_seed(self._seed, number) for number in trials}
+        meter, wasted = Meter(self._evaluator.device), Cost()
+        if len(trials) > 1:
+            try:
+                seed = next(iter(seeds.values()))
+                trained = self._packed.train(list(trials.values()), seed, rung=rung)
+                return dict(zip(trials, trained, strict=True))
+            except PackingError as error:
+                _logger.warning("%s This is done for trials %s.", error, ", ".join(map(str, trials)))
+                wasted = meter.read().times(1 / len(trials))
+        return {
+            number: self._evaluator.train(configuration, seeds[number], rung=rung).charged(wasted)
+            for number, configuration in trials.items()
+        }
 
     def go_on(self, record: TrialRecord, front: ParetoFront, rung: int) -> TrialRecord:
         """Train a paused trial on to a rung."""
@@ -100,3 +142,18 @@ class TrialTraining:
             if is_member or lacking((point.record for point in front), self._seeds):
                 self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
         return record
+
+
+def _room(evaluator: Evaluator) -> int | None:
+    """Return the bytes that a pack may take: what the constraints allow a candidate, or else what there is.
+
+    None where a candidate's memory is not counted anyway.
+    """
+    if "peak_memory" not in evaluator.needed():
+        return None
+    for constraint in evaluator.constraints:
+        if constraint.objective.name == "peak_memory":
+            return int(constraint.bound)
+    if evaluator.device.type == "cuda":
+        return torch.cuda.get_device_properties(evaluator.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

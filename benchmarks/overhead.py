@@ -33,6 +33,7 @@ from rich.table import Table
 import autopeft.evaluation_run
 from assets.prepare import prepare
 from autopeft import Search
+from autopeft.asking import Asker
 from autopeft.callbacks import BestWeights
 from autopeft.checkpoints import Checkpoints
 from autopeft.memory import MemoryCounter
@@ -51,9 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "overhead.json"
 LIMIT_MILLISECONDS = 50
 PLACES: Places = (
     ("loop", SearchLoop, "_step"),
-    ("ask", SearchLoop, "_propose"),
-    ("ask", optuna.Study, "ask"),
-    ("ask", PerLayer, "suggest"),
+    ("ask", Asker, "ask"),
     ("attach", Attachment, "__init__"),
     ("attach", Attachment, "detach"),
     ("open prefix", PrefixCache, "open"),

@@ -1,12 +1,15 @@
 """What a candidate costs in a pack, against the same candidate trained alone, and where packing stops paying.
 
-    python -m benchmarks.packing [--steps 16] [--repeats 2]
+    python -m benchmarks.packing [--steps 16] [--repeats 2] [--trials 16]
 
 LoRA of rank 8 on MiniLM and question classification, batch size 32, the first validation included: at all
 linear modules, at those of the top half of the blocks, at query and value of the top third. Packs of 1, 2, 4
 and 8 candidates with different learning rates (`PackedTrainer`) take turns with a candidate alone
 (`Evaluator.train`) in one run. On the CPU, processor seconds of the process, which other work on the machine
 does not count into; on CUDA, elapsed seconds. The least of the repeats counts.
+
+Then whole searches (`Search(pack_size=...)`, per-layer LoRA drawn at random, hidden states below the lowest
+adapter on disk before): what a trial takes by the number of candidates that are trained together.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.prepare import prepare
+from autopeft import Search
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Evaluation
@@ -34,6 +39,8 @@ from autopeft.evaluator import Evaluator
 from autopeft.objectives import resolve_objectives
 from autopeft.packed_model import cut_of
 from autopeft.packing import PackedTrainer, packing_gain
+from autopeft.search_spaces import PerLayer
+from autopeft.tasks import TextClassification
 from autopeft.training import Training
 from benchmarks.datasets import DATASETS
 
@@ -102,8 +109,43 @@ def measure(evaluator: Evaluator, place: str, repeats: int) -> dict[str, Any]:
     return {"place": place, "seconds_alone": min(alone), "pays_up_to": paying, "packs": rows}
 
 
-def show(found: list[dict[str, Any]], device: str) -> None:
-    """Print the table."""
+def search(
+    backbone: Backbone, task: TextClassification, training: Training, trials: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Run the same search with packs of several sizes, in turn; return what a trial takes."""
+    took: dict[int, list[float]] = {size: [] for size in SIZES}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(-1, repeats):  # the first of all computes the hidden states, and does not count
+            for size in SIZES if repeat >= 0 else (1,):
+                one = Search(
+                    backbone,
+                    task,
+                    PerLayer(methods=("lora",), ranks=(1, 32)),
+                    objectives=("accuracy", "trainable_parameters"),
+                    training=training,
+                    sampler="random",
+                    anchors=False,
+                    score_check=False,
+                    pack_size=size,
+                    name=f"packs of {size} {repeat + 1}",
+                    folder=folder,
+                    tracking=None,
+                )
+                seconds = seconds_of(one.evaluator, partial(_run, one, trials))
+                if repeat >= 0:
+                    took[size].append(seconds / trials)
+    return [
+        {"pack_size": size, "seconds_a_trial": min(times), "gain": min(took[1]) / min(times)}
+        for size, times in took.items()
+    ]
+
+
+def _run(search: Search, trials: int) -> list[Evaluation]:
+    return [one.evaluation for one in search.run(trials=trials, progress=False).records]
+
+
+def show(found: list[dict[str, Any]], searches: list[dict[str, Any]], device: str) -> None:
+    """Print the tables."""
     table = Table(title=f"Seconds a candidate, {device}")
     for heading in ("LoRA 8 at", "alone", *(f"pack of {size}" for size in SIZES), "pays up to"):
         table.add_column(heading, justify="left" if heading == "LoRA 8 at" else "right")
@@ -114,6 +156,11 @@ def show(found: list[dict[str, Any]], device: str) -> None:
         ]
         table.add_row(one["place"], f"{one['seconds_alone']:.2f}", *packs, str(one["pays_up_to"]))
     Console(width=150).print(table)
+    whole = Table(title=f"Seconds a trial of a search, {device}")
+    for row in searches:
+        whole.add_column(f"pack_size={row['pack_size']}", justify="right")
+    whole.add_row(*(f"{row['seconds_a_trial']:.2f} ({row['gain']:.2f}×)" for row in searches))
+    Console(width=150).print(whole)
     print("In brackets: the gain over a candidate alone; behind it what the work in block passes would give.")
 
 
@@ -122,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     task = DATASETS["questions"].task(train=arguments.steps * BATCH_SIZE, validation=200, test=100)
@@ -131,14 +179,17 @@ def main() -> None:
     evaluator = Evaluator(backbone, task, training, objectives)
     evaluator.evaluate(candidates("query, value of the top third", 1)[0])  # what is loaded on first use
     found = [measure(evaluator, place, arguments.repeats) for place in PLACES]
+    searches = search(backbone, task, training, arguments.trials, arguments.repeats)
     device = torch.cuda.get_device_name() if evaluator.device.type == "cuda" else "CPU, processor time"
-    show(found, device)
+    show(found, searches, device)
     record = {
-        "command": f"python -m benchmarks.packing --steps {arguments.steps} --repeats {arguments.repeats}",
+        "command": f"python -m benchmarks.packing --steps {arguments.steps} --repeats {arguments.repeats} "
+        f"--trials {arguments.trials}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "device": device,
         "steps": arguments.steps,
         "places": found,
+        "searches": searches,
     }
     path = RESULTS.with_stem("packing_cuda") if evaluator.device.type == "cuda" else RESULTS
     path.write_text(json.dumps(record, indent=2) + "\n")

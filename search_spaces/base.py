@@ -46,7 +46,8 @@ class History:
 
     Attributes:
         trials: Configurations that were tried, each with the values known of it: all objectives of a
-            complete trial, only the costs of one that broke a constraint. Where a training failed, its
+            complete trial, only the costs of one that broke a constraint, none of one that is to be
+            trained together with the next. Where a training failed, its
             metrics are the worst there are; where it is paused, those it is expected to reach.
         trainings: How many trainings the values of each trial are the means of; one each where empty.
         axes: The axes of the hypervolume.

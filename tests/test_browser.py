@@ -35,7 +35,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         )
         tracker.start(note="a search", identity=IDENTITY, records=())
         for record in records:
-            tracker.trial_started(record.number, record.evaluation.configuration)
+            tracker.trials_started({record.number: record.evaluation.configuration})
             tracker.trial_finished(record)
         tracker.front_changed(members)
         tracker.publish_front(records, members)

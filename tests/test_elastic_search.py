@@ -110,6 +110,12 @@ def test_proposals_are_points_of_the_space_that_were_not_tried(tmp_path: Path) -
         assert Configuration(point.adapters) not in seen
         seen.add(Configuration(point.adapters))
         records += trained([point], [0.6], backbone)
+    together: list[Configuration] = []  # as for a pack
+    for number in range(6, 9):
+        proposal = made.propose(number, records, {}, together)
+        assert proposal is not None
+        together.append(SPACE.suggest(FixedTrial(proposal), backbone))
+    assert len({Configuration(one.adapters) for one in together} - seen) == 3
     nothing = Configuration({}, learning_rate=1e-2)
     best: dict[Configuration, Values] = {nothing: {"accuracy": 1.0, "trainable_parameters": 1.0}}
     assert made.propose(0, records, best) is None  # nothing can add to this front

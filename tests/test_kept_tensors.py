@@ -55,7 +55,7 @@ def test_who_is_beaten_by_a_single_training_has_its_tensors_kept(tmp_path: Path)
         checkpoints = Checkpoints(tmp_path / f"adapters-{seeds}")
         paused = PausedTrainings(tmp_path / "paused")
         training = TrialTraining(one.evaluator, checkpoints, paused, seed=0, seeds=seeds)
-        begun = training.begin(1, Configuration({}), front, anchor=None, rung=None)
+        begun = training.begin({1: Configuration({})}, front, rung=None)[1]
         assert begun.number not in front.with_trial(begun).members
         assert checkpoints.seed(1) == kept_seed
 

@@ -26,16 +26,17 @@ from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 
 place, folder, trials = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-fidelity = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2) if sys.argv[4] == "rungs" else None
+halving = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2)
 search = Search(
     place / "model",
     TextClassification(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
-    fidelity=fidelity,
+    fidelity=halving if sys.argv[4].startswith("rungs") else None,
     sampler="tpe",
     seed=3,
     seeds=2,
+    pack_size=4 if sys.argv[4].endswith("packs") else 1,
     name="killed",
     folder=folder,
     tracking=f"sqlite:///{folder}/mlflow.db",
@@ -65,7 +66,7 @@ def run(
         place: Has model and data.
         folder: Of the search.
         trials: Trials.
-        fidelity: Rungs or none.
+        fidelity: "rungs" or "whole", each also "in packs".
         kill_at: Bytes of the study after which it is killed, and seconds from then on.
     """
     with (folder / "stderr.txt").open("w") as errors:
@@ -141,14 +142,14 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
     assert finished_runs(cut) == finished_runs(whole) == Counter(range(trials))
 
 
-@pytest.mark.parametrize("fidelity", ["whole", "rungs"])
+@pytest.mark.parametrize("fidelity", ["whole", "rungs", "rungs in packs"])
 def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path, fidelity: str) -> None:
     check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity=fidelity)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("fidelity", ["whole", "rungs"])
+@pytest.mark.parametrize("fidelity", ["whole", "rungs", "whole in packs", "rungs in packs"])
 def test_a_search_killed_ten_times_is_the_search_never_killed(
     place: Path, tmp_path: Path, fidelity: str
 ) -> None:

@@ -17,24 +17,26 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def test_a_trial_is_shown_as_running_once_it_has_run_for_a_second(
+def test_trials_are_shown_as_running_once_they_have_run_for_a_second(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record,) = synthetic_records(1)
+    """Two that are trained together."""
+    records = synthetic_records(2)
     monkeypatch.setattr("autopeft.tracking._SHOW_AFTER_SECONDS", 0.2)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
     before = int(1000 * time.time())
-    tracker.trial_started(0, record.evaluation.configuration)
+    tracker.trials_started({one.number: one.evaluation.configuration for one in records})
     after = int(1000 * time.time())
     deadline = time.monotonic() + 20
-    while not (runs := trial_runs(uri)) and time.monotonic() < deadline:
+    while len(runs := trial_runs(uri)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [run.info.status for run in runs] == ["RUNNING"]
-    assert before <= runs[0].info.start_time <= after
-    tracker.trial_finished(record)
+    assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
+    assert all(before <= run.info.start_time <= after for run in runs)
+    for record in records:
+        tracker.trial_finished(record)
     tracker.finish("FINISHED")
-    assert [run.info.run_id for run in trial_runs(uri)] == [runs[0].info.run_id]
+    assert {run.info.run_id for run in trial_runs(uri)} == {run.info.run_id for run in runs}
 
 
 def test_a_quick_trial_is_written_in_one_piece(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +45,7 @@ def test_a_quick_trial_is_written_in_one_piece(uri: str, monkeypatch: pytest.Mon
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
     with patch.object(tracker._trial_runs, "start") as start:
-        tracker.trial_started(0, record.evaluation.configuration)
+        tracker.trials_started({0: record.evaluation.configuration})
         time.sleep(0.3)  # the thread has seen it
         tracker.trial_finished(record)
         tracker.finish("FINISHED")
@@ -57,7 +59,7 @@ def test_a_trial_that_could_not_be_shown_is_shown_at_the_next_attempt(uri: str) 
     tracker.start(note="", identity=IDENTITY, records=())
     start = tracker._trial_runs.start
     with patch.object(tracker._trial_runs, "start", side_effect=[OSError("busy"), "run"]) as failing:
-        tracker.trial_started(0, record.evaluation.configuration)
+        tracker.trials_started({0: record.evaluation.configuration})
         tracker.flush(20)
     assert failing.call_count == 2
     assert (tracker._runs, tracker.failures) == ({0: "run"}, 0)
@@ -75,7 +77,7 @@ def test_an_interrupted_trial_is_not_shown_after_the_end(uri: str) -> None:
         assert tracker._ending.wait(20)
         tracker._show_now()
 
-    tracker.trial_started(0, record.evaluation.configuration)
+    tracker.trials_started({0: record.evaluation.configuration})
     tracker.log_report(comes_due, "late")
     tracker.finish("KILLED")
     assert trial_runs(uri) == []

@@ -43,7 +43,7 @@ def run_trial(store: StudyStore, *, fails: bool = False) -> TrialRecord:
     else:
         record = completed(trial.number, configuration, draw, anchor="head only" if rank % 2 else None)
         store.live.tell(trial, [record.evaluation.values[one.name] for one in OBJECTIVES])
-    store.save(record, store.live.get_trials(deepcopy=False)[trial.number])
+    store.save([record])
     return record
 
 
@@ -225,7 +225,7 @@ def paused_trial(store: StudyStore) -> TrialRecord:
     whole = replace(record, number=trial.number)
     store.live.tell(trial, [record.evaluation.values[one.name] for one in OBJECTIVES])
     paused = replace(record.evaluation, status="paused", reason="half of it", fidelity=0.5)
-    store.save(replace(whole, evaluation=paused), store.live.get_trials(deepcopy=False)[trial.number])
+    store.save([replace(whole, evaluation=paused)])
     return whole
 
 
@@ -260,10 +260,7 @@ def test_means_replace_values_for_duplicates_and_genetic_samplers_too(tmp_path: 
     twin = store.live.ask()
     twin.suggest_int("rank", 1, 64)
     store.live.tell(twin, values)
-    store.save(
-        TrialRecord(number=twin.number, evaluation=record.evaluation, duplicate_of=record.number),
-        store.live.get_trials(deepcopy=False)[twin.number],
-    )
+    store.save([TrialRecord(number=twin.number, evaluation=record.evaluation, duplicate_of=record.number)])
     before = store.live
     other = replace(record.evaluation, seed=1, values={**record.evaluation.values, "accuracy": 0.1})
     record = replace(record, evaluation=with_repeat(record.evaluation, other, {"accuracy": 0.0}))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopeft.adapter import Site
+from autopeft.errors import check_whole
 
 Scores = Mapping[Site, float]
 """How much each site promises, or counts of its sensitive weights: at least 0."""
@@ -36,20 +37,14 @@ class RankBudget:
     largest: int = 64
 
     def __post_init__(self) -> None:
-        check_whole("The total of a budget", self.total, 0)
-        check_whole("The smallest rank", self.smallest, 0)
-        check_whole("The largest rank", self.largest, max(1, self.smallest))
+        check_whole("The total of a budget", self.total, least=0)
+        check_whole("The smallest rank", self.smallest, least=0)
+        check_whole("The largest rank", self.largest, least=max(1, self.smallest))
         if not self.costs:
             raise ValueError("A budget needs the cost of a rank at each site, got no costs.")
         for site, cost in self.costs.items():
-            check_whole(f"The cost of a rank at {site}", cost, 1)
+            check_whole(f"The cost of a rank at {site}", cost, least=1)
         object.__setattr__(self, "costs", {site: self.costs[site] for site in sorted(self.costs)})
-
-
-def check_whole(what: str, value: int, smallest: int) -> None:
-    """Raise a ValueError unless the value is a whole number of at least `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ValueError(f"{what} is a whole number of at least {smallest}, got {value!r}.")
 
 
 def check_number(what: str, value: float, holds: Callable[[float], bool], expected: str) -> None:

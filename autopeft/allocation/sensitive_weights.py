@@ -15,9 +15,9 @@ from autopeft.allocation.rank_budget import (
     Scores,
     check_costs,
     check_number,
-    check_whole,
     checked_scores,
 )
+from autopeft.errors import check_whole
 
 
 def structured(counts: Scores, budget: RankBudget, alpha: float = 5.0, rank: int = 8) -> Ranks:
@@ -63,7 +63,7 @@ def structured_sites(
         ValueError: alpha or the rank is out of range, there is no site, or a site has no cost.
     """
     check_number("alpha", alpha, lambda value: value > 0, "above 0")
-    check_whole("The rank of a structured adapter", rank, 1)
+    check_whole("The rank of a structured adapter", rank, least=1)
     check_costs(counts, costs)
     return frozenset(site for site, count in counts.items() if count * alpha >= rank * costs[site])
 
@@ -82,7 +82,7 @@ def sensitive_counts(sensitivities: Mapping[Site, ArrayLike], count: int) -> dic
     Raises:
         ValueError: There are no weights, the count is negative, or a sensitivity is not a number.
     """
-    check_whole("The count of sensitive weights", count, 0)
+    check_whole("The count of sensitive weights", count, least=0)
     flat = {site: np.asarray(sensitivities[site]).ravel() for site in sorted(sensitivities)}
     pooled = np.concatenate(list(flat.values())) if flat else np.empty(0)
     if not len(pooled):

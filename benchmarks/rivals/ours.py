@@ -23,12 +23,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
+    "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
         "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
     },
 }
-"""By name, the arguments of `Search`: each technique of the whole is switched off alone, and one added."""
+"""By name, the arguments of `Search`: each technique of the whole is switched off alone, or one added."""
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:

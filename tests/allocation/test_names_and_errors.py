@@ -43,14 +43,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"total": -1}, "total of a budget is a whole number of at least 0, got -1"),
-            ({"total": 2e6}, "total of a budget is a whole number of at least 0, got 2000000.0"),
-            ({"smallest": -1}, "smallest rank is a whole number of at least 0, got -1"),
-            ({"largest": 0}, "largest rank is a whole number of at least 1, got 0"),
-            ({"smallest": 8, "largest": 4}, "largest rank is a whole number of at least 8, got 4"),
+            ({"total": -1}, "total of a budget is a whole number from 0 up, got -1"),
+            ({"total": 2e6}, "total of a budget is a whole number from 0 up, got 2000000.0"),
+            ({"smallest": -1}, "smallest rank is a whole number from 0 up, got -1"),
+            ({"largest": 0}, "largest rank is a whole number from 1 up, got 0"),
+            ({"smallest": 8, "largest": 4}, "largest rank is a whole number from 8 up, got 4"),
             ({"costs": {}}, "needs the cost of a rank at each site, got no costs"),
-            ({"costs": {SITES[1]: 0}}, r"rank at 0\.value is a whole number of at least 1, got 0"),
-            ({"costs": {SITES[1]: True}}, r"rank at 0\.value is a whole number of at least 1, got True"),
+            ({"costs": {SITES[1]: 0}}, r"rank at 0\.value is a whole number from 1 up, got 0"),
+            ({"costs": {SITES[1]: True}}, r"rank at 0\.value is a whole number from 1 up, got True"),
         ],
     )
     def test_of_budgets(self, changes: dict[str, Any], message: str) -> None:

@@ -45,7 +45,7 @@ class TestStructured:
         [
             ({"alpha": 0.0}, "alpha is a finite number above 0, got 0.0"),
             ({"alpha": math.nan}, "alpha is a finite number above 0, got nan"),
-            ({"rank": 0}, "rank of a structured adapter is a whole number of at least 1, got 0"),
+            ({"rank": 0}, "rank of a structured adapter is a whole number from 1 up, got 0"),
         ],
     )
     def test_options_are_checked(self, options: dict[str, Any], message: str) -> None:
@@ -84,7 +84,7 @@ class TestSensitiveCounts:
             sensitive_counts({}, 3)
         with pytest.raises(ValueError, match="No weights to select from"):
             sensitive_counts(sited([[], []]), 3)
-        with pytest.raises(ValueError, match="at least 0, got -1"):
+        with pytest.raises(ValueError, match="from 0 up, got -1"):
             sensitive_counts(sited([[1.0]]), -1)
         with pytest.raises(ValueError, match=r"at 0\.value is not a number"):
             sensitive_counts(sited([[1.0], [math.nan]]), 1)

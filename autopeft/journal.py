@@ -46,7 +46,10 @@ class SoleWriterJournal(JournalFileBackend):
 
     @contextmanager
     def in_one_piece(self) -> Iterator[None]:
-        """Write what is appended in a `with` block at once, at its end: all of it is there, or nothing."""
+        """Write what is appended in a `with` block at once, at its end: all of it is there, or nothing.
+
+        The next read goes through the whole file: Optuna notes where lines begin as it reads them.
+        """
         self._held = []
         try:
             yield
@@ -57,7 +60,8 @@ class SoleWriterJournal(JournalFileBackend):
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Read the logs from a number on, with those that are yet to be written."""
-        yield from super().read_logs(log_number_from)
+        if log_number_from < self._count:  # else there is nothing in the file, which would be read through
+            yield from super().read_logs(log_number_from)
         yield from (self._held or [])[max(0, log_number_from - self._count) :]
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -190,7 +190,7 @@ class StudyStore:
         """
         live = self.live.get_trials(deepcopy=False)
         assert self._journal is not None
-        with self._journal.in_one_piece():
+        with self._journal.in_one_piece() if len(records) > 1 else nullcontext():
             for record in records:
                 trial = live[record.number]
                 trial.user_attrs[_RECORD] = _encode(record)

@@ -78,7 +78,7 @@ class Budget:
 
     def at_most(self, wanted: int, spent: Spent) -> int:
         """Return how many of so many trials may still be begun."""
-        return wanted if self.trials is None else min(wanted, self.trials - spent.trials)
+        return wanted if self.trials is None else min(wanted, int(self.trials) - spent.trials)
 
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.

@@ -46,17 +46,18 @@ class SoleWriterJournal(JournalFileBackend):
 
     @contextmanager
     def in_one_piece(self) -> Iterator[None]:
-        """Write what is appended in a `with` block at once, at its end: all of it is there, or nothing.
+        """Write what is appended in a `with` block in one write at its end; nothing where it raises.
 
         The next read goes through the whole file: Optuna notes where lines begin as it reads them.
         """
         self._held = []
         try:
             yield
-        finally:
-            held, self._held = self._held, None
-            if held:
-                self.append_logs(held)
+        except BaseException:
+            self._held = None
+            raise
+        held, self._held = self._held, None
+        self.append_logs(held)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """Read the logs from a number on, with those that are yet to be written."""

@@ -76,10 +76,12 @@ class SearchProgress:
 
     def running(self, numbers: Sequence[int]) -> None:
         """Say which trials are being trained, one or several together."""
-        several = f"s {numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else f" {numbers[0]}"
+        which = f"trial {numbers[0]}"
+        if len(numbers) > 1:
+            which = f"{len(numbers)} trials, {numbers[0]} to {numbers[-1]}"
         task = self._progress.tasks[0]
         summary = task.fields.get("summary", "")
-        self._progress.update(self._task, description=f"trial{several} · {summary}")
+        self._progress.update(self._task, description=f"{which} · {summary}")
 
     def finished(self, record: TrialRecord, *, on_front: bool) -> None:
         """Print a trial's line."""

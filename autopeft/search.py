@@ -63,9 +63,8 @@ class Search:
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             (or pack) has a seed of its own, made from it.
         pack_size: How many new candidates are trained together in one pass over the backbone (see
-            `autopeft.packing`); 1 trains each alone. It pays where a candidate alone leaves the device idle,
-            or where candidates share lower blocks whose hidden states are not kept, and not on a CPU that
-            reads them.
+            `autopeft.packing`); 1 trains each alone. It is meant for devices that one candidate leaves idle,
+            and pays where candidates share lower blocks whose hidden states are not kept.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
         anchors: Whether to try the space's reference points first: what people do today.

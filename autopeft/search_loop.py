@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from optuna.trial import Trial
@@ -219,20 +218,19 @@ class SearchLoop:
 
     def _train(self, asked: Sequence[Asked], front: ParetoFront) -> list[TrialRecord]:
         """Train what was asked for, each configuration once; what was tried before is not trained again."""
-        firsts = {one.configuration.key: one for one in reversed(asked)}
-        new = {
-            one.number: one.configuration
-            for one in asked
-            if one.configuration.key not in self._known and one is firsts[one.configuration.key]
-        }
+        new: dict[str, Asked] = {}
+        for one in asked:
+            if one.configuration.key not in self._known:
+                new.setdefault(one.configuration.key, one)
+        configurations = {one.number: one.configuration for one in new.values()}
         if new:
-            self._show_running(new)
+            self._show_running(configurations)
         rung = None if self.promotion is None else 0
-        trained = self.training.begin(new, front, rung=rung)
+        trained = self.training.begin(configurations, front, rung=rung)
         records = []
         for one in asked:
             key = one.configuration.key
-            twin = self._known.get(key) or trained[firsts[key].number]
+            twin = self._known.get(key) or trained[new[key].number]
             duplicate_of = None if one.number == twin.number else twin.number
             records.append(
                 TrialRecord(
@@ -272,26 +270,25 @@ class SearchLoop:
 
     @section("record")
     def _after(self, records: Sequence[TrialRecord], front: ParetoFront) -> ParetoFront:
-        """Say what became of trials that were trained together; return the front with them."""
-        states = [front]
+        """Say what became of trials that were trained together; return the front with all of them."""
+        before = front.members
         for record in records:
             if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
                 self._known[record.evaluation.configuration.key] = record
-            states.append(states[-1].with_trial(record))
+            front = front.with_trial(record)
         self._has_run = True
-        after = states[-1]
-        if after.members != front.members or any(one.evaluation.by_seed for one in records):
-            self._drop_tensors(after)  # once all are on it who belong there: their tensors are kept by then
-        for record, (before, then) in zip(records, pairwise(states), strict=True):
+        if front.members != before or any(one.evaluation.by_seed for one in records):
+            self._drop_tensors(front)
+        for record in records:
             self._evaluations += 1
-            self.progress.finished(record, on_front=record.number in then.members)
-            self._show(then)
-            self._track(record, then, changed=then.members != before.members)
+            self.progress.finished(record, on_front=record.number in front.members)
+            self._show(front)
+            self._track(record, front, changed=front.members != before)
             with section("callbacks"):
                 for callback in self.callbacks:
-                    callback(record, then)
+                    callback(record, front)
         refuse_hopeless(self.records)
-        return after
+        return front
 
     def _drop_tensors(self, front: ParetoFront) -> None:
         """Keep the tensors of the front and of who was trained again; all, while members may yet fall."""

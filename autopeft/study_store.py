@@ -200,9 +200,9 @@ class StudyStore:
                     trial.values = None
                 self._saved.add_trial(trial)
         self.records += records
-        for record in records:
-            if record.evaluation.status == "complete" and self.promotion is not None:
-                self._follow(record.number)  # a whole training tells of those that paused
+        complete = [one.number for one in records if one.evaluation.status == "complete"]
+        if complete and self.promotion is not None:
+            self._follow(complete[-1])  # whole trainings tell of those that paused
 
     @section("record")
     def update(self, record: TrialRecord) -> None:

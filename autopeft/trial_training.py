@@ -65,13 +65,13 @@ class TrialTraining:
         Returns:
             Their records by number.
         """
-        outcomes = self._known(trials, rung) or self._from_the_start(trials, rung)
+        outcomes = self._left_behind(trials, rung) or self._from_the_start(trials, rung)
         records = {
             number: TrialRecord(number=number, evaluation=one.evaluation) for number, one in outcomes.items()
         }
         return {number: self._kept(one, outcomes[number], front) for number, one in records.items()}
 
-    def _known(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
+    def _left_behind(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
         """Go on from what a process left that was killed before it could record its trials: all, or none."""
         found: dict[int, Trained] = {}
         for number, configuration in trials.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from optuna.storages import JournalStorage
 
 from autopeft import ParetoFront, Search, SuccessiveHalving
 from autopeft.checkpoints import Checkpoints
@@ -121,11 +122,11 @@ def test_ctrl_c_in_a_callback_keeps_the_whole_pack(uncut: ParetoFront, tmp_path:
     assert what_it_found(again) == what_it_found(uncut)
 
 
-@pytest.mark.parametrize("place", ["training", "pause", "study"])
+@pytest.mark.parametrize("place", ["training", "pause", "record", "study"])
 def test_ctrl_c_within_a_pack_lets_all_of_it_be_trained_again(
     place: str, uncut: ParetoFront, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it is trained, when half of its states are written, and while the study is written."""
+    """While it is trained, when half of its states are written, and before and while the study is written."""
     cut = packed_search(tmp_path, **MIXED_SETTINGS)
     cut.validate()
     count = 0
@@ -145,6 +146,9 @@ def test_ctrl_c_within_a_pack_lets_all_of_it_be_trained_again(
             patch.setattr(PackedCandidate, "step", interrupting(PackedCandidate.step, 4 * 6 + 7))
         elif place == "pause":
             patch.setattr(PausedTrainings, "save", interrupting(PausedTrainings.save, 6))
+        elif place == "record":  # the second of a pack's
+            add = JournalStorage.create_new_trial
+            patch.setattr(JournalStorage, "create_new_trial", interrupting(add, 4 + 2))
         else:
             patch.setattr(SoleWriterJournal, "append_logs", interrupting(SoleWriterJournal.append_logs, 12))
         front = cut.run(trials=15, progress=False)
@@ -193,7 +197,7 @@ def test_a_packed_search_keeps_candidates_apart(tmp_path: Path) -> None:
 def test_packed_trials_are_runs_in_mlflow(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     search = packed_search(tmp_path, tracking=uri, fidelity=HALVING)
-    front = search.run(trials=6, progress=False)
+    front = search.run(trials=6.0, progress=False)  # type: ignore[arg-type] # a whole number, as any
     runs = MlflowClient(tracking_uri=uri).search_runs(["1"], f"tags.`{TRIAL_TAG}` LIKE '%'")
     expected = {"complete": "FINISHED", "paused": "SCHEDULED"}
     assert {int(run.data.tags[TRIAL_TAG]): run.info.status for run in runs} == {

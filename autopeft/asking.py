@@ -12,7 +12,7 @@ from optuna.trial import Trial, TrialState
 from autopeft.configuration import Configuration
 from autopeft.gathered_trial import GatheredTrial
 from autopeft.history import history_of
-from autopeft.pareto import contributions
+from autopeft.pareto import Axis, contributions
 from autopeft.profiling import section
 
 if TYPE_CHECKING:
@@ -52,16 +52,19 @@ class Asker:
     """Asks for trials; the same records and the same number give the same configuration.
 
     Args:
-        search: Gives space, seed, axes and constraints.
+        search: Gives space, seed and constraints.
         store: The study.
         elastic: The elastic adapter's proposals; None without one.
+        axes: The search's.
     """
 
-    def __init__(self, search: Search, store: StudyStore, elastic: ElasticProposals | None) -> None:
+    def __init__(
+        self, search: Search, store: StudyStore, elastic: ElasticProposals | None, axes: Sequence[Axis]
+    ) -> None:
         self._search = search
         self._store = store
         self._elastic = elastic
-        self._axes = search.axes()
+        self._axes = axes
 
     def enqueue_anchors(self) -> None:
         """Let the space's reference points that were not tried yet come first."""
@@ -75,7 +78,7 @@ class Asker:
                 )
 
     @section("ask")
-    def ask(self, front: ParetoFront, count: int = 1) -> list[Asked]:
+    def ask(self, front: ParetoFront, count: int) -> list[Asked]:
         """Begin trials in the live study.
 
         Args:

@@ -65,7 +65,7 @@ class SearchLoop:
             search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
         )
         self.elastic = search.elastic_proposals()
-        self.asker = Asker(search, store, self.elastic)
+        self.asker = Asker(search, store, self.elastic, self.axes)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known = {

@@ -93,7 +93,12 @@ class Evaluator:
         needed = self.needed()
         batch = self.data.largest_batch()
         if "peak_memory" in needed:
-            count = self._memory.count(batch, self.task.loss, precision=self.training.resolved_precision())
+            count = self._memory.count(
+                batch,
+                self.task.loss,
+                precision=self.training.resolved_precision(),
+                adapters=attachment.sized,
+            )
             values["peak_memory"] = float(count.peak_bytes)
         if "forward_flops" in needed:
             values["forward_flops"] = float(count_flops(self.backbone.model, batch))

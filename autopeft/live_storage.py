@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ class StorageCounter(TorchDispatchMode):
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
-            self._track_new(storage, storage.nbytes())
+            self._track_new(storage, storage.nbytes(), tensor.shape)
 
-    def _track_new(self, storage: torch.UntypedStorage, size: int) -> None:
+    def _track_new(self, storage: torch.UntypedStorage, size: int, shape: Sequence[int]) -> None:
+        """Count a storage of `size` bytes, first seen in a tensor of a shape."""
         known, key = self._known, storage._cdata
 
         def died(_: object) -> None:

@@ -6,17 +6,18 @@ data while every live storage is counted; what the optimizer adds follows from t
 kernels allocate for themselves inside one operation is not seen.
 
 There are two ways to run without data: fake CPU tensors, which take every path the CPU would take, and meta
-tensors (`autopeft.meta_tensors`), which take a tenth of the time. `MemoryCounter` uses the second where it
-has seen it agree with the first.
+tensors (`autopeft.meta_tensors`), which take a tenth of the time. And where another candidate with the same
+adapters at the same sites was counted, nothing need be run: its memory is a formula in the adapters' sizes
+(`autopeft.memory_formula`). `MemoryCounter` takes a quicker way where it has seen it agree with a slower one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +27,68 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.live_storage import Loss, StorageCounter
+from autopeft.memory_count import MemoryCount
+from autopeft.memory_formula import (
+    MemoryFormula,
+    NotLinearError,
+    SizedAdapters,
+    SymbolicCounter,
+    Symbols,
+    formula_of,
+)
 from autopeft.meta_autocast import MetaAutocast
 from autopeft.meta_tensors import MetaCounter, cpu_attention
 from autopeft.modes import every_module, in_mode
 from autopeft.precision import Precision, autocast
 
-_STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
+_Modules: TypeAlias = Sequence[nn.Module]
+_Setting: TypeAlias = tuple[Hashable, Precision]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryCount:
-    """Peak live bytes of a training, and what they consist of.
+@dataclass
+class _Followed:
+    """What was seen of one step.
 
     Attributes:
-        peak_bytes: Largest number of live bytes at any moment of a step.
-        parameter_bytes: Parameters and buffers, frozen ones included.
-        gradient_bytes: Gradients of all trainable parameters.
-        optimizer_bytes: State of AdamW.
-        activation_bytes: The rest of the peak: batch, activations, temporaries.
+        parameters: Converted parameters.
+        buffers: Converted buffers.
+        batch_bytes: Bytes of the batch.
+        parameter_bytes: Bytes of parameters and buffers.
+        forward_peak: Largest number of bytes that the forward pass made and that were alive at once.
+        backward_peak: The same of the backward pass, beside what the forward pass left.
     """
 
-    peak_bytes: int
-    parameter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
+    parameters: list[Tensor]
+    buffers: list[Tensor]
+    batch_bytes: int = 0
+    parameter_bytes: int = 0
+    forward_peak: int = 0
+    backward_peak: int = 0
 
-    @property
-    def activation_bytes(self) -> int:
-        """The rest of the peak: batch, activations, temporaries (and gradients not there yet)."""
-        others = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return max(0, self.peak_bytes - others)
+
+class _Trust:
+    """Whether a way of counting agrees with a slower one.
+
+    Attributes:
+        seen: What was seen, by kinds of modules and setting.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[frozenset[type], _Setting], bool] = {}
+
+    def known(self, modules: _Modules, setting: _Setting) -> bool | None:
+        """Whether a way agrees for a model of these kinds of modules; None where that is not known.
+
+        It does where it was seen to for a model of these and perhaps more kinds.
+        """
+        kinds = frozenset(map(type, modules))
+        if any(agrees and known == setting and kinds <= more for (more, known), agrees in self.seen.items()):
+            return True
+        return self.seen.get((kinds, setting))
+
+    def note(self, modules: _Modules, setting: _Setting, *, agrees: bool) -> None:
+        """Note what was seen."""
+        self.seen[frozenset(map(type, modules)), setting] = agrees
 
 
 class MemoryCounter:
@@ -68,10 +101,17 @@ class MemoryCounter:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._remembered: dict[Any, Any] = {}
-        self._agrees: dict[tuple[frozenset[type], Hashable], bool] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._meta, self._formula = _Trust(), _Trust()
+        self._formulas: dict[Hashable, MemoryFormula | None] = {}
 
     def count(
-        self, batch: Mapping[str, Tensor], loss: Loss, *, precision: Precision = "32-true"
+        self,
+        batch: Mapping[str, Tensor],
+        loss: Loss,
+        *,
+        precision: Precision = "32-true",
+        adapters: SizedAdapters | None = None,
     ) -> MemoryCount:
         """Count one candidate, as attached now. Model, gradients and random generators stay untouched.
 
@@ -79,20 +119,24 @@ class MemoryCounter:
             batch: The largest training batch, labels under "labels"; only its shapes matter.
             loss: Maps logits (batch, labels) and labels (batch,) to a scalar.
             precision: "bf16-mixed" counts under autocast.
+            adapters: What is attached (`Attachment.sized`): others that differ in sizes alone are then
+                counted by a formula. None to follow a step in any case.
 
         Raises:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
+        modules = every_module(self._model)
+        shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
+        setting = shapes, precision
+        case = None if adapters is None else (adapters.kind, setting, loss, _hooks(modules))
+        formula = self._formulas.get(case)
+        if adapters is not None and formula is not None:
+            return formula.count(adapters.values)
         try:
             with in_mode(self._model, training=True):
-                shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
-                kind = frozenset(map(type, every_module(self._model))), (shapes, precision)
-                if self._is_quick(*kind):
-                    return self._count_on_meta(batch, loss, precision)
-                slow = self._count_on_fake(batch, loss, precision)
-                if kind not in self._agrees:
-                    self._agrees[kind] = slow == self._try_on_meta(batch, loss, precision)
-                return slow
+                if adapters is None or case in self._formulas:
+                    return self._followed_count(modules, setting, batch, loss)
+                return self._first_of_kind(modules, setting, batch, loss, adapters, case)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"The peak memory of {type(self._model).__name__} cannot be counted without running it "
@@ -100,17 +144,44 @@ class MemoryCounter:
                 "constraints."
             ) from error
 
-    def _is_quick(self, modules: frozenset[type], setting: Hashable) -> bool:
-        """Whether the quick way was seen to agree for a model of these and perhaps more kinds of modules."""
-        return any(
-            agrees and setting == known and modules <= several
-            for (several, known), agrees in self._agrees.items()
-        )
+    def _first_of_kind(
+        self,
+        modules: _Modules,
+        setting: _Setting,
+        batch: Mapping[str, Tensor],
+        loss: Loss,
+        adapters: SizedAdapters,
+        case: Hashable,
+    ) -> MemoryCount:
+        """Count by a new formula, beside following the step where formulas were not seen to agree."""
+        agrees = self._formula.known(modules, setting)
+        formula = None if agrees is False else self._new_formula(batch, loss, setting[1], adapters)
+        if agrees and formula is not None:
+            self._formulas[case] = formula
+            return formula.count(adapters.values)
+        followed = self._followed_count(modules, setting, batch, loss)
+        if agrees is None:
+            agrees = formula is not None and formula.count(adapters.values) == followed
+            self._formula.note(modules, setting, agrees=agrees)
+        self._formulas[case] = formula if agrees else None
+        return followed
+
+    def _followed_count(
+        self, modules: _Modules, setting: _Setting, batch: Mapping[str, Tensor], loss: Loss
+    ) -> MemoryCount:
+        """Follow a step on meta tensors where that was seen to agree, or else on fake ones."""
+        agrees = self._meta.known(modules, setting)
+        if agrees:
+            return self._count_on_meta(batch, loss, setting[1])
+        slow = self._count_on_fake(batch, loss, setting[1])
+        if agrees is None:
+            self._meta.note(modules, setting, agrees=slow == self._try_on_meta(batch, loss, setting[1]))
+        return slow
 
     def _count_on_fake(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
         with FakeTensorMode() as fake:
             context = autocast(precision, "cpu")
-            return self._count(StorageCounter(), partial(_on_cpu, fake), batch, loss, context)
+            return _count_of(self._follow(StorageCounter(), partial(_on_cpu, fake), batch, loss, context))
 
     def _try_on_meta(
         self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision
@@ -121,69 +192,95 @@ class MemoryCounter:
             return None
 
     def _count_on_meta(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
-        def convert(tensor: Tensor) -> Tensor:
-            made = torch.empty_like(tensor, device="meta")
-            return made.requires_grad_(tensor.requires_grad)
+        counter = MetaCounter(self._remembered)
+        return _count_of(self._follow_on_meta(counter, Symbols().convert, batch, loss, precision))
 
+    def _new_formula(
+        self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision, adapters: SizedAdapters
+    ) -> MemoryFormula | None:
+        """Return the formula of what is attached; None where there is none."""
+        symbols = Symbols(self._numbers, adapters.sizes)
+        counter = SymbolicCounter(self._remembered, symbols)
+        try:
+            seen = self._follow_on_meta(counter, symbols.convert, batch, loss, precision)
+            return formula_of(symbols, counter, seen.parameters, seen.buffers, seen.batch_bytes)
+        except (NotLinearError, NotImplementedError, RuntimeError):
+            return None
+
+    def _follow_on_meta(
+        self,
+        counter: MetaCounter,
+        convert: Callable[[Tensor], Tensor],
+        batch: Mapping[str, Tensor],
+        loss: Loss,
+        precision: Precision,
+    ) -> _Followed:
         mixed = MetaAutocast() if precision == "bf16-mixed" else None
         with cpu_attention(self._remembered, None if mixed is None else mixed.lowered):
             context = nullcontext() if mixed is None else mixed.casting()
-            return self._count(MetaCounter(self._remembered), convert, batch, loss, context)
+            return self._follow(counter, convert, batch, loss, context)
 
-    def _count(
+    def _follow(
         self,
         counter: StorageCounter,
         convert: Callable[[Tensor], Tensor],
         batch: Mapping[str, Tensor],
         loss: Loss,
         forward: AbstractContextManager[Any],
-    ) -> MemoryCount:
-        with _converted(self._model, convert) as (parameters, buffers):
+    ) -> _Followed:
+        """Run forward and backward once on converted tensors."""
+        with _converted(self._model, convert) as seen:
             inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
             labels = convert(batch[LABELS])
-            batch_bytes = counter.exclude((*inputs.values(), labels))
-            parameter_bytes = counter.exclude((*parameters, *buffers))
-            trainable = [one for one in parameters if one.requires_grad]
-            gradient_bytes = sum(one.numel() * one.element_size() for one in trainable)
-            optimizer_bytes = 2 * gradient_bytes + _STEP_COUNTER_BYTES * len(trainable)
+            seen.batch_bytes = counter.exclude((*inputs.values(), labels))
+            seen.parameter_bytes = counter.exclude((*seen.parameters, *seen.buffers))
             with counter:
                 with forward:
                     output = self._model(**inputs)
                     value = loss(output.logits, labels)
                     del output
-                    forward_peak = counter.peak_bytes
+                    seen.forward_peak = counter.peak_bytes
                     counter.restart_peak()
                 value.backward()
-                backward_peak = counter.peak_bytes
-        # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
-        temporaries = 2 * max((one.numel() * one.element_size() for one in trainable), default=0)
-        step = max(gradient_bytes + forward_peak, backward_peak, gradient_bytes + temporaries)
-        return MemoryCount(
-            peak_bytes=parameter_bytes + batch_bytes + optimizer_bytes + step,
-            parameter_bytes=parameter_bytes,
-            gradient_bytes=gradient_bytes,
-            optimizer_bytes=optimizer_bytes,
-        )
+                seen.backward_peak = counter.peak_bytes
+                counter.restart_peak()
+        return seen
+
+
+def _count_of(seen: _Followed) -> MemoryCount:
+    sizes = [one.numel() * one.element_size() for one in seen.parameters if one.requires_grad]
+    return MemoryCount.of_step(
+        parameter_bytes=seen.parameter_bytes,
+        batch_bytes=seen.batch_bytes,
+        trainable_bytes=sum(sizes),
+        trainable_tensors=len(sizes),
+        largest_bytes=max(sizes, default=0),
+        forward_peak=seen.forward_peak,
+        backward_peak=seen.backward_peak,
+    )
+
+
+def _hooks(modules: _Modules) -> Hashable:
+    """Return what modules there are, and how many hooks each has: some adapters, and a cut, are hooks."""
+    return tuple((type(one), len(one._forward_hooks), len(one._forward_pre_hooks)) for one in modules)
 
 
 @contextmanager
-def _converted(
-    model: nn.Module, convert: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _converted(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[_Followed]:
     """Put converted tensors in the place of a model's parameters and buffers, tied ones once.
 
     It is what `torch.func.functional_call` does, in one walk through the model in place of five.
 
     Yields:
-        The converted parameters and buffers.
+        What is to be seen of a step, with the converted parameters and buffers.
     """
     converted: dict[int, Tensor] = {}
     originals: list[tuple[dict[str, Any], str, Tensor]] = []
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    seen = _Followed([], [])
     try:
         for module in every_module(model):
             holders: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
-            for holder, several in zip(holders, found, strict=True):
+            for holder, several in zip(holders, (seen.parameters, seen.buffers), strict=True):
                 for name, original in holder.items():
                     if original is None:
                         continue
@@ -193,7 +290,7 @@ def _converted(
                     originals.append((holder, name, original))
         for holder, name, original in originals:
             holder[name] = converted[id(original)]
-        yield found
+        yield seen
     finally:
         for holder, name, original in originals:
             holder[name] = original

@@ -7,6 +7,7 @@ meta tensor has to be told: for the models of transformers that is attention alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from autopeft.live_storage import StorageCounter
+
+SYMBOLIC = 1 << 30
+"""Dimensions from here on stand for sizes that are left open (`autopeft.memory_formula`)."""
+SYMBOL_ROOM = 1 << 16
+"""Between two symbols: what may be added to a size."""
 
 _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
@@ -76,8 +82,10 @@ def _attend(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        blocked = attn_mask.logical_not()
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(blocked, float("-inf"))
+        # As the CPU does it: nothing but the new mask outlives this line.
+        attn_mask = torch.where(
+            attn_mask, 0.0, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=_META)
+        )
     attended: Tensor
     attended, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -106,8 +114,17 @@ def _choice(
 
 
 def _unwritten(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor of the same make; its memory is asked for and never touched."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    """Return a CPU tensor of the same make; its memory is asked for and never touched.
+
+    A symbol for a size becomes some size: kernels are not chosen by lengths.
+    """
+    if all(one < SYMBOLIC for one in tensor.shape):
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    else:
+        order = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
+        shape = [one if one < SYMBOLIC else 1 + one % SYMBOL_ROOM for one in tensor.shape]
+        made = torch.empty([shape[one] for one in order], dtype=tensor.dtype)
+        made = made.permute([order.index(one) for one in range(tensor.ndim)])
     return made.requires_grad_(tensor.requires_grad)
 
 
@@ -164,7 +181,7 @@ class MetaCounter(StorageCounter):
 
     def _make(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
-        self._track_new(tensor.untyped_storage(), size)
+        self._track_new(tensor.untyped_storage(), size, shape)
         return tensor
 
 

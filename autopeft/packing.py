@@ -224,11 +224,12 @@ class PackedTrainer:
         evaluator = self.evaluator
         if "peak_memory" in values:
             return int(values["peak_memory"]) - self._frozen_bytes
-        with attach(evaluator.backbone, configuration):
+        with attach(evaluator.backbone, configuration) as attachment:
             count = self._memory.count(
                 evaluator.data.largest_batch(),
                 evaluator.task.loss,
                 precision=evaluator.training.resolved_precision(),
+                adapters=attachment.sized,
             )
         return count.peak_bytes - self._frozen_bytes
 

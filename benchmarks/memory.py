@@ -4,7 +4,8 @@
 
 For configurations of every method on MiniLM, in single precision and bfloat16: bytes counted before training
 against bytes counted over two real optimizer steps on the CPU, on CUDA also against the allocator's peak;
-time of a count against the plain count on fake tensors.
+time of a count against the plain count on fake tensors, and of one by the formula that another candidate with
+adapters of twice the size left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
+from autopeft.configuration import Adapter
 from autopeft.live_storage import measure_live_storage
 from autopeft.memory import MemoryCounter
 from autopeft.precision import Precision, autocast
@@ -109,6 +111,30 @@ def timed_count(
     return count.peak_bytes, 1000 * (time.perf_counter() - started)
 
 
+def timed_formula(
+    counter: MemoryCounter,
+    backbone: Backbone,
+    configuration: Configuration,
+    batch: Mapping[str, Tensor],
+    precision: Precision,
+) -> tuple[int, float]:
+    """Return bytes and milliseconds of a count by formula."""
+    larger = {
+        site: tuple(
+            one if one.size is None else Adapter(one.method, 2 * one.size, dict(one.options))
+            for one in several
+        )
+        for site, several in configuration.adapters.items()
+    }
+    for one in (configuration.replace(adapters=larger), configuration):
+        with attach(backbone, one) as attachment:
+            sized = attachment.sized
+            started = time.perf_counter()
+            count = counter.count(batch, functional.cross_entropy, precision=precision, adapters=sized)
+            took = time.perf_counter() - started
+    return count.peak_bytes, 1000 * took
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     task = TextClassification(dataset=str(prepare("questions") / "questions.csv"))
@@ -118,8 +144,10 @@ def main() -> None:
     for shape, precision in CASES:
         batch = batch_of(shape)
         for name, configuration in configurations():
+            found, by_formula = timed_formula(counter, backbone, configuration, batch, precision)
             with attach(backbone, configuration):
                 counted, milliseconds = timed_count(counter, batch, precision)
+                assert found == counted, f"{name}: {found} bytes by formula, {counted} when followed"
                 started = time.perf_counter()
                 counter._count_on_fake(batch, functional.cross_entropy, precision)
                 fake = 1000 * (time.perf_counter() - started)
@@ -138,6 +166,7 @@ def main() -> None:
                     "real_cpu_bytes": real,
                     "error": counted / real - 1,
                     "cuda_bytes": cuda,
+                    "formula_ms": by_formula,
                     "count_ms": milliseconds,
                     "fake_tensor_count_ms": fake,
                 }
@@ -155,7 +184,8 @@ def report(rows: list[dict[str, object]]) -> None:
         "counted",
         "real",
         "error",
-        "count",
+        "by formula",
+        "followed",
         "on fake tensors",
     ):
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
@@ -167,10 +197,11 @@ def report(rows: list[dict[str, object]]) -> None:
             f"{float(str(row['counted_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['real_cpu_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['error'])):+.3%}",
+            f"{float(str(row['formula_ms'])):.1f} ms",
             f"{float(str(row['count_ms'])):.0f} ms",
             f"{float(str(row['fake_tensor_count_ms'])):.0f} ms",
         )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     RESULTS.mkdir(exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {

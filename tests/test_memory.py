@@ -121,7 +121,8 @@ def test_the_quick_way_agrees_whatever_was_counted_before(
             quick = counter._count_on_meta(batch, functional.cross_entropy, "32-true")
             assert quick == counter._count_on_fake(batch, functional.cross_entropy, "32-true")
             assert quick == counter.count(batch, functional.cross_entropy)
-    assert all(counter._agrees.values())
+    assert counter._meta.seen
+    assert all(counter._meta.seen.values())
 
 
 def test_a_count_leaves_everything_as_it_was(tiny_bert: Any) -> None:
@@ -190,8 +191,8 @@ def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
     with attach(backbone, Configuration.from_dict({"sites": SITES["lora"]})):
         assert counter.count(batch, task.loss) == counter.count(batch, task.loss)
         counter.count(batch, task.loss, precision="bf16-mixed")
-    assert counter._agrees
-    assert all(counter._agrees.values())
+    assert counter._meta.seen
+    assert all(counter._meta.seen.values())
 
 
 def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:
@@ -229,4 +230,4 @@ def test_tensors_made_of_numbers_in_a_forward_pass_are_counted(shifted: bool) ->
     for _ in range(2):
         assert counter.count(batch, functional.cross_entropy) == slow
     # A meta tensor takes no vector from the CPU: such a model is counted on fake tensors.
-    assert [*counter._agrees.values()] == [not shifted]
+    assert [*counter._meta.seen.values()] == [not shifted]

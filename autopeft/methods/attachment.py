@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.memory_formula import AdapterSize, SizedAdapters
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
@@ -89,6 +90,7 @@ class Attachment:
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}
+        self._sizes: list[AdapterSize] = []
         self._undo: list[Callable[[], None]] = []
         self._detached = False
         backbone.attached = configuration
@@ -115,6 +117,10 @@ class Attachment:
                         f"{site} should carry {adapter} with {expected} parameters, but "
                         f"{shape.module} got {found}: {name} did not attach there."
                     )
+                if adapter.size is not None:
+                    dimensions = METHODS[name].size_dimensions.items()
+                    placed = tuple((parameters[local], dimension) for local, dimension in dimensions)
+                    self._sizes.append(AdapterSize((site, name), adapter.size, placed))
                 self.parameters |= {
                     f"{site}.{name}.{local}": parameter for local, parameter in parameters.items()
                 }
@@ -162,6 +168,12 @@ class Attachment:
     def trainable_parameters(self) -> int:
         """Number of parameters that are trained: adapters and head."""
         return self._expected_parameters()
+
+    @property
+    def sized(self) -> SizedAdapters:
+        """What is attached, its sizes apart from everything else about it."""
+        kind = tuple((site, adapter.method, adapter.options) for site, adapter in self.configuration)
+        return SizedAdapters((type(self), kind), tuple(self._sizes))
 
     @property
     def cut(self) -> int | None:

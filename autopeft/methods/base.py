@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 
@@ -37,8 +38,12 @@ class Method(ABC):
     * right after `attach` the model computes what it computed before (prefix, which adds positions
       to attend to, changes it slightly: its values start near 0);
     * `undo` leaves the very module and parameter objects that were there before, bit-identical;
+    * of its parameters' dimensions, exactly those in `size_dimensions` change with the adapter's size;
     * methods can be attached to one model one after another, wrapping ones first.
     """
+
+    size_dimensions: Mapping[str, int] = MappingProxyType({})
+    """Which dimension of a parameter is the adapter's size, by the names of the parameters that have it."""
 
     @abstractmethod
     def count(self, shape: SiteShape, adapter: Adapter) -> int:

@@ -7,6 +7,7 @@ held in place by hooks, so that they work on any architecture whose sublayers ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class _BottleneckMethod(Method):
     """What series and parallel adapters share: the module, where it is kept and how it is removed."""
 
     name: str
+    size_dimensions = MappingProxyType({"down.weight": 0, "down.bias": 0, "up.weight": 1})
 
     def in_features(self, shape: SiteShape) -> int:
         """Return the width of what the adapter reads."""

@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 from peft import IA3Config, IA3Model, LNTuningConfig, LoraConfig, PeftConfig, inject_adapter_in_model
@@ -151,6 +152,7 @@ class Lora(PeftMethod):
     """
 
     name = "lora"
+    size_dimensions = MappingProxyType({"lora_A.weight": 0, "lora_B.weight": 1})
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out)."""

@@ -6,6 +6,7 @@ goes through transformers' attention interface, the documented place to change h
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -106,6 +107,8 @@ class PrefixTuning(Method):
     Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021. Prefix keys carry
     no position: with rotary embeddings they are not rotated, as with `past_key_values`.
     """
+
+    size_dimensions = MappingProxyType({"key": 0, "value": 0})
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return a key and a value a prefix position."""

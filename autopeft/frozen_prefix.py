@@ -18,6 +18,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from autopeft.modes import every_module
+
 _HIDDEN = "hidden_states"
 
 
@@ -55,7 +57,7 @@ class FrozenPrefix:
         self._states: Tensor | None = None
 
     def __enter__(self) -> Self:
-        self._modules = list(self.model.modules())
+        self._modules = every_module(self.model)
         if self.cut < len(self.blocks):
             boundary = self.blocks[self.cut].register_forward_pre_hook(self._before_block, with_kwargs=True)
         else:

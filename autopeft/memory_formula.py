@@ -122,11 +122,11 @@ class Symbols:
 
     def rows(self, several: Iterable[_Bytes]) -> Rows:
         """Return linear functions, one a row."""
-        listed = list(several)
+        listed = np.array([*several], dtype=np.int64).reshape(-1, 3)
+        constants, columns, factors = listed.T
         rows = np.zeros((len(listed), 1 + self.count), dtype=np.int64)
-        for row, one in zip(rows, listed, strict=True):
-            row[0] = one.constant
-            row[one.column] += one.factor
+        rows[:, 0] = constants
+        rows[np.arange(len(listed)), columns] += factors
         return rows
 
 
@@ -141,17 +141,17 @@ class SymbolicCounter(MetaCounter):
     def __init__(self, remembered: dict[Any, Any], symbols: Symbols) -> None:
         super().__init__(remembered)
         self._symbols = symbols
-        self._made: list[_Bytes] = []
+        self._made: list[tuple[int, Sequence[int]]] = []  # bytes and shape
         self._moments: list[int] = []  # the number of what was made, its complement for what died
         self._restarts: list[int] = []
 
     def exclude(self, tensors: Iterable[Tensor]) -> int:
-        """Leave out storages that were there before; return their bytes but for what depends on sizes."""
+        """Leave out storages that were there before; return their bytes, with symbols for sizes."""
         known = len(self._made)
         super().exclude(tensors)
         self._moments.clear()
         self._restarts.clear()
-        return sum(one.constant for one in self._made[known:])
+        return sum(size for size, _ in self._made[known:])
 
     def restart_peak(self) -> None:
         """Begin another pass, for `peaks`."""
@@ -161,7 +161,7 @@ class SymbolicCounter(MetaCounter):
     def _track_new(self, storage: torch.UntypedStorage, size: int, shape: Sequence[int]) -> None:
         known, key, moments = self._known, storage._cdata, self._moments
         number = len(self._made)
-        self._made.append(self._symbols.bytes_of(shape, size))
+        self._made.append((size, shape))
 
         def died(_: object) -> None:
             if known.pop(key, None) is not None:
@@ -171,10 +171,15 @@ class SymbolicCounter(MetaCounter):
         moments.append(number)
 
     def peaks(self) -> list[Rows]:
-        """Return for each pass that `restart_peak` ended the bytes alive when there can be most."""
+        """Return for each pass that `restart_peak` ended the bytes alive when there can be most.
+
+        Raises:
+            NotLinearError: Some tensor's bytes are not linear in one size.
+        """
         moments = np.array(self._moments, dtype=np.int64)
         is_made = moments >= 0
-        changes = self._symbols.rows(self._made)[np.where(is_made, moments, ~moments)]
+        sizes = self._symbols.rows(self._symbols.bytes_of(shape, size) for size, shape in self._made)
+        changes = sizes[np.where(is_made, moments, ~moments)]
         changes[~is_made] *= -1
         alive = np.vstack([np.zeros((1, changes.shape[1]), dtype=np.int64), changes.cumsum(axis=0)])
         after_growth = np.concatenate([[True], is_made])
@@ -256,10 +261,10 @@ def _bytes(symbols: Symbols, tensor: Tensor) -> _Bytes:
 
 def _largest(rows: Rows) -> Rows:
     """Leave out functions that another is nowhere below: sizes are positive."""
-    ordered = np.unique(rows, axis=0)
-    ordered = ordered[np.argsort(-ordered.sum(axis=1), kind="stable")]
-    kept = ordered[:1]
-    for row in ordered[1:]:
-        if not (kept >= row).all(axis=1).any():
-            kept = np.vstack([kept, row])
-    return kept
+    rows = np.unique(rows, axis=0)
+    kept = []
+    while len(rows):
+        highest = rows[rows.sum(axis=1).argmax()]
+        kept.append(highest)
+        rows = rows[(rows > highest).any(axis=1)]
+    return np.array(kept)

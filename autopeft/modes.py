@@ -40,12 +40,20 @@ def every_parameter(model: nn.Module) -> list[nn.Parameter]:
 
 def set_mode(model: nn.Module, *, training: bool) -> None:
     """Do what `model.train(training)` does."""
-    modules = every_module(model)
-    if not all(map(_is_plain, modules)):
-        model.train(training)  # one of them has something of its own to do
-        return
-    for one in modules:
-        one.__dict__["training"] = training
+    seen: set[nn.Module] = set()
+    waiting, others = [model], []
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if _is_plain(module):
+            module.__dict__["training"] = training
+            waiting += [one for one in module._modules.values() if one is not None]
+        else:
+            others.append(module)
+    for module in others:
+        module.train(training)  # it has something of its own to do, and perhaps for what it holds
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ from autopeft.callbacks import BestWeights
 from autopeft.checkpoints import Checkpoints
 from autopeft.memory import MemoryCounter
 from autopeft.methods import Attachment
+from autopeft.modes import every_parameter
 from autopeft.prefix_cache import PrefixCache
 from autopeft.progress import wide_console
 from autopeft.search_loop import SearchLoop
@@ -71,7 +72,7 @@ SPARED = "compute prefixes"
 
 def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWeights, seed: int) -> None:
     """Stand in for the fit: log a score that depends on the attached parameters' number."""
-    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    trainable = sum(one.numel() for one in every_parameter(module) if one.requires_grad)
     score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
     best.metrics = {name: float(score) for name in evaluator.task.metrics}
 

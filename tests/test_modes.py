@@ -102,3 +102,25 @@ def test_a_train_of_the_object_is_called() -> None:
     model.last.train = calls.append  # type: ignore[assignment]
     set_mode(model, training=False)
     assert calls == [False]
+
+
+class KeepsInner(Counting):
+    """A module that holds one that is always in evaluation mode."""
+
+    def train(self, mode: bool = True) -> KeepsInner:
+        super().train(mode)
+        self.inner.eval()
+        return self
+
+
+def test_what_a_module_does_to_those_it_holds_lasts() -> None:
+    last = KeepsInner()
+    model = Model(nn.Sequential(last, nn.Dropout(0.5)))
+    for training in (True, False, True):
+        set_mode(model, training=training)
+        quick = {name: one.training for name, one in model.named_modules()}
+        model.train(training)
+        assert quick == {name: one.training for name, one in model.named_modules()}
+    assert last.calls == [True, True, False, False, True, True]
+    assert not last.inner.training
+    assert model.first[1].training

@@ -45,6 +45,27 @@ _Modules: TypeAlias = Sequence[nn.Module]
 _Setting: TypeAlias = tuple[Hashable, Precision]
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is to be followed.
+
+    Attributes:
+        batch: Labels under "labels"; only its shapes matter.
+        loss: Maps logits (batch, labels) and labels (batch,) to a scalar.
+        precision: "bf16-mixed" is followed under autocast.
+    """
+
+    batch: Mapping[str, Tensor]
+    loss: Loss
+    precision: Precision = "32-true"
+
+    @property
+    def setting(self) -> _Setting:
+        """What decides, beside the model, whether ways of counting agree."""
+        shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(self.batch).items())
+        return shapes, self.precision
+
+
 @dataclass
 class _Followed:
     """What was seen of one step.
@@ -125,18 +146,17 @@ class MemoryCounter:
         Raises:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
+        step = Step(batch, loss, precision)
         modules = every_module(self._model)
-        shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(batch).items())
-        setting = shapes, precision
-        case = None if adapters is None else (adapters.kind, setting, loss, _hooks(modules))
+        case = None if adapters is None else (adapters.kind, step.setting, loss, _hooks(modules))
         formula = self._formulas.get(case)
         if adapters is not None and formula is not None:
             return formula.count(adapters.values)
         try:
             with in_mode(self._model, training=True):
                 if adapters is None or case in self._formulas:
-                    return self._followed_count(modules, setting, batch, loss)
-                return self._first_of_kind(modules, setting, batch, loss, adapters, case)
+                    return self._count_followed(modules, step)
+                return self._count_first(modules, step, adapters, case)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"The peak memory of {type(self._model).__name__} cannot be counted without running it "
@@ -144,100 +164,83 @@ class MemoryCounter:
                 "constraints."
             ) from error
 
-    def _first_of_kind(
-        self,
-        modules: _Modules,
-        setting: _Setting,
-        batch: Mapping[str, Tensor],
-        loss: Loss,
-        adapters: SizedAdapters,
-        case: Hashable,
+    def _count_first(
+        self, modules: _Modules, step: Step, adapters: SizedAdapters, case: Hashable
     ) -> MemoryCount:
-        """Count by a new formula, beside following the step where formulas were not seen to agree."""
-        agrees = self._formula.known(modules, setting)
-        formula = None if agrees is False else self._new_formula(batch, loss, setting[1], adapters)
+        """Count the first of a case: by a new formula, and by following the step where it is not trusted."""
+        agrees = self._formula.known(modules, step.setting)
+        formula = None if agrees is False else self._new_formula(step, adapters)
         if agrees and formula is not None:
             self._formulas[case] = formula
             return formula.count(adapters.values)
-        followed = self._followed_count(modules, setting, batch, loss)
+        followed = self._count_followed(modules, step)
         if agrees is None:
             agrees = formula is not None and formula.count(adapters.values) == followed
-            self._formula.note(modules, setting, agrees=agrees)
+            self._formula.note(modules, step.setting, agrees=agrees)
         self._formulas[case] = formula if agrees else None
         return followed
 
-    def _followed_count(
-        self, modules: _Modules, setting: _Setting, batch: Mapping[str, Tensor], loss: Loss
-    ) -> MemoryCount:
+    def _count_followed(self, modules: _Modules, step: Step) -> MemoryCount:
         """Follow a step on meta tensors where that was seen to agree, or else on fake ones."""
-        agrees = self._meta.known(modules, setting)
+        agrees = self._meta.known(modules, step.setting)
         if agrees:
-            return self._count_on_meta(batch, loss, setting[1])
-        slow = self._count_on_fake(batch, loss, setting[1])
+            return self.count_on_meta(step)
+        slow = self.count_on_fake(step)
         if agrees is None:
-            self._meta.note(modules, setting, agrees=slow == self._try_on_meta(batch, loss, setting[1]))
+            self._meta.note(modules, step.setting, agrees=slow == self._try_on_meta(step))
         return slow
 
-    def _count_on_fake(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
+    def count_on_fake(self, step: Step) -> MemoryCount:
+        """Follow a step on fake CPU tensors, with the model in the mode it has."""
         with FakeTensorMode() as fake:
-            context = autocast(precision, "cpu")
-            return _count_of(self._follow(StorageCounter(), partial(_on_cpu, fake), batch, loss, context))
+            context = autocast(step.precision, "cpu")
+            return _count_of(self._follow(StorageCounter(), partial(_on_cpu, fake), step, context))
 
-    def _try_on_meta(
-        self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision
-    ) -> MemoryCount | None:
+    def _try_on_meta(self, step: Step) -> MemoryCount | None:
         try:
-            return self._count_on_meta(batch, loss, precision)
+            return self.count_on_meta(step)
         except (NotImplementedError, RuntimeError):
             return None
 
-    def _count_on_meta(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
-        counter = MetaCounter(self._remembered)
-        return _count_of(self._follow_on_meta(counter, Symbols().convert, batch, loss, precision))
+    def count_on_meta(self, step: Step) -> MemoryCount:
+        """Follow a step on meta tensors, with the model in the mode it has."""
+        return _count_of(self._follow_on_meta(MetaCounter(self._remembered), Symbols().convert, step))
 
-    def _new_formula(
-        self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision, adapters: SizedAdapters
-    ) -> MemoryFormula | None:
+    def _new_formula(self, step: Step, adapters: SizedAdapters) -> MemoryFormula | None:
         """Return the formula of what is attached; None where there is none."""
         symbols = Symbols(self._numbers, adapters.sizes)
         counter = SymbolicCounter(self._remembered, symbols)
         try:
-            seen = self._follow_on_meta(counter, symbols.convert, batch, loss, precision)
+            seen = self._follow_on_meta(counter, symbols.convert, step)
             return formula_of(symbols, counter, seen.parameters, seen.buffers, seen.batch_bytes)
         except (NotLinearError, NotImplementedError, RuntimeError):
             return None
 
     def _follow_on_meta(
-        self,
-        counter: MetaCounter,
-        convert: Callable[[Tensor], Tensor],
-        batch: Mapping[str, Tensor],
-        loss: Loss,
-        precision: Precision,
+        self, counter: MetaCounter, convert: Callable[[Tensor], Tensor], step: Step
     ) -> _Followed:
-        mixed = MetaAutocast() if precision == "bf16-mixed" else None
+        mixed = MetaAutocast() if step.precision == "bf16-mixed" else None
         with cpu_attention(self._remembered, None if mixed is None else mixed.lowered):
             context = nullcontext() if mixed is None else mixed.casting()
-            return self._follow(counter, convert, batch, loss, context)
+            return self._follow(counter, convert, step, context)
 
     def _follow(
         self,
         counter: StorageCounter,
         convert: Callable[[Tensor], Tensor],
-        batch: Mapping[str, Tensor],
-        loss: Loss,
+        step: Step,
         forward: AbstractContextManager[Any],
     ) -> _Followed:
         """Run forward and backward once on converted tensors."""
         with _converted(self._model, convert) as seen:
-            inputs = {name: convert(one) for name, one in model_inputs(batch).items()}
-            labels = convert(batch[LABELS])
+            inputs = {name: convert(one) for name, one in model_inputs(step.batch).items()}
+            labels = convert(step.batch[LABELS])
             seen.batch_bytes = counter.exclude((*inputs.values(), labels))
             seen.parameter_bytes = counter.exclude((*seen.parameters, *seen.buffers))
             with counter:
                 with forward:
                     output = self._model(**inputs)
-                    value = loss(output.logits, labels)
+                    value = step.loss(output.logits, labels)
                     del output
                     seen.forward_peak = counter.peak_bytes
                     counter.restart_peak()

@@ -26,7 +26,7 @@ from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
 from autopeft.configuration import Adapter
 from autopeft.live_storage import measure_live_storage
-from autopeft.memory import MemoryCounter
+from autopeft.memory import MemoryCounter, Step
 from autopeft.precision import Precision, autocast
 from autopeft.tasks import TextClassification
 
@@ -149,7 +149,7 @@ def main() -> None:
                 counted, milliseconds = timed_count(counter, batch, precision)
                 assert found == counted, f"{name}: {found} bytes by formula, {counted} when followed"
                 started = time.perf_counter()
-                counter._count_on_fake(batch, functional.cross_entropy, precision)
+                counter.count_on_fake(Step(batch, functional.cross_entropy, precision))
                 fake = 1000 * (time.perf_counter() - started)
                 backbone.model.train()
                 cuda = measure_cuda(backbone.model, batch, precision) if torch.cuda.is_available() else None

@@ -16,7 +16,7 @@ from torch.nn import functional
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.live_storage import measure_live_storage
-from autopeft.memory import MemoryCounter, count_flops
+from autopeft.memory import MemoryCounter, Step, count_flops
 from autopeft.meta_autocast import MetaAutocast
 from autopeft.methods import Attachment, FullFineTuning, attach
 from autopeft.search_spaces import PerLayer
@@ -118,8 +118,8 @@ def test_the_quick_way_agrees_whatever_was_counted_before(
     candidates = [(FullFineTuning, Configuration()), *((Attachment, one) for one in configurations)]
     for kind, configuration in candidates:
         with kind(backbone, configuration):
-            quick = counter._count_on_meta(batch, functional.cross_entropy, "32-true")
-            assert quick == counter._count_on_fake(batch, functional.cross_entropy, "32-true")
+            quick = counter.count_on_meta(Step(batch, functional.cross_entropy))
+            assert quick == counter.count_on_fake(Step(batch, functional.cross_entropy))
             assert quick == counter.count(batch, functional.cross_entropy)
     assert counter._meta.seen
     assert all(counter._meta.seen.values())
@@ -226,7 +226,7 @@ class Scaled(nn.Module):
 def test_tensors_made_of_numbers_in_a_forward_pass_are_counted(shifted: bool) -> None:
     counter = MemoryCounter(Scaled(shifted=shifted))
     batch = {"inputs": torch.zeros(64, 16), "labels": torch.zeros(64, dtype=torch.long)}
-    slow = counter._count_on_fake(batch, functional.cross_entropy, "32-true")
+    slow = counter.count_on_fake(Step(batch, functional.cross_entropy))
     for _ in range(2):
         assert counter.count(batch, functional.cross_entropy) == slow
     # A meta tensor takes no vector from the CPU: such a model is counted on fake tensors.

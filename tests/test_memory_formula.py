@@ -17,7 +17,7 @@ from torch.nn import functional
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration
 from autopeft.frozen_prefix import FrozenPrefix
-from autopeft.memory import MemoryCounter
+from autopeft.memory import MemoryCounter, Step
 from autopeft.methods import Attachment, FullFineTuning, attach
 from autopeft.modes import in_mode
 from autopeft.precision import Precision
@@ -42,7 +42,7 @@ def resized(configuration: Configuration, generator: random.Random) -> Configura
 
 def followed(counter: MemoryCounter, batch: dict[str, Tensor], precision: Precision = "32-true") -> Any:
     with in_mode(counter._model, training=True):
-        return counter._count_on_fake(batch, LOSS, precision)
+        return counter.count_on_fake(Step(batch, LOSS, precision))
 
 
 def count(

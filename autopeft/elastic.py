@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +31,7 @@ from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.evaluation import Cost
 from autopeft.evaluation_run import interrupts_stay_interrupts
 from autopeft.evaluator import Evaluator
+from autopeft.meter import Meter
 from autopeft.methods import attach
 from autopeft.seeding import seeded
 from autopeft.shared_prefix import SharedPrefix
@@ -121,11 +121,11 @@ class ElasticAdapter:
                 raise ValueError(f"{name} is a number above {least}, got {value!r}.")
         evaluator.backbone.check(largest)
         seed = evaluator.seed if seed is None else seed
-        wall, processor = time.perf_counter(), time.process_time()
+        meter = Meter(evaluator.device)
         with attach(evaluator.backbone, largest, seed) as attachment:
             steps = _fit(evaluator, largest, trainings, smallest_rank, seed)
             tensors = attachment.state_dict()
-        return cls(largest=largest, tensors=tensors, cost=_cost(evaluator, wall, processor, steps))
+        return cls(largest=largest, tensors=tensors, cost=meter.read(steps))
 
     def obstacle(self, configuration: Configuration) -> str | None:
         """Say why a configuration is no sub-configuration; None where it is one."""
@@ -178,7 +178,7 @@ class ElasticAdapter:
         """
         for one in configurations:
             self.check(one)
-        wall, processor = time.perf_counter(), time.process_time()
+        meter = Meter(evaluator.device)
         sites = tuple(self.largest.adapters)
         ranks = [_ranks(one, sites) for one in configurations]
         order = sorted(range(len(ranks)), key=ranks.__getitem__)
@@ -194,7 +194,7 @@ class ElasticAdapter:
                     logits[index].append(prefix.logits(inputs, same).float().cpu())
             passes = prefix.passes
         scores = [_judged(evaluator, torch.cat(one), torch.cat(labels)) for one in logits]
-        return Scoring(scores=tuple(scores), passes=passes, cost=_cost(evaluator, wall, processor, 0))
+        return Scoring(scores=tuple(scores), passes=passes, cost=meter.read())
 
     @contextmanager
     def _attached(self, evaluator: Evaluator) -> Iterator[_Slices]:
@@ -333,13 +333,3 @@ def _judged(evaluator: Evaluator, logits: Tensor, labels: Tensor) -> SubScore:
     metrics.update(logits, labels)
     found = {name: float(value) for name, value in metrics.compute().items()}
     return SubScore(loss=float(evaluator.task.loss(logits, labels)), metrics=found)
-
-
-def _cost(evaluator: Evaluator, wall: float, processor: float, steps: int) -> Cost:
-    elapsed = time.perf_counter() - wall
-    return Cost(
-        wall_seconds=elapsed,
-        cpu_seconds=time.process_time() - processor,
-        gpu_seconds=elapsed if evaluator.device.type == "cuda" else 0.0,
-        steps=steps,
-    )

@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from autopeft.callbacks import (
 )
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.meter import Meter
 from autopeft.methods import Attachment
 from autopeft.modes import set_mode
 from autopeft.paused_training import PausedTraining, TrainingState
@@ -88,7 +88,7 @@ class EvaluationRun:
         self.throughput = Throughput()
         self.state: Mapping[str, Tensor] | None = None
         self.pause: TrainingState | None = None
-        self._clock = _Clock(evaluator.device)
+        self._meter = Meter(evaluator.device)
         if paused is not None:
             self.values |= paused.evaluation.values
             self.curve.points = [(one.metric, one.step, one.value) for one in paused.evaluation.curves]
@@ -162,7 +162,7 @@ class EvaluationRun:
     def outcome(self, reason: str | None) -> Trained:
         """Return what came out."""
         evaluator = self.evaluator
-        cost = self._clock.cost(self.throughput.steps)
+        cost = self._meter.read(self.throughput.steps)
         if self.before is not None:
             cost += self.before.evaluation.cost
         status: Status = "complete"
@@ -248,22 +248,3 @@ def interrupts_stay_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from exit_
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-class _Clock:
-    """Compute spent since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._wall = time.perf_counter()
-        self._processor = time.process_time()
-
-    def cost(self, steps: int) -> Cost:
-        """Return the cost up to now."""
-        wall = time.perf_counter() - self._wall
-        return Cost(
-            wall_seconds=wall,
-            cpu_seconds=time.process_time() - self._processor,
-            gpu_seconds=wall if self._on_gpu else 0.0,
-            steps=steps,
-        )

@@ -12,10 +12,8 @@ leaves the state that `autopeft.training_state` takes out of a Trainer, and goes
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import LABELS
 from autopeft.callbacks import StopOnDivergence
 from autopeft.evaluation import Cost
+from autopeft.meter import Meter
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
 from autopeft.paused_training import TrainingState
@@ -169,34 +168,6 @@ class PackedCandidate:
             for name, weights in self._weights.items():
                 self.member.parameters[name].copy_(weights)
         self._weights = {}
-
-
-@dataclass
-class Meter:
-    """Compute since the latest reading.
-
-    Attributes:
-        device: Where the work is done.
-        wall: Elapsed time at the latest reading.
-        processor: Processor time at the latest reading.
-    """
-
-    device: torch.device
-    wall: float = field(default_factory=time.perf_counter)
-    processor: float = field(default_factory=time.process_time)
-
-    def read(self) -> Cost:
-        """Return the compute since the latest reading."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        wall, processor = time.perf_counter(), time.process_time()
-        spent = Cost(
-            wall_seconds=wall - self.wall,
-            cpu_seconds=processor - self.processor,
-            gpu_seconds=wall - self.wall if self.device.type == "cuda" else 0.0,
-        )
-        self.wall, self.processor = wall, processor
-        return spent
 
 
 def shares(cuts: Sequence[int], blocks: int) -> list[float]:

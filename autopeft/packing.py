@@ -25,11 +25,12 @@ from autopeft.evaluation import Cost, CurvePoint, Evaluation
 from autopeft.evaluation_run import Trained, at_pause
 from autopeft.evaluator import Evaluator
 from autopeft.memory import MemoryCounter
+from autopeft.meter import Meter
 from autopeft.methods import attach
 from autopeft.packed_layout import PackingError
 from autopeft.packed_model import PackedModel, cut_of
 from autopeft.packed_modules import Member
-from autopeft.packed_training import Meter, PackedCandidate, PackedTraining
+from autopeft.packed_training import PackedCandidate, PackedTraining
 from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.tasks import Batch
@@ -365,7 +366,7 @@ class PackedTrainer:
                 for metric, step, value in candidate.points
                 if math.isfinite(value)
             ),
-            cost=one.cost + candidate.cost + meter.read() + Cost(steps=candidate.steps),
+            cost=one.cost + candidate.cost + meter.read(candidate.steps),
             seed=seed,
             fidelity=1.0 if complete else candidate.steps / evaluator.plan.total_steps,
         )

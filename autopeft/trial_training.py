@@ -16,7 +16,7 @@ from autopeft.evaluation import Cost, TrialRecord
 from autopeft.evaluation_run import Trained
 from autopeft.evaluator import Evaluator
 from autopeft.front import ParetoFront
-from autopeft.packed_training import Meter
+from autopeft.meter import Meter
 from autopeft.packing import PackedTrainer, PackingError
 from autopeft.paused_training import PausedTrainings
 from autopeft.repeats import lacking, with_repeat

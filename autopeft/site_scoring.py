@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from autopeft.configuration import Configuration
+from autopeft.errors import check_whole
 from autopeft.evaluator import Evaluator
 from autopeft.profiling import section
 from autopeft.sensitivity import ScoreOptions, SiteScores, compute_scores
@@ -44,8 +45,7 @@ def score_sites(
     Raises:
         ValueError: A score is unknown, or batches is below 1.
     """
-    if batches < 1:
-        raise ValueError(f"batches is a number of training batches from 1 up, got {batches!r}.")
+    check_whole("batches", batches, what="a number of training batches", least=1)
     path = None if folder is None else folder / f"{_digest(evaluator, batches)}.json"
     known = read_scores(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     missing = [name for name in names if name not in known]

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.errors import unknown_choice
+from autopeft.errors import check_whole, unknown_choice
 from autopeft.methods import count_parameters, count_site
 from autopeft.search_spaces.allocated import Allocation
 from autopeft.search_spaces.base import (
@@ -94,8 +94,8 @@ class PerLayer(SearchSpace):
                 raise unknown_choice("method in options", method, self.methods)
         if self.encoding not in get_args(Encoding):
             raise unknown_choice("encoding", str(self.encoding), get_args(Encoding))
-        if self.groups is not None and self.groups < 1:
-            raise ValueError(f"groups is a number of groups of blocks, from 1 up, got {self.groups}.")
+        if self.groups is not None:
+            check_whole("groups", self.groups, what="a number of groups of blocks", least=1)
         if self.prior is not None:
             checked_names("score as prior", self.prior, SCORES)
             if METHOD_SPECIFICATIONS[self.methods[0]].size_name is None:

@@ -13,7 +13,7 @@ from optuna.trial import FixedTrial
 from autopeft.adapter import Adapter, Site
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
-from autopeft.errors import unknown_choice
+from autopeft.errors import check_whole, unknown_choice
 from autopeft.methods import count_parameters, count_site
 from autopeft.search_spaces.allocated import Allocation, site_values
 from autopeft.search_spaces.base import (
@@ -113,8 +113,7 @@ class ScoreGuided(SearchSpace):
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
         if not 0 <= self.modelled <= 1:
             raise ValueError(f"modelled is a share of the trials in [0, 1], got {self.modelled!r}.")
-        if self.guided_trials < 1:
-            raise ValueError(f"guided_trials is a number of trials from 1 up, got {self.guided_trials!r}.")
+        check_whole("guided_trials", self.guided_trials, what="a number of trials", least=1)
 
     def _per_layer(self) -> PerLayer:
         """Return the per-layer space with the same methods and sizes; it checks them."""

@@ -22,7 +22,7 @@ from torchmetrics.classification import (
 )
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from autopeft.errors import unknown_choice
+from autopeft.errors import check_whole, unknown_choice
 from autopeft.tasks.base import SplitName, Task
 from autopeft.tasks.classification_data import ClassificationData, LabelledTexts
 from autopeft.tasks.sources import Source, load_splits
@@ -99,8 +99,8 @@ class TextClassification(Task):
             raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
         for name in ("max_length", "train_examples", "validation_examples", "test_examples"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a whole number from 1 up, got {value!r}.")
+            if value is not None:
+                check_whole(name, value, least=1)
         shares = (self.validation_share, self.test_share)
         if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
             raise ValueError(

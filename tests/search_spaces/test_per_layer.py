@@ -36,6 +36,7 @@ class TestSettings:
             ({"methods": ("lora",), "options": {"series": {"activation": "relu"}}}, "method in options"),
             ({"encoding": "conditionl"}, "did you mean 'conditional'"),
             ({"groups": 0}, "from 1 up, got 0"),
+            ({"groups": 1.5}, "from 1 up, got 1.5"),
             ({"ranks": (0, 8)}, r"ranks is \(smallest, largest\).*got \(0, 8\)"),
             ({"ranks": (8, 4)}, r"ranks is .*got \(8, 4\)"),
             ({"widths": 8}, r"widths is .*got 8"),

@@ -187,6 +187,7 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         (lambda: task(text=("text", "text")), "two different ones"),
         (lambda: task(validation_share=0.6, test_share=0.6), "together below 1"),
         (lambda: task(max_length=0), "whole number from 1 up"),
+        (lambda: task(train_examples=True), "train_examples is a whole number from 1 up, got True"),
         (lambda: task(class_weights="balance"), "did you mean 'balanced'"),
         (lambda: task(class_weights={"positiv": 1.0}), "did you mean 'positive'"),
         (lambda: task(class_weights={"positive": -1.0}), "at least 0"),

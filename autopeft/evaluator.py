@@ -72,7 +72,7 @@ class Evaluator:
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = TrainingPlan.of(training, self.data.steps_per_epoch, rungs)
-        self._memory = MemoryCounter(backbone.model)
+        self.memory = MemoryCounter(backbone.model)
         prefixes = None if cache is None else cache / "prefixes"
         self.prefixes = PrefixCache(backbone, self.data, training, prefixes)
 
@@ -93,7 +93,7 @@ class Evaluator:
         needed = self.needed()
         batch = self.data.largest_batch()
         if "peak_memory" in needed:
-            count = self._memory.count(
+            count = self.memory.count(
                 batch,
                 self.task.loss,
                 precision=self.training.resolved_precision(),

@@ -55,16 +55,16 @@ class StorageCounter(TorchDispatchMode):
         if storage._cdata not in self._known:
             self._track_new(storage, storage.nbytes(), tensor.shape)
 
-    def _track_new(self, storage: torch.UntypedStorage, size: int, shape: Sequence[int]) -> None:
-        """Count a storage of `size` bytes, first seen in a tensor of a shape."""
+    def _track_new(self, storage: torch.UntypedStorage, nbytes: int, shape: Sequence[int]) -> None:
+        """Count a storage, first seen in a tensor of a shape."""
         known, key = self._known, storage._cdata
 
         def died(_: object) -> None:
             if known.pop(key, None) is not None:
-                self.live_bytes -= size
+                self.live_bytes -= nbytes
 
         known[key] = weakref.ref(storage, died)
-        self.live_bytes += size
+        self.live_bytes += nbytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
 

@@ -30,19 +30,19 @@ from autopeft.live_storage import Loss, StorageCounter
 from autopeft.memory_count import MemoryCount
 from autopeft.memory_formula import (
     MemoryFormula,
-    NotLinearError,
+    Resized,
     SizedAdapters,
     SymbolicCounter,
     Symbols,
     formula_of,
 )
 from autopeft.meta_autocast import MetaAutocast
-from autopeft.meta_tensors import MetaCounter, cpu_attention
+from autopeft.meta_tensors import MetaCounter, cpu_attention, on_meta
 from autopeft.modes import every_module, in_mode
 from autopeft.precision import Precision, autocast
 
-_Modules: TypeAlias = Sequence[nn.Module]
 _Setting: TypeAlias = tuple[Hashable, Precision]
+_MOST_FORMULAS = 512
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Step:
     @property
     def setting(self) -> _Setting:
         """What decides, beside the model, whether ways of counting agree."""
-        shapes = frozenset((name, tensor.shape) for name, tensor in model_inputs(self.batch).items())
+        shapes = frozenset((name, one.shape, one.dtype) for name, one in self.batch.items())
         return shapes, self.precision
 
 
@@ -76,7 +76,7 @@ class _Followed:
         batch_bytes: Bytes of the batch.
         parameter_bytes: Bytes of parameters and buffers.
         forward_peak: Largest number of bytes that the forward pass made and that were alive at once.
-        backward_peak: The same of the backward pass, beside what the forward pass left.
+        backward_peak: The same of the backward pass, what the forward pass left included.
     """
 
     parameters: list[Tensor]
@@ -88,28 +88,29 @@ class _Followed:
 
 
 class _Trust:
-    """Whether a way of counting agrees with a slower one.
+    """Whether a way of counting agrees with a slower one, by what models consist of.
 
     Attributes:
-        seen: What was seen, by kinds of modules and setting.
+        seen: What was seen, by ingredients (classes of modules, methods with their options) and setting.
     """
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[frozenset[type], _Setting], bool] = {}
+        self.seen: dict[tuple[frozenset[Hashable], _Setting], bool] = {}
 
-    def known(self, modules: _Modules, setting: _Setting) -> bool | None:
-        """Whether a way agrees for a model of these kinds of modules; None where that is not known.
+    def known(self, ingredients: frozenset[Hashable], setting: _Setting) -> bool | None:
+        """Whether a way agrees for a model of these ingredients; None where that is not known.
 
-        It does where it was seen to for a model of these and perhaps more kinds.
+        It does where it was seen to for a model of these and perhaps more, unless it was seen to differ for
+        one of some of them.
         """
-        kinds = frozenset(map(type, modules))
-        if any(agrees and known == setting and kinds <= more for (more, known), agrees in self.seen.items()):
-            return True
-        return self.seen.get((kinds, setting))
+        seen = [(some, agrees) for (some, known), agrees in self.seen.items() if known == setting]
+        if any(not agrees and some <= ingredients for some, agrees in seen):
+            return False
+        return True if any(agrees and ingredients <= more for more, agrees in seen) else None
 
-    def note(self, modules: _Modules, setting: _Setting, *, agrees: bool) -> None:
+    def note(self, ingredients: frozenset[Hashable], setting: _Setting, *, agrees: bool) -> None:
         """Note what was seen."""
-        self.seen[frozenset(map(type, modules)), setting] = agrees
+        self.seen[ingredients, setting] = agrees
 
 
 class MemoryCounter:
@@ -138,7 +139,8 @@ class MemoryCounter:
 
         Args:
             batch: The largest training batch, labels under "labels"; only its shapes matter.
-            loss: Maps logits (batch, labels) and labels (batch,) to a scalar.
+            loss: Maps logits (batch, labels) and labels (batch,) to a scalar. It is part of what a formula
+                is found by: hashable, and equal from one call to the next.
             precision: "bf16-mixed" counts under autocast.
             adapters: What is attached (`Attachment.sized`): others that differ in sizes alone are then
                 counted by a formula. None to follow a step in any case.
@@ -148,46 +150,70 @@ class MemoryCounter:
         """
         step = Step(batch, loss, precision)
         modules = every_module(self._model)
-        case = None if adapters is None else (adapters.kind, step.setting, loss, _hooks(modules))
+        case = None if adapters is None else (adapters.structure, step.setting, loss, _state_of(modules))
         formula = self._formulas.get(case)
         if adapters is not None and formula is not None:
             return formula.count(adapters.values)
+        ingredients: frozenset[Hashable] = frozenset(map(type, modules))
         try:
             with in_mode(self._model, training=True):
-                if adapters is None or case in self._formulas:
-                    return self._count_followed(modules, step)
-                return self._count_first(modules, step, adapters, case)
+                if adapters is None:
+                    return self._count_followed(ingredients, step)
+                ingredients |= adapters.methods
+                if case in self._formulas:
+                    return self._count_followed(ingredients, step)
+                return self._count_first(ingredients, step, adapters, case)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"The peak memory of {type(self._model).__name__} cannot be counted without running it "
-                f"({str(error).strip().splitlines()[0]}): leave peak_memory out of objectives and "
-                "constraints."
+                f"({why}): leave peak_memory out of objectives and constraints."
             ) from error
 
     def _count_first(
-        self, modules: _Modules, step: Step, adapters: SizedAdapters, case: Hashable
+        self, ingredients: frozenset[Hashable], step: Step, adapters: SizedAdapters, case: Hashable
     ) -> MemoryCount:
         """Count the first of a case: by a new formula, and by following the step where it is not trusted."""
-        agrees = self._formula.known(modules, step.setting)
+        while len(self._formulas) >= _MOST_FORMULAS:
+            del self._formulas[next(iter(self._formulas))]
+        agrees = self._formula.known(ingredients, step.setting)
         formula = None if agrees is False else self._new_formula(step, adapters)
-        if agrees and formula is not None:
+        if agrees and formula is not None and self._meta.known(ingredients, step.setting):
             self._formulas[case] = formula
             return formula.count(adapters.values)
-        followed = self._count_followed(modules, step)
+        followed = self._count_followed(ingredients, step)
         if agrees is None:
-            agrees = formula is not None and formula.count(adapters.values) == followed
-            self._formula.note(modules, step.setting, agrees=agrees)
+            agrees = formula is not None and self._holds(formula, followed, step, adapters)
+            self._formula.note(ingredients, step.setting, agrees=agrees)
         self._formulas[case] = formula if agrees else None
         return followed
 
-    def _count_followed(self, modules: _Modules, step: Step) -> MemoryCount:
+    def _holds(
+        self, formula: MemoryFormula, followed: MemoryCount, step: Step, adapters: SizedAdapters
+    ) -> bool:
+        """Whether a formula gives what was followed, pass by pass, and where all sizes are others."""
+        if formula.count(adapters.values) != followed:
+            return False
+        for sizes in (adapters.values, range(1, len(adapters.sizes) + 1)):
+            resized, counter = Resized(adapters.sizes, sizes), MetaCounter(self._remembered)
+            try:
+                found = _count_of(self._follow_on_meta(counter, resized.convert, step))
+            except (NotImplementedError, RuntimeError):
+                return False
+            expected = formula.count(sizes)
+            passes = expected.forward_bytes, expected.backward_bytes
+            if expected != found or passes != (found.forward_bytes, found.backward_bytes):
+                return False
+        return True
+
+    def _count_followed(self, ingredients: frozenset[Hashable], step: Step) -> MemoryCount:
         """Follow a step on meta tensors where that was seen to agree, or else on fake ones."""
-        agrees = self._meta.known(modules, step.setting)
+        agrees = self._meta.known(ingredients, step.setting)
         if agrees:
             return self.count_on_meta(step)
         slow = self.count_on_fake(step)
         if agrees is None:
-            self._meta.note(modules, step.setting, agrees=slow == self._try_on_meta(step))
+            self._meta.note(ingredients, step.setting, agrees=slow == self._try_on_meta(step))
         return slow
 
     def count_on_fake(self, step: Step) -> MemoryCount:
@@ -204,16 +230,16 @@ class MemoryCounter:
 
     def count_on_meta(self, step: Step) -> MemoryCount:
         """Follow a step on meta tensors, with the model in the mode it has."""
-        return _count_of(self._follow_on_meta(MetaCounter(self._remembered), Symbols().convert, step))
+        return _count_of(self._follow_on_meta(MetaCounter(self._remembered), on_meta, step))
 
     def _new_formula(self, step: Step, adapters: SizedAdapters) -> MemoryFormula | None:
         """Return the formula of what is attached; None where there is none."""
-        symbols = Symbols(self._numbers, adapters.sizes)
-        counter = SymbolicCounter(self._remembered, symbols)
         try:
+            symbols = Symbols(self._numbers, adapters.sizes)
+            counter = SymbolicCounter(self._remembered, symbols)
             seen = self._follow_on_meta(counter, symbols.convert, step)
             return formula_of(symbols, counter, seen.parameters, seen.buffers, seen.batch_bytes)
-        except (NotLinearError, NotImplementedError, RuntimeError):
+        except Exception:  # whatever a model makes of such sizes: the step itself is followed then
             return None
 
     def _follow_on_meta(
@@ -263,9 +289,16 @@ def _count_of(seen: _Followed) -> MemoryCount:
     )
 
 
-def _hooks(modules: _Modules) -> Hashable:
-    """Return what modules there are, and how many hooks each has: some adapters, and a cut, are hooks."""
-    return tuple((type(one), len(one._forward_hooks), len(one._forward_pre_hooks)) for one in modules)
+def _state_of(modules: Sequence[nn.Module]) -> Hashable:
+    """Return what may differ between models of one structure: hooks, replaced methods and what is trained."""
+    found: list[Hashable] = [len(modules)]
+    for place, one in enumerate(modules):
+        hooks = (*one._forward_pre_hooks.values(), *one._forward_hooks.values())
+        trained = [name for name, each in one._parameters.items() if each is not None and each.requires_grad]
+        if hooks or trained or "forward" in vars(one):
+            names = (getattr(hook, "__qualname__", type(hook)) for hook in hooks)
+            found.append((place, type(one), *names, *trained, "forward" in vars(one)))
+    return tuple(found)
 
 
 @contextmanager

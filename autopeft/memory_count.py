@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -12,11 +12,15 @@ _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
 class MemoryCount:
     """Peak live bytes of a training, and what they consist of.
 
+    Counts are equal where the peak and its parts are; what the two passes hold is not compared.
+
     Attributes:
         peak_bytes: Largest number of live bytes at any moment of a step.
         parameter_bytes: Parameters and buffers, frozen ones included.
         gradient_bytes: Gradients of all trainable parameters.
         optimizer_bytes: State of AdamW.
+        forward_bytes: Largest number of bytes that the forward pass made and that were alive at once.
+        backward_bytes: The same of the backward pass, what the forward pass left included.
         activation_bytes: The rest of the peak: batch, activations, temporaries.
     """
 
@@ -24,6 +28,8 @@ class MemoryCount:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    forward_bytes: int = field(compare=False)
+    backward_bytes: int = field(compare=False)
 
     @classmethod
     def of_step(
@@ -46,7 +52,7 @@ class MemoryCount:
             trainable_tensors: How many they are.
             largest_bytes: The largest of them.
             forward_peak: Largest number of bytes that the forward pass made and that were alive at once.
-            backward_peak: The same of the backward pass, beside what the forward pass left.
+            backward_peak: The same of the backward pass, what the forward pass left included.
         """
         gradient_bytes = trainable_bytes
         optimizer_bytes = 2 * trainable_bytes + _STEP_COUNTER_BYTES * trainable_tensors
@@ -58,6 +64,8 @@ class MemoryCount:
             parameter_bytes=parameter_bytes,
             gradient_bytes=gradient_bytes,
             optimizer_bytes=optimizer_bytes,
+            forward_bytes=forward_peak,
+            backward_bytes=backward_peak,
         )
 
     @property

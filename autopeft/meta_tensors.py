@@ -21,12 +21,28 @@ from torch.utils._pytree import tree_leaves
 
 from autopeft.live_storage import StorageCounter
 
-SYMBOLIC = 1 << 30
-"""Dimensions from here on stand for sizes that are left open (`autopeft.memory_formula`)."""
-SYMBOL_ROOM = 1 << 16
-"""Between two symbols: what may be added to a size."""
+SYMBOLIC = 1 << 34
+"""Dimensions from here to twice as much stand for sizes that are left open (`autopeft.memory_formula`)."""
+SYMBOL_ROOM = 1 << 20
+"""From one symbol to the next: half of it may be added to a size, or taken off."""
 
 _FLASH = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+
+
+def symbol(number: int) -> int:
+    """Return the dimension that stands for a size, one a number."""
+    return SYMBOLIC + number * SYMBOL_ROOM + SYMBOL_ROOM // 2
+
+
+def symbol_parts(dimension: int) -> tuple[int, int]:
+    """Return the number of the symbol in a dimension, and what was added to it."""
+    number, rest = divmod(dimension - SYMBOLIC, SYMBOL_ROOM)
+    return number, rest - SYMBOL_ROOM // 2
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same make on the meta device."""
+    return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
 
 
 @contextmanager
@@ -122,7 +138,7 @@ def _unwritten(tensor: Tensor) -> Tensor:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     else:
         order = sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True)
-        shape = [one if one < SYMBOLIC else 1 + one % SYMBOL_ROOM for one in tensor.shape]
+        shape = [one if one < SYMBOLIC else max(1, symbol_parts(one)[1]) for one in tensor.shape]
         made = torch.empty([shape[one] for one in order], dtype=tensor.dtype)
         made = made.permute([order.index(one) for one in range(tensor.ndim)])
     return made.requires_grad_(tensor.requires_grad)

@@ -16,7 +16,7 @@ _PLAIN = (nn.Module.train, PreTrainedModel.train)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
-    """Return a model and all modules in it, each once, in no order that means anything."""
+    """Return a model and all modules in it, each once, in an order that is the same for equal models."""
     found: dict[nn.Module, None] = {}
     waiting: list[nn.Module] = [model]
     while waiting:
@@ -39,7 +39,10 @@ def every_parameter(model: nn.Module) -> list[nn.Parameter]:
 
 
 def set_mode(model: nn.Module, *, training: bool) -> None:
-    """Do what `model.train(training)` does."""
+    """Do what `model.train(training)` does, for modules that override `train` after all others.
+
+    It makes a difference where what such a module does to one that it holds is undone by another holder.
+    """
     seen: set[nn.Module] = set()
     waiting, others = [model], []
     while waiting:
@@ -49,7 +52,7 @@ def set_mode(model: nn.Module, *, training: bool) -> None:
         seen.add(module)
         if _is_plain(module):
             module.__dict__["training"] = training
-            waiting += [one for one in module._modules.values() if one is not None]
+            waiting += [one for one in reversed(module._modules.values()) if one is not None]
         else:
             others.append(module)
     for module in others:

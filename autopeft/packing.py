@@ -24,7 +24,6 @@ from autopeft.errors import check_whole
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
 from autopeft.evaluation_run import Trained, at_pause
 from autopeft.evaluator import Evaluator
-from autopeft.memory import MemoryCounter
 from autopeft.meter import Meter
 from autopeft.methods import attach
 from autopeft.packed_layout import PackingError
@@ -147,7 +146,6 @@ class PackedTrainer:
             raise ValueError(f"max_bytes is a number of bytes above 0 or None, got {max_bytes!r}.")
         self.evaluator = evaluator
         self.max_bytes = max_bytes
-        self._memory = MemoryCounter(evaluator.backbone.model)
 
     def train(
         self, configurations: Sequence[Configuration], seed: int | None = None, *, rung: int | None = None
@@ -226,7 +224,7 @@ class PackedTrainer:
         if "peak_memory" in values:
             return int(values["peak_memory"]) - self._frozen_bytes
         with attach(evaluator.backbone, configuration) as attachment:
-            count = self._memory.count(
+            count = evaluator.memory.count(
                 evaluator.data.largest_batch(),
                 evaluator.task.loss,
                 precision=evaluator.training.resolved_precision(),

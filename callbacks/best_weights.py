@@ -64,7 +64,7 @@ class BestWeights(Callback):
     def restore(self, pl_module: LightningModule) -> None:
         """Put the best weights back and let go of them."""
         if not self.weights:
-            return
+            return  # there is a walk through all names below
         with torch.no_grad():
             for name, parameter in pl_module.named_parameters():
                 if name in self.weights:

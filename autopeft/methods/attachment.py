@@ -172,8 +172,9 @@ class Attachment:
     @property
     def sized(self) -> SizedAdapters:
         """What is attached, its sizes apart from everything else about it."""
-        kind = tuple((site, adapter.method, adapter.options) for site, adapter in self.configuration)
-        return SizedAdapters((type(self), kind), tuple(self._sizes))
+        structure = tuple((site, one.method, one.options) for site, one in self.configuration)
+        methods = frozenset((one.method, one.options) for _, one in self.configuration)
+        return SizedAdapters((type(self), structure), methods, tuple(self._sizes))
 
     @property
     def cut(self) -> int | None:

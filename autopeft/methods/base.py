@@ -43,7 +43,10 @@ class Method(ABC):
     """
 
     size_dimensions: Mapping[str, int] = MappingProxyType({})
-    """Which dimension of a parameter is the adapter's size, by the names of the parameters that have it."""
+    """Which dimension of a parameter is the adapter's size, by the names of the parameters that have it.
+
+    What runs must not depend on the size: memory is a formula in it (`autopeft.memory_formula`).
+    """
 
     @abstractmethod
     def count(self, shape: SiteShape, adapter: Adapter) -> int:

@@ -72,7 +72,7 @@ class Evaluator:
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = TrainingPlan.of(training, self.data.steps_per_epoch, rungs)
-        self.memory = MemoryCounter(backbone.model)
+        self._memory = MemoryCounter(backbone.model)
         prefixes = None if cache is None else cache / "prefixes"
         self.prefixes = PrefixCache(backbone, self.data, training, prefixes)
 
@@ -91,18 +91,21 @@ class Evaluator:
         """Return every cost that is exact before training, of what is attached now."""
         values = {"trainable_parameters": float(attachment.trainable_parameters)}
         needed = self.needed()
-        batch = self.data.largest_batch()
         if "peak_memory" in needed:
-            count = self.memory.count(
-                batch,
-                self.task.loss,
-                precision=self.training.resolved_precision(),
-                adapters=attachment.sized,
-            )
-            values["peak_memory"] = float(count.peak_bytes)
+            values["peak_memory"] = float(self.peak_bytes(attachment))
         if "forward_flops" in needed:
-            values["forward_flops"] = float(count_flops(self.backbone.model, batch))
+            values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
         return values
+
+    def peak_bytes(self, attachment: Attachment) -> int:
+        """Return the peak bytes of a training of what is attached now, counted."""
+        count = self._memory.count(
+            self.data.largest_batch(),
+            self.task.loss,
+            precision=self.training.resolved_precision(),
+            adapters=attachment.sized,
+        )
+        return count.peak_bytes
 
     def evaluate(self, configuration: Configuration, seed: int | None = None) -> Evaluation:
         """Evaluate a configuration; see `train`."""

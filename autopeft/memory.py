@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -195,14 +195,8 @@ class MemoryCounter:
         if formula.count(adapters.values) != followed:
             return False
         for sizes in (adapters.values, range(1, len(adapters.sizes) + 1)):
-            resized, counter = Resized(adapters.sizes, sizes), MetaCounter(self._remembered)
-            try:
-                found = _count_of(self._follow_on_meta(counter, resized.convert, step))
-            except (NotImplementedError, RuntimeError):
-                return False
-            expected = formula.count(sizes)
-            passes = expected.forward_bytes, expected.backward_bytes
-            if expected != found or passes != (found.forward_bytes, found.backward_bytes):
+            found = self._try_on_meta(step, Resized(adapters.sizes, sizes).convert)
+            if found is None or asdict(found) != asdict(formula.count(sizes)):
                 return False
         return True
 
@@ -222,15 +216,15 @@ class MemoryCounter:
             context = autocast(step.precision, "cpu")
             return _count_of(self._follow(StorageCounter(), partial(_on_cpu, fake), step, context))
 
-    def _try_on_meta(self, step: Step) -> MemoryCount | None:
+    def _try_on_meta(self, step: Step, convert: Callable[[Tensor], Tensor] = on_meta) -> MemoryCount | None:
         try:
-            return self.count_on_meta(step)
+            return self.count_on_meta(step, convert)
         except (NotImplementedError, RuntimeError):
             return None
 
-    def count_on_meta(self, step: Step) -> MemoryCount:
-        """Follow a step on meta tensors, with the model in the mode it has."""
-        return _count_of(self._follow_on_meta(MetaCounter(self._remembered), on_meta, step))
+    def count_on_meta(self, step: Step, convert: Callable[[Tensor], Tensor] = on_meta) -> MemoryCount:
+        """Follow a step on meta tensors, made by `convert`, with the model in the mode it has."""
+        return _count_of(self._follow_on_meta(MetaCounter(self._remembered), convert, step))
 
     def _new_formula(self, step: Step, adapters: SizedAdapters) -> MemoryFormula | None:
         """Return the formula of what is attached; None where there is none."""

@@ -48,21 +48,20 @@ class MemoryCount:
         Args:
             parameter_bytes: Parameters and buffers, frozen ones included.
             batch_bytes: The batch.
-            trainable_bytes: Trainable parameters.
+            trainable_bytes: Trainable parameters, and so their gradients.
             trainable_tensors: How many they are.
             largest_bytes: The largest of them.
             forward_peak: Largest number of bytes that the forward pass made and that were alive at once.
             backward_peak: The same of the backward pass, what the forward pass left included.
         """
-        gradient_bytes = trainable_bytes
         optimizer_bytes = 2 * trainable_bytes + _STEP_COUNTER_BYTES * trainable_tensors
         # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
-        update = gradient_bytes + 2 * largest_bytes
-        step = max(gradient_bytes + forward_peak, backward_peak, update)
+        update = 2 * largest_bytes
+        step = max(trainable_bytes + forward_peak, backward_peak, trainable_bytes + update)
         return cls(
             peak_bytes=parameter_bytes + batch_bytes + optimizer_bytes + step,
             parameter_bytes=parameter_bytes,
-            gradient_bytes=gradient_bytes,
+            gradient_bytes=trainable_bytes,
             optimizer_bytes=optimizer_bytes,
             forward_bytes=forward_peak,
             backward_bytes=backward_peak,

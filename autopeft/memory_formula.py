@@ -150,9 +150,7 @@ class Symbols(Resized):
         """
         large = [one for one in shape if one >= _LARGEST_REAL]
         elements = math.prod(shape)
-        is_dense = nbytes == 0 or (
-            nbytes % max(1, elements) == 0 and nbytes // max(1, elements) in _ITEM_BYTES
-        )
+        is_dense = any(nbytes == elements * one for one in _ITEM_BYTES)
         if not large and (is_dense or nbytes < _LARGEST_REAL):
             return _Bytes(nbytes)
         if not is_dense or len(large) > 1 or large[0] < SYMBOLIC:

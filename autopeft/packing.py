@@ -224,13 +224,7 @@ class PackedTrainer:
         if "peak_memory" in values:
             return int(values["peak_memory"]) - self._frozen_bytes
         with attach(evaluator.backbone, configuration) as attachment:
-            count = evaluator.memory.count(
-                evaluator.data.largest_batch(),
-                evaluator.task.loss,
-                precision=evaluator.training.resolved_precision(),
-                adapters=attachment.sized,
-            )
-        return count.peak_bytes - self._frozen_bytes
+            return evaluator.peak_bytes(attachment) - self._frozen_bytes
 
     def _split(self, admitted: Sequence[_Admitted]) -> list[list[_Admitted]]:
         """Fill packs up to the memory bound, like cuts together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +192,16 @@ def test_both_precisions_have_formulas_of_one_counter(tiny_bert: Any) -> None:
 
 
 def test_what_differed_once_is_not_trusted_with_more() -> None:
-    trust, setting = _Trust(), ("batch", "32-true")
-    a, b, c = (frozenset(one) for one in ("a", "ab", "abc"))
-    assert trust.known(b, setting) is None  # type: ignore[arg-type]
-    trust.note(c, setting, agrees=True)  # type: ignore[arg-type]
-    assert trust.known(b, setting) is True  # type: ignore[arg-type]
+    trust = _Trust()
+    setting: tuple[Hashable, Precision] = "batch", "32-true"
+    a, b, c = (frozenset[Hashable](one) for one in ("a", "ab", "abc"))
+    assert trust.known(b, setting) is None
+    trust.note(c, setting, agrees=True)
+    assert trust.known(b, setting) is True
     assert trust.known(b, ("batch", "bf16-mixed")) is None
-    trust.note(a, setting, agrees=False)  # type: ignore[arg-type]
-    assert trust.known(b, setting) is False  # type: ignore[arg-type]
-    assert trust.known(frozenset("b"), setting) is True  # type: ignore[arg-type]
+    trust.note(a, setting, agrees=False)
+    assert trust.known(b, setting) is False
+    assert trust.known(frozenset("b"), setting) is True
 
 
 def test_formulas_are_bounded(tiny_bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:

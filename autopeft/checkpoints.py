@@ -56,7 +56,9 @@ class Checkpoints:
     @section("record")
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the tensors of every other trial, and what a killed process left unfinished."""
-        wanted = {self._path(number) for number in numbers}
-        for path in self.folder.glob("trial-*"):
-            if path not in wanted:
-                path.unlink(missing_ok=True)
+        if not self.folder.is_dir():
+            return
+        wanted = {self._path(number).name for number in numbers}
+        for name in os.listdir(self.folder):
+            if name.startswith("trial-") and name not in wanted:
+                (self.folder / name).unlink(missing_ok=True)

@@ -7,10 +7,12 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
@@ -186,7 +188,13 @@ class Evaluator:
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
             serve=serve,
+            metrics=self._metrics,
         )
+
+    @cached_property
+    def _metrics(self) -> MetricCollection:
+        """The task's metrics, made once: they take as long as the rest of a training's set-up."""
+        return self.task.metric_collection()
 
     @section("evaluate")
     def latency(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,11 @@ class ParetoFront(Sequence[FrontPoint]):
             key=lambda point: [*(point.values[one.name] for one in (*costs, self.metric)), point.number],
         )
 
+    def would_hold(self, record: TrialRecord) -> bool:
+        """Return whether a trial that is not on the front would come onto it."""
+        found = front_records([*(point.record for point in self._points), record], self.objectives)
+        return bool(found) and found[-1] is record
+
     def with_trial(self, record: TrialRecord) -> ParetoFront:
         """Return the front with one more finished trial, or with what became of one that it knows.
 
@@ -133,18 +139,13 @@ class ParetoFront(Sequence[FrontPoint]):
             records.append(record)
         else:
             records[place] = record
-        front = ParetoFront(
-            records,
-            self.objectives,
-            self.axes,
-            self._exporter,
-            candidates=(
-                None if record.number in self.members else [*(point.record for point in self._points), record]
-            ),
-        )
-        if place is None and front.members == self.members:
-            front.hypervolume = self.hypervolume  # of the same points, and slow to compute
-        return front
+        was_member = record.number in self.members
+        if not was_member and not self.would_hold(record):
+            front = copy.copy(self)  # the same members, and a hypervolume that is slow to compute
+            front.records = tuple(records)
+            return front
+        candidates = None if was_member else [*(point.record for point in self._points), record]
+        return ParetoFront(records, self.objectives, self.axes, self._exporter, candidates=candidates)
 
     @cached_property
     def members(self) -> frozenset[int]:

@@ -69,6 +69,7 @@ class _Outcomes(_Follower):
         self._penalties = np.empty(0)
         self._complete = np.empty(0, dtype=bool)
         self._values: list[list[float]] = []  # of complete trials; others have none
+        self._cut: tuple[Floats, int, Indices] | None = None  # the rank cut last, and who was chosen
 
     def read(self, known: int, new: Sequence[FrozenTrial]) -> None:
         """Read states, values and constraints."""
@@ -105,7 +106,7 @@ class _Outcomes(_Follower):
         losses *= [-1.0 if one == StudyDirection.MAXIMIZE else 1.0 for one in study.directions]
         first = np.flatnonzero(moocore.is_nondominated(losses, keep_weakly=True))
         if len(first) > count and np.isfinite(losses).all():  # the first rank is the one that is cut
-            found: Indices = complete[first[most_hypervolume(losses[first], count)]]
+            found: Indices = complete[first[self._most_hypervolume(losses[first], count)]]
             return found
         ranks = _fast_non_domination_rank(losses, n_below=count)
         cut = np.sort(ranks)[count]  # the rank of the first one that is left out
@@ -113,9 +114,15 @@ class _Outcomes(_Follower):
         tied = np.flatnonzero(ranks == cut)
         if len(better) == count:
             return complete[better]
-        chosen = tied[most_hypervolume(losses[tied], count - len(better))]
+        chosen = tied[self._most_hypervolume(losses[tied], count - len(better))]
         best: Indices = complete[np.append(better, chosen)]
         return best
+
+    def _most_hypervolume(self, losses: Floats, count: int) -> Indices:
+        """Return what `most_hypervolume` does; most trials leave the rank that is cut as it was."""
+        if self._cut is None or self._cut[1] != count or not np.array_equal(self._cut[0], losses):
+            self._cut = losses, count, most_hypervolume(losses, count)
+        return self._cut[2]
 
 
 def most_hypervolume(losses: Floats, count: int) -> Indices:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import Trial
 
 from autopeft.asking import Asked, Asker
@@ -266,7 +267,8 @@ class SearchLoop:
             values = self.promotion.forecast(self.records).values(evaluation)
         else:
             state = STATES[evaluation.status]
-        self.store.live.tell(trial, values, state)
+        # What `Study.tell` does without copying the trial for its caller: milliseconds of many parameters.
+        _tell_with_warning(self.store.live, trial, values, state)
 
     @section("record")
     def _after(self, records: Sequence[TrialRecord], front: ParetoFront) -> ParetoFront:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import queue
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -18,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from autopeft.background_writer import BackgroundWriter
 from autopeft.configuration import Configuration
 from autopeft.evaluation import TrialRecord
 from autopeft.mlflow_view import save_view, valid_key, view_link, view_state
@@ -44,12 +43,13 @@ _logger = logging.getLogger(__name__)
 SEARCH_TAG = "autopeft.search"
 VIEW_TAG = "autopeft.view"
 _LONGEST_PARAM = 5000
-_ATTEMPTS = 4
 _PAGE = 1000
 _BATCH = 100
-_PATIENCE_SECONDS = 60.0
 _CATCH_UP_EVERY_SECONDS = 2.0
 _SHOW_AFTER_SECONDS = 1.0
+_GATHER_SECONDS = 1.0
+_MOST_GATHERED = 100
+_SHOW, _WRITE = "show", "write"  # what is delayed
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
 
@@ -92,17 +92,22 @@ class Tracker:
         self._runs: dict[int, str] = {}
         self._points: dict[int, int] = {}  # of the curves that runs have
         self._finished: set[int] = set()  # trials over before they could be shown as running
-        self._to_show: tuple[float, Callable[[], None]] | None = None  # when, and how
+        self._over: dict[int, TrialRecord] = {}  # trials to be written together
         self._members: frozenset[int] = frozenset()  # of the front
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
         self._caught_up = 0.0
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._ending = threading.Event()
-        self._last_success = time.monotonic()
-        self.failures = 0
-        self.worked = Spell()  # the thread's time
+        self._writer = BackgroundWriter()
+
+    @property
+    def failures(self) -> int:
+        """Entries that could not be written."""
+        return self._writer.failures
+
+    @property
+    def worked(self) -> Spell:
+        """The time of the thread that writes."""
+        return self._writer.worked
 
     @property
     def link(self) -> str:
@@ -143,8 +148,7 @@ class Tracker:
             self._client.set_tag(self._parent, VIEW_TAG, self._view)
         for record in missing:
             self.trial_finished(record)
-        self._thread = threading.Thread(target=self._work, name="autopeft-tracker", daemon=True)
-        self._thread.start()
+        self._writer.start()
 
     def _search_runs(self, condition: str) -> list[Run]:
         runs: list[Run] = []
@@ -234,20 +238,21 @@ class Tracker:
             )
         return [record for record in records if record.number not in self._runs]
 
-    def _write(self, record: TrialRecord) -> None:
-        number = record.number
-        on_front = number in self._members
-        points = self._points.get(number, 0)
-        run = finished_run(self._parent, record, on_front=on_front, known_points=points)
-        self._to_show = None  # those trained together are over together
-        self._runs[number] = self._trial_runs.finish(self._runs.get(number), run)
-        self._points[number] = len(record.evaluation.curves)
-        if on_front:
-            self._tagged.add(number)
+    def _write(self, records: Sequence[TrialRecord]) -> None:
+        runs = []
+        for one in records:
+            points, on_front = self._points.get(one.number, 0), one.number in self._members
+            run = finished_run(self._parent, one, on_front=on_front, known_points=points)
+            runs.append((self._runs.get(one.number), run))
+        for record, run_id in zip(records, self._trial_runs.finish(runs), strict=True):
+            self._runs[record.number] = run_id
+            self._points[record.number] = len(record.evaluation.curves)
+        self._tagged |= self._members & {one.number for one in records}
 
     def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
         for number, configuration in trials.items():
-            if number not in self._runs and number not in self._finished and not self._ending.is_set():
+            is_over = number in self._finished or self._writer.ending.is_set()
+            if number not in self._runs and not is_over:
                 name, tags = started_run(self._parent, number, configuration)
                 self._runs[number] = self._trial_runs.start(name, tags, started=started)
 
@@ -259,38 +264,42 @@ class Tracker:
         """
         due, started = time.monotonic() + _SHOW_AFTER_SECONDS, int(time.time() * 1000)
         show = partial(self._start_runs, dict(trials), started)
-        self._queue.put(partial(self._show_later, due, show))
-
-    def _show_later(self, due: float, show: Callable[[], None]) -> None:
-        self._to_show = due, show
-
-    def _show_now(self) -> None:
-        if self._to_show is not None:
-            self._to_show[1]()
-            self._to_show = None  # only now: where it fails, it is tried again
-
-    def _take_to_show(self) -> Callable[[], None]:
-        assert self._to_show is not None
-        _, show = self._to_show
-        self._to_show = None
-        return show
+        self._writer.put(partial(self._writer.delay, _SHOW, due, show))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
         self._finished.add(record.number)
-        self._queue.put(partial(self._write, record))
+        self._writer.put(partial(self._write_soon, record))
+
+    def _write_soon(self, record: TrialRecord) -> None:
+        """Write a trial; quick ones share a transaction, where there is one."""
+        self._writer.drop(_SHOW)  # those trained together are over together
+        self._over[record.number] = record
+        if not self._trial_runs.has_transactions or len(self._over) >= _MOST_GATHERED:
+            self._write_over()
+        elif len(self._over) == 1:
+            self._writer.delay(_WRITE, time.monotonic() + _GATHER_SECONDS, self._write_over)
+
+    def _write_over(self) -> None:
+        """Write the trials that are over together; where that fails each alone, and again."""
+        self._writer.drop(_WRITE)
+        records, self._over = list(self._over.values()), {}
+        try:
+            self._write(records)
+        except Exception:
+            self._writer.put_first([partial(self._write, [one]) for one in records])
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
         self._members = frozenset(members)
-        self._queue.put(self._catch_up)
+        self._writer.put(self._catch_up)
 
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
         now = int(time.time() * 1000)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._waiting += [Metric(valid_key(name), value, now, step) for name, value in finite.items()]
-        self._queue.put(self._catch_up)
+        self._writer.put(self._catch_up)
 
     def _catch_up(self, *, at_once: bool = False) -> None:
         """Write the front's tags and the search's figures; quick trials share one write."""
@@ -303,13 +312,13 @@ class Tracker:
         if values:
             self._trial_runs.mark(PARETO_TAG, values)
             self._tagged ^= changed
-        while batch := self._waiting[:_BATCH]:
-            self._client.log_batch(self._parent, metrics=batch)
-            del self._waiting[: len(batch)]
+        if waiting := list(self._waiting):
+            self._trial_runs.add_metrics(self._parent, waiting)
+            del self._waiting[: len(waiting)]
 
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""
-        self._queue.put(partial(self._write_front, tuple(records), frozenset(members)))
+        self._writer.put(partial(self._write_front, tuple(records), frozenset(members)))
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
         write_front(self._client, self._parent, records, members, self.objectives)
@@ -318,7 +327,7 @@ class Tracker:
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder to the search's run, below `place`."""
-        self._queue.put(partial(self._write_report, save, place))
+        self._writer.put(partial(self._write_report, save, place))
 
     def _write_report(self, save: Callable[[Path], object], place: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -332,16 +341,12 @@ class Tracker:
         A store that has stopped answering is given up once nothing has been written for a minute. A trial
         that was interrupted before it could be shown as running is not shown any more.
         """
-        if self._thread is None or not self._thread.is_alive():
+        if not self._writer.is_alive:
             return
-        self._last_success = time.monotonic()
-        self._ending.set()
-        self._queue.put(partial(self._catch_up, at_once=True))
+        last: list[Callable[[], None]] = [self._write_over, partial(self._catch_up, at_once=True)]
         if records:
-            self._queue.put(partial(self._write_table, tuple(records)))
-        self._queue.put(partial(self._client.set_terminated, self._parent, status=status))
-        self._queue.put(None)
-        self._thread.join()
+            last.append(partial(self._write_table, tuple(records)))
+        self._writer.finish([*last, partial(self._client.set_terminated, self._parent, status=status)])
         if self.failures:
             _logger.warning(
                 "%d entries could not be written to MLflow; the study has them all, and the next call of "
@@ -355,44 +360,7 @@ class Tracker:
     @section("log")
     def flush(self, patience_seconds: float = math.inf) -> None:
         """Wait until everything queued so far is written, or the patience is over."""
-        done = threading.Event()
-        self._queue.put(self._show_now)
-        self._queue.put(partial(self._catch_up, at_once=True))
-        self._queue.put(done.set)
-        end = time.monotonic() + patience_seconds
-        while self._thread is not None and self._thread.is_alive() and not done.wait(0.1):
-            if time.monotonic() > end:
-                return
-
-    def _work(self) -> None:
-        while (entry := self._next()) is not None:
-            if self._hopeless():
-                self.failures += 1
-                continue
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    with self.worked.running():
-                        entry()
-                    self._last_success = time.monotonic()
-                    break
-                except Exception:
-                    if attempt == _ATTEMPTS or self._hopeless():
-                        self._count_failure()
-                        break
-                    time.sleep(0.5 * attempt)  # SQLite is locked while another search writes
-
-    def _next(self) -> Callable[[], None] | None:
-        """Return what is to be written next; where nothing is, and a trial has run for a while, its run."""
-        seconds = None if self._to_show is None else max(0.0, self._to_show[0] - time.monotonic())
-        try:
-            return self._queue.get(timeout=seconds)
-        except queue.Empty:
-            return self._take_to_show()
-
-    def _hopeless(self) -> bool:
-        return self._ending.is_set() and time.monotonic() - self._last_success > _PATIENCE_SECONDS
-
-    def _count_failure(self) -> None:
-        self.failures += 1
-        if self.failures == 1:
-            _logger.warning("An entry could not be written to MLflow; more are counted.", exc_info=True)
+        self._writer.put(partial(self._writer.call_now, _SHOW))
+        self._writer.put(self._write_over)
+        self._writer.put(partial(self._catch_up, at_once=True))
+        self._writer.flush(patience_seconds)

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import callback_connector
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
 
 from autopeft.batches import LABELS, model_inputs
 from autopeft.errors import check_whole, unknown_choice
@@ -121,6 +122,7 @@ class FineTuning(LightningModule):
         first_step: Steps already taken.
         optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
         serve: Gives a context that a batch's forward pass is run in, as `TrialPrefix.serve` does.
+        metrics: The task's, which are reset; None to make them anew.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class FineTuning(LightningModule):
         first_step: int = 0,
         optimizer_state: Mapping[str, Tensor] | None = None,
         serve: Serve = nullcontext,
+        metrics: MetricCollection | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -146,7 +149,8 @@ class FineTuning(LightningModule):
         self.first_step = first_step
         self.serve = serve
         self.optimizer_state = optimizer_state or {}
-        self.metrics = task.metric_collection()
+        self.metrics = task.metric_collection() if metrics is None else metrics
+        self.metrics.reset()  # a training that failed may have left rows
         self._validated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,9 +2,9 @@
 
 The client takes a trial in seven transactions and some fifty statements, as it cannot know that the run is
 new. Where MLflow itself writes to a database, `DatabaseRuns` writes the same rows to the same tables in one
-transaction, which is also safer: a run is either there with everything or not. Tables are no documented
-interface: what depends on them is here, `DatabaseRuns.of` looks whether they are those it knows, and
-`tests/test_trial_runs.py` compares its runs with the client's.
+transaction, for several runs at once, which is also safer: a run is either there with everything or not.
+Tables are no documented interface: what depends on them is here, `DatabaseRuns.of` looks whether they are
+those it knows, and `tests/test_trial_runs.py` compares its runs with the client's.
 """
 
 from __future__ import annotations
@@ -54,15 +54,29 @@ class FinishedRun:
 
 
 class TrialRuns(ABC):
-    """Writes the runs of trials to one experiment."""
+    """Writes the runs of trials to one experiment.
+
+    Attributes:
+        has_transactions: Whether several runs are written together or not at all, and more quickly so.
+    """
+
+    has_transactions: bool
 
     @abstractmethod
     def start(self, name: str, tags: Mapping[str, str], *, started: int) -> str:
         """Make a run that is shown as running since a time in milliseconds, and return its id."""
 
     @abstractmethod
-    def finish(self, run_id: str | None, run: FinishedRun) -> str:
-        """Write what a run holds and end it; make it where it was not started. Return its id."""
+    def finish(self, runs: Sequence[tuple[str | None, FinishedRun]]) -> list[str]:
+        """Write what runs hold and end them; make those that were not started. Return their ids.
+
+        Args:
+            runs: Each with its id, or None where it was not started.
+        """
+
+    @abstractmethod
+    def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        """Write metrics to a run that is there, of any number; those that it has stay as they are."""
 
     @abstractmethod
     def mark(self, tag: str, values: Mapping[str, str]) -> None:
@@ -77,6 +91,8 @@ class ClientRuns(TrialRuns):
         experiment_id: The experiment.
     """
 
+    has_transactions = False
+
     def __init__(self, client: MlflowClient, experiment_id: str) -> None:
         self._client = client
         self._experiment_id = experiment_id
@@ -86,8 +102,11 @@ class ClientRuns(TrialRuns):
         run = self._client.create_run(self._experiment_id, started, dict(tags), name)
         return str(run.info.run_id)
 
-    def finish(self, run_id: str | None, run: FinishedRun) -> str:
-        """Write a run; see `TrialRuns.finish`."""
+    def finish(self, runs: Sequence[tuple[str | None, FinishedRun]]) -> list[str]:
+        """Write runs; see `TrialRuns.finish`."""
+        return [self._finish(*one) for one in runs]
+
+    def _finish(self, run_id: str | None, run: FinishedRun) -> str:
         if run_id is None:
             started = int(1000 * (time.time() - run.seconds))
             new = self._client.create_run(self._experiment_id, started, dict(run.tags), run.name)
@@ -106,6 +125,11 @@ class ClientRuns(TrialRuns):
         self._client.set_terminated(run_id, status=run.status)
         return run_id
 
+    def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        """Write metrics; see `TrialRuns.add_metrics`."""
+        for start in range(0, len(metrics), _METRICS_A_BATCH):
+            self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_BATCH])
+
     def mark(self, tag: str, values: Mapping[str, str]) -> None:
         """Change a tag; see `TrialRuns.mark`."""
         for run_id, value in values.items():
@@ -113,12 +137,14 @@ class ClientRuns(TrialRuns):
 
 
 class DatabaseRuns(TrialRuns):
-    """Writes runs to the database of a store in this process, a transaction each.
+    """Writes runs to the database of a store in this process.
 
     Args:
         store: MLflow's store.
         experiment_id: The experiment.
     """
+
+    has_transactions = True
 
     def __init__(self, store: SqlAlchemyStore, experiment_id: str) -> None:
         self._store = store
@@ -149,28 +175,43 @@ class DatabaseRuns(TrialRuns):
 
     def start(self, name: str, tags: Mapping[str, str], *, started: int) -> str:
         """Make a run; see `TrialRuns.start`."""
-        run_id = uuid.uuid4().hex
+        run_id, rows = uuid.uuid4().hex, _Rows()
+        rows.add(SqlRun, [self._run_row(run_id, name, started)])
+        rows.add_texts(SqlTag, run_id, {**tags, _NAME_TAG: name})
         with self._store.ManagedSessionMaker(read_only=False) as session:
-            self._insert_run(session, run_id, name, started=started)
-            self._insert_texts(session, SqlTag, run_id, {**tags, _NAME_TAG: name})
+            rows.insert(session)
         return run_id
 
-    def finish(self, run_id: str | None, run: FinishedRun) -> str:
-        """Write a run; see `TrialRuns.finish`."""
-        started = run_id is not None
-        run_id = run_id if run_id is not None else uuid.uuid4().hex
-        self._save_artifacts(run_id, run)
-        now = int(time.time() * 1000)
+    def finish(self, runs: Sequence[tuple[str | None, FinishedRun]]) -> list[str]:
+        """Write runs in one transaction; see `TrialRuns.finish`."""
+        ids = [known or uuid.uuid4().hex for known, _ in runs]
+        for run_id, (_, run) in zip(ids, runs, strict=True):
+            self._save_artifacts(run_id, run)
+        now, rows = int(time.time() * 1000), _Rows()
         with self._store.ManagedSessionMaker(read_only=False) as session:
-            if started:
-                self._end_run(session, run_id, run, now)
-            else:
-                begun = now - int(1000 * run.seconds)
-                self._insert_run(session, run_id, run.name, started=begun, ended=now, status=run.status)
-            self._insert_texts(session, SqlTag, run_id, {**run.tags, _NAME_TAG: run.name})
-            self._insert_texts(session, SqlParam, run_id, run.params)
-            self._insert_metrics(session, run_id, run.metrics, known=started)
-        return run_id
+            for run_id, (known, run) in zip(ids, runs, strict=True):
+                if known is None:
+                    row = self._run_row(run_id, run.name, now - int(1000 * run.seconds))
+                    rows.add(SqlRun, [{**row, "status": run.status, "end_time": now}])
+                    latest: dict[str, Metric] = {}
+                else:
+                    self._end_run(session, run_id, run, now)
+                    latest = _take_latest(session, run_id)
+                rows.add_texts(SqlTag, run_id, {**run.tags, _NAME_TAG: run.name})
+                rows.add_texts(SqlParam, run_id, run.params)
+                rows.add_metrics(run_id, run.metrics, latest)
+            rows.insert(session)
+        return ids
+
+    def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        """Write metrics; see `TrialRuns.add_metrics`."""
+        runs, rows = SqlRun.__table__, _Rows()
+        with self._store.ManagedSessionMaker(read_only=False) as session:
+            active = (runs.c.run_uuid == run_id) & (runs.c.lifecycle_stage == "active")
+            if session.execute(runs.select().where(active)).first() is None:
+                raise MlflowException(f"The run {run_id} was deleted.")
+            rows.add_metrics(run_id, metrics, _take_latest(session, run_id))
+            rows.insert(session)
 
     def mark(self, tag: str, values: Mapping[str, str]) -> None:
         """Change a tag; see `TrialRuns.mark`."""
@@ -191,18 +232,8 @@ class DatabaseRuns(TrialRuns):
             run.save(Path(folder))
             artifacts.log_artifacts(folder)
 
-    def _insert_run(
-        self,
-        session: Any,
-        run_id: str,
-        name: str,
-        *,
-        started: int,
-        ended: int | None = None,
-        status: str = "RUNNING",
-    ) -> None:
-        row = _run_row(run_id, self._experiment_id, name, self._artifact_uri(run_id), started)
-        session.execute(SqlRun.__table__.insert(), [{**row, "status": status, "end_time": ended}])
+    def _run_row(self, run_id: str, name: str, started: int) -> dict[str, Any]:
+        return _run_row(run_id, self._experiment_id, name, self._artifact_uri(run_id), started)
 
     def _end_run(self, session: Any, run_id: str, run: FinishedRun, now: int) -> None:
         """End a run that was started, and make room for what it holds: it may have been paused before."""
@@ -214,30 +245,52 @@ class DatabaseRuns(TrialRuns):
         for table, names in ((SqlTag.__table__, [*run.tags, _NAME_TAG]), (SqlParam.__table__, [*run.params])):
             session.execute(table.delete().where(table.c.run_uuid == run_id, table.c.key.in_(names)))
 
-    def _insert_texts(self, session: Any, table: Any, run_id: str, texts: Mapping[str, str]) -> None:
-        if texts:
-            rows = [_text_row(run_id, *one) for one in texts.items()]
-            session.execute(table.__table__.insert(), rows)
 
-    def _insert_metrics(self, session: Any, run_id: str, metrics: Sequence[Metric], *, known: bool) -> None:
-        """Insert metrics, each once, and what MLflow shows: a name's value at its highest step."""
+class _Rows:
+    """Rows of several runs to insert, with one statement a table."""
+
+    def __init__(self) -> None:
+        tables = (SqlRun, SqlTag, SqlParam, SqlMetric, SqlLatestMetric)  # the others refer to runs
+        self._rows: dict[Any, list[dict[str, Any]]] = {one: [] for one in tables}
+
+    def add(self, table: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows of a table."""
+        self._rows[table] += rows
+
+    def add_texts(self, table: Any, run_id: str, texts: Mapping[str, str]) -> None:
+        """Add a run's tags or parameters."""
+        self.add(table, [_text_row(run_id, *one) for one in texts.items()])
+
+    def add_metrics(self, run_id: str, metrics: Sequence[Metric], latest: Mapping[str, Metric]) -> None:
+        """Add a run's metrics, each once, and what MLflow shows: a name's value at its highest step.
+
+        Args:
+            run_id: The run.
+            metrics: Its new metrics.
+            latest: What was shown of it so far, by name.
+        """
         distinct = {(one.key, one.timestamp, one.step, one.value): one for one in metrics}
-        latest: dict[str, Metric] = {}
-        if known:
-            table = SqlLatestMetric.__table__
-            rows = session.execute(table.select().where(table.c.run_uuid == run_id)).mappings().all()
-            latest = {
-                one["key"]: Metric(one["key"], one["value"], one["timestamp"], one["step"]) for one in rows
-            }
-            session.execute(table.delete().where(table.c.run_uuid == run_id))
+        shown = dict(latest)
         for one in distinct.values():
-            shown = latest.setdefault(one.key, one)
-            if (one.step, one.timestamp, one.value) > (shown.step, shown.timestamp, shown.value):
-                latest[one.key] = one
-        for table, several in ((SqlMetric, distinct), (SqlLatestMetric, latest)):
-            rows = [_metric_row(run_id, one) for one in several.values()]
+            other = shown.setdefault(one.key, one)
+            if (one.step, one.timestamp, one.value) > (other.step, other.timestamp, other.value):
+                shown[one.key] = one
+        self.add(SqlMetric, [_metric_row(run_id, one) for one in distinct.values()])
+        self.add(SqlLatestMetric, [_metric_row(run_id, one) for one in shown.values()])
+
+    def insert(self, session: Any) -> None:
+        """Insert all rows."""
+        for table, rows in self._rows.items():
             if rows:
                 session.execute(table.__table__.insert(), rows)
+
+
+def _take_latest(session: Any, run_id: str) -> dict[str, Metric]:
+    """Take out what MLflow shows of a run's metrics, and return it by name."""
+    table = SqlLatestMetric.__table__
+    rows = session.execute(table.select().where(table.c.run_uuid == run_id)).mappings().all()
+    session.execute(table.delete().where(table.c.run_uuid == run_id))
+    return {one["key"]: Metric(one["key"], one["value"], one["timestamp"], one["step"]) for one in rows}
 
 
 def _run_row(run_id: str, experiment_id: int, name: str, artifacts: str, started: int) -> dict[str, Any]:

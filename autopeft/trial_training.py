@@ -138,7 +138,7 @@ class TrialTraining:
         if trained.paused is not None:
             self._paused.save(record.number, trained.paused)
         if trained.state is not None:
-            is_member = record.number in front.with_trial(record).members
+            is_member = front.would_hold(record)
             if is_member or lacking((point.record for point in front), self._seeds):
                 self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
         return record

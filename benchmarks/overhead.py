@@ -34,6 +34,7 @@ import autopeft.evaluation_run
 from assets.prepare import prepare
 from autopeft import Search
 from autopeft.asking import Asker
+from autopeft.background_writer import BackgroundWriter
 from autopeft.callbacks import BestWeights
 from autopeft.checkpoints import Checkpoints
 from autopeft.memory import MemoryCounter
@@ -45,7 +46,6 @@ from autopeft.search_loop import SearchLoop
 from autopeft.search_spaces import PerLayer
 from autopeft.study_store import StudyStore
 from autopeft.tasks import TextClassification
-from autopeft.tracking import Tracker
 from autopeft.training import FineTuning
 from benchmarks.stopwatch import Places, Stopwatch
 
@@ -105,7 +105,7 @@ class Overhead:
         self.processor: list[float] = []
         self.trials = trials
         stopwatch = Stopwatch()
-        step, work = SearchLoop._step, Tracker._work
+        step, work = SearchLoop._step, BackgroundWriter._work
 
         def timed_step(loop: SearchLoop, *arguments: Any) -> Any:
             wall, processor = clocks()
@@ -119,13 +119,13 @@ class Overhead:
             wall, processor = time.perf_counter(), time.process_time()
             return wall - stopwatch.wall[SPARED], processor - stopwatch.seconds[SPARED]
 
-        def timed_work(tracker: Tracker) -> None:
-            work(tracker)
+        def timed_work(writer: BackgroundWriter) -> None:
+            work(writer)
             stopwatch.seconds[WRITE] = time.thread_time()
 
         with (
             patch.object(SearchLoop, "_step", timed_step),
-            patch.object(Tracker, "_work", timed_work),
+            patch.object(BackgroundWriter, "_work", timed_work),
             stopwatch.watching(PLACES),
         ):
             wall, processor = clocks()

@@ -6,8 +6,10 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
@@ -132,8 +134,22 @@ class PerLayer(SearchSpace):
         edges = [round(index * total / count) for index in range(count + 1)]
         return tuple(tuple(range(*pair)) for pair in pairwise(edges))
 
-    def slots(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
-        """Yield every group's name with its slots."""
+    def slots(self, backbone: Backbone) -> tuple[tuple[str, tuple[Slot, ...]], ...]:
+        """Return every group's name with its slots."""
+        known = self._slots_of.get(backbone)
+        if known is None:
+            known = self._slots_of[backbone] = tuple(self._split(backbone))
+        return known
+
+    @cached_property
+    def _slots_of(self) -> WeakKeyDictionary[Backbone, tuple[tuple[str, tuple[Slot, ...]], ...]]:
+        return WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the slots, which hang on a backbone of this process."""
+        return {name: one for name, one in vars(self).items() if name != "_slots_of"}
+
+    def _split(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
         adapters = {method: self.adapters_of(method) for method in self.methods}
         for blocks in self.block_groups(backbone):
             name = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"

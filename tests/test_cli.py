@@ -199,7 +199,7 @@ def test_show_names_every_training_of_a_trial(place: Path, tmp_path: Path) -> No
     record = next(one for one in records if one.evaluation.by_seed)
     shown = call("show", str(record.number), "--folder", tmp_path).output
     for seed, values in record.evaluation.by_seed.items():
-        assert f"training with seed {seed}: accuracy {values['accuracy']:.3f}" in shown
+        assert f"training with seed {seed}: accuracy {values['accuracy']:.4f}" in shown
     assert "±" in call("front", "--folder", tmp_path).output
 
 

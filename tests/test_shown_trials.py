@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+from mlflow import MlflowClient
 
+from autopeft.evaluation import TrialRecord
+from autopeft.run_writer import finished_run
+from autopeft.trial_runs import FinishedRun
 from tests.records import IDENTITY, synthetic_records
-from tests.test_tracking import make, trial_runs
+from tests.test_tracking import make, numbers, trial_runs
 
 
 @pytest.fixture
@@ -74,11 +80,75 @@ def test_an_interrupted_trial_is_not_shown_after_the_end(uri: str) -> None:
     tracker.start(note="", identity=IDENTITY, records=())
 
     def comes_due(_: Path) -> None:
-        assert tracker._ending.wait(20)
-        tracker._show_now()
+        assert tracker._writer.ending.wait(20)
+        tracker._writer.call_now("show")
 
     tracker.trials_started({0: record.evaluation.configuration})
     tracker.log_report(comes_due, "late")
     tracker.finish("KILLED")
     assert trial_runs(uri) == []
     assert tracker.failures == 0
+
+
+def test_quick_trials_share_a_transaction(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = synthetic_records(6)
+    monkeypatch.setattr("autopeft.tracking._GATHER_SECONDS", 20.0)
+    monkeypatch.setattr("autopeft.tracking._MOST_GATHERED", 4)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    with patch.object(tracker._trial_runs, "finish", wraps=tracker._trial_runs.finish) as finish:
+        for record in records:
+            tracker.trial_finished(record)
+        tracker.finish("FINISHED")
+    assert [len(call.args[0]) for call in finish.call_args_list] == [4, 2]
+    assert numbers(trial_runs(uri)) == [0, 1, 2, 3, 4, 5]
+    assert tracker.failures == 0
+
+
+def test_a_trial_is_there_a_second_after_it_is_over(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autopeft.tracking._GATHER_SECONDS", 0.2)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    for record in synthetic_records(2):
+        tracker.trial_finished(record)
+    deadline = time.monotonic() + 20
+    while len(trial_runs(uri)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert numbers(trial_runs(uri)) == [0, 1]
+    tracker.finish("FINISHED")
+
+
+def test_a_trial_that_goes_on_within_a_second_has_one_run(uri: str) -> None:
+    record = next(one for one in synthetic_records(20) if len(one.evaluation.curves) > 1)
+    curves = record.evaluation.curves
+    at_rung = replace(record.evaluation, status="paused", reason="at a rung", curves=curves[:1])
+    paused = replace(record, evaluation=at_rung)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    tracker.trial_finished(paused)
+    tracker.trial_finished(record)
+    tracker.finish("FINISHED")
+    (run,) = trial_runs(uri)
+    assert run.info.status == "FINISHED"
+    name = f"curve/{curves[0].metric}"
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, name)
+    expected = [(one.step, one.value) for one in curves if one.metric == curves[0].metric]
+    assert sorted((one.step, one.value) for one in history) == expected
+
+
+def test_a_trial_that_cannot_be_written_takes_no_other_with_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(parent: str, record: TrialRecord, **options: Any) -> FinishedRun:
+        run = finished_run(parent, record, **options)
+        return replace(run, params={"": None}) if record.number == 1 else run  # type: ignore[dict-item]
+
+    monkeypatch.setattr("autopeft.background_writer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("autopeft.tracking.finished_run", broken)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    for record in synthetic_records(3):
+        tracker.trial_finished(record)
+    tracker.finish("FINISHED")
+    assert numbers(trial_runs(uri)) == [0, 2]
+    assert tracker.failures == 1

@@ -75,7 +75,7 @@ def test_a_run_is_the_one_the_client_writes(store: tuple[MlflowClient, str], sta
         )
         if first is not None:
             assert client.get_run(first).info.status == "RUNNING"
-        run_id = writer.finish(first, run)
+        run_id = writer.finish([(first, run)])[0]
         assert first in (None, run_id)
         found.append(described(client, run_id))
     assert found[0] == found[1]
@@ -96,9 +96,9 @@ def test_a_run_that_was_paused_goes_on(store: tuple[MlflowClient, str]) -> None:
     )
     found = []
     for writer in writers(store):
-        run_id = writer.finish(None, replace(run, status="SCHEDULED"))
+        run_id = writer.finish([(None, replace(run, status="SCHEDULED"))])[0]
         assert client.get_run(run_id).info.status == "SCHEDULED"
-        assert writer.finish(run_id, later) == run_id
+        assert writer.finish([(run_id, later)]) == [run_id]
         found.append(described(client, run_id))
     assert found[0] == found[1]
     assert len(found[1]["histories"]["steps"]) == 4
@@ -127,10 +127,28 @@ def test_tags_change_in_the_runs_named_alone(store: tuple[MlflowClient, str]) ->
         assert {one["other"] for one in found} == {"x"}
 
 
+def test_metrics_are_added_to_a_run_that_is_there(store: tuple[MlflowClient, str]) -> None:
+    client, found = store[0], []
+    first = [Metric("volume", 0.1 * step, NOW, step) for step in range(3)]
+    later = [Metric("volume", 0.5, NOW + 1, 3), Metric("size", 4.0, NOW, 3), Metric("size", 4.0, NOW, 3)]
+    for writer in writers(store):
+        run_id = writer.start("search", {"kept": "yes"}, started=NOW)
+        for metrics in (first, later, []):
+            writer.add_metrics(run_id, metrics)
+        run = client.get_run(run_id)
+        assert (run.info.status, run.data.metrics) == ("RUNNING", {"volume": 0.5, "size": 4.0})
+        found.append([client.get_metric_history(run_id, name) for name in ("volume", "size")])
+        client.delete_run(run_id)
+        with pytest.raises(MlflowException):
+            writer.add_metrics(run_id, first)
+    assert [[dict(one) for one in of] for of in found[0]] == [[dict(one) for one in of] for of in found[1]]
+    assert len(found[1][0]) == 4
+
+
 def test_a_run_without_metrics_and_parameters(store: tuple[MlflowClient, str]) -> None:
     empty = replace(contents(), metrics=[], params={})
     for writer in writers(store):
-        run = store[0].get_run(writer.finish(None, empty))
+        run = store[0].get_run(writer.finish([(None, empty)])[0])
         assert (run.data.metrics, run.data.params, run.info.status) == ({}, {}, empty.status)
 
 
@@ -140,7 +158,7 @@ def test_a_run_that_cannot_be_written_leaves_nothing(store: tuple[MlflowClient, 
     before = len(client.search_runs([experiment], max_results=1000))
     broken = replace(contents(), params={"": None})  # type: ignore[dict-item]
     with pytest.raises(MlflowException):
-        database.finish(None, broken)
+        database.finish([(None, contents()), (None, broken)])
     assert len(client.search_runs([experiment], max_results=1000)) == before
 
 
@@ -149,7 +167,7 @@ def test_a_run_that_was_deleted_while_its_trial_ran(store: tuple[MlflowClient, s
     run_id = database.start("trial", {"a": "b"}, started=NOW)
     store[0].delete_run(run_id)
     with pytest.raises(MlflowException, match="was deleted while its trial was running"):
-        database.finish(run_id, contents())
+        database.finish([(run_id, contents())])
     assert store[0].get_run(run_id).data.metrics == {}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from unittest.mock import patch
 
 from torch import nn
 
@@ -61,3 +63,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def undrawn_linears() -> Iterator[None]:
+    """Leave the weights of linear layers that are made undrawn: whoever makes them fills every one himself.
+
+    `nn.Linear` draws its weights when it is made, which for an adapter are then drawn again or set to 0: a
+    third of what attaching took.
+    """
+    with patch.object(nn.Linear, "reset_parameters", lambda linear: None):
+        yield

@@ -6,6 +6,7 @@ held in place by hooks, so that they work on any architecture whose sublayers ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autopeft.backbone import SiteShape
 from autopeft.configuration import Adapter
-from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.base import Attached, Method, Placement, undrawn_linears
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -35,10 +36,12 @@ class Bottleneck(nn.Module):
         self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(in_features, width)
+        with undrawn_linears():
+            self.down = nn.Linear(in_features, width)
+            self.up = nn.Linear(width, out_features)
         self.activation = _ACTIVATIONS[activation]()
-        self.up = nn.Linear(width, out_features)
         self.scaling = scaling
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))  # as `nn.Linear` does
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)

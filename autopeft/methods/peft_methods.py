@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autopeft.backbone import SiteShape
 from autopeft.configuration import Adapter, Site
-from autopeft.methods.base import Attached, Method, Placement, replace_module
+from autopeft.methods.base import Attached, Method, Placement, replace_module, undrawn_linears
 from autopeft.modes import set_mode
 
 
@@ -77,8 +77,9 @@ class PeftMethod(Method):
         groups = self.groups(placement)
         put = self._wrap if all(map(_is_plain, originals.values())) else self._inject
         try:
-            for adapter_name, group in groups.items():
-                put(model, adapter_name, group)
+            with _quiet_peft(), undrawn_linears():  # peft's LoRA draws A and sets B to 0
+                for adapter_name, group in groups.items():
+                    put(model, adapter_name, group)
             for adapter_name, group in groups.items():
                 for site, (shape, _) in group.items():
                     layer = model.get_submodule(shape.module)
@@ -98,14 +99,12 @@ class PeftMethod(Method):
         config = self.peft_config(group)
         by_module = {shape.module: (shape, adapter) for shape, adapter in group.values()}
         modules = [(name, one) for name, one in model.named_modules() if name in by_module]
-        with _quiet_peft():
-            for name, module in modules:
-                layer = self.new_layer(module, *by_module[name], adapter_name, config)
-                replace_module(model, name, layer)
+        for name, module in modules:
+            layer = self.new_layer(module, *by_module[name], adapter_name, config)
+            replace_module(model, name, layer)
 
     def _inject(self, model: nn.Module, adapter_name: str, group: Placement) -> None:
-        with _quiet_peft():
-            inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+        inject_adapter_in_model(self.peft_config(group), model, adapter_name)
 
 
 @contextmanager

@@ -24,22 +24,27 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
+    "autopeft, backbone loaded again": _WHOLE,
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
         "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
     },
 }
 """By name, the arguments of `Search`: each technique of the whole is switched off alone, or one added."""
+_LOADED_AGAIN = "autopeft, backbone loaded again"
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:
     """Search with the options of one of `VARIANTS`; the log has those that were trained to the end.
 
-    One that was trained again is there again, with its mean.
+    One that was trained again is there again, with its mean. Where the backbone is loaded again whenever a
+    candidate was trained, what is loaded goes unused: the candidates are those of the whole.
     """
     log: list[Entry] = []
 
     def note(record: TrialRecord, front: ParetoFront) -> None:
+        if variant == _LOADED_AGAIN:
+            setting.load()
         evaluation = record.evaluation
         if evaluation.status == "complete" and record.duplicate_of is None:
             score = evaluation.values[setting.metric]

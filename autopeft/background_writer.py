@@ -27,7 +27,7 @@ class BackgroundWriter:
     Attributes:
         failures: Entries that could not be written.
         worked: The thread's time.
-        ending: Set once nothing more will be handed over.
+        ending: Set once there is nothing to come but the last entries.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class BackgroundWriter:
             self._thread.join()
 
     def put_first(self, entries: Sequence[Entry]) -> None:
-        """Call these before all others; for entries to say."""
+        """Call these before what waits or is delayed; for entries to say."""
         self._first.extend(entries)
 
     def delay(self, name: str, until: float, entry: Entry) -> None:

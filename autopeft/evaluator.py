@@ -176,7 +176,7 @@ class Evaluator:
     ) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        For `serve` see `FineTuning`.
+        One at a time: they share the task's metrics. For `serve` see `FineTuning`.
         """
         return FineTuning(
             self.backbone.model,

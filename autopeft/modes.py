@@ -61,14 +61,12 @@ def set_mode(model: nn.Module, *, training: bool) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's mode is its attribute `training`, and nothing else."""
-    kind, own = type(module), vars(module)
-    if kind.train not in _PLAIN or "train" in own:
+    kind = type(module)
+    if kind.train not in _PLAIN or "train" in vars(module):
         return False
     if kind.__setattr__ is not nn.Module.__setattr__:  # scripted modules hand the attribute on
         return False
-    # A module is slow to say that it lacks an attribute: only those are asked that may have it.
-    may_use_kernels = "use_kernels" in own or isinstance(module, PreTrainedModel)
-    return not (may_use_kernels and getattr(module, "use_kernels", False))
+    return not (isinstance(module, PreTrainedModel) and module.use_kernels)
 
 
 @contextmanager

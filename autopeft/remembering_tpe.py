@@ -69,7 +69,8 @@ class _Outcomes(_Follower):
         self._penalties = np.empty(0)
         self._complete = np.empty(0, dtype=bool)
         self._values: list[list[float]] = []  # of complete trials; others have none
-        self._cut: tuple[Floats, int, Indices] | None = None  # the rank cut last, and who was chosen
+        # The losses of the rank that was cut last, how many of it were chosen, and which.
+        self._cut: tuple[Floats, int, Indices] | None = None
 
     def read(self, known: int, new: Sequence[FrozenTrial]) -> None:
         """Read states, values and constraints."""
@@ -106,7 +107,7 @@ class _Outcomes(_Follower):
         losses *= [-1.0 if one == StudyDirection.MAXIMIZE else 1.0 for one in study.directions]
         first = np.flatnonzero(moocore.is_nondominated(losses, keep_weakly=True))
         if len(first) > count and np.isfinite(losses).all():  # the first rank is the one that is cut
-            found: Indices = complete[first[self._most_hypervolume(losses[first], count)]]
+            found: Indices = complete[first[self._chosen_of_rank(losses[first], count)]]
             return found
         ranks = _fast_non_domination_rank(losses, n_below=count)
         cut = np.sort(ranks)[count]  # the rank of the first one that is left out
@@ -114,11 +115,11 @@ class _Outcomes(_Follower):
         tied = np.flatnonzero(ranks == cut)
         if len(better) == count:
             return complete[better]
-        chosen = tied[self._most_hypervolume(losses[tied], count - len(better))]
+        chosen = tied[self._chosen_of_rank(losses[tied], count - len(better))]
         best: Indices = complete[np.append(better, chosen)]
         return best
 
-    def _most_hypervolume(self, losses: Floats, count: int) -> Indices:
+    def _chosen_of_rank(self, losses: Floats, count: int) -> Indices:
         """Return what `most_hypervolume` does; most trials leave the rank that is cut as it was."""
         if self._cut is None or self._cut[1] != count or not np.array_equal(self._cut[0], losses):
             self._cut = losses, count, most_hypervolume(losses, count)

@@ -49,7 +49,9 @@ def started_run(parent: str, number: int, configuration: Configuration) -> tuple
     )
 
 
-def finished_run(parent: str, record: TrialRecord, *, on_front: bool, known_points: int = 0) -> FinishedRun:
+def finished_run(
+    parent: str, record: TrialRecord, *, on_front: bool, known_points: int = 0, ended: int
+) -> FinishedRun:
     """Return a trial's run: FINISHED, FAILED, KILLED where infeasible, SCHEDULED where paused.
 
     Args:
@@ -57,6 +59,7 @@ def finished_run(parent: str, record: TrialRecord, *, on_front: bool, known_poin
         record: The trial.
         on_front: Whether it is on the front.
         known_points: Points of its curves that the run already has.
+        ended: When it was over, in milliseconds of the clock.
     """
     evaluation = record.evaluation
     name, tags = started_run(parent, record.number, evaluation.configuration)
@@ -67,6 +70,7 @@ def finished_run(parent: str, record: TrialRecord, *, on_front: bool, known_poin
         metrics=_metrics(record, known_points),
         status=_RUN_STATUS[evaluation.status],
         seconds=evaluation.cost.wall_seconds,
+        ended=ended,
         save=partial(_save_configuration, evaluation.configuration),
     )
 

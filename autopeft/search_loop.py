@@ -144,6 +144,7 @@ class SearchLoop:
                 note=search.describe(),
                 identity={**search.identity, "environment": environment()},
                 records=self.records,
+                members=self.front().members,
             )
 
     def _announce(self, front: ParetoFront) -> None:
@@ -267,7 +268,7 @@ class SearchLoop:
             values = self.promotion.forecast(self.records).values(evaluation)
         else:
             state = STATES[evaluation.status]
-        # What `Study.tell` does without copying the trial for its caller: milliseconds of many parameters.
+        # What `Study.tell` does, but for a copy for its caller: with many parameters that takes milliseconds.
         _tell_with_warning(self.store.live, trial, values, state)
 
     @section("record")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
@@ -49,8 +49,15 @@ _CATCH_UP_EVERY_SECONDS = 2.0
 _SHOW_AFTER_SECONDS = 1.0
 _GATHER_SECONDS = 1.0
 _MOST_GATHERED = 100
-_SHOW, _WRITE = "show", "write"  # what is delayed
+SHOW, _GATHERED = "show", "gathered"  # what is delayed
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
+
+
+class _Over(NamedTuple):
+    """A trial that is over, and when it was, in milliseconds of the clock."""
+
+    record: TrialRecord
+    ended: int
 
 
 class Tracker:
@@ -92,7 +99,7 @@ class Tracker:
         self._runs: dict[int, str] = {}
         self._points: dict[int, int] = {}  # of the curves that runs have
         self._finished: set[int] = set()  # trials over before they could be shown as running
-        self._over: dict[int, TrialRecord] = {}  # trials to be written together
+        self._gathered: dict[int, _Over] = {}  # trials to be written together
         self._members: frozenset[int] = frozenset()  # of the front
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
@@ -121,6 +128,7 @@ class Tracker:
         note: str,
         identity: Mapping[str, Mapping[str, str]],
         records: Sequence[TrialRecord],
+        members: Collection[int] = (),
     ) -> None:
         """Find or create the search's run, and bring its trials' runs in line with the study.
 
@@ -129,6 +137,7 @@ class Tracker:
             identity: Groups of settings; "environment" may change between calls.
             records: The study's finished trials: those without a run get one, runs of trials that were
                 interrupted are deleted.
+            members: Those of them that are on the front.
 
         Raises:
             ValueError: MLflow cannot open the store.
@@ -146,6 +155,7 @@ class Tracker:
         self._view = save_view(self._client, self._experiment_id, view_state(self._parent, self.objectives))
         if self._view is not None:
             self._client.set_tag(self._parent, VIEW_TAG, self._view)
+        self.front_changed(members)
         for record in missing:
             self.trial_finished(record)
         self._writer.start()
@@ -238,16 +248,21 @@ class Tracker:
             )
         return [record for record in records if record.number not in self._runs]
 
-    def _write(self, records: Sequence[TrialRecord]) -> None:
-        runs = []
-        for one in records:
-            points, on_front = self._points.get(one.number, 0), one.number in self._members
-            run = finished_run(self._parent, one, on_front=on_front, known_points=points)
-            runs.append((self._runs.get(one.number), run))
-        for record, run_id in zip(records, self._trial_runs.finish(runs), strict=True):
+    def _write(self, trials: Sequence[_Over]) -> None:
+        members, runs = self._members, []  # the search may change the front meanwhile
+        for record, ended in trials:
+            number, points = record.number, self._points.get(record.number, 0)
+            run = finished_run(
+                self._parent, record, on_front=number in members, known_points=points, ended=ended
+            )
+            runs.append((self._runs.get(number), run))
+        for (record, _), run_id in zip(trials, self._trial_runs.finish(runs), strict=True):
             self._runs[record.number] = run_id
             self._points[record.number] = len(record.evaluation.curves)
-        self._tagged |= self._members & {one.number for one in records}
+            if record.number in members:
+                self._tagged.add(record.number)
+            else:
+                self._tagged.discard(record.number)
 
     def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
         for number, configuration in trials.items():
@@ -264,30 +279,34 @@ class Tracker:
         """
         due, started = time.monotonic() + _SHOW_AFTER_SECONDS, int(time.time() * 1000)
         show = partial(self._start_runs, dict(trials), started)
-        self._writer.put(partial(self._writer.delay, _SHOW, due, show))
+        self._writer.put(partial(self._writer.delay, SHOW, due, show))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
         self._finished.add(record.number)
-        self._writer.put(partial(self._write_soon, record))
+        self._writer.put(partial(self._write_soon, _Over(record, int(time.time() * 1000))))
 
-    def _write_soon(self, record: TrialRecord) -> None:
-        """Write a trial; quick ones share a transaction, where there is one."""
-        self._writer.drop(_SHOW)  # those trained together are over together
-        self._over[record.number] = record
-        if not self._trial_runs.has_transactions or len(self._over) >= _MOST_GATHERED:
-            self._write_over()
-        elif len(self._over) == 1:
-            self._writer.delay(_WRITE, time.monotonic() + _GATHER_SECONDS, self._write_over)
+    def _write_soon(self, trial: _Over) -> None:
+        """Write a trial; quick ones share a transaction, where there are any."""
+        self._writer.drop(SHOW)  # those trained together are over together
+        if not self._trial_runs.has_transactions:
+            self._write([trial])
+            return
+        self._gathered[trial.record.number] = trial
+        if len(self._gathered) >= _MOST_GATHERED:
+            self._write_gathered()
+        elif len(self._gathered) == 1:
+            self._writer.delay(_GATHERED, time.monotonic() + _GATHER_SECONDS, self._write_gathered)
 
-    def _write_over(self) -> None:
-        """Write the trials that are over together; where that fails each alone, and again."""
-        self._writer.drop(_WRITE)
-        records, self._over = list(self._over.values()), {}
+    def _write_gathered(self) -> None:
+        """Write what was gathered; where that fails, each trial alone."""
+        self._writer.drop(_GATHERED)
+        trials, self._gathered = list(self._gathered.values()), {}
         try:
-            self._write(records)
+            self._write(trials)
         except Exception:
-            self._writer.put_first([partial(self._write, [one]) for one in records])
+            _logger.debug("Trials could not be written together; each is written alone.", exc_info=True)
+            self._writer.put_first([partial(self._write, [one]) for one in trials])
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
@@ -305,7 +324,6 @@ class Tracker:
         """Write the front's tags and the search's figures; quick trials share one write."""
         if not at_once and time.monotonic() - self._caught_up < _CATCH_UP_EVERY_SECONDS:
             return
-        self._caught_up = time.monotonic()
         members = self._members
         changed = (self._tagged ^ members) & self._runs.keys()
         values = {self._runs[number]: str(number in members).lower() for number in sorted(changed)}
@@ -315,6 +333,7 @@ class Tracker:
         if waiting := list(self._waiting):
             self._trial_runs.add_metrics(self._parent, waiting)
             del self._waiting[: len(waiting)]
+        self._caught_up = time.monotonic()  # only now: where it fails, it is tried again
 
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""
@@ -343,7 +362,7 @@ class Tracker:
         """
         if not self._writer.is_alive:
             return
-        last: list[Callable[[], None]] = [self._write_over, partial(self._catch_up, at_once=True)]
+        last: list[Callable[[], None]] = [self._write_gathered, partial(self._catch_up, at_once=True)]
         if records:
             last.append(partial(self._write_table, tuple(records)))
         self._writer.finish([*last, partial(self._client.set_terminated, self._parent, status=status)])
@@ -360,7 +379,7 @@ class Tracker:
     @section("log")
     def flush(self, patience_seconds: float = math.inf) -> None:
         """Wait until everything queued so far is written, or the patience is over."""
-        self._writer.put(partial(self._writer.call_now, _SHOW))
-        self._writer.put(self._write_over)
+        self._writer.put(partial(self._writer.call_now, SHOW))
+        self._writer.put(self._write_gathered)
         self._writer.put(partial(self._catch_up, at_once=True))
         self._writer.flush(patience_seconds)

@@ -10,7 +10,6 @@ those it knows, and `tests/test_trial_runs.py` compares its runs with the client
 from __future__ import annotations
 
 import tempfile
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import select
 
 _METRICS_A_BATCH = 1000
 _NAME_TAG = "mlflow.runName"
@@ -41,6 +41,7 @@ class FinishedRun:
         metrics: Finite ones, each with its time and step.
         status: How it ended, in MLflow's words.
         seconds: How long the trial took.
+        ended: When it was over, in milliseconds of the clock.
         save: Writes the run's artifacts into a folder.
     """
 
@@ -50,7 +51,13 @@ class FinishedRun:
     metrics: Sequence[Metric]
     status: str
     seconds: float
+    ended: int
     save: Callable[[Path], None]
+
+    @property
+    def begun(self) -> int:
+        """When the trial began."""
+        return self.ended - int(1000 * self.seconds)
 
 
 class TrialRuns(ABC):
@@ -108,8 +115,7 @@ class ClientRuns(TrialRuns):
 
     def _finish(self, run_id: str | None, run: FinishedRun) -> str:
         if run_id is None:
-            started = int(1000 * (time.time() - run.seconds))
-            new = self._client.create_run(self._experiment_id, started, dict(run.tags), run.name)
+            new = self._client.create_run(self._experiment_id, run.begun, dict(run.tags), run.name)
             run_id = str(new.info.run_id)
         with tempfile.TemporaryDirectory() as folder:
             run.save(Path(folder))
@@ -122,7 +128,7 @@ class ClientRuns(TrialRuns):
                 params=[Param(*one) for one in run.params.items()] if last else (),
                 tags=[RunTag(*one) for one in run.tags.items()] if last else (),
             )
-        self._client.set_terminated(run_id, status=run.status)
+        self._client.set_terminated(run_id, status=run.status, end_time=run.ended)
         return run_id
 
     def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
@@ -184,18 +190,18 @@ class DatabaseRuns(TrialRuns):
 
     def finish(self, runs: Sequence[tuple[str | None, FinishedRun]]) -> list[str]:
         """Write runs in one transaction; see `TrialRuns.finish`."""
-        ids = [known or uuid.uuid4().hex for known, _ in runs]
+        ids = [uuid.uuid4().hex if known is None else known for known, _ in runs]
         for run_id, (_, run) in zip(ids, runs, strict=True):
             self._save_artifacts(run_id, run)
-        now, rows = int(time.time() * 1000), _Rows()
+        rows = _Rows()
         with self._store.ManagedSessionMaker(read_only=False) as session:
             for run_id, (known, run) in zip(ids, runs, strict=True):
                 if known is None:
-                    row = self._run_row(run_id, run.name, now - int(1000 * run.seconds))
-                    rows.add(SqlRun, [{**row, "status": run.status, "end_time": now}])
+                    row = self._run_row(run_id, run.name, run.begun)
+                    rows.add(SqlRun, [{**row, "status": run.status, "end_time": run.ended}])
                     latest: dict[str, Metric] = {}
                 else:
-                    self._end_run(session, run_id, run, now)
+                    self._end_run(session, run_id, run)
                     latest = _take_latest(session, run_id)
                 rows.add_texts(SqlTag, run_id, {**run.tags, _NAME_TAG: run.name})
                 rows.add_texts(SqlParam, run_id, run.params)
@@ -205,12 +211,17 @@ class DatabaseRuns(TrialRuns):
 
     def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
         """Write metrics; see `TrialRuns.add_metrics`."""
-        runs, rows = SqlRun.__table__, _Rows()
+        runs, known, rows = SqlRun.__table__, SqlMetric.__table__.c, _Rows()
+        since = min((one.timestamp for one in metrics), default=0)
         with self._store.ManagedSessionMaker(read_only=False) as session:
             active = (runs.c.run_uuid == run_id) & (runs.c.lifecycle_stage == "active")
             if session.execute(runs.select().where(active)).first() is None:
                 raise MlflowException(f"The run {run_id} was deleted.")
-            rows.add_metrics(run_id, metrics, _take_latest(session, run_id))
+            columns = select(known.key, known.timestamp, known.step, known.value)
+            found = session.execute(columns.where(known.run_uuid == run_id, known.timestamp >= since))
+            there = {tuple(one) for one in found}
+            new = [one for one in metrics if (one.key, one.timestamp, one.step, one.value) not in there]
+            rows.add_metrics(run_id, new, _take_latest(session, run_id))
             rows.insert(session)
 
     def mark(self, tag: str, values: Mapping[str, str]) -> None:
@@ -235,11 +246,11 @@ class DatabaseRuns(TrialRuns):
     def _run_row(self, run_id: str, name: str, started: int) -> dict[str, Any]:
         return _run_row(run_id, self._experiment_id, name, self._artifact_uri(run_id), started)
 
-    def _end_run(self, session: Any, run_id: str, run: FinishedRun, now: int) -> None:
+    def _end_run(self, session: Any, run_id: str, run: FinishedRun) -> None:
         """End a run that was started, and make room for what it holds: it may have been paused before."""
         runs = SqlRun.__table__
         active = (runs.c.run_uuid == run_id) & (runs.c.lifecycle_stage == "active")
-        ended = session.execute(runs.update().where(active).values(status=run.status, end_time=now))
+        ended = session.execute(runs.update().where(active).values(status=run.status, end_time=run.ended))
         if ended.rowcount != 1:
             raise MlflowException(f"The run {run_id} was deleted while its trial was running.")
         for table, names in ((SqlTag.__table__, [*run.tags, _NAME_TAG]), (SqlParam.__table__, [*run.params])):

@@ -209,3 +209,17 @@ def test_hypervolume_is_kept_only_while_the_front_is_the_same(front: ParetoFront
         grown = front.with_trial(new)
         assert grown.hypervolume == ParetoFront(grown.records, OBJECTIVES, AXES).hypervolume
         assert grown.hypervolume != front.hypervolume
+
+
+def test_who_would_come_onto_the_front_is_on_it_afterwards() -> None:
+    draw = random.Random(0)
+    front, held = ParetoFront((), OBJECTIVES, AXES), 0
+    for number in range(60):
+        values = draw.randint(50, 95) / 100, 1000 * draw.randint(1, 50), draw.randint(100, 900)
+        new = record(number, *values)
+        grown = front.with_trial(new)
+        assert front.would_hold(new) == (number in grown.members)
+        assert grown.members == ParetoFront(grown.records, OBJECTIVES, AXES).members
+        held += number in grown.members
+        front = grown
+    assert 5 < held < 55

@@ -56,8 +56,17 @@ def count(
     return counter.count(batch, LOSS, precision=precision, adapters=attachment.sized)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("family", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("tiny_bert", "32-true"),
+        ("tiny_llama", "32-true"),
+        ("tiny_gpt2", "32-true"),
+        ("tiny_bert", "bf16-mixed"),
+        pytest.param("tiny_llama", "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("tiny_gpt2", "bf16-mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_one_formula_serves_all_sizes(
     family: str, precision: Precision, request: pytest.FixtureRequest
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 
 from autopeft.evaluation import TrialRecord
 from autopeft.run_writer import finished_run
+from autopeft.tracking import SHOW
 from autopeft.trial_runs import FinishedRun
 from tests.records import IDENTITY, synthetic_records
 from tests.test_tracking import make, numbers, trial_runs
@@ -81,7 +83,7 @@ def test_an_interrupted_trial_is_not_shown_after_the_end(uri: str) -> None:
 
     def comes_due(_: Path) -> None:
         assert tracker._writer.ending.wait(20)
-        tracker._writer.call_now("show")
+        tracker._writer.call_now(SHOW)
 
     tracker.trials_started({0: record.evaluation.configuration})
     tracker.log_report(comes_due, "late")
@@ -96,12 +98,19 @@ def test_quick_trials_share_a_transaction(uri: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("autopeft.tracking._MOST_GATHERED", 4)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
+    times = [int(1000 * time.time())]
     with patch.object(tracker._trial_runs, "finish", wraps=tracker._trial_runs.finish) as finish:
         for record in records:
             tracker.trial_finished(record)
+            times.append(int(1000 * time.time()))
+            time.sleep(0.01)
         tracker.finish("FINISHED")
     assert [len(call.args[0]) for call in finish.call_args_list] == [4, 2]
-    assert numbers(trial_runs(uri)) == [0, 1, 2, 3, 4, 5]
+    runs = {int(run.data.tags["autopeft.trial"]): run.info for run in trial_runs(uri)}
+    for record, (before, after) in zip(records, pairwise(times), strict=True):  # not when they were written
+        info = runs[record.number]
+        assert before <= info.end_time <= after
+        assert info.start_time == info.end_time - int(1000 * record.evaluation.cost.wall_seconds)
     assert tracker.failures == 0
 
 
@@ -152,3 +161,34 @@ def test_a_trial_that_cannot_be_written_takes_no_other_with_it(
     tracker.finish("FINISHED")
     assert numbers(trial_runs(uri)) == [0, 2]
     assert tracker.failures == 1
+
+
+def test_the_front_may_change_while_a_trial_is_written(uri: str) -> None:
+    """Its tag is brought up to date afterwards: what was written is remembered, not what is true by then."""
+    first, second = synthetic_records(2)
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    write = tracker._trial_runs.finish
+
+    def slowly(runs: Any) -> list[str]:
+        ids = write(runs)
+        tracker.front_changed([second.number])
+        return ids
+
+    tracker.front_changed([first.number])
+    with patch.object(tracker._trial_runs, "finish", slowly):
+        for record in (first, second):
+            tracker.trial_finished(record)
+        tracker.finish("FINISHED")
+    tags = {run.data.tags["autopeft.trial"]: run.data.tags["autopeft.pareto"] for run in trial_runs(uri)}
+    assert tags == {"0": "false", "1": "true"}
+
+
+def test_a_search_that_goes_on_leaves_the_front_tagged(uri: str) -> None:
+    records = synthetic_records(3)
+    for _ in range(2):
+        tracker = make(uri)
+        tracker.start(note="", identity=IDENTITY, records=records, members=[0, 2])
+        tracker.finish("FINISHED", records)
+        tags = {run.data.tags["autopeft.trial"]: run.data.tags["autopeft.pareto"] for run in trial_runs(uri)}
+        assert tags == {"0": "true", "1": "false", "2": "true"}

@@ -158,3 +158,19 @@ def test_quiet_lightning_gives_the_level_back() -> None:
     with quiet_lightning():
         assert logger.level == logging.WARNING
     assert logger.level == before
+
+
+def test_metrics_that_are_used_again_forget_the_training_before() -> None:
+    metrics = Task().metric_collection()
+    metrics.update(torch.tensor([[0.0, 1.0]] * 3), torch.tensor([0, 0, 0]))  # of one that failed on the way
+    again = FineTuning(
+        Model(),
+        Task(),  # type: ignore[arg-type]
+        learning_rate=0.1,
+        weight_decay=0.0,
+        warmup_share=0.2,
+        total_steps=20,
+        metrics=metrics,
+    )
+    again.add_validated(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+    assert again.take_validated()["accuracy"] == 1.0

@@ -43,7 +43,7 @@ def contents(number: int = 5) -> FinishedRun:
         Metric("twice", 0.8, 2000, 0),
     ]
     record = synthetic_records(number + 1)[number]
-    run = finished_run("parent", record, on_front=True)
+    run = finished_run("parent", record, on_front=True, ended=NOW)
     return replace(run, metrics=[*run.metrics, *metrics])
 
 
@@ -133,7 +133,7 @@ def test_metrics_are_added_to_a_run_that_is_there(store: tuple[MlflowClient, str
     later = [Metric("volume", 0.5, NOW + 1, 3), Metric("size", 4.0, NOW, 3), Metric("size", 4.0, NOW, 3)]
     for writer in writers(store):
         run_id = writer.start("search", {"kept": "yes"}, started=NOW)
-        for metrics in (first, later, []):
+        for metrics in (first, later, later, []):
             writer.add_metrics(run_id, metrics)
         run = client.get_run(run_id)
         assert (run.info.status, run.data.metrics) == ("RUNNING", {"volume": 0.5, "size": 4.0})

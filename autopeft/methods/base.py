@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from unittest.mock import patch
 
 from torch import nn
 
@@ -65,12 +65,25 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def undrawn_linears() -> Iterator[None]:
     """Leave the weights of linear layers that are made undrawn: whoever makes them fills every one himself.
 
     `nn.Linear` draws its weights when it is made, which for an adapter are then drawn again or set to 0: a
-    third of what attaching took.
+    third of what attaching took. Layers that other threads make are drawn as ever.
     """
-    with patch.object(nn.Linear, "reset_parameters", lambda linear: None):
-        yield
+    with _ONE_AT_A_TIME:
+        draw, thread = nn.Linear.reset_parameters, threading.get_ident()
+
+        def draw_elsewhere(linear: nn.Linear) -> None:
+            if threading.get_ident() != thread:
+                draw(linear)
+
+        nn.Linear.reset_parameters = draw_elsewhere  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Linear.reset_parameters = draw  # type: ignore[method-assign]

@@ -37,8 +37,8 @@ _LOADED_AGAIN = "autopeft, backbone loaded again"
 def run(setting: Setting, variant: str) -> list[Entry]:
     """Search with the options of one of `VARIANTS`; the log has those that were trained to the end.
 
-    One that was trained again is there again, with its mean. Where the backbone is loaded again whenever a
-    candidate was trained, what is loaded goes unused: the candidates are those of the whole.
+    One that was trained again is there again, with its mean. Where the backbone is loaded again, it is
+    after every trial that ends or pauses, and goes unused: the candidates are those of the whole.
     """
     log: list[Entry] = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration
 from autopeft.methods import attach, peft_methods
+from autopeft.methods.base import undrawn_linears
 from autopeft.methods.peft_methods import PeftMethod
 from tests.models import draw_parameters, everywhere, logits_of, tiny_backbone
 
@@ -74,3 +77,47 @@ def test_a_layer_is_the_one_peft_injects(
         for name, value in ours.items():
             same = torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
             assert same, (name, value, theirs[name])
+
+
+def test_linear_layers_are_left_undrawn_in_this_thread_alone() -> None:
+    def drawn() -> bool:
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        nn.Linear(2, 2)
+        return not torch.equal(torch.get_rng_state(), state)
+
+    before = nn.Linear.reset_parameters
+    with ThreadPoolExecutor(1) as other:
+        with undrawn_linears():
+            with undrawn_linears():
+                assert not drawn()
+                assert other.submit(drawn).result()
+            assert not drawn()
+            waiting = other.submit(_enter_and_leave)  # waits until this thread has left
+            assert not waiting.done()
+        waiting.result()
+        assert other.submit(drawn).result()
+    assert drawn()
+    assert nn.Linear.reset_parameters is before
+
+
+def _enter_and_leave() -> None:
+    with undrawn_linears():
+        pass
+
+
+@pytest.mark.parametrize("method", ["lora", "series", "parallel"])
+def test_every_weight_of_an_adapter_is_drawn_or_0(method: str) -> None:
+    """Memory that nobody has written may hold anything; here it holds what no adapter begins with."""
+    backbone = tiny_backbone("bert")
+    empty = torch.empty
+    with (
+        patch(
+            "torch.nn.modules.linear.torch.empty", lambda *size, **options: empty(*size, **options).fill_(7)
+        ),
+        attach(backbone, everywhere(backbone, method, size=3)) as attachment,
+    ):
+        state = attachment.state_dict()
+    for name, tensor in state.items():
+        if not name.startswith("head."):
+            assert tensor.abs().max() < 1, name

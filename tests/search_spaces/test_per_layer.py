@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -272,3 +274,13 @@ class TestWhatToTryFirst:
         assert "  query: off, lora 2|4|8, ia3" in text
         assert "log-uniform in [0.0003, 0.01]" in text
         assert "25 configurations" in text
+
+
+def test_a_space_that_knows_its_slots_is_pickled_and_copied_without_them(deep: Backbone) -> None:
+    space = PerLayer(groups=2)
+    slots = space.slots(deep)
+    assert space.slots(deep) is slots
+    assert space.slots(BERT) != slots
+    for other in (pickle.loads(pickle.dumps(space)), copy.deepcopy(space)):
+        assert other == space
+        assert other.slots(deep) == slots

@@ -6,7 +6,6 @@ import html
 import io
 import math
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -89,11 +88,6 @@ def front_figure(
         _add_solid(figure, drawn, members, objectives)
     figure.update_layout(title={"text": _title(records, drawn, members), "x": 0.02})
     return figure
-
-
-def save_front_html(figure: go.Figure, path: str | Path) -> None:
-    """Write a figure as one HTML file that needs nothing from the network (about 5 MB)."""
-    figure.write_html(str(path), include_plotlyjs=True, full_html=True, config={"responsive": True})
 
 
 def front_image(

@@ -18,10 +18,11 @@ from mlflow.entities import Dataset, DatasetInput, Metric, RunStatus
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Status, TrialRecord
 from autopeft.front_frame import front_frame
+from autopeft.html_page import save_html_page
 from autopeft.mlflow_view import valid_key
 from autopeft.objectives import Objective
 from autopeft.pictures import configuration_image
-from autopeft.plots import front_figure, front_image, save_front_html
+from autopeft.plots import front_figure, front_image
 from autopeft.trial_runs import FinishedRun
 
 PARENT_TAG: Final = "mlflow.parentRunId"
@@ -147,7 +148,8 @@ def write_front(
     frame = front_frame(records, members, objectives)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        save_front_html(front_figure(records, members, objectives), place / "front.html")
+        figure = front_figure(records, members, objectives)
+        save_html_page(figure, place / "front.html", title="Pareto front")
         (place / "front.png").write_bytes(front_image(records, members, objectives))
         frame[frame["front"]].drop(columns="front").to_csv(place / "front.csv", index=False)
         frame.to_csv(place / "trials.csv", index=False)

@@ -18,6 +18,7 @@ from scipy import stats
 
 from autopeft.configuration import Configuration
 from autopeft.evaluation import TrialRecord
+from autopeft.html_page import save_html_page
 from autopeft.objectives import Objective
 from autopeft.search_spaces.allocated import site_values
 from autopeft.sensitivity import SiteScores
@@ -146,7 +147,7 @@ class ScoreCheck:
         """Write the chart (HTML and PNG) and the table into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"score_check.{ending}" for ending in ("html", "png", "csv")]
-        paths[0].write_text(self.plot().to_html(include_plotlyjs=True), encoding="utf-8")
+        save_html_page(self.plot(), paths[0], title=_TITLE)
         paths[1].write_bytes(self.image())
         self.to_frame().to_csv(paths[2], index=False)
         return tuple(paths)

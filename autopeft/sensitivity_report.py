@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft.adapter import Site
+from autopeft.html_page import save_html_page
 from autopeft.sensitivity import SCORES, SiteScores
 from autopeft.vocabulary import ROLES
 
@@ -139,7 +140,7 @@ class SensitivityReport:
         """Write heat maps (HTML, self-contained, and PNG), the table and the scores into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("heatmap.html", "heatmap.png", "scores.csv", "scores.json")]
-        paths[0].write_text(self.plot().to_html(include_plotlyjs=True), encoding="utf-8")
+        save_html_page(self.plot(), paths[0], title="Sensitivity scores")
         paths[1].write_bytes(self.image())
         self.to_frame().to_csv(paths[2], index=False)
         paths[3].write_text(dump_scores(self.scores), encoding="utf-8")

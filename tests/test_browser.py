@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
-from autopeft.plots import front_figure, save_front_html
+from autopeft.html_page import save_html_page
+from autopeft.plots import front_figure
 from autopeft.server import MlflowServer
 from autopeft.tracking import Tracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
@@ -58,7 +59,7 @@ def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(20)
     complete = sum(record.evaluation.status == "complete" for record in records)
     page = tmp_path / "front.html"
-    save_front_html(front_figure(records, [1, 2, 3], OBJECTIVES), page)
+    save_html_page(front_figure(records, [1, 2, 3], OBJECTIVES), page, title="Pareto front")
     browser.get(page.as_uri())
     wait_for(
         browser,

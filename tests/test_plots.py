@@ -14,9 +14,10 @@ from PIL import Image
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.evaluation import TrialRecord
 from autopeft.front_frame import front_frame
+from autopeft.html_page import save_html_page
 from autopeft.objectives import Objective, resolve_objectives
 from autopeft.pictures import configuration_image
-from autopeft.plots import front_figure, front_image, projections, save_front_html
+from autopeft.plots import front_figure, front_image, projections
 from tests.records import OBJECTIVES, front_of, synthetic_records
 
 TWO = OBJECTIVES[:2]
@@ -129,10 +130,11 @@ def test_seconds_and_scores_have_their_axes() -> None:
 
 def test_the_page_holds_all_it_needs(tmp_path: Path) -> None:
     path = tmp_path / "front.html"
-    save_front_html(front_figure(synthetic_records(5), [1], OBJECTIVES), path)
+    save_html_page(front_figure(synthetic_records(5), [1], OBJECTIVES), path, title="3 < 4")
     page = path.read_text()
     assert path.stat().st_size > 3e6  # plotly itself
     assert 'src="http' not in page
+    assert "<title>3 &lt; 4</title>" in page
     assert json.dumps("peak memory (MiB)") in page
 
 

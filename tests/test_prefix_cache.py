@@ -56,12 +56,16 @@ def above(backbone: Backbone, cut: int, method: str = "lora") -> Configuration:
     return Configuration(kept, learning_rate=1e-2)
 
 
-def assert_alike(one: Trained, other: Trained, tolerance: float = 2e-5) -> None:
-    """Compare loss curves, metrics and trained tensors."""
+def assert_alike(one: Trained, other: Trained, tolerance: float = 1e-5) -> None:
+    """Compare loss curves, metrics and trained tensors.
+
+    Adam takes a step of the learning rate (0.01) however small the gradient: where it is next to nothing,
+    its rounding is a good share of it. Tensors may differ by a hundredth of a step.
+    """
     assert one.state is not None
     assert other.state is not None
     for name, tensor in one.state.items():
-        torch.testing.assert_close(tensor, other.state[name], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(tensor, other.state[name], rtol=tolerance, atol=max(1e-4, tolerance))
     curves = [[(point.metric, point.step) for point in two.evaluation.curves] for two in (one, other)]
     assert curves[0] == curves[1]
     for here, there in zip(one.evaluation.curves, other.evaluation.curves, strict=True):

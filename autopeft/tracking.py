@@ -302,6 +302,8 @@ class Tracker:
         """Write what was gathered; where that fails, each trial alone."""
         self._writer.drop(_GATHERED)
         trials, self._gathered = list(self._gathered.values()), {}
+        if not trials:
+            return
         try:
             self._write(trials)
         except Exception:

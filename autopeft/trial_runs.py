@@ -211,16 +211,15 @@ class DatabaseRuns(TrialRuns):
 
     def add_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
         """Write metrics; see `TrialRuns.add_metrics`."""
-        runs, known, rows = SqlRun.__table__, SqlMetric.__table__.c, _Rows()
+        known, rows = SqlMetric.__table__.c, _Rows()
         since = min((one.timestamp for one in metrics), default=0)
         with self._store.ManagedSessionMaker(read_only=False) as session:
-            active = (runs.c.run_uuid == run_id) & (runs.c.lifecycle_stage == "active")
-            if session.execute(runs.select().where(active)).first() is None:
+            if session.execute(SqlRun.__table__.select().where(_is_active(run_id))).first() is None:
                 raise MlflowException(f"The run {run_id} was deleted.")
             columns = select(known.key, known.timestamp, known.step, known.value)
             found = session.execute(columns.where(known.run_uuid == run_id, known.timestamp >= since))
             there = {tuple(one) for one in found}
-            new = [one for one in metrics if (one.key, one.timestamp, one.step, one.value) not in there]
+            new = [one for one in metrics if _identity(one) not in there]
             rows.add_metrics(run_id, new, _take_latest(session, run_id))
             rows.insert(session)
 
@@ -248,9 +247,8 @@ class DatabaseRuns(TrialRuns):
 
     def _end_run(self, session: Any, run_id: str, run: FinishedRun) -> None:
         """End a run that was started, and make room for what it holds: it may have been paused before."""
-        runs = SqlRun.__table__
-        active = (runs.c.run_uuid == run_id) & (runs.c.lifecycle_stage == "active")
-        ended = session.execute(runs.update().where(active).values(status=run.status, end_time=run.ended))
+        update = SqlRun.__table__.update().where(_is_active(run_id))
+        ended = session.execute(update.values(status=run.status, end_time=run.ended))
         if ended.rowcount != 1:
             raise MlflowException(f"The run {run_id} was deleted while its trial was running.")
         for table, names in ((SqlTag.__table__, [*run.tags, _NAME_TAG]), (SqlParam.__table__, [*run.params])):
@@ -280,7 +278,7 @@ class _Rows:
             metrics: Its new metrics.
             latest: What was shown of it so far, by name.
         """
-        distinct = {(one.key, one.timestamp, one.step, one.value): one for one in metrics}
+        distinct = {_identity(one): one for one in metrics}
         shown = dict(latest)
         for one in distinct.values():
             other = shown.setdefault(one.key, one)
@@ -294,6 +292,17 @@ class _Rows:
         for table, rows in self._rows.items():
             if rows:
                 session.execute(table.__table__.insert(), rows)
+
+
+def _is_active(run_id: str) -> Any:
+    """Return the condition for a run that is there and not deleted."""
+    runs = SqlRun.__table__.c
+    return (runs.run_uuid == run_id) & (runs.lifecycle_stage == "active")
+
+
+def _identity(metric: Metric) -> tuple[str, int, int, float]:
+    """Return what a run has once."""
+    return metric.key, metric.timestamp, metric.step, metric.value
 
 
 def _take_latest(session: Any, run_id: str) -> dict[str, Metric]:

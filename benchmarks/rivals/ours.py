@@ -15,6 +15,7 @@ from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per
 _GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
 _WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS, "seeds": 3}
+_LOADED_AGAIN = "autopeft, backbone loaded again"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
@@ -24,14 +25,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
-    "autopeft, backbone loaded again": _WHOLE,
+    _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
         "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
     },
 }
 """By name, the arguments of `Search`: each technique of the whole is switched off alone, or one added."""
-_LOADED_AGAIN = "autopeft, backbone loaded again"
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from autopeft.tracking import Tracker
 
 _logger = logging.getLogger(__name__)
-_PUBLISH_EVERY_SECONDS = 60.0
-
 
 TrialCallback = Callable[[TrialRecord, ParetoFront], None]
 
@@ -78,7 +75,6 @@ class SearchLoop:
         rungs = search.evaluator.plan.rungs
         self._evaluations = sum(evaluations_of(record, rungs) for record in store.records)
         self._evaluations_at_start = self._evaluations
-        self._published = -math.inf  # the first trial is to be seen at once
         self._started = time.monotonic()
         self._spent = self._sum()
         self._share_at_start = budget.spent_share(self._spent)
@@ -330,8 +326,7 @@ class SearchLoop:
             },
             step=self._evaluations - 1,
         )
-        if time.monotonic() - self._published > _PUBLISH_EVERY_SECONDS:
-            self._published = time.monotonic()
+        if self.tracker.is_front_due:
             self.tracker.publish_front(list(self.records), front.members)
 
     def _check_scores(self, front: ParetoFront) -> None:

@@ -49,6 +49,8 @@ _CATCH_UP_EVERY_SECONDS = 2.0
 _SHOW_AFTER_SECONDS = 1.0
 _GATHER_SECONDS = 1.0
 _MOST_GATHERED = 100
+_FRONT_EVERY_SECONDS = 60.0
+_FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 SHOW, _GATHERED = "show", "gathered"  # what is delayed
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
@@ -104,6 +106,8 @@ class Tracker:
         self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
         self._caught_up = 0.0
+        self._front_put = -math.inf  # when; the first trial is to be seen at once
+        self._front_seconds = 0.0  # that writing it took
         self._writer = BackgroundWriter()
 
     @property
@@ -337,12 +341,21 @@ class Tracker:
             del self._waiting[: len(waiting)]
         self._caught_up = time.monotonic()  # only now: where it fails, it is tried again
 
+    @property
+    def is_front_due(self) -> bool:
+        """Whether the front's page is a minute old, and writing it keeps to a fiftieth of the time."""
+        age = time.monotonic() - self._front_put
+        return age > max(_FRONT_EVERY_SECONDS, self._front_seconds / _FRONT_SHARE)
+
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""
+        self._front_put = time.monotonic()
         self._writer.put(partial(self._write_front, tuple(records), frozenset(members)))
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
+        started = time.monotonic()
         write_front(self._client, self._parent, records, members, self.objectives)
+        self._front_seconds = time.monotonic() - started
         note = f"{self._note}\n\n{front_markdown(records, members, self.objectives)}\n"
         self._client.set_tag(self._parent, "mlflow.note.content", note)
 

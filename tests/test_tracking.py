@@ -95,6 +95,20 @@ def test_a_trial_is_a_run_with_everything(uri: str) -> None:
         assert names == {"configuration.yaml", "configuration.png"}
 
 
+def test_a_front_is_written_every_minute_and_less_often_where_that_takes_long(uri: str) -> None:
+    assert make(uri).is_front_due, "the first trial is to be seen at once"
+    tracker = track(uri, synthetic_records(2), [0])
+    assert not tracker.is_front_due
+    tracker._front_put -= 61
+    assert 0 < tracker._front_seconds < 61
+    tracker._front_seconds = 1.0
+    assert tracker.is_front_due
+    tracker._front_seconds = 3.0
+    assert not tracker.is_front_due
+    tracker._front_put -= 90
+    assert tracker.is_front_due
+
+
 def test_the_search_is_a_run_with_the_front(uri: str) -> None:
     records = synthetic_records(12)
     track(uri, records, [0, 3])

@@ -27,7 +27,7 @@ from autopeft.evaluator import Evaluator
 from autopeft.methods import count_parameters
 from autopeft.pareto import Axis, Values, hypervolume
 from autopeft.search_spaces import SearchSpace
-from autopeft.search_spaces.base import middle_learning_rate
+from autopeft.search_spaces.base import middle_learning_rate, summed_learning_rate
 
 if TYPE_CHECKING:
     from autopeft.tracking import Tracker
@@ -145,7 +145,7 @@ class ElasticProposals:
         best = self._most_promising(left, records, list(front.values()))
         if best is None:
             return None
-        chosen = best.replace(learning_rate=self._rate(front, generator))
+        chosen = best.replace(learning_rate=self._rate(best, front, generator))
         return self.space.encode(chosen, self.evaluator.backbone)
 
     def check(self, records: Sequence[TrialRecord]) -> ElasticCheck | None:
@@ -286,13 +286,16 @@ class ElasticProposals:
             self._costs[one] = exact if needed <= exact.keys() else self.evaluator.costs(one)
         return {**self._costs[one], **self._scores[one].metrics}
 
-    def _rate(self, front: Mapping[Configuration, Values], generator: random.Random) -> float:
-        """Return a learning rate near that of a front's member: inference says nothing of it."""
+    def _rate(
+        self, chosen: Configuration, front: Mapping[Configuration, Values], generator: random.Random
+    ) -> float:
+        """Return a learning rate with a sum near that of a front's member: inference says nothing of it."""
         rate = self.space.learning_rate
         if isinstance(rate, float):
             return rate
-        adapted = [one.learning_rate for one in front if len(one)]
-        near = generator.choice(adapted) if adapted else middle_learning_rate(rate)
+        adapted = [summed_learning_rate(one) for one in front if len(one)]
+        summed = generator.choice(adapted) if adapted else None
+        near = middle_learning_rate(rate) if summed is None else summed / max(1, len(chosen))
         moved = near * math.exp(generator.gauss(0, _RATE_SPREAD))
         return min(max(float(f"{moved:.3g}"), rate[0]), rate[1])
 

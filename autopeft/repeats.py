@@ -28,6 +28,11 @@ def lacking(members: Iterable[TrialRecord], seeds: int) -> list[TrialRecord]:
     return [one for one in members if one.evaluation.trainings < seeds]
 
 
+def later_trials(trainings: int) -> int:
+    """Return how many trials have to begin after a member that was trained so often, until it is again."""
+    return int(_LATER_TRIALS * _GROWTH ** (trainings - 1))
+
+
 def next_to_repeat(waiting: Sequence[TrialRecord], latest: int, *, may_wait: bool) -> TrialRecord | None:
     """Return the member of the front to train again; None where none is due.
 
@@ -38,8 +43,7 @@ def next_to_repeat(waiting: Sequence[TrialRecord], latest: int, *, may_wait: boo
     """
 
     def is_due(record: TrialRecord) -> bool:
-        later = _LATER_TRIALS * _GROWTH ** (record.evaluation.trainings - 1)
-        return not may_wait or latest - record.number >= later
+        return not may_wait or latest - record.number >= later_trials(record.evaluation.trainings)
 
     due = filter(is_due, waiting)
     return min(due, key=lambda one: (one.evaluation.trainings, one.number), default=None)

@@ -17,7 +17,7 @@ from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.objectives import Constraint, Objective
 from autopeft.pareto import non_dominated
-from autopeft.search_spaces.base import History, LearningRate, log_place
+from autopeft.search_spaces.base import History, LearningRate, log_place, summed_learning_rate
 from autopeft.search_spaces.refinement import SizedMethod
 from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
@@ -25,17 +25,20 @@ _LATEST = 128  # trials that a model learns from: its time grows with their thir
 _CELLS = 4096
 _FOR_ALL = 0.25  # of what all blocks take in a step: head, loop and optimizer
 _NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
+_RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
 _COUNTED = "trainable_parameters"
 _Adapters = tuple[tuple[Site, Adapter], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """The numbers in [0, 1] that say most about what a configuration costs and reaches.
+    """The numbers that say most about what a configuration costs and reaches.
 
-    The learning rate and the number of parameters on a log scale, the share of the blocks below the lowest
-    adapted one, the share of the sites that carry an adapter, and the share of each method but the first;
-    and its placement, one number a site.
+    Of both: the number of parameters on a log scale, and the share of each method but the first. Of what it
+    costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
+    what it reaches, which metrics say: the summed learning rate on a log scale, and its placement, one number
+    a site. All lie in [0, 1] but the summed rate, which is 1 for one adapter at the highest rate.
+    `benchmarks/surrogate.py` compares them with others.
 
     Attributes:
         backbone: Counts blocks and parameters.
@@ -51,15 +54,22 @@ class Features:
     learning_rate: LearningRate
     parameters: tuple[int, int]
 
-    def __call__(self, configuration: Configuration) -> list[float]:
-        """Return the features of a configuration."""
+    def of_metric(self, configuration: Configuration) -> list[float]:
+        """Return the features that say what a configuration reaches, its placement apart."""
         rate = self.learning_rate
+        highest = rate if isinstance(rate, float) else rate[1]
+        summed = 1 + math.log(summed_learning_rate(configuration) / highest) / _RATE_UNIT
+        return [summed, *self._of_both(configuration)]
+
+    def of_cost(self, configuration: Configuration) -> list[float]:
+        """Return the features that say what a configuration costs."""
+        sites = len(configuration.adapters) / len(self.choices)
+        return [self.frozen_share(configuration), sites, *self._of_both(configuration)]
+
+    def _of_both(self, configuration: Configuration) -> list[float]:
         adapters = max(1, len(configuration))
         return [
-            0.5 if isinstance(rate, float) else log_place(configuration.learning_rate, *rate),
             log_place(self.count(configuration), *self.parameters),
-            self._frozen_share(configuration),
-            len(configuration.adapters) / len(self.choices),
             *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
         ]
 
@@ -80,10 +90,10 @@ class Features:
             configuration: What is trained.
             is_prefix_served: Whether the blocks below the lowest adapted one are not even run forward.
         """
-        frozen = self._frozen_share(configuration)
+        frozen = self.frozen_share(configuration)
         return _FOR_ALL + 1 - (frozen if is_prefix_served else frozen / 2)
 
-    def _frozen_share(self, configuration: Configuration) -> float:
+    def frozen_share(self, configuration: Configuration) -> float:
         """Return the share of the blocks that lie below the lowest adapted one."""
         lowest = configuration.lowest_block
         return 1.0 if lowest is None else lowest / self._blocks
@@ -99,10 +109,13 @@ class Features:
             for site, methods in self.choices.items()
         ]
 
-    def inputs(self, configurations: Sequence[Configuration]) -> Inputs:
-        """Return what a model is given."""
+    def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
+        """Return what a model of a metric or of a cost is given."""
+        if not _is_metric(objective):
+            costs = np.array([self.of_cost(one) for one in configurations])
+            return Inputs(costs, placements=np.empty((len(configurations), 0)))
         return Inputs(
-            np.array([self(one) for one in configurations]),
+            np.array([self.of_metric(one) for one in configurations]),
             np.array([self.placement(one) for one in configurations]),
         )
 
@@ -110,9 +123,9 @@ class Features:
 class ExpectedGain:
     """Expected hypervolume improvement of candidates, by models of what is not known of them yet.
 
-    A metric is modelled with noise, by features and placement. A cost that is exact before training is
-    modelled without noise and by the features alone, from which it nearly follows: counting memory takes
-    longer than asking a model. Trainable parameters are counted. The expectation is the integral, over the
+    A metric is modelled with noise, by features and placement. A cost is modelled by the features alone, from
+    which it nearly follows, and without noise where it is exact before training: counting memory takes longer
+    than asking a model. Trainable parameters are counted. The expectation is the integral, over the
     part of the unit cube that no trial dominates, of the probability that the candidate does (Emmerich,
     Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
     Random Field Metamodels", 2006), times the probability that it keeps the constraints.
@@ -125,7 +138,6 @@ class ExpectedGain:
     def __init__(self, history: History, features: Features) -> None:
         self._history, self._features = history, features
         self._tried = [one for one, _ in history.trials]
-        self._rows = features.inputs(self._tried)
         self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
         objectives = [axis.objective for axis in history.axes]
         self._placed = self._on_all_axes()
@@ -143,11 +155,15 @@ class ExpectedGain:
         known = {place: values[name] for place, (_, values) in trials if name in values}
         places = self._learned_from(list(known))
         return GaussianProcess(
-            _inputs_for(objective, self._rows.select(places)),
+            self._inputs(places, objective),
             np.array([_scaled(objective, known[place]) for place in places]),
             None if objective.before_training else self._trainings[places],
+            linear=not _is_metric(objective),
             exact=objective.before_training,
         )
+
+    def _inputs(self, places: Sequence[int], objective: Objective) -> Inputs:
+        return self._features.inputs([self._tried[place] for place in places], objective)
 
     def _learned_from(self, places: Sequence[int]) -> list[int]:
         """Return the trials that a model learns from: the front, who was on it, and the latest of the others.
@@ -185,21 +201,20 @@ class ExpectedGain:
         """Return what trials on all axes reached: exact costs, and the rest as the model has it."""
         if objective.before_training:
             return [self._history.trials[place][1][objective.name] for place in self._placed]
-        mean, _ = self._models[objective.name].predict(self._rows.select(self._placed))
+        mean, _ = self._models[objective.name].predict(self._inputs(self._placed, objective))
         return [float(one) for one in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
-        rows = self._features.inputs(candidates)
         reached = np.ones((len(candidates), len(self._cells)))
         for axis, places in zip(self._history.axes, self._cells.T, strict=True):
-            mean, deviation = self._predicted(axis.objective, candidates, rows)
+            mean, deviation = self._predicted(axis.objective, candidates)
             worst, best = _scaled(axis.objective, axis.worst), _scaled(axis.objective, axis.best)
             bounds = worst + (best - worst) * places
             reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds)
         gain: Array = reached.sum(axis=1) / _CELLS
         for constraint in self._history.constraints:
-            gain *= self._feasible(constraint, candidates, rows)
+            gain *= self._feasible(constraint, candidates)
         return gain
 
     def for_compute(self, candidates: Sequence[Configuration]) -> Array:
@@ -231,23 +246,21 @@ class ExpectedGain:
                 return int(index)
         return None
 
-    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration], rows: Inputs) -> Array:
+    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration]) -> Array:
         objective = constraint.objective
-        mean, deviation = self._predicted(objective, candidates, rows)
+        mean, deviation = self._predicted(objective, candidates)
         return _kept(objective, mean, deviation, np.array(_scaled(objective, constraint.bound)))
 
-    def _predicted(
-        self, objective: Objective, candidates: Sequence[Configuration], rows: Inputs
-    ) -> tuple[Array, Array]:
+    def _predicted(self, objective: Objective, candidates: Sequence[Configuration]) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:
-            return self._models[objective.name].predict(_inputs_for(objective, rows))
+            return self._models[objective.name].predict(self._features.inputs(candidates, objective))
         counts = (self._features.count(one) for one in candidates)
         return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
 
 
-def _inputs_for(objective: Objective, inputs: Inputs) -> Inputs:
-    return inputs.without_placements() if objective.before_training else inputs
+def _is_metric(objective: Objective) -> bool:
+    return objective.unit == "score"
 
 
 def _is_near(rate: float, other: float) -> bool:

@@ -9,16 +9,17 @@ from collections.abc import Iterable
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
-from autopeft.search_spaces.base import readable_learning_rate
+from autopeft.search_spaces.base import readable_learning_rate, summed_learning_rate
 
 _SPREAD = 0.5  # of the logarithm: a factor of 1.6
 
 
 class KnownRates:
-    """The learning rates of the front, by the number of trainable parameters.
+    """The summed learning rates of the front, by the number of trainable parameters.
 
-    What trains few parameters bears higher rates than what trains many: a rate drawn evenly from the whole
-    range is wrong for most configurations, and one of a like configuration seldom is.
+    Few adapters need higher rates than many: a rate drawn evenly from the whole range is wrong for most
+    configurations. One with the sum of a good configuration of about the same size seldom is; see
+    `summed_learning_rate`.
 
     The head alone, which bears higher rates than any adapter, is followed only where there is no other.
 
@@ -35,13 +36,14 @@ class KnownRates:
         self._bounds = bounds
         known = list(front)
         adapted = [one for one in known if len(one)] or known
-        self._known = [(self._size(one), one.learning_rate) for one in adapted]
+        self._known = [(self._size(one), summed_learning_rate(one)) for one in adapted]
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))
 
     def draw(self, configuration: Configuration, generator: random.Random) -> float:
-        """Draw a learning rate near that of the configuration of the front that is nearest in size."""
+        """Draw a learning rate whose sum is near that of the front's configuration nearest in size."""
         size = self._size(configuration)
-        _, rate = min(self._known, key=lambda known: abs(known[0] - size))
+        _, summed = min(self._known, key=lambda known: abs(known[0] - size))
+        rate = summed / max(1, len(configuration))
         return readable_learning_rate(rate * math.exp(generator.gauss(0, _SPREAD)), *self._bounds)

@@ -11,10 +11,11 @@ from typing import Any
 
 from autopeft.adapter import Adapter, Site
 from autopeft.configuration import Configuration
-from autopeft.search_spaces.base import log_place, readable_learning_rate
+from autopeft.search_spaces.base import log_place, readable_learning_rate, summed_learning_rate
 
 Adapters = dict[Site, Adapter]
 _SECOND_MOVE_SHARE = 0.5
+_SUM_KEPT_SHARE = 0.5  # children that keep the summed learning rate, and not that of each adapter
 _RATE_SHARE = 0.5
 _RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
 
@@ -60,7 +61,9 @@ class Refiner:
     learning_rate: tuple[float, float]
 
     def child(self, parents: Mapping[Configuration, float], generator: random.Random) -> Configuration:
-        """Return a configuration near one of the parents.
+        """Return a configuration near one of the parents, with its learning rate or its summed one.
+
+        Half the children keep either within the bounds, the others have a rate near it.
 
         Args:
             parents: Configurations with one adapter a site, and what each is worth, at least 0 (of the front,
@@ -78,7 +81,10 @@ class Refiner:
         adapters = {site: several[0] for site, several in parent.adapters.items()}
         for _ in range(1 + (generator.random() < _SECOND_MOVE_SHARE)):
             adapters = generator.choice(moves)(adapters, generator)
-        return Configuration(adapters, learning_rate=self._rate(parent.learning_rate, generator))
+        rate = parent.learning_rate
+        if adapters and generator.random() < _SUM_KEPT_SHARE:
+            rate = summed_learning_rate(parent) / len(adapters)
+        return Configuration(adapters, learning_rate=self._rate(rate, generator))
 
     def _resize(self, adapters: Adapters, generator: random.Random) -> Adapters:
         """Double or halve the sizes of a site, a role, a block or all."""

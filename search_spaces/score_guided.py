@@ -264,7 +264,7 @@ class ScoreGuided(SearchSpace):
             return {"stage": _GUIDED}
         refiner = self._refiner(backbone)
         pool = self._pool(front, refiner, generator, backbone)
-        gain = ExpectedGain(history, self._features(backbone))
+        gain = ExpectedGain(history, self.features(backbone))
         climbed = climb([one for one, _ in pool], gain.for_compute, refiner, generator) if pool else []
         pool += [(one, None) for one in climbed]
         best = gain.best([one for one, _ in pool])
@@ -282,7 +282,8 @@ class ScoreGuided(SearchSpace):
             learning_rate=(rate, rate) if isinstance(rate, float) else rate,
         )
 
-    def _features(self, backbone: Backbone) -> Features:
+    def features(self, backbone: Backbone) -> Features:
+        """Return what the models are given of a configuration."""
         fewest, most = (count_parameters(backbone, one) for one in self.extremes(backbone))
         return Features(
             backbone=backbone,
@@ -301,8 +302,8 @@ class ScoreGuided(SearchSpace):
     ) -> list[tuple[Configuration, dict[str, Any] | None]]:
         """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
 
-        Each stands there with two learning rates, its own and one near what the front has. The head alone is
-        not among them: it is an anchor, and would often be tried again for the noise in its metric.
+        Each stands there with two learning rates, its own and one of a sum near what the front has. The head
+        alone is not among them: it is an anchor, and would often be tried again for the noise in its metric.
         """
         rate = self.learning_rate
         found: list[tuple[Configuration, dict[str, Any] | None]] = []

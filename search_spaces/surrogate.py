@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -17,11 +16,11 @@ Indices = NDArray[np.intp]
 
 _DRAWS = 256  # of the hyper-parameters, from their prior
 _KEPT = 16  # of those, the likeliest
-_LENGTH = (0.5, 0.7)  # median and spread of the logarithm: of the unit cube that features lie in
+_LENGTH = (0.5, 0.7)  # median and spread of the logarithm
 _LINEAR = (0.3, 1.0)
 _NOISE = (0.1, 1.2)
-_PLACEMENT_ODDS = (1.0, 1.0)  # of the share of the Matérn kernel that placements modulate
-_PLACEMENT_LENGTH = (0.17, 0.7)  # root of the mean square difference of two placements' sites
+_PLACEMENT_ODDS = (3.0, 1.0)  # of the share of the Matérn kernel that placements modulate
+_PLACEMENT_LENGTH = (0.3, 0.7)  # of which 1 is the distance of placements that share no site
 _JITTER = 1e-8
 
 
@@ -29,20 +28,12 @@ class Inputs(NamedTuple):
     """What is known of configurations before they are trained.
 
     Attributes:
-        features: (configurations, features) numbers in [0, 1].
+        features: (configurations, features) numbers of which 1 is a large difference.
         placements: (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size.
     """
 
     features: Array
     placements: Array
-
-    def select(self, rows: Sequence[int]) -> Inputs:
-        """Return some configurations' inputs."""
-        return Inputs(self.features[rows], self.placements[rows])
-
-    def without_placements(self) -> Inputs:
-        """Return the features alone."""
-        return Inputs(self.features, self.placements[:, :0])
 
 
 class _HyperParameters(NamedTuple):
@@ -60,34 +51,44 @@ class _HyperParameters(NamedTuple):
 
 
 class GaussianProcess:
-    """Regression with a Matérn-5/2 kernel, a linear one beside it, and noise.
+    """Regression with a Matérn-5/2 kernel, a linear one beside it where asked for, and noise.
 
-    A share of the Matérn kernel is multiplied by a Gaussian one of how much placements differ a site:
-    features tell how many sites carry adapters, and not which. The hyper-parameters (a length a feature and
-    that of placements, the shares of the linear part, of placement and of the noise) are not fitted but
-    averaged over: draws from a prior, weighted by the likelihood of the data. With ten trials the likeliest
-    single setting is often a wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning"
-    (2006), chapters 2, 4 and 5.
+    A share of the Matérn kernel is multiplied by a Gaussian one of how much placements differ: features do
+    not tell which sites carry adapters. The hyper-parameters (a length a feature and that of placements, the
+    shares of the linear part, of placement and of the noise) are not fitted but averaged over: draws from a
+    prior, weighted by the likelihood of the data. With ten trials the likeliest single setting is often a
+    wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2, 4 and 5.
 
     Args:
         inputs: Of the trials.
         values: (trials,) what was measured.
         repeats: (trials,) how many measurements each value is the mean of; its noise is so much less.
+        linear: Whether trends go on where nothing was measured: costs nearly follow them, metrics rise and
+            come to an end.
         exact: Whether the values are without noise.
     """
 
     def __init__(
-        self, inputs: Inputs, values: Array, repeats: Array | None = None, *, exact: bool = False
+        self,
+        inputs: Inputs,
+        values: Array,
+        repeats: Array | None = None,
+        *,
+        linear: bool = False,
+        exact: bool = False,
     ) -> None:
         self._inputs = inputs
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
         self._drawn = _hyper_parameters(inputs.features.shape[1])
-        noise = np.full_like(self._drawn.noise, 1e-4) if exact else self._drawn.noise
+        if exact:
+            self._drawn = self._drawn._replace(noise=np.full_like(self._drawn.noise, 1e-4))
+        if not linear:
+            self._drawn = self._drawn._replace(linear_weight=np.zeros_like(self._drawn.linear_weight))
         covariance = self._own_covariance(inputs)
         share = np.ones(len(values)) if repeats is None else 1 / repeats
-        covariance += (noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
+        covariance += (self._drawn.noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
         white = np.stack([solve_triangular(one, standard, lower=True) for one in root])[:, :, None]
         diagonal = np.diagonal(root, axis1=1, axis2=2)
@@ -121,7 +122,7 @@ class GaussianProcess:
         distance = np.sqrt(5 * drawn.lengths**-2.0 @ squares.T)
         covariance: Array = np.exp(-distance)
         covariance *= 1 + distance * (1 + distance / 3)
-        apart = _mean_square_differences(first.placements, second.placements)[rows, columns]
+        apart = _squared_distances(first.placements, second.placements)[rows, columns]
         alike = np.exp(-0.5 * drawn.placement_length[:, None] ** -2.0 * apart)
         alike -= 1
         covariance *= 1 + drawn.placement_share[:, None] * alike
@@ -141,11 +142,18 @@ class GaussianProcess:
         return self._mean + self._scale * mean, self._scale * np.sqrt(np.maximum(variance, 0.0))
 
 
-def _mean_square_differences(first: Array, second: Array) -> Array:
-    """Return (first, second) mean squares of the differences over the columns; 0 where there are none."""
-    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
-    found: Array = np.maximum(squares, 0.0) / max(1, first.shape[1])
-    return found
+def _squared_distances(first: Array, second: Array) -> Array:
+    """Return (first, second) squared distances of placements, in [0, 1]: 1 for those that share no site.
+
+    It is the squared difference divided by the sum of both squares: one adapter at another site is another
+    configuration, one of thirty is nearly the same. Empty placements are the same, and share nothing with
+    others. A Gaussian of it is a kernel: the exponential of a product of two kernels, the scalar product and
+    the reciprocal of a sum (a Cauchy matrix).
+    """
+    both = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1)
+    alike = np.divide(2 * first @ second.T, both, out=np.ones_like(both), where=both > 0)
+    distances: Array = np.maximum(1 - alike, 0.0)
+    return distances
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import statistics
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.objectives import Objective, resolve_objectives
@@ -32,17 +34,10 @@ class Archive:
         folder.mkdir(parents=True, exist_ok=True)
         self._runs = folder / "runs.jsonl"
         self._trainings = folder / "trainings.jsonl"
-        self.runs: dict[tuple[str, str, int, int], list[Entry]] = {}
+        self.runs = read_runs(self._runs) if self._runs.exists() else {}
         self.trainings: dict[tuple[str, str, int], float] = {}
-        for line in self._lines(self._runs):
-            key = line["method"], line["dataset"], line["seed"], line["trials"]
-            self.runs[key] = [Entry(**one) for one in line["log"]]
-        for line in self._lines(self._trainings):
+        for line in _lines(self._trainings) if self._trainings.exists() else ():
             self.trainings[line["dataset"], line["configuration"], line["seed"]] = line["test"]
-
-    @staticmethod
-    def _lines(path: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def add_run(self, method: str, setting: Setting, log: Sequence[Entry]) -> None:
         """Keep a run."""
@@ -57,6 +52,20 @@ class Archive:
         line = {"dataset": dataset, "configuration": configuration, "seed": seed, "test": test}
         with self._trainings.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def read_runs(path: Path) -> dict[tuple[str, str, int, int], list[Entry]]:
+    """Return the logs in a file of runs, packed (`.gz`) or not, by method, data set, seed and trials."""
+    return {
+        (line["method"], line["dataset"], line["seed"], line["trials"]): [Entry(**one) for one in line["log"]]
+        for line in _lines(path)
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def moments(logs: Sequence[Sequence[Entry]], count: int = MOMENTS) -> list[float]:
@@ -105,6 +114,17 @@ def end_of(rival: str) -> str:
     return f"{rival}: its end"
 
 
+def axes_of(setting: Setting, backbone: Backbone) -> tuple[Axis, Axis]:
+    """Return the axes of all comparisons: the metric from always predicting the majority, and parameters."""
+    metric, cost = resolve_objectives((setting.metric, "trainable_parameters"), setting.task.metrics)
+    smallest, largest = (count_parameters(backbone, one) for one in per_layer().extremes(backbone))
+    worst, best = setting.task.majority_score(setting.metric), setting.task.best_score(setting.metric)
+    return (
+        Axis(objective=metric, worst=worst, best=best),
+        Axis(objective=cost, worst=float(largest), best=float(smallest)),
+    )
+
+
 class Comparison:
     """All runs on one data set, on common axes.
 
@@ -130,19 +150,8 @@ class Comparison:
         self.runs = runs
         self.archive = archive
         self.fresh_seeds = tuple(fresh_seeds)
-        self.metric, self.cost = resolve_objectives(
-            (setting.metric, "trainable_parameters"), setting.task.metrics
-        )
-        backbone = setting.load()
-        smallest, largest = (count_parameters(backbone, one) for one in per_layer().extremes(backbone))
-        self.axes = (
-            Axis(
-                objective=self.metric,
-                worst=setting.task.majority_score(setting.metric),
-                best=setting.task.best_score(setting.metric),
-            ),
-            Axis(objective=self.cost, worst=float(largest), best=float(smallest)),
-        )
+        self.axes = axes_of(setting, setting.load())
+        self.metric, self.cost = (axis.objective for axis in self.axes)
         self.times = moments(list(runs.values()), count)
 
     def members(self, log: Sequence[Entry], seconds: float) -> list[Entry]:

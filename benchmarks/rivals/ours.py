@@ -12,9 +12,9 @@ from autopeft.evaluation import TrialRecord
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
 
-_GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
-_WHOLE: Mapping[str, Any] = {"space": _GUIDED, "fidelity": _RUNGS, "seeds": 3}
+_WHOLE: Mapping[str, Any] = {"space": GUIDED, "fidelity": _RUNGS, "seeds": 3}
 _LOADED_AGAIN = "autopeft, backbone loaded again"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,

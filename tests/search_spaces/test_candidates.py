@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces import ScoreGuided
+from autopeft.search_spaces.base import summed_learning_rate
 from autopeft.search_spaces.climbing import climb
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
 from autopeft.search_spaces.surrogate import Array
@@ -44,8 +45,9 @@ def test_refinement_adds_and_drops_against_the_scores_too() -> None:
 @pytest.mark.parametrize("learning_rate", [(1e-4, 1e-2), 1e-3])
 def test_a_pool_has_rates_near_the_fronts(learning_rate: float | tuple[float, float]) -> None:
     space = replace(SPACE, learning_rate=learning_rate)
-    anchors = [anchor.configuration.replace(learning_rate=1e-3) for anchor in space.anchors(BACKBONE)]
-    front = dict.fromkeys(anchors, 0.1)
+    sites = list(space.choices(BACKBONE))[:4]
+    four = Configuration({site: Adapter("lora", 2) for site in sites}, learning_rate=1e-3)
+    front = {Configuration({}, learning_rate=1e-2): 0.1, four: 0.1}
     refiner = space._refiner(BACKBONE)
     pool = [one for one, _ in space._pool(front, refiner, random.Random(0), BACKBONE)]
     assert all(len(one) for one in pool), "the head alone is a reference point"
@@ -54,8 +56,20 @@ def test_a_pool_has_rates_near_the_fronts(learning_rate: float | tuple[float, fl
         return
     own, near = pool[: len(pool) // 2], pool[len(pool) // 2 :]
     assert [one.adapters for one in own] == [one.adapters for one in near]
-    apart = [abs(math.log(one.learning_rate / 1e-3)) for one in near]
+    apart = [abs(math.log(summed_learning_rate(one) / 4e-3)) for one in near]
     assert sum(apart) / len(apart) < 0.5
+
+
+def test_half_the_children_keep_the_summed_learning_rate() -> None:
+    sites = list(SPACE.choices(BACKBONE))[:4]
+    parent = Configuration({site: Adapter("lora", 2) for site in sites}, learning_rate=1e-3)
+    refiner, generator = SPACE._refiner(BACKBONE), random.Random(0)
+    children = [refiner.child({parent: 1.0}, generator) for _ in range(400)]
+    other = [one for one in children if len(one) not in (0, 4)]
+    same_rate = sum(one.learning_rate == 1e-3 for one in other)
+    same_sum = sum(math.isclose(summed_learning_rate(one), 4e-3, rel_tol=0.01) for one in other)
+    for count in (same_rate, same_sum):  # half of each half, as the other half is changed at random
+        assert 0.15 < count / len(other) < 0.35
 
 
 def test_rungs_spare_the_reference_points_that_take_least() -> None:

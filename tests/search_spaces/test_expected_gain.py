@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
-from autopeft.objectives import resolve_constraints, resolve_objectives
+from autopeft.objectives import COST_OBJECTIVES, resolve_constraints, resolve_objectives
 from autopeft.pareto import Axis, hypervolume
 from autopeft.search_spaces import History, ScoreGuided
+from autopeft.search_spaces.base import log_place
 from autopeft.search_spaces.expected_gain import ExpectedGain, Features
 from autopeft.sensitivity import compute_scores
 from tests.models import tiny_backbone
@@ -44,7 +45,8 @@ FEATURES = Features(
 
 def values(one: Configuration) -> dict[str, float]:
     """Return made-up outcomes: best at a rate of 3e-3, better and dearer the more and lower the adapters."""
-    rate, size, lowest, share = FEATURES(one)
+    rate = log_place(one.learning_rate, 1e-4, 1e-2)
+    lowest, share, size = FEATURES.of_cost(one)
     return {
         "accuracy": 0.2 + 0.7 * math.exp(-8 * (rate - 0.75) ** 2) * min(1.0, 1.5 * size),
         "trainable_parameters": float(count_parameters(BACKBONE, one)),
@@ -80,14 +82,13 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
     trials, candidates = drawn(4, 0), drawn(6, 1)
     known = history(trials)
     gain = ExpectedGain(known, FEATURES)
-    reached, _ = gain._models["accuracy"].predict(FEATURES.inputs(trials))
+    reached, _ = gain._models["accuracy"].predict(FEATURES.inputs(trials, ACCURACY))
     front = [{**values(one), "accuracy": mean} for one, mean in zip(trials, reached.tolist(), strict=True)]
     before = hypervolume(front, AXES)
     normal = np.random.default_rng(0).standard_normal((400, 2))
-    rows = FEATURES.inputs(candidates)
     means, deviations = zip(
-        gain._models["accuracy"].predict(rows),
-        gain._models["peak_memory"].predict(rows.without_placements()),
+        gain._models["accuracy"].predict(FEATURES.inputs(candidates, ACCURACY)),
+        gain._models["peak_memory"].predict(FEATURES.inputs(candidates, MEMORY)),
         strict=True,
     )
     for index, candidate in enumerate(candidates):
@@ -170,6 +171,44 @@ def test_a_placement_tells_sites_and_sizes() -> None:
     assert FEATURES.placement(configuration) == pytest.approx(
         [{1: 1.0, 4: 0.75}.get(index, 0.0) for index in range(len(sites))]
     )
+
+
+def test_many_adapters_at_a_low_rate_count_as_one_at_a_high_rate() -> None:
+    sites = list(FEATURES.choices)
+    one = Configuration({sites[0]: Adapter("lora", 1)}, learning_rate=8e-3)
+    four = Configuration({site: Adapter("lora", 1) for site in sites[:4]}, learning_rate=2e-3)
+    rates = [FEATURES.of_metric(each)[0] for each in (one, four, one.replace(learning_rate=4e-4))]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0] - rates[2] == pytest.approx(1.0), "a factor of twenty"
+
+
+def test_costs_know_neither_rates_nor_placements_and_metrics_no_frozen_blocks() -> None:
+    seconds = COST_OBJECTIVES["training_seconds"]
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    fast = upper.replace(learning_rate=6e-3)
+    for cost in (MEMORY, seconds):
+        features, placements = FEATURES.inputs([upper, lower, fast], cost)
+        assert placements.shape == (3, 0)
+        assert features[0].tolist() == features[2].tolist() != features[1].tolist()
+    features, placements = FEATURES.inputs([upper, lower, fast], ACCURACY)
+    assert features[0].tolist() == features[1].tolist() != features[2].tolist()
+    assert placements[0].tolist() == placements[2].tolist() != placements[1].tolist()
+
+
+def test_a_measured_cost_is_learned_from_the_blocks_it_takes() -> None:
+    seconds = COST_OBJECTIVES["training_seconds"]
+    trials = drawn(24, 0)
+    outcomes = [{**values(one), "training_seconds": FEATURES.of_cost(one)[0] + 1.0} for one in trials]
+    known = History(
+        trials=list(zip(trials, outcomes, strict=True)),
+        axes=(*AXES[:2], Axis(objective=seconds, worst=3.0, best=0.5)),
+    )
+    gain = ExpectedGain(known, FEATURES)
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    (above, below), _ = gain._predicted(seconds, [upper, lower])
+    assert above > below + 0.1, "they differ in nothing but the blocks below"
 
 
 def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:

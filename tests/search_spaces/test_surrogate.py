@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import qmc
 
-from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs, _hyper_parameters
+from autopeft.search_spaces.surrogate import (
+    Array,
+    GaussianProcess,
+    Inputs,
+    _hyper_parameters,
+    _squared_distances,
+)
 
 
 def points(count: int, seed: int) -> Array:
@@ -27,7 +33,7 @@ def smooth(features: Array) -> Array:
 
 def test_exact_values_are_interpolated_and_the_deviation_is_honest() -> None:
     known, others = points(32, 0), points(128, 1)
-    model = GaussianProcess(alike(known), smooth(known), exact=True)
+    model = GaussianProcess(alike(known), smooth(known), linear=True, exact=True)
     mean, deviation = model.predict(alike(known))
     assert np.abs(mean - smooth(known)).max() < 0.03
     assert deviation.max() < 0.03
@@ -61,9 +67,9 @@ def test_the_mean_of_several_measurements_is_believed_more() -> None:
 
 
 def test_a_linear_trend_goes_on() -> None:
-    known = points(16, 0) / 2
+    known, far = points(16, 0) / 2, alike(np.array([[0.9, 0.2, 0.2]]))
     values = 5 - 2 * known[:, 0]
-    mean, _ = GaussianProcess(alike(known), values, exact=True).predict(alike(np.array([[0.9, 0.2, 0.2]])))
+    mean, _ = GaussianProcess(alike(known), values, linear=True, exact=True).predict(far)
     assert mean[0] < values.min() - 0.2
 
 
@@ -94,3 +100,29 @@ def test_hyper_parameters_are_drawn_independently() -> None:
     columns = np.log([*drawn.lengths.T, *drawn[1:]])
     correlations = np.corrcoef(columns) - np.eye(len(columns))
     assert np.abs(correlations).max() < 0.2
+
+
+def test_a_metric_does_not_follow_a_trend_beyond_what_was_measured() -> None:
+    known = points(16, 0) / 2
+    values = 5 - 2 * known[:, 0]
+    far = alike(np.array([[3.0, 0.2, 0.2]]))
+    models = [GaussianProcess(alike(known), values, linear=one) for one in (True, False)]
+    trend, none = (model.predict(far)[0][0] for model in models)
+    assert trend < values.min() - 0.3
+    assert values.min() < none < values.max()
+
+
+def test_placements_are_apart_by_the_share_of_sites_they_have_in_common() -> None:
+    placements = np.zeros((5, 40))
+    placements[1, 0] = placements[2, 1] = 1.0
+    placements[3, :30] = 1.0
+    placements[4, 1:31] = 1.0
+    squared = _squared_distances(placements, placements)
+    assert np.diagonal(squared) == pytest.approx(np.zeros(5))
+    assert squared[0, 1:] == pytest.approx(np.ones(4)), "no adapters, and some"
+    assert squared[1, 2] == pytest.approx(1.0)
+    assert squared[3, 4] == pytest.approx(1 / 30)
+    many = np.random.default_rng(0).random((60, 8)) * (np.random.default_rng(1).random((60, 8)) < 0.4)
+    many[:10] = 0.0
+    kernel = np.exp(-5 * _squared_distances(many, many))
+    assert np.linalg.eigvalsh(kernel).min() > -1e-10

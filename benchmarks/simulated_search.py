@@ -1,0 +1,287 @@
+"""What a search's choices are worth when nothing is trained: many seeds in minutes, to tell details apart.
+
+    python -m benchmarks.simulated_search [--seeds 20] [--budget 60] [--runs FILE]
+
+A forest (Geurts, Ernst and Wehenkel, "Extremely randomized trees", 2006) is fitted to the validation scores
+of every configuration of LoRA that runs of `python -m benchmarks.search_cost` trained, those in
+`benchmarks/results` unless told otherwise. A simulated training gives what the forest foretells and one of
+the errors that it made, out of its bag, where it foretold about the same: the noise of a training and what
+the forest does not know. Searches go on until their steps took as much as so many trainings through all
+blocks. Each space proposes, members of the front are trained up to three times, rungs are left out, what
+nobody proposes is drawn at random, and a configuration that comes again is trained again. Figures are the
+hypervolume of what the forest foretells of the front's members, at a quarter, half and all of the budget:
+means over seeds, and the differences from the first row with standard errors, as seeds are shared. What holds
+here is a reason to try it and not a result: real trainings have the last word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+from sklearn.ensemble import ExtraTreesRegressor
+
+from autopeft.backbone import Backbone
+from autopeft.configuration import Configuration
+from autopeft.pareto import contributions, hypervolume, non_dominated
+from autopeft.repeats import later_trials
+from autopeft.search_spaces import History, ScoreGuided
+from autopeft.search_spaces.base import SearchSpace
+from autopeft.search_spaces.expected_gain import Features
+from autopeft.site_scoring import score_sites
+from benchmarks.rivals.comparison import axes_of, read_runs
+from benchmarks.rivals.ours import GUIDED
+from benchmarks.rivals.setting import Setting, per_layer
+from benchmarks.surrogate import OURS, RUNS, Logs, RateFeatures, final_scores, logs_of
+
+RESULTS = Path(__file__).parent / "results" / "simulated_search.json"
+SHARES = (0.25, 0.5, 1.0)
+_NEAREST = 40  # scores among whose errors a training's is drawn
+_MOST_TRAININGS = 3
+Values = Mapping[str, float]
+
+
+class World:
+    """Answers for trainings on one data set.
+
+    Args:
+        dataset: Name of the data set.
+        logs: Of runs on it.
+    """
+
+    def __init__(self, dataset: str, logs: Logs) -> None:
+        setting = Setting(dataset=dataset, seed=0, trials=1)
+        evaluator = setting.evaluator(setting.load())
+        self.backbone = evaluator.backbone
+        self.axes = axes_of(setting, self.backbone)
+        self.features = GUIDED.features(self.backbone)
+        self.scores = score_sites(evaluator, GUIDED.scores).scores
+        known = final_scores(logs)
+        scores = np.array(list(known.values()))
+        self._forest = ExtraTreesRegressor(
+            400, min_samples_leaf=2, bootstrap=True, oob_score=True, random_state=0
+        ).fit([self._numbers(one) for one in known], scores)
+        self._unseen = self._forest.oob_prediction_
+        self._errors = scores - self._unseen
+        self.determination = float(self._forest.oob_score_)
+        self._foretold: dict[Configuration, float] = {}
+        _, largest = GUIDED.extremes(self.backbone)
+        self._whole = self.features.compute(largest, is_prefix_served=False)
+
+    def _numbers(self, one: Configuration) -> list[float]:
+        """Return what the forest is given of a configuration."""
+        blocks = [site.block for site, _ in one] or [len(self.backbone.blocks)]
+        counts = [len(one), self.features.count(one), sum(adapter.size or 0 for _, adapter in one)]
+        places = [min(blocks), max(blocks), statistics.fmean(blocks)]
+        return [one.learning_rate, *counts, *places, *self.features.placement(one)]
+
+    def foretold(self, one: Configuration) -> float:
+        """Return what a configuration reaches."""
+        if one not in self._foretold:
+            self._foretold[one] = float(self._forest.predict([self._numbers(one)])[0])
+        return self._foretold[one]
+
+    def cost(self, one: Configuration, *, is_prefix_served: bool) -> float:
+        """Return what a training takes, as a share of one through all blocks."""
+        return self.features.compute(one, is_prefix_served=is_prefix_served) / self._whole
+
+    def train(self, one: Configuration, generator: random.Random) -> float:
+        """Return what a training of a configuration gives."""
+        foretold, axis = self.foretold(one), self.axes[0]
+        near = np.argsort(np.abs(self._unseen - foretold), kind="stable")[:_NEAREST]
+        score = foretold + float(self._errors[generator.choice(near.tolist())])
+        return min(axis.best, max(axis.worst, score))
+
+    def point(self, one: Configuration, score: float) -> Values:
+        """Return a configuration's place, for a score."""
+        return {self.axes[0].objective.name: score, self.axes[1].objective.name: self.features.count(one)}
+
+
+class Simulated:
+    """One search in a world.
+
+    Args:
+        world: Answers for trainings.
+        seed: Of the search and of the trainings' errors.
+        is_prefix_served: Whether trainings do without running the blocks below the lowest adapted one.
+    """
+
+    def __init__(self, world: World, seed: int, *, is_prefix_served: bool) -> None:
+        self.world, self.seed, self.is_prefix_served = world, seed, is_prefix_served
+        self.scores: dict[Configuration, list[float]] = {}
+        self.spent = 0.0
+        self._luck = random.Random(f"luck of {seed}")
+
+    def train(self, one: Configuration) -> None:
+        """Train a configuration, once more where it was trained already."""
+        self.scores.setdefault(one, []).append(self.world.train(one, self._luck))
+        self.spent += self.world.cost(one, is_prefix_served=self.is_prefix_served)
+
+    def point(self, one: Configuration) -> Values:
+        """Return a configuration's place, by the mean of its trainings."""
+        return self.world.point(one, statistics.fmean(self.scores[one]))
+
+    def front(self) -> list[Configuration]:
+        """Return who is beaten by nobody."""
+        points, objectives = map(self.point, self.scores), [axis.objective for axis in self.world.axes]
+        flags = non_dominated(list(points), objectives)
+        return [one for one, flag in zip(self.scores, flags, strict=True) if flag]
+
+    def worth(self) -> float:
+        """Return the hypervolume of what the front's members reach."""
+        members = [self.world.point(one, self.world.foretold(one)) for one in self.front()]
+        return hypervolume(members, self.world.axes)
+
+    def train_front_again(self) -> None:
+        """Train members of the front that others have come after, as searches do."""
+        places = {one: place for place, one in enumerate(self.scores)}
+        for one in self.front():
+            later, trainings = len(self.scores) - 1 - places[one], len(self.scores[one])
+            if trainings < _MOST_TRAININGS and later >= later_trials(trainings):
+                self.train(one)
+
+
+def searched(arm: Arm, world: World, seed: int, budget: float) -> list[tuple[float, float]]:
+    """Search until the budget is spent; say after each trial how much was, and what the front was worth."""
+    backbone = world.backbone
+    space = arm.space.with_scores(world.scores)
+    search = Simulated(world, seed, is_prefix_served=arm.is_ours)
+    study = optuna.create_study(directions=("maximize", "minimize"), sampler=arm.sampler(seed))
+    for anchor in space.anchors(backbone) if arm.is_ours else ():
+        study.enqueue_trial(space.encode(anchor.configuration, backbone))
+    found = []
+    while search.spent < budget:
+        if arm.is_ours and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            study.enqueue_trial(_proposed(space, search))
+        trial = study.ask()
+        one = space.suggest(trial, backbone)
+        search.train(one)
+        study.tell(trial, list(search.point(one).values()))
+        if arm.is_ours:
+            search.train_front_again()
+        found.append((search.spent, search.worth()))
+    return found
+
+
+def _proposed(space: SearchSpace, search: Simulated) -> dict[str, Any]:
+    world, front, number = search.world, search.front(), len(search.scores)
+    history = History(
+        trials=[(one, search.point(one)) for one in search.scores],
+        axes=world.axes,
+        trainings=[len(several) for several in search.scores.values()],
+        is_prefix_served=search.is_prefix_served,
+    )
+    shares = contributions([search.point(one) for one in front], world.axes)
+    generator = random.Random(f"{search.seed}:{number}")
+    parents = dict(zip(front, shares, strict=True))
+    return dict(space.propose(number, parents, generator, world.backbone, history) or {})
+
+
+class RateGuided(ScoreGuided):
+    """Has models that see the learning rate, not the summed one."""
+
+    def features(self, backbone: Backbone) -> Features:
+        """Return what the models are given of a configuration."""
+        return RateFeatures(**vars(super().features(backbone)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What searches.
+
+    Attributes:
+        space: Where, and who proposes.
+        sampler: Makes, from a seed, what asks where nothing is proposed.
+        is_ours: Whether it has reference points, trains members of the front again and has a prefix cache.
+    """
+
+    space: SearchSpace
+    sampler: Callable[[int], BaseSampler] = RandomSampler
+    is_ours: bool = True
+
+
+def _tpe(seed: int) -> BaseSampler:
+    return TPESampler(seed=seed)
+
+
+ARMS: Mapping[str, Arm] = {
+    OURS: Arm(space=GUIDED),
+    "models see the learning rate, not the summed one": Arm(space=RateGuided(**vars(GUIDED))),
+    "allocations at random": Arm(space=replace(GUIDED, modelled=0.0)),
+    "Optuna TPE, each training whole": Arm(space=per_layer(), sampler=_tpe, is_ours=False),
+}
+
+
+def measure(world: World, seeds: int, budget: float) -> list[dict[str, Any]]:
+    """Return a row for each arm."""
+    rows = []
+    for name, arm in ARMS.items():
+        found: list[list[float]] = []
+        for seed in range(seeds):
+            curve = searched(arm, world, seed, budget)
+            moments = [max(share * budget, curve[0][0]) for share in SHARES]
+            found.append([[worth for spent, worth in curve if spent <= end][-1] for end in moments])
+        rows.append({"arm": name, "hypervolume": np.array(found).T.tolist()})
+        print(f"{name}: {seeds} searches", flush=True)
+    return rows
+
+
+def show(dataset: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a data set's table."""
+    table = Table(title=f"{dataset}: hypervolume, mean over seeds (difference from the first row)")
+    table.add_column("arm")
+    for share in SHARES:
+        table.add_column(f"{share:.0%} of the budget", justify="right")
+    for row in rows:
+        pairs = zip(row["hypervolume"], rows[0]["hypervolume"], strict=True)
+        table.add_row(row["arm"], *(_compared(*pair) for pair in pairs))
+    Console(width=140).print(table)
+
+
+def _compared(several: Sequence[float], first: Sequence[float]) -> str:
+    if several is first:
+        return f"{statistics.fmean(several):.3f}"
+    apart = [one - other for one, other in zip(several, first, strict=True)]
+    error = statistics.stdev(apart) / math.sqrt(len(apart))
+    return f"{statistics.fmean(several):.3f} ({statistics.fmean(apart):+.3f} ± {error:.3f})"
+
+
+def main() -> None:
+    """Search, print tables, write JSON unless the runs are one's own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20, help="two or more")
+    parser.add_argument("--budget", type=float, default=48.0, help="in trainings through all blocks")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="a file, or a packed one")
+    arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("--seeds: expected two or more, as standard errors are over seeds.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    record: dict[str, Any] = {
+        "command": f"python -m benchmarks.simulated_search --seeds {arguments.seeds} "
+        f"--budget {arguments.budget:g}",
+        "datasets": {},
+    }
+    for dataset in sorted({dataset for _, dataset, *_ in read_runs(arguments.runs)}):
+        world = World(dataset, logs_of(dataset, arguments.runs))
+        rows = measure(world, arguments.seeds, arguments.budget)
+        show(dataset, rows)
+        record["datasets"][dataset] = {"determination_out_of_bag": world.determination, "rows": rows}
+    if arguments.runs == RUNS:
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

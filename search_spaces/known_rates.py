@@ -21,7 +21,8 @@ class KnownRates:
     configurations. One with the sum of a good configuration of about the same size seldom is; see
     `summed_learning_rate`.
 
-    The head alone, which bears higher rates than any adapter, is followed only where there is no other.
+    The head alone, which bears higher rates than any adapter, is followed only where there is no other, and
+    then by its learning rate: it has no adapters to sum over.
 
     Args:
         front: Configurations of the front; at least one.
@@ -35,15 +36,17 @@ class KnownRates:
         self._backbone = backbone
         self._bounds = bounds
         known = list(front)
-        adapted = [one for one in known if len(one)] or known
-        self._known = [(self._size(one), summed_learning_rate(one)) for one in adapted]
+        self._known = [(self._size(one), summed_learning_rate(one)) for one in known if len(one)]
+        self._of_head = known[0].learning_rate
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))
 
     def draw(self, configuration: Configuration, generator: random.Random) -> float:
         """Draw a learning rate whose sum is near that of the front's configuration nearest in size."""
-        size = self._size(configuration)
-        _, summed = min(self._known, key=lambda known: abs(known[0] - size))
-        rate = summed / max(1, len(configuration))
+        rate = self._of_head
+        if self._known:
+            size = self._size(configuration)
+            _, summed = min(self._known, key=lambda known: abs(known[0] - size))
+            rate = summed / max(1, len(configuration))
         return readable_learning_rate(rate * math.exp(generator.gauss(0, _SPREAD)), *self._bounds)

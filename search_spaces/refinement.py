@@ -82,7 +82,7 @@ class Refiner:
         for _ in range(1 + (generator.random() < _SECOND_MOVE_SHARE)):
             adapters = generator.choice(moves)(adapters, generator)
         rate = parent.learning_rate
-        if adapters and generator.random() < _SUM_KEPT_SHARE:
+        if adapters and len(parent) and generator.random() < _SUM_KEPT_SHARE:
             rate = summed_learning_rate(parent) / len(adapters)
         return Configuration(adapters, learning_rate=self._rate(rate, generator))
 

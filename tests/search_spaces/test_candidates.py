@@ -70,6 +70,10 @@ def test_half_the_children_keep_the_summed_learning_rate() -> None:
     same_sum = sum(math.isclose(summed_learning_rate(one), 4e-3, rel_tol=0.01) for one in other)
     for count in (same_rate, same_sum):  # half of each half, as the other half is changed at random
         assert 0.15 < count / len(other) < 0.35
+    head = Configuration({}, learning_rate=1e-2)
+    adapted = [one for one in (refiner.child({head: 1.0}, generator) for _ in range(400)) if len(one) > 4]
+    assert len(adapted) > 20
+    assert sorted(one.learning_rate for one in adapted)[len(adapted) // 4] > 5e-3, "nothing to sum over"
 
 
 def test_rungs_spare_the_reference_points_that_take_least() -> None:

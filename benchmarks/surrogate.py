@@ -163,10 +163,10 @@ def figures(
     found = {}
     for size, adapters in SIZES.items():
         chosen = np.array([len(one) in adapters for one in others])
-        correlation = float(spearmanr(foretold[chosen], true[chosen]).statistic)
+        ranks_nobody = np.ptp(foretold[chosen]) == 0
+        correlation = 0.0 if ranks_nobody else float(spearmanr(foretold[chosen], true[chosen]).statistic)
         error = float(np.sqrt(np.mean((foretold[chosen] - true[chosen]) ** 2)))
-        # There is none where a model foretells the same of all, which ranks nobody.
-        found[size] = 0.0 if math.isnan(correlation) else correlation, error
+        found[size] = correlation, error
     return found
 
 

@@ -21,7 +21,7 @@ def fixed_axes(
     """
     axes = []
     for objective in objectives:
-        if objective.unit == "score":
+        if objective.is_metric:
             worst = task.majority_score(objective.name)
             axes.append(Axis(objective=objective, worst=worst, best=task.best_score(objective.name)))
         elif objective.before_training:

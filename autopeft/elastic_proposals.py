@@ -27,7 +27,11 @@ from autopeft.evaluator import Evaluator
 from autopeft.methods import count_parameters
 from autopeft.pareto import Axis, Values, hypervolume
 from autopeft.search_spaces import SearchSpace
-from autopeft.search_spaces.base import middle_learning_rate, summed_learning_rate
+from autopeft.search_spaces.base import (
+    middle_learning_rate,
+    readable_learning_rate,
+    summed_learning_rate,
+)
 
 if TYPE_CHECKING:
     from autopeft.tracking import Tracker
@@ -294,10 +298,8 @@ class ElasticProposals:
         if isinstance(rate, float):
             return rate
         adapted = [summed_learning_rate(one) for one in front if len(one)]
-        summed = generator.choice(adapted) if adapted else None
-        near = middle_learning_rate(rate) if summed is None else summed / max(1, len(chosen))
-        moved = near * math.exp(generator.gauss(0, _RATE_SPREAD))
-        return min(max(float(f"{moved:.3g}"), rate[0]), rate[1])
+        near = generator.choice(adapted) / max(1, len(chosen)) if adapted else middle_learning_rate(rate)
+        return readable_learning_rate(near * math.exp(generator.gauss(0, _RATE_SPREAD)), *rate)
 
     def _score(self, configurations: Sequence[Configuration]) -> None:
         unknown = [one for one in dict.fromkeys(configurations) if one not in self._scores]

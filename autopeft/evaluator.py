@@ -68,7 +68,7 @@ class Evaluator:
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
         self.seed = seed
-        self.monitor = next(one.name for one in objectives if one.unit == "score")
+        self.monitor = next(one.name for one in objectives if one.is_metric)
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
         with section("tokenise"):

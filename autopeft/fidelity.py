@@ -119,8 +119,8 @@ class Promotion:
         self.steps = tuple(steps)
         self.monitor = monitor
         self._references = frozenset(references)
-        self.objectives = [one for one in objectives if one.unit == "score" or one.before_training]
-        self._costs = [one.name for one in self.objectives if one.unit != "score"]
+        self.objectives = [one for one in objectives if one.is_metric or one.before_training]
+        self._costs = [one.name for one in self.objectives if not one.is_metric]
         self._axes = axes
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
@@ -191,7 +191,7 @@ class Promotion:
 
     def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
-        objectives = [_LOSS, *(one for one in self.objectives if one.unit != "score")]
+        objectives = [_LOSS, *(one for one in self.objectives if not one.is_metric)]
         known = [one for one in candidates if math.isfinite(one.values[VALIDATION_LOSS])]
         rest = [one for one in candidates if not math.isfinite(one.values[VALIDATION_LOSS])]
         known.sort(key=lambda one: one.values[VALIDATION_LOSS])

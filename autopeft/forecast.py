@@ -56,9 +56,9 @@ class Forecast:
         self.whole = tuple(whole)
         self.monitor = monitor
         self._objectives = [one.name for one in objectives]
-        self._scores = [one.name for one in objectives if one.unit == "score"]
+        self._scores = [one.name for one in objectives if one.is_metric]
         self._axes = [
-            axis for axis in axes if axis.objective.before_training and axis.objective.unit != "score"
+            axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
         ]
         self._known: dict[int, _Gains] = {}
 

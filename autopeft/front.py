@@ -110,7 +110,7 @@ class ParetoFront(Sequence[FrontPoint]):
         self.records = tuple(records)
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
-        self.metric = next(one for one in objectives if one.unit == "score")
+        self.metric = next(one for one in objectives if one.is_metric)
         self._exporter = exporter
         points = [
             FrontPoint(record, self.objectives, exporter)

@@ -61,7 +61,7 @@ def _deviation(record: TrialRecord, objective: Objective) -> float:
 def _columns(objectives: Sequence[Objective]) -> list[str]:
     return [
         *("trial", "front", "status", *(one.name for one in objectives)),
-        *(deviation_of(one.name) for one in objectives if one.unit == "score"),
+        *(deviation_of(one.name) for one in objectives if one.is_metric),
         *("methods", "adapters", "lowest_block", "learning_rate", "weight_decay", "seed", "trainings"),
         *("wall_seconds", "reference", "duplicate_of", "reason", "configuration"),
     ]

@@ -39,7 +39,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         parent_run_id: The search's run; its children are shown.
         objectives: The search's objectives.
     """
-    first = next(one for one in objectives if one.unit == "score")
+    first = next(one for one in objectives if one.is_metric)
     metric = valid_key(first.name)
     costs = [valid_key(one.name) for one in objectives if one.name != first.name]
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))

@@ -35,6 +35,11 @@ class Objective:
     before_training: bool = False
     log_scale: bool = False
 
+    @property
+    def is_metric(self) -> bool:
+        """Whether it says how good a model is, and not what it costs."""
+        return self.unit == "score"
+
     def format(self, value: float) -> str:
         """Write a value for people, as in "334.0 k" or "117.2 MiB"."""
         if math.isnan(value):
@@ -109,8 +114,8 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Ob
             f"A front needs at least two objectives, got {wanted}; "
             "for example ('accuracy', 'trainable_parameters')."
         )
-    if not any(available[name].unit == "score" for name in wanted):
-        scores = ", ".join(name for name, one in available.items() if one.unit == "score")
+    if not any(available[name].is_metric for name in wanted):
+        scores = ", ".join(name for name, one in available.items() if one.is_metric)
         raise ValueError(f"At least one objective must be a metric: {scores}.")
     return tuple(available[name] for name in wanted)
 

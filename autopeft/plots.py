@@ -32,7 +32,7 @@ _LABEL_SIZE = (26, 16)
 
 def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
     """Return the (x, y) pairs to draw: the first metric upwards against each other objective."""
-    first = next((one for one in objectives if one.unit == "score"), objectives[0])
+    first = next((one for one in objectives if one.is_metric), objectives[0])
     return [(one, first) for one in objectives if one.name != first.name]
 
 

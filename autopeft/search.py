@@ -188,7 +188,7 @@ class Search:
         Raises:
             ValueError: A score is unknown, the search was not started, or has too few completed trials.
         """
-        metric = next(one for one in self.objectives if one.unit == "score")
+        metric = next(one for one in self.objectives if one.is_metric)
         return check_scores(self.front().records, self.sensitivity(scores).scores, metric)
 
     def validate(self) -> None:

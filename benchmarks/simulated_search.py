@@ -1,6 +1,6 @@
 """What a search's choices are worth when nothing is trained: many seeds in minutes, to tell details apart.
 
-    python -m benchmarks.simulated_search [--seeds 20] [--budget 60] [--runs FILE]
+    python -m benchmarks.simulated_search [--seeds 20] [--budget 48] [--runs FILE]
 
 A forest (Geurts, Ernst and Wehenkel, "Extremely randomized trees", 2006) is fitted to the validation scores
 of every configuration of LoRA that runs of `python -m benchmarks.search_cost` trained, those in

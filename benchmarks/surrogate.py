@@ -157,7 +157,10 @@ def figures(
     tried = set(known.configurations)
     others = [one for one in truth if one not in tried and len(one)]
     foretold = model(
-        _inputs(known.configurations, features), known.scores, known.trainings, _inputs(others, features)
+        features.metric_inputs(known.configurations),
+        known.scores,
+        known.trainings,
+        features.metric_inputs(others),
     )
     true = np.array([truth[one] for one in others])
     found = {}
@@ -168,13 +171,6 @@ def figures(
         error = float(np.sqrt(np.mean((foretold[chosen] - true[chosen]) ** 2)))
         found[size] = correlation, error
     return found
-
-
-def _inputs(configurations: Sequence[Configuration], features: Features) -> Inputs:
-    return Inputs(
-        np.array([features.of_metric(one) for one in configurations]),
-        np.array([features.placement(one) for one in configurations]),
-    )
 
 
 def measure(logs: Logs, features: Features, numbers: Sequence[int]) -> list[dict[str, Any]]:

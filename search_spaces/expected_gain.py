@@ -111,9 +111,13 @@ class Features:
 
     def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
         """Return what a model of a metric or of a cost is given."""
-        if not _is_metric(objective):
-            costs = np.array([self.of_cost(one) for one in configurations])
-            return Inputs(costs, placements=np.empty((len(configurations), 0)))
+        if objective.is_metric:
+            return self.metric_inputs(configurations)
+        costs = np.array([self.of_cost(one) for one in configurations])
+        return Inputs(costs, placements=np.empty((len(configurations), 0)))
+
+    def metric_inputs(self, configurations: Sequence[Configuration]) -> Inputs:
+        """Return what a model of a metric is given."""
         return Inputs(
             np.array([self.of_metric(one) for one in configurations]),
             np.array([self.placement(one) for one in configurations]),
@@ -158,7 +162,7 @@ class ExpectedGain:
             self._inputs(places, objective),
             np.array([_scaled(objective, known[place]) for place in places]),
             None if objective.before_training else self._trainings[places],
-            linear=not _is_metric(objective),
+            linear=not objective.is_metric,
             exact=objective.before_training,
         )
 
@@ -257,10 +261,6 @@ class ExpectedGain:
             return self._models[objective.name].predict(self._features.inputs(candidates, objective))
         counts = (self._features.count(one) for one in candidates)
         return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
-
-
-def _is_metric(objective: Objective) -> bool:
-    return objective.unit == "score"
 
 
 def _is_near(rate: float, other: float) -> bool:

@@ -21,6 +21,7 @@ from autopeft.configuration import Configuration
 from autopeft.elastic import ElasticAdapter, SubScore
 from autopeft.elastic_check import ElasticCheck, check_elastic
 from autopeft.elastic_pool import crossed, drawn, largest_lora
+from autopeft.errors import check_whole
 from autopeft.evaluation import Cost, TrialRecord
 from autopeft.evaluation_run import reason_of_failure
 from autopeft.evaluator import Evaluator
@@ -67,8 +68,7 @@ class Elastic:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.trainings) and self.trainings > 0):
             raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
-        if self.candidates < _GENERATIONS:
-            raise ValueError(f"candidates is a whole number from {_GENERATIONS} up, got {self.candidates!r}.")
+        check_whole("candidates", self.candidates, least=_GENERATIONS)
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is a share of the trials in [0, 1], got {self.share!r}.")
         if not -1 <= self.lowest_correlation <= 1:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from autopeft.evaluator import Evaluator
 
 _logger = logging.getLogger(__name__)
+_SECONDS_SAVED = "prefix_seconds_saved"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ class EvaluationRun:
             if not self.violations:
                 prefix.open()
                 self._train(attachment, prefix)
-                self.values |= prefix.record()
+                self._add(prefix.record())
+
+    def _add(self, recorded: dict[str, float]) -> None:
+        """Keep what the prefix gave; seconds are summed with those of before a pause, as compute is."""
+        if _SECONDS_SAVED in recorded:
+            recorded[_SECONDS_SAVED] += self.values.get(_SECONDS_SAVED, 0.0)
+        self.values |= recorded
 
     @section("set-up")
     def _train(self, attachment: Attachment, prefix: TrialPrefix) -> None:

@@ -152,11 +152,15 @@ class SearchLoop:
 
     def _goes_on(self, front: ParetoFront) -> bool:
         """Whether there is more to do; when all trials are begun, some are trained on, or again."""
-        if self.budget.spent_share(self._spent) < 1:
-            return not self._used_up()
+        if self._may_begin():
+            return True
         only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
         is_left = self._promoted() is not None or self._to_repeat(front) is not None
         return only_trials_are_spent and is_left
+
+    def _may_begin(self) -> bool:
+        """Whether trials may still be begun: there is budget, and the latest were not all known."""
+        return self.budget.spent_share(self._spent) < 1 and not used_up(self.records, self.budget)
 
     @section("ask")
     def _promoted(self) -> tuple[TrialRecord, int] | None:
@@ -165,7 +169,8 @@ class SearchLoop:
     def _to_repeat(self, front: ParetoFront) -> TrialRecord | None:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
         waiting = self._lacking(front)
-        may_wait = self.budget.spent_share(self._spent, cost_of_repeats(waiting, self.search.seeds)) < 1
+        repeats = cost_of_repeats(waiting, self.search.seeds)
+        may_wait = self._may_begin() and self.budget.spent_share(self._spent, repeats) < 1
         return next_to_repeat(waiting, len(self.records) - 1, may_wait=may_wait)
 
     def _lacking(self, front: ParetoFront) -> list[TrialRecord]:
@@ -195,7 +200,11 @@ class SearchLoop:
 
     def _update(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         """Keep what became of a trial that was known."""
-        self.store.update(record)
+        _, *duplicates = self.store.update(record)
+        for duplicate in duplicates:
+            front = front.with_trial(duplicate)
+            if self.tracker is not None:
+                self.tracker.trial_finished(duplicate)
         if record.evaluation.status != "paused":
             self.paused.drop(record.number)
         self._spent = self._sum()
@@ -347,13 +356,9 @@ class SearchLoop:
             self.tracker.log_report(report.save, "sensitivity")
             self.tracker.log_report(check.save, "sensitivity")
 
-    def _used_up(self) -> bool:
-        found = used_up(self.records, self.budget)
-        if found:
-            self.progress.say("The latest candidates had all been tried: the search ends.")
-        return found
-
     def _close(self, front: ParetoFront) -> None:
+        if used_up(self.records, self.budget):
+            self.progress.say("The latest candidates had all been tried: the search ends.")
         self.progress.show(front.table())
         if fewer := len(self._lacking(front)):
             self.progress.say(

@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -205,8 +206,23 @@ class StudyStore:
             self._follow(complete[-1])  # whole trainings tell of those that paused
 
     @section("record")
-    def update(self, record: TrialRecord) -> None:
-        """Write what became of a paused trial that went on, or of a complete one that was trained again."""
+    def update(self, record: TrialRecord) -> list[TrialRecord]:
+        """Write what became of a paused trial that went on, or of a complete one that was trained again.
+
+        Returns:
+            The trial, and its duplicates that paused with it, which became the same.
+        """
+        paused = (one for one in self.records if one.evaluation.status == "paused")
+        duplicates = [one for one in paused if one.duplicate_of == record.number]
+        changed = [record, *(replace(one, evaluation=record.evaluation) for one in duplicates)]
+        assert self._journal is not None
+        with self._journal.in_one_piece() if duplicates else nullcontext():
+            for one in changed:
+                self._write(one)
+        self._follow(record.number)
+        return changed
+
+    def _write(self, record: TrialRecord) -> None:
         index = next(place for place, one in enumerate(self.records) if one.number == record.number)
         trial = self._saved.get_trials(deepcopy=False)[index]
         if trial.state.is_finished():
@@ -215,7 +231,6 @@ class StudyStore:
             self._saved._storage.set_trial_user_attr(trial._trial_id, _RECORD, _encode(record))
         self.records[index] = record
         self._finish(trial, record)
-        self._follow(record.number)
 
     def _finish(self, trial: FrozenTrial, record: TrialRecord) -> None:
         """Finish a trial of the file that is over, with the values of its first training."""

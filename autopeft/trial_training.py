@@ -145,15 +145,18 @@ class TrialTraining:
 
 
 def _room(evaluator: Evaluator) -> int | None:
-    """Return the bytes that a pack may take: what the constraints allow a candidate, or else what there is.
+    """Return the bytes that a pack may take: what there is, or less where a constraint says so.
 
     None where a candidate's memory is not counted anyway.
     """
     if "peak_memory" not in evaluator.needed():
         return None
-    for constraint in evaluator.constraints:
-        if constraint.objective.name == "peak_memory":
-            return int(constraint.bound)
-    if evaluator.device.type == "cuda":
-        return torch.cuda.get_device_properties(evaluator.device).total_memory
+    bounds = (one.bound for one in evaluator.constraints if one.objective.name == "peak_memory")
+    return int(min([_memory(evaluator.device), *bounds]))
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -190,6 +190,7 @@ def test_the_pool_has_points_of_the_space_alone(space: SearchSpace) -> None:
     [
         ({"trainings": 0}, "trainings is a number above 0"),
         ({"candidates": 2}, "candidates is a whole number from 3 up"),
+        ({"candidates": 96.5}, "candidates is a whole number from 3 up, got 96.5"),
         ({"share": 1.5}, "share is a share of the trials"),
         ({"lowest_correlation": -2}, r"lowest_correlation is in \[-1, 1\]"),
     ],

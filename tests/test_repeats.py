@@ -226,6 +226,14 @@ def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path)
     assert len([one for one in waited if one < 3]) >= len(at_the_end)
 
 
+def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
+    """The fourth training would come after 192 trials, and 100 that had all been tried end the search."""
+    one = search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2), seeds=4)
+    front = one.run(cpu_seconds=3600, progress=False)
+    assert len(front.records) < 192
+    assert all(point.record.evaluation.trainings == 4 for point in front)
+
+
 def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
     """Every training is said to take a second; those that wait come before the last second is spent."""
     one = search(tmp_path, seeds=3, seed=4)

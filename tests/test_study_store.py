@@ -245,6 +245,28 @@ def test_a_trial_that_was_over_when_the_process_was_killed_is_finished(tmp_path:
     again.close()
 
 
+def test_duplicates_of_a_paused_trial_end_with_it(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    whole = paused_trial(store)
+    trial = store.live.ask()
+    trial.suggest_int("rank", 1, 64)
+    values = [whole.evaluation.values[one.name] for one in OBJECTIVES]
+    store.live.tell(trial, values)
+    paused = replace(whole.evaluation, status="paused", reason="half of it", fidelity=0.5)
+    twin = replace(whole, number=trial.number, evaluation=paused, duplicate_of=whole.number)
+    store.save([twin])
+    expected = [whole, replace(twin, evaluation=whole.evaluation)]
+    assert store.update(whole) == expected
+    assert store.records[-2:] == expected
+    store.close()
+    again = opened(tmp_path)
+    assert again.records[-2:] == expected
+    for study in (again.live, again._saved):
+        for one in study.get_trials()[-2:]:
+            assert (one.state, one.values) == (TrialState.COMPLETE, values)
+    again.close()
+
+
 def test_a_search_that_paused_does_not_go_on_without_rungs(tmp_path: Path) -> None:
     store = opened(tmp_path)
     paused_trial(store)

@@ -219,6 +219,15 @@ class TestLearningRate:
         trial = create_study(sampler=RandomSampler(seed=0)).ask()
         assert 1.23456e-3 <= space.suggest(trial, BERT).learning_rate <= 1.23464e-3
 
+    @pytest.mark.parametrize("bounds", [(1e-4, 1 / 300), (3.1266e-4, 1e-2), (3e-4, 0.01264)])
+    def test_bounds_of_more_digits_are_rates_themselves(self, bounds: tuple[float, float]) -> None:
+        space = PerLayer(methods=("lora",), learning_rate=bounds)
+        for rate in bounds:
+            parameters = space.encode(Configuration(learning_rate=rate), BERT)
+            assert space.suggest(FixedTrial(parameters), BERT).learning_rate == rate
+        for anchor in space.anchors(BERT):
+            space.encode(anchor.configuration, BERT)
+
     @pytest.mark.parametrize(
         ("rate", "message"),
         [(1e-4, r"outside \[0.0003, 0.01\]"), (0.00123456, "three digits such as 0.00123")],

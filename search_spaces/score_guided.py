@@ -48,8 +48,9 @@ _REFINED = "refined"
 _OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
 # Of an anchor: the place of its budget on a log scale, the share of blocks left free, the place of its rate.
-# Two have one budget: where rates and sizes go together, a model takes one for the other.
-_ANCHORS = ((0.1, 0.67, 1.0), (0.35, 0.5, 0.8), (0.35, 0.67, 0.35))
+# Two have one budget: where rates and sizes go together, a model takes one for the other. The higher rate,
+# which may come to nothing, goes on after a rung only if it is promising.
+_ANCHORS = ((0.1, 0.83, 1.0), (0.35, 0.67, 0.6), (0.35, 0.67, 0.8))
 _TRAINED_WHOLE = 2  # of these, and the head alone: three trainings tell what is gained after a rung
 _DRAWN = 32  # candidates of a pool that are drawn anew
 _REFINED_CANDIDATES = 128  # and that are made from the front
@@ -335,8 +336,7 @@ class ScoreGuided(SearchSpace):
     def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
         """Return the head alone, and the first score's allocation at a few small budgets.
 
-        Large ones are dear, and tried when models promise something. Which learning rates are good is to be
-        learned first. The last goes on after a rung only if it is promising.
+        Large ones are dear, and tried when models promise something: which rates are good comes first.
         """
         rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)

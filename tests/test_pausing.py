@@ -24,7 +24,10 @@ TIMES = ("training_seconds", "examples_per_second", "inference_latency")
 
 
 def make_evaluator(
-    rungs: tuple[float, ...], training: Training = TRAINING, architecture: str = "bert"
+    rungs: tuple[float, ...],
+    training: Training = TRAINING,
+    architecture: str = "bert",
+    cache: Path | None = None,
 ) -> Evaluator:
     task = learnable_task(rows=44)  # 6 steps an epoch, the last with fewer rows
     backbone = tiny_backbone(architecture, new_head=True)
@@ -32,7 +35,7 @@ def make_evaluator(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
     objectives = resolve_objectives(OBJECTIVES, task.metrics)
-    return Evaluator(backbone, task, training, objectives, rungs=rungs)
+    return Evaluator(backbone, task, training, objectives, rungs=rungs, cache=cache)
 
 
 def lora(evaluator: Evaluator, learning_rate: float = 1e-2) -> Configuration:
@@ -180,3 +183,12 @@ def test_planned_batches_are_the_epochs_batches_in_order() -> None:
         found = [batch["input_ids"] for _ in range(pieces) for batch in batches]
         assert len(found) == len(expected) - step
         assert all(torch.equal(one, other) for one, other in zip(found, expected[step:], strict=True))
+
+
+def test_seconds_that_a_prefix_saved_before_a_pause_count_as_well(tmp_path: Path) -> None:
+    evaluator = make_evaluator((0.5,), replace(TRAINING, frozen_prefix="cached"), cache=tmp_path)
+    head = Configuration(learning_rate=1e-2)
+    paused = evaluator.train(head, rung=0).paused
+    values = evaluator.train(head, paused=paused).evaluation.values
+    first, second = evaluator.prefixes.uses
+    assert values["prefix_seconds_saved"] == first.seconds_saved + second.seconds_saved

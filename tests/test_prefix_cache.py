@@ -319,18 +319,6 @@ def test_what_does_not_pay_or_fit_is_not_kept(
     assert_alike(trained, computed.train(above(backbone, 2)), tolerance=0)
 
 
-def test_seconds_saved_before_a_pause_count_as_well(tmp_path: Path) -> None:
-    task = learnable_task(rows=40)
-    objectives = resolve_objectives(OBJECTIVES, task.metrics)
-    training = replace(TRAINING, frozen_prefix="cached")
-    cached = Evaluator(backbone_of(), task, training, objectives, cache=tmp_path, rungs=(0.5,))
-    configuration = above(cached.backbone, 2)
-    paused = cached.train(configuration, rung=0).paused
-    values = cached.train(configuration, paused=paused).evaluation.values
-    first, second = cached.prefixes.uses
-    assert values["prefix_seconds_saved"] == first.seconds_saved + second.seconds_saved
-
-
 def test_what_serving_gave_is_recorded_beside_what_was_expected(tmp_path: Path) -> None:
     cached = evaluator_of(backbone_of(), tmp_path)
     values = cached.evaluate(above(cached.backbone, 2)).values

@@ -281,8 +281,8 @@ class SearchLoop:
         """Say what became of trials that were trained together; return the front with all of them."""
         before = front.members
         for record in records:
-            if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
-                self._known[record.evaluation.configuration.key] = record
+            if record.duplicate_of is None:
+                self._know(record)
             front = front.with_trial(record)
         self._has_run = True
         if front.members != before or any(one.evaluation.by_seed for one in records):
@@ -297,6 +297,14 @@ class SearchLoop:
                     callback(record, front)
         refuse_hopeless(self.records)
         return front
+
+    def _know(self, record: TrialRecord) -> None:
+        """Remember what its configuration gave; one that failed may be tried again."""
+        key = record.evaluation.configuration.key
+        if record.evaluation.status in ("complete", "paused"):
+            self._known[key] = record
+        else:
+            self._known.pop(key, None)
 
     def _drop_tensors(self, front: ParetoFront) -> None:
         """Keep the tensors of the front and of who was trained again; all, while members may yet fall."""
@@ -357,7 +365,7 @@ class SearchLoop:
             self.tracker.log_report(check.save, "sensitivity")
 
     def _close(self, front: ParetoFront) -> None:
-        if used_up(self.records, self.budget):
+        if used_up(self.records, self.budget) and not self._goes_on(front):
             self.progress.say("The latest candidates had all been tried: the search ends.")
         self.progress.show(front.table())
         if fewer := len(self._lacking(front)):

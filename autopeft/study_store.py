@@ -99,10 +99,12 @@ class StudyStore:
                 raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
             self._saved.set_metric_names(names)
         self.records += _records(self._saved)
-        if self.promotion is None and any(one.evaluation.status == "paused" for one in self.records):
+        originals = (one.evaluation for one in self.records if one.duplicate_of is None)
+        if self.promotion is None and any(one.status == "paused" for one in originals):
             raise self._other_search(["fidelity: trials pause there, none does here"])
         for trial, record in zip(self._saved.get_trials(deepcopy=False), self.records, strict=True):
             self._finish(trial, record)  # a process that was killed may not have come to it
+        self._end_duplicates()  # nor to this
         self._refresh(())
 
     def _refresh(self, waiting: Sequence[FrozenTrial]) -> None:
@@ -212,15 +214,23 @@ class StudyStore:
         Returns:
             The trial, and its duplicates that paused with it, which became the same.
         """
-        paused = (one for one in self.records if one.evaluation.status == "paused")
-        duplicates = [one for one in paused if one.duplicate_of == record.number]
-        changed = [record, *(replace(one, evaluation=record.evaluation) for one in duplicates)]
-        assert self._journal is not None
-        with self._journal.in_one_piece() if duplicates else nullcontext():
-            for one in changed:
-                self._write(one)
+        self._write(record)
+        duplicates = self._end_duplicates()
         self._follow(record.number)
-        return changed
+        return [record, *duplicates]
+
+    def _end_duplicates(self) -> list[TrialRecord]:
+        """Give those that paused with a trial that is over its outcome, and return them."""
+        known = {one.number: one.evaluation for one in self.records}
+        found = [
+            replace(one, evaluation=known[one.duplicate_of])
+            for one in self.records
+            if one.duplicate_of is not None
+            and one.evaluation.status == "paused" != known[one.duplicate_of].status
+        ]
+        for one in found:
+            self._write(one)
+        return found
 
     def _write(self, record: TrialRecord) -> None:
         index = next(place for place, one in enumerate(self.records) if one.number == record.number)

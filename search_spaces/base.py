@@ -195,8 +195,8 @@ def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> f
 
 def readable_learning_rate(value: float, low: float, high: float) -> float:
     """Return a learning rate of three significant digits within bounds, which may have more."""
-    if value <= low or value >= high:
-        return low if value <= low else high
+    if not low < value < high:
+        return min(max(value, low), high)
     return min(max(float(f"{value:.3g}"), low), high)
 
 

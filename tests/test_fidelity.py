@@ -304,6 +304,29 @@ def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
     assert outcomes(run(halving_search(tmp_path / "cut"), 8).records) == outcomes(whole.records)
 
 
+def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
+    halving = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=4)
+    search = halving_search(tmp_path, space=Uniform(ranks=(1, 4), learning_rate=1e-2), fidelity=halving)
+    train, failed = search.evaluator.train, list[Configuration]()
+
+    def failing_once(configuration: Configuration, *arguments: Any, **options: Any) -> Any:
+        trained = train(configuration, *arguments, **options)
+        if options.get("paused") is None or failed:
+            return trained
+        failed.append(configuration)
+        return replace(trained, evaluation=replace(trained.evaluation, status="failed", reason="lost"))
+
+    search.evaluator.train = failing_once  # type: ignore[method-assign]
+    records = run(search, 8).records
+    own = [one.evaluation for one in records if one.duplicate_of is None]
+    again = [one.status for one in own if one.configuration == failed[0]]
+    assert again[0] == "failed"
+    assert again[1:] == ["complete"]
+    for one in records:
+        if one.duplicate_of is not None:
+            assert one.evaluation.status == records[one.duplicate_of].evaluation.status
+
+
 def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
     search = halving_search(tmp_path)
     front = run(search, 8)

@@ -245,26 +245,32 @@ def test_a_trial_that_was_over_when_the_process_was_killed_is_finished(tmp_path:
     again.close()
 
 
-def test_duplicates_of_a_paused_trial_end_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True], ids=["updated", "killed in between"])
+def test_duplicates_of_a_paused_trial_end_with_it(is_killed: bool, tmp_path: Path) -> None:
     store = opened(tmp_path)
     whole = paused_trial(store)
     trial = store.live.ask()
     trial.suggest_int("rank", 1, 64)
-    values = [whole.evaluation.values[one.name] for one in OBJECTIVES]
-    store.live.tell(trial, values)
+    store.live.tell(trial, [0.5] * len(OBJECTIVES))  # what was expected of it
     paused = replace(whole.evaluation, status="paused", reason="half of it", fidelity=0.5)
     twin = replace(whole, number=trial.number, evaluation=paused, duplicate_of=whole.number)
     store.save([twin])
     expected = [whole, replace(twin, evaluation=whole.evaluation)]
-    assert store.update(whole) == expected
+    if is_killed:
+        saved = store._saved.get_trials(deepcopy=False)[whole.number]
+        text = json.dumps(whole.to_dict())
+        store._saved._storage.set_trial_user_attr(saved._trial_id, "autopeft:record", text)
+        store.close()
+        store = opened(tmp_path)
+    else:
+        assert store.update(whole) == expected
     assert store.records[-2:] == expected
-    store.close()
-    again = opened(tmp_path)
-    assert again.records[-2:] == expected
-    for study in (again.live, again._saved):
+    values = [whole.evaluation.values[one.name] for one in OBJECTIVES]
+    for study in (store.live, store._saved):
         for one in study.get_trials()[-2:]:
             assert (one.state, one.values) == (TrialState.COMPLETE, values)
-    again.close()
+    store.close()
+    assert load_study(tmp_path)[1][-2:] == expected
 
 
 def test_a_search_that_paused_does_not_go_on_without_rungs(tmp_path: Path) -> None:

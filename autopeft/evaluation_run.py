@@ -31,6 +31,7 @@ from autopeft.methods import Attachment
 from autopeft.modes import set_mode
 from autopeft.paused_training import PausedTraining, TrainingState
 from autopeft.prefix_cache import TrialPrefix
+from autopeft.prefix_filling import SECONDS_SAVED
 from autopeft.profiling import section
 from autopeft.seeding import seeded
 from autopeft.training import FineTuning, build_trainer, dismantle, quiet_lightning
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from autopeft.evaluator import Evaluator
 
 _logger = logging.getLogger(__name__)
-_SECONDS_SAVED = "prefix_seconds_saved"
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class EvaluationRun:
 
     def _add(self, recorded: dict[str, float]) -> None:
         """Keep what the prefix gave; seconds are summed with those of before a pause, as compute is."""
-        if _SECONDS_SAVED in recorded:
-            recorded[_SECONDS_SAVED] += self.values.get(_SECONDS_SAVED, 0.0)
+        if SECONDS_SAVED in recorded:
+            recorded[SECONDS_SAVED] += self.values.get(SECONDS_SAVED, 0.0)
         self.values |= recorded
 
     @section("set-up")

@@ -26,7 +26,7 @@ from autopeft.modes import in_mode
 from autopeft.objectives import parse_quantity
 from autopeft.prefix_estimate import Estimate, Passes, estimate
 from autopeft.prefix_files import PrefixFiles, StoredStates
-from autopeft.prefix_filling import SECONDS_PER_TOKEN, Start, fill
+from autopeft.prefix_filling import SECONDS_PER_TOKEN, SECONDS_SAVED, Start, fill
 from autopeft.prefix_rows import SplitRows, place
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.training import Training
@@ -389,7 +389,7 @@ class TrialPrefix:
             100 * use.estimated_share,
         )
         return {
-            "prefix_seconds_saved": use.seconds_saved,
+            SECONDS_SAVED: use.seconds_saved,
             "prefix_seconds_saved_share": use.share,
             "prefix_seconds_saved_share_estimated": use.estimated_share,
         }

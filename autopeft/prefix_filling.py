@@ -17,6 +17,8 @@ from autopeft.prefix_rows import SplitRows
 
 SECONDS_PER_TOKEN = "seconds_per_token"
 """Noted in every file: what computing a token's hidden states takes."""
+SECONDS_SAVED = "prefix_seconds_saved"
+"""A trial's value: what being served them saved it."""
 
 
 class Start(NamedTuple):

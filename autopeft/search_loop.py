@@ -66,11 +66,9 @@ class SearchLoop:
         self.asker = Asker(search, store, self.elastic, self.axes)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
-        self._known = {
-            record.evaluation.configuration.key: record
-            for record in reversed(store.records)
-            if record.evaluation.status in ("complete", "paused") and record.duplicate_of is None
-        }
+        self._known: dict[str, TrialRecord] = {}
+        for record in store.records:
+            self._know(record)
         self._has_run = False
         rungs = search.evaluator.plan.rungs
         self._evaluations = sum(evaluations_of(record, rungs) for record in store.records)
@@ -152,15 +150,14 @@ class SearchLoop:
 
     def _goes_on(self, front: ParetoFront) -> bool:
         """Whether there is more to do; when all trials are begun, some are trained on, or again."""
-        if self._may_begin():
+        if self.budget.spent_share(self._spent) < 1 and not self._is_used_up():
             return True
         only_trials_are_spent = self.budget.spent_share(replace(self._spent, trials=0)) < 1
         is_left = self._promoted() is not None or self._to_repeat(front) is not None
         return only_trials_are_spent and is_left
 
-    def _may_begin(self) -> bool:
-        """Whether trials may still be begun: there is budget, and the latest were not all known."""
-        return self.budget.spent_share(self._spent) < 1 and not used_up(self.records, self.budget)
+    def _is_used_up(self) -> bool:
+        return used_up(self.records, self.budget)
 
     @section("ask")
     def _promoted(self) -> tuple[TrialRecord, int] | None:
@@ -170,7 +167,7 @@ class SearchLoop:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
         waiting = self._lacking(front)
         repeats = cost_of_repeats(waiting, self.search.seeds)
-        may_wait = self._may_begin() and self.budget.spent_share(self._spent, repeats) < 1
+        may_wait = self.budget.spent_share(self._spent, repeats) < 1 and not self._is_used_up()
         return next_to_repeat(waiting, len(self.records) - 1, may_wait=may_wait)
 
     def _lacking(self, front: ParetoFront) -> list[TrialRecord]:
@@ -281,8 +278,7 @@ class SearchLoop:
         """Say what became of trials that were trained together; return the front with all of them."""
         before = front.members
         for record in records:
-            if record.duplicate_of is None:
-                self._know(record)
+            self._know(record)
             front = front.with_trial(record)
         self._has_run = True
         if front.members != before or any(one.evaluation.by_seed for one in records):
@@ -300,6 +296,8 @@ class SearchLoop:
 
     def _know(self, record: TrialRecord) -> None:
         """Remember what its configuration gave; one that failed may be tried again."""
+        if record.duplicate_of is not None:
+            return
         key = record.evaluation.configuration.key
         if record.evaluation.status in ("complete", "paused"):
             self._known[key] = record
@@ -365,7 +363,7 @@ class SearchLoop:
             self.tracker.log_report(check.save, "sensitivity")
 
     def _close(self, front: ParetoFront) -> None:
-        if used_up(self.records, self.budget) and not self._goes_on(front):
+        if self._is_used_up() and not self._goes_on(front):
             self.progress.say("The latest candidates had all been tried: the search ends.")
         self.progress.show(front.table())
         if fewer := len(self._lacking(front)):

@@ -195,9 +195,8 @@ def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> f
 
 def readable_learning_rate(value: float, low: float, high: float) -> float:
     """Return a learning rate of three significant digits within bounds, which may have more."""
-    if not low < value < high:
-        return min(max(value, low), high)
-    return min(max(float(f"{value:.3g}"), low), high)
+    readable = float(f"{value:.3g}") if low < value < high else value
+    return min(max(readable, low), high)
 
 
 def log_place(value: float, low: float, high: float) -> float:

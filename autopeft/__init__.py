@@ -4,7 +4,7 @@ from autopeft import search_spaces, tasks
 from autopeft.backbone import Backbone
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.elastic import ElasticAdapter
-from autopeft.elastic_proposals import Elastic
+from autopeft.elastic_settings import Elastic
 from autopeft.evaluation import Evaluation, TrialRecord
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, load_adapter

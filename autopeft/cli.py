@@ -126,6 +126,8 @@ def show(
             seed, f"{found.metric.name} {found.metric.format(values[found.metric.name])}"
         )
         print(f"  training with seed {seed}: {outcome}")
+    if evaluation.status in ("complete", "paused"):
+        print(f"  begun from: {evaluation.begun_from}")
     cost = evaluation.cost
     print(f"  cost: {cost.wall_seconds:.1f} s, {cost.cpu_seconds:.1f} CPU-seconds, {cost.steps} steps")
     print(evaluation.configuration.grid())

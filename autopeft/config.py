@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from autopeft.budget import Budget
-from autopeft.elastic_proposals import Elastic
+from autopeft.elastic_settings import Elastic
 from autopeft.errors import unknown_choice
 from autopeft.fidelity import SuccessiveHalving
 from autopeft.search import Search

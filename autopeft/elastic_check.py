@@ -20,30 +20,34 @@ class ElasticCheck:
     Attributes:
         metric: The metric that was trained for.
         trials: Number of trained sub-configurations compared.
+        warm_start: Whether these began from the elastic adapter's weights.
         spearman: Spearman's rank correlation with the elastic adapter's loss, the sign turned.
         spearman_parameters: That of the number of trainable parameters alone: what it has to beat.
-        lowest: The correlation below which the elastic adapter has no say.
+        lowest: The correlation below which the elastic adapter proposes nothing.
     """
 
     metric: str
     trials: int
+    warm_start: bool
     spearman: float
     spearman_parameters: float
     lowest: float
 
     @property
     def trusted(self) -> bool:
-        """Whether it has a say; with few trials it is given the benefit of the doubt."""
+        """Whether it proposes; with few trials it is given the benefit of the doubt."""
         return self.trials < FEWEST_TRIALS or self.spearman >= self.lowest
 
     def describe(self) -> str:
         """Say in a line how good its ranking was."""
         if self.trials < FEWEST_TRIALS:
             return f"Elastic adapter: {self.trials} trials to compare it with, too few to tell."
-        verdict = "" if self.trusted else f"; below {self.lowest:g}, so it was switched off"
+        verdict = "" if self.trusted else f"; below {self.lowest:g}, so it proposed nothing"
+        begun = ", begun from its weights," if self.warm_start else ""
         return (
-            f"Elastic adapter: its scores rank {self.trials} trained configurations by {self.metric} with "
-            f"Spearman {self.spearman:+.2f} (number of parameters: {self.spearman_parameters:+.2f}){verdict}."
+            f"Elastic adapter: its scores rank {self.trials} trained configurations{begun} by {self.metric} "
+            f"with Spearman {self.spearman:+.2f} (number of parameters: {self.spearman_parameters:+.2f})"
+            f"{verdict}."
         )
 
     def save(self, folder: Path) -> tuple[Path, ...]:
@@ -60,12 +64,14 @@ def check_elastic(
     scores: Sequence[float],
     trained: Sequence[float],
     parameters: Sequence[float],
+    warm_start: bool,
     lowest: float,
 ) -> ElasticCheck:
     """Compare scores (the larger the better) of configurations with what training gave."""
     return ElasticCheck(
         metric=metric,
         trials=len(trained),
+        warm_start=warm_start,
         spearman=_spearman(scores, trained),
         spearman_parameters=_spearman(parameters, trained),
         lowest=lowest,

@@ -12,7 +12,8 @@ from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces import SearchSpace
 from autopeft.study_store import quiet_optuna
 
-_METHOD = "lora"
+METHOD = "lora"
+"""The only method that an elastic adapter has."""
 _TRIES_A_CHILD = 10
 _TRIES_A_DRAW = 10
 
@@ -37,8 +38,8 @@ def drawn(
         if len(points) >= count:
             break
         point = space.suggest(study.ask(), backbone)
-        points += [point] if set(point.methods) <= {_METHOD} else []
-    return [one for one in dict.fromkeys(points) if set(one.methods) <= {_METHOD}]
+        points += [point] if set(point.methods) <= {METHOD} else []
+    return [one for one in dict.fromkeys(points) if set(one.methods) <= {METHOD}]
 
 
 def largest_lora(
@@ -55,7 +56,7 @@ def largest_lora(
     largest: dict[Site, Adapter] = {}
     for configuration in seen:
         for site, adapter in configuration:
-            if adapter.method == _METHOD:
+            if adapter.method == METHOD:
                 known = largest.get(site)
                 if known is None or (adapter.size or 0) > (known.size or 0):
                     largest[site] = adapter

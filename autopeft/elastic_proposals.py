@@ -1,7 +1,7 @@
 """The elastic adapter in a search: inference on untrained configurations decides what is tried next.
 
 It is the cheapest fidelity there is, and may be wrong. So its ranking is compared with every training of a
-sub-configuration as the search goes on, and while it is poor the elastic adapter has no say.
+sub-configuration as the search goes on, and while it is poor the elastic adapter proposes nothing.
 """
 
 from __future__ import annotations
@@ -11,23 +11,20 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autopeft.configuration import Configuration
-from autopeft.elastic import ElasticAdapter, SubScore
+from autopeft.elastic import SubScore
 from autopeft.elastic_check import ElasticCheck, check_elastic
-from autopeft.elastic_pool import crossed, drawn, largest_lora
-from autopeft.errors import check_whole
+from autopeft.elastic_pool import crossed
+from autopeft.elastic_settings import GENERATIONS
+from autopeft.elastic_weights import ElasticWeights
 from autopeft.evaluation import Cost, TrialRecord
-from autopeft.evaluation_run import reason_of_failure
-from autopeft.evaluator import Evaluator
 from autopeft.methods import count_parameters
 from autopeft.pareto import Axis, Values, hypervolume
-from autopeft.search_spaces import SearchSpace
 from autopeft.search_spaces.base import (
     middle_learning_rate,
     readable_learning_rate,
@@ -37,80 +34,28 @@ from autopeft.search_spaces.base import (
 if TYPE_CHECKING:
     from autopeft.tracking import Tracker
 
-_GENERATIONS = 3
 _SHORTLIST = 12
 _FEWEST_FOR_A_LINE = 3
 _RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Elastic:
-    """Train a one-shot elastic adapter when a search begins, and let it propose a share of the trials.
-
-    Its training and its inference are part of what the search costs.
-
-    Attributes:
-        trainings: Length of its training, in trainings of one candidate.
-        candidates: Sub-configurations that are scored by inference to propose from.
-        share: Share of the trials it proposes, in [0, 1].
-        lowest_correlation: It proposes nothing while Spearman's correlation of its scores with the trained
-            metric is below this.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-
-    trainings: float = 1.0
-    candidates: int = 96
-    share: float = 0.5
-    lowest_correlation: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.trainings) and self.trainings > 0):
-            raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
-        check_whole("candidates", self.candidates, least=_GENERATIONS)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is a share of the trials in [0, 1], got {self.share!r}.")
-        if not -1 <= self.lowest_correlation <= 1:
-            raise ValueError(f"lowest_correlation is in [-1, 1], got {self.lowest_correlation!r}.")
-
-    def describe(self) -> str:
-        """Say in a line what it does."""
-        return (
-            f"a one-shot elastic adapter of {self.trainings:g} trainings proposes {self.share:.0%} of the "
-            f"trials, from {self.candidates} scored by inference"
-        )
 
 
 class ElasticProposals:
     """Proposes trials by the scores of an elastic adapter; kept in a folder, so that a search resumes.
 
     Args:
-        settings: What to train, and how often to propose.
-        evaluator: Trains and scores.
-        space: What proposals are points of.
+        weights: The elastic adapter, and the search's settings for it.
         axes: The search's axes of the hypervolume.
-        folder: Where adapter and scores are kept.
 
     Attributes:
-        obstacle: Why there is no elastic adapter; None while there may be one.
+        weights: The same.
     """
 
-    def __init__(
-        self,
-        settings: Elastic,
-        evaluator: Evaluator,
-        space: SearchSpace,
-        axes: Sequence[Axis],
-        folder: Path,
-    ) -> None:
-        self.settings = settings
-        self.evaluator = evaluator
-        self.space = space
+    def __init__(self, weights: ElasticWeights, axes: Sequence[Axis]) -> None:
+        self.weights = weights
+        self.settings = weights.settings
+        self.evaluator = weights.evaluator
+        self.space = weights.space
         self.axes = tuple(axes)
-        self.folder = folder
-        self.obstacle: str | None = None
-        self._adapter = ElasticAdapter.load(folder / "adapter.safetensors")
         self._scores: dict[Configuration, SubScore] = {}
         self._scoring_cost = Cost()
         self._pool: list[Configuration] = []
@@ -119,9 +64,8 @@ class ElasticProposals:
 
     @property
     def cost(self) -> Cost:
-        """Compute of the training and of all scoring so far."""
-        training = Cost() if self._adapter is None else self._adapter.cost
-        return training + self._scoring_cost
+        """Compute of all elastic trainings and of all scoring so far."""
+        return self.weights.cost + self._scoring_cost
 
     def propose(
         self,
@@ -139,11 +83,12 @@ class ElasticProposals:
             pending: What is about to be trained.
         """
         generator = random.Random(f"elastic:{self.evaluator.seed}:{number}")
-        if generator.random() >= self.settings.share or not self._prepare():
+        if generator.random() >= self.settings.share or self.weights.adapter() is None:
             return None
         check = self.check(records)
         if check is None or not check.trusted:
             return None
+        self._fill_pool()
         tried = {_bare(one) for one in (*pending, *(record.evaluation.configuration for record in records))}
         left = [one for one in self._pool if one not in tried]
         best = self._most_promising(left, records, list(front.values()))
@@ -153,16 +98,18 @@ class ElasticProposals:
         return self.space.encode(chosen, self.evaluator.backbone)
 
     def check(self, records: Sequence[TrialRecord]) -> ElasticCheck | None:
-        """Compare the scores with what was trained; None where there is no elastic adapter yet."""
-        adapter = self._adapter
-        if adapter is None or self.obstacle is not None:
+        """Compare the scores with what was trained; None where there is no elastic adapter yet.
+
+        Where trials begin from its weights, only those are compared: reference points, which do not, differ
+        from them by more than what the scores are of.
+        """
+        adapter = self.weights.trained
+        if adapter is None:
             return None
         trained = [
             one.evaluation
-            for one in records
-            if one.evaluation.status == "complete"
-            and one.duplicate_of is None
-            and adapter.obstacle(one.evaluation.configuration) is None
+            for one in self._comparable(records)
+            if adapter.obstacle(one.evaluation.configuration) is None
         ]
         self._score([_bare(one.configuration) for one in trained])
         monitor = self.evaluator.monitor
@@ -171,45 +118,41 @@ class ElasticProposals:
             scores=[-self._scores[_bare(one.configuration)].loss for one in trained],
             trained=[one.values[monitor] for one in trained],
             parameters=[one.values["trainable_parameters"] for one in trained],
+            warm_start=self.settings.warm_start,
             lowest=self.settings.lowest_correlation,
         )
+
+    def _comparable(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Return the whole trainings that began as the search's sampled trials do."""
+        return [
+            one
+            for one in records
+            if one.evaluation.status == "complete"
+            and one.duplicate_of is None
+            and one.evaluation.warm_start == self.settings.warm_start
+        ]
 
     def report(
         self, records: Sequence[TrialRecord], say: Callable[[str], object], tracker: Tracker | None
     ) -> None:
         """Say how well the elastic adapter ranked the trials, and keep the figures with the search's run."""
-        if self.obstacle is not None:
-            say(f"There was no elastic adapter: {self.obstacle}.")
+        if self.weights.obstacle is not None:
+            say(f"There was no elastic adapter: {self.weights.obstacle}.")
         check = self.check(records)
         if check is not None:
             say(check.describe())
             if tracker is not None:
                 tracker.log_report(check.save, "elastic")
 
-    def _prepare(self) -> bool:
-        """Train the adapter and score the pool where that was not done; False where it cannot be."""
-        if self._pool or self.obstacle is not None:
-            return self.obstacle is None
-        backbone = self.evaluator.backbone
-        generator = random.Random(f"elastic:{self.evaluator.seed}")
-        points = drawn(self.space, backbone, max(1, self.settings.candidates // _GENERATIONS), generator)
-        largest = largest_lora(self.space, backbone, points)
-        if largest is None:
-            self.obstacle = "the space has no configuration of LoRA alone"
-            return False
-        reason = reason_of_failure(lambda: self._train(largest))
-        adapter = self._adapter
-        if reason is not None or adapter is None:
-            self.obstacle = f"the elastic adapter's training failed: {reason}"
-            return False
+    def _fill_pool(self) -> None:
+        """Score what is proposed from where that was not done."""
+        adapter = self.weights.trained
+        if self._pool or adapter is None:
+            return
+        generator = self.weights.generator()
+        points = self.weights.draws(generator)
         self._evolve([one for one in points if adapter.obstacle(one) is None], generator)
         self._save()
-        return True
-
-    def _train(self, largest: Configuration) -> None:
-        if self._adapter is None:
-            self._adapter = ElasticAdapter.train(self.evaluator, largest, trainings=self.settings.trainings)
-            self._adapter.save(self.folder / "adapter.safetensors")
 
     def _evolve(self, points: Sequence[Configuration], generator: random.Random) -> None:
         """Score draws, then crossings of those that promise most (Cai et al., "Once-for-All", 2020)."""
@@ -217,7 +160,7 @@ class ElasticProposals:
         self._score(list(pool))
         while len(pool) < self.settings.candidates:
             parents = self._promising(list(pool))
-            wanted = min(self.settings.candidates - len(pool), self.settings.candidates // _GENERATIONS)
+            wanted = min(self.settings.candidates - len(pool), self.settings.candidates // GENERATIONS)
             children = crossed(self.space, self.evaluator.backbone, parents, pool, wanted, generator)
             if not children:
                 break
@@ -270,10 +213,8 @@ class ElasticProposals:
         monitor = self.evaluator.monitor
         known = [
             (self._scores[bare].loss, one.evaluation.values[monitor])
-            for one in records
-            if one.evaluation.status == "complete"
-            and one.duplicate_of is None
-            and (bare := _bare(one.evaluation.configuration)) in self._scores
+            for one in self._comparable(records)
+            if (bare := _bare(one.evaluation.configuration)) in self._scores
         ]
         losses = np.array([loss for loss, _ in known])
         metrics = np.array([metric for _, metric in known])
@@ -305,8 +246,8 @@ class ElasticProposals:
         unknown = [one for one in dict.fromkeys(configurations) if one not in self._scores]
         if not unknown:
             return
-        assert self._adapter is not None
-        scoring = self._adapter.score(self.evaluator, unknown)
+        assert self.weights.trained is not None
+        scoring = self.weights.trained.score(self.evaluator, unknown)
         self._scores |= dict(zip(unknown, scoring.scores, strict=True))
         self._scoring_cost += scoring.cost
         self._save()
@@ -320,13 +261,13 @@ class ElasticProposals:
             "scores": [{"configuration": one.to_dict(), **asdict(self._scores[one])} for one in order],
             "pool": [places[one] for one in self._pool],
         }
-        path = self.folder / "scores.json"
+        path = self.weights.folder / "scores.json"
         path.with_suffix(".part").write_text(json.dumps(data))
         os.replace(path.with_suffix(".part"), path)
 
     def _load(self) -> None:
-        path = self.folder / "scores.json"
-        if self._adapter is None or not path.is_file():
+        path = self.weights.folder / "scores.json"
+        if self.weights.trained is None or not path.is_file():
             return
         data = json.loads(path.read_text())
         self._scoring_cost = Cost(**data["cost"])

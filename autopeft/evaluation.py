@@ -66,9 +66,11 @@ class Evaluation:
         values: Metrics and objectives by name. Memory in bytes, times in seconds.
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
-        seed: Seed of initialisation, shuffling and dropout, of the first training.
+        seed: Seed of initialisation, shuffling and dropout, of the first training. What begins from an
+            elastic adapter's weights draws none of its own; the adapter has its own seed.
         by_seed: The values of each training, by its seed, where there were several; `values` has the means.
         failures: Why a training failed, by its seed, of those after the first.
+        warm_start: Whether its trainings began from an elastic adapter's weights instead of random ones.
     """
 
     configuration: Configuration
@@ -81,6 +83,7 @@ class Evaluation:
     fidelity: float = 1.0
     by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     failures: Mapping[int, str] = field(default_factory=dict)
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -107,6 +110,11 @@ class Evaluation:
         """Return the values of every training by its seed, also where there was one alone."""
         return dict(self.by_seed) or {self.seed: self.values}
 
+    @property
+    def begun_from(self) -> str:
+        """What its trainings began from, in words."""
+        return "elastic adapter's weights" if self.warm_start else "random weights"
+
     def describe_trainings(self, kept: int | None) -> str:
         """Say how many trainings there were, what the values are of, and whose tensors were kept.
 
@@ -131,6 +139,7 @@ class Evaluation:
             "fidelity": self.fidelity,
             "by_seed": {str(seed): dict(values) for seed, values in self.by_seed.items()},
             "failures": {str(seed): reason for seed, reason in self.failures.items()},
+            "warm_start": self.warm_start,
         }
 
     @classmethod
@@ -150,6 +159,7 @@ class Evaluation:
             fidelity=data.get("fidelity", 1.0),
             by_seed={int(seed): values for seed, values in data.get("by_seed", {}).items()},
             failures={int(seed): reason for seed, reason in data.get("failures", {}).items()},
+            warm_start=data.get("warm_start", False),
         )
 
 

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+InitialWeights = Mapping[str, Tensor]
+"""Tensors that a training begins from instead of random ones, as `Attachment.load_state_dict` takes them."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -75,7 +78,9 @@ class EvaluationRun:
         seed: int,
         attachment: type[Attachment],
         end: int,
+        *,
         paused: PausedTraining | None,
+        initial_weights: InitialWeights | None,
     ) -> None:
         self.evaluator = evaluator
         self.attachment = attachment
@@ -83,6 +88,8 @@ class EvaluationRun:
         self.seed = seed
         self.end = end
         self.before = paused
+        self.initial_weights = initial_weights
+        self.warm_start = paused is not None and paused.evaluation.warm_start
         self.values: dict[str, float] = {}
         self.violations: list[str] = []
         self.curve = LearningCurve()
@@ -109,6 +116,9 @@ class EvaluationRun:
                     if constraint.violation(self.values) > 0
                 ]
             if not self.violations:
+                if self.initial_weights is not None and self.before is None:
+                    attachment.load_state_dict(self.initial_weights)
+                    self.warm_start = True
                 prefix.open()
                 self._train(attachment, prefix)
                 self._add(prefix.record())
@@ -190,6 +200,7 @@ class EvaluationRun:
             ),
             cost=cost,
             seed=self.seed,
+            warm_start=self.warm_start,
             fidelity=1.0 if whole else cost.steps / evaluator.plan.total_steps,
         )
         if pause is not None:

@@ -18,7 +18,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.evaluation import Evaluation
-from autopeft.evaluation_run import EvaluationRun, Trained, reason_of_failure
+from autopeft.evaluation_run import EvaluationRun, InitialWeights, Trained, reason_of_failure
 from autopeft.memory import MemoryCounter, count_flops
 from autopeft.methods import Attachment, attach
 from autopeft.modes import in_mode
@@ -121,6 +121,7 @@ class Evaluator:
         attachment: type[Attachment] = Attachment,
         rung: int | None = None,
         paused: PausedTraining | None = None,
+        initial_weights: InitialWeights | None = None,
     ) -> Trained:
         """Check a configuration's costs, train it, and measure the objectives on the validation split.
 
@@ -133,6 +134,8 @@ class Evaluator:
             attachment: How it is attached; `FullFineTuning` trains every weight instead.
             rung: Pause there (an index into the plan's rungs); None to train to the end.
             paused: Go on from there: the outcome is that of a training that never paused.
+            initial_weights: What to begin from; None for random weights by the seed. What goes on from a
+                pause has no use for them.
 
         Raises:
             ValueError: The backbone cannot carry the configuration.
@@ -142,7 +145,10 @@ class Evaluator:
         end = self.plan.total_steps if rung is None else self.plan.rungs[rung]
         if paused is not None and paused.step >= end:
             return Trained(paused.evaluation, paused=paused)
-        run = EvaluationRun(self, configuration, self.seed if seed is None else seed, attachment, end, paused)
+        seed = self.seed if seed is None else seed
+        run = EvaluationRun(
+            self, configuration, seed, attachment, end, paused=paused, initial_weights=initial_weights
+        )
         reason = reason_of_failure(run.attempt)
         # Outside the except block on purpose: the traceback would keep the tensors alive.
         if reason is not None and self.device.type == "cuda":

@@ -60,7 +60,7 @@ class Forecast:
         self._axes = [
             axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
         ]
-        self._known: dict[int, _Gains] = {}
+        self._known: dict[tuple[int, bool], _Gains] = {}
 
     def scores_at(self, evaluation: Evaluation, step: int) -> dict[str, float] | None:
         """Return the scores of the best validation up to a step; None before it was reached."""
@@ -92,11 +92,13 @@ class Forecast:
         the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
         gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
         loss at that step, each by how much it differs between the whole trainings. A loss that is not known
-        is the highest that is.
+        is the highest that is. Trainings that begin from an elastic adapter's weights and those that do not
+        are never like each other: the former stand higher at a step, and gain less after it.
         """
-        if step not in self._known:
-            self._known[step] = self._read(step)
-        known = self._known[step]
+        kind = step, evaluation.warm_start
+        if kind not in self._known:
+            self._known[kind] = self._read(*kind)
+        known = self._known[kind]
         if not known.gains:
             return []
         place = np.array(self._place(evaluation, step))
@@ -105,10 +107,10 @@ class Forecast:
         distances = np.square((known.places - place) / known.spread).sum(axis=1)
         return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
 
-    def _read(self, step: int) -> _Gains:
+    def _read(self, step: int, warm_start: bool) -> _Gains:
         gains, found = [], []
         for one in self.whole:
-            scores = self.scores_at(one, step)
+            scores = self.scores_at(one, step) if one.warm_start == warm_start else None
             if scores is not None:
                 gains.append(one.values[self.monitor] - scores[self.monitor])
                 found.append(self._place(one, step))

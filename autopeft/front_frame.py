@@ -40,6 +40,7 @@ def front_frame(
                 "learning_rate": configuration.learning_rate,
                 "weight_decay": configuration.weight_decay,
                 "seed": evaluation.seed,
+                "warm_start": evaluation.warm_start,
                 "trainings": evaluation.trainings,
                 "wall_seconds": evaluation.cost.wall_seconds,
                 "reference": record.anchor,
@@ -62,6 +63,6 @@ def _columns(objectives: Sequence[Objective]) -> list[str]:
     return [
         *("trial", "front", "status", *(one.name for one in objectives)),
         *(deviation_of(one.name) for one in objectives if one.is_metric),
-        *("methods", "adapters", "lowest_block", "learning_rate", "weight_decay", "seed", "trainings"),
-        *("wall_seconds", "reference", "duplicate_of", "reason", "configuration"),
+        *("methods", "adapters", "lowest_block", "learning_rate", "weight_decay", "seed", "warm_start"),
+        *("trainings", "wall_seconds", "reference", "duplicate_of", "reason", "configuration"),
     ]

@@ -17,7 +17,7 @@ from autopeft.tasks import Task
 from autopeft.training import Training
 
 if TYPE_CHECKING:
-    from autopeft.elastic_proposals import Elastic
+    from autopeft.elastic_settings import Elastic
     from autopeft.search import Search
 
 _PACKAGES = (
@@ -56,7 +56,7 @@ def search_identity(
         "space": _fields(space),
         "training": _fields(training),
         "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
-        **({} if elastic is None else {"elastic": _fields(elastic)}),
+        **({} if elastic is None else {"elastic": _elastic_fields(elastic)}),
         "search": {
             "objectives": ", ".join(objectives),
             "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),
@@ -104,6 +104,14 @@ def environment() -> dict[str, str]:
         "cuda_device": cuda,
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _elastic_fields(elastic: Elastic) -> dict[str, str]:
+    """Return its settings; those that came later are left out where they change nothing, as for a search."""
+    fields = _fields(elastic)
+    return (
+        fields if elastic.warm_start else {name: one for name, one in fields.items() if name != "warm_start"}
+    )
 
 
 def _fields(settings: Any) -> dict[str, str]:

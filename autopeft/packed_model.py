@@ -9,6 +9,7 @@ head are made by the model itself, for as many rows as there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.frozen_prefix import FrozenPrefix
-from autopeft.packed_layout import Layout, Undo, replace_forward
+from autopeft.packed_layout import Layout, PackingError, Undo, replace_forward
 from autopeft.packed_modules import Member, PackedAdapters
 from autopeft.tasks.base import Batch
 
@@ -223,3 +224,38 @@ class PackedModel:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+def check_agreement(
+    backbone: Backbone, members: Sequence[Member], batch: Batch, expected: Sequence[Tensor]
+) -> None:
+    """Check that a pack gives the logits that its candidates give alone.
+
+    Args:
+        backbone: Carries nothing.
+        members: Who is packed.
+        batch: What goes in.
+        expected: What each gives alone.
+
+    Raises:
+        PackingError: The logits differ, or the model cannot be packed.
+    """
+    name = type(backbone.model).__name__
+    try:
+        with PackedModel(backbone, members) as model, torch.no_grad():
+            model.train(False)
+            found = model(batch)
+    except (PackingError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise PackingError(
+            f"{name} cannot be packed ({type(error).__name__}: {error}): train its candidates one by one."
+        ) from error
+    for own, alone in zip(found, expected, strict=True):
+        tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * max(1e-3, float(alone.abs().max()))
+        difference = float((own - alone).abs().max())
+        if not difference <= tolerance:
+            raise PackingError(
+                f"{name} gives other logits in a pack than alone (they differ by {difference:.3g}): a block "
+                "is given more than the one below it returns, or mixes rows. Train its candidates one by one."
+            )

@@ -22,17 +22,16 @@ from autopeft.batches import model_inputs
 from autopeft.configuration import Configuration
 from autopeft.errors import check_whole
 from autopeft.evaluation import Cost, CurvePoint, Evaluation
-from autopeft.evaluation_run import Trained, at_pause
+from autopeft.evaluation_run import InitialWeights, Trained, at_pause
 from autopeft.evaluator import Evaluator
 from autopeft.meter import Meter
 from autopeft.methods import attach
 from autopeft.packed_layout import PackingError
-from autopeft.packed_model import PackedModel, cut_of
+from autopeft.packed_model import check_agreement, cut_of
 from autopeft.packed_modules import Member
 from autopeft.packed_training import PackedCandidate, PackedTraining
 from autopeft.profiling import section
 from autopeft.seeding import seeded
-from autopeft.tasks import Batch
 from autopeft.training import FineTuning, names_in_training
 
 __all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
@@ -104,6 +103,7 @@ class _Admitted:
         values: Costs before training.
         extra_bytes: Counted bytes of its training beside the frozen backbone.
         cost: Compute spent on it by itself.
+        initial_weights: What it begins from; None for random ones.
     """
 
     place: int
@@ -111,6 +111,7 @@ class _Admitted:
     values: Mapping[str, float]
     extra_bytes: int
     cost: Cost
+    initial_weights: InitialWeights | None
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,12 @@ class PackedTrainer:
         self.max_bytes = max_bytes
 
     def train(
-        self, configurations: Sequence[Configuration], seed: int | None = None, *, rung: int | None = None
+        self,
+        configurations: Sequence[Configuration],
+        seed: int | None = None,
+        *,
+        rung: int | None = None,
+        initial_weights: Sequence[InitialWeights | None] | None = None,
     ) -> list[Trained]:
         """Check costs, train, and measure on the validation split; see `Evaluator.train`.
 
@@ -160,21 +166,25 @@ class PackedTrainer:
             seed: Another seed than the evaluator's, for all of them.
             rung: Pause there (an index into the plan's rungs); None to train to the end. Who has paused goes
                 on by `Evaluator.train`.
+            initial_weights: What each begins from, None for random ones; None for all of them.
 
         Returns:
             One outcome a configuration, in their order.
 
         Raises:
-            ValueError: The backbone cannot carry a configuration, or cannot be packed (`PackingError`).
+            ValueError: The backbone cannot carry a configuration, or cannot be packed (`PackingError`); not
+                as many initial weights as configurations.
             KeyboardInterrupt: The user interrupted; the backbone carries nothing.
         """
+        if initial_weights is None:
+            initial_weights = [None] * len(configurations)
         for configuration in configurations:
             self.evaluator.backbone.check(configuration)
         how = _How(self.evaluator.seed if seed is None else seed, rung)
         outcomes: dict[int, Trained] = {}
         admitted: list[_Admitted] = []
-        for place, configuration in enumerate(configurations):
-            found = self._admit(place, configuration, how)
+        for place, (configuration, start) in enumerate(zip(configurations, initial_weights, strict=True)):
+            found = self._admit(place, configuration, start, how)
             if isinstance(found, Trained):
                 outcomes[place] = found
             else:
@@ -189,9 +199,11 @@ class PackedTrainer:
         Raises:
             PackingError: They do not, or the model cannot be packed at all.
         """
-        self._candidates(configurations, self.evaluator.seed)
+        self._candidates(configurations, [None] * len(configurations), self.evaluator.seed)
 
-    def _admit(self, place: int, configuration: Configuration, how: _How) -> _Admitted | Trained:
+    def _admit(
+        self, place: int, configuration: Configuration, start: InitialWeights | None, how: _How
+    ) -> _Admitted | Trained:
         """Count a configuration's costs; return its outcome where it is not to be trained in a pack."""
         evaluator = self.evaluator
         meter = Meter(evaluator.device)
@@ -199,10 +211,10 @@ class PackedTrainer:
             values = evaluator.costs(configuration)
             extra = 0 if self.max_bytes is None else self._extra_bytes(configuration, values)
         except Exception:  # an outcome, in the words of a training alone
-            return evaluator.train(configuration, how.seed, rung=how.rung)
+            return evaluator.train(configuration, how.seed, rung=how.rung, initial_weights=start)
         violated = [one.describe(values) for one in evaluator.constraints if one.violation(values) > 0]
         if not violated:
-            return _Admitted(place, configuration, values, extra, meter.read())
+            return _Admitted(place, configuration, values, extra, meter.read(), start)
         evaluation = Evaluation(
             configuration=configuration,
             status="infeasible",
@@ -261,12 +273,16 @@ class PackedTrainer:
         return self._train(charged[:half], how) | self._train(charged[half:], how)
 
     def _train_alone(self, one: _Admitted, how: _How) -> Trained:
-        return self.evaluator.train(one.configuration, how.seed, rung=how.rung).charged(one.cost)
+        trained = self.evaluator.train(
+            one.configuration, how.seed, rung=how.rung, initial_weights=one.initial_weights
+        )
+        return trained.charged(one.cost)
 
     def _train_together(self, pack: Sequence[_Admitted], how: _How) -> dict[int, Trained]:
         evaluator, plan = self.evaluator, self.evaluator.plan
         meter = Meter(evaluator.device)
-        candidates = self._candidates([one.configuration for one in pack], how.seed)
+        configurations = [one.configuration for one in pack]
+        candidates = self._candidates(configurations, [one.initial_weights for one in pack], how.seed)
         preparation = meter.read().times(1 / len(pack))
         with seeded(how.seed, evaluator.device):
             PackedTraining(
@@ -284,7 +300,9 @@ class PackedTrainer:
         }
 
     @section("set-up")
-    def _candidates(self, configurations: Sequence[Configuration], seed: int) -> list[PackedCandidate]:
+    def _candidates(
+        self, configurations: Sequence[Configuration], starts: Sequence[InitialWeights | None], seed: int
+    ) -> list[PackedCandidate]:
         """Attach each configuration for its initial weights, and check that the pack computes the same."""
         evaluator = self.evaluator
         batch = {
@@ -297,8 +315,10 @@ class PackedTrainer:
         expected: list[Tensor] = []
         initial: list[dict[str, Tensor]] = []
         names: list[dict[str, str]] = []
-        for configuration in configurations:
+        for configuration, start in zip(configurations, starts, strict=True):
             with attach(evaluator.backbone, configuration, seed) as attachment, torch.no_grad():
+                if start is not None:
+                    attachment.load_state_dict(start)
                 members.append(Member(configuration, dict(attachment.parameters)))
                 names.append(names_in_training(evaluator.backbone.model, attachment.parameters))
                 initial.append({name: one.detach().clone() for name, one in attachment.parameters.items()})
@@ -306,7 +326,7 @@ class PackedTrainer:
                     # As they are, most adapters change nothing.
                     one.add_(_CHECKED_STD * torch.randn(one.shape, generator=generator).to(one))
                 expected.append(evaluator.backbone.model(**batch).logits)
-        _check_agreement(evaluator.backbone, members, batch, expected)
+        check_agreement(evaluator.backbone, members, batch, expected)
         with torch.no_grad():
             for member, weights in zip(members, initial, strict=True):
                 for name, parameter in member.parameters.items():
@@ -360,33 +380,9 @@ class PackedTrainer:
             ),
             cost=one.cost + candidate.cost + meter.read(candidate.steps),
             seed=seed,
+            warm_start=one.initial_weights is not None,
             fidelity=1.0 if complete else candidate.steps / evaluator.plan.total_steps,
         )
         if reason is None and candidate.paused is not None:
             return at_pause(evaluation, candidate.paused, evaluator.monitor)
         return Trained(evaluation, state if complete else None)
-
-
-def _check_agreement(
-    backbone: Backbone, members: Sequence[Member], batch: Batch, expected: Sequence[Tensor]
-) -> None:
-    """Raise where the pack's logits are not those of the candidates alone."""
-    name = type(backbone.model).__name__
-    try:
-        with PackedModel(backbone, members) as model, torch.no_grad():
-            model.train(False)
-            found = model(batch)
-    except (PackingError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise PackingError(
-            f"{name} cannot be packed ({type(error).__name__}: {error}): train its candidates one by one."
-        ) from error
-    for own, alone in zip(found, expected, strict=True):
-        tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * max(1e-3, float(alone.abs().max()))
-        difference = float((own - alone).abs().max())
-        if not difference <= tolerance:
-            raise PackingError(
-                f"{name} gives other logits in a pack than alone (they differ by {difference:.3g}): a block "
-                "is given more than the one below it returns, or mixes rows. Train its candidates one by one."
-            )

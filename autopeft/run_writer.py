@@ -109,6 +109,7 @@ def _params(record: TrialRecord) -> dict[str, str]:
         "adapters": str(len(configuration)),
         "lowest_block": "none" if lowest is None else str(lowest),
         "seed": str(record.evaluation.seed),
+        "warm_start": str(record.evaluation.warm_start).lower(),
         KEY_PARAM: configuration.key,
     }
     if record.anchor is not None:

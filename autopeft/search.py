@@ -19,7 +19,9 @@ from autopeft.backbone import Backbone
 from autopeft.batches import model_inputs
 from autopeft.budget import Budget
 from autopeft.checkpoints import Checkpoints
-from autopeft.elastic_proposals import Elastic, ElasticProposals
+from autopeft.elastic_proposals import ElasticProposals
+from autopeft.elastic_settings import Elastic
+from autopeft.elastic_weights import ElasticWeights, first_weights
 from autopeft.errors import check_whole
 from autopeft.evaluator import Evaluator
 from autopeft.export import ExportReport, export_adapter
@@ -58,7 +60,8 @@ class Search:
         training: What every candidate has in common.
         fidelity: How candidates are trained in part and the promising ones on; None to train each to
             the end.
-        elastic: A one-shot elastic adapter that proposes trials; None for none.
+        elastic: A one-shot elastic adapter that proposes trials, or gives them their first weights; None for
+            none.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             (or pack) has a seed of its own, made from it.
@@ -268,11 +271,10 @@ class Search:
 
     def elastic_proposals(self) -> ElasticProposals | None:
         """Return what proposes trials by a one-shot elastic adapter; None where there is none."""
-        if self.elastic is None:
-            return None
-        return ElasticProposals(
-            self.elastic, self.evaluator, self.space, self.axes(), self.folder / "elastic"
-        )
+        return None if self.elastic is None else ElasticProposals(self._weights(self.elastic), self.axes())
+
+    def _weights(self, elastic: Elastic) -> ElasticWeights:
+        return ElasticWeights(elastic, self.evaluator, self.space, self.folder / "elastic")
 
     def run(
         self,
@@ -336,14 +338,15 @@ class Search:
             number: The trial.
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
-            retrain: Train the configuration again, at full fidelity, instead of using the tensors the
-                search kept. This also happens where none were kept (trials off the front).
+            retrain: Train the configuration again, at full fidelity and from what the trial began from,
+                instead of using the tensors the search kept. This also happens where none were kept (trials
+                off the front).
             seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
         Raises:
-            ValueError: There is no such completed trial, the folder cannot be written, or a method
-                cannot be merged.
+            ValueError: There is no such completed trial, the folder cannot be written, a method cannot be
+                merged, or what the trial began from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
         front, checkpoints = self.front(), Checkpoints(self.folder / "adapters")
@@ -358,7 +361,10 @@ class Search:
         state: Mapping[str, Tensor] | None
         state = None if retrain else checkpoints.load(original)
         if state is None:
-            trained = self.evaluator.train(configuration, evaluation.seed if seed is None else seed)
+            elastic = None if self.elastic is None else self._weights(self.elastic)
+            weights = first_weights(elastic, evaluation)
+            seed = evaluation.seed if seed is None else seed
+            trained = self.evaluator.train(configuration, seed, initial_weights=weights)
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
@@ -374,6 +380,7 @@ class Search:
                 "search": self.name,
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
+                "begun from": evaluation.begun_from,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             probe=model_inputs(batch),

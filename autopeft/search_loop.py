@@ -59,10 +59,15 @@ class SearchLoop:
         self.checkpoints = Checkpoints(search.folder / "adapters")
         self.paused = PausedTrainings(search.folder / "paused")
         self.promotion = store.promotion
-        self.training = TrialTraining(
-            search.evaluator, self.checkpoints, self.paused, seed=search.seed, seeds=search.seeds
-        )
         self.elastic = search.elastic_proposals()
+        self.training = TrialTraining(
+            search.evaluator,
+            self.checkpoints,
+            self.paused,
+            seed=search.seed,
+            seeds=search.seeds,
+            elastic=None if self.elastic is None else self.elastic.weights,
+        )
         self.asker = Asker(search, store, self.elastic, self.axes)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
@@ -210,14 +215,15 @@ class SearchLoop:
     def _begin(self, front: ParetoFront) -> ParetoFront:
         """Begin a trial, or as many as are trained together."""
         asked = self.asker.ask(front, self.budget.at_most(self.search.pack_size, self._spent))
-        if self.elastic is not None:
-            self._spent = self._sum()
         records = self._train(asked, front)
         for one, record in zip(asked, records, strict=True):
             self._tell(one.trial, record.evaluation)
         self.store.save(records)
-        for record in records:
-            self._spent = self._spent.plus(record)
+        if self.elastic is None:
+            for record in records:
+                self._spent = self._spent.plus(record)
+        else:  # it may have been trained, and have scored
+            self._spent = self._sum()
         return self._after(records, front)
 
     def _train(self, asked: Sequence[Asked], front: ParetoFront) -> list[TrialRecord]:
@@ -230,7 +236,8 @@ class SearchLoop:
         if new:
             self._show_running(configurations)
         rung = None if self.promotion is None else 0
-        trained = self.training.begin(configurations, front, rung=rung)
+        references = [one.number for one in new.values() if one.anchor is not None]
+        trained = self.training.begin(configurations, front, rung=rung, references=references)
         records = []
         for one in asked:
             key = one.configuration.key

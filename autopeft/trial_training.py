@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,7 +12,8 @@ import torch
 
 from autopeft.checkpoints import Checkpoints
 from autopeft.configuration import Configuration
-from autopeft.evaluation import Cost, TrialRecord
+from autopeft.elastic_weights import ElasticError, ElasticWeights, first_weights
+from autopeft.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.evaluation_run import Trained
 from autopeft.evaluator import Evaluator
 from autopeft.front import ParetoFront
@@ -34,6 +35,7 @@ class TrialTraining:
         paused: What paused trainings go on from.
         seed: The search's.
         seeds: Trainings that a member of the front is to have.
+        elastic: What its sub-configurations begin from; None where all begin from random weights.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class TrialTraining:
         *,
         seed: int,
         seeds: int,
+        elastic: ElasticWeights | None = None,
     ) -> None:
         self._evaluator = evaluator
         self._packed = PackedTrainer(evaluator, max_bytes=_room(evaluator))
@@ -51,9 +54,15 @@ class TrialTraining:
         self._paused = paused
         self._seed = seed
         self._seeds = seeds
+        self._elastic = elastic
 
     def begin(
-        self, trials: Mapping[int, Configuration], front: ParetoFront, *, rung: int | None
+        self,
+        trials: Mapping[int, Configuration],
+        front: ParetoFront,
+        *,
+        rung: int | None,
+        references: Collection[int] = (),
     ) -> dict[int, TrialRecord]:
         """Train new trials up to a rung, together where there are several.
 
@@ -61,11 +70,12 @@ class TrialTraining:
             trials: Configurations by number.
             front: The front so far.
             rung: None to train to the end.
+            references: Numbers of reference points: they begin from random weights, as everybody's trainings.
 
         Returns:
             Their records by number.
         """
-        outcomes = self._left_behind(trials, rung) or self._from_the_start(trials, rung)
+        outcomes = self._left_behind(trials, rung) or self._from_the_start(trials, rung, references)
         records = {
             number: TrialRecord(number=number, evaluation=one.evaluation) for number, one in outcomes.items()
         }
@@ -82,32 +92,42 @@ class TrialTraining:
             found[number] = self._evaluator.train(configuration, seed, rung=rung, paused=paused)
         return found
 
-    def _from_the_start(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
+    def _from_the_start(
+        self, trials: Mapping[int, Configuration], rung: int | None, references: Collection[int]
+    ) -> dict[int, Trained]:
         """Train alone, or in a pack: its candidates see the same batches, by the seed of the first."""
         if not trials:
             return {}
         seeds = {number: training_seed(self._seed, number) for number in trials}
+        sampled = {number: one for number, one in trials.items() if number not in references}
+        weights = {} if self._elastic is None else self._elastic.of_new(sampled)
         meter, wasted = Meter(self._evaluator.device), Cost()
         if len(trials) > 1:
             try:
                 seed = next(iter(seeds.values()))
-                trained = self._packed.train(list(trials.values()), seed, rung=rung)
+                each = [weights.get(number) for number in trials]
+                trained = self._packed.train(list(trials.values()), seed, rung=rung, initial_weights=each)
                 return dict(zip(trials, trained, strict=True))
             except PackingError as error:
                 _logger.warning("%s This is done for trials %s.", error, ", ".join(map(str, trials)))
                 wasted = meter.read().times(1 / len(trials))
         return {
-            number: self._evaluator.train(configuration, seeds[number], rung=rung).charged(wasted)
+            number: self._evaluator.train(
+                configuration, seeds[number], rung=rung, initial_weights=weights.get(number)
+            ).charged(wasted)
             for number, configuration in trials.items()
         }
 
     def go_on(self, record: TrialRecord, front: ParetoFront, rung: int) -> TrialRecord:
         """Train a paused trial on to a rung."""
+        evaluation, paused = record.evaluation, self._paused.load(record.number)
         trained = self._evaluator.train(
-            record.evaluation.configuration,
-            record.evaluation.seed,
+            evaluation.configuration,
+            evaluation.seed,
             rung=rung,
-            paused=self._paused.load(record.number),
+            paused=paused,
+            # Where the file is gone, it begins anew as it began.
+            initial_weights=first_weights(self._elastic, evaluation) if paused is None else None,
         )
         return self._kept(replace(record, evaluation=trained.evaluation), trained, front)
 
@@ -115,7 +135,7 @@ class TrialTraining:
         """Train a completed trial again with another seed; of its trainings the better's tensors are kept."""
         evaluation, monitor = record.evaluation, self._evaluator.monitor
         seed = training_seed(self._seed, record.number, evaluation.trainings)
-        trained = self._evaluator.train(evaluation.configuration, seed)
+        trained = self._again(evaluation, seed)
         if trained.state is not None:
             # Where the trial was off the front for a while, there may be none.
             kept_seed = self._checkpoints.seed(record.number)
@@ -123,6 +143,18 @@ class TrialTraining:
             if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
                 self._checkpoints.save(record.number, trained.state, seed)
         return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, self._worst))
+
+    def _again(self, evaluation: Evaluation, seed: int) -> Trained:
+        """Train a configuration with another seed; without weights to begin from that is a failure."""
+        configuration = evaluation.configuration
+        try:
+            weights = first_weights(self._elastic, evaluation, evaluation.trainings)
+        except ElasticError as error:
+            failed = Evaluation(
+                configuration=configuration, status="failed", reason=str(error), seed=seed, fidelity=0.0
+            )
+            return Trained(failed)
+        return self._evaluator.train(configuration, seed, initial_weights=weights)
 
     @cached_property
     def _worst(self) -> dict[str, float]:

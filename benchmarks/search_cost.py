@@ -4,12 +4,14 @@
 
 A front's value is what its members give when they are trained again from the start, with seeds that no
 search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
-values. All are trained again alike, in bfloat16 where the processor multiplies it. A method's front at some
-moment has the candidates that were done by then and that nobody beats on the validation split. The axes are
-the metric, from always predicting the majority to 1, and trainable parameters on a log scale over the
-per-layer space. Each run is a process of its own with one thread, whose whole processor time counts, imports
-included; training the front again does not. Runs and trainings that are done are kept in a folder and not
-done again: after a change of a method, give another folder.
+values. All are trained again alike, in bfloat16 where the processor multiplies it, from random weights; with
+`--as-trained` those that a search began from an elastic adapter's weights begin again from such weights, of
+one that is trained with the fresh seed. A method's front at some moment has the candidates that were done by
+then and that nobody beats on the validation split. The axes are the metric, from always predicting the
+majority to 1, and trainable parameters on a log scale over the per-layer space. Each run is a process of its
+own with one thread, whose whole processor time counts, imports included; training the front again does not.
+Runs and trainings that are done are kept in a folder and not done again: after a change of a method, give
+another folder.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft.configuration import Configuration
+from autopeft.elastic import ElasticAdapter
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
+from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import EXAMPLES, TRAINING, Entry, Setting
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,18 +84,46 @@ def search(method: str, setting: Setting) -> list[Entry]:
     return methods()[method](setting)
 
 
-def train_again(dataset: str, configurations: Sequence[dict[str, Any]], seed: int) -> list[float]:
-    """Train configurations with a fresh seed; return their scores on the test split."""
+def train_again(
+    dataset: str, candidates: Sequence[tuple[dict[str, Any], bool]], seed: int, folder: Path
+) -> list[float]:
+    """Train candidates with a fresh seed; return their scores on the test split.
+
+    Args:
+        dataset: Name of the data set.
+        candidates: Configurations, and whether each begins from an elastic adapter's weights.
+        seed: The fresh seed.
+        folder: Where the elastic adapter is kept.
+    """
     torch.set_num_threads(1)
     setting = Setting(dataset=dataset, seed=seed, trials=1)
     evaluator = setting.evaluator(setting.load(), precision="auto")
+    elastic = ElasticAdapter.load(elastic_path(folder, dataset, seed))
     scores = []
-    for data in configurations:
+    for data, is_warm in candidates:
         configuration = Configuration.from_dict(data)
-        trained = evaluator.train(configuration)
+        weights = None
+        if is_warm:
+            assert elastic is not None  # trained before
+            weights = elastic.state(configuration)
+        trained = evaluator.train(configuration, initial_weights=weights)
         state = trained.state
         scores.append(math.nan if state is None else evaluator.test(configuration, state)[setting.metric])
     return scores
+
+
+def elastic_path(folder: Path, dataset: str, seed: int) -> Path:
+    """Return where the elastic adapter of a fresh seed is kept."""
+    return folder / f"elastic-{dataset}-{seed}.safetensors"
+
+
+def train_elastic(dataset: str, seed: int, folder: Path) -> None:
+    """Train the elastic adapter of a fresh seed, and keep it."""
+    torch.set_num_threads(1)
+    setting = Setting(dataset=dataset, seed=seed, trials=1)
+    evaluator = setting.evaluator(setting.load(), precision="auto")
+    _, largest = GUIDED.extremes(evaluator.backbone)
+    ElasticAdapter.train(evaluator, largest).save(elastic_path(folder, dataset, seed))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -151,6 +183,15 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
     """Train again everyone on some front who was not yet, a few in one process."""
     archive, dataset = comparison.archive, comparison.dataset
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
+    if comparison.as_trained and any(one.warm_start for one in comparison.needed().values()):
+        missing_seeds = [
+            seed
+            for seed in comparison.fresh_seeds
+            if not elastic_path(archive.folder, dataset, seed).exists()
+        ]
+        elastic = [pool.submit(train_elastic, dataset, seed, archive.folder) for seed in missing_seeds]
+        for trained in elastic:
+            trained.result()
     for seed in comparison.fresh_seeds:
         missing = [
             (key, one)
@@ -159,8 +200,8 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
         ]
         for start in range(0, len(missing), size):
             some = missing[start : start + size]
-            data = [one.configuration for _, one in some]
-            futures[pool.submit(train_again, dataset, data, seed)] = seed, some
+            candidates = [(one.configuration, comparison.as_trained and one.warm_start) for _, one in some]
+            futures[pool.submit(train_again, dataset, candidates, seed, archive.folder)] = seed, some
     for count, future in enumerate(as_completed(futures), 1):
         seed, some = futures[future]
         for (key, _), test in zip(some, future.result(), strict=True):
@@ -180,6 +221,7 @@ def main() -> None:
         "--our-trials", type=int, default=144, help="of autopeft's variants: most pause early"
     )
     parser.add_argument("--fresh-seeds", type=int, default=len(FRESH_SEEDS), help="of a member of a front")
+    parser.add_argument("--as-trained", action="store_true", help="begin again where the search began")
     parser.add_argument("--moments", type=int, default=MOMENTS, help="at which fronts are compared")
     parser.add_argument("--name", help="of the results; the data set's unless given")
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/search_cost"))
@@ -204,6 +246,7 @@ def main() -> None:
             runs,
             archive,
             fresh_seeds=range(FRESH_SEEDS[0], FRESH_SEEDS[0] + arguments.fresh_seeds),
+            as_trained=arguments.as_trained,
             count=arguments.moments,
         )
         _train_missing(comparison, pool, size=12)
@@ -228,6 +271,8 @@ def command(arguments: argparse.Namespace) -> str:
     parts = ["python -m benchmarks.search_cost", "--methods", *map(shlex.quote, arguments.methods)]
     for name in ("dataset", "seeds", "trials", "our_trials", "fresh_seeds", "moments"):
         parts += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.as_trained:
+        parts.append("--as-trained")
     if arguments.name is not None:
         parts += ["--name", shlex.quote(arguments.name)]
     return " ".join(parts)

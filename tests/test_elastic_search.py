@@ -119,7 +119,10 @@ def test_proposals_are_points_of_the_space_that_were_not_tried(tmp_path: Path) -
     nothing = Configuration({}, learning_rate=1e-2)
     best: dict[Configuration, Values] = {nothing: {"accuracy": 1.0, "trainable_parameters": 1.0}}
     assert made.propose(0, records, best) is None  # nothing can add to this front
-    assert proposals(tmp_path, Elastic(candidates=24, share=0.0)).propose(0, records, {}) is None
+    assert (
+        proposals(tmp_path, Elastic(candidates=24, share=0.0, warm_start=True)).propose(0, records, {})
+        is None
+    )
 
 
 def test_it_has_no_say_while_its_ranking_is_poor(tmp_path: Path) -> None:
@@ -127,10 +130,11 @@ def test_it_has_no_say_while_its_ranking_is_poor(tmp_path: Path) -> None:
     backbone = made.evaluator.backbone
     head_alone = Configuration({}, learning_rate=1e-2)
     assert ask(made, trained([head_alone], [0.0], backbone)) is not None
-    assert made._adapter is not None
+    adapter = made.weights.trained
+    assert adapter is not None
     points = [one for one in drawn(SPACE, backbone, 30, random.Random(3)) if len(one)][: 2 * FEWEST_TRIALS]
     points = list({Configuration(one.adapters): one for one in points}.values())[:FEWEST_TRIALS]
-    losses = [one.loss for one in made._adapter.score(made.evaluator, points).scores]
+    losses = [one.loss for one in adapter.score(made.evaluator, points).scores]
     order = sorted(losses)
     right = [0.5 - 0.01 * order.index(one) for one in losses]
     wrong = [0.3 + 0.01 * order.index(one) for one in losses]
@@ -142,11 +146,13 @@ def test_it_has_no_say_while_its_ranking_is_poor(tmp_path: Path) -> None:
         assert check.trusted == (spearman > 0)
     assert ask(made, trained([head_alone, *points], [0.0, *right], backbone)) is not None
     assert ask(made, trained([head_alone, *points], [0.9, *wrong], backbone)) is None
-    assert "switched off" in made.check(records[1:]).describe()  # type: ignore[union-attr]
+    assert "proposed nothing" in made.check(records[1:]).describe()  # type: ignore[union-attr]
 
 
 def test_few_trials_do_not_condemn_it() -> None:
-    few = check_elastic("accuracy", scores=[1, 2], trained=[2, 1], parameters=[1, 1], lowest=0.3)
+    few = check_elastic(
+        "accuracy", scores=[1, 2], trained=[2, 1], parameters=[1, 1], warm_start=False, lowest=0.3
+    )
     assert few.trusted
     assert few.spearman == pytest.approx(-1)
     assert few.spearman_parameters == 0
@@ -160,7 +166,7 @@ def test_a_space_without_lora_has_no_elastic_adapter(tmp_path: Path) -> None:
     made = search.elastic_proposals()
     assert made is not None
     assert ask(made, []) is None
-    assert made.obstacle == "the space has no configuration of LoRA alone"
+    assert made.weights.obstacle == "the space has no configuration of LoRA alone"
     assert made.cost == Cost()
 
 
@@ -192,6 +198,8 @@ def test_the_pool_has_points_of_the_space_alone(space: SearchSpace) -> None:
         ({"candidates": 2}, "candidates is a whole number from 3 up"),
         ({"candidates": 96.5}, "candidates is a whole number from 3 up, got 96.5"),
         ({"share": 1.5}, "share is a share of the trials"),
+        ({"warm_start": "no"}, "warm_start is True or False, got 'no'"),
+        ({"share": 0}, "With share=0 and warm_start=False an elastic adapter does nothing"),
         ({"lowest_correlation": -2}, r"lowest_correlation is in \[-1, 1\]"),
     ],
 )
@@ -205,8 +213,9 @@ def test_it_can_be_asked_for_in_a_file() -> None:
         "backbone": "model",
         "task": {"type": "TextClassification", "dataset": "data.csv", "text": "question"},
         "space": {"type": "PerLayer", "methods": ["lora"]},
-        "elastic": {"trainings": 2.0, "candidates": 50},
+        "elastic": {"trainings": 2.0, "candidates": 50, "warm_start": True},
     }
-    assert build_config(settings).search.elastic == Elastic(trainings=2.0, candidates=50)
+    expected = Elastic(trainings=2.0, candidates=50, warm_start=True)
+    assert build_config(settings).search.elastic == expected
     with pytest.raises(ValueError, match="candidates"):
         build_config(settings | {"elastic": {"candidate": 50}})

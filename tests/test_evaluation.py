@@ -74,6 +74,7 @@ def test_plain_data_is_plain() -> None:
         "fidelity": 1.0,
         "by_seed": {},
         "failures": {},
+        "warm_start": False,
     }
 
 

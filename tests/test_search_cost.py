@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_of_one_that_was_trained_again_the_mean_counts() -> None:
     log = [lucky, other, mean]
     assert members_at(log, 20.0, METRIC, COST) == [lucky]
     assert members_at(log, 30.0, METRIC, COST) == [other]
+
+
+def test_a_candidate_is_trained_again_as_the_search_trained_it_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    cold = entry(1, 0.5, 100, 10.0)
+    warm = replace(entry(2, 0.6, 200, 20.0), warm_start=True)
+    archive = Archive(tmp_path)
+    for as_trained, keys in (
+        (False, [key_of(cold), key_of(warm)]),
+        (True, [key_of(cold), key_of(warm) + " from an elastic adapter"]),
+    ):
+        comparison = Comparison("questions", {("ours", 0): [cold, warm]}, archive, as_trained=as_trained)
+        assert sorted(comparison.needed()) == sorted(keys)
 
 
 def test_moments_are_log_spaced_over_all_runs() -> None:

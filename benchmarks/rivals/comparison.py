@@ -21,6 +21,7 @@ SHARES = (0.9, 0.95, 0.99)
 MOMENTS = 12
 FRESH_SEEDS = (1000, 1001)
 Values = Mapping[str, float]
+_FROM_ELASTIC = " from an elastic adapter"
 
 
 class Archive:
@@ -28,10 +29,14 @@ class Archive:
 
     Args:
         folder: Made where it is not there.
+
+    Attributes:
+        folder: The same.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self._runs = folder / "runs.jsonl"
         self._trainings = folder / "trainings.jsonl"
         self.runs = read_runs(self._runs) if self._runs.exists() else {}
@@ -133,6 +138,8 @@ class Comparison:
         runs: Logs by method and seed.
         archive: Has the trainings of the fronts.
         fresh_seeds: Seeds of these trainings; no search has used them.
+        as_trained: Whether a candidate that began from an elastic adapter's weights is trained again from
+            such weights, of one that was trained with the fresh seed.
         count: Number of moments at which fronts are compared.
     """
 
@@ -143,6 +150,7 @@ class Comparison:
         archive: Archive,
         *,
         fresh_seeds: Sequence[int] = FRESH_SEEDS,
+        as_trained: bool = False,
         count: int = MOMENTS,
     ) -> None:
         setting = Setting(dataset=dataset, seed=0, trials=1)
@@ -150,6 +158,7 @@ class Comparison:
         self.runs = runs
         self.archive = archive
         self.fresh_seeds = tuple(fresh_seeds)
+        self.as_trained = as_trained
         self.axes = axes_of(setting, setting.load())
         self.metric, self.cost = (axis.objective for axis in self.axes)
         self.times = moments(list(runs.values()), count)
@@ -159,17 +168,22 @@ class Comparison:
         return members_at(log, seconds, self.metric, self.cost)
 
     def needed(self) -> dict[str, Entry]:
-        """Return everyone who is on some front at some moment, by configuration."""
+        """Return everyone who is on some front at some moment, by what is trained again."""
         return {
-            key_of(one): one
+            self.key(one): one
             for log in self.runs.values()
             for seconds in self.times
             for one in self.members(log, seconds)
         }
 
+    def key(self, entry: Entry) -> str:
+        """Return what is trained again of a candidate: its configuration, and what it begins from."""
+        is_warm = self.as_trained and entry.warm_start
+        return key_of(entry) + _FROM_ELASTIC * is_warm
+
     def point(self, entry: Entry) -> Values:
         """Return what a member is worth: its test score, the mean over fresh seeds."""
-        key = key_of(entry)
+        key = self.key(entry)
         tests = [self.archive.trainings[self.dataset, key, seed] for seed in self.fresh_seeds]
         return {self.metric.name: statistics.fmean(tests), self.cost.name: float(entry.parameters)}
 

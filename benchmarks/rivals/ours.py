@@ -24,6 +24,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
+    "autopeft, warm starts as well": {**_WHOLE, "elastic": Elastic(share=0, warm_start=True)},
     "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {
@@ -48,7 +49,8 @@ def run(setting: Setting, variant: str) -> list[Entry]:
         evaluation = record.evaluation
         if evaluation.status == "complete" and record.duplicate_of is None:
             score = evaluation.values[setting.metric]
-            log.append(setting.entry(search.backbone, evaluation.configuration, score))
+            warm_start = evaluation.warm_start
+            log.append(setting.entry(search.backbone, evaluation.configuration, score, warm_start=warm_start))
 
     with tempfile.TemporaryDirectory() as folder:
         search = Search(

@@ -38,12 +38,14 @@ class Entry:
         score: The metric on the validation split; None where the training failed.
         parameters: Trainable parameters.
         cpu_seconds: Processor time of the whole process when it was done, imports included.
+        warm_start: Whether it began from an elastic adapter's weights.
     """
 
     configuration: dict[str, Any]
     score: float | None
     parameters: int
     cpu_seconds: float
+    warm_start: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain data."""
@@ -94,11 +96,19 @@ class Setting:
         training = replace(TRAINING, frozen_prefix="train", precision=precision)
         return Evaluator(backbone, self.task, training, objectives, seed=self.seed)
 
-    def entry(self, backbone: Backbone, configuration: Configuration, score: float | None) -> Entry:
+    def entry(
+        self,
+        backbone: Backbone,
+        configuration: Configuration,
+        score: float | None,
+        *,
+        warm_start: bool = False,
+    ) -> Entry:
         """Return the log's entry of a candidate that was done just now."""
         return Entry(
             configuration=configuration.to_dict(),
             score=score,
             parameters=count_parameters(backbone, configuration),
             cpu_seconds=time.process_time(),
+            warm_start=warm_start,
         )

@@ -1,0 +1,241 @@
+"""What a training gains that begins from an elastic adapter's weights instead of random ones.
+
+    python -m benchmarks.warm_start [--dataset questions] [--configurations 16] [--seeds 3] [--runs FILE]
+
+Configurations of LoRA that earlier searches trained, three in four from their fronts, each with the learning
+rate that it had there, are trained with several seeds: from random weights, from those of an elastic adapter
+that was trained with the same seed, and from random weights for twice the steps. The first table has the mean
+of the best metric on the validation split up to each third of a training, and that of the best weights on the
+test split. The second says how well what a training shows early tells configurations apart: the rank
+correlation of the metric then with what whole trainings from random weights with the other seeds reach, and
+of the elastic adapter's scores by inference with the same; means over seeds. Compute is in CPU-seconds of
+this process, one thread; the first training with a cut also fills the prefix cache, hence medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from autopeft.configuration import Configuration
+from autopeft.elastic import ElasticAdapter
+from autopeft.evaluation_run import InitialWeights
+from autopeft.evaluator import Evaluator
+from benchmarks.datasets import DATASETS
+from benchmarks.elastic import spearman
+from benchmarks.rivals.comparison import members_at, read_runs
+from benchmarks.rivals.ours import GUIDED
+from benchmarks.rivals.setting import TRAINING, Setting
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = RESULTS / "search_cost_runs.jsonl.gz"
+RANDOM, WARM, LONGER = "random weights", "elastic adapter's weights", "random weights, twice the steps"
+_THIRDS = (1 / 3, 2 / 3)
+_FRONT_SHARE = 0.75
+
+
+class Trial(NamedTuple):
+    """What a training is of: what it began from, the place of its configuration, its seed."""
+
+    arm: str
+    place: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One training.
+
+    Attributes:
+        trial: What it is of.
+        thirds: Best metric on the validation split up to each third of it; the majority's where it failed.
+        test: The metric on the test split.
+        cpu_seconds: What it took.
+    """
+
+    trial: Trial
+    thirds: Sequence[float]
+    test: float
+    cpu_seconds: float
+
+
+def chosen(setting: Setting, evaluator: Evaluator, runs: Path, count: int) -> list[Configuration]:
+    """Return configurations that autopeft's runs trained, most of them from the fronts."""
+    metric, cost = evaluator.objectives
+    on_front: dict[str, Configuration] = {}
+    others: dict[str, Configuration] = {}
+    for (method, dataset, _, _), log in read_runs(runs).items():
+        if method != "autopeft" or dataset != setting.dataset:
+            continue
+        members = members_at(log, log[-1].cpu_seconds, metric, cost)
+        for entry in log:
+            configuration = Configuration.from_dict(entry.configuration)
+            if len(configuration):
+                (on_front if entry in members else others)[configuration.key] = configuration
+    generator = random.Random(0)
+    share = min(len(on_front), round(_FRONT_SHARE * count))
+    first = [on_front[key] for key in generator.sample(sorted(on_front), share)]
+    rest = sorted(others.keys() - on_front.keys())
+    return first + [others[key] for key in generator.sample(rest, count - len(first))]
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Everything that was trained.
+
+    Attributes:
+        points: The configurations.
+        outcomes: Of every training.
+        scores: By seed, what the elastic adapter gave each configuration by inference.
+        elastic_seconds: What each elastic adapter's training took.
+    """
+
+    points: list[Configuration]
+    outcomes: list[Outcome] = field(default_factory=list)
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    elastic_seconds: list[float] = field(default_factory=list)
+
+
+def outcome(
+    evaluator: Evaluator, configuration: Configuration, start: InitialWeights | None, trial: Trial
+) -> Outcome:
+    """Train a configuration, and test it."""
+    trained = evaluator.train(configuration, trial.seed, initial_weights=start)
+    evaluation, metric = trained.evaluation, evaluator.monitor
+    worst = evaluator.task.majority_score(metric)
+    by_step = {point.step: point.value for point in evaluation.curves if point.metric == metric}
+    test = worst if trained.state is None else evaluator.test(configuration, trained.state)[metric]
+    return Outcome(
+        trial=trial,
+        thirds=list(accumulate((by_step.get(step, worst) for step in evaluator.plan.rungs), max)),
+        test=test,
+        cpu_seconds=evaluation.cost.cpu_seconds,
+    )
+
+
+def correlations(measured: Measured) -> dict[str, float]:
+    """Return how well each early sight tells what the other seeds' trainings from random weights reach."""
+    outcomes = measured.outcomes
+    at_end: dict[int, dict[int, float]] = {}
+    for one in outcomes:
+        if one.trial.arm == RANDOM:
+            at_end.setdefault(one.trial.seed, {})[one.trial.place] = one.thirds[-1]
+    found: dict[str, list[float]] = {}
+    for seed in at_end:
+        others = [values for other, values in at_end.items() if other != seed]
+        target = [statistics.fmean(values[place] for values in others) for place in sorted(at_end[seed])]
+        for arm in (RANDOM, WARM):
+            own = sorted((one for one in outcomes if one.trial[::2] == (arm, seed)), key=_place)
+            for third in range(len(own[0].thirds)):
+                early = [one.thirds[third] for one in own]
+                found.setdefault(f"{arm}, after {third + 1}/3", []).append(spearman(early, target))
+        found.setdefault("elastic adapter by inference", []).append(spearman(measured.scores[seed], target))
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def _place(one: Outcome) -> int:
+    return one.trial.place
+
+
+def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
+    """Print both tables."""
+    table = Table(title=f"{dataset}: mean metric of trainings that begin from")
+    for heading in ("", "after 1/3", "2/3", "whole", "test split", "CPU-seconds (median)"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for arm in (RANDOM, WARM, LONGER):
+        own = [one for one in measured.outcomes if one.trial.arm == arm]
+        thirds = [statistics.fmean(values) for values in zip(*(one.thirds for one in own), strict=True)]
+        test = statistics.fmean(one.test for one in own)
+        seconds = statistics.median(one.cpu_seconds for one in own)
+        table.add_row(arm, *(f"{one:.3f}" for one in (*thirds, test)), f"{seconds:.1f}")
+    Console(width=110).print(table)
+    print(f"An elastic adapter took {statistics.fmean(measured.elastic_seconds):.1f} CPU-seconds.")
+    table = Table(title=f"{dataset}: rank correlation with whole trainings from random weights, other seeds")
+    table.add_column("")
+    table.add_column("Spearman", justify="right")
+    for name, value in ranked.items():
+        table.add_row(name, f"{value:+.2f}")
+    Console(width=110).print(table)
+
+
+def evaluators_of(setting: Setting, cache: Path) -> tuple[Evaluator, Evaluator]:
+    """Return what trains for the usual number of steps, and for twice as many."""
+    backbone = setting.load()
+    objectives = setting.evaluator(backbone).objectives
+
+    def of(epochs: int) -> Evaluator:
+        training = replace(TRAINING, epochs=epochs, precision="32-true", validate_every=epochs)
+        return Evaluator(backbone, setting.task, training, objectives, rungs=_THIRDS, cache=cache)
+
+    return of(TRAINING.epochs), of(2 * TRAINING.epochs)
+
+
+def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
+    """Train everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        usual, longer = evaluators_of(setting, Path(folder))
+        _, largest = GUIDED.extremes(usual.backbone)
+        found = Measured(points=chosen(setting, usual, runs, count))
+        bare = [Configuration(one.adapters) for one in found.points]
+        for seed in range(seeds):
+            elastic = ElasticAdapter.train(usual, largest, seed=seed)
+            found.elastic_seconds.append(elastic.cost.cpu_seconds)
+            found.scores[seed] = [-one.loss for one in elastic.score(usual, bare).scores]
+            for place, point in enumerate(found.points):
+                state = elastic.state(point)
+                own = [
+                    outcome(usual, point, None, Trial(RANDOM, place, seed)),
+                    outcome(usual, point, state, Trial(WARM, place, seed)),
+                    outcome(longer, point, None, Trial(LONGER, place, seed)),
+                ]
+                found.outcomes += own
+                print(seed, place, repr(point), *(f"{one.thirds[-1]:.2f}" for one in own), flush=True)
+    return found
+
+
+def main() -> None:
+    """Train, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="questions", choices=list(DATASETS))
+    parser.add_argument("--configurations", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error("--seeds is 2 or more: one seed's trainings are compared with the others'")
+    torch.set_num_threads(1)
+    setting = Setting(dataset=given.dataset, seed=0, trials=1)
+    found = measure(setting, given.runs, given.configurations, given.seeds)
+    ranked = correlations(found)
+    show(given.dataset, found, ranked)
+    record = {
+        "command": f"python -m benchmarks.warm_start --dataset {given.dataset} "
+        f"--configurations {given.configurations} --seeds {given.seeds}"
+        + ("" if given.runs == RUNS else f" --runs {given.runs.name}"),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
+        "metric": setting.metric,
+        "elastic_cpu_seconds": found.elastic_seconds,
+        "correlations": ranked,
+        "outcomes": [{**asdict(one), "trial": one.trial._asdict()} for one in found.outcomes],
+        "configurations": [one.to_dict() for one in found.points],
+    }
+    path = RESULTS / f"warm_start_{given.dataset}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

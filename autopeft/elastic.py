@@ -28,6 +28,7 @@ from autopeft.batches import LABELS, model_inputs
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
 from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.elastic_pool import METHOD
 from autopeft.evaluation import Cost
 from autopeft.evaluation_run import interrupts_stay_interrupts
 from autopeft.evaluator import Evaluator
@@ -40,7 +41,6 @@ from autopeft.training import FineTuning, build_trainer, dismantle, quiet_lightn
 from autopeft.training_plan import PlannedBatches, TrainingPlan
 
 _META = "autopeft"
-_METHOD = "lora"
 _LEFT = ("lora_A.weight", "lora_B.weight")
 
 
@@ -131,8 +131,8 @@ class ElasticAdapter:
         """Say why a configuration is no sub-configuration; None where it is one."""
         for site, adapter in configuration:
             whole = self.largest.adapters.get(site, ())
-            if adapter.method != _METHOD:
-                return f"{site} has {adapter.method}, not {_METHOD}"
+            if adapter.method != METHOD:
+                return f"{site} has {adapter.method}, not {METHOD}"
             if not whole:
                 return f"{site} has no elastic adapter"
             assert adapter.size is not None
@@ -158,11 +158,11 @@ class ElasticAdapter:
         self.check(configuration)
         state: dict[str, Tensor] = {}
         for site, adapter in configuration:
-            down, up = (self.tensors[f"{site}.{_METHOD}.{name}"] for name in _LEFT)
+            down, up = (self.tensors[f"{site}.{METHOD}.{name}"] for name in _LEFT)
             # A LoRA of a lower rank has another scaling than the one that was trained.
             rescaling = _scaling(self.largest.adapters[site][0]) / _scaling(adapter)
             pieces = (down[: adapter.size].clone(), up[:, : adapter.size] * rescaling)
-            names = (f"{site}.{_METHOD}.{name}" for name in _LEFT)
+            names = (f"{site}.{METHOD}.{name}" for name in _LEFT)
             state |= dict(zip(names, pieces, strict=True))
         head = {name: one.clone() for name, one in self.tensors.items() if name.startswith("head.")}
         return state | head
@@ -269,10 +269,10 @@ class _Slices:
 
 
 def _check_largest(largest: Configuration) -> None:
-    others = [name for name in largest.methods if name != _METHOD]
+    others = [name for name in largest.methods if name != METHOD]
     if others or not len(largest):
         raise ValueError(
-            f"An elastic adapter is {_METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
+            f"An elastic adapter is {METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
         )
 
 

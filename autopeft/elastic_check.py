@@ -20,7 +20,8 @@ class ElasticCheck:
     Attributes:
         metric: The metric that was trained for.
         trials: Number of trained sub-configurations compared.
-        warm_start: Whether these began from the elastic adapter's weights.
+        warm_start: Whether these began from the elastic adapter's weights. How it ranks trainings from random
+            weights is then not known.
         spearman: Spearman's rank correlation with the elastic adapter's loss, the sign turned.
         spearman_parameters: That of the number of trainable parameters alone: what it has to beat.
         lowest: The correlation below which the elastic adapter proposes nothing.
@@ -42,8 +43,8 @@ class ElasticCheck:
         """Say in a line how good its ranking was."""
         if self.trials < FEWEST_TRIALS:
             return f"Elastic adapter: {self.trials} trials to compare it with, too few to tell."
-        verdict = "" if self.trusted else f"; below {self.lowest:g}, so it proposed nothing"
-        begun = ", begun from its weights," if self.warm_start else ""
+        verdict = "" if self.trusted else f"; below {self.lowest:g} it proposes nothing"
+        begun = " (from its weights)" if self.warm_start else ""
         return (
             f"Elastic adapter: its scores rank {self.trials} trained configurations{begun} by {self.metric} "
             f"with Spearman {self.spearman:+.2f} (number of parameters: {self.spearman_parameters:+.2f})"

@@ -138,7 +138,7 @@ class ElasticProposals:
         """Say how well the elastic adapter ranked the trials, and keep the figures with the search's run."""
         if self.weights.obstacle is not None:
             say(f"There was no elastic adapter: {self.weights.obstacle}.")
-        check = self.check(records)
+        check = self.check(records) if self.settings.share else None  # else nobody has asked for scores
         if check is not None:
             say(check.describe())
             if tracker is not None:

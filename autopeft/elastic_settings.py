@@ -13,9 +13,9 @@ GENERATIONS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Elastic:
-    """Train a one-shot elastic adapter when a search begins, to propose trials, or to begin them from.
+    """Train a one-shot elastic adapter in a search, to propose trials, or to begin them from.
 
-    Its training and its inference are part of what the search costs.
+    It is trained when it is first needed: that, and its inference, are part of what the search costs.
 
     Attributes:
         trainings: Length of its training, in trainings of one candidate.
@@ -23,6 +23,7 @@ class Elastic:
         share: Share of the trials it proposes, in [0, 1].
         warm_start: Whether trials that are sub-configurations, reference points apart, begin from its weights
             instead of random ones. Trainings with other seeds begin from an elastic adapter of their own.
+            What is found so are adapters that were trained so; it goes on whatever the correlation.
         lowest_correlation: It proposes nothing while Spearman's correlation of its scores with the trained
             metric is below this.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from autopeft.evaluator import Evaluator
 from autopeft.meter import Meter
 from autopeft.search_spaces import SearchSpace
 from autopeft.seeding import training_seed
+
+_logger = logging.getLogger(__name__)
 
 
 class ElasticError(ValueError):
@@ -46,13 +49,23 @@ class ElasticWeights:
         evaluator: Trains.
         space: What the largest configuration is of.
         folder: Where adapters are kept.
+        trains: Whether it trains what is not in the folder: for who holds the search alone.
     """
 
-    def __init__(self, settings: Elastic, evaluator: Evaluator, space: SearchSpace, folder: Path) -> None:
+    def __init__(
+        self,
+        settings: Elastic,
+        evaluator: Evaluator,
+        space: SearchSpace,
+        folder: Path,
+        *,
+        trains: bool = True,
+    ) -> None:
         self.settings = settings
         self.evaluator = evaluator
         self.space = space
         self.folder = folder
+        self._trains = trains
         self._adapters: dict[int, ElasticAdapter] = {}
         self._failures: dict[int, _Failure] = {}
         self._load()
@@ -73,19 +86,29 @@ class ElasticWeights:
         """The first adapter where it is trained by now."""
         return self._adapters.get(0)
 
-    def why_not(self, number: int) -> str:
-        """Return why an adapter's training failed."""
-        return self._failures[number].reason
-
     def adapter(self, number: int = 0) -> ElasticAdapter | None:
         """Return an adapter, trained where it was not; None where it cannot be.
 
         Args:
             number: Of a trial's trainings, from 0.
         """
-        if number not in self._adapters and number not in self._failures:
+        if self._trains and number not in self._adapters and number not in self._failures:
             self._train(number)
         return self._adapters.get(number)
+
+    def cost_to_come(self, members: Iterable[Evaluation], seeds: int) -> Cost:
+        """Return what the adapters will take that further trainings of trials begin from.
+
+        Args:
+            members: Of trials that are to be trained again.
+            seeds: Trainings that each is to have.
+        """
+        first = self.trained
+        if first is None:
+            return Cost()
+        wanted = {number for one in members if one.warm_start for number in range(one.trainings, seeds)}
+        missing = wanted - self._adapters.keys() - self._failures.keys()
+        return sum((first.cost for _ in missing), Cost())
 
     def of_new(self, trials: Mapping[int, Configuration]) -> dict[int, InitialWeights]:
         """Return by number what new trials begin from; those that begin from random weights are left out.
@@ -121,6 +144,7 @@ class ElasticWeights:
             self._failures[number] = _Failure(
                 reason=f"the elastic adapter's training failed: {reason}", cost=meter.read()
             )
+            _logger.warning("%s of a search: %s", self._path(number).stem, self._failures[number].reason)
             self._save_failures()
 
     def _train_and_save(self, number: int, largest: Configuration) -> None:
@@ -153,10 +177,10 @@ class ElasticWeights:
         if self._failures_path.is_file():
             for number, one in json.loads(self._failures_path.read_text()).items():
                 self._failures[int(number)] = _Failure(reason=one["reason"], cost=Cost(**one["cost"]))
-        number = 0
-        while (adapter := ElasticAdapter.load(self._path(number))) is not None:
-            self._adapters[number] = adapter
-            number += 1
+        for path in sorted(self.folder.glob("adapter*.safetensors")):
+            adapter = ElasticAdapter.load(path)
+            if adapter is not None:
+                self._adapters[int(path.stem.partition("-")[2] or 0)] = adapter
 
 
 def first_weights(
@@ -169,8 +193,11 @@ def first_weights(
         evaluation: The trial's.
         training: Which of its trainings, from 0.
 
+    Returns:
+        The weights of the adapter of that training; where its own training failed, of the first.
+
     Raises:
-        ElasticError: The trial began from an elastic adapter's weights, and there is no such adapter.
+        ElasticError: The trial began from an elastic adapter's weights, and there is none.
     """
     if not evaluation.warm_start:
         return None
@@ -179,7 +206,8 @@ def first_weights(
             "The trial began from an elastic adapter's weights: give the search the elastic=Elastic(...) "
             "that it ran with."
         )
-    adapter = elastic.adapter(training)
+    adapter = elastic.adapter(training) or elastic.adapter()
     if adapter is None:
-        raise ElasticError(f"There are no weights to begin from: {elastic.why_not(training)}.")
+        why = elastic.obstacle or f"there is no file adapter.safetensors in {elastic.folder}"
+        raise ElasticError(f"The elastic adapter that the trial began from is gone: {why}.")
     return adapter.state(evaluation.configuration)

@@ -67,10 +67,11 @@ class Evaluation:
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
         seed: Seed of initialisation, shuffling and dropout, of the first training. What begins from an
-            elastic adapter's weights draws none of its own; the adapter has its own seed.
+            elastic adapter's weights draws no initial weights; the adapter has its own seed.
         by_seed: The values of each training, by its seed, where there were several; `values` has the means.
         failures: Why a training failed, by its seed, of those after the first.
-        warm_start: Whether its trainings began from an elastic adapter's weights instead of random ones.
+        warm_start: Whether its trainings began from given weights instead of random ones: in a search, those
+            of an elastic adapter.
     """
 
     configuration: Configuration

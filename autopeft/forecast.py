@@ -93,7 +93,7 @@ class Forecast:
         gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
         loss at that step, each by how much it differs between the whole trainings. A loss that is not known
         is the highest that is. Trainings that begin from an elastic adapter's weights and those that do not
-        are never like each other: the former stand higher at a step, and gain less after it.
+        are never taken for like each other: the former have begun to learn before their first step.
         """
         kind = step, evaluation.warm_start
         if kind not in self._known:

@@ -178,6 +178,11 @@ class PackedTrainer:
         """
         if initial_weights is None:
             initial_weights = [None] * len(configurations)
+        if len(initial_weights) != len(configurations):
+            raise ValueError(
+                f"{len(initial_weights)} initial weights for {len(configurations)} configurations: "
+                "expected one each, None for random ones."
+            )
         for configuration in configurations:
             self.evaluator.backbone.check(configuration)
         how = _How(self.evaluator.seed if seed is None else seed, rung)

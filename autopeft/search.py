@@ -273,8 +273,8 @@ class Search:
         """Return what proposes trials by a one-shot elastic adapter; None where there is none."""
         return None if self.elastic is None else ElasticProposals(self._weights(self.elastic), self.axes())
 
-    def _weights(self, elastic: Elastic) -> ElasticWeights:
-        return ElasticWeights(elastic, self.evaluator, self.space, self.folder / "elastic")
+    def _weights(self, elastic: Elastic, *, trains: bool = True) -> ElasticWeights:
+        return ElasticWeights(elastic, self.evaluator, self.space, self.folder / "elastic", trains=trains)
 
     def run(
         self,
@@ -361,7 +361,7 @@ class Search:
         state: Mapping[str, Tensor] | None
         state = None if retrain else checkpoints.load(original)
         if state is None:
-            elastic = None if self.elastic is None else self._weights(self.elastic)
+            elastic = None if self.elastic is None else self._weights(self.elastic, trains=False)
             weights = first_weights(elastic, evaluation)
             seed = evaluation.seed if seed is None else seed
             trained = self.evaluator.train(configuration, seed, initial_weights=weights)

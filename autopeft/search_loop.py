@@ -172,6 +172,9 @@ class SearchLoop:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
         waiting = self._lacking(front)
         repeats = cost_of_repeats(waiting, self.search.seeds)
+        if self.elastic is not None:
+            members = [one.evaluation for one in waiting]
+            repeats += self.elastic.weights.cost_to_come(members, self.search.seeds)
         may_wait = self.budget.spent_share(self._spent, repeats) < 1 and not self._is_used_up()
         return next_to_repeat(waiting, len(self.records) - 1, may_wait=may_wait)
 

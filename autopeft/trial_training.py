@@ -19,7 +19,7 @@ from autopeft.evaluator import Evaluator
 from autopeft.front import ParetoFront
 from autopeft.meter import Meter
 from autopeft.packing import PackedTrainer, PackingError
-from autopeft.paused_training import PausedTrainings
+from autopeft.paused_training import PausedTraining, PausedTrainings
 from autopeft.repeats import lacking, with_repeat
 from autopeft.seeding import training_seed
 
@@ -70,7 +70,7 @@ class TrialTraining:
             trials: Configurations by number.
             front: The front so far.
             rung: None to train to the end.
-            references: Numbers of reference points: they begin from random weights, as everybody's trainings.
+            references: Numbers of reference points: these begin from random weights.
 
         Returns:
             Their records by number.
@@ -120,22 +120,14 @@ class TrialTraining:
 
     def go_on(self, record: TrialRecord, front: ParetoFront, rung: int) -> TrialRecord:
         """Train a paused trial on to a rung."""
-        evaluation, paused = record.evaluation, self._paused.load(record.number)
-        trained = self._evaluator.train(
-            evaluation.configuration,
-            evaluation.seed,
-            rung=rung,
-            paused=paused,
-            # Where the file is gone, it begins anew as it began.
-            initial_weights=first_weights(self._elastic, evaluation) if paused is None else None,
-        )
+        trained = self._trained(record.evaluation, rung, self._paused.load(record.number))
         return self._kept(replace(record, evaluation=trained.evaluation), trained, front)
 
     def repeat(self, record: TrialRecord) -> TrialRecord:
         """Train a completed trial again with another seed; of its trainings the better's tensors are kept."""
         evaluation, monitor = record.evaluation, self._evaluator.monitor
         seed = training_seed(self._seed, record.number, evaluation.trainings)
-        trained = self._again(evaluation, seed)
+        trained = self._trained(evaluation, seed=seed, training=evaluation.trainings)
         if trained.state is not None:
             # Where the trial was off the front for a while, there may be none.
             kept_seed = self._checkpoints.seed(record.number)
@@ -144,17 +136,33 @@ class TrialTraining:
                 self._checkpoints.save(record.number, trained.state, seed)
         return replace(record, evaluation=with_repeat(evaluation, trained.evaluation, self._worst))
 
-    def _again(self, evaluation: Evaluation, seed: int) -> Trained:
-        """Train a configuration with another seed; without weights to begin from that is a failure."""
+    def _trained(
+        self,
+        evaluation: Evaluation,
+        rung: int | None = None,
+        paused: PausedTraining | None = None,
+        *,
+        seed: int | None = None,
+        training: int = 0,
+    ) -> Trained:
+        """Train a known trial on, or again from what it begins from; that this is gone is a failure."""
         configuration = evaluation.configuration
+        seed = evaluation.seed if seed is None else seed
         try:
-            weights = first_weights(self._elastic, evaluation, evaluation.trainings)
+            # What was paused has its weights; where its file is gone, it begins anew as it began.
+            weights = None if paused is not None else first_weights(self._elastic, evaluation, training)
         except ElasticError as error:
+            spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
             failed = Evaluation(
-                configuration=configuration, status="failed", reason=str(error), seed=seed, fidelity=0.0
+                configuration=configuration,
+                status="failed",
+                reason=str(error),
+                cost=spent,
+                seed=seed,
+                fidelity=0.0,
             )
             return Trained(failed)
-        return self._evaluator.train(configuration, seed, initial_weights=weights)
+        return self._evaluator.train(configuration, seed, rung=rung, paused=paused, initial_weights=weights)
 
     @cached_property
     def _worst(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ A front's value is what its members give when they are trained again from the st
 search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
 values. All are trained again alike, in bfloat16 where the processor multiplies it, from random weights; with
 `--as-trained` those that a search began from an elastic adapter's weights begin again from such weights, of
-one that is trained with the fresh seed. A method's front at some moment has the candidates that were done by
+one for each fresh seed. A method's front at some moment has the candidates that were done by
 then and that nobody beats on the validation split. The axes are the metric, from always predicting the
 majority to 1, and trainable parameters on a log scale over the per-layer space. Each run is a process of its
 own with one thread, whose whole processor time counts, imports included; training the front again does not.
@@ -252,7 +252,7 @@ def main() -> None:
         _train_missing(comparison, pool, size=12)
     rows = comparison.rows([name for name in RIVALS if name in arguments.methods])
     show(rows)
-    name = arguments.name or arguments.dataset
+    name = arguments.name or arguments.dataset + "_as_trained" * arguments.as_trained
     draw(rows, PICTURES / f"search_cost_{name}.png")
     record = {
         "command": command(arguments),

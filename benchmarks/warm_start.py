@@ -2,14 +2,15 @@
 
     python -m benchmarks.warm_start [--dataset questions] [--configurations 16] [--seeds 3] [--runs FILE]
 
-Configurations of LoRA that earlier searches trained, three in four from their fronts, each with the learning
-rate that it had there, are trained with several seeds: from random weights, from those of an elastic adapter
-that was trained with the same seed, and from random weights for twice the steps. The first table has the mean
-of the best metric on the validation split up to each third of a training, and that of the best weights on the
-test split. The second says how well what a training shows early tells configurations apart: the rank
-correlation of the metric then with what whole trainings from random weights with the other seeds reach, and
-of the elastic adapter's scores by inference with the same; means over seeds. Compute is in CPU-seconds of
-this process, one thread; the first training with a cut also fills the prefix cache, hence medians.
+Configurations of LoRA that earlier searches trained from random weights, three in four from their fronts,
+each with the learning rate that it had there (chosen for such weights, that is), are trained with several
+seeds: from random weights, from those of an elastic adapter that was trained with the same seed, and from
+random weights for twice the steps. The first table has the mean of the best metric on the validation split
+up to each third of a training, and that of the best weights on the test split. The second says how well what
+a training shows early tells configurations apart: the rank correlation of the metric then with what whole
+trainings from random weights with the other seeds reach, and of the elastic adapter's scores by inference
+with the same; means over seeds. Compute is in CPU-seconds of this process, one thread, without the elastic
+adapter's, which is said apart; the first training with a cut also fills the prefix cache, hence medians.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ class Outcome:
     cpu_seconds: float
 
 
-def chosen(setting: Setting, evaluator: Evaluator, runs: Path, count: int) -> list[Configuration]:
+def chosen(dataset: str, evaluator: Evaluator, runs: Path, count: int) -> list[Configuration]:
     """Return configurations that autopeft's runs trained, most of them from the fronts."""
     metric, cost = evaluator.objectives
     on_front: dict[str, Configuration] = {}
     others: dict[str, Configuration] = {}
-    for (method, dataset, _, _), log in read_runs(runs).items():
-        if method != "autopeft" or dataset != setting.dataset:
+    for (method, its_dataset, _, _), log in read_runs(runs).items():
+        if (method, its_dataset) != ("autopeft", dataset):
             continue
         members = members_at(log, log[-1].cpu_seconds, metric, cost)
         for entry in log:
@@ -87,9 +88,11 @@ def chosen(setting: Setting, evaluator: Evaluator, runs: Path, count: int) -> li
             if len(configuration):
                 (on_front if entry in members else others)[configuration.key] = configuration
     generator = random.Random(0)
-    share = min(len(on_front), round(_FRONT_SHARE * count))
-    first = [on_front[key] for key in generator.sample(sorted(on_front), share)]
     rest = sorted(others.keys() - on_front.keys())
+    if count > len(on_front) + len(rest):
+        raise ValueError(f"The runs have {len(on_front) + len(rest)} configurations, fewer than {count}.")
+    share = max(min(len(on_front), round(_FRONT_SHARE * count)), count - len(rest))
+    first = [on_front[key] for key in generator.sample(sorted(on_front), share)]
     return first + [others[key] for key in generator.sample(rest, count - len(first))]
 
 
@@ -117,14 +120,13 @@ def outcome(
     trained = evaluator.train(configuration, trial.seed, initial_weights=start)
     evaluation, metric = trained.evaluation, evaluator.monitor
     worst = evaluator.task.majority_score(metric)
-    by_step = {point.step: point.value for point in evaluation.curves if point.metric == metric}
-    test = worst if trained.state is None else evaluator.test(configuration, trained.state)[metric]
-    return Outcome(
-        trial=trial,
-        thirds=list(accumulate((by_step.get(step, worst) for step in evaluator.plan.rungs), max)),
-        test=test,
-        cpu_seconds=evaluation.cost.cpu_seconds,
-    )
+    if trained.state is None:
+        thirds, test = [worst] * len(evaluator.plan.rungs), worst
+    else:
+        by_step = {point.step: point.value for point in evaluation.curves if point.metric == metric}
+        thirds = list(accumulate((by_step[step] for step in evaluator.plan.rungs), max))
+        test = evaluator.test(configuration, trained.state)[metric]
+    return Outcome(trial=trial, thirds=thirds, test=test, cpu_seconds=evaluation.cost.cpu_seconds)
 
 
 def correlations(measured: Measured) -> dict[str, float]:
@@ -189,7 +191,7 @@ def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         usual, longer = evaluators_of(setting, Path(folder))
         _, largest = GUIDED.extremes(usual.backbone)
-        found = Measured(points=chosen(setting, usual, runs, count))
+        found = Measured(points=chosen(setting.dataset, usual, runs, count))
         bare = [Configuration(one.adapters) for one in found.points]
         for seed in range(seeds):
             elastic = ElasticAdapter.train(usual, largest, seed=seed)

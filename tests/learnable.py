@@ -115,6 +115,7 @@ def outcomes(records: Iterable[TrialRecord]) -> list[tuple[Any, ...]]:
             record.anchor,
             record.duplicate_of,
             record.evaluation.status,
+            record.evaluation.warm_start,
             record.evaluation.configuration.to_dict(),
             {
                 name: value

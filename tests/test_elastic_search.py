@@ -146,7 +146,7 @@ def test_it_has_no_say_while_its_ranking_is_poor(tmp_path: Path) -> None:
         assert check.trusted == (spearman > 0)
     assert ask(made, trained([head_alone, *points], [0.0, *right], backbone)) is not None
     assert ask(made, trained([head_alone, *points], [0.9, *wrong], backbone)) is None
-    assert "proposed nothing" in made.check(records[1:]).describe()  # type: ignore[union-attr]
+    assert "it proposes nothing" in made.check(records[1:]).describe()  # type: ignore[union-attr]
 
 
 def test_few_trials_do_not_condemn_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_pack_begins_from_them_as_each_would_alone(rung: int | None) -> None:
     for configuration, own, trained in zip(chosen, weights, packed, strict=True):
         alone = evaluator.train(configuration, 5, rung=rung, initial_weights=own)
         assert_alike(trained, alone)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="0 initial weights for 2 configurations"):
         PackedTrainer(evaluator).train(chosen, initial_weights=[])
 
 
@@ -138,8 +139,10 @@ def test_trials_but_reference_points_begin_from_the_elastic_adapter(tmp_path: Pa
     assert warm_starts(records) == [one.anchor is None for one in records]
     assert any(warm_starts(records))
     assert list(search.front().to_frame(all_trials=True)["warm_start"]) == warm_starts(records)
-    warm_on_front = any(point.record.evaluation.warm_start for point in search.front())
-    assert ("begun from" in repr(search.front())) == warm_on_front
+    warm_alone = [one for one in records if one.evaluation.warm_start]
+    shown = repr(ParetoFront(warm_alone, search.objectives, search.axes(), search))
+    assert "begun from" in shown
+    assert "elastic adapter's weights" in shown
     made = search.elastic_proposals()
     assert made is not None
     check = made.check(records)
@@ -166,7 +169,8 @@ def test_without_proposals_nothing_is_scored(tmp_path: Path) -> None:
     made = search.elastic_proposals()
     assert made is not None
     assert made._pool == []
-    spent = made.weights.cost
+    spent = made.cost
+    assert spent == made.weights.cost
     assert spent.steps == search.evaluator.plan.total_steps
     assert "gives trials their first weights" in search.describe()
     assert "proposes" not in search.describe()
@@ -294,21 +298,47 @@ def test_an_elastic_training_that_fails_is_not_tried_again(
     assert not (search.folder / "elastic" / "adapter.safetensors").exists()
 
 
-def test_without_an_adapter_to_begin_from_a_training_again_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_a_further_adapter_fails_the_first_gives_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     front = empty_front(tmp_path)
     training, weights = trial_training(tmp_path)
     record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
+    assert weights.cost_to_come([record.evaluation], 3).steps == 2 * weights.cost.steps
+    train = ElasticAdapter.train
     monkeypatch.setattr(ElasticAdapter, "train", lambda *_, **__: 1 / 0)
-    again = training.repeat(record).evaluation
-    assert again.trainings == 2
-    (reason,) = again.failures.values()
-    assert "There are no weights to begin from" in reason
-    assert "ZeroDivisionError" in reason
-    assert again.values["accuracy"] < record.evaluation.values["accuracy"]
+    again = training.repeat(record)
+    assert again.evaluation.trainings == 2
+    assert not again.evaluation.failures
+    assert "ZeroDivisionError" in caplog.text
+    monkeypatch.setattr(ElasticAdapter, "train", train)
+    training.repeat(again)  # from the third adapter
+    resumed = ElasticWeights(WEIGHTS_ALONE, training._evaluator, SPACE, tmp_path / "elastic")
+    assert resumed.cost == weights.cost
+    assert sorted(resumed._adapters) == [0, 2]
+    assert sorted(resumed._failures) == [1]
+    assert resumed.cost_to_come([record.evaluation], 3).steps == 0
+
+
+def test_who_began_from_what_is_gone_cannot_be_trained_again(tmp_path: Path) -> None:
+    front = empty_front(tmp_path)
+    training, weights = trial_training(tmp_path)
+    record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
     with pytest.raises(ElasticError, match="give the search the elastic="):
         first_weights(None, record.evaluation)
+    (tmp_path / "elastic" / "adapter.safetensors").unlink()
+    gone = ElasticWeights(WEIGHTS_ALONE, training._evaluator, SPACE, tmp_path / "elastic", trains=False)
+    with pytest.raises(ElasticError, match=r"there is no file adapter\.safetensors in"):
+        first_weights(gone, record.evaluation)
+    training._elastic = gone
+    again = training.repeat(record).evaluation
+    (reason,) = again.failures.values()
+    assert "The elastic adapter that the trial began from is gone" in reason
+    assert again.values["accuracy"] < record.evaluation.values["accuracy"]
+    paused = replace(record, evaluation=replace(record.evaluation, status="paused", reason="paused"))
+    lost = training.go_on(paused, front, 1).evaluation
+    assert lost.status == "failed"
+    assert lost.cost == record.evaluation.cost
 
 
 def test_training_again_for_an_export_begins_where_the_trial_did(tmp_path: Path) -> None:

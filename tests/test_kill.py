@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
 from pathlib import Path
-from autopeft import Search, SuccessiveHalving, Training
+from autopeft import Elastic, Search, SuccessiveHalving, Training
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 
@@ -32,11 +32,12 @@ search = Search(
     TextClassification(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
-    fidelity=halving if sys.argv[4].startswith("rungs") else None,
+    fidelity=halving if "rungs" in sys.argv[4] else None,
+    elastic=Elastic(candidates=12, warm_start=True) if "warm" in sys.argv[4] else None,
     sampler="tpe",
     seed=3,
     seeds=2,
-    pack_size=4 if sys.argv[4].endswith("packs") else 1,
+    pack_size=4 if "packs" in sys.argv[4] else 1,
     name="killed",
     folder=folder,
     tracking=f"sqlite:///{folder}/mlflow.db",
@@ -66,7 +67,7 @@ def run(
         place: Has model and data.
         folder: Of the search.
         trials: Trials.
-        fidelity: "rungs" or "whole", each also "in packs".
+        fidelity: "rungs" or "whole", each also "in packs" and "with warm starts".
         kill_at: Bytes of the study after which it is killed, and seconds from then on.
     """
     with (folder / "stderr.txt").open("w") as errors:
@@ -148,7 +149,9 @@ def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("fidelity", ["whole", "rungs", "whole in packs", "rungs in packs"])
+@pytest.mark.parametrize(
+    "fidelity", ["whole", "rungs", "whole in packs", "rungs in packs", "rungs in packs with warm starts"]
+)
 def test_a_search_killed_ten_times_is_the_search_never_killed(
     place: Path, tmp_path: Path, fidelity: str
 ) -> None:

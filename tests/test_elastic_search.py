@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from optuna.trial import FixedTrial
 
@@ -146,7 +147,14 @@ def test_it_has_no_say_while_its_ranking_is_poor(tmp_path: Path) -> None:
         assert check.trusted == (spearman > 0)
     assert ask(made, trained([head_alone, *points], [0.0, *right], backbone)) is not None
     assert ask(made, trained([head_alone, *points], [0.9, *wrong], backbone)) is None
-    assert "it proposes nothing" in made.check(records[1:]).describe()  # type: ignore[union-attr]
+    check = made.check(records[1:])
+    assert check is not None
+    assert "it proposes nothing" in check.describe()
+    (path,) = check.save(tmp_path / "kept")
+    kept = pd.read_csv(path).iloc[0]
+    assert kept["spearman"] == pytest.approx(check.spearman)
+    assert not kept["trusted"]
+    assert not kept["warm_start"]
 
 
 def test_few_trials_do_not_condemn_it() -> None:

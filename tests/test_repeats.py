@@ -304,8 +304,8 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
 
     def interrupted(configuration: Configuration, seed: int, **options: object) -> object:
         nonlocal due, count
-        count += "rung" not in options
-        if count == due and "rung" not in options:
+        count += "paused" in options
+        if count == due and "paused" in options:
             due = next(interrupts, -1)
             raise KeyboardInterrupt
         return repeat(configuration, seed, **options)  # type: ignore[arg-type]
@@ -329,7 +329,7 @@ def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
             raise RuntimeError("broken on purpose")
 
     def second_fails(configuration: Configuration, seed: int, **options: object) -> object:
-        failing[:] = [seed] if "rung" not in options else []
+        failing[:] = [seed] if "paused" in options else []
         return train(configuration, seed, **options)  # type: ignore[arg-type]
 
     handle = one.backbone.model.register_forward_hook(hook)

@@ -18,6 +18,11 @@ _TRIES_A_CHILD = 10
 _TRIES_A_DRAW = 10
 
 
+def has_lora_alone(configuration: Configuration) -> bool:
+    """Whether a configuration has no method but LoRA, or nothing at all."""
+    return set(configuration.methods) <= {METHOD}
+
+
 def drawn(
     space: SearchSpace, backbone: Backbone, count: int, generator: random.Random
 ) -> list[Configuration]:
@@ -38,8 +43,8 @@ def drawn(
         if len(points) >= count:
             break
         point = space.suggest(study.ask(), backbone)
-        points += [point] if set(point.methods) <= {METHOD} else []
-    return [one for one in dict.fromkeys(points) if set(one.methods) <= {METHOD}]
+        points += [point] if has_lora_alone(point) else []
+    return [one for one in dict.fromkeys(points) if has_lora_alone(one)]
 
 
 def largest_lora(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from autopeft.elastic import SubScore
 from autopeft.elastic_check import ElasticCheck, check_elastic
 from autopeft.elastic_pool import crossed
 from autopeft.elastic_settings import GENERATIONS
-from autopeft.elastic_weights import ElasticWeights
+from autopeft.elastic_weights import ElasticWeights, write_json
 from autopeft.evaluation import Cost, TrialRecord
 from autopeft.methods import count_parameters
 from autopeft.pareto import Axis, Values, hypervolume
@@ -252,8 +252,12 @@ class ElasticProposals:
         self._scoring_cost += scoring.cost
         self._save()
 
+    @property
+    def _path(self) -> Path:
+        return self.weights.folder / "scores.json"
+
     def _save(self) -> None:
-        """Write scores, pool and cost; the file is there whole or not at all."""
+        """Write scores, pool and cost."""
         order = list(self._scores)
         places = {one: index for index, one in enumerate(order)}
         data = {
@@ -261,15 +265,12 @@ class ElasticProposals:
             "scores": [{"configuration": one.to_dict(), **asdict(self._scores[one])} for one in order],
             "pool": [places[one] for one in self._pool],
         }
-        path = self.weights.folder / "scores.json"
-        path.with_suffix(".part").write_text(json.dumps(data))
-        os.replace(path.with_suffix(".part"), path)
+        write_json(self._path, data)
 
     def _load(self) -> None:
-        path = self.weights.folder / "scores.json"
-        if self.weights.trained is None or not path.is_file():
+        if self.weights.trained is None or not self._path.is_file():
             return
-        data = json.loads(path.read_text())
+        data = json.loads(self._path.read_text())
         self._scoring_cost = Cost(**data["cost"])
         order = [Configuration.from_dict(one["configuration"]) for one in data["scores"]]
         for one, entry in zip(order, data["scores"], strict=True):

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from autopeft.configuration import Configuration
 from autopeft.elastic import ElasticAdapter
-from autopeft.elastic_pool import METHOD, drawn, largest_lora
+from autopeft.elastic_pool import drawn, has_lora_alone, largest_lora
 from autopeft.elastic_settings import GENERATIONS, Elastic
 from autopeft.evaluation import Cost, Evaluation
 from autopeft.evaluation_run import InitialWeights, reason_of_failure
@@ -116,7 +117,7 @@ class ElasticWeights:
         Args:
             trials: Configurations by number.
         """
-        covered = {number: one for number, one in trials.items() if set(one.methods) <= {METHOD}}
+        covered = {number: one for number, one in trials.items() if has_lora_alone(one)}
         adapter = self.adapter() if covered and self.settings.warm_start else None
         if adapter is None:
             return {}
@@ -167,11 +168,8 @@ class ElasticWeights:
 
     def _save_failures(self) -> None:
         """Keep why trainings failed: a search that resumes is not to try them again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = {str(number): asdict(one) for number, one in self._failures.items()}
-        unfinished = self._failures_path.with_suffix(".part")
-        unfinished.write_text(json.dumps(data))
-        os.replace(unfinished, self._failures_path)
+        write_json(self._failures_path, data)
 
     def _load(self) -> None:
         if self._failures_path.is_file():
@@ -181,6 +179,14 @@ class ElasticWeights:
             adapter = ElasticAdapter.load(path)
             if adapter is not None:
                 self._adapters[int(path.stem.partition("-")[2] or 0)] = adapter
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a file that is there whole or not at all; its folder is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(data))
+    os.replace(unfinished, path)
 
 
 def first_weights(

@@ -6,12 +6,12 @@ A front's value is what its members give when they are trained again from the st
 search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
 values. All are trained again alike, in bfloat16 where the processor multiplies it, from random weights; with
 `--as-trained` those that a search began from an elastic adapter's weights begin again from such weights, of
-one for each fresh seed. A method's front at some moment has the candidates that were done by
-then and that nobody beats on the validation split. The axes are the metric, from always predicting the
-majority to 1, and trainable parameters on a log scale over the per-layer space. Each run is a process of its
-own with one thread, whose whole processor time counts, imports included; training the front again does not.
-Runs and trainings that are done are kept in a folder and not done again: after a change of a method, give
-another folder.
+one for each fresh seed. A method's front at some moment has the candidates that were done by then and that
+nobody beats on the validation split. The axes are the metric, from always predicting the majority to 1, and
+trainable parameters on a log scale over the per-layer space. Each run is a process of its own with one
+thread, whose whole processor time counts, imports included; training the front again does not. Runs and
+trainings that are done are kept in a folder and not done again: after a change of a method, give another
+folder.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rich.table import Table
 
 from autopeft.configuration import Configuration
 from autopeft.elastic import ElasticAdapter
+from autopeft.evaluator import Evaluator
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.ours import GUIDED
@@ -95,9 +96,7 @@ def train_again(
         seed: The fresh seed.
         folder: Where the elastic adapter is kept.
     """
-    torch.set_num_threads(1)
-    setting = Setting(dataset=dataset, seed=seed, trials=1)
-    evaluator = setting.evaluator(setting.load(), precision="auto")
+    evaluator = fresh_evaluator(dataset, seed)
     elastic = ElasticAdapter.load(elastic_path(folder, dataset, seed))
     scores = []
     for data, is_warm in candidates:
@@ -108,8 +107,15 @@ def train_again(
             weights = elastic.state(configuration)
         trained = evaluator.train(configuration, initial_weights=weights)
         state = trained.state
-        scores.append(math.nan if state is None else evaluator.test(configuration, state)[setting.metric])
+        scores.append(math.nan if state is None else evaluator.test(configuration, state)[evaluator.monitor])
     return scores
+
+
+def fresh_evaluator(dataset: str, seed: int) -> Evaluator:
+    """Return what trains fronts again in this process, with one thread."""
+    torch.set_num_threads(1)
+    setting = Setting(dataset=dataset, seed=seed, trials=1)
+    return setting.evaluator(setting.load(), precision="auto")
 
 
 def elastic_path(folder: Path, dataset: str, seed: int) -> Path:
@@ -119,9 +125,7 @@ def elastic_path(folder: Path, dataset: str, seed: int) -> Path:
 
 def train_elastic(dataset: str, seed: int, folder: Path) -> None:
     """Train the elastic adapter of a fresh seed, and keep it."""
-    torch.set_num_threads(1)
-    setting = Setting(dataset=dataset, seed=seed, trials=1)
-    evaluator = setting.evaluator(setting.load(), precision="auto")
+    evaluator = fresh_evaluator(dataset, seed)
     _, largest = GUIDED.extremes(evaluator.backbone)
     ElasticAdapter.train(evaluator, largest).save(elastic_path(folder, dataset, seed))
 
@@ -181,32 +185,33 @@ def ratio(rival: Mapping[str, Any], row: Mapping[str, Any], level: str) -> str:
 
 def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int) -> None:
     """Train again everyone on some front who was not yet, a few in one process."""
-    archive, dataset = comparison.archive, comparison.dataset
+    archive, dataset, needed = comparison.archive, comparison.dataset, comparison.needed()
+    if any(comparison.is_warm(one) for one in needed.values()):
+        _train_missing_elastic(comparison, pool)
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
-    if comparison.as_trained and any(one.warm_start for one in comparison.needed().values()):
-        missing_seeds = [
-            seed
-            for seed in comparison.fresh_seeds
-            if not elastic_path(archive.folder, dataset, seed).exists()
-        ]
-        elastic = [pool.submit(train_elastic, dataset, seed, archive.folder) for seed in missing_seeds]
-        for trained in elastic:
-            trained.result()
     for seed in comparison.fresh_seeds:
-        missing = [
-            (key, one)
-            for key, one in comparison.needed().items()
-            if (dataset, key, seed) not in archive.trainings
-        ]
+        missing = [(key, one) for key, one in needed.items() if (dataset, key, seed) not in archive.trainings]
         for start in range(0, len(missing), size):
             some = missing[start : start + size]
-            candidates = [(one.configuration, comparison.as_trained and one.warm_start) for _, one in some]
+            candidates = [(one.configuration, comparison.is_warm(one)) for _, one in some]
             futures[pool.submit(train_again, dataset, candidates, seed, archive.folder)] = seed, some
     for count, future in enumerate(as_completed(futures), 1):
         seed, some = futures[future]
         for (key, _), test in zip(some, future.result(), strict=True):
             archive.add_training(dataset, key, seed, test)
         print(f"{dataset}: fronts trained again, {count} of {len(futures)}", flush=True)
+
+
+def _train_missing_elastic(comparison: Comparison, pool: ProcessPoolExecutor) -> None:
+    """Train the elastic adapters of the fresh seeds that are not kept yet."""
+    folder, dataset = comparison.archive.folder, comparison.dataset
+    futures = [
+        pool.submit(train_elastic, dataset, seed, folder)
+        for seed in comparison.fresh_seeds
+        if not elastic_path(folder, dataset, seed).exists()
+    ]
+    for future in futures:
+        future.result()
 
 
 def main() -> None:

@@ -141,16 +141,13 @@ def correlations(measured: Measured) -> dict[str, float]:
         others = [values for other, values in at_end.items() if other != seed]
         target = [statistics.fmean(values[place] for values in others) for place in sorted(at_end[seed])]
         for arm in (RANDOM, WARM):
-            own = sorted((one for one in outcomes if one.trial[::2] == (arm, seed)), key=_place)
+            own = [one for one in outcomes if (one.trial.arm, one.trial.seed) == (arm, seed)]
+            own.sort(key=lambda one: one.trial.place)
             for third in range(len(own[0].thirds)):
                 early = [one.thirds[third] for one in own]
                 found.setdefault(f"{arm}, after {third + 1}/3", []).append(spearman(early, target))
         found.setdefault("elastic adapter by inference", []).append(spearman(measured.scores[seed], target))
     return {name: statistics.fmean(values) for name, values in found.items()}
-
-
-def _place(one: Outcome) -> int:
-    return one.trial.place
 
 
 def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:

@@ -178,8 +178,11 @@ class Comparison:
 
     def key(self, entry: Entry) -> str:
         """Return what is trained again of a candidate: its configuration, and what it begins from."""
-        is_warm = self.as_trained and entry.warm_start
-        return key_of(entry) + _FROM_ELASTIC * is_warm
+        return key_of(entry) + _FROM_ELASTIC * self.is_warm(entry)
+
+    def is_warm(self, entry: Entry) -> bool:
+        """Whether a candidate is trained again from an elastic adapter's weights."""
+        return self.as_trained and entry.warm_start
 
     def point(self, entry: Entry) -> Values:
         """Return what a member is worth: its test score, the mean over fresh seeds."""

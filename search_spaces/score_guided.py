@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,14 +38,15 @@ from autopeft.search_spaces.base import (
 from autopeft.search_spaces.climbing import climb
 from autopeft.search_spaces.expected_gain import ExpectedGain, Features
 from autopeft.search_spaces.known_rates import KnownRates
+from autopeft.search_spaces.lone_adapters import lone_adapters
 from autopeft.search_spaces.per_layer import PerLayer
 from autopeft.search_spaces.refinement import Refiner, SizedMethod
+from autopeft.search_spaces.site_parameters import encode_sites, suggest_sites
 from autopeft.sensitivity import SCORES, SiteScores
 from autopeft.vocabulary import METHOD_SPECIFICATIONS
 
 _GUIDED = "guided"
 _REFINED = "refined"
-_OFF = "off"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
 # Of an anchor: the place of its budget on a log scale, the share of blocks left free, the place of its rate.
 # Two have one budget: where rates and sizes go together, a model takes one for the other. The higher rate,
@@ -65,7 +66,8 @@ class ScoreGuided(SearchSpace):
     chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
     front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
     over). From the best of them a local search leads to more. The one with the largest expected gain in
-    hypervolume for its compute is tried; see `ExpectedGain`.
+    hypervolume for its compute is tried; see `ExpectedGain`. Some are chosen in the same way from lone
+    adapters, the smallest at one site, until every site was tried so.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -79,6 +81,7 @@ class ScoreGuided(SearchSpace):
         placement: (smallest, largest) share of the sites that may carry an adapter.
         modelled: Share of the trials that are chosen by expected gain, in [0, 1]; the sampler asks for the
             others.
+        lone_share: Share of those that are chosen from lone adapters, while there are any, in [0, 1].
         guided_trials: Trials before the first that is chosen so, anchors included.
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
@@ -97,6 +100,7 @@ class ScoreGuided(SearchSpace):
     temperature: tuple[float, float] = (0.0, 1.5)
     placement: tuple[float, float] = (0.2, 1.0)
     modelled: float = 0.95
+    lone_share: float = 0.5
     guided_trials: int = 4
     learning_rate: LearningRate = (3e-4, 1e-2)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -112,8 +116,9 @@ class ScoreGuided(SearchSpace):
         check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        if not 0 <= self.modelled <= 1:
-            raise ValueError(f"modelled is a share of the trials in [0, 1], got {self.modelled!r}.")
+        for name, share in (("modelled", self.modelled), ("lone_share", self.lone_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is a share of the trials in [0, 1], got {share!r}.")
         check_whole("guided_trials", self.guided_trials, what="a number of trials", least=1)
 
     def _per_layer(self) -> PerLayer:
@@ -175,7 +180,10 @@ class ScoreGuided(SearchSpace):
     def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
         """Ask for the few numbers, or in a refined trial for every site; see `SearchSpace.suggest`."""
         stage = trial.suggest_categorical("stage", (_GUIDED, _REFINED))
-        adapters = (self._suggest_guided if stage == _GUIDED else self._suggest_refined)(trial, backbone)
+        if stage == _GUIDED:
+            adapters = self._suggest_guided(trial, backbone)
+        else:
+            adapters = suggest_sites(trial, self.choices(backbone))
         rate = suggest_learning_rate(trial, self.learning_rate)
         return Configuration(adapters, learning_rate=rate)
 
@@ -219,34 +227,11 @@ class ScoreGuided(SearchSpace):
         ).adapters(backbone, scores_of(self.site_scores, score))
         return {site: one for site, one in adapters.items() if (one.size or 0) >= sized.smallest}
 
-    def _suggest_refined(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
-        adapters = {}
-        for site, methods in self.choices(backbone).items():
-            method = trial.suggest_categorical(f"{site}.method", (_OFF, *methods))
-            if method != _OFF:
-                sized = methods[method]
-                name = f"{site}.{method}_size"
-                adapters[site] = sized.of_size(
-                    trial.suggest_int(name, sized.smallest, sized.largest, log=True)
-                )
-        return adapters
-
     def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters of a refined trial; see `SearchSpace.encode`."""
-        parameters: dict[str, Any] = {"stage": _REFINED}
-        choices = self.choices(backbone)
-        if outside := configuration.adapters.keys() - choices.keys():
-            raise ValueError(f"{min(outside)} is no site of this space.")
-        for site, methods in choices.items():
-            several = configuration.adapters.get(site, ())
-            if len(several) > 1:
-                raise ValueError(f"{site} takes one adapter, got {len(several)}.")
-            parameters[f"{site}.method"] = several[0].method if several else _OFF
-            for one in several:
-                if one.method not in methods or one != methods[one.method].of_size(one.size or 0):
-                    raise ValueError(f"{one} is none of the choices for {site}.")
-                parameters[f"{site}.{one.method}_size"] = one.size
-        return parameters | encode_learning_rate(configuration.learning_rate, self.learning_rate)
+        sites = encode_sites(configuration, self.choices(backbone))
+        rate = encode_learning_rate(configuration.learning_rate, self.learning_rate)
+        return {"stage": _REFINED} | sites | rate
 
     def proposes(self, number: int) -> bool:
         """Say yes: every trial is guided or refined."""
@@ -263,9 +248,13 @@ class ScoreGuided(SearchSpace):
         """Leave the trial to the sampler, or choose the best of a pool; see `SearchSpace.propose`."""
         if number < self.guided_trials or not front or generator.random() >= self.modelled:
             return {"stage": _GUIDED}
+        gain = ExpectedGain(history, self.features(backbone))
+        if generator.random() < self.lone_share:
+            lone = self._lone(front, generator, backbone, history)
+            if (best := gain.best(lone)) is not None:
+                return self.encode(lone[best], backbone)
         refiner = self._refiner(backbone)
         pool = self._pool(front, refiner, generator, backbone)
-        gain = ExpectedGain(history, self.features(backbone))
         climbed = climb([one for one, _ in pool], gain.for_compute, refiner, generator) if pool else []
         pool += [(one, None) for one in climbed]
         best = gain.best([one for one, _ in pool])
@@ -317,6 +306,15 @@ class ScoreGuided(SearchSpace):
             known = KnownRates(front, backbone, rate)
             found += [(one.replace(learning_rate=known.draw(one, generator)), drawn) for one, drawn in found]
         return found
+
+    def _lone(
+        self, front: Iterable[Configuration], generator: random.Random, backbone: Backbone, history: History
+    ) -> list[Configuration]:
+        """Return lone adapters where none was tried, with learning rates of a sum near what the front has."""
+        rate, tried = self.learning_rate, (one for one, _ in history.trials)
+        found = lone_adapters(self.choices(backbone), tried, learning_rate_at(1.0, rate))
+        known = None if isinstance(rate, float) else KnownRates(front, backbone, rate)
+        return [one.replace(learning_rate=known.draw(one, generator)) if known else one for one in found]
 
     def _draw(self, generator: random.Random, backbone: Backbone) -> dict[str, Any]:
         """Draw the parameters of a guided trial evenly, the budget on a log scale."""
@@ -393,7 +391,8 @@ class ScoreGuided(SearchSpace):
                 f"{cheap:,} to {dear:,} parameters, temperature {describe_range(self.temperature)}, "
                 f"placement {describe_range(self.placement)}, lowest block 0 to {top}",
                 f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
-                "largest expected gain in hypervolume for their compute, of a pool",
+                "largest expected gain in hypervolume for their compute, of a pool; "
+                f"{self.lone_share:.0%} of these are one adapter alone until every site had one",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]

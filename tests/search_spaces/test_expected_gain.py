@@ -224,7 +224,7 @@ def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
 
 def searched(seed: int, modelled: float) -> float:
     """Return the hypervolume after 20 trials of a space with made-up outcomes."""
-    space = replace(SPACE, modelled=modelled)
+    space = replace(SPACE, modelled=modelled, lone_share=0.0)
     trials: list[Configuration] = [anchor.configuration for anchor in space.anchors(BACKBONE)]
     while len(trials) < 20:
         generator = random.Random(f"{seed}:{len(trials)}")

@@ -63,6 +63,7 @@ class _Candidate:
         waits: Whether it is paused there.
         expected: The metric it reached beyond the rung, or is expected to reach.
         noise: Of what is expected; None where it is not known.
+        is_silent: Whether its metric there was no better than that of always predicting the majority.
     """
 
     record: TrialRecord
@@ -70,6 +71,7 @@ class _Candidate:
     waits: bool
     expected: float
     noise: float | None = None
+    is_silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Promotion:
         self.objectives = [one for one in objectives if one.is_metric or one.before_training]
         self._costs = [one.name for one in self.objectives if not one.is_metric]
         self._axes = axes
+        self._least = next((axis.worst for axis in axes if axis.objective.name == monitor), -math.inf)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
 
@@ -165,10 +168,12 @@ class Promotion:
         evaluation = record.evaluation
         values = {**{name: evaluation.values[name] for name in self._costs}, **scores}
         values[VALIDATION_LOSS] = forecast.loss_at(evaluation, step)
-        if evaluation.status != "paused" or evaluation.cost.steps != step:
-            return _Candidate(record, values, waits=False, expected=evaluation.values[self.monitor])
-        expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
-        return _Candidate(record, values, waits=True, expected=expected, noise=noise)
+        waits = evaluation.status == "paused" and evaluation.cost.steps == step
+        expected, noise = evaluation.values[self.monitor], None
+        if waits:
+            expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
+        is_silent = scores[self.monitor] <= self._least
+        return _Candidate(record, values, waits=waits, expected=expected, noise=noise, is_silent=is_silent)
 
     def _choose(
         self,
@@ -176,18 +181,29 @@ class Promotion:
         waiting: Sequence[_Candidate],
         records: Sequence[TrialRecord],
     ) -> _Candidate | None:
-        quota = max(1, math.floor(len(candidates) / self.halving.reduction_factor))
-        if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
-            # The metric does not tell them apart: by costs alone none but the cheapest would go on.
-            best = self._by_loss(candidates)[:quota]
-        else:
-            points = [{**one.values, self.monitor: one.expected} for one in candidates]
-            best = [candidates[index] for index in self._best(points, quota)]
+        silent = [one for one in candidates if one.is_silent]
+        told = [one for one in candidates if not one.is_silent]
+        first = self._told_apart(told, waiting) if told else []
+        quota = self._quota(silent) if told else max(1, self._quota(silent))
         bars = [_Bar(one.values, one.expected, whole=False) for one in waiting]
         for record in filter(_is_whole, records):
             values = record.evaluation.values
             bars.append(_Bar(values, values[self.monitor], whole=True))
+        best = [*first, *self._by_loss(silent)[:quota]]
         return next((one for one in best if one.waits and not self._is_stopped(one, bars)), None)
+
+    def _quota(self, candidates: Sequence[_Candidate]) -> int:
+        return math.floor(len(candidates) / self.halving.reduction_factor)
+
+    def _told_apart(self, told: Sequence[_Candidate], waiting: Sequence[_Candidate]) -> list[_Candidate]:
+        """Return the best of those whose metric has begun to rise."""
+        quota = max(1, self._quota(told))
+        waiting = [one for one in waiting if not one.is_silent]
+        if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
+            # The metric does not tell them apart: by costs alone none but the cheapest would go on.
+            return self._by_loss(told)[:quota]
+        points = [{**one.values, self.monitor: one.expected} for one in told]
+        return [told[index] for index in self._best(points, quota)]
 
     def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
@@ -209,9 +225,14 @@ class Promotion:
         return order[:count]
 
     def _is_stopped(self, one: _Candidate, bars: Sequence[_Bar]) -> bool:
-        """Whether someone who costs no more is better than this one can be hoped to become."""
+        """Whether someone who costs no more is better than this one can be hoped to become.
+
+        A silent one can be hoped to become as good as the best: its metric has told nothing yet.
+        """
         noise = one.noise
         hoped = one.expected + (noise or 0.0)
+        if one.is_silent:
+            hoped = max([hoped, *(bar.score for bar in bars if bar.whole)])
         for bar in bars:
             differences = [one.values[name] - bar.costs[name] for name in self._costs]
             if any(difference < 0 for difference in differences):

@@ -147,6 +147,21 @@ def test_a_loss_that_is_not_known_comes_last() -> None:
     assert next_of([*known, *waiting]) == (4, 1)
 
 
+def test_of_those_whose_metric_has_told_nothing_yet_the_best_third_by_loss_goes_on() -> None:
+    # By the metric none would go on: others that cost the same have begun to raise it.
+    known = [trial(n, 1e3, 0.5, 0.7, 0.70 + 0.01 * n, loss=0.2) for n in range(3)]
+    known.append(trial(9, 5e5, 0.5, 0.7, 0.9, loss=0.2))
+    silent = [trial(3 + n, 1e3, 0.0, loss=loss) for n, loss in enumerate((0.65, 0.4, 0.5, 0.6))]
+    assert next_of([*known, silent[0]]) is None, "fewer than the factor"
+    assert next_of([*known, *silent]) == (4, 1)
+    went_on = trial(4, 1e3, 0.0, 0.5, 0.6, loss=0.4)
+    assert next_of([*known, went_on, *silent[:1], *silent[2:]]) == (5, 1), "one of two"
+    lost = trial(5, 1e3, 0.0, 0.0, 0.0, loss=0.5)
+    assert next_of([*known, went_on, lost, silent[0], silent[3]]) is None
+    dearer = [trial(one.number, 6e5, 0.0, loss=0.4) for one in silent]
+    assert next_of([*known, *dearer]) is None, "someone who costs less is as good as can be hoped for"
+
+
 def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     # Large ones gain much after the first rung, small ones little.
     large = [trial(n, 5e5 + n, 0.2, 0.4, 0.7 + 0.01 * n) for n in range(5)]

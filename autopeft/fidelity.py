@@ -63,15 +63,15 @@ class _Candidate:
         waits: Whether it is paused there.
         expected: The metric it reached beyond the rung, or is expected to reach.
         noise: Of what is expected; None where it is not known.
-        is_silent: Whether its metric there was no better than that of always predicting the majority.
+        at_majority: Whether its metric there was no better than that of always predicting the majority.
     """
 
     record: TrialRecord
     values: Mapping[str, float]
     waits: bool
     expected: float
-    noise: float | None = None
-    is_silent: bool = False
+    noise: float | None
+    at_majority: bool
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Promotion:
         halving: The rule's settings.
         steps: Optimizer steps of every rung, the whole training last.
         objectives: The search's; those that only a whole training tells are left out.
-        axes: The fixed axes of the hypervolume; they break ties.
+        axes: The fixed axes of the hypervolume; they break ties, and the metric's has the majority's score.
         monitor: Metric of which the best validation counts.
         references: Names of the reference points that go on whatever a rung says of them.
     """
@@ -124,7 +124,7 @@ class Promotion:
         self.objectives = [one for one in objectives if one.is_metric or one.before_training]
         self._costs = [one.name for one in self.objectives if not one.is_metric]
         self._axes = axes
-        self._least = next((axis.worst for axis in axes if axis.objective.name == monitor), -math.inf)
+        self._majority_score = next(axis.worst for axis in axes if axis.objective.name == monitor)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
 
@@ -172,8 +172,8 @@ class Promotion:
         expected, noise = evaluation.values[self.monitor], None
         if waits:
             expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
-        is_silent = scores[self.monitor] <= self._least
-        return _Candidate(record, values, waits=waits, expected=expected, noise=noise, is_silent=is_silent)
+        at_majority = scores[self.monitor] <= self._majority_score
+        return _Candidate(record, values, waits, expected, noise, at_majority)
 
     def _choose(
         self,
@@ -181,29 +181,28 @@ class Promotion:
         waiting: Sequence[_Candidate],
         records: Sequence[TrialRecord],
     ) -> _Candidate | None:
-        silent = [one for one in candidates if one.is_silent]
-        told = [one for one in candidates if not one.is_silent]
-        first = self._told_apart(told, waiting) if told else []
-        quota = self._quota(silent) if told else max(1, self._quota(silent))
-        bars = [_Bar(one.values, one.expected, whole=False) for one in waiting]
+        begun = [one for one in candidates if not one.at_majority]
+        others = [one for one in candidates if one.at_majority]
+        best = self._by_metric(begun) if begun else []
+        best += self._by_loss(others)[: self._quota(others) if begun else max(1, self._quota(others))]
+        bars = [_Bar(one.values, one.expected, whole=False) for one in waiting if not one.at_majority]
         for record in filter(_is_whole, records):
             values = record.evaluation.values
             bars.append(_Bar(values, values[self.monitor], whole=True))
-        best = [*first, *self._by_loss(silent)[:quota]]
         return next((one for one in best if one.waits and not self._is_stopped(one, bars)), None)
 
     def _quota(self, candidates: Sequence[_Candidate]) -> int:
         return math.floor(len(candidates) / self.halving.reduction_factor)
 
-    def _told_apart(self, told: Sequence[_Candidate], waiting: Sequence[_Candidate]) -> list[_Candidate]:
+    def _by_metric(self, begun: Sequence[_Candidate]) -> list[_Candidate]:
         """Return the best of those whose metric has begun to rise."""
-        quota = max(1, self._quota(told))
-        waiting = [one for one in waiting if not one.is_silent]
+        quota = max(1, self._quota(begun))
+        waiting = [one for one in begun if one.waits]
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
             # The metric does not tell them apart: by costs alone none but the cheapest would go on.
-            return self._by_loss(told)[:quota]
-        points = [{**one.values, self.monitor: one.expected} for one in told]
-        return [told[index] for index in self._best(points, quota)]
+            return self._by_loss(begun)[:quota]
+        points = [{**one.values, self.monitor: one.expected} for one in begun]
+        return [begun[index] for index in self._best(points, quota)]
 
     def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
@@ -227,17 +226,18 @@ class Promotion:
     def _is_stopped(self, one: _Candidate, bars: Sequence[_Bar]) -> bool:
         """Whether someone who costs no more is better than this one can be hoped to become.
 
-        A silent one can be hoped to become as good as the best: its metric has told nothing yet.
+        One at the majority's score may become anything, as its metric has told nothing yet: what stops it is
+        a whole training as good as any.
         """
+        rivals = [bar for bar in bars if all(one.values[name] >= bar.costs[name] for name in self._costs)]
+        if one.at_majority:
+            best = max((bar.score for bar in bars if bar.whole), default=math.inf)
+            return any(bar.whole and bar.score == best > self._majority_score for bar in rivals)
         noise = one.noise
         hoped = one.expected + (noise or 0.0)
-        if one.is_silent:
-            hoped = max([hoped, *(bar.score for bar in bars if bar.whole)])
-        for bar in bars:
-            differences = [one.values[name] - bar.costs[name] for name in self._costs]
-            if any(difference < 0 for difference in differences):
-                continue
-            if bar.whole and (noise is None or (noise == 0 and any(differences))):
+        for bar in rivals:
+            is_dearer = any(one.values[name] > bar.costs[name] for name in self._costs)
+            if bar.whole and (noise is None or (noise == 0 and is_dearer)):
                 continue  # nobody has gained, or all alike: what dearer ones gain is not known
             if hoped < bar.score or (bar.whole and hoped == bar.score):
                 return True

@@ -13,8 +13,7 @@ def lone_adapters(
 ) -> list[Configuration]:
     """Return the smallest adapter of every method alone at every site where none of it was tried alone.
 
-    Nothing else foretells which few of the sites can do with so little: scores rank them hardly better than
-    chance, and changes of a front that has no such site seldom meet one (`benchmarks/lone_adapters.py`).
+    Few sites can do with so little, and scores hardly tell which (`benchmarks/lone_adapters.py`).
 
     Args:
         choices: The methods there are for every site.

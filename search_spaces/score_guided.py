@@ -23,6 +23,7 @@ from autopeft.search_spaces.base import (
     SearchSpace,
     SuggestTrial,
     check_range,
+    check_share,
     checked_learning_rate,
     checked_names,
     describe_learning_rate,
@@ -66,8 +67,7 @@ class ScoreGuided(SearchSpace):
     chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
     front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
     over). From the best of them a local search leads to more. The one with the largest expected gain in
-    hypervolume for its compute is tried; see `ExpectedGain`. Some are chosen in the same way from lone
-    adapters, the smallest at one site, until every site was tried so.
+    hypervolume for its compute is tried; see `ExpectedGain`. Some are chosen so from `lone_adapters`.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -116,9 +116,8 @@ class ScoreGuided(SearchSpace):
         check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        for name, share in (("modelled", self.modelled), ("lone_share", self.lone_share)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} is a share of the trials in [0, 1], got {share!r}.")
+        check_share("modelled", self.modelled, "trials")
+        check_share("lone_share", self.lone_share, "modelled trials")
         check_whole("guided_trials", self.guided_trials, what="a number of trials", least=1)
 
     def _per_layer(self) -> PerLayer:
@@ -249,10 +248,12 @@ class ScoreGuided(SearchSpace):
         if number < self.guided_trials or not front or generator.random() >= self.modelled:
             return {"stage": _GUIDED}
         gain = ExpectedGain(history, self.features(backbone))
-        if generator.random() < self.lone_share:
+        if self.lone_share and generator.random() < self.lone_share:
+            # By themselves: models seldom think much of what is unlike the front.
             lone = self._lone(front, generator, backbone, history)
-            if (best := gain.best(lone)) is not None:
-                return self.encode(lone[best], backbone)
+            lone = [one for one, worth in zip(lone, gain.for_compute(lone), strict=True) if worth > 0]
+            if (first := gain.best(lone)) is not None:
+                return self.encode(lone[first], backbone)
         refiner = self._refiner(backbone)
         pool = self._pool(front, refiner, generator, backbone)
         climbed = climb([one for one, _ in pool], gain.for_compute, refiner, generator) if pool else []
@@ -391,8 +392,8 @@ class ScoreGuided(SearchSpace):
                 f"{cheap:,} to {dear:,} parameters, temperature {describe_range(self.temperature)}, "
                 f"placement {describe_range(self.placement)}, lowest block 0 to {top}",
                 f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
-                "largest expected gain in hypervolume for their compute, of a pool; "
-                f"{self.lone_share:.0%} of these are one adapter alone until every site had one",
+                "largest expected gain in hypervolume for their compute, of a pool or of lone adapters "
+                f"({self.lone_share:.0%}, while there are any)",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]

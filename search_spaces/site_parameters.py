@@ -12,10 +12,16 @@ from autopeft.search_spaces.refinement import SizedMethod
 
 _OFF = "off"
 Choices = Mapping[Site, Mapping[str, SizedMethod]]
+"""The methods that each site takes, by name, with their sizes."""
 
 
 def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
-    """Ask for the method of every site, and for its size."""
+    """Ask for the method of every site, or none, and for its size.
+
+    Args:
+        trial: Is asked.
+        choices: The methods there are for every site.
+    """
     adapters = {}
     for site, methods in choices.items():
         method = trial.suggest_categorical(f"{site}.method", (_OFF, *methods))
@@ -28,6 +34,10 @@ def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
 
 def encode_sites(configuration: Configuration, choices: Choices) -> dict[str, Any]:
     """Return the parameters with which `suggest_sites` gives a configuration's adapters.
+
+    Args:
+        configuration: One adapter a site at most.
+        choices: The methods there are for every site.
 
     Raises:
         ValueError: An adapter is none of the choices for its site.

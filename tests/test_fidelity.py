@@ -123,7 +123,7 @@ def test_who_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
 
 
 def test_what_has_learned_nothing_is_not_tried_again() -> None:
-    # All that cost the least have the majority's score: promotion by rank alone would train each to the end.
+    # All that cost the least have one score: promotion by rank alone would train each to the end.
     known = [trial(n, 1e2, 0.3, 0.3, 0.3) for n in range(3)]
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9))]) is None
     other = trial(9, 1e2, 0.31)
@@ -131,7 +131,7 @@ def test_what_has_learned_nothing_is_not_tried_again() -> None:
 
 
 def test_where_the_metric_tells_nobody_apart_the_loss_decides() -> None:
-    # A rare class is not predicted by anybody yet: Matthews correlation, or accuracy, is the majority's.
+    # Also where the score that all have is not the majority's.
     known = [trial(n, 5e5, 0.3, 0.5, 0.6 + 0.1 * n, loss=0.6) for n in range(3)]
     waiting = [trial(3, 2e3, 0.3, loss=0.65), trial(4, 2e3, 0.3, loss=0.4), trial(5, 2e3, 0.3, loss=0.5)]
     assert next_of([*known, *waiting]) == (4, 1)
@@ -147,19 +147,39 @@ def test_a_loss_that_is_not_known_comes_last() -> None:
     assert next_of([*known, *waiting]) == (4, 1)
 
 
-def test_of_those_whose_metric_has_told_nothing_yet_the_best_third_by_loss_goes_on() -> None:
+def test_of_those_at_the_majoritys_score_one_of_the_factor_goes_on_by_loss() -> None:
     # By the metric none would go on: others that cost the same have begun to raise it.
     known = [trial(n, 1e3, 0.5, 0.7, 0.70 + 0.01 * n, loss=0.2) for n in range(3)]
     known.append(trial(9, 5e5, 0.5, 0.7, 0.9, loss=0.2))
-    silent = [trial(3 + n, 1e3, 0.0, loss=loss) for n, loss in enumerate((0.65, 0.4, 0.5, 0.6))]
-    assert next_of([*known, silent[0]]) is None, "fewer than the factor"
-    assert next_of([*known, *silent]) == (4, 1)
+    late = [trial(3 + n, 1e3, 0.0, loss=loss) for n, loss in enumerate((0.65, 0.4, 0.5, 0.6))]
+    assert next_of([*known, late[0]]) is None, "fewer than the factor"
+    assert next_of([*known, *late]) == (4, 1)
     went_on = trial(4, 1e3, 0.0, 0.5, 0.6, loss=0.4)
-    assert next_of([*known, went_on, *silent[:1], *silent[2:]]) == (5, 1), "one of two"
+    assert next_of([*known, went_on, *late[:1], *late[2:]]) == (5, 1), "one of two"
     lost = trial(5, 1e3, 0.0, 0.0, 0.0, loss=0.5)
-    assert next_of([*known, went_on, lost, silent[0], silent[3]]) is None
-    dearer = [trial(one.number, 6e5, 0.0, loss=0.4) for one in silent]
+    assert next_of([*known, went_on, lost, late[0], late[3]]) is None
+    dearer = [trial(one.number, 6e5, 0.0, loss=0.4) for one in late]
     assert next_of([*known, *dearer]) is None, "someone who costs less is as good as can be hoped for"
+
+
+def test_the_first_at_the_majoritys_score_goes_on_where_nobody_has_begun() -> None:
+    assert next_of([trial(0, 1e3, 0.0, loss=0.5)]) == (0, 1)
+    assert next_of([trial(0, 1e3, 0.0, 0.0, loss=0.5)]) == (0, 2)
+    assert next_of([trial(0, 1e3, 0.0, 0.0, loss=0.5), trial(1, 2e3, 0.4, 0.5)]) == (1, 2)
+
+
+def test_whoever_is_at_the_majoritys_score_keeps_nobody_waiting() -> None:
+    # Late ones gained much, those that had begun little: a late one is expected to pass those.
+    late = [trial(n, 5e5, 0.0, 0.4, 0.80 + 0.001 * n, loss=0.65) for n in range(5)]
+    begun = [trial(n, 5e5, 0.5, 0.55, 0.60 + 0.001 * n, loss=0.2) for n in range(5, 10)]
+    cheaper, better = trial(10, 1e3, 0.0, loss=0.65), trial(11, 2e3, 0.5, loss=0.2)
+    promotion = Promotion(
+        SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=12), RUNGS, OBJECTIVES, AXES, "accuracy"
+    )
+    known = [*late, *begun, cheaper, better]
+    forecast = promotion.forecast(known)
+    assert forecast.values(cheaper.evaluation)[0] > forecast.values(better.evaluation)[0]
+    assert promotion.next(known) == (better, 1)
 
 
 def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
@@ -180,7 +200,7 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
 
 def test_reference_points_go_on_whatever_a_rung_says() -> None:
     known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
-    worst = trial(3, 5e5, 0.0)
+    worst = trial(3, 5e5, 0.1)
     assert next_of([*known, worst]) is None
     promotion = Promotion(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy", ["uniform lora 8"])
     reference, other = (replace(worst, anchor=name) for name in ("uniform lora 8", "uniform lora 64"))
@@ -210,12 +230,14 @@ def test_one_whole_training_tells_what_it_gained() -> None:
     assert forecast.values(trial(1, 5e3, 0.2, loss=2.0).evaluation)[0] == pytest.approx(0.6)
 
 
-def test_a_rung_at_which_nobody_has_learned_anything_stops_nobody() -> None:
+def test_a_rung_at_which_nobody_has_learned_anything_stops_those_alone_who_cost_more_than_the_best() -> None:
     # As with Matthews correlation, which is 0 until the rarer class is predicted at all.
-    cheap = [trial(n, 1e2 * (n + 1), 0.0, 0.0, gained) for n, gained in enumerate((0.0, 0.8, 0.9))]
-    waiting = [trial(n, 1e6 - 1e3 * n, 0.0) for n in range(3, 8)]
-    assert next_of([*cheap, *waiting[:2]]) is None, "one of two goes on"
-    assert next_of([*cheap, *waiting]) == (3, 1), "the first, not the cheapest"
+    cheap = [trial(n, 1e2 * (n + 1), 0.0, 0.0, gained) for n, gained in enumerate((0.0, 0.8))]
+    best = trial(2, 1e6, 0.0, 0.0, 0.9)
+    waiting = [trial(n, 9e5 - 1e3 * n, 0.0) for n in range(3, 8)]
+    assert next_of([*cheap, best, *waiting[:2]]) is None, "one of two goes on"
+    assert next_of([*cheap, best, *waiting]) == (3, 1), "the first, not the cheapest"
+    assert next_of([*cheap, trial(2, 3e2, 0.0, 0.0, 0.9), *waiting]) is None
     failed = [trial(n, 1e2 * (n + 1), 0.0, 0.0, 0.0) for n in range(3)]
     assert next_of([*failed, *waiting]) == (3, 1), "that cheap ones have not learned says nothing of others"
 

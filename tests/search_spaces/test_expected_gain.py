@@ -245,7 +245,11 @@ def test_chosen_trials_find_more_than_drawn_ones() -> None:
 
 def test_proposals_of_mixed_methods_are_whole_points() -> None:
     space = ScoreGuided(
-        scores=("condition_number",), methods=("lora", "series", "prefix"), ranks=(2, 9), learning_rate=1e-3
+        scores=("condition_number",),
+        methods=("lora", "series", "prefix"),
+        ranks=(2, 9),
+        lone_share=0.0,
+        learning_rate=1e-3,
     ).with_scores(SPACE.site_scores)
     trials = [anchor.configuration for anchor in space.anchors(BACKBONE)]
     for seed in range(8):

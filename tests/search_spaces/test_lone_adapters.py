@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
-from autopeft.objectives import resolve_objectives
+from autopeft.objectives import Constraint, resolve_constraints, resolve_objectives
 from autopeft.pareto import Axis
 from autopeft.search_spaces import History, ScoreGuided
 from autopeft.search_spaces.lone_adapters import lone_adapters
@@ -50,7 +51,12 @@ def test_what_is_left_is_every_method_alone_at_every_site_where_it_was_not_tried
     assert lone_adapters(choices, tried, 1e-2) == expected
 
 
-def proposals(space: ScoreGuided, count: int) -> list[Configuration]:
+def proposals(
+    space: ScoreGuided,
+    count: int,
+    pending: Sequence[Configuration] = (),
+    constraints: Sequence[Constraint] = (),
+) -> list[Configuration]:
     """What is proposed one after another where whatever is tried reaches the same, reference points first."""
     metric, cost = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
     fewest, most = (count_parameters(BACKBONE, one) for one in space.extremes(BACKBONE))
@@ -64,7 +70,8 @@ def proposals(space: ScoreGuided, count: int) -> list[Configuration]:
         points = [
             {"accuracy": 0.5, "trainable_parameters": float(count_parameters(BACKBONE, one))} for one in tried
         ]
-        history = History(trials=list(zip(tried, points, strict=True)), axes=axes)
+        trials = [*zip(tried, points, strict=True), *((one, {}) for one in pending)]
+        history = History(trials=trials, axes=axes, constraints=constraints)
         front = {tried[0]: 0.1, KNOWN: 0.1}
         found = space.propose(number, front, random.Random(number), BACKBONE, history)
         tried.append(space.suggest(FixedTrial(found), BACKBONE))
@@ -83,6 +90,19 @@ def test_every_site_is_tried_alone_once_and_then_the_search_goes_on() -> None:
     assert len({*found}) == len(found), "who comes later is somebody else"
 
 
+def test_who_is_about_to_be_trained_counts_as_tried_and_who_breaks_a_constraint_is_left_out() -> None:
+    lone = lone_adapters(SPACE.choices(BACKBONE), (), 1e-2)
+    counts = {site: count_parameters(BACKBONE, one) for one in lone for site, _ in one}
+    bound = min(counts.values())
+    allowed = {site for site, count in counts.items() if count == bound}
+    assert len(allowed) < len(counts)
+    waits = min(allowed)
+    pending = [one for one in lone if waits in one.adapters]
+    constraints = resolve_constraints({"trainable_parameters": bound}, ("accuracy",))
+    found = proposals(SPACE, len(allowed) - 1, pending, constraints)
+    assert {site for one in found for site, _ in one} == allowed - {waits}
+
+
 def test_rates_stay_where_they_are_fixed_and_a_share_of_none_tries_nobody_alone() -> None:
     fixed = proposals(replace(SPACE, learning_rate=2e-3), 4)
     assert {one.learning_rate for one in fixed} == {2e-3}
@@ -93,5 +113,5 @@ def test_rates_stay_where_they_are_fixed_and_a_share_of_none_tries_nobody_alone(
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_outside_of_0_to_1_is_told(share: float) -> None:
-    with pytest.raises(ValueError, match=r"lone_share is a share of the trials in \[0, 1\], got"):
+    with pytest.raises(ValueError, match=r"lone_share is a share of the modelled trials in \[0, 1\], got"):
         ScoreGuided(lone_share=share)

@@ -21,6 +21,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
+    "autopeft, no lone adapters": {**_WHOLE, "space": replace(GUIDED, lone_share=0.0)},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},

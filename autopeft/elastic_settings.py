@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from autopeft.errors import check_whole
+from autopeft.errors import check_share, check_whole
 
 GENERATIONS = 3
 """Draws, then crossings of the best so far, that make up what is proposed from."""
@@ -41,8 +41,7 @@ class Elastic:
         if not (math.isfinite(self.trainings) and self.trainings > 0):
             raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
         check_whole("candidates", self.candidates, least=GENERATIONS)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is a share of the trials in [0, 1], got {self.share!r}.")
+        check_share("share", self.share, of="trials")
         if not isinstance(self.warm_start, bool):
             raise ValueError(f"warm_start is True or False, got {self.warm_start!r}.")
         if not self.share and not self.warm_start:

@@ -44,3 +44,18 @@ def check_whole(name: str, value: object, *, least: int, what: str = "a whole nu
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {what} from {least} up, got {value!r}.")
+
+
+def check_share(name: str, share: float, *, of: str) -> None:
+    """Raise where a value is no share in [0, 1].
+
+    Args:
+        name: What the value is called.
+        share: What was given.
+        of: What it is a share of, as in "trials".
+
+    Raises:
+        ValueError: Says what was given and what is valid.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} is a share of the {of} in [0, 1], got {share!r}.")

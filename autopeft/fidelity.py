@@ -183,20 +183,20 @@ class Promotion:
     ) -> _Candidate | None:
         begun = [one for one in candidates if not one.at_majority]
         others = [one for one in candidates if one.at_majority]
-        best = self._by_metric(begun) if begun else []
-        best += self._by_loss(others)[: self._quota(others) if begun else max(1, self._quota(others))]
+        best = self._by_metric(begun)
+        best += self._by_loss(others)[: self._quota(others, least=0 if begun else 1)]
         bars = [_Bar(one.values, one.expected, whole=False) for one in waiting if not one.at_majority]
         for record in filter(_is_whole, records):
             values = record.evaluation.values
             bars.append(_Bar(values, values[self.monitor], whole=True))
         return next((one for one in best if one.waits and not self._is_stopped(one, bars)), None)
 
-    def _quota(self, candidates: Sequence[_Candidate]) -> int:
-        return math.floor(len(candidates) / self.halving.reduction_factor)
+    def _quota(self, candidates: Sequence[_Candidate], *, least: int) -> int:
+        return max(least, math.floor(len(candidates) / self.halving.reduction_factor))
 
     def _by_metric(self, begun: Sequence[_Candidate]) -> list[_Candidate]:
         """Return the best of those whose metric has begun to rise."""
-        quota = max(1, self._quota(begun))
+        quota = self._quota(begun, least=1)
         waiting = [one for one in begun if one.waits]
         if len(waiting) > 1 and len({one.values[self.monitor] for one in waiting}) == 1:
             # The metric does not tell them apart: by costs alone none but the cheapest would go on.

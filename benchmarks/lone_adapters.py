@@ -30,7 +30,7 @@ from autopeft.evaluator import Evaluator
 from autopeft.methods import count_parameters
 from autopeft.search_spaces.allocated import site_values
 from autopeft.search_spaces.lone_adapters import lone_adapters
-from autopeft.search_spaces.site_parameters import Choices
+from autopeft.search_spaces.refinement import Choices
 from autopeft.site_scoring import score_sites
 from benchmarks.datasets import DATASETS
 from benchmarks.elastic import spearman

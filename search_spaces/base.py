@@ -306,12 +306,6 @@ def describe_range(bounds: Iterable[float]) -> str:
     return " to ".join(f"{bound:g}" for bound in bounds)
 
 
-def check_share(name: str, share: float, of: str) -> None:
-    """Raise ValueError for what is no share in [0, 1]."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} is a share of the {of} in [0, 1], got {share!r}.")
-
-
 def check_range(name: str, bounds: Any, low: float, high: float) -> None:
     """Raise ValueError where bounds are not (lowest, highest) between two numbers."""
     numbers = isinstance(bounds, tuple | list) and len(bounds) == 2

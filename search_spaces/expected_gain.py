@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -18,7 +18,7 @@ from autopeft.methods import count_parameters
 from autopeft.objectives import Constraint, Objective
 from autopeft.pareto import non_dominated
 from autopeft.search_spaces.base import History, LearningRate, log_place, summed_learning_rate
-from autopeft.search_spaces.refinement import SizedMethod
+from autopeft.search_spaces.refinement import Choices
 from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 
 _LATEST = 128  # trials that a model learns from: its time grows with their third power
@@ -49,7 +49,7 @@ class Features:
     """
 
     backbone: Backbone
-    choices: Mapping[Site, Mapping[str, SizedMethod]]
+    choices: Choices
     methods: Sequence[str]
     learning_rate: LearningRate
     parameters: tuple[int, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from autopeft.configuration import Configuration
-from autopeft.search_spaces.site_parameters import Choices
+from autopeft.search_spaces.refinement import Choices
 
 
 def lone_adapters(

@@ -46,6 +46,10 @@ class SizedMethod:
         return 0.5 + 0.5 * log_place(size, self.smallest, self.largest)
 
 
+Choices = Mapping[Site, Mapping[str, SizedMethod]]
+"""The methods that each site takes, by name, with their sizes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refiner:
     """Moves in the full per-layer space: resize, drop, add, cross over, and another learning rate.
@@ -56,7 +60,7 @@ class Refiner:
         learning_rate: (lowest, highest) of the learning rate; equal where it is fixed.
     """
 
-    choices: Mapping[Site, Mapping[str, SizedMethod]]
+    choices: Choices
     values: Mapping[Site, float]
     learning_rate: tuple[float, float]
 

@@ -13,7 +13,7 @@ from optuna.trial import FixedTrial
 from autopeft.adapter import Adapter, Site
 from autopeft.backbone import Backbone
 from autopeft.configuration import Configuration
-from autopeft.errors import check_whole, unknown_choice
+from autopeft.errors import check_share, check_whole, unknown_choice
 from autopeft.methods import count_parameters, count_site
 from autopeft.search_spaces.allocated import Allocation, site_values
 from autopeft.search_spaces.base import (
@@ -23,7 +23,6 @@ from autopeft.search_spaces.base import (
     SearchSpace,
     SuggestTrial,
     check_range,
-    check_share,
     checked_learning_rate,
     checked_names,
     describe_learning_rate,
@@ -116,8 +115,8 @@ class ScoreGuided(SearchSpace):
         check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        check_share("modelled", self.modelled, "trials")
-        check_share("lone_share", self.lone_share, "modelled trials")
+        check_share("modelled", self.modelled, of="trials")
+        check_share("lone_share", self.lone_share, of="modelled trials")
         check_whole("guided_trials", self.guided_trials, what="a number of trials", least=1)
 
     def _per_layer(self) -> PerLayer:

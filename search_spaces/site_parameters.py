@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from autopeft.adapter import Adapter, Site
 from autopeft.configuration import Configuration
 from autopeft.search_spaces.base import SuggestTrial
-from autopeft.search_spaces.refinement import SizedMethod
-
-_OFF = "off"
-Choices = Mapping[Site, Mapping[str, SizedMethod]]
-"""The methods that each site takes, by name, with their sizes."""
+from autopeft.search_spaces.refinement import Choices
+from autopeft.search_spaces.slots import OFF
 
 
 def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
@@ -24,8 +20,8 @@ def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
     """
     adapters = {}
     for site, methods in choices.items():
-        method = trial.suggest_categorical(f"{site}.method", (_OFF, *methods))
-        if method != _OFF:
+        method = trial.suggest_categorical(f"{site}.method", (OFF, *methods))
+        if method != OFF:
             sized = methods[method]
             name = f"{site}.{method}_size"
             adapters[site] = sized.of_size(trial.suggest_int(name, sized.smallest, sized.largest, log=True))
@@ -49,7 +45,7 @@ def encode_sites(configuration: Configuration, choices: Choices) -> dict[str, An
         several = configuration.adapters.get(site, ())
         if len(several) > 1:
             raise ValueError(f"{site} takes one adapter, got {len(several)}.")
-        parameters[f"{site}.method"] = several[0].method if several else _OFF
+        parameters[f"{site}.method"] = several[0].method if several else OFF
         for one in several:
             if one.method not in methods or one != methods[one.method].of_size(one.size or 0):
                 raise ValueError(f"{one} is none of the choices for {site}.")

@@ -1,18 +1,18 @@
 """autopeft finds the PEFT configurations that trade accuracy, parameters and memory best."""
 
 from autopeft import search_spaces, tasks
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.elastic import ElasticAdapter
-from autopeft.elastic_settings import Elastic
-from autopeft.evaluation import Evaluation, TrialRecord
-from autopeft.evaluator import Evaluator
-from autopeft.export import ExportReport, load_adapter
-from autopeft.fidelity import SuccessiveHalving
-from autopeft.front import FrontPoint, ParetoFront
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.supernet.settings import Elastic
+from autopeft.evaluation.supernet.supernet import ElasticAdapter
+from autopeft.export.export import ExportReport, load_adapter
 from autopeft.methods import attach, count_parameters
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.successive_halving import SuccessiveHalving
+from autopeft.reporting.front import FrontPoint, ParetoFront
 from autopeft.search import Search
-from autopeft.training import Training
+from autopeft.training.settings import Training
 
 __all__ = [
     "Adapter",

@@ -13,17 +13,17 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from autopeft.budget import Budget, Spent
-from autopeft.config import SearchConfig, build_config, load_config
-from autopeft.errors import unknown_choice
-from autopeft.front import ParetoFront
-from autopeft.objectives import resolve_objectives
-from autopeft.pareto import Axis
-from autopeft.profiling import Profile
-from autopeft.progress import wide_console
+from autopeft.core.errors import unknown_choice
+from autopeft.core.objectives import resolve_objectives
+from autopeft.core.pareto import Axis
+from autopeft.core.profiling import Profile
+from autopeft.optimization.budget import Budget, Spent
+from autopeft.optimization.study_store import STUDY_FILE, load_study
+from autopeft.reporting.console import wide_console
+from autopeft.reporting.front import ParetoFront
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.site_scoring import SCORE_BATCHES
-from autopeft.study_store import STUDY_FILE, load_study
+from autopeft.sensitivity.cached_scores import SCORE_BATCHES
+from autopeft.yaml_config import SearchConfig, build_config, load_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +89,7 @@ def sensitivity(
     except OSError as error:
         raise ValueError(f"The report cannot be written to {to}: {error.strerror}.") from error
     if search.tracking is not None:
-        from autopeft.tracking_store import log_report_run
+        from autopeft.reporting.mlflow.store import log_report_run
 
         name = f"sensitivity {search.name}"
         run = log_report_run(search.tracking, search.experiment, name, report.save, "sensitivity")
@@ -176,7 +176,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
 ) -> None:
     """Start the MLflow UI on the loopback interface and print the links to the fronts."""
-    from autopeft.server import serve
+    from autopeft.reporting.mlflow.server import serve
 
     serve(tracking, port=port)
 

@@ -14,34 +14,34 @@ from optuna.samplers import BaseSampler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autopeft.axes import fixed_axes
-from autopeft.backbone import Backbone
-from autopeft.batches import model_inputs
-from autopeft.budget import Budget
-from autopeft.checkpoints import Checkpoints
-from autopeft.elastic_proposals import ElasticProposals
-from autopeft.elastic_settings import Elastic
-from autopeft.elastic_weights import ElasticWeights, first_weights
-from autopeft.errors import check_whole
-from autopeft.evaluator import Evaluator
-from autopeft.export import ExportReport, export_adapter
-from autopeft.fidelity import Promotion, SuccessiveHalving
-from autopeft.front import ParetoFront
-from autopeft.identity import describe_search, search_identity
-from autopeft.objectives import resolve_constraints, resolve_objectives
-from autopeft.packing import PackedTrainer
-from autopeft.pareto import Axis
-from autopeft.profiling import Profile, section
-from autopeft.samplers import make_sampler
-from autopeft.score_check import ScoreCheck, check_scores
+from autopeft.core.errors import check_whole
+from autopeft.core.hypervolume_axes import fixed_axes
+from autopeft.core.objectives import resolve_constraints, resolve_objectives
+from autopeft.core.pareto import Axis
+from autopeft.core.profiling import Profile, section
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.packing.trainer import PackedTrainer
+from autopeft.evaluation.supernet.proposer import ElasticProposals
+from autopeft.evaluation.supernet.settings import Elastic
+from autopeft.evaluation.supernet.warm_start import ElasticWeights, first_weights
+from autopeft.export.export import ExportReport, export_adapter
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.budget import Budget
+from autopeft.optimization.samplers import make_sampler
+from autopeft.optimization.study_store import StudyStore, load_study
+from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.score_validation import ScoreCheck, check_scores
+from autopeft.reporting.sensitivity_report import SensitivityReport
+from autopeft.search_identity import describe_search, search_identity
 from autopeft.search_loop import SearchLoop, TrialCallback
 from autopeft.search_spaces import SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.sensitivity_report import SensitivityReport
-from autopeft.site_scoring import SCORE_BATCHES, score_sites
-from autopeft.study_store import StudyStore, load_study
+from autopeft.sensitivity.cached_scores import SCORE_BATCHES, score_sites
 from autopeft.tasks import Task
-from autopeft.training import Training
+from autopeft.tasks.batch import model_inputs
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.settings import Training
 
 
 class Search:
@@ -65,12 +65,12 @@ class Search:
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             (or pack) has a seed of its own, made from it.
-        pack_size: How many new candidates are trained together in one pass over the backbone (see
-            `autopeft.packing`); 1 trains each alone. It is meant for devices that one candidate leaves idle,
+        pack_size: How many new candidates are trained together in one pass over the backbone;
+            1 trains each alone. It is meant for devices that one candidate leaves idle,
             and pays where candidates share lower blocks whose hidden states are not kept.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
-        anchors: Whether to try the space's reference points first: what people do today.
+        baselines: Whether to try the space's reference points first: what people do today.
         score_check: Whether a call that ends a search scores the sites, and says how well the scores
             would have ranked its trials.
         name: Name of the search; by default made from backbone, task and a hash of the settings.
@@ -99,7 +99,7 @@ class Search:
         seed: int = 0,
         seeds: int = 1,
         pack_size: int = 1,
-        anchors: bool = True,
+        baselines: bool = True,
         score_check: bool = True,
         name: str | None = None,
         folder: str | Path = "autopeft_runs",
@@ -120,7 +120,7 @@ class Search:
         self.seed = seed
         self.seeds = seeds
         self.pack_size = pack_size
-        self.anchors = anchors
+        self.baselines = baselines
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
@@ -207,14 +207,14 @@ class Search:
             self.evaluator.costs(smallest)
             return
         # What has the fewest parameters need not take the least memory.
-        points = [smallest, *(anchor.configuration for anchor in self.space.anchors(self.backbone))]
+        points = [smallest, *(baseline.configuration for baseline in self.space.baselines(self.backbone))]
         values = [self.evaluator.costs(one) for one in dict.fromkeys(points)]
         for constraint in self.constraints:
             closest = min(values, key=constraint.violation)
             if constraint.violation(closest) > 0:
                 raise ValueError(
                     "No candidate can keep the constraint: the closest of the space's smallest configuration "
-                    f"and its anchors already has {constraint.describe(closest)}."
+                    f"and its baselines already has {constraint.describe(closest)}."
                 )
 
     @property
@@ -233,7 +233,7 @@ class Search:
             seed=self.seed,
             seeds=self.seeds,
             pack_size=self.pack_size,
-            anchors=self.anchors,
+            baselines=self.baselines,
         )
 
     @property
@@ -261,13 +261,13 @@ class Search:
         ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
         return fixed_axes(self.objectives, self.task, ends)
 
-    def promotion(self) -> Promotion | None:
+    def promotion(self) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""
         if self.fidelity is None:
             return None
         steps, monitor = self.evaluator.plan.rungs, self.evaluator.monitor
-        references = [one.name for one in self.space.anchors(self.backbone) if one.is_trained_whole]
-        return Promotion(self.fidelity, steps, self.objectives, self.axes(), monitor, references)
+        references = [one.name for one in self.space.baselines(self.backbone) if one.is_trained_whole]
+        return AshaPromoter(self.fidelity, steps, self.objectives, self.axes(), monitor, references)
 
     def elastic_proposals(self) -> ElasticProposals | None:
         """Return what proposes trials by a one-shot elastic adapter; None where there is none."""
@@ -296,7 +296,7 @@ class Search:
         interrupted trial is run again, a search that is done returns its front at once.
 
         With `profile`, the call ends with a table of where its time went, which is also kept in the
-        search's folder and in MLflow below `profile/`; see `autopeft.profiling.SECTIONS`.
+        search's folder and in MLflow below `profile/`; see `autopeft.core.profiling.SECTIONS`.
 
         Returns:
             The Pareto front of all finished trials.
@@ -349,7 +349,7 @@ class Search:
                 merged, or what the trial began from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
-        front, checkpoints = self.front(), Checkpoints(self.folder / "adapters")
+        front, checkpoints = self.front(), AdapterCheckpoints(self.folder / "adapters")
         record = front.trial(number).record
         if record.evaluation.status != "complete":
             raise ValueError(

@@ -11,28 +11,33 @@ from typing import TYPE_CHECKING, Literal
 from optuna.study._tell import _tell_with_warning
 from optuna.trial import Trial
 
-from autopeft.asking import Asked, Asker
-from autopeft.budget import Budget, Spent
-from autopeft.checkpoints import Checkpoints
-from autopeft.configuration import Configuration
-from autopeft.dead_ends import refuse_hopeless, used_up
-from autopeft.evaluation import Evaluation, TrialRecord
-from autopeft.front import ParetoFront
-from autopeft.garbage import settled_objects
-from autopeft.identity import environment
-from autopeft.paused_training import PausedTrainings
-from autopeft.profiling import section
-from autopeft.progress import SearchProgress
-from autopeft.repeats import cost_of_repeats, evaluations_of, lacking, next_to_repeat
-from autopeft.score_check import FEWEST_TRIALS, check_scores
-from autopeft.search_profile import record_profile
-from autopeft.study_store import STATES, StudyStore
-from autopeft.training import quiet_lightning
-from autopeft.trial_training import TrialTraining
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.profiling import section
+from autopeft.optimization.budget import Budget, Spent
+from autopeft.optimization.proposer import Proposal, Proposer
+from autopeft.optimization.seed_replication import (
+    cost_of_replicates,
+    evaluations_of,
+    next_to_replicate,
+    under_replicated,
+)
+from autopeft.optimization.stop_rules import is_exhausted, raise_if_hopeless
+from autopeft.optimization.study_store import STATES, StudyStore
+from autopeft.reporting.console import SearchProgress
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.score_validation import FEWEST_TRIALS, check_scores
+from autopeft.reporting.search_profile import record_profile
+from autopeft.search_identity import environment
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.gc_freeze import gc_freeze
+from autopeft.training.settings import quiet_lightning
+from autopeft.training.training_checkpoint import TrainingCheckpoints
+from autopeft.trial_runner import TrialRunner
 
 if TYPE_CHECKING:
+    from autopeft.reporting.mlflow.tracker import Tracker
     from autopeft.search import Search
-    from autopeft.tracking import Tracker
 
 _logger = logging.getLogger(__name__)
 
@@ -56,11 +61,11 @@ class SearchLoop:
         self.store = store
         self.budget = budget
         self.axes = search.axes()
-        self.checkpoints = Checkpoints(search.folder / "adapters")
-        self.paused = PausedTrainings(search.folder / "paused")
+        self.checkpoints = AdapterCheckpoints(search.folder / "adapters")
+        self.paused = TrainingCheckpoints(search.folder / "paused")
         self.promotion = store.promotion
         self.elastic = search.elastic_proposals()
-        self.training = TrialTraining(
+        self.training = TrialRunner(
             search.evaluator,
             self.checkpoints,
             self.paused,
@@ -68,7 +73,7 @@ class SearchLoop:
             seeds=search.seeds,
             elastic=None if self.elastic is None else self.elastic.weights,
         )
-        self.asker = Asker(search, store, self.elastic, self.axes)
+        self.asker = Proposer(search, store, self.elastic, self.axes)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known: dict[str, TrialRecord] = {}
@@ -97,7 +102,7 @@ class SearchLoop:
         status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
         front = self.front()
         try:
-            with self.progress, quiet_lightning(), settled_objects():
+            with self.progress, quiet_lightning(), gc_freeze():
                 self._announce(front)
                 while self._goes_on(front):
                     front = self._step(front)
@@ -127,10 +132,12 @@ class SearchLoop:
         axes = [[one.objective.name, one.worst, one.best] for one in self.axes]
         self.store.set_attribute("axes", axes)
         self._drop_tensors(self.front())
-        if search.anchors:
-            self.asker.enqueue_anchors()
+        if search.baselines:
+            self.asker.enqueue_baselines()
         if search.tracking is not None:
-            from autopeft.tracking import Tracker  # MLflow is a fifth of what importing all takes
+            from autopeft.reporting.mlflow.tracker import (
+                Tracker,  # MLflow is a fifth of what importing all takes
+            )
 
             self.tracker = Tracker(
                 search.tracking,
@@ -162,7 +169,7 @@ class SearchLoop:
         return only_trials_are_spent and is_left
 
     def _is_used_up(self) -> bool:
-        return used_up(self.records, self.budget)
+        return is_exhausted(self.records, self.budget)
 
     @section("ask")
     def _promoted(self) -> tuple[TrialRecord, int] | None:
@@ -171,15 +178,15 @@ class SearchLoop:
     def _to_repeat(self, front: ParetoFront) -> TrialRecord | None:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
         waiting = self._lacking(front)
-        repeats = cost_of_repeats(waiting, self.search.seeds)
+        repeats = cost_of_replicates(waiting, self.search.seeds)
         if self.elastic is not None:
             members = [one.evaluation for one in waiting]
             repeats += self.elastic.weights.cost_to_come(members, self.search.seeds)
         may_wait = self.budget.spent_share(self._spent, repeats) < 1 and not self._is_used_up()
-        return next_to_repeat(waiting, len(self.records) - 1, may_wait=may_wait)
+        return next_to_replicate(waiting, len(self.records) - 1, may_wait=may_wait)
 
     def _lacking(self, front: ParetoFront) -> list[TrialRecord]:
-        return lacking((point.record for point in front), self.search.seeds)
+        return under_replicated((point.record for point in front), self.search.seeds)
 
     def _step(self, front: ParetoFront) -> ParetoFront:
         """Do what is worth most: who stays on the front is trained again before others go on or begin."""
@@ -229,9 +236,9 @@ class SearchLoop:
             self._spent = self._sum()
         return self._after(records, front)
 
-    def _train(self, asked: Sequence[Asked], front: ParetoFront) -> list[TrialRecord]:
+    def _train(self, asked: Sequence[Proposal], front: ParetoFront) -> list[TrialRecord]:
         """Train what was asked for, each configuration once; what was tried before is not trained again."""
-        new: dict[str, Asked] = {}
+        new: dict[str, Proposal] = {}
         for one in asked:
             if one.configuration.key not in self._known:
                 new.setdefault(one.configuration.key, one)
@@ -239,7 +246,7 @@ class SearchLoop:
         if new:
             self._show_running(configurations)
         rung = None if self.promotion is None else 0
-        references = [one.number for one in new.values() if one.anchor is not None]
+        references = [one.number for one in new.values() if one.baseline is not None]
         trained = self.training.begin(configurations, front, rung=rung, references=references)
         records = []
         for one in asked:
@@ -251,7 +258,7 @@ class SearchLoop:
                     number=one.number,
                     evaluation=twin.evaluation,
                     duplicate_of=duplicate_of,
-                    anchor=one.anchor,
+                    baseline=one.baseline,
                 )
             )
         return records
@@ -301,7 +308,7 @@ class SearchLoop:
             with section("callbacks"):
                 for callback in self.callbacks:
                     callback(record, front)
-        refuse_hopeless(self.records)
+        raise_if_hopeless(self.records)
         return front
 
     def _know(self, record: TrialRecord) -> None:

@@ -33,11 +33,11 @@ from rich.table import Table
 from scipy import stats
 
 from assets.prepare import prepare
-from autopeft.backbone import Backbone
-from autopeft.evaluator import Evaluator
-from autopeft.objectives import resolve_objectives
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import SiteScores, compute_scores
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.allocation_arms import ARMS, BUDGETS, Arm
 from benchmarks.datasets import DATASETS
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopeft.adapter import Adapter, Site
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
 from autopeft.methods import count_site
-from autopeft.search_spaces.allocated import Allocation
+from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.score_allocation import Allocation
 from autopeft.sensitivity import SiteScores
 
 QUERY_VALUE = ("query", "value")
@@ -22,7 +22,7 @@ class Arm:
     Attributes:
         name: How the table calls it.
         score: Of `autopeft.sensitivity.SCORES`.
-        allocator: Of `autopeft.allocation.ALLOCATORS`.
+        allocator: Of `autopeft.sensitivity.allocation.ALLOCATORS`.
         placement: Share of the sites that may carry an adapter.
         temperature: Of the proportional allocator; the higher, the more the best sites get.
         lowest_block: Blocks below it get nothing.

@@ -28,14 +28,14 @@ from rich.table import Table
 from scipy import stats
 
 from assets.prepare import prepare
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.elastic import ElasticAdapter
-from autopeft.evaluator import Evaluator
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.supernet.supernet import ElasticAdapter
 from autopeft.methods import count_parameters
-from autopeft.objectives import resolve_objectives
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +48,7 @@ def chosen(backbone: Backbone, count: int) -> list[Configuration]:
     """Return the space's reference points and even draws from it, without repeats."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    found = dict.fromkeys(anchor.configuration for anchor in SPACE.anchors(backbone))
+    found = dict.fromkeys(baseline.configuration for baseline in SPACE.baselines(backbone))
     while len(found) < count:
         found[SPACE.suggest(study.ask(), backbone)] = None
     return list(found)[:count]
@@ -115,13 +115,13 @@ def report(
     backbone: Backbone,
 ) -> None:
     """Compare, print a table, write JSON."""
-    anchors = len(SPACE.anchors(backbone))
+    baselines = len(SPACE.baselines(backbone))
     mean = [statistics.mean(one) for one in trained]
     seeds = [[one[seed] for one in trained] for seed in range(given.seeds)]
     parameters = [float(count_parameters(backbone, one)) for one in points]
 
     def both(values: Sequence[float], target: Sequence[float] = mean) -> tuple[float, float]:
-        return spearman(values, target), spearman(values[anchors:], target[anchors:])
+        return spearman(values, target), spearman(values[baselines:], target[baselines:])
 
     lines = [("one seed against the next", *both(first, second)) for first, second in pairwise(seeds)]
     lines.append(("number of parameters", *both(parameters)))

@@ -26,9 +26,9 @@ from rich.table import Table
 
 from assets.prepare import prepare
 from autopeft import ParetoFront, Search
-from autopeft.evaluation import TrialRecord
+from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import PerLayer
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "leak.json"

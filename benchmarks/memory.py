@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
-from autopeft.configuration import Adapter
-from autopeft.live_storage import measure_live_storage
-from autopeft.memory import MemoryCounter, Step
-from autopeft.precision import Precision, autocast
+from autopeft.core.configuration import Adapter
+from autopeft.core.precision import Precision, autocast
+from autopeft.evaluation.memory.counter import MemoryCounter, Step
+from autopeft.evaluation.memory.storage_tracker import measure_live_storage
 from autopeft.tasks import TextClassification
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,40 +30,40 @@ import torch
 from lightning.pytorch import Trainer
 from rich.table import Table
 
-import autopeft.evaluation_run
+import autopeft.evaluation.run
 from assets.prepare import prepare
 from autopeft import Search
-from autopeft.asking import Asker
-from autopeft.background_writer import BackgroundWriter
 from autopeft.callbacks import BestWeights
-from autopeft.checkpoints import Checkpoints
-from autopeft.memory import MemoryCounter
+from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
+from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.methods import Attachment
-from autopeft.modes import every_parameter
-from autopeft.prefix_cache import PrefixCache
-from autopeft.progress import wide_console
+from autopeft.models.module_modes import iter_parameters
+from autopeft.optimization.proposer import Proposer
+from autopeft.optimization.study_store import StudyStore
+from autopeft.reporting.console import wide_console
+from autopeft.reporting.mlflow.write_queue import BackgroundWriter
 from autopeft.search_loop import SearchLoop
 from autopeft.search_spaces import PerLayer
-from autopeft.study_store import StudyStore
 from autopeft.tasks import TextClassification
-from autopeft.training import FineTuning
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.settings import FineTuning
 from benchmarks.stopwatch import Places, Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 LIMIT_MILLISECONDS = 50
 PLACES: Places = (
     ("loop", SearchLoop, "_step"),
-    ("ask", Asker, "ask"),
+    ("ask", Proposer, "ask"),
     ("attach", Attachment, "__init__"),
     ("attach", Attachment, "detach"),
-    ("open prefix", PrefixCache, "open"),
-    ("compute prefixes", PrefixCache, "_filled"),
+    ("open prefix", HiddenStateCache, "open"),
+    ("compute prefixes", HiddenStateCache, "_filled"),
     ("count", MemoryCounter, "count"),
-    ("set training up", autopeft.evaluation_run.EvaluationRun, "_train"),
+    ("set training up", autopeft.evaluation.run.EvaluationRun, "_train"),
     ("tell", SearchLoop, "_tell"),
     ("save", StudyStore, "save"),
-    ("save", Checkpoints, "save"),
-    ("save", Checkpoints, "keep_only"),
+    ("save", AdapterCheckpoints, "save"),
+    ("save", AdapterCheckpoints, "keep_only"),
     ("track", SearchLoop, "_track"),
 )
 WRITE = "write runs"
@@ -72,7 +72,7 @@ SPARED = "compute prefixes"
 
 def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWeights, seed: int) -> None:
     """Stand in for the fit: log a score that depends on the attached parameters' number."""
-    trainable = sum(one.numel() for one in every_parameter(module) if one.requires_grad)
+    trainable = sum(one.numel() for one in iter_parameters(module) if one.requires_grad)
     score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
     best.metrics = {name: float(score) for name in evaluator.task.metrics}
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["tpe", "nsga2", "random"])
     arguments = parser.parse_args()
     trials = arguments.trials
-    autopeft.evaluation_run._fit = untrained
+    autopeft.evaluation.run._fit = untrained
     results: dict[str, Mapping[str, Any]] = {}
     for sampler in arguments.samplers:
         with tempfile.TemporaryDirectory() as folder:

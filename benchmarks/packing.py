@@ -32,16 +32,16 @@ from rich.table import Table
 
 from assets.prepare import prepare
 from autopeft import Search
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.evaluation import Evaluation
-from autopeft.evaluator import Evaluator
-from autopeft.objectives import resolve_objectives
-from autopeft.packed_model import cut_of
-from autopeft.packing import PackedTrainer, packing_gain
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Evaluation
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.packing.forward import cut_of
+from autopeft.evaluation.packing.trainer import PackedTrainer, packing_gain
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
@@ -124,7 +124,7 @@ def search(
                     objectives=("accuracy", "trainable_parameters"),
                     training=training,
                     sampler="random",
-                    anchors=False,
+                    baselines=False,
                     score_check=False,
                     pack_size=size,
                     name=f"packs of {size} {repeat + 1}",

@@ -33,13 +33,13 @@ from rich.table import Table
 from torch import Tensor
 
 from assets.prepare import prepare
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.evaluator import Evaluator
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import attach
-from autopeft.objectives import resolve_objectives
-from autopeft.prefix_cache import TrialPrefix
-from autopeft.training import FrozenPrefixMode, Serve, Training
+from autopeft.models.backbone import Backbone
+from autopeft.training.settings import FrozenPrefixMode, Serve, Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "prefix_cache.json"
@@ -86,7 +86,7 @@ def build(folder: Path, mode: FrozenPrefixMode, *, rows: int) -> Evaluator:
     """Return an evaluator of MiniLM on question classification."""
     task = DATASETS["questions"].task(train=rows, validation=500, test=100)
     training = Training(
-        epochs=EPOCHS, batch_size=BATCH_SIZE, device="cpu", precision="32-true", frozen_prefix=mode
+        epochs=EPOCHS, batch_size=BATCH_SIZE, device="cpu", precision="32-true", frozen_blocks=mode
     )
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
     backbone = Backbone.load(str(prepare("minilm")), task)
@@ -140,7 +140,7 @@ def step(module: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer
     optimizer.step()
 
 
-def enter(prefix: TrialPrefix, batch: dict[str, Tensor]) -> None:
+def enter(prefix: TrialHiddenStates, batch: dict[str, Tensor]) -> None:
     """Get a batch's hidden states in place, and run nothing."""
     with prefix.serve(batch):
         pass

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft.sensitivity import CHEAP_SCORES, SiteScores
-from autopeft.site_scoring import SCORE_BATCHES, score_sites
+from autopeft.sensitivity.cached_scores import SCORE_BATCHES, score_sites
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.setting import Setting
 from benchmarks.scoring import agreement

@@ -1,6 +1,6 @@
 """How many trials does a score-guided search need for the hypervolume of a per-layer search with TPE?
 
-    python -m benchmarks.score_guided [--trials 24] [--seeds 3] [--dataset questions] [--no-anchors]
+    python -m benchmarks.score_guided [--trials 24] [--seeds 3] [--dataset questions] [--no-baselines]
 
 Both search LoRA ranks of every site of MiniLM on one data set, with the same seeds, training, objectives
 and axes of the hypervolume; validation accuracy is what a search sees, and what is compared. The
@@ -25,10 +25,10 @@ from rich.table import Table
 
 from assets.prepare import prepare
 from autopeft import Search
-from autopeft.front import front_records
-from autopeft.pareto import hypervolume
+from autopeft.core.pareto import hypervolume
+from autopeft.reporting.front import front_records
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +40,7 @@ SPACES: dict[str, SearchSpace] = {
 }
 
 
-def run_search(dataset: str, name: str, seed: int, trials: int, anchors: bool, folder: str) -> list[float]:
+def run_search(dataset: str, name: str, seed: int, trials: int, baselines: bool, folder: str) -> list[float]:
     """Return the hypervolume after every trial."""
     torch.set_num_threads(1)
     data = DATASETS[dataset]
@@ -51,8 +51,8 @@ def run_search(dataset: str, name: str, seed: int, trials: int, anchors: bool, f
         objectives=(data.metric, "trainable_parameters", "peak_memory"),
         training=Training(epochs=3, batch_size=16, validate_every=3, device="cpu", precision="32-true"),
         seed=seed,
-        anchors=anchors,
-        name=f"{name} {seed} {'with' if anchors else 'without'} anchors".replace(",", ""),
+        baselines=baselines,
+        name=f"{name} {seed} {'with' if baselines else 'without'} baselines".replace(",", ""),
         folder=str(Path(folder) / dataset),
         tracking=None,
         score_check=False,
@@ -78,15 +78,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="questions")
-    parser.add_argument("--no-anchors", action="store_true")
+    parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--folder", default="autopeft_runs/score_guided")
     arguments = parser.parse_args()
-    anchors = not arguments.no_anchors
+    baselines = not arguments.no_anchors
     rival, ours = SPACES
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = {
             (name, seed): pool.submit(
-                run_search, arguments.dataset, name, seed, arguments.trials, anchors, arguments.folder
+                run_search, arguments.dataset, name, seed, arguments.trials, baselines, arguments.folder
             )
             for seed in range(arguments.seeds)
             for name in SPACES
@@ -117,19 +117,19 @@ def main() -> None:
     console.print(table)
     shares = [float("inf") if row["share"] is None else row["share"] for row in rows]
     console.print(f"Median share of the rival's trials: {statistics.median(shares):.2f} (goal: at most 0.5)")
-    suffix = "" if anchors else " --no-anchors"
+    suffix = "" if baselines else " --no-baselines"
     record = {
         "command": f"python -m benchmarks.score_guided --trials {arguments.trials} "
         f"--seeds {arguments.seeds} --dataset {arguments.dataset}{suffix}",
         "dataset": arguments.dataset,
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "anchors": anchors,
+        "baselines": baselines,
         "rows": rows,
         "median_share": statistics.median(shares),
         "curves": {f"{name}, seed {seed}": curve for (name, seed), curve in curves.items()},
     }
     name = "score_guided" if arguments.dataset == "questions" else f"score_guided_{arguments.dataset}"
-    path = RESULTS / f"{name}{'' if anchors else '_without_anchors'}.json"
+    path = RESULTS / f"{name}{'' if baselines else '_without_anchors'}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

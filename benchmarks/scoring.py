@@ -28,18 +28,18 @@ from scipy import stats
 from torch.nn.functional import cross_entropy
 
 from assets.prepare import prepare
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.evaluator import Evaluator
-from autopeft.live_storage import StorageCounter, measure_live_storage
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import resolve_objectives
+from autopeft.core.precision import Precision
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.memory.storage_tracker import StorageCounter, measure_live_storage
 from autopeft.methods import attach
-from autopeft.objectives import resolve_objectives
-from autopeft.precision import Precision
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import ScoreGuided
-from autopeft.search_spaces.allocated import Allocation
+from autopeft.search_spaces.score_allocation import Allocation
 from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.tasks import TextClassification
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"

@@ -37,9 +37,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from autopeft.configuration import Configuration
-from autopeft.elastic import ElasticAdapter
-from autopeft.evaluator import Evaluator
+from autopeft.core.configuration import Configuration
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.supernet.supernet import ElasticAdapter
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.ours import GUIDED

@@ -34,14 +34,14 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.ensemble import ExtraTreesRegressor
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.pareto import contributions, hypervolume, non_dominated
-from autopeft.repeats import later_trials
+from autopeft.core.configuration import Configuration
+from autopeft.core.pareto import contributions, hypervolume, non_dominated
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.expected_improvement import Features
+from autopeft.optimization.seed_replication import replication_delay
 from autopeft.search_spaces import History, ScoreGuided
 from autopeft.search_spaces.base import SearchSpace
-from autopeft.search_spaces.expected_gain import Features
-from autopeft.site_scoring import score_sites
+from autopeft.sensitivity.cached_scores import score_sites
 from benchmarks.rivals.comparison import axes_of, read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import Setting, per_layer
@@ -150,7 +150,7 @@ class Simulated:
         places = {one: place for place, one in enumerate(self.scores)}
         for one in self.front():
             later, trainings = len(self.scores) - 1 - places[one], len(self.scores[one])
-            if trainings < _MOST_TRAININGS and later >= later_trials(trainings):
+            if trainings < _MOST_TRAININGS and later >= replication_delay(trainings):
                 self.train(one)
 
 
@@ -160,8 +160,8 @@ def searched(arm: Arm, world: World, seed: int, budget: float) -> list[tuple[flo
     space = arm.space.with_scores(world.scores)
     search = Simulated(world, seed, is_prefix_served=arm.is_ours)
     study = optuna.create_study(directions=("maximize", "minimize"), sampler=arm.sampler(seed))
-    for anchor in space.anchors(backbone) if arm.is_ours else ():
-        study.enqueue_trial(space.encode(anchor.configuration, backbone))
+    for baseline in space.baselines(backbone) if arm.is_ours else ():
+        study.enqueue_trial(space.encode(baseline.configuration, backbone))
     found = []
     while search.spent < budget:
         if arm.is_ours and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):

@@ -31,10 +31,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from sklearn.ensemble import RandomForestRegressor
 
-from autopeft.configuration import Configuration
+from autopeft.core.configuration import Configuration
+from autopeft.optimization.expected_improvement import Features
+from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
 from autopeft.search_spaces.base import log_place
-from autopeft.search_spaces.expected_gain import Features
-from autopeft.search_spaces.surrogate import Array, GaussianProcess, Inputs
 from benchmarks.rivals.comparison import read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import RATE, Entry, Setting

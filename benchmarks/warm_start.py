@@ -32,10 +32,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from autopeft.configuration import Configuration
-from autopeft.elastic import ElasticAdapter
-from autopeft.evaluation_run import InitialWeights
-from autopeft.evaluator import Evaluator
+from autopeft.core.configuration import Configuration
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.run import InitialWeights
+from autopeft.evaluation.supernet.supernet import ElasticAdapter
 from benchmarks.datasets import DATASETS
 from benchmarks.elastic import spearman
 from benchmarks.rivals.comparison import members_at, read_runs
@@ -119,7 +119,7 @@ def outcome(
     """Train a configuration, and test it."""
     trained = evaluator.train(configuration, trial.seed, initial_weights=start)
     evaluation, metric = trained.evaluation, evaluator.monitor
-    worst = evaluator.task.majority_score(metric)
+    worst = evaluator.task.trivial_score(metric)
     if trained.state is None:
         thirds, test = [worst] * len(evaluator.plan.rungs), worst
     else:

@@ -1,36 +1,36 @@
 """Lightning callbacks of autopeft, each useful in anybody's Trainer."""
 
-from autopeft.callbacks.adalora_budget import AdaLoraBudget
+from autopeft.callbacks.adalora import AdaLoRA
+from autopeft.callbacks.ard_lora import ARDLoRA
 from autopeft.callbacks.best_weights import BestWeights
 from autopeft.callbacks.divergence import DivergenceError, StopOnDivergence
-from autopeft.callbacks.dynamic_rank import DynamicRank
-from autopeft.callbacks.elastic_ranks import ElasticRanks
-from autopeft.callbacks.importance_sampled_layers import ImportanceSampledLayers
-from autopeft.callbacks.incremental_ranks import IncrementalRanks
-from autopeft.callbacks.layer_sampling import RandomLayers
-from autopeft.callbacks.learned_scales import LearnedScales
+from autopeft.callbacks.dylora import DyLoRA
+from autopeft.callbacks.elalora import ElaLoRA
+from autopeft.callbacks.increlora import IncreLoRA
+from autopeft.callbacks.ist import IST
 from autopeft.callbacks.learning_curve import LearningCurve
+from autopeft.callbacks.lisa import LISA
 from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
 from autopeft.callbacks.peak_memory import PeakMemory
 from autopeft.callbacks.rank_gates import RankGates
-from autopeft.callbacks.sparse_rank_gates import SparseRankGates
+from autopeft.callbacks.sora import SoRA
 from autopeft.callbacks.throughput import Throughput
 
 __all__ = [
-    "AdaLoraBudget",
+    "IST",
+    "LISA",
+    "ARDLoRA",
+    "AdaLoRA",
     "BestWeights",
     "DivergenceError",
-    "DynamicRank",
-    "ElasticRanks",
-    "ImportanceSampledLayers",
-    "IncrementalRanks",
-    "LearnedScales",
+    "DyLoRA",
+    "ElaLoRA",
+    "IncreLoRA",
     "LearningCurve",
     "LoraModule",
     "PeakMemory",
-    "RandomLayers",
     "RankGates",
-    "SparseRankGates",
+    "SoRA",
     "StopOnDivergence",
     "Throughput",
     "find_lora_modules",

@@ -125,7 +125,7 @@ def _obstacle(layer: LoraLayer, active: list[str]) -> str | None:
     if len(active) > 1:
         return f"several adapters are active ({', '.join(active)})"
     if isinstance(layer, AdaLoraLayer):
-        return "AdaLoRA allocates its ranks itself (see AdaLoraBudget)"
+        return "AdaLoRA allocates its ranks itself (see AdaLoRA)"
     if isinstance(layer, MultiheadAttention | ParamWrapper) or not (
         adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
     ):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from selenium.webdriver.common.by import By
 
-from autopeft.mlflow_view import view_link
-from autopeft.server import MlflowServer, find_fronts
-from autopeft.tracking_store import checked_store
+from autopeft.reporting.mlflow.saved_view import view_link
+from autopeft.reporting.mlflow.server import MlflowServer, find_fronts
+from autopeft.reporting.mlflow.store import checked_store
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
 
 PICTURE = Path(__file__).parent / "images" / "mlflow_front.png"

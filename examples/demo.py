@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.table import Table
 
 from autopeft import ParetoFront, Search
-from autopeft.baselines import Baseline, full_fine_tuning, head_alone
-from autopeft.budget import Spent
-from autopeft.config import load_config
-from autopeft.progress import wide_console
+from autopeft.evaluation.baselines import Baseline, full_fine_tuning, head_alone
+from autopeft.optimization.budget import Spent
+from autopeft.reporting.console import wide_console
+from autopeft.yaml_config import load_config
 
 CONFIG = Path("configs/demo.yaml")
 EXPORT = Path("exports/demo")

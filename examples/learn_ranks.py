@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from autopeft.callbacks import IncrementalRanks
-from autopeft.config import load_config
-from autopeft.configuration import Configuration
-from autopeft.evaluator import Evaluator
-from autopeft.learned_ranks import attachment_tensors, configuration_from_ranks
+from autopeft.callbacks import IncreLoRA
+from autopeft.core.configuration import Configuration
+from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import attach
-from autopeft.training import build_trainer, quiet_lightning
+from autopeft.methods.ranks_to_configuration import attachment_tensors, configuration_from_ranks
+from autopeft.training.settings import build_trainer, quiet_lightning
+from autopeft.yaml_config import load_config
 
 CONFIG = Path("configs/demo.yaml")
 LARGEST_RANK = 8
@@ -29,7 +29,7 @@ def learn(evaluator: Evaluator, start: Configuration) -> tuple[Configuration, di
     backbone = evaluator.backbone
     steps = evaluator.training.total_steps(evaluator.data.steps_per_epoch)
     growths = MEAN_RANK * 2
-    growth = IncrementalRanks(
+    growth = IncreLoRA(
         budget=MEAN_RANK * len(start),
         every_n_steps=max(1, steps // (growths + 2)),
         modules_per_growth=len(start) // 2,

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import (
-    Anchor,
+    Baseline,
     LearningRate,
     SearchSpace,
     SuggestTrial,
@@ -100,16 +100,16 @@ class AutoPEFTPaper(SearchSpace):
             **encode_learning_rate(rate, self.learning_rate),
         }
 
-    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
         """Return the head alone and each method alone, everywhere, at a middle size."""
         rate = middle_learning_rate(self.learning_rate)
         blocks = list(range(len(backbone.blocks)))
         ladder = self.sizes(backbone)
-        found = [Anchor(name="head alone", configuration=Configuration(learning_rate=rate))]
+        found = [Baseline(name="head alone", configuration=Configuration(learning_rate=rate))]
         for method in _SITES:
             sizes = dict.fromkeys(_SITES, 0) | {method: ladder[len(ladder) // 2]}
             found.append(
-                Anchor(
+                Baseline(
                     name=f"{method}({sizes[method]}) everywhere",
                     configuration=self._decode(sizes, blocks, rate),
                 )

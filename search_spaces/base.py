@@ -12,11 +12,11 @@ from typing import Any
 import optuna
 from optuna.trial import FixedTrial, Trial
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.errors import unknown_choice
-from autopeft.objectives import Constraint
-from autopeft.pareto import Axis
+from autopeft.core.configuration import Configuration
+from autopeft.core.errors import unknown_choice
+from autopeft.core.objectives import Constraint
+from autopeft.core.pareto import Axis
+from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import SiteScores
 
 LearningRate = float | tuple[float, float]
@@ -26,7 +26,7 @@ SuggestTrial = Trial | FixedTrial | optuna.trial.FrozenTrial
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anchor:
+class Baseline:
     """A reference point of a space that a search tries before it samples.
 
     Attributes:
@@ -62,11 +62,11 @@ class History:
     is_prefix_served: bool = False
 
 
-def distinct(anchors: Iterable[Anchor]) -> tuple[Anchor, ...]:
-    """Return the anchors without those whose configuration an earlier one has."""
-    found: dict[Configuration, Anchor] = {}
-    for anchor in anchors:
-        found.setdefault(anchor.configuration, anchor)
+def distinct(baselines: Iterable[Baseline]) -> tuple[Baseline, ...]:
+    """Return the baselines without those whose configuration an earlier one has."""
+    found: dict[Configuration, Baseline] = {}
+    for baseline in baselines:
+        found.setdefault(baseline.configuration, baseline)
     return tuple(found.values())
 
 
@@ -78,7 +78,7 @@ class SearchSpace(ABC):
     * `suggest` depends on nothing but the trial and the backbone, and gives a configuration that the
       backbone can carry;
     * `suggest(FixedTrial(encode(c)))` gives `c` back for every point `c` of the space;
-    * `anchors` and both ends of `extremes` are points of the space, and no point has fewer trainable
+    * `baselines` and both ends of `extremes` are points of the space, and no point has fewer trainable
       parameters than the first end or more than the second;
     * `count` is the number of different configurations, learning rates apart.
     """
@@ -134,7 +134,7 @@ class SearchSpace(ABC):
         """
 
     @abstractmethod
-    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
         """Return the reference points to try first: what people do today, at several sizes."""
 
     @abstractmethod
@@ -242,7 +242,7 @@ def encode_learning_rate(value: float, learning_rate: LearningRate) -> dict[str,
 
 
 def middle_learning_rate(learning_rate: LearningRate) -> float:
-    """Return the geometric middle of the range: what an anchor is trained with."""
+    """Return the geometric middle of the range: what a baseline is trained with."""
     return learning_rate_at(0.5, learning_rate)
 
 

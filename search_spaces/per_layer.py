@@ -11,13 +11,13 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.errors import check_whole, unknown_choice
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.method_specs import METHOD_SPECS, ROLES
 from autopeft.methods import count_parameters, count_site
-from autopeft.search_spaces.allocated import Allocation
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import (
-    Anchor,
+    Baseline,
     History,
     LearningRate,
     SearchSpace,
@@ -34,10 +34,10 @@ from autopeft.search_spaces.base import (
     size_ladder,
     suggest_learning_rate,
 )
-from autopeft.search_spaces.prior import allocated_to_slots, draw, standings
-from autopeft.search_spaces.slots import Encoding, Slot
+from autopeft.search_spaces.score_allocation import Allocation
+from autopeft.search_spaces.score_prior import allocated_to_slots, draw, rank_percentiles
+from autopeft.search_spaces.site_groups import Encoding, Slot
 from autopeft.sensitivity import SCORES, SiteScores
-from autopeft.vocabulary import METHOD_SPECIFICATIONS, ROLES
 
 SizeFamily = Literal["ranks", "widths", "prefix_lengths"]
 _FAMILY: Mapping[str, SizeFamily] = {
@@ -66,7 +66,7 @@ class PerLayer(SearchSpace):
         prior: A score of `autopeft.sensitivity.SCORES` that says where the first trials put adapters: an
             allocation of the first method at three budgets, then draws biased towards the best sites in
             place of even ones, until the sampler has seen `prior_trials` trials. None for no prior.
-        prior_trials: Trials that the prior decides, anchors included.
+        prior_trials: Trials that the prior decides, baselines included.
         site_scores: The prior's scores; a `Search` fills them in.
 
     Raises:
@@ -87,7 +87,7 @@ class PerLayer(SearchSpace):
     site_scores: Mapping[str, SiteScores] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "methods", checked_names("method", self.methods, METHOD_SPECIFICATIONS))
+        object.__setattr__(self, "methods", checked_names("method", self.methods, METHOD_SPECS))
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
         if self.roles is not None:
             object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))
@@ -100,7 +100,7 @@ class PerLayer(SearchSpace):
             check_whole("groups", self.groups, what="a number of groups of blocks", least=1)
         if self.prior is not None:
             checked_names("score as prior", self.prior, SCORES)
-            if METHOD_SPECIFICATIONS[self.methods[0]].size_name is None:
+            if METHOD_SPECS[self.methods[0]].size_name is None:
                 raise ValueError(
                     f"A prior allocates sizes, and the first method {self.methods[0]!r} has none."
                 )
@@ -119,7 +119,7 @@ class PerLayer(SearchSpace):
     def adapters_of(self, method: str) -> tuple[Adapter, ...]:
         """Return the adapters a method is searched with, sizes rising."""
         options = options_of(self.options, method)
-        size_name = METHOD_SPECIFICATIONS[method].size_name
+        size_name = METHOD_SPECS[method].size_name
         if size_name is None:
             return (Adapter(method, None, options),)
         family = _FAMILY[size_name]
@@ -220,7 +220,7 @@ class PerLayer(SearchSpace):
             raise ValueError(f"{min(outside)} is no site of this space.")
         return parameters | encode_learning_rate(configuration.learning_rate, self.learning_rate)
 
-    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
         """Return the head alone, and the first method at three sizes: everywhere and in the top half.
 
         Memory follows the lowest adapted block, so the top half is the other end of that trade.
@@ -229,16 +229,16 @@ class PerLayer(SearchSpace):
         sizes = self.adapters_of(method)
         groups = [slots for _, slots in self.slots(backbone)]
         top = groups[(len(groups) + 1) // 2 :]
-        found = [Anchor(name="head alone", configuration=self._configuration(()))]
+        found = [Baseline(name="head alone", configuration=self._configuration(()))]
         for adapter in dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1])):
             for where, chosen in (("everywhere", groups), ("in the top half", top)):
                 slots = [slot for several in chosen for slot in several if method in slot.adapters]
                 pairs = [(site, adapter) for slot in slots for site in slot.sites]
-                found.append(Anchor(name=f"{adapter} {where}", configuration=self._configuration(pairs)))
+                found.append(Baseline(name=f"{adapter} {where}", configuration=self._configuration(pairs)))
         found += self._prior_anchors(backbone, sizes)
         return distinct(found)
 
-    def _prior_anchors(self, backbone: Backbone, sizes: Sequence[Adapter]) -> Iterator[Anchor]:
+    def _prior_anchors(self, backbone: Backbone, sizes: Sequence[Adapter]) -> Iterator[Baseline]:
         """Yield the prior's allocation of the first method, at the budgets of its sizes everywhere."""
         if self.prior is None:
             return
@@ -255,7 +255,7 @@ class PerLayer(SearchSpace):
             adapters = allocation.adapters(backbone, scores_of(self.site_scores, self.prior))
             pairs = allocated_to_slots(slots, self.methods[0], adapters)
             name = f"{self.prior} with {allocation.budget:,} parameters"
-            yield Anchor(name=name, configuration=self._configuration(list(pairs.items())))
+            yield Baseline(name=name, configuration=self._configuration(list(pairs.items())))
 
     def proposes(self, number: int) -> bool:
         """Whether the prior decides the trial."""
@@ -273,7 +273,7 @@ class PerLayer(SearchSpace):
         if self.prior is None or not self.proposes(number):
             return None
         slots = [slot for _, several in self.slots(backbone) for slot in several]
-        adapters = draw(slots, standings(slots, scores_of(self.site_scores, self.prior)), generator)
+        adapters = draw(slots, rank_percentiles(slots, scores_of(self.site_scores, self.prior)), generator)
         rate = draw_learning_rate(generator, self.learning_rate)
         return self.encode(Configuration(adapters, learning_rate=rate), backbone)
 

@@ -10,14 +10,18 @@ from typing import Any
 
 from optuna.trial import FixedTrial
 
-from autopeft.adapter import Adapter, Site
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.errors import check_share, check_whole, unknown_choice
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
+from autopeft.core.errors import check_share, check_whole, unknown_choice
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import count_parameters, count_site
-from autopeft.search_spaces.allocated import Allocation, site_values
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
+from autopeft.optimization.learning_rate_prior import LearningRatePrior
+from autopeft.optimization.local_search import local_search
+from autopeft.optimization.single_adapter_probes import single_adapter_probes
 from autopeft.search_spaces.base import (
-    Anchor,
+    Baseline,
     History,
     LearningRate,
     SearchSpace,
@@ -35,23 +39,20 @@ from autopeft.search_spaces.base import (
     scores_of,
     suggest_learning_rate,
 )
-from autopeft.search_spaces.climbing import climb
-from autopeft.search_spaces.expected_gain import ExpectedGain, Features
-from autopeft.search_spaces.known_rates import KnownRates
-from autopeft.search_spaces.lone_adapters import lone_adapters
+from autopeft.search_spaces.mutation import Mutator, SizedMethod
 from autopeft.search_spaces.per_layer import PerLayer
-from autopeft.search_spaces.refinement import Refiner, SizedMethod
-from autopeft.search_spaces.site_parameters import encode_sites, suggest_sites
+from autopeft.search_spaces.score_allocation import Allocation, site_values
+from autopeft.search_spaces.site_encoding import encode_sites, suggest_sites
 from autopeft.sensitivity import SCORES, SiteScores
-from autopeft.vocabulary import METHOD_SPECIFICATIONS
 
 _GUIDED = "guided"
 _REFINED = "refined"
 _FEWEST_SITES_SHARE = 8  # the smallest budget is a unit of size at an eighth of the sites
-# Of an anchor: the place of its budget on a log scale, the share of blocks left free, the place of its rate.
+# Of a baseline: the place of its budget on a log scale, the share of blocks left free, the place of
+# its rate.
 # Two have one budget: where rates and sizes go together, a model takes one for the other. The higher rate,
 # which may come to nothing, goes on after a rung only if it is promising.
-_ANCHORS = ((0.1, 0.83, 1.0), (0.35, 0.67, 0.6), (0.35, 0.67, 0.8))
+_BASELINES = ((0.1, 0.83, 1.0), (0.35, 0.67, 0.6), (0.35, 0.67, 0.8))
 _TRAINED_WHOLE = 2  # of these, and the head alone: three trainings tell what is gained after a rung
 _DRAWN = 32  # candidates of a pool that are drawn anew
 _REFINED_CANDIDATES = 128  # and that are made from the front
@@ -66,7 +67,7 @@ class ScoreGuided(SearchSpace):
     chosen from a pool: guided configurations drawn anew, and refined ones, which are configurations of the
     front changed at single sites, roles or blocks in the full per-layer space (resize, drop, add, cross
     over). From the best of them a local search leads to more. The one with the largest expected gain in
-    hypervolume for its compute is tried; see `ExpectedGain`. Some are chosen so from `lone_adapters`.
+    hypervolume for its compute is tried; see `ExpectedImprovement`. Some are single-adapter probes.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -80,8 +81,8 @@ class ScoreGuided(SearchSpace):
         placement: (smallest, largest) share of the sites that may carry an adapter.
         modelled: Share of the trials that are chosen by expected gain, in [0, 1]; the sampler asks for the
             others.
-        lone_share: Share of those that are chosen from lone adapters, while there are any, in [0, 1].
-        guided_trials: Trials before the first that is chosen so, anchors included.
+        probe_share: Share of those that are chosen from lone adapters, while there are any, in [0, 1].
+        guided_trials: Trials before the first that is chosen so, baselines included.
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
         site_scores: The scores of the backbone on the task; a `Search` fills them in.
@@ -99,7 +100,7 @@ class ScoreGuided(SearchSpace):
     temperature: tuple[float, float] = (0.0, 1.5)
     placement: tuple[float, float] = (0.2, 1.0)
     modelled: float = 0.95
-    lone_share: float = 0.5
+    probe_share: float = 0.5
     guided_trials: int = 4
     learning_rate: LearningRate = (3e-4, 1e-2)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -107,7 +108,7 @@ class ScoreGuided(SearchSpace):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", checked_names("score", self.scores, SCORES))
-        sized = [name for name, one in METHOD_SPECIFICATIONS.items() if one.size_name is not None]
+        sized = [name for name, one in METHOD_SPECS.items() if one.size_name is not None]
         object.__setattr__(self, "methods", checked_names("method with a size", self.methods, sized))
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
         self._per_layer()
@@ -116,7 +117,7 @@ class ScoreGuided(SearchSpace):
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
         check_share("modelled", self.modelled, of="trials")
-        check_share("lone_share", self.lone_share, of="modelled trials")
+        check_share("probe_share", self.probe_share, of="modelled trials")
         check_whole("guided_trials", self.guided_trials, what="a number of trials", least=1)
 
     def _per_layer(self) -> PerLayer:
@@ -246,16 +247,16 @@ class ScoreGuided(SearchSpace):
         """Leave the trial to the sampler, or choose the best of a pool; see `SearchSpace.propose`."""
         if number < self.guided_trials or not front or generator.random() >= self.modelled:
             return {"stage": _GUIDED}
-        gain = ExpectedGain(history, self.features(backbone))
-        if self.lone_share and generator.random() < self.lone_share:
+        gain = ExpectedImprovement(history, self.features(backbone))
+        if self.probe_share and generator.random() < self.probe_share:
             # By themselves: models seldom think much of what is unlike the front.
             lone = self._lone(front, generator, backbone, history)
-            lone = [one for one, worth in zip(lone, gain.for_compute(lone), strict=True) if worth > 0]
+            lone = [one for one, worth in zip(lone, gain.per_compute(lone), strict=True) if worth > 0]
             if (first := gain.best(lone)) is not None:
                 return self.encode(lone[first], backbone)
         refiner = self._refiner(backbone)
         pool = self._pool(front, refiner, generator, backbone)
-        climbed = climb([one for one, _ in pool], gain.for_compute, refiner, generator) if pool else []
+        climbed = local_search([one for one, _ in pool], gain.per_compute, refiner, generator) if pool else []
         pool += [(one, None) for one in climbed]
         best = gain.best([one for one, _ in pool])
         if best is None:
@@ -264,9 +265,9 @@ class ScoreGuided(SearchSpace):
         rate = encode_learning_rate(configuration.learning_rate, self.learning_rate)
         return self.encode(configuration, backbone) if drawn is None else drawn | rate
 
-    def _refiner(self, backbone: Backbone) -> Refiner:
+    def _refiner(self, backbone: Backbone) -> Mutator:
         choices, rate = self.choices(backbone), self.learning_rate
-        return Refiner(
+        return Mutator(
             choices=choices,
             values=site_values(scores_of(self.site_scores, self.scores[0]), choices),
             learning_rate=(rate, rate) if isinstance(rate, float) else rate,
@@ -286,14 +287,15 @@ class ScoreGuided(SearchSpace):
     def _pool(
         self,
         front: Mapping[Configuration, float],
-        refiner: Refiner,
+        refiner: Mutator,
         generator: random.Random,
         backbone: Backbone,
     ) -> list[tuple[Configuration, dict[str, Any] | None]]:
         """Return candidates, each with the parameters it was drawn by; a changed one of the front has none.
 
         Each stands there with two learning rates, its own and one of a sum near what the front has. The head
-        alone is not among them: it is an anchor, and would often be tried again for the noise in its metric.
+        alone is not among them: it is a baseline, and would often be tried again for the noise in its
+        metric.
         """
         rate = self.learning_rate
         found: list[tuple[Configuration, dict[str, Any] | None]] = []
@@ -303,7 +305,7 @@ class ScoreGuided(SearchSpace):
         found += [(refiner.child(front, generator), None) for _ in range(_REFINED_CANDIDATES)]
         found = [(one, drawn) for one, drawn in found if len(one)]
         if not isinstance(rate, float):
-            known = KnownRates(front, backbone, rate)
+            known = LearningRatePrior(front, backbone, rate)
             found += [(one.replace(learning_rate=known.draw(one, generator)), drawn) for one, drawn in found]
         return found
 
@@ -312,8 +314,8 @@ class ScoreGuided(SearchSpace):
     ) -> list[Configuration]:
         """Return lone adapters where none was tried, with learning rates of a sum near what the front has."""
         rate, tried = self.learning_rate, (one for one, _ in history.trials)
-        found = lone_adapters(self.choices(backbone), tried, learning_rate_at(1.0, rate))
-        known = None if isinstance(rate, float) else KnownRates(front, backbone, rate)
+        found = single_adapter_probes(self.choices(backbone), tried, learning_rate_at(1.0, rate))
+        known = None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate)
         return [one.replace(learning_rate=known.draw(one, generator)) if known else one for one in found]
 
     def _draw(self, generator: random.Random, backbone: Backbone) -> dict[str, Any]:
@@ -331,7 +333,7 @@ class ScoreGuided(SearchSpace):
             **encode_learning_rate(draw_learning_rate(generator, self.learning_rate), self.learning_rate),
         }
 
-    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
         """Return the head alone, and the first score's allocation at a few small budgets.
 
         Large ones are dear, and tried when models promise something: which rates are good comes first.
@@ -339,8 +341,8 @@ class ScoreGuided(SearchSpace):
         rate = learning_rate_at(1.0, self.learning_rate)
         low, high = self.budgets(backbone)
         blocks = self._highest_block(backbone) + 1
-        found = [Anchor(name="head alone", configuration=Configuration({}, learning_rate=rate))]
-        for index, (place, lowest_share, rate_place) in enumerate(_ANCHORS):
+        found = [Baseline(name="head alone", configuration=Configuration({}, learning_rate=rate))]
+        for index, (place, lowest_share, rate_place) in enumerate(_BASELINES):
             budget = round(low * (high / low) ** place)
             lowest_block = min(round(lowest_share * blocks), blocks - 1)
             while not (adapters := self._anchor_of(backbone, budget, lowest_block)) and budget < high:
@@ -348,7 +350,7 @@ class ScoreGuided(SearchSpace):
             rate = learning_rate_at(rate_place, self.learning_rate)
             name = f"{self.scores[0]}, {budget:,} parameters from block {lowest_block} up at rate {rate:g}"
             chosen = Configuration(adapters, learning_rate=rate)
-            found.append(Anchor(name=name, configuration=chosen, is_trained_whole=index < _TRAINED_WHOLE))
+            found.append(Baseline(name=name, configuration=chosen, is_trained_whole=index < _TRAINED_WHOLE))
         return distinct(found)
 
     def _anchor_of(self, backbone: Backbone, budget: int, lowest_block: int) -> dict[Site, Adapter]:
@@ -392,7 +394,7 @@ class ScoreGuided(SearchSpace):
                 f"placement {describe_range(self.placement)}, lowest block 0 to {top}",
                 f"from trial {self.guided_trials} on, {self.modelled:.0%} of the trials are those with the "
                 "largest expected gain in hypervolume for their compute, of a pool or of lone adapters "
-                f"({self.lone_share:.0%}, while there are any)",
+                f"({self.probe_share:.0%}, while there are any)",
                 f"learning rate {describe_learning_rate(self.learning_rate)}",
                 f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
             ]

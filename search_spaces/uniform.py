@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import (
-    Anchor,
+    Baseline,
     LearningRate,
     SearchSpace,
     SuggestTrial,
@@ -105,7 +105,7 @@ class Uniform(SearchSpace):
                 }
         raise ValueError(f"{configuration!r} is not one of {', '.join(self.adapters())} everywhere.")
 
-    def anchors(self, backbone: Backbone) -> tuple[Anchor, ...]:
+    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
         """Return each method's smallest, middle and largest size."""
         space = self._per_layer()
         rate = middle_learning_rate(self.learning_rate)
@@ -114,7 +114,7 @@ class Uniform(SearchSpace):
             sizes = space.adapters_of(method)
             chosen |= dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
         return tuple(
-            Anchor(name=f"{one} everywhere", configuration=self.everywhere(one, backbone, rate))
+            Baseline(name=f"{one} everywhere", configuration=self.everywhere(one, backbone, rate))
             for one in chosen
         )
 

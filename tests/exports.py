@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.export import ExportReport, export_adapter
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.export.export import ExportReport, export_adapter
+from autopeft.export.verification import trained_logits
 from autopeft.methods import attach
-from autopeft.verification import trained_logits
-from tests.models import (
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import (
     places,
     tiny_batch,
 )

@@ -10,14 +10,14 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from autopeft import Search
-from autopeft.backbone import Backbone
-from autopeft.evaluation import TrialRecord
-from autopeft.evaluator import Evaluator
-from autopeft.objectives import resolve_constraints, resolve_objectives
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import resolve_constraints, resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import TextClassification
-from autopeft.training import Training
-from tests.models import LABELS, tiny_backbone, tiny_classifier, tiny_tokenizer
+from autopeft.training.settings import Training
+from tests.tiny_models import LABELS, tiny_backbone, tiny_classifier, tiny_tokenizer
 
 OBJECTIVES = ("accuracy", "trainable_parameters", "peak_memory")
 TRAINING = Training(epochs=1, batch_size=8, device="cpu", precision="32-true")
@@ -112,7 +112,7 @@ def outcomes(records: Iterable[TrialRecord]) -> list[tuple[Any, ...]]:
     return [
         (
             record.number,
-            record.anchor,
+            record.baseline,
             record.duplicate_of,
             record.evaluation.status,
             record.evaluation.warm_start,

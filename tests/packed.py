@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.evaluation_run import Trained
-from autopeft.evaluator import Evaluator
-from autopeft.objectives import resolve_objectives
-from autopeft.packing import PackedTrainer
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.packing.trainer import PackedTrainer
+from autopeft.evaluation.run import Trained
+from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from tests.learnable import tiny_evaluator
-from tests.models import fingerprint, tiny_backbone
+from tests.tiny_models import fingerprint, tiny_backbone
 
 TRAINING = Training(epochs=2, batch_size=8, device="cpu", precision="32-true")
 WITHOUT_DROPOUT: dict[str, dict[str, float]] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
-from autopeft.objectives import Objective, resolve_objectives
-from autopeft.pareto import non_dominated
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
+from autopeft.core.objectives import Objective, resolve_objectives
+from autopeft.core.pareto import non_dominated
 
 OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters", "peak_memory"), ("accuracy", "f1_macro"))
 IDENTITY = {
@@ -42,7 +42,7 @@ def completed(
     configuration: Configuration,
     random_state: random.Random,
     *,
-    anchor: str | None = None,
+    baseline: str | None = None,
     validations: int = 4,
 ) -> TrialRecord:
     """Make up an outcome in which cost helps, with diminishing returns and noise."""
@@ -58,7 +58,7 @@ def completed(
     seconds = random_state.uniform(3, 9)
     return TrialRecord(
         number=number,
-        anchor=anchor,
+        baseline=baseline,
         evaluation=Evaluation(
             configuration=configuration,
             status="complete",
@@ -81,7 +81,7 @@ def synthetic_records(count: int, *, seed: int = 0) -> list[TrialRecord]:
     records = []
     for number in range(count):
         configuration = random_configuration(random_state)
-        anchor = {0: "head only", 1: "uniform lora 8"}.get(number)
+        baseline = {0: "head only", 1: "uniform lora 8"}.get(number)
         if number == 0:
             configuration = Configuration({})
         if number % 9 == 8:
@@ -98,7 +98,7 @@ def synthetic_records(count: int, *, seed: int = 0) -> list[TrialRecord]:
             )
             records.append(TrialRecord(number=number, evaluation=evaluation))
         else:
-            records.append(completed(number, configuration, random_state, anchor=anchor))
+            records.append(completed(number, configuration, random_state, baseline=baseline))
     return records
 
 

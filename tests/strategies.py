@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from hypothesis import strategies as st
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.vocabulary import KIND_OF_ROLE, METHOD_SPECIFICATIONS, ROLES, OptionValue
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, OptionValue
+from autopeft.models.backbone import Backbone
 
 _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
     "alpha": st.integers(1, 64),
@@ -21,11 +21,9 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
 
 
 @st.composite
-def adapters(
-    draw: st.DrawFn, methods: Iterable[str] = tuple(METHOD_SPECIFICATIONS), largest: int = 64
-) -> Adapter:
+def adapters(draw: st.DrawFn, methods: Iterable[str] = tuple(METHOD_SPECS), largest: int = 64) -> Adapter:
     """Draw a valid adapter of one of the methods."""
-    specification = METHOD_SPECIFICATIONS[draw(st.sampled_from(sorted(methods)))]
+    specification = METHOD_SPECS[draw(st.sampled_from(sorted(methods)))]
     size = None if specification.size_name is None else draw(st.integers(1, largest))
     names = draw(st.sets(st.sampled_from(sorted(specification.options)))) if specification.options else ()
     return Adapter(specification.name, size, {name: draw(_OPTIONS[name]) for name in sorted(names)})
@@ -33,7 +31,7 @@ def adapters(
 
 def _compatible(methods: Iterable[str]) -> bool:
     names = set(methods)
-    return not any(METHOD_SPECIFICATIONS[name].excludes & names for name in names)
+    return not any(METHOD_SPECS[name].excludes & names for name in names)
 
 
 @st.composite
@@ -43,7 +41,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     placed: dict[Site, list[Adapter]] = {}
     for site in sorted(sites):
         kind = KIND_OF_ROLE[site.role]
-        fitting = [name for name, one in METHOD_SPECIFICATIONS.items() if kind in one.kinds]
+        fitting = [name for name, one in METHOD_SPECS.items() if kind in one.kinds]
         placed[site] = draw(_several(fitting, 64))
     return Configuration(
         placed,
@@ -67,7 +65,7 @@ def configurations_of(draw: st.DrawFn, backbone: Backbone, largest: int = 5) -> 
     """Draw a valid configuration that a backbone can carry."""
     placed: dict[Site, list[Adapter]] = {}
     for site, shape in backbone.sites.items():
-        fitting = [name for name in METHOD_SPECIFICATIONS if not backbone.obstacle(shape, name)]
+        fitting = [name for name in METHOD_SPECS if not backbone.obstacle(shape, name)]
         occupied = draw(st.booleans())
         if fitting and occupied:
             placed[site] = draw(_several(fitting, largest))

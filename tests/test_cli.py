@@ -15,11 +15,11 @@ from optuna.samplers import RandomSampler
 from typer.testing import CliRunner, Result
 
 from autopeft.cli import app, main
-from autopeft.configuration import Configuration
-from autopeft.evaluation_run import Trained
-from autopeft.evaluator import Evaluator
-from autopeft.objectives import resolve_objectives
-from autopeft.study_store import StudyStore, load_study
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.run import Trained
+from autopeft.optimization.study_store import StudyStore, load_study
 from tests.learnable import save_learnable_csv, save_tiny_model, tiny_search
 
 

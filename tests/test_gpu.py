@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from autopeft.configuration import Configuration
+from autopeft.core.configuration import Configuration
 from autopeft.methods import attach
-from autopeft.training import Training
+from autopeft.training.settings import Training
 from tests.learnable import learner, tiny_evaluator, tiny_search
-from tests.models import fingerprint
+from tests.tiny_models import fingerprint
 
 pytestmark = pytest.mark.gpu
 LORA = Configuration.from_dict(

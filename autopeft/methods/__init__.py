@@ -10,7 +10,7 @@ from autopeft.methods.attachment import (
     placement_of,
 )
 from autopeft.methods.base import Attached, Method, Placement
-from autopeft.methods.full import FullFineTuning
+from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_methods import PeftMethod
 
 __all__ = [

@@ -10,18 +10,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.memory_formula import AdapterSize, SizedAdapters
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.profiling import section
+from autopeft.core.seeding import seeded
+from autopeft.evaluation.memory.size_formula import AdapterSize, SizedAdapters
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
 from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
-from autopeft.methods.prefix import Prefix, PrefixTuning
-from autopeft.modes import every_parameter
-from autopeft.profiling import section
-from autopeft.seeding import seeded
-from autopeft.vocabulary import METHOD_SPECIFICATIONS
+from autopeft.methods.prefix_tuning import Prefix, PrefixTuning
+from autopeft.models.backbone import Backbone
+from autopeft.models.module_modes import iter_parameters
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -34,9 +34,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "prefix": PrefixTuning(),
     }
 )
-"""The torch side of every method in `METHOD_SPECIFICATIONS`; those that replace modules come first."""
+"""The torch side of every method in `METHOD_SPECS`; those that replace modules come first."""
 
-assert METHODS.keys() == METHOD_SPECIFICATIONS.keys()
+assert METHODS.keys() == METHOD_SPECS.keys()
 
 
 def carries_adapters(model: nn.Module) -> bool:
@@ -149,7 +149,7 @@ class Attachment:
                         nn.init.zeros_(module.bias)
 
     def _select_trainable(self) -> None:
-        parameters = every_parameter(self.backbone.model)
+        parameters = iter_parameters(self.backbone.model)
         for parameter in parameters:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
@@ -215,7 +215,7 @@ class Attachment:
         self._detached = True
         while self._undo:
             self._undo.pop()()
-        for parameter in every_parameter(self.backbone.model):
+        for parameter in iter_parameters(self.backbone.model):
             parameter.requires_grad_(False)
         self.backbone.attached = None
 

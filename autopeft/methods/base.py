@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from torch import nn
 
-from autopeft.backbone import SiteShape
-from autopeft.configuration import Adapter, Site
+from autopeft.core.configuration import Adapter, Site
+from autopeft.models.backbone import SiteShape
 
 Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 """The adapters of one method to attach: site → (what the backbone has there, the adapter)."""
@@ -47,7 +47,7 @@ class Method(ABC):
     size_dimensions: Mapping[str, int] = MappingProxyType({})
     """Which dimension of a parameter is the adapter's size, by the names of the parameters that have it.
 
-    What runs must not depend on the size: memory is a formula in it (`autopeft.memory_formula`).
+    What runs must not depend on the size: memory is a formula in it (`evaluation.memory.size_formula`).
     """
 
     @abstractmethod

@@ -11,9 +11,9 @@ from typing import cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from autopeft.backbone import SiteShape
-from autopeft.configuration import Adapter
+from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Attached, Method, Placement
+from autopeft.models.backbone import SiteShape
 
 
 class BitFit(Method):

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from autopeft.backbone import SiteShape
-from autopeft.configuration import Adapter
+from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Attached, Method, Placement, undrawn_linears
+from autopeft.models.backbone import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 

@@ -26,10 +26,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.backbone import SiteShape
-from autopeft.configuration import Adapter, Site
+from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Attached, Method, Placement, replace_module, undrawn_linears
-from autopeft.modes import set_mode
+from autopeft.models.backbone import SiteShape
+from autopeft.models.module_modes import set_mode
 
 
 class PeftMethod(Method):

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autopeft.backbone import Backbone
-from autopeft.errors import unknown_choice
-from autopeft.live_storage import Loss
-from autopeft.precision import Precision
-from autopeft.sensitivity.curvature_scores import grasp_scores, hessian_scores
-from autopeft.sensitivity.data_pass import run_data_pass
-from autopeft.sensitivity.gradient_scores import BATCH_SCORES, gora_scores, gradient_spectrum_scores
-from autopeft.sensitivity.gradient_store import GradientStore
-from autopeft.sensitivity.input_scores import IncrementalVariance, InputVariance
-from autopeft.sensitivity.matrix_sites import Subject, matrix_sites, undisturbed
-from autopeft.sensitivity.reference_scores import (
+from autopeft.core.errors import unknown_choice
+from autopeft.core.precision import Precision
+from autopeft.evaluation.memory.storage_tracker import Loss
+from autopeft.models.backbone import Backbone
+from autopeft.sensitivity.activation_variance import IncrementalVariance, InputVariance
+from autopeft.sensitivity.control_scores import (
     TrainOne,
     leave_one_out_scores,
     random_scores,
     uniform_scores,
 )
+from autopeft.sensitivity.curvature_scores import grasp_scores, hessian_scores
+from autopeft.sensitivity.gradient_scores import BATCH_SCORES, gora_scores, gradient_spectrum_scores
+from autopeft.sensitivity.mean_gradient_file import MeanGradientFile
+from autopeft.sensitivity.registry import CHEAP_SCORES, SCORES
+from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undisturbed
+from autopeft.sensitivity.shared_pass import run_data_pass
 from autopeft.sensitivity.site_scores import SiteScores
-from autopeft.sensitivity.specifications import CHEAP_SCORES, SCORES
 from autopeft.sensitivity.weight_scores import condition_number_scores, synflow_scores
 
 _DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -120,8 +120,8 @@ def compute_scores(
     variance = InputVariance(
         sites, IncrementalVariance(components, leading=rank, convergence=options.convergence)
     )
-    with undisturbed(backbone.model, seed), GradientStore(sites, len(batches)) as store:
-        with backbone.lowered_weights.in_place(options.precision):
+    with undisturbed(backbone.model, seed), MeanGradientFile(sites, len(batches)) as store:
+        with backbone.cached_casts.in_place(options.precision):
             averages = run_data_pass(
                 subject,
                 [name for name in names if name in BATCH_SCORES],

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from autopeft.adapter import Site
-from autopeft.sensitivity.matrix_sites import MatrixSite, forward_hooks
+from autopeft.core.adapter import Site
+from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 
 _Product = tuple[Tensor, Tensor]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopeft.adapter import Site
-from autopeft.errors import unknown_choice
+from autopeft.core.adapter import Site
+from autopeft.core.errors import unknown_choice
 
 _SHOWN = 3
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from autopeft.adapter import Site
+from autopeft.core.adapter import Site
 from autopeft.sensitivity.layer_gradients import LayerGradient, layer_gradients
-from autopeft.sensitivity.matrix_sites import MatrixSite, Subject
+from autopeft.sensitivity.scored_matrices import MatrixSite, Subject
+from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
-from autopeft.sensitivity.spectra import singular_values
 
 _BLOCK_ENTRIES = 2**18
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.tasks.batching import Collator
+from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
 SplitName = Literal["train", "validation", "test"]
@@ -108,7 +108,7 @@ class Task(ABC):
         """Return fresh metrics, to be updated with logits (batch, labels) and labels (batch,)."""
 
     @abstractmethod
-    def majority_score(self, metric: str) -> float:
+    def trivial_score(self, metric: str) -> float:
         """Return what always predicting the most frequent training label scores in validation."""
 
     @abstractmethod

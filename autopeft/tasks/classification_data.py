@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.base import Batch, SplitName, TaskData
-from autopeft.tasks.batching import (
+from autopeft.tasks.length_bucketing import (
     BucketedBatches,
     Collator,
     TokenisedSplit,
     loader,
     sorted_batches,
 )
-from autopeft.tasks.tokenised import tokenise
+from autopeft.tasks.tokenization import tokenise
 
 
 @dataclass(frozen=True)

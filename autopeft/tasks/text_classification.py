@@ -22,12 +22,12 @@ from torchmetrics.classification import (
 )
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from autopeft.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.tasks.base import SplitName, Task
 from autopeft.tasks.classification_data import ClassificationData, LabelledTexts
-from autopeft.tasks.sources import Source, load_splits
+from autopeft.tasks.dataset_loading import Source, load_splits
 from autopeft.tasks.splits import stratified_sample, stratified_split
-from autopeft.tasks.tokenised import fingerprint
+from autopeft.tasks.tokenization import fingerprint
 
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -334,7 +334,7 @@ class TextClassification(Task):
             }
         )
 
-    def majority_score(self, metric: str) -> float:
+    def trivial_score(self, metric: str) -> float:
         """Return what always predicting the most frequent training label scores in validation."""
         train = self.split("train").labels
         majority = max(range(len(self.labels)), key=train.count)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Objective, resolve_objectives
+from autopeft.core.pareto import Axis, hypervolume, non_dominated
 from autopeft.methods import count_parameters
-from autopeft.objectives import Objective, resolve_objectives
-from autopeft.pareto import Axis, hypervolume, non_dominated
+from autopeft.models.backbone import Backbone
 from benchmarks.rivals.setting import Entry, Setting, per_layer
 
 SHARES = (0.9, 0.95, 0.99)
@@ -123,7 +123,7 @@ def axes_of(setting: Setting, backbone: Backbone) -> tuple[Axis, Axis]:
     """Return the axes of all comparisons: the metric from always predicting the majority, and parameters."""
     metric, cost = resolve_objectives((setting.metric, "trainable_parameters"), setting.task.metrics)
     smallest, largest = (count_parameters(backbone, one) for one in per_layer().extremes(backbone))
-    worst, best = setting.task.majority_score(setting.metric), setting.task.best_score(setting.metric)
+    worst, best = setting.task.trivial_score(setting.metric), setting.task.best_score(setting.metric)
     return (
         Axis(objective=metric, worst=worst, best=best),
         Axis(objective=cost, worst=float(largest), best=float(smallest)),

@@ -31,8 +31,8 @@ from transformers import (
     set_seed,
 )
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
+from autopeft.core.configuration import Configuration
+from autopeft.models.backbone import Backbone
 from benchmarks.rivals.setting import TRAINING, Entry, Setting, per_layer
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {

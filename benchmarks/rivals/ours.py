@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from autopeft import Elastic, ParetoFront, Search, SuccessiveHalving
-from autopeft.evaluation import TrialRecord
+from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
 
@@ -21,8 +21,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
-    "autopeft, no lone adapters": {**_WHOLE, "space": replace(GUIDED, lone_share=0.0)},
-    "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_prefix="eval")},
+    "autopeft, no lone adapters": {**_WHOLE, "space": replace(GUIDED, probe_share=0.0)},
+    "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
     "autopeft, warm starts as well": {**_WHOLE, "elastic": Elastic(share=0, warm_start=True)},
@@ -30,7 +30,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
-        "training": replace(TRAINING, frozen_prefix="train", precision="32-true"),
+        "training": replace(TRAINING, frozen_blocks="train", precision="32-true"),
     },
 }
 """By name, the arguments of `Search`: each technique of the whole is switched off alone, or one added."""

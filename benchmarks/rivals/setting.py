@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from assets.prepare import prepare
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration
-from autopeft.evaluator import Evaluator
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import count_parameters
-from autopeft.objectives import resolve_objectives
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
-from autopeft.training import Training, TrainingPrecision
+from autopeft.training.settings import Training, TrainingPrecision
 from benchmarks.datasets import DATASETS
 
 TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
@@ -93,7 +93,7 @@ class Setting:
             precision: Another one than people's.
         """
         objectives = resolve_objectives((self.metric, "trainable_parameters"), self.task.metrics)
-        training = replace(TRAINING, frozen_prefix="train", precision=precision)
+        training = replace(TRAINING, frozen_blocks="train", precision=precision)
         return Evaluator(backbone, self.task, training, objectives, seed=self.seed)
 
     def entry(

@@ -1,4 +1,4 @@
-"""AdaLoraBudget against peft's own documented loop."""
+"""AdaLoRA against peft's own documented loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraModel
 
-from autopeft.callbacks import AdaLoraBudget
+from autopeft.callbacks import AdaLoRA
 from tests.callbacks.lora_fits import (
     ROWS,
     Classifier,
@@ -38,7 +38,7 @@ def adalora(tiny: ModelFactory, **options: Any) -> Classifier:
 
 def test_ranks_fall_to_the_budget(tiny_llama: ModelFactory) -> None:
     classifier = adalora(tiny_llama)
-    callback = AdaLoraBudget()
+    callback = AdaLoRA()
     probe = Probe(lambda: sum(callback.ranks().values()))
     fit(classifier, callback, probe, steps=12)
     # Six modules from rank 6 to 3 on average: the cubic schedule between steps 2 and 9, every 2 steps.
@@ -53,7 +53,7 @@ def test_ranks_fall_to_the_budget(tiny_llama: ModelFactory) -> None:
 
 def test_it_does_what_pefts_documented_loop_does(tiny_llama: ModelFactory) -> None:
     classifier, reference = adalora(tiny_llama), adalora(tiny_llama)
-    callback = AdaLoraBudget()
+    callback = AdaLoRA()
     fit(classifier, callback, steps=12)
     optimizer = reference.configure_optimizers()
     assert isinstance(reference.model, PeftModel)
@@ -76,7 +76,7 @@ def test_the_truncated_lora_computes_what_the_fitted_model_does(
     tiny_llama: ModelFactory, tfinal: int
 ) -> None:
     classifier = adalora(tiny_llama, tfinal=tfinal)
-    callback = AdaLoraBudget()
+    callback = AdaLoRA()
     fit(classifier, callback, steps=12)
     assert sum(callback.ranks().values()) == 18
     state = callback.truncated_state()
@@ -90,7 +90,7 @@ def test_the_truncated_lora_computes_what_the_fitted_model_does(
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.* have invalid shape")
 def test_saving_with_peft_does_not_change_the_report(tiny_llama: ModelFactory, tmp_path: Path) -> None:
     classifier = adalora(tiny_llama)
-    callback = AdaLoraBudget()
+    callback = AdaLoRA()
     fit(classifier, callback, steps=12)
     before = callback.ranks()
     assert isinstance(classifier.model, PeftModel)
@@ -99,7 +99,7 @@ def test_saving_with_peft_does_not_change_the_report(tiny_llama: ModelFactory, t
 
 
 def test_gradient_accumulation_counts_as_one_step(tiny_llama: ModelFactory) -> None:
-    callback = AdaLoraBudget()
+    callback = AdaLoRA()
     probe = Probe(lambda: sum(callback.ranks().values()))
     fit(adalora(tiny_llama), callback, probe, steps=12, accumulate_grad_batches=2)
     assert len(probe.notes) == 24
@@ -109,8 +109,8 @@ def test_gradient_accumulation_counts_as_one_step(tiny_llama: ModelFactory) -> N
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 def test_a_resumed_fit_goes_on_as_if_nothing_had_happened(tiny_llama: ModelFactory, tmp_path: Path) -> None:
-    def run(checkpoint: Path | None = None) -> tuple[Classifier, AdaLoraBudget]:
-        classifier, callback = adalora(tiny_llama), AdaLoraBudget()
+    def run(checkpoint: Path | None = None) -> tuple[Classifier, AdaLoRA]:
+        classifier, callback = adalora(tiny_llama), AdaLoRA()
         saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
         fit(classifier, callback, saving, epochs=3, checkpoint=checkpoint, enable_checkpointing=True)
         return classifier, callback
@@ -124,11 +124,11 @@ def test_a_resumed_fit_goes_on_as_if_nothing_had_happened(tiny_llama: ModelFacto
 
 def test_wrong_plans_are_refused(tiny_llama: ModelFactory) -> None:
     with pytest.raises(ValueError, match=r"total_step=12, but this trainer takes 8 optimizer steps"):
-        fit(adalora(tiny_llama), AdaLoraBudget(), steps=8)
+        fit(adalora(tiny_llama), AdaLoRA(), steps=8)
     with pytest.raises(ValueError, match=r"target_r=6 is not below init_r=6"):
-        fit(adalora(tiny_llama, target_r=6), AdaLoraBudget(), steps=12)
+        fit(adalora(tiny_llama, target_r=6), AdaLoRA(), steps=12)
     with pytest.raises(ValueError, match="holds 0 AdaLoRA models, expected one"):
-        fit(lora(tiny_llama()), AdaLoraBudget(), steps=12)
+        fit(lora(tiny_llama()), AdaLoRA(), steps=12)
 
 
 def test_cleared_gradients_are_said(tiny_llama: ModelFactory) -> None:
@@ -138,4 +138,4 @@ def test_cleared_gradients_are_said(tiny_llama: ModelFactory) -> None:
             self.zero_grad()
 
     with pytest.raises(ValueError, match=r"has no gradient after step 1"):
-        fit(Clearing(adalora(tiny_llama).model), AdaLoraBudget(), steps=12)
+        fit(Clearing(adalora(tiny_llama).model), AdaLoRA(), steps=12)

@@ -1,4 +1,4 @@
-"""DynamicRank: which ranks are drawn, and that every truncation works."""
+"""DyLoRA: which ranks are drawn, and that every truncation works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from autopeft.callbacks import (
-    DynamicRank,
+    DyLoRA,
     find_lora_modules,
 )
 from tests.callbacks.lora_fits import (
@@ -30,7 +30,7 @@ from tests.conftest import ModelFactory
 class Outputs(Probe):
     """Notes the drawn rank and the logits as they are in training."""
 
-    def __init__(self, callback: DynamicRank) -> None:
+    def __init__(self, callback: DyLoRA) -> None:
         super().__init__()
         self.callback = callback
 
@@ -45,7 +45,7 @@ class Outputs(Probe):
 def test_a_drawn_rank_trains_the_lora_of_that_rank(tiny_bert: ModelFactory, use_rslora: bool) -> None:
     options: dict[str, Any] = {"use_rslora": use_rslora, "lora_alpha": 5}
     classifier = lora(tiny_bert(), RANK, **options)
-    callback = DynamicRank(seed=3)
+    callback = DyLoRA(seed=3)
     outputs = Outputs(callback)
     fit(classifier, callback, outputs, steps=8)
     assert {rank for rank, _, _ in outputs.notes} == {1, 2, 3, 4}
@@ -59,7 +59,7 @@ def test_every_truncation_works(tiny_llama: ModelFactory) -> None:
     classifier = lora(tiny_llama(), RANK, drawn=False)
     batch = batch_of(examples())
     start = float(classifier.loss(batch).detach())
-    callback = DynamicRank(seed=1)
+    callback = DyLoRA(seed=1)
     fit(classifier, callback, steps=200)
     losses = []
     for rank in range(1, RANK + 1):
@@ -73,7 +73,7 @@ def test_every_truncation_works(tiny_llama: ModelFactory) -> None:
 
 def test_draws_are_seeded_bounded_and_one_an_optimizer_step(tiny_llama: ModelFactory) -> None:
     def drawn(seed: int, accumulate: int = 1) -> list[int | None]:
-        callback = DynamicRank(minimum_rank=2, maximum_rank=3, seed=seed)
+        callback = DyLoRA(minimum_rank=2, maximum_rank=3, seed=seed)
         probe = Probe(lambda: callback.drawn_rank)
         fit(lora(tiny_llama(), RANK), callback, probe, steps=12, accumulate_grad_batches=accumulate)
         return probe.notes
@@ -86,8 +86,8 @@ def test_draws_are_seeded_bounded_and_one_an_optimizer_step(tiny_llama: ModelFac
 
 def test_ranks_that_cannot_be_drawn_are_refused(tiny_llama: ModelFactory) -> None:
     with pytest.raises(ValueError, match="Ranks from 1 to 5 cannot be drawn: the LoRA layers have 4"):
-        fit(lora(tiny_llama(), RANK), DynamicRank(maximum_rank=5), steps=1)
+        fit(lora(tiny_llama(), RANK), DyLoRA(maximum_rank=5), steps=1)
     with pytest.raises(ValueError, match="maximum_rank must be at least 3"):
-        DynamicRank(minimum_rank=3, maximum_rank=2)
+        DyLoRA(minimum_rank=3, maximum_rank=2)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        DynamicRank().truncated_state(0)
+        DyLoRA().truncated_state(0)

@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from autopeft.callbacks import (
+    IST,
+    LISA,
     BestWeights,
-    ImportanceSampledLayers,
     LoraModule,
-    RandomLayers,
     find_lora_modules,
 )
-from autopeft.callbacks.importance_sampled_layers import score_change
-from autopeft.callbacks.layer_sampling import LayerSampling, find_layers
+from autopeft.callbacks.ist import score_change
+from autopeft.callbacks.lisa import LayerSampling, find_layers
 from tests.callbacks.lora_fits import ROWS, Classifier, Probe, batch_of, examples, fit, lora
 from tests.conftest import ModelFactory
 
@@ -73,9 +73,7 @@ def test_active_layers_and_the_head_alone_are_trained(
     classifier = blocks(request.getfixturevalue(f"tiny_{architecture}"))
     trainable = {name for name, one in classifier.named_parameters() if one.requires_grad}
     sampling: LayerSampling = (
-        RandomLayers(2, every_n_steps=3)
-        if kind == "random"
-        else ImportanceSampledLayers(trained_share=0.5, every_n_steps=3)
+        LISA(2, every_n_steps=3) if kind == "random" else IST(trained_share=0.5, every_n_steps=3)
     )
     watch = Watch(sampling)
     fit(classifier, sampling, watch, epochs=3)
@@ -96,7 +94,7 @@ def test_active_layers_and_the_head_alone_are_trained(
 
 def test_random_layers_change_as_often_as_asked_and_are_seeded(tiny_llama: ModelFactory) -> None:
     def chosen(seed: int, accumulate: int = 1) -> list[tuple[str, ...]]:
-        sampling = RandomLayers(1, every_n_steps=4, seed=seed)
+        sampling = LISA(1, every_n_steps=4, seed=seed)
         probe = Probe(lambda: sampling.active)
         fit(blocks(tiny_llama), sampling, probe, steps=24, accumulate_grad_batches=accumulate)
         return probe.notes
@@ -110,7 +108,7 @@ def test_random_layers_change_as_often_as_asked_and_are_seeded(tiny_llama: Model
 
 
 def test_random_layers_work_for_full_fine_tuning(tiny_bert: ModelFactory) -> None:
-    sampling = RandomLayers(1, every_n_steps=1)
+    sampling = LISA(1, every_n_steps=1)
     watch = Watch(sampling)
     fit(Classifier(tiny_bert(num_hidden_layers=BLOCKS)), sampling, watch, steps=3)
     for active, moved in watch.moves:
@@ -129,7 +127,7 @@ def test_best_weights_are_whole(tiny_llama: ModelFactory) -> None:
             snapshots[float(trainer.callback_metrics["loss"])] = values(pl_module)
 
     snapshots: dict[float, dict[str, Tensor]] = {}
-    fit(classifier, RandomLayers(1, every_n_steps=1), best, Snapshot(), epochs=4)
+    fit(classifier, LISA(1, every_n_steps=1), best, Snapshot(), epochs=4)
     for name, tensor in snapshots[best.best].items():
         assert torch.equal(values(classifier)[name], tensor)
 
@@ -149,7 +147,7 @@ def test_score_change() -> None:
 
 def test_the_scores_come_from_the_losses_under_suppression(tiny_llama: ModelFactory) -> None:
     """One update, against trials made by hand on the model as it was before that step."""
-    sampling = ImportanceSampledLayers(every_n_steps=2, seed=5, trained_share=0.5)
+    sampling = IST(every_n_steps=2, seed=5, trained_share=0.5)
     rows = examples()[2 * ROWS : 3 * ROWS]
 
     class Trials(Callback):
@@ -199,7 +197,7 @@ def test_importance_is_what_suppression_costs(tiny_llama: ModelFactory) -> None:
     """One block alone has an update: the others cost nothing when suppressed."""
     classifier = blocks(tiny_llama)
     classifier.rate = 0.0
-    sampling = ImportanceSampledLayers(every_n_steps=1, learning_rate=200.0, trials=6)
+    sampling = IST(every_n_steps=1, learning_rate=200.0, trials=6)
     modules = find_lora_modules(classifier)
     with torch.no_grad():
         for name, one in modules.items():
@@ -221,9 +219,7 @@ def test_a_resumed_fit_goes_on_as_if_nothing_had_happened(
 ) -> None:
     def run(checkpoint: Path | None = None) -> tuple[Classifier, list[Any]]:
         classifier = blocks(tiny_llama)
-        sampling: LayerSampling = (
-            RandomLayers(2, every_n_steps=3) if kind == "random" else ImportanceSampledLayers(every_n_steps=3)
-        )
+        sampling: LayerSampling = LISA(2, every_n_steps=3) if kind == "random" else IST(every_n_steps=3)
         probe = Probe(lambda: sampling.active)
         saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
         fit(classifier, sampling, probe, saving, epochs=3, checkpoint=checkpoint, enable_checkpointing=True)
@@ -244,18 +240,18 @@ def test_an_exception_leaves_nothing_frozen(tiny_llama: ModelFactory) -> None:
     failing = Failing(blocks(tiny_llama).model)
     before = sum(one.requires_grad for one in failing.parameters())
     with pytest.raises(RuntimeError, match="out of luck"):
-        fit(failing, RandomLayers(1, every_n_steps=1), steps=1)
+        fit(failing, LISA(1, every_n_steps=1), steps=1)
     assert sum(one.requires_grad for one in failing.parameters()) == before
 
 
 def test_plans_that_cannot_work_are_refused(tiny_llama: ModelFactory) -> None:
     with pytest.raises(ValueError, match="5 layers cannot be drawn from 4"):
-        fit(blocks(tiny_llama), RandomLayers(5, every_n_steps=1), steps=1)
+        fit(blocks(tiny_llama), LISA(5, every_n_steps=1), steps=1)
     single = lora(tiny_llama(), target_modules=["layers.0.self_attn.q_proj"])
     with pytest.raises(ValueError, match="has 1 layers with trainable parameters"):
-        fit(single, RandomLayers(1, every_n_steps=1), steps=1)
+        fit(single, LISA(1, every_n_steps=1), steps=1)
     with pytest.raises(ValueError, match="no trainable LoRA layer"):
-        fit(Classifier(tiny_llama()), ImportanceSampledLayers(), steps=1)
+        fit(Classifier(tiny_llama()), IST(), steps=1)
 
 
 @pytest.mark.parametrize(
@@ -270,11 +266,11 @@ def test_plans_that_cannot_work_are_refused(tiny_llama: ModelFactory) -> None:
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ImportanceSampledLayers(**arguments)
+        IST(**arguments)
 
 
 def test_random_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="count must be at least 1"):
-        RandomLayers(0, every_n_steps=1)
+        LISA(0, every_n_steps=1)
     with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
-        RandomLayers(1, every_n_steps=0)
+        LISA(1, every_n_steps=0)

@@ -1,4 +1,4 @@
-"""Gates that are learned: SparseRankGates and LearnedScales."""
+"""Gates that are learned: SoRA and ARDLoRA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from autopeft.callbacks import (
-    LearnedScales,
-    SparseRankGates,
+    ARDLoRA,
+    SoRA,
     find_lora_modules,
 )
-from autopeft.callbacks.learned_scales import neighbours
+from autopeft.callbacks.ard_lora import neighbours
 from autopeft.callbacks.proximal_gates import soft_threshold
 from tests.callbacks.lora_fits import (
     RANK,
@@ -45,7 +45,7 @@ def test_soft_threshold() -> None:
 def test_sparse_gates_take_the_proximal_step(tiny_gpt2: ModelFactory, accumulate: int) -> None:
     classifier = lora(tiny_gpt2(), RANK)
     reference = copy.deepcopy(classifier)
-    callback = SparseRankGates(0.01, learning_rate=2.0)
+    callback = SoRA(0.01, learning_rate=2.0)
     probe = Probe(lambda: callback.state_dict()["gates"])
     fit(classifier, callback, probe, steps=1, accumulate_grad_batches=accumulate)
     gates = {name: gate.requires_grad_() for name, gate in ones(reference).items()}
@@ -60,7 +60,7 @@ def test_sparse_gates_take_the_proximal_step(tiny_gpt2: ModelFactory, accumulate
 
 def test_gates_fall_to_exactly_zero_and_leave_the_backbone(tiny_llama: ModelFactory) -> None:
     classifier = lora(tiny_llama(), RANK)
-    callback = SparseRankGates(5.0, learning_rate=0.1)
+    callback = SoRA(5.0, learning_rate=0.1)
     fit(classifier, callback, steps=4)
     assert set(callback.ranks().values()) == {0}
     assert callback.truncated_state() == {}
@@ -73,7 +73,7 @@ def test_gates_learn_what_helps(tiny_llama: ModelFactory) -> None:
     classifier.rate = 0.0
     batch = batch_of(examples())
     before = float(classifier.loss(batch).detach())
-    callback = SparseRankGates(0.0, learning_rate=5.0)
+    callback = SoRA(0.0, learning_rate=5.0)
     fit(classifier, callback, steps=40)
     assert float(classifier.loss(batch).detach()) < before - 1e-3
 
@@ -93,7 +93,7 @@ def test_scales_descend_the_loss_and_the_total_variation(tiny_llama: ModelFactor
     reference = copy.deepcopy(classifier)
     length = RANK if granularity == "rank" else 1
     start = {name: 1 + 0.1 * torch.randn(length) for name in find_lora_modules(classifier)}
-    callback = LearnedScales(0.01, total_variation=0.05, granularity=granularity, learning_rate=0.5)
+    callback = ARDLoRA(0.01, total_variation=0.05, granularity=granularity, learning_rate=0.5)
     callback.load_state_dict({"gates": start})
     probe = Probe(callback.scales)
     fit(classifier, callback, probe, steps=1)
@@ -109,7 +109,7 @@ def test_total_variation_draws_blocks_together(tiny_llama: ModelFactory) -> None
     names = list(find_lora_modules(lora(tiny_llama(), RANK)))
 
     def spread(strength: float) -> float:
-        callback = LearnedScales(0.0, total_variation=strength, learning_rate=0.05)
+        callback = ARDLoRA(0.0, total_variation=strength, learning_rate=0.05)
         gates = {name: torch.full((RANK,), 0.5 if "layers.0" in name else 1.5) for name in names}
         callback.load_state_dict({"gates": gates})
         fit(lora(tiny_llama(), RANK), callback, probe := Probe(callback.scales), steps=8)
@@ -127,7 +127,7 @@ def test_neighbours_are_the_same_module_of_consecutive_blocks() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [SparseRankGates, LearnedScales])
+@pytest.mark.parametrize("kind", [SoRA, ARDLoRA])
 def test_gate_arguments_out_of_range_are_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match="penalty must be at least 0, got -1"):
         kind(-1)
@@ -139,6 +139,6 @@ def test_gate_arguments_out_of_range_are_refused(kind: Any) -> None:
 
 def test_scale_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="total_variation must be at least 0"):
-        LearnedScales(1.0, total_variation=-0.1)
+        ARDLoRA(1.0, total_variation=-0.1)
     with pytest.raises(ValueError, match="granularity is 'rank' or 'module', got 'head'"):
-        LearnedScales(1.0, granularity="head")  # type: ignore[arg-type]
+        ARDLoRA(1.0, granularity="head")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Ranks that are switched on and off by sensitivity: IncrementalRanks and ElasticRanks."""
+"""Ranks that are switched on and off by sensitivity: IncreLoRA and ElaLoRA."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from autopeft.callbacks import (
-    ElasticRanks,
-    IncrementalRanks,
+    ElaLoRA,
+    IncreLoRA,
     find_lora_modules,
 )
-from autopeft.callbacks.elastic_ranks import choose_moves, spread_evenly
+from autopeft.callbacks.elalora import choose_moves, spread_evenly
 from autopeft.callbacks.smoothed_sensitivity import SmoothedSensitivity
 from tests.callbacks.lora_fits import (
     RANK,
@@ -62,7 +62,7 @@ def test_sensitivities_are_smoothed() -> None:
 def test_incremental_scores_are_those_of_the_full_gradient(tiny_gpt2: ModelFactory, accumulate: int) -> None:
     classifier = lora(tiny_gpt2(), RANK, lora_alpha=6)
     reference = copy.deepcopy(classifier)
-    callback = IncrementalRanks(12, initial_rank=2, every_n_steps=1, modules_per_growth=4)
+    callback = IncreLoRA(12, initial_rank=2, every_n_steps=1, modules_per_growth=4)
     probe = Probe(callback.scores)
     fit(classifier, callback, probe, steps=1, accumulate_grad_batches=accumulate)
 
@@ -88,7 +88,7 @@ def test_incremental_scores_are_those_of_the_full_gradient(tiny_gpt2: ModelFacto
 class Growth(Probe):
     """Notes ranks and scores after each step, after the callback (which comes first)."""
 
-    def __init__(self, callback: IncrementalRanks) -> None:
+    def __init__(self, callback: IncreLoRA) -> None:
         super().__init__(lambda: (dict(callback.ranks()), callback.scores()))
 
 
@@ -97,7 +97,7 @@ def test_incremental_ranks_keep_to_the_budget_and_grow_where_the_score_is_highes
 ) -> None:
     classifier = lora(tiny_bert(), RANK, drawn=False)
     modules = len(find_lora_modules(classifier))
-    callback = IncrementalRanks(modules + 5, every_n_steps=3, modules_per_growth=2, warmup_steps=3)
+    callback = IncreLoRA(modules + 5, every_n_steps=3, modules_per_growth=2, warmup_steps=3)
     growth = Growth(callback)
     fit(classifier, callback, growth, steps=16)
     totals = [sum(ranks.values()) - modules for ranks, _ in growth.notes]
@@ -124,14 +124,14 @@ def test_incremental_plans_that_cannot_work_are_refused(
 ) -> None:
     settings: dict[str, Any] = {"budget": 14, "every_n_steps": 1, "modules_per_growth": 2} | arguments
     with pytest.raises(ValueError, match=message):
-        fit(lora(tiny_llama(), RANK), IncrementalRanks(**settings), steps=8)
+        fit(lora(tiny_llama(), RANK), IncreLoRA(**settings), steps=8)
 
 
 @pytest.mark.parametrize("name", ["budget", "every_n_steps", "modules_per_growth", "initial_rank"])
 def test_incremental_arguments_out_of_range_are_refused(name: str) -> None:
     settings: dict[str, Any] = {"budget": 8, "every_n_steps": 1, "modules_per_growth": 2, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        IncrementalRanks(**settings)
+        IncreLoRA(**settings)
 
 
 # ElasticRanks
@@ -141,7 +141,7 @@ def test_elastic_importance_is_that_of_the_gradients(tiny_bert: ModelFactory) ->
     classifier = lora(tiny_bert(), RANK)
     reference = copy.deepcopy(classifier)
     modules = find_lora_modules(reference)
-    callback = ElasticRanks(3 * len(modules), every_n_steps=100, moves=1)
+    callback = ElaLoRA(3 * len(modules), every_n_steps=100, moves=1)
     fit(classifier, callback, steps=1)
     gated_loss(reference, first(3, reference)).backward()
     importance = callback.importance()
@@ -158,7 +158,7 @@ def test_elastic_importance_is_that_of_the_gradients(tiny_bert: ModelFactory) ->
 def test_elastic_ranks_move_within_the_budget(tiny_bert: ModelFactory) -> None:
     classifier = lora(tiny_bert(), RANK)
     modules = len(find_lora_modules(classifier))
-    callback = ElasticRanks(2 * modules + 1, every_n_steps=3, moves=2, warmup_steps=3, stop_step=10, seed=7)
+    callback = ElaLoRA(2 * modules + 1, every_n_steps=3, moves=2, warmup_steps=3, stop_step=10, seed=7)
     probe = Probe(lambda: dict(callback.ranks()))
     fit(classifier, callback, probe, steps=16)
     for ranks in probe.notes:
@@ -172,7 +172,7 @@ def test_elastic_ranks_move_within_the_budget(tiny_bert: ModelFactory) -> None:
 class Added(Probe):
     """Looks at the loss before and after ranks move, through its own forward pass."""
 
-    def __init__(self, callback: ElasticRanks) -> None:
+    def __init__(self, callback: ElaLoRA) -> None:
         super().__init__()
         self.callback = callback
 
@@ -184,7 +184,7 @@ class Added(Probe):
 
 def test_an_added_rank_starts_with_a_drawn_row_and_a_column_of_zeros(tiny_llama: ModelFactory) -> None:
     classifier = lora(tiny_llama(), RANK)
-    callback = ElasticRanks(12, every_n_steps=3, moves=2)
+    callback = ElaLoRA(12, every_n_steps=3, moves=2)
     added = Added(callback)
     fit(classifier, callback, added, steps=3)
     assert added.notes
@@ -240,6 +240,6 @@ def test_elastic_arguments_out_of_range_are_refused() -> None:
     settings = {"budget": 8, "every_n_steps": 1, "moves": 2}
     for name in (*settings, "minimum_rank"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-            ElasticRanks(**(settings | {name: 0}))  # type: ignore[arg-type]
+            ElaLoRA(**(settings | {name: 0}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stop_step must be at least 5"):
-        ElasticRanks(8, every_n_steps=1, moves=1, warmup_steps=5, stop_step=4)
+        ElaLoRA(8, every_n_steps=1, moves=1, warmup_steps=5, stop_step=4)

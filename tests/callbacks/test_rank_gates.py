@@ -16,12 +16,12 @@ from peft import PeftModel
 from torch import nn
 
 from autopeft.callbacks import (
-    DynamicRank,
-    ElasticRanks,
-    IncrementalRanks,
-    LearnedScales,
+    ARDLoRA,
+    DyLoRA,
+    ElaLoRA,
+    IncreLoRA,
     RankGates,
-    SparseRankGates,
+    SoRA,
     find_lora_modules,
 )
 from autopeft.callbacks.proximal_gates import ProximalGates
@@ -42,12 +42,12 @@ from tests.conftest import ModelFactory
 # learned gates shrink by about 0.6.
 FACTORIES: dict[str, Callable[[int], RankGates]] = {
     "plain": lambda modules: RankGates(),
-    "incremental": lambda modules: IncrementalRanks(modules + 4, every_n_steps=3, modules_per_growth=1),
-    "elastic": lambda modules: ElasticRanks(2 * modules, every_n_steps=3, moves=2),
-    "sparse": lambda modules: SparseRankGates(0.2, learning_rate=0.25),
-    "dynamic": lambda modules: DynamicRank(),
-    "scales": lambda modules: LearnedScales(0.2, total_variation=0.01, learning_rate=0.25),
-    "module-scales": lambda modules: LearnedScales(0.2, granularity="module", learning_rate=0.25),
+    "incremental": lambda modules: IncreLoRA(modules + 4, every_n_steps=3, modules_per_growth=1),
+    "elastic": lambda modules: ElaLoRA(2 * modules, every_n_steps=3, moves=2),
+    "sparse": lambda modules: SoRA(0.2, learning_rate=0.25),
+    "dynamic": lambda modules: DyLoRA(),
+    "scales": lambda modules: ARDLoRA(0.2, total_variation=0.01, learning_rate=0.25),
+    "module-scales": lambda modules: ARDLoRA(0.2, granularity="module", learning_rate=0.25),
 }
 
 

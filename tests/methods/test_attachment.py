@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import METHODS, attach, count_parameters
-from tests.models import (
+from autopeft.models.backbone import Backbone
+from tests.strategies import configurations_of
+from tests.tiny_models import (
     LABELS,
     draw_parameters,
     everywhere,
@@ -25,7 +26,6 @@ from tests.models import (
     tiny_classifier,
     tiny_tokenizer,
 )
-from tests.strategies import configurations_of
 
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "modernbert")
 BACKBONES = {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach
-from tests.models import draw_parameters, everywhere, tiny_backbone, tiny_batch
+from tests.tiny_models import draw_parameters, everywhere, tiny_backbone, tiny_batch
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "distilbert"])

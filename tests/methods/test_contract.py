@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placement_of
 from autopeft.methods.base import Attached
-from autopeft.vocabulary import METHOD_SPECIFICATIONS
-from tests.models import (
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import (
     LABELS,
     draw_parameters,
     everywhere,
@@ -51,7 +51,7 @@ def _attach_alone(backbone: Backbone, method: str, configuration: Configuration)
 
 
 def test_every_specification_has_its_method() -> None:
-    assert METHODS.keys() == METHOD_SPECIFICATIONS.keys()
+    assert METHODS.keys() == METHOD_SPECS.keys()
     assert all(isinstance(method, Method) for method in METHODS.values())
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_site
-from tests.models import draw_parameters, tiny_backbone
+from tests.tiny_models import draw_parameters, tiny_backbone
 
 IA3 = Adapter("ia3")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach
-from tests.models import draw_parameters, tiny_backbone
+from tests.tiny_models import draw_parameters, tiny_backbone
 
 LAYERNORM = Adapter("layernorm")
 

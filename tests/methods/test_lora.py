@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach
-from tests.models import draw_parameters, logits_of, tiny_backbone, tiny_batch
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import draw_parameters, logits_of, tiny_backbone, tiny_batch
 
 CASES: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "rslora": ({}, 8 / math.sqrt(3)),

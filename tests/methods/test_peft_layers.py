@@ -11,12 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration
+from autopeft.core.configuration import Adapter, Configuration
 from autopeft.methods import attach, peft_methods
 from autopeft.methods.base import undrawn_linears
 from autopeft.methods.peft_methods import PeftMethod
-from tests.models import draw_parameters, everywhere, logits_of, tiny_backbone
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import draw_parameters, everywhere, logits_of, tiny_backbone
 
 ARCHITECTURES = ("bert", "deberta-v2", "gpt2", "llama", "modernbert", "t5")
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.loading import load_model
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import Attachment, attach, count_site
-from autopeft.methods.prefix import Prefix, prefix_attention
-from tests.models import (
+from autopeft.methods.prefix_tuning import Prefix, prefix_attention
+from autopeft.models.backbone import Backbone
+from autopeft.models.loading import load_model
+from tests.tiny_models import (
     draw_parameters,
     head_task,
     logits_of,

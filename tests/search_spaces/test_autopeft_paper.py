@@ -5,9 +5,9 @@ from optuna.samplers import RandomSampler
 from optuna.study import create_study
 from optuna.trial import FixedTrial
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces import AutoPEFTPaper
-from tests.models import tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
 SPACE = AutoPEFTPaper()
@@ -105,7 +105,7 @@ def test_other_points_have_no_encoding(adapters: dict[Site, Adapter]) -> None:
 
 
 def test_anchors() -> None:
-    assert [one.name for one in SPACE.anchors(BERT)] == [
+    assert [one.name for one in SPACE.baselines(BERT)] == [
         "head alone",
         "series(4) everywhere",
         "parallel(4) everywhere",

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from torch.nn.functional import cross_entropy
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.optimization.gaussian_process import Array
+from autopeft.optimization.local_search import local_search
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.base import summed_learning_rate
-from autopeft.search_spaces.climbing import climb
-from autopeft.search_spaces.refinement import Refiner, SizedMethod
-from autopeft.search_spaces.surrogate import Array
+from autopeft.search_spaces.mutation import Mutator, SizedMethod
 from autopeft.sensitivity import compute_scores
-from tests.models import tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
@@ -29,7 +29,7 @@ def test_refinement_adds_and_drops_against_the_scores_too() -> None:
     lora = SizedMethod(method="lora", smallest=1, largest=8)
     choices = {Site(block, role): {"lora": lora} for block in range(4) for role in ("query", "value")}
     values = {site: float(site.block) for site in choices}
-    refiner = Refiner(choices=choices, values=values, learning_rate=(1e-3, 1e-3))
+    refiner = Mutator(choices=choices, values=values, learning_rate=(1e-3, 1e-3))
     parent = Configuration(
         {site: Adapter("lora", 4) for site in choices if site.block > 0}, learning_rate=1e-3
     )
@@ -77,9 +77,9 @@ def test_half_the_children_keep_the_summed_learning_rate() -> None:
 
 
 def test_rungs_spare_all_anchors_but_the_larger_one_at_the_higher_rate() -> None:
-    anchors = SPACE.anchors(BACKBONE)
-    assert [anchor.is_trained_whole for anchor in anchors] == [True, True, True, False]
-    lower, higher = (anchor.configuration for anchor in anchors[-2:])
+    baselines = SPACE.baselines(BACKBONE)
+    assert [baseline.is_trained_whole for baseline in baselines] == [True, True, True, False]
+    lower, higher = (baseline.configuration for baseline in baselines[-2:])
     assert lower.adapters == higher.adapters
     assert lower.learning_rate < higher.learning_rate
 
@@ -88,7 +88,7 @@ def test_climbing_finds_better_candidates_than_as_many_changes_at_random() -> No
     sites = [Site(block, role) for block in range(6) for role in ("query", "key", "value")]
     lora = SizedMethod(method="lora", smallest=1, largest=8)
     choices: dict[Site, dict[str, SizedMethod]] = {site: {"lora": lora} for site in sites}
-    refiner = Refiner(choices=choices, values=dict.fromkeys(sites, 1.0), learning_rate=(1e-4, 1e-2))
+    refiner = Mutator(choices=choices, values=dict.fromkeys(sites, 1.0), learning_rate=(1e-4, 1e-2))
     wanted = {site for site in sites if site.role != "value" and site.block > 2}
 
     def worth(candidates: Sequence[Configuration]) -> Array:
@@ -102,9 +102,11 @@ def test_climbing_finds_better_candidates_than_as_many_changes_at_random() -> No
             Configuration(dict.fromkeys(generator.sample(sites, 5), Adapter("lora", 2)), learning_rate=1e-3)
             for _ in range(20)
         ]
-        found = climb(drawn, worth, refiner, generator)
+        found = local_search(drawn, worth, refiner, generator)
         assert all(len(one) for one in found)
         changed = [refiner.child(dict.fromkeys(drawn, 1.0), generator) for _ in found]
         gained.append(max(worth(found)) - max(worth(changed)))
     assert sum(gained) / len(gained) > 0.05
-    assert climb(drawn, worth, refiner, random.Random(1)) == climb(drawn, worth, refiner, random.Random(1))
+    assert local_search(drawn, worth, refiner, random.Random(1)) == local_search(
+        drawn, worth, refiner, random.Random(1)
+    )

@@ -14,12 +14,12 @@ from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler
 from optuna.trial import FixedTrial, Trial
 from torch.nn.functional import cross_entropy
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_parameters
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.sensitivity import compute_scores
-from tests.models import tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
@@ -166,13 +166,13 @@ class TestSpace:
         assert trial.params == parameters
 
     def test_anchors_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
-        anchors = space.anchors(backbone)
-        assert anchors
-        assert len({anchor.name for anchor in anchors}) == len(anchors)
-        assert len({anchor.configuration for anchor in anchors}) == len(anchors)
-        for anchor in anchors:
-            parameters = space.encode(anchor.configuration, backbone)
-            assert space.suggest(FixedTrial(parameters), backbone) == anchor.configuration
+        baselines = space.baselines(backbone)
+        assert baselines
+        assert len({baseline.name for baseline in baselines}) == len(baselines)
+        assert len({baseline.configuration for baseline in baselines}) == len(baselines)
+        for baseline in baselines:
+            parameters = space.encode(baseline.configuration, backbone)
+            assert space.suggest(FixedTrial(parameters), backbone) == baseline.configuration
 
     def test_extremes_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
         smallest, largest = space.extremes(backbone)

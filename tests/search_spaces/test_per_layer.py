@@ -10,11 +10,11 @@ from optuna.samplers import RandomSampler
 from optuna.study import create_study
 from optuna.trial import FixedTrial
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
 from autopeft.search_spaces.base import checked_learning_rate, middle_learning_rate, size_ladder
-from tests.models import tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
 
@@ -225,8 +225,8 @@ class TestLearningRate:
         for rate in bounds:
             parameters = space.encode(Configuration(learning_rate=rate), BERT)
             assert space.suggest(FixedTrial(parameters), BERT).learning_rate == rate
-        for anchor in space.anchors(BERT):
-            space.encode(anchor.configuration, BERT)
+        for baseline in space.baselines(BERT):
+            space.encode(baseline.configuration, BERT)
 
     @pytest.mark.parametrize(
         ("rate", "message"),
@@ -248,8 +248,8 @@ class TestLearningRate:
 class TestWhatToTryFirst:
     def test_anchors(self) -> None:
         space = PerLayer(methods=("lora", "series"), ranks=(1, 16), roles=("query", "ffn"))
-        anchors = {one.name: one.configuration for one in space.anchors(BERT)}
-        assert list(anchors) == [
+        baselines = {one.name: one.configuration for one in space.baselines(BERT)}
+        assert list(baselines) == [
             "head alone",
             "lora(1) everywhere",
             "lora(1) in the top half",
@@ -258,14 +258,14 @@ class TestWhatToTryFirst:
             "lora(16) everywhere",
             "lora(16) in the top half",
         ]
-        assert len(anchors["head alone"]) == 0
-        top = anchors["lora(4) in the top half"]
+        assert len(baselines["head alone"]) == 0
+        top = baselines["lora(4) in the top half"]
         assert dict(top.adapters) == {Site(1, "query"): (Adapter("lora", 4),)}
-        assert len(anchors["lora(4) everywhere"]) == 2
+        assert len(baselines["lora(4) everywhere"]) == 2
 
     def test_one_group_has_no_top_half(self) -> None:
         space = PerLayer(methods=("lora",), groups=1, ranks=(4, 4))
-        assert [one.name for one in space.anchors(BERT)] == ["head alone", "lora(4) everywhere"]
+        assert [one.name for one in space.baselines(BERT)] == ["head alone", "lora(4) everywhere"]
 
     def test_the_largest_point_takes_the_method_with_most_parameters_at_each_slot(self) -> None:
         space = PerLayer(methods=("series", "prefix"), widths=(1, 4), prefix_lengths=(1, 32))

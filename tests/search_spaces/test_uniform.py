@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from optuna.trial import FixedTrial
 
-from autopeft.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.search_spaces import Uniform
-from tests.models import tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
 
@@ -51,7 +51,7 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
 
 def test_anchors_are_three_sizes_of_each_method() -> None:
     space = Uniform(methods=("lora", "ia3"), ranks=(1, 64))
-    assert [one.name for one in space.anchors(BERT)] == [
+    assert [one.name for one in space.baselines(BERT)] == [
         "lora(1) everywhere",
         "lora(8) everywhere",
         "lora(64) everywhere",

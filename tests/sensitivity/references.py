@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Site
-from tests.models import tiny_batch
+from autopeft.core.configuration import Site
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import tiny_batch
 
 Batch = dict[str, Tensor]
 Matrices = dict[Site, Tensor]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Adapter, Configuration, Site
-from autopeft.live_storage import StorageCounter, measure_live_storage
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.precision import Precision
+from autopeft.evaluation.memory.storage_tracker import StorageCounter, measure_live_storage
 from autopeft.methods import attach
-from autopeft.precision import Precision
+from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.sensitivity.weight_scores import absolute_parameters
-from tests.models import fingerprint, tiny_backbone, tiny_batch
 from tests.sensitivity.references import labelled_batches, scored
+from tests.tiny_models import fingerprint, tiny_backbone, tiny_batch
 
 FAMILIES = ("bert", "llama", "gpt2")
 WITHOUT_TRAINING = tuple(name for name in SCORES if name != "leave_one_out")

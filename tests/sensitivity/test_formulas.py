@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from autopeft.backbone import Backbone
-from autopeft.configuration import Configuration, Site
+from autopeft.core.configuration import Configuration, Site
+from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import (
     CHEAP_SCORES,
     SCORES,
@@ -23,13 +23,13 @@ from autopeft.sensitivity import (
     compute_scores,
     layer_gradients,
 )
+from autopeft.sensitivity.activation_variance import IncrementalVariance
 from autopeft.sensitivity.curvature_scores import curvature
-from autopeft.sensitivity.input_scores import IncrementalVariance
-from autopeft.sensitivity.matrix_sites import Subject, matrix_sites, undisturbed
-from autopeft.sensitivity.spectra import singular_values
-from tests.models import HEADS, draw_parameters, tiny_backbone, tiny_classifier, tiny_tokenizer
+from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undisturbed
+from autopeft.sensitivity.singular_values import singular_values
 from tests.sensitivity import references
 from tests.sensitivity.references import labelled_batches, scored
+from tests.tiny_models import HEADS, draw_parameters, tiny_backbone, tiny_classifier, tiny_tokenizer
 
 FAMILIES = ("tiny_bert", "tiny_llama", "tiny_gpt2")
 ALL_BATCHES = ScoreOptions(convergence=None)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopeft.tasks.batching import (
+from autopeft.tasks.length_bucketing import (
     BucketedBatches,
     Collator,
     TokenisedSplit,

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from autopeft.tasks import TextClassification
-from autopeft.tasks.tokenised import tokenise
+from autopeft.tasks.tokenization import tokenise
 
 WORDS = ["good", "bad", "very", "film", "dog"]
 
@@ -109,7 +109,7 @@ def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFas
     loaded = task(dataset=source)
     loaded.validate()
     loaded.identity()
-    loaded.majority_score("accuracy")
+    loaded.trivial_score("accuracy")
     data = loaded.data(tokenizer, batch_size=8, seed=0)
     assert len(list(data.train_dataloader())) == data.steps_per_epoch
     list(data.val_dataloader())
@@ -158,9 +158,9 @@ def test_class_weights_weigh_the_loss() -> None:
 def test_metrics_and_what_the_majority_scores() -> None:
     uneven = Dataset.from_dict({"text": ["a"] * 80, "label": ["n"] * 60 + ["p"] * 20})
     loaded = task(dataset=uneven)
-    assert loaded.majority_score("accuracy") == pytest.approx(0.75)
-    assert loaded.majority_score("f1") == pytest.approx((2 * 0.75 / 1.75) / 2)
-    assert loaded.majority_score("matthews") == 0
+    assert loaded.trivial_score("accuracy") == pytest.approx(0.75)
+    assert loaded.trivial_score("f1") == pytest.approx((2 * 0.75 / 1.75) / 2)
+    assert loaded.trivial_score("matthews") == 0
     metrics = loaded.metric_collection()
     metrics.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
     assert set(metrics.compute()) == set(loaded.metrics)

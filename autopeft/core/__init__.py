@@ -1,0 +1,1 @@
+"""Plain data and mathematics: no torch models here."""

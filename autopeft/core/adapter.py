@@ -1,0 +1,187 @@
+"""Site and Adapter: the two words a configuration is written in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autopeft.core.errors import unknown_choice
+from autopeft.core.method_specs import (
+    KIND_OF_ROLE,
+    METHOD_SPECS,
+    ROLES,
+    MethodSpec,
+    OptionValue,
+)
+
+_SITE = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?\.(?P<role>\w+)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for adapters: the module of one role (or a whole sublayer) in one block.
+
+    Args:
+        block: Index of the transformer block, from 0 at the input.
+        role: One of `autopeft.core.method_specs.ROLES`.
+
+    Raises:
+        ValueError: The role is unknown or the block is negative.
+    """
+
+    block: int
+    role: str
+
+    def __post_init__(self) -> None:
+        if self.role not in KIND_OF_ROLE:
+            raise unknown_choice("role", self.role, ROLES)
+        if self.block < 0:
+            raise ValueError(f"A block index counts from 0, got {self.block}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a site from "3.query"."""
+        sites = parse_sites(text)
+        if len(sites) != 1:
+            raise ValueError(f"Expected one site such as '3.query', got {text!r}.")
+        return sites[0]
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.role}"
+
+    def __lt__(self, other: Site) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int]:
+        return self.block, ROLES.index(self.role)
+
+
+def parse_sites(text: str) -> tuple[Site, ...]:
+    """Read one site, or a range of blocks, from "3.query" or "0-5.query" (both ends included)."""
+    match = _SITE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"Cannot read the site {text!r}: expected 'block.role' or 'first-last.role', "
+            "for example '3.query' or '0-5.ffn_down'."
+        )
+    first = int(match["first"])
+    last = int(match["last"]) if match["last"] is not None else first
+    if last < first:
+        raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
+    return tuple(Site(block, match["role"]) for block in range(first, last + 1))
+
+
+@dataclass(frozen=True, init=False)
+class Adapter:
+    """One adapter of a configuration: a method, its size and the options that differ from default.
+
+    Args:
+        method: A name of `METHOD_SPECS`.
+        size: Rank, bottleneck width or prefix length, at least 1; None for methods without a size.
+        options: Options of the method; those equal to the default are dropped, so that two
+            spellings of the same adapter are equal.
+
+    Raises:
+        ValueError: Unknown method or option, a size where there is none, a missing or zero size.
+    """
+
+    method: str
+    size: int | None
+    options: tuple[tuple[str, OptionValue], ...]
+
+    def __init__(
+        self,
+        method: str,
+        size: int | None = None,
+        options: Mapping[str, OptionValue] | None = None,
+    ) -> None:
+        specification = METHOD_SPECS.get(method)
+        if specification is None:
+            raise unknown_choice("method", method, METHOD_SPECS)
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "size", _checked_size(specification, size))
+        object.__setattr__(self, "options", _canonical_options(specification, options or {}))
+
+    @property
+    def specification(self) -> MethodSpec:
+        """What the method's name stands for."""
+        return METHOD_SPECS[self.method]
+
+    def option(self, name: str) -> OptionValue:
+        """Return an option's value, the default where the configuration leaves it out."""
+        return dict(self.options).get(name, self.specification.options[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the adapter as plain data, defaults left out."""
+        size = {} if self.size is None else {"size": self.size}
+        return {"method": self.method, **size, **dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Adapter:
+        """Read an adapter from `{"method": "lora", "size": 8, ...}`; "rank" is taken for "size"."""
+        if "method" not in data:
+            raise ValueError(f"An adapter needs a 'method', got the keys {sorted(data)}.")
+        rest = {key: value for key, value in data.items() if key != "method"}
+        if "rank" in rest and "size" in rest:
+            raise ValueError("An adapter has one size: give 'size' or 'rank', not both.")
+        size = rest.pop("rank", None) if "rank" in rest else rest.pop("size", None)
+        return cls(data["method"], size, rest)
+
+    def __str__(self) -> str:
+        inside = [] if self.size is None else [str(self.size)]
+        inside += [f"{name}={value}" for name, value in self.options]
+        return f"{self.method}({', '.join(inside)})"
+
+
+def _checked_size(specification: MethodSpec, size: int | None) -> int | None:
+    if specification.size_name is None:
+        if size is not None:
+            raise ValueError(f"{specification.name!r} has no size, got size={size!r}.")
+        return None
+    expected = f"{specification.name!r} needs a {specification.size_name} of at least 1"
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f"{expected} (a whole number), got {size!r}.")
+    if size < 1:
+        raise ValueError(f"{expected}, got {size}; leave the site out to have no adapter there.")
+    return size
+
+
+def _canonical_options(
+    specification: MethodSpec, given: Mapping[str, OptionValue]
+) -> tuple[tuple[str, OptionValue], ...]:
+    kept: dict[str, OptionValue] = {}
+    for name, value in given.items():
+        if name not in specification.options:
+            raise unknown_choice(f"option of {specification.name!r}", name, specification.options)
+        default = specification.options[name]
+        value = _typed_option(specification, name, value, default)
+        if value != default:
+            kept[name] = value
+    return tuple(sorted(kept.items()))
+
+
+def _typed_option(
+    specification: MethodSpec, name: str, value: OptionValue, default: OptionValue
+) -> OptionValue:
+    label = f"Option {name!r} of {specification.name!r}"
+    if isinstance(default, bool | str):
+        if type(value) is not type(default):
+            raise ValueError(f"{label} is a {type(default).__name__}, got {value!r}.")
+        if isinstance(value, str) and value not in specification.choices.get(name, (value,)):
+            raise unknown_choice(label.lower(), value, specification.choices[name])
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{label} is a finite number, got {value!r}.")
+    if name == "dropout" and not 0 <= value < 1:
+        raise ValueError(f"{label} is a probability in [0, 1), got {value!r}.")
+    if name in specification.minimums and value <= specification.minimums[name]:
+        raise ValueError(f"{label} must be above {specification.minimums[name]}, got {value!r}.")
+    if isinstance(default, int):
+        if value != int(value):
+            raise ValueError(f"{label} is a whole number, got {value!r}.")
+        return int(value)
+    return float(value)

@@ -1,0 +1,278 @@
+"""Configuration: which adapter method, of what size, at which site, and how it is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autopeft.core.adapter import Adapter, Site, parse_sites
+from autopeft.core.errors import unknown_choice
+from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
+from autopeft.core.text_grid import adapter_label, text_grid
+
+__all__ = ["Adapter", "Configuration", "Site"]
+
+AdapterLike = Adapter | Iterable[Adapter]
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Configuration:
+    """An immutable map site → adapters, with the hyper-parameters it is trained with.
+
+    Args:
+        adapters: The adapters of each site. An empty map trains the task's head alone.
+        learning_rate: Peak learning rate of AdamW, above 0.
+        weight_decay: Decoupled weight decay, at least 0.
+
+    Raises:
+        ValueError: A method sits on a site of the wrong kind, a site carries a method twice or two
+            methods that exclude each other, or a hyper-parameter is out of range.
+    """
+
+    adapters: Mapping[Site, tuple[Adapter, ...]] = field(repr=False)
+    learning_rate: float
+    weight_decay: float
+
+    def __init__(
+        self,
+        adapters: Mapping[Site, AdapterLike] | None = None,
+        *,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        _check_number("learning_rate", learning_rate)
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be a number above 0, got {learning_rate!r}.")
+        _check_number("weight_decay", weight_decay)
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay!r}.")
+        canonical = {
+            site: checked for site in sorted(adapters or {}) if (checked := _of_site(site, adapters))
+        }
+        object.__setattr__(self, "adapters", _FrozenMap(canonical))
+        object.__setattr__(self, "learning_rate", float(learning_rate))
+        object.__setattr__(self, "weight_decay", float(weight_decay))
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 (hex) of the canonical form: equal for equal configurations, on every machine."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Configuration) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods in use, in the registry's order."""
+        used = {adapter.method for _, adapter in self}
+        return tuple(name for name in METHOD_SPECS if name in used)
+
+    @property
+    def lowest_block(self) -> int | None:
+        """Index of the lowest block with an adapter (backpropagation stops there), or None."""
+        return min((site.block for site in self.adapters), default=None)
+
+    def __iter__(self) -> Any:
+        """Iterate over (site, adapter) pairs in canonical order."""
+        return ((site, one) for site, several in self.adapters.items() for one in several)
+
+    def __len__(self) -> int:
+        return sum(len(several) for several in self.adapters.values())
+
+    def replace(self, **changes: Any) -> Configuration:
+        """Return a copy with `adapters`, `learning_rate` or `weight_decay` changed."""
+        fields = {
+            "adapters": self.adapters,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+        }
+        return Configuration(**{**fields, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the canonical form as plain data."""
+        return {
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "sites": {
+                str(site): [adapter.to_dict() for adapter in several]
+                for site, several in self.adapters.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Configuration:
+        """Read a configuration from plain data.
+
+        A site may be a range of blocks ("0-5.query") and may hold one adapter or a list of them.
+
+        Raises:
+            ValueError: A key, site, method, size or option is not valid, or a site is named twice.
+        """
+        known = ("learning_rate", "weight_decay", "sites")
+        for key in data:
+            if key not in known:
+                raise unknown_choice("configuration key", key, known)
+        sites = data.get("sites") or {}
+        if not isinstance(sites, Mapping):
+            raise ValueError(f"sites is a mapping of sites to adapters, got {sites!r}.")
+        adapters: dict[Site, tuple[Adapter, ...]] = {}
+        for text, given in sites.items():
+            read = _read_adapters(text, given)
+            for site in parse_sites(str(text)):
+                if site in adapters:
+                    raise ValueError(f"Site {site} is named twice (the second time by {text!r}).")
+                adapters[site] = read
+        rest = {key: data[key] for key in known[:2] if key in data}
+        return cls(adapters, **rest)
+
+    def to_yaml(self) -> str:
+        """Return the canonical form as YAML."""
+        # libyaml writes the same in a quarter of the time.
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        return str(
+            yaml.dump(self.to_dict(), Dumper=dumper, sort_keys=False, default_flow_style=None, width=100)
+        )
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Configuration:
+        """Read a configuration from YAML."""
+        data = yaml.safe_load(text)
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A configuration is a mapping, got {type(data).__name__}.")
+        return cls.from_dict(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration to a .yaml, .yml or .json file."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        elif path.suffix in (".yaml", ".yml"):
+            path.write_text(self.to_yaml())
+        else:
+            raise unknown_choice("configuration suffix", path.suffix, (".yaml", ".yml", ".json"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Configuration:
+        """Read a configuration from a YAML or JSON file."""
+        path = Path(path)
+        if path.suffix == ".json":  # as YAML 1.1, JSON's 1e-05 would be text
+            return cls.from_dict(json.loads(path.read_text()))
+        return cls.from_yaml(path.read_text())
+
+    def diff(self, other: Configuration) -> str:
+        """Say, one line a difference, what changes from this configuration to the other.
+
+        Lines begin with "-" (only here), "+" (only in the other) or "~" (changed); empty when equal.
+        """
+        lines = [
+            f"~ {name}: {getattr(self, name):g} → {getattr(other, name):g}"
+            for name in ("learning_rate", "weight_decay")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        for site in sorted({*self.adapters, *other.adapters}):
+            here, there = self.adapters.get(site, ()), other.adapters.get(site, ())
+            if here == there:
+                continue
+            old, new = (" + ".join(map(str, side)) for side in (here, there))
+            if not there:
+                lines.append(f"- {site}: {old}")
+            elif not here:
+                lines.append(f"+ {site}: {new}")
+            else:
+                lines.append(f"~ {site}: {old} → {new}")
+        return "\n".join(lines)
+
+    def grid(self) -> str:
+        """Return the compact picture: a row a block, a column a role, a letter and size a cell."""
+        return text_grid(self.cells())
+
+    def cells(self) -> dict[tuple[int, str], str]:
+        """Return the label of every occupied cell of the picture, by (block, role)."""
+        return {
+            (site.block, site.role): "+".join(
+                adapter_label(one.specification.symbol, one.size) for one in several
+            )
+            for site, several in self.adapters.items()
+        }
+
+    def __repr__(self) -> str:
+        methods = ", ".join(self.methods) or "head only"
+        return (
+            f"Configuration({methods}; {len(self)} adapters; "
+            f"learning_rate={self.learning_rate:g}; {self.key[:8]})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p><pre>{self.grid()}</pre>"
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}{_number_hint(value)}.")
+
+
+def _number_hint(value: Any) -> str:
+    """Say what to write where YAML, which wants a point in "1.0e-3", took a number for text."""
+    try:
+        return f"; write {float(value):g}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
+def _read_adapters(site: Any, given: Any) -> tuple[Adapter, ...]:
+    entries = given if isinstance(given, list | tuple) else [given]
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"Site {site}: expected an adapter such as {{method: lora, size: 8}}, got {entry!r}."
+            )
+    return tuple(Adapter.from_dict(entry) for entry in entries)
+
+
+def _of_site(site: Site, adapters: Mapping[Site, AdapterLike] | None) -> tuple[Adapter, ...]:
+    given = (adapters or {})[site]
+    several = (given,) if isinstance(given, Adapter) else tuple(given)
+    kind = KIND_OF_ROLE[site.role]
+    for adapter in several:
+        kinds = adapter.specification.kinds
+        if kind not in kinds:
+            roles = [role for role in ROLES if KIND_OF_ROLE[role] in kinds]
+            raise ValueError(
+                f"{adapter.method!r} cannot sit on {site} (a {kind} site); "
+                f"it takes the roles {', '.join(roles)}."
+            )
+    names = [adapter.method for adapter in several]
+    if len(set(names)) != len(names):
+        raise ValueError(f"Site {site} carries a method twice: {', '.join(names)}.")
+    for adapter in several:
+        for rival in adapter.specification.excludes & set(names):
+            raise ValueError(
+                f"Site {site} carries {adapter.method} and {rival}, which take the same place: "
+                "a site takes one of them."
+            )
+    return tuple(sorted(several, key=lambda one: list(METHOD_SPECS).index(one.method)))
+
+
+class _FrozenMap(dict[Site, tuple[Adapter, ...]]):
+    """A dict that refuses changes: a configuration's key must not go stale."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("A Configuration is immutable; use Configuration.replace(adapters=...).")
+
+    def __reduce__(self) -> tuple[type[_FrozenMap], tuple[dict[Site, tuple[Adapter, ...]]]]:
+        # The default fills an empty map, which this one refuses.
+        return _FrozenMap, (dict(self),)
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse

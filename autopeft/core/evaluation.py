@@ -1,0 +1,197 @@
+"""What came out of evaluating one configuration, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Objective
+
+Status = Literal["complete", "paused", "failed", "infeasible"]
+VALIDATION_LOSS = "validation_loss"
+"""Name of the validation split's loss: in curves, and in values that of the best validation."""
+
+
+def deviation_of(metric: str) -> str:
+    """Return the name of a metric's standard deviation over several trainings."""
+    return f"{metric}_std"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Compute spent on an evaluation.
+
+    Attributes:
+        wall_seconds: Elapsed time.
+        cpu_seconds: Processor time of the whole process, over all threads.
+        gpu_seconds: Elapsed time in which the evaluation held a GPU; 0 on the CPU.
+        steps: Optimizer steps.
+    """
+
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    steps: int = 0
+
+    def times(self, share: float) -> Cost:
+        """Return a share of the time; steps are not shared."""
+        seconds = {name: value * share for name, value in asdict(self).items() if name != "steps"}
+        return Cost(**seconds, steps=self.steps)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One point of a learning curve: a metric's value after an optimizer step."""
+
+    metric: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The outcome of one configuration.
+
+    Attributes:
+        configuration: What was evaluated.
+        status: "complete" has every objective's value; "paused" was trained in part and has the values of
+            its best validation so far; "failed" and "infeasible" keep the values known before training.
+        reason: Why it did not complete; None when complete.
+        fidelity: Share of the training it was given, in [0, 1]; below 1 when paused.
+        values: Metrics and objectives by name. Memory in bytes, times in seconds.
+        curves: Learning curves, in the order in which they were recorded.
+        cost: Compute spent.
+        seed: Seed of initialisation, shuffling and dropout, of the first training. What begins from an
+            elastic adapter's weights draws no initial weights; the adapter has its own seed.
+        by_seed: The values of each training, by its seed, where there were several; `values` has the means.
+        failures: Why a training failed, by its seed, of those after the first.
+        warm_start: Whether its trainings began from given weights instead of random ones: in a search, those
+            of an elastic adapter.
+    """
+
+    configuration: Configuration
+    status: Status
+    reason: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    curves: tuple[CurvePoint, ...] = ()
+    cost: Cost = Cost()
+    seed: int = 0
+    fidelity: float = 1.0
+    by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    failures: Mapping[int, str] = field(default_factory=dict)
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status is one of {get_args(Status)}, got {self.status!r}.")
+        if (self.reason is None) != (self.status == "complete"):
+            raise ValueError(f"A {self.status} evaluation with reason {self.reason!r}.")
+
+    @property
+    def trainings(self) -> int:
+        """Number of whole trainings behind the values, at least 1 (also while the first is paused)."""
+        return max(1, len(self.by_seed))
+
+    def deviation(self, objective: Objective) -> float | None:
+        """Return the standard deviation of a metric over several trainings; None where there was one."""
+        return self.values.get(deviation_of(objective.name)) if self.by_seed else None
+
+    def format(self, objective: Objective) -> str:
+        """Return an objective's value as text, with its standard deviation where there is one."""
+        deviation = self.deviation(objective)
+        text = objective.format(self.values[objective.name])
+        return text if deviation is None else f"{text} ± {objective.format(deviation)}"
+
+    def each_training(self) -> dict[int, Mapping[str, float]]:
+        """Return the values of every training by its seed, also where there was one alone."""
+        return dict(self.by_seed) or {self.seed: self.values}
+
+    @property
+    def begun_from(self) -> str:
+        """What its trainings began from, in words."""
+        return "elastic adapter's weights" if self.warm_start else "random weights"
+
+    def describe_trainings(self, kept: int | None) -> str:
+        """Say how many trainings there were, what the values are of, and whose tensors were kept.
+
+        Args:
+            kept: The seed of that training.
+        """
+        if not self.by_seed:
+            return "1"
+        which = [*self.by_seed].index(kept) + 1 if kept is not None and kept in self.by_seed else "one"
+        return f"{self.trainings}, of which the validation figures are the means; this is number {which}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as plain data (for JSON)."""
+        return {
+            "configuration": self.configuration.to_dict(),
+            "status": self.status,
+            "reason": self.reason,
+            "values": dict(self.values),
+            "curves": [[point.metric, point.step, point.value] for point in self.curves],
+            "cost": asdict(self.cost),
+            "seed": self.seed,
+            "fidelity": self.fidelity,
+            "by_seed": {str(seed): dict(values) for seed, values in self.by_seed.items()},
+            "failures": {str(seed): reason for seed, reason in self.failures.items()},
+            "warm_start": self.warm_start,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_dict` gave."""
+        return cls(
+            configuration=Configuration.from_dict(data["configuration"]),
+            status=data["status"],
+            reason=data["reason"],
+            values=data["values"],
+            curves=tuple(
+                CurvePoint(metric=metric, step=step, value=value) for metric, step, value in data["curves"]
+            ),
+            cost=Cost(**data["cost"]),
+            seed=data["seed"],
+            # Not in the oldest records.
+            fidelity=data.get("fidelity", 1.0),
+            by_seed={int(seed): values for seed, values in data.get("by_seed", {}).items()},
+            failures={int(seed): reason for seed, reason in data.get("failures", {}).items()},
+            warm_start=data.get("warm_start", False),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One finished trial of a search.
+
+    Attributes:
+        number: The trial's number in the study, from 0.
+        evaluation: Its outcome.
+        duplicate_of: Number of the earlier trial with the same configuration, whose outcome this
+            trial took over without training; None where it was trained itself.
+        baseline: Name of the reference point this trial is ("uniform lora 8"), None when sampled.
+    """
+
+    number: int
+    evaluation: Evaluation
+    duplicate_of: int | None = None
+    baseline: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data (for JSON)."""
+        return {
+            "number": self.number,
+            "evaluation": self.evaluation.to_dict(),
+            "duplicate_of": self.duplicate_of,
+            "baseline": self.baseline,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
+        """Read what `to_dict` gave."""
+        evaluation = Evaluation.from_dict(data["evaluation"])
+        return cls(**{**data, "evaluation": evaluation})

@@ -1,0 +1,149 @@
+"""The names a configuration is written in: roles of modules in a block, and adapter methods.
+
+Nothing here knows torch: a configuration can be read, compared and counted without loading a model.
+The torch side of a method is an `autopeft.methods.Method` of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["linear", "norm", "attention", "ffn"]
+OptionValue = bool | int | float | str
+
+LINEAR_ROLES = (
+    "query",
+    "key",
+    "value",
+    "qkv",
+    "attention_output",
+    "cross_query",
+    "cross_key",
+    "cross_value",
+    "cross_attention_output",
+    "ffn_up",
+    "ffn_gate",
+    "ffn_gate_up",
+    "ffn_down",
+)
+NORM_ROLES = (
+    "attention_norm",
+    "attention_post_norm",
+    "cross_attention_norm",
+    "ffn_norm",
+    "ffn_post_norm",
+    "query_norm",
+    "key_norm",
+)
+SUBLAYER_ROLES: tuple[Kind, Kind] = ("attention", "ffn")
+
+KIND_OF_ROLE: Mapping[str, Kind] = {
+    **dict.fromkeys(LINEAR_ROLES, "linear"),
+    **dict.fromkeys(NORM_ROLES, "norm"),
+    "attention": "attention",
+    "ffn": "ffn",
+}
+ROLES = tuple(KIND_OF_ROLE)
+"""Every role, in the order in which tables and pictures show them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """What a configuration may say of an adapter method.
+
+    Attributes:
+        name: The name in configurations, as in "lora".
+        symbol: One or two letters for the compact picture.
+        kinds: The kinds of site it can sit on.
+        size_name: What its size means ("rank", "bottleneck width", ...); None for a method without one.
+        options: Every option with its default.
+        minimums: Options that are numbers with a lower bound (exclusive).
+        choices: Options that are names, with the valid ones.
+        excludes: Methods that train the same numbers or take the same place, so that a site carries
+            one of them at most.
+        needs_bias: Whether the module must have a bias.
+        needs_attention_interface: Whether the model must compute attention through transformers'
+            attention interface.
+    """
+
+    name: str
+    symbol: str
+    kinds: frozenset[Kind]
+    size_name: str | None
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    minimums: Mapping[str, float] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    excludes: frozenset[str] = frozenset()
+    needs_bias: bool = False
+    needs_attention_interface: bool = False
+
+
+_LINEAR: frozenset[Kind] = frozenset({"linear"})
+_SUBLAYER: frozenset[Kind] = frozenset({"attention", "ffn"})
+_ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
+
+METHOD_SPECS: dict[str, MethodSpec] = {
+    specification.name: specification
+    for specification in (
+        MethodSpec(
+            name="lora",
+            symbol="L",
+            kinds=_LINEAR,
+            size_name="rank",
+            options={"alpha": 8, "rslora": True, "dropout": 0.0},
+            minimums={"alpha": 0.0},
+            excludes=frozenset({"ia3"}),
+        ),
+        MethodSpec(
+            name="ia3",
+            symbol="I",
+            kinds=_LINEAR,
+            size_name=None,
+            excludes=frozenset({"lora"}),
+        ),
+        MethodSpec(
+            name="layernorm",
+            symbol="N",
+            kinds=frozenset({"norm"}),
+            size_name=None,
+            excludes=frozenset({"bitfit"}),
+        ),
+        MethodSpec(
+            name="bitfit",
+            symbol="B",
+            kinds=frozenset({"linear", "norm"}),
+            size_name=None,
+            excludes=frozenset({"layernorm"}),
+            needs_bias=True,
+        ),
+        MethodSpec(
+            name="series",
+            symbol="S",
+            kinds=_SUBLAYER,
+            size_name="bottleneck width",
+            options={"activation": "gelu"},
+            choices={"activation": _ACTIVATIONS},
+        ),
+        MethodSpec(
+            name="parallel",
+            symbol="P",
+            kinds=_SUBLAYER,
+            size_name="bottleneck width",
+            options={"activation": "gelu", "scaling": 4.0},
+            minimums={"scaling": 0.0},
+            choices={"activation": _ACTIVATIONS},
+        ),
+        MethodSpec(
+            name="prefix",
+            symbol="X",
+            kinds=frozenset({"attention"}),
+            size_name="prefix length",
+            options={"initial_std": 0.02},
+            minimums={"initial_std": 0.0},
+            needs_attention_interface=True,
+        ),
+    )
+}
+"""Every method a configuration may name."""

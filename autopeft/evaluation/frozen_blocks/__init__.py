@@ -1,0 +1,1 @@
+"""Hidden states below the lowest adapter, computed once and kept on disk."""

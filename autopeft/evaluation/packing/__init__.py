@@ -1,0 +1,1 @@
+"""Several candidates trained in one pass over the backbone."""

@@ -1,0 +1,268 @@
+"""One evaluation on its way: attach, check the costs, train up to a rung or the end, measure."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from autopeft.callbacks import (
+    BestWeights,
+    DivergenceError,
+    LearningCurve,
+    PeakMemory,
+    StopOnDivergence,
+    Throughput,
+)
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.core.profiling import section
+from autopeft.core.seeding import seeded
+from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
+from autopeft.evaluation.frozen_blocks.fill import SECONDS_SAVED
+from autopeft.methods import Attachment
+from autopeft.models.module_modes import set_mode
+from autopeft.training.compute_meter import ComputeMeter
+from autopeft.training.settings import FineTuning, build_trainer, dismantle, quiet_lightning
+from autopeft.training.trainer_state import capture_state, restore_state, stopped_early
+from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
+from autopeft.training.validation_schedule import SegmentedBatches
+
+if TYPE_CHECKING:
+    from autopeft.evaluation.evaluator import Evaluator
+
+_logger = logging.getLogger(__name__)
+
+InitialWeights = Mapping[str, Tensor]
+"""Tensors that a training begins from instead of random ones, as `Attachment.load_state_dict` takes them."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An evaluation with what its training left.
+
+    Attributes:
+        evaluation: The outcome.
+        state: The trained tensors where it completed.
+        paused: What the training goes on from where it paused.
+    """
+
+    evaluation: Evaluation
+    state: Mapping[str, Tensor] | None = None
+    paused: TrainingCheckpoint | None = None
+
+    def with_added_cost(self, cost: Cost) -> Trained:
+        """Return the same with more compute spent on it."""
+        evaluation = replace(self.evaluation, cost=self.evaluation.cost + cost)
+        paused = None if self.paused is None else replace(self.paused, evaluation=evaluation)
+        return replace(self, evaluation=evaluation, paused=paused)
+
+
+class EvaluationRun:
+    """One evaluation on its way: what is known of it at any point, also when it fails."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        configuration: Configuration,
+        seed: int,
+        attachment: type[Attachment],
+        end: int,
+        *,
+        paused: TrainingCheckpoint | None,
+        initial_weights: InitialWeights | None,
+    ) -> None:
+        self.evaluator = evaluator
+        self.attachment = attachment
+        self.configuration = configuration
+        self.seed = seed
+        self.end = end
+        self.before = paused
+        self.initial_weights = initial_weights
+        self.warm_start = paused is not None and paused.evaluation.warm_start
+        self.values: dict[str, float] = {}
+        self.violations: list[str] = []
+        self.curve = LearningCurve()
+        self.throughput = Throughput()
+        self.state: Mapping[str, Tensor] | None = None
+        self.pause: TrainingState | None = None
+        self._meter = ComputeMeter(evaluator.device)
+        if paused is not None:
+            self.values |= paused.evaluation.values
+            self.curve.points = [(one.metric, one.step, one.value) for one in paused.evaluation.curves]
+
+    def attempt(self) -> None:
+        """Cost, check, train, measure."""
+        evaluator = self.evaluator
+        with (
+            self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment,
+            evaluator.prefixes.below(attachment) as prefix,
+        ):
+            if self.before is None:
+                self.values |= evaluator.attached_costs(attachment)
+                self.violations = [
+                    constraint.describe(self.values)
+                    for constraint in evaluator.constraints
+                    if constraint.violation(self.values) > 0
+                ]
+            if not self.violations:
+                if self.initial_weights is not None and self.before is None:
+                    attachment.load_state_dict(self.initial_weights)
+                    self.warm_start = True
+                prefix.open()
+                self._train(attachment, prefix)
+                self._add(prefix.record())
+
+    def _add(self, recorded: dict[str, float]) -> None:
+        """Keep what the prefix gave; seconds are summed with those of before a pause, as compute is."""
+        if SECONDS_SAVED in recorded:
+            recorded[SECONDS_SAVED] += self.values.get(SECONDS_SAVED, 0.0)
+        self.values |= recorded
+
+    @section("set-up")
+    def _train(self, attachment: Attachment, prefix: TrialHiddenStates) -> None:
+        evaluator, plan = self.evaluator, self.evaluator.plan
+        best = BestWeights(evaluator.monitor, restore_at_end=False)
+        memory = PeakMemory()
+        callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
+        module = evaluator.module(self.configuration, self.before, prefix.serve)
+        set_mode(module, training=True)
+        start = 0 if self.before is None else self.before.step
+        with ExitStack() as ending:
+            ending.callback(set_mode, module, training=False)
+            with seeded(self.seed, evaluator.device):
+                with quiet_lightning():
+                    pieces = plan.pieces(start, self.end)
+                    trainer = build_trainer(
+                        evaluator.training, callbacks, monitor=evaluator.monitor, pieces=pieces
+                    )
+                ending.callback(dismantle, trainer)
+                if self.before is not None:
+                    restore_state(self.before.state, trainer, module, best)
+                _fit(trainer, module, evaluator, best, self.seed)
+                if self.end < plan.total_steps and not stopped_early(trainer):
+                    self.pause = capture_state(trainer, module, best)
+            best.restore(module)
+        self.values |= best.metrics
+        self._measure(memory)
+        if self.pause is None:
+            self.state = attachment.state_dict()
+
+    def _measure(self, memory: PeakMemory) -> None:
+        """Note time, memory and latency; raise where an objective is not finite."""
+        evaluator = self.evaluator
+        speed = self.throughput.examples_per_second
+        seconds, earlier = self.throughput.training_seconds, self.values.get("training_seconds", 0.0)
+        if earlier:
+            speed = (speed * seconds + self.values["examples_per_second"] * earlier) / (seconds + earlier)
+        self.values["training_seconds"] = seconds + earlier
+        self.values["examples_per_second"] = speed
+        if memory.peak_bytes is not None:
+            peak = self.values.get("peak_memory_measured", 0.0)
+            self.values["peak_memory_measured"] = max(peak, float(memory.peak_bytes))
+        if "inference_latency" in evaluator.needed():
+            self.values["inference_latency"] = evaluator.latency()
+        for objective in evaluator.objectives:
+            if objective.name in self.values and not math.isfinite(self.values[objective.name]):
+                raise DivergenceError(f"{objective.name} is {self.values[objective.name]}")
+
+    def outcome(self, reason: str | None) -> Trained:
+        """Return what came out."""
+        evaluator = self.evaluator
+        cost = self._meter.read(self.throughput.steps)
+        if self.before is not None:
+            cost += self.before.evaluation.cost
+        status: Status = "complete"
+        if reason is not None or self.violations:
+            reason = reason or "; ".join(self.violations)
+            status = "infeasible" if self.violations else "failed"
+        pause = self.pause if status == "complete" else None
+        whole = status == "complete" and pause is None
+        evaluation = Evaluation(
+            configuration=self.configuration,
+            status=status,
+            reason=reason,
+            values={name: one for name, one in self.values.items() if math.isfinite(one)},
+            curves=tuple(
+                CurvePoint(metric=metric, step=step, value=value)
+                for metric, step, value in self.curve.points
+                if math.isfinite(value)
+            ),
+            cost=cost,
+            seed=self.seed,
+            warm_start=self.warm_start,
+            fidelity=1.0 if whole else cost.steps / evaluator.plan.total_steps,
+        )
+        if pause is not None:
+            return at_pause(evaluation, pause, evaluator.monitor)
+        return Trained(evaluation, self.state if whole else None)
+
+
+def at_pause(evaluation: Evaluation, state: TrainingState, monitor: str) -> Trained:
+    """Return the outcome of a training that pauses with what it has come to."""
+    reason = f"{monitor} {evaluation.values[monitor]:.4f} after {evaluation.cost.steps} steps"
+    evaluation = replace(evaluation, status="paused", reason=reason)
+    return Trained(evaluation, paused=TrainingCheckpoint(evaluation=evaluation, state=state))
+
+
+def reason_of_failure(attempt: Callable[[], None]) -> str | None:
+    """Run an attempt, and return in words what went wrong; None where nothing did."""
+    try:
+        attempt()
+    except DivergenceError as error:
+        return f"diverged: {error}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return f"out of memory: {_first_line(error)}"
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+            return f"out of memory: {_first_line(error)}"
+        _logger.warning("A trial failed and the search goes on.", exc_info=True)
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestWeights, seed: int) -> None:
+    batches = SegmentedBatches(
+        evaluator.data.train_dataloader(seed),
+        evaluator.plan,
+        evaluator.data.steps_per_epoch,
+        step=module.first_step,
+    )
+    precision = evaluator.training.resolved_precision()
+    lowered = evaluator.backbone.cached_casts.in_place(precision)
+    with interrupts_stay_interrupts(), quiet_lightning(), lowered:
+        trainer.fit(module, batches, evaluator.data.val_dataloader())
+
+
+@contextmanager
+def interrupts_stay_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
+
+    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SIGTERMException:
+        raise
+    except SystemExit as exit_:
+        raise KeyboardInterrupt from exit_
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,1 @@
+"""A one-shot LoRA supernet and the warm starts that it gives."""

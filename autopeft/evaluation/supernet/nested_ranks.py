@@ -1,0 +1,133 @@
+"""Which ranks each row of a batch trains: the sandwich rule over rows, and the callback that applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
+from autopeft.tasks.batch import LABELS
+
+_LARGEST_SHARE = 0.25
+_SMALLEST_SHARE = 0.125
+_LEAST_DENSITY = 0.2
+
+
+class SandwichRankSampler:
+    """Draws sub-configurations of LoRA: a rank for each module and row, 0 where it has none.
+
+    The sandwich rule of Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques",
+    2019, over the rows of one batch: some train the largest configuration, some the smallest ranks
+    everywhere, the others what is drawn. A drawn one has a lowest block, a share of the modules above it,
+    and ranks that are evenly spread over their logarithms, common to all modules in every other draw.
+
+    Args:
+        blocks: Index of each module's block.
+        ranks: Largest rank of each module.
+        smallest: Smallest rank.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, blocks: NDArray[np.int64], ranks: NDArray[np.int64], smallest: int, seed: int) -> None:
+        self.blocks = blocks
+        self.largest = ranks
+        self.smallest = np.minimum(smallest, ranks)
+        self._generator = np.random.default_rng(seed)
+
+    def sandwich(self, rows: int) -> NDArray[np.int64]:
+        """Return the ranks a batch's rows train, of shape (rows, modules); the rows lie in any order."""
+        largest = max(1, round(_LARGEST_SHARE * rows))
+        smallest = min(rows - largest, max(1, round(_SMALLEST_SHARE * rows)))
+        drawn = [self.one() for _ in range(rows - largest - smallest)]
+        ranks = np.array([self.largest] * largest + [self.smallest] * smallest + drawn)
+        return self._generator.permutation(ranks)
+
+    def one(self) -> NDArray[np.int64]:
+        """Return the ranks of one drawn sub-configuration, of shape (modules,)."""
+        generator = self._generator
+        lowest = generator.integers(self.blocks.max() + 1)
+        density = generator.uniform(_LEAST_DENSITY, 1.0)
+        on = (self.blocks >= lowest) & (generator.random(len(self.blocks)) < density)
+        place = generator.random() if generator.random() < 0.5 else generator.random(len(self.blocks))
+        # Equal shares of [0, 1) for the powers of two from the smallest to the largest rank.
+        doublings = np.floor(place * (np.log2(self.largest / self.smallest) + 1))
+        ranks = np.minimum(self.smallest * 2.0**doublings, self.largest).astype(np.int64)
+        return np.where(on, ranks, 0)
+
+
+class PerRowRanks(Callback):
+    """Train each row of a batch with ranks of its own: one pass trains many sub-configurations.
+
+    A row whose rank at a module is r computes W·x + s·B[:, :r]·A[:r]·x, and has a gradient in those ranks
+    alone (the nesting of DyLoRA, Valipour et al., 2023). The scaling s is that of the largest rank for every
+    row: were it the one of a LoRA of rank r, the rows would want the same ranks at different sizes.
+
+    Args:
+        draw: Gives the ranks of every batch, for the modules in `names`' order.
+        names: Qualified names of the LoRA modules inside the model.
+
+    Raises:
+        ValueError: When a batch comes, and a module's output does not begin with the batch's rows.
+    """
+
+    def __init__(self, draw: SandwichRankSampler, names: tuple[str, ...]) -> None:
+        self.draw = draw
+        self.names = names
+        self._gates: dict[str, Tensor] = {}
+        self._modules: dict[str, LoraModule] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the gates on A's outputs."""
+        found = find_lora_modules(pl_module.get_submodule("model"))
+        self._modules = {name: found[name] for name in self.names}
+        self._masks = {name: rank_masks(module) for name, module in self._modules.items()}
+        for name, module in self._modules.items():
+            hook = partial(self._gate, name)
+            self._handles.append(module.down.register_forward_hook(hook))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Tensor], batch_idx: int
+    ) -> None:
+        """Draw the ranks of a batch's rows."""
+        ranks = torch.from_numpy(self.draw.sandwich(len(batch[LABELS])))
+        for index, name in enumerate(self.names):
+            masks = self._masks[name]
+            self._gates[name] = masks[ranks[:, index].to(masks.device)]
+
+    def _gate(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        gate = self._gates[name].to(output.dtype)
+        if output.shape[0] != gate.shape[0] or output.ndim < 2:
+            raise ValueError(
+                f"The rows of a batch cannot train ranks of their own: {name} gives a tensor of shape "
+                f"{tuple(output.shape)} for {gate.shape[0]} rows."
+            )
+        return output * gate.view(gate.shape[0], *[1] * (output.ndim - 2), gate.shape[1])
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the gates off."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the gates off: an exception must not leave hooks in the model."""
+        self._remove()
+
+
+def rank_masks(module: LoraModule) -> Tensor:
+    """Return which ranks of a module each rank has, of shape (ranks + 1, ranks): row r has its first r."""
+    count = module.rank
+    masks = torch.ones(count + 1, count).tril(-1)
+    return masks.to(module.down.weight.device)

@@ -1,0 +1,1 @@
+"""Adapter folders: written, verified, loaded again."""

@@ -1,0 +1,49 @@
+"""Load an exported folder in a process of its own and write the logits of a probe.
+
+`verification.py` runs this file as a script. A layout that needs no autopeft is loaded without it:
+this file imports nothing of autopeft at the top, and makes sure that nothing else did.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+
+def load(job: dict[str, Any]) -> Any:
+    """Return the model of a job, the way a user of its layout would load it."""
+    if job["layout"] == "mixed":
+        from autopeft.export.loading import load_adapter
+
+        return load_adapter(job["base"], job["folder"])
+    source = job["folder"] if job["layout"] == "merged" else job["base"]
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, **job["options"]
+    )
+    if job["layout"] == "peft":
+        model = PeftModel.from_pretrained(model, job["folder"])
+    if "autopeft" in sys.modules:
+        raise RuntimeError(f"autopeft was imported to load a {job['layout']} folder.")
+    return model
+
+
+def main(file: Path) -> None:
+    """Do the job written in a JSON file."""
+    job = json.loads(file.read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    model = load(job).to(job["device"]).eval()
+    batch = {name: one.to(job["device"]) for name, one in load_file(job["probe"]).items()}
+    with torch.no_grad():
+        logits = model(**batch).logits
+    save_file({"logits": logits.float().cpu().contiguous()}, job["logits"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Merge adapters into the weights of a copy that shares everything else with the backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import chain
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autopeft.core.configuration import Configuration
+from autopeft.export.folder_format import placements
+from autopeft.export.loading import attach_tensors
+from autopeft.methods.base import replace_module
+from autopeft.models.backbone import Backbone
+
+MERGEABLE = ("lora", "ia3", "layernorm", "bitfit")
+"""Methods whose adapters are an update of weights; the others add computation of their own."""
+
+
+def is_mergeable(configuration: Configuration) -> bool:
+    """Say whether weights can take in every adapter of a configuration."""
+    return set(configuration.methods) <= set(MERGEABLE)
+
+
+def check_mergeable(configuration: Configuration) -> None:
+    """Raise where a configuration has adapters that no weight can take in.
+
+    Raises:
+        ValueError: Names the sites.
+    """
+    others = [f"{site} ({one.method})" for site, one in configuration if one.method not in MERGEABLE]
+    if not is_mergeable(configuration):
+        raise ValueError(
+            f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
+            "Export with merged=False."
+        )
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return new modules that share every parameter and buffer with the model's."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def merged_model(
+    backbone: Backbone, configuration: Configuration, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """Return the task's model with the adapters merged into its weights and the trained head.
+
+    Only the modules that carry adapters, and the head, have tensors of their own: the rest is shared
+    with the backbone, which stays as it is.
+
+    Args:
+        backbone: A backbone that carries nothing.
+        configuration: What was trained.
+        state: The trained tensors, as `Attachment.state_dict` names them.
+
+    Raises:
+        ValueError: An adapter cannot be merged, or the tensors do not belong to the configuration.
+    """
+    check_mergeable(configuration)
+    model = shared_copy(backbone.model)
+    for site in configuration.adapters:
+        module = model.get_submodule(backbone.shape(site).module)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    attach_tensors(model, placements(configuration, backbone.sites), state)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            replace_module(model, name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # else save_pretrained would take the model for an adapter
+    return model.requires_grad_(False)

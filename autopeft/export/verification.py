@@ -1,0 +1,198 @@
+"""Load what an export wrote, as its user will, and compare its logits with the trained model's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from autopeft.core.configuration import Configuration
+from autopeft.export.folder_format import Manifest
+from autopeft.export.loading import load_adapter
+from autopeft.export.merging import shared_copy
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The outcome of loading an export again.
+
+    Attributes:
+        difference: Largest absolute difference of the logits.
+        tolerance: The largest difference that is taken for rounding.
+        how: Where it was loaded, as a phrase.
+    """
+
+    difference: float
+    tolerance: float
+    how: str
+
+    def __str__(self) -> str:
+        return (
+            f"Checked: loaded {self.how}, the largest difference of its logits on a batch was "
+            f"{self.difference:.1e} (allowed: {self.tolerance:.0e})."
+        )
+
+
+def trained_logits(
+    backbone: Backbone,
+    configuration: Configuration,
+    state: Mapping[str, Tensor],
+    probe: Mapping[str, Tensor],
+) -> Tensor:
+    """Return the logits of the trained configuration on a batch, in float32 on the CPU.
+
+    Raises:
+        ValueError: The tensors do not belong to the configuration, or the backbone carries another.
+    """
+    model = backbone.model
+    training = model.training
+    with attach(backbone, configuration) as attachment, torch.no_grad():
+        attachment.load_state_dict(state)
+        model.eval()
+        try:
+            logits: Tensor = model(**_on_device(probe, model.device)).logits
+        finally:
+            model.train(training)
+    return logits.float().cpu()
+
+
+def check_export(
+    folder: Path,
+    manifest: Manifest,
+    backbone: Backbone,
+    probe: Mapping[str, Tensor],
+    expected: Tensor,
+) -> Check:
+    """Load an exported folder and compare its logits with the expected ones.
+
+    This happens in a fresh Python process, without autopeft where the layout does not need it. Where the
+    base model cannot be loaded again, a copy of it in this process stands for it.
+
+    Args:
+        folder: What the export wrote.
+        manifest: Its manifest.
+        backbone: The backbone it was trained on.
+        probe: A batch, without labels.
+        expected: Logits of the trained model on it, in float32.
+
+    Raises:
+        RuntimeError: The folder does not load, or the logits differ by more than rounding.
+    """
+    if manifest.layout == "merged" or stored_config(backbone.origin) is not None:
+        how = "in a fresh process"
+        if manifest.layout != "mixed":
+            how += " that never imported autopeft"
+        found = _logits_of_fresh_process(folder, manifest, backbone, probe)
+    else:
+        how = "in this process, on a copy of the base model, which cannot be loaded from anywhere"
+        loaded = load_adapter(shared_copy(backbone.model), folder)
+        with torch.no_grad():
+            found = loaded(**_on_device(probe, backbone.model.device)).logits.float().cpu()
+    difference = float((found - expected).abs().max())
+    check = Check(
+        difference=difference, tolerance=_tolerance(manifest, backbone.model.dtype, expected), how=how
+    )
+    if not difference <= check.tolerance:  # so that NaN is an error
+        raise RuntimeError(
+            f"The export does not reproduce the trained model: loaded {how}, its logits differ by "
+            f"{difference:.1e}, expected at most {check.tolerance:.0e}. If the base model was changed "
+            f"after it was loaded from {backbone.origin!r}, save it to a folder and use that as the "
+            "backbone."
+        )
+    return check
+
+
+def stored_config(origin: str) -> Any:
+    """Return the config a base model is stored with, or None where it cannot be loaded from anywhere."""
+    if not origin:
+        return None
+    try:
+        return AutoConfig.from_pretrained(origin, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+
+
+def base_options(manifest: Manifest, origin: str) -> dict[str, object]:
+    """Return what `from_pretrained` must be told to load the base model as it was trained.
+
+    Labels' names make no difference to the logits and are left out; padding token and type are given
+    only where the base model's own config says otherwise.
+    """
+    head = manifest.head
+    options: dict[str, object] = {"num_labels": len(head.labels)}
+    config = stored_config(origin)
+    if config is None:
+        return options
+    headed = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if headed and config.num_labels != len(head.labels):
+        # The stored head may be one of other labels; all of the head comes from the export.
+        options["ignore_mismatched_sizes"] = True
+    if head.pad_token_id != getattr(config, "pad_token_id", None):
+        options["pad_token_id"] = head.pad_token_id
+    if str(config.dtype or torch.float32).removeprefix("torch.") != head.dtype:
+        options["dtype"] = head.dtype
+    return options
+
+
+def _tolerance(manifest: Manifest, dtype: torch.dtype, logits: Tensor) -> float:
+    exact = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+    if manifest.layout != "merged":
+        return exact
+    # (W + sBA)x and Wx + sB(Ax) round differently, in every layer.
+    return 10 * exact * max(1.0, float(logits.abs().max()))
+
+
+def _logits_of_fresh_process(
+    folder: Path, manifest: Manifest, backbone: Backbone, probe: Mapping[str, Tensor]
+) -> Tensor:
+    with tempfile.TemporaryDirectory(prefix="autopeft-check-") as scratch:
+        probe_file, logits_file = Path(scratch, "probe.safetensors"), Path(scratch, "logits.safetensors")
+        job = {
+            "layout": manifest.layout,
+            "base": backbone.origin,
+            "folder": str(folder.resolve()),
+            "options": base_options(manifest, backbone.origin) if manifest.layout == "peft" else {},
+            "probe": str(probe_file),
+            "logits": str(logits_file),
+            "device": str(backbone.model.device),
+            "threads": torch.get_num_threads(),
+        }
+        save_file({name: one.cpu().contiguous() for name, one in probe.items()}, probe_file)
+        file = Path(scratch, "job.json")
+        file.write_text(json.dumps(job), encoding="utf-8")
+        environment = dict(os.environ)
+        if manifest.layout == "mixed":  # this very autopeft, installed or not
+            paths = [str(_PACKAGE.parent), environment.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        # -P: else the script's folder would be searched first, and our module names found there.
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PACKAGE / "load_script.py"), str(file)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            last = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise RuntimeError(f"The export does not load in a fresh process:\n{last}")
+        return load_file(logits_file)["logits"]
+
+
+def _on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: one.to(device) for name, one in batch.items()}

@@ -1,0 +1,56 @@
+"""Full fine-tuning on a resident backbone, as a baseline: every weight is trained in a copy."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from autopeft.core.configuration import Configuration
+from autopeft.methods.attachment import Attachment
+from autopeft.models.backbone import Backbone
+
+
+class FullFineTuning(Attachment):
+    """Train every parameter, in a copy: afterwards the backbone is what it was.
+
+    Takes as much memory again as the backbone has parameters. See `Attachment`.
+
+    Args:
+        backbone: The resident backbone.
+        configuration: Gives learning rate and weight decay; must have no adapters.
+        seed: Seed of a new head's initial weights.
+
+    Raises:
+        ValueError: The configuration has adapters.
+    """
+
+    def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:
+        if len(configuration):
+            raise ValueError(f"Full fine-tuning has no adapters, got {configuration!r}.")
+        super().__init__(backbone, configuration, seed)
+
+    def _attach_methods(self) -> None:
+        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
+
+        def restore() -> None:
+            for module, name, original in originals:
+                setattr(module, name, original)
+
+        self._undo.append(restore)
+        heads = tuple(f"{head}." for head in self.backbone.head)
+        for path, module in self.backbone.model.named_modules():
+            if f"{path}.".startswith(heads):
+                continue
+            for name, original in list(module.named_parameters(recurse=False)):
+                originals.append((module, name, original))
+                copy = copies.setdefault(id(original), nn.Parameter(original.detach().clone()))
+                setattr(module, name, copy)
+                self.parameters.setdefault(f"full.{path}.{name}", copy)
+
+    @property
+    def cut(self) -> None:
+        """None: nothing is frozen."""
+        return None
+
+    def _expected_parameters(self) -> int:
+        return sum(one.numel() for one in set(self.parameters.values()))

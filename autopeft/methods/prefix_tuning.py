@@ -1,0 +1,144 @@
+"""Prefix tuning: learned keys and values that every token of a block can attend to.
+
+peft's prefix tuning is one global length through `past_key_values`; this one sits on single blocks. It
+goes through transformers' attention interface, the documented place to change how attention is computed.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.base import Attached, Method, Placement
+from autopeft.models.backbone import SiteShape
+
+_IMPLEMENTATION = "autopeft_prefix"
+_CHILD = "autopeft_prefix"
+
+
+class Prefix(nn.Module):
+    """Learned keys and values in front of a block's own.
+
+    Args:
+        length: Number of prefix positions.
+        features: Width of one token's keys over all key heads.
+        initial_std: Standard deviation of the initial values.
+    """
+
+    def __init__(self, length: int, features: int, initial_std: float) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.randn(length, features) * initial_std)
+        self.value = nn.Parameter(torch.randn(length, features) * initial_std)
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the prefix in front of keys and values of shape (batch, heads, tokens, head width)."""
+        batch, heads, _, width = key.shape
+
+        def heads_first(prefix: Tensor) -> Tensor:
+            split = prefix.view(-1, heads, width).transpose(0, 1)
+            return split.unsqueeze(0).expand(batch, -1, -1, -1)
+
+        return (
+            torch.cat([heads_first(self.key).to(key.dtype), key], dim=2),
+            torch.cat([heads_first(self.value).to(value.dtype), value], dim=2),
+        )
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute SDPA attention, with the module's prefix in front of keys and values if it has one."""
+    prefix = getattr(module, _CHILD, None)
+    return attend_behind(prefix, module, query, key, value, attention_mask, is_causal, **kwargs)
+
+
+def attend_behind(
+    prefix: Prefix | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute SDPA attention, with a prefix in front of keys and values."""
+    if prefix is not None:
+        tokens = query.shape[2]
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and causal and tokens > 1:
+            # SDPA's own causal mask would be aligned to the first key, which is now a prefix position.
+            seen = key.shape[2]
+            attention_mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device).tril(
+                seen - tokens
+            )[None, None]
+            is_causal = False
+        if attention_mask is not None:
+            visible = True if attention_mask.dtype == torch.bool else 0.0
+            length = prefix.key.shape[0]
+            attention_mask = nn.functional.pad(attention_mask, (length, 0), value=visible)
+        key, value = prefix(key, value)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
+    )
+    return output, None
+
+
+AttentionInterface.register(_IMPLEMENTATION, prefix_attention)
+AttentionMaskInterface.register(_IMPLEMENTATION, sdpa_mask)
+
+
+class PrefixTuning(Method):
+    """Prefix tuning on single blocks, without reparameterisation.
+
+    Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", 2021. Prefix keys carry
+    no position: with rotary embeddings they are not rotated, as with `past_key_values`.
+    """
+
+    size_dimensions = MappingProxyType({"key": 0, "value": 0})
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return a key and a value a prefix position."""
+        assert adapter.size is not None
+        return 2 * adapter.size * shape.key_value_features
+
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
+        assert isinstance(model, PreTrainedModel)
+        parameters = {}
+        hosts: list[nn.Module] = []
+        before = model.config._attn_implementation
+        model.set_attn_implementation(_IMPLEMENTATION)
+
+        def undo() -> None:
+            for host in hosts:
+                delattr(host, _CHILD)
+            model.set_attn_implementation(before)
+
+        try:
+            for site, (shape, adapter) in placement.items():
+                assert adapter.size is not None
+                host = model.get_submodule(shape.attention_module)
+                std = float(adapter.option("initial_std"))
+                prefix = Prefix(adapter.size, shape.key_value_features, std)
+                prefix.to(next(host.parameters()).device).train(host.training)
+                host.add_module(_CHILD, prefix)
+                hosts.append(host)
+                parameters[site] = dict(prefix.named_parameters())
+        except BaseException:
+            undo()
+            raise
+        return Attached(parameters=parameters, undo=undo)

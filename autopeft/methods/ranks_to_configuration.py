@@ -1,0 +1,93 @@
+"""From ranks that were learned in training to a configuration that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.errors import unknown_choice
+from autopeft.core.method_specs import KIND_OF_ROLE
+from autopeft.models.backbone import Backbone
+
+
+def configuration_from_ranks(
+    backbone: Backbone, configuration: Configuration, ranks: Mapping[str, int]
+) -> Configuration:
+    """Return a configuration with other LoRA ranks and everything else alike.
+
+    α, rsLoRA and dropout of each LoRA stay, so a new rank r means the scaling α/√r or α/r of an ordinary
+    LoRA of that rank; the tensors of a callback's `truncated_state()` are made for it. LoRA at sites
+    that are not named stays as it is, and so do adapters of other methods and the hyper-parameters.
+
+    Args:
+        backbone: The backbone the configuration is for.
+        configuration: What was trained.
+        ranks: Rank by module name, as a rank callback's `ranks()` returns them: the backbone's name of
+            the module, which any prefix (such as "model.") may precede. A LoRA of rank 0 is left out.
+
+    Raises:
+        ValueError: A name is that of no linear module in a block, or of one without LoRA in the
+            configuration, a module is named twice, or a rank is no whole number from 0 up.
+    """
+    learned: dict[Site, int] = {}
+    for name, rank in ranks.items():
+        site = site_of_module(backbone, name)
+        if site in learned:
+            raise ValueError(f"Site {site} is named twice, the second time by {name!r}.")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"The rank of {name} is a whole number from 0 up, got {rank!r}.")
+        if not any(adapter.method == "lora" for adapter in configuration.adapters.get(site, ())):
+            raise ValueError(f"{name} is the site {site}, where the configuration has no LoRA.")
+        learned[site] = rank
+    adapters = {
+        site: tuple(
+            _resized(adapter, learned[site]) if adapter.method == "lora" and site in learned else adapter
+            for adapter in several
+            if adapter.method != "lora" or learned.get(site) != 0
+        )
+        for site, several in configuration.adapters.items()
+    }
+    return configuration.replace(adapters=adapters)
+
+
+def _resized(adapter: Adapter, rank: int) -> Adapter:
+    return Adapter(adapter.method, rank, dict(adapter.options))
+
+
+def attachment_tensors(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a callback's truncated tensors under the names an `Attachment` has for them.
+
+    Args:
+        backbone: The backbone the tensors are for.
+        tensors: By "<module>.lora_A.weight" and "<module>.lora_B.weight".
+
+    Raises:
+        ValueError: A name is that of no linear module in a block.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, local = name.rpartition(".lora_")
+        renamed[f"{site_of_module(backbone, module)}.lora.lora_{local}"] = tensor
+    return renamed
+
+
+def site_of_module(backbone: Backbone, name: str) -> Site:
+    """Return the site of a linear module.
+
+    Args:
+        backbone: Where to look.
+        name: The backbone's name of the module, which any prefix may precede.
+
+    Raises:
+        ValueError: There is no such module; the message names the nearest one.
+    """
+    modules = {
+        shape.module: site for site, shape in backbone.sites.items() if KIND_OF_ROLE[site.role] == "linear"
+    }
+    # The longest name wins: one module's name may end another's.
+    fitting = [module for module in modules if name == module or name.endswith(f".{module}")]
+    if not fitting:
+        raise unknown_choice(f"linear module of {backbone.name}", name, modules)
+    return modules[max(fitting, key=len)]

@@ -1,0 +1,1 @@
+"""The frozen pretrained model: loading, blocks, sites."""

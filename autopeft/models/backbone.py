@@ -1,0 +1,367 @@
+"""Backbone: a frozen pretrained transformer, its blocks, and the sites where adapters can sit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from autopeft.core.configuration import Configuration, Site
+from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
+from autopeft.core.precision import Precision, autocast
+from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
+from autopeft.models.cached_casts import CachedCasts
+from autopeft.models.loading import load_model
+
+if TYPE_CHECKING:
+    from autopeft.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteShape:
+    """What a backbone has at one site.
+
+    Attributes:
+        site: Block and role.
+        kind: "linear", "norm", "attention" or "ffn".
+        module: Qualified name of the module; of a sublayer, its output projection.
+        input_module: Qualified name of the module that is first given the site's input.
+        in_features: Width of the input.
+        out_features: Width of the output.
+        parameters: Number of parameters of the module itself (for sublayers: of the projection).
+        bias: Number of bias parameters of the module, 0 without one.
+        transposed: Whether the weight is stored as (input, output), as in GPT-2's Conv1D.
+        key_value_features: Attention only: width of one token's keys over all key heads.
+        attention_module: Attention only: qualified name of the module that computes attention.
+    """
+
+    site: Site
+    kind: Kind
+    module: str
+    input_module: str
+    in_features: int
+    out_features: int
+    parameters: int
+    bias: int
+    transposed: bool = False
+    key_value_features: int = 0
+    attention_module: str = ""
+
+
+class Backbone:
+    """A frozen pretrained transformer with the task's head, kept in memory for a whole search.
+
+    Args:
+        model: A transformers model with a head. Its weights are never changed: adapters are attached
+            and detached in place, and the head is trained in a copy.
+        tokenizer: The tokenizer that belongs to it.
+        name: How tables and runs call it.
+        head: Qualified names of the modules that are trained from scratch for the task.
+        new_head: Whether the head's weights are random (they are then drawn anew for every seed).
+        origin: Hub name or folder it can be loaded from again; empty where that is not known.
+
+    Attributes:
+        cached_casts: The linear sites' weights as mixed precision multiplies them; made when first used.
+
+    Raises:
+        ValueError: No transformer block was found, or a head module does not exist.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        head: Iterable[str],
+        new_head: bool = True,
+        origin: str = "",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.head = tuple(head)
+        self.new_head = new_head
+        self.origin = origin
+        self.attached: Configuration | None = None
+        missing = [one for one in self.head if one not in dict(model.named_modules())]
+        if missing or not self.head:
+            raise ValueError(
+                f"{type(model).__name__} has no head module {', '.join(missing) or 'at all'}: "
+                "pass a model with a task head, or the name of one that autopeft can load."
+            )
+        model.requires_grad_(False)
+        self._block_modules = find_blocks(model)
+        self.sites: Mapping[Site, SiteShape] = {
+            shape.site: shape
+            for index, block in enumerate(self._block_modules)
+            for shape in _shapes(model, index, block)
+        }
+        names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
+        # Of the layers themselves, before anything is put around them.
+        self.cached_casts = CachedCasts(map(model.get_submodule, names))
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | PreTrainedModel | Backbone,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Backbone:
+        """Load a backbone with the head a task needs.
+
+        Args:
+            source: Hub name, local folder, a loaded transformers model (with or without a head), or a
+                backbone, which is returned as it is.
+            task: Decides the head's class and its labels.
+            tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+
+        Raises:
+            ValueError: The source cannot be loaded, or a loaded model's head does not fit the task.
+        """
+        if isinstance(source, Backbone):
+            return source
+        loaded = load_model(source, task, tokenizer)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            name=loaded.name,
+            head=loaded.head,
+            new_head=loaded.new_head,
+            origin=loaded.origin,
+        )
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The transformer blocks, from the input to the output."""
+        return tuple(self.model.get_submodule(block.name) for block in self._block_modules)
+
+    @contextmanager
+    def computing_in(self, precision: Precision) -> Iterator[None]:
+        """Compute in a precision in a `with` block: under autocast, with frozen weights cast beforehand."""
+        device = next(self.model.parameters()).device
+        with self.cached_casts.in_place(precision), autocast(precision, device.type):
+            yield
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that occur, in the vocabulary's order."""
+        present = {site.role for site in self.sites}
+        return tuple(role for role in ROLES if role in present)
+
+    @cached_property
+    def head_parameters(self) -> int:
+        """Number of parameters of the head; trained with every configuration."""
+        names = {
+            name
+            for head in self.head
+            for name, _ in self.model.get_submodule(head).named_parameters(prefix=head)
+        }
+        return sum(self.model.get_parameter(name).numel() for name in names)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters of backbone and head together."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def shape(self, site: Site) -> SiteShape:
+        """Return what the backbone has at a site.
+
+        Raises:
+            ValueError: There is no such site; the message lists the roles and blocks there are.
+        """
+        if site in self.sites:
+            return self.sites[site]
+        count = len(self._block_modules)
+        if site.block >= count:
+            raise ValueError(
+                f"{self.name} has no block {site.block} (site {site}): its {count} blocks are "
+                f"numbered 0 to {count - 1}."
+            )
+        present = [role for role in self.roles if Site(site.block, role) in self.sites]
+        raise ValueError(
+            f"{self.name} has nothing in the role {site.role!r} in block {site.block}; "
+            f"it has {', '.join(present)}."
+        )
+
+    @cached_property
+    def has_attention_interface(self) -> bool:
+        """Whether attention goes through transformers' attention interface, with SDPA available."""
+        return bool(
+            getattr(self.model, "_supports_attention_backend", False)
+            and getattr(self.model, "_supports_sdpa", False)
+        )
+
+    def obstacle(self, shape: SiteShape, method: str) -> str | None:
+        """Say why a method cannot sit on a site, or return None where it can."""
+        specification = METHOD_SPECS[method]
+        if shape.kind not in specification.kinds:
+            return f"it is a {shape.kind} site"
+        if specification.needs_bias and not shape.bias:
+            return f"{shape.module} has no bias"
+        if specification.needs_attention_interface and not self.has_attention_interface:
+            return (
+                f"{type(self.model).__name__} does not compute attention through transformers' "
+                "attention interface with SDPA"
+            )
+        return None
+
+    def check(self, configuration: Configuration) -> None:
+        """Raise where a configuration names a site or a method this backbone cannot carry.
+
+        Raises:
+            ValueError: The first such site, with what the backbone has instead.
+        """
+        for site, adapter in configuration:
+            obstacle = self.obstacle(self.shape(site), adapter.method)
+            if obstacle is not None:
+                raise ValueError(f"{adapter.method!r} cannot sit on {site} of {self.name}: {obstacle}.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the architecture and a sample of every weight: tells backbones apart.
+
+        Up to 256 evenly spaced values of each tensor are hashed, so that large models stay quick. The head
+        is left out: it is trained anyway, and one that transformers made for a loaded model is random, so
+        that the same call would find another backbone in every process.
+        """
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        heads = tuple(f"{head}." for head in self.head)
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(heads):
+                continue
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)]
+            digest.update(sample.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """Return what tells this backbone from others, as text (for run records)."""
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "model_type": str(getattr(self.model.config, "model_type", "")),
+            "blocks": str(len(self._block_modules)),
+            "parameters": str(self.parameters),
+            "head": ", ".join(self.head),
+            "fingerprint": self.fingerprint,
+        }
+
+    def table(self) -> Table:
+        """Return the summary as a rich table: a row a role, with shapes and the methods it takes."""
+        table = Table(title=repr(self), title_justify="left")
+        for heading in ("role", "kind", "blocks", "module", "shape", "methods"):
+            table.add_column(heading)
+        for role in self.roles:
+            shapes = [shape for site, shape in self.sites.items() if site.role == role]
+            first = shapes[0]
+            methods = [name for name in METHOD_SPECS if not self.obstacle(first, name)]
+            sizes = sorted({f"{one.in_features} → {one.out_features}" for one in shapes})
+            table.add_row(
+                role,
+                first.kind,
+                _ranges(shape.site.block for shape in shapes),
+                first.module.removeprefix(f"{self._block_modules[first.site.block].name}."),
+                ", ".join(sizes),
+                ", ".join(methods) or "–",
+            )
+        return table
+
+    def summary(self) -> str:
+        """Return blocks, roles, shapes and possible methods as text."""
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+            left_out = sorted({leaf for one in self._block_modules for leaf in one.unrecognised})
+            if left_out:
+                console.print(f"Linear layers without a role: {', '.join(left_out)}")
+        return capture.get()
+
+    def __repr__(self) -> str:
+        return (
+            f"Backbone({self.name!r}, {type(self.model).__name__}, "
+            f"{len(self._block_modules)} blocks, {self.parameters:,} parameters)"
+        )
+
+
+def _ranges(blocks: Iterable[int]) -> str:
+    """Write block numbers as ranges, as in "0-5, 7"."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _shapes(model: nn.Module, index: int, block: BlockModules) -> Iterable[SiteShape]:
+    names = {role: f"{block.name}.{path}" for role, path in block.roles.items()}
+    shapes = {role: _module_shape(model, Site(index, role), name) for role, name in names.items()}
+    yield from shapes.values()
+    source = shapes.get("query", shapes.get("qkv"))
+    output = shapes.get("attention_output")
+    if source is not None and output is not None:
+        yield _sublayer(
+            Site(index, "attention"),
+            source,
+            output,
+            key_value_features=_key_value_features(shapes),
+            attention_module=source.module.rpartition(".")[0],
+        )
+    first = shapes.get("ffn_up", shapes.get("ffn_gate_up"))
+    if first is not None and "ffn_down" in shapes:
+        yield _sublayer(Site(index, "ffn"), first, shapes["ffn_down"])
+
+
+def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:
+    if "key" in shapes:
+        return shapes["key"].out_features
+    return (shapes["qkv"].out_features - shapes["attention_output"].in_features) // 2
+
+
+def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any) -> SiteShape:
+    return SiteShape(
+        site=site,
+        kind="attention" if site.role == "attention" else "ffn",
+        module=output.module,
+        input_module=first.module,
+        in_features=first.in_features,
+        out_features=output.out_features,
+        parameters=output.parameters,
+        bias=output.bias,
+        **attention,
+    )
+
+
+def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
+    module = model.get_submodule(name)
+    bias = getattr(module, "bias", None)
+    parameters = sum(one.numel() for one in module.parameters())
+    if KIND_OF_ROLE[site.role] == "linear":
+        assert isinstance(module, nn.Linear | Conv1D)
+        in_features, out_features = linear_sizes(module)
+    else:
+        in_features = out_features = next(module.parameters()).numel()
+    return SiteShape(
+        site=site,
+        kind=KIND_OF_ROLE[site.role],
+        module=name,
+        input_module=name,
+        in_features=in_features,
+        out_features=out_features,
+        parameters=parameters,
+        bias=0 if bias is None else int(bias.numel()),
+        transposed=isinstance(module, Conv1D),
+    )

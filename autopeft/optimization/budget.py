@@ -1,0 +1,98 @@
+"""When a search is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+
+from autopeft.core.evaluation import Cost, TrialRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What the trials of a search have used up, kept as a running sum.
+
+    Attributes:
+        trials: Trials that a budget counts: all but the infeasible ones.
+        cost: What all evaluations cost; a duplicate cost nothing.
+    """
+
+    trials: int = 0
+    cost: Cost = field(default_factory=Cost)
+
+    @classmethod
+    def of(cls, records: Iterable[TrialRecord]) -> Self:
+        """Return the sum over finished trials."""
+        spent = cls()
+        for record in records:
+            spent = spent.plus(record)
+        return spent
+
+    def plus(self, record: TrialRecord) -> Self:
+        """Return the sum with one more finished trial."""
+        counted = record.evaluation.status != "infeasible"
+        cost = self.cost if record.duplicate_of is not None else self.cost + record.evaluation.cost
+        return replace(self, trials=self.trials + counted, cost=cost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bounds of a search; it ends when one of them is reached.
+
+    Attributes:
+        trials: Finished trials of the whole search, earlier calls and failed trials included;
+            infeasible candidates cost nothing and do not count.
+        hours: Wall-clock hours of this call.
+        gpu_seconds: GPU-seconds of all evaluations of the search.
+        cpu_seconds: CPU-seconds of all evaluations of the search.
+
+    Raises:
+        ValueError: No bound is given, one is not above 0, or GPU-seconds are asked for without a GPU.
+    """
+
+    trials: int | None = None
+    hours: float | None = None
+    gpu_seconds: float | None = None
+    cpu_seconds: float | None = None
+    _started: float = field(default_factory=time.monotonic, repr=False)
+
+    def __post_init__(self) -> None:
+        bounds = (self.trials, self.hours, self.gpu_seconds, self.cpu_seconds)
+        if all(bound is None for bound in bounds):
+            raise ValueError(
+                "A search needs a budget: trials=..., hours=..., gpu_seconds=... or cpu_seconds=..."
+            )
+        for name in ("trials", "hours", "gpu_seconds", "cpu_seconds"):
+            bound = getattr(self, name)
+            number = isinstance(bound, int | float) and not isinstance(bound, bool)
+            if bound is not None and not (number and bound > 0):
+                raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
+        if self.trials is not None and not float(self.trials).is_integer():
+            raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
+        if self.gpu_seconds is not None and not torch.cuda.is_available():
+            raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
+
+    def at_most(self, wanted: int, spent: Spent) -> int:
+        """Return how many of so many trials may still be begun."""
+        return wanted if self.trials is None else min(wanted, int(self.trials) - spent.trials)
+
+    def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
+        """Return how much of the scarcest bound is used up; 1 or more when the search is done.
+
+        Args:
+            spent: What the trials have used up.
+            reserved: What is still to be spent on them, counted as if it were spent.
+        """
+        more = Cost() if reserved is None else reserved
+        elapsed = time.monotonic() - self._started + more.wall_seconds
+        shares = (
+            (spent.trials, self.trials),
+            (elapsed, None if self.hours is None else self.hours * 3600),
+            (spent.cost.gpu_seconds + more.gpu_seconds, self.gpu_seconds),
+            (spent.cost.cpu_seconds + more.cpu_seconds, self.cpu_seconds),
+        )
+        return max(amount / bound for amount, bound in shares if bound is not None)

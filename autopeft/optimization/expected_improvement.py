@@ -1,0 +1,286 @@
+"""What a candidate is expected to add to the hypervolume for its compute, from the trials so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import qmc
+
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.pareto import non_dominated
+from autopeft.methods import count_parameters
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
+from autopeft.search_spaces.base import History, LearningRate, log_place, summed_learning_rate
+from autopeft.search_spaces.mutation import Choices
+
+_LATEST = 128  # trials that a model learns from: its time grows with their third power
+_CELLS = 4096
+_FOR_ALL = 0.25  # of what all blocks take in a step: head, loop and optimizer
+_NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
+_RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
+_COUNTED = "trainable_parameters"
+_Adapters = tuple[tuple[Site, Adapter], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The numbers that say most about what a configuration costs and reaches.
+
+    Of both: the number of parameters on a log scale, and the share of each method but the first. Of what it
+    costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
+    what it reaches, which metrics say: the summed learning rate on a log scale, and its placement, one number
+    a site. All lie in [0, 1] but the summed rate, which is 1 for one adapter at the highest rate.
+    `benchmarks/surrogate.py` compares them with others.
+
+    Attributes:
+        backbone: Counts blocks and parameters.
+        choices: The methods there are for every site.
+        methods: The methods there are.
+        learning_rate: A number, or (lowest, highest).
+        parameters: (fewest, most) trainable parameters.
+    """
+
+    backbone: Backbone
+    choices: Choices
+    methods: Sequence[str]
+    learning_rate: LearningRate
+    parameters: tuple[int, int]
+
+    def of_metric(self, configuration: Configuration) -> list[float]:
+        """Return the features that say what a configuration reaches, its placement apart."""
+        rate = self.learning_rate
+        highest = rate if isinstance(rate, float) else rate[1]
+        summed = 1 + math.log(summed_learning_rate(configuration) / highest) / _RATE_UNIT
+        return [summed, *self._of_both(configuration)]
+
+    def of_cost(self, configuration: Configuration) -> list[float]:
+        """Return the features that say what a configuration costs."""
+        sites = len(configuration.adapters) / len(self.choices)
+        return [self.frozen_share(configuration), sites, *self._of_both(configuration)]
+
+    def _of_both(self, configuration: Configuration) -> list[float]:
+        adapters = max(1, len(configuration))
+        return [
+            log_place(self.count(configuration), *self.parameters),
+            *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
+        ]
+
+    def count(self, configuration: Configuration) -> int:
+        """Return a configuration's trainable parameters, counted once."""
+        if configuration not in self._counts:
+            self._counts[configuration] = count_parameters(self.backbone, configuration)
+        return self._counts[configuration]
+
+    @cached_property
+    def _counts(self) -> dict[Configuration, int]:
+        return {}
+
+    def compute(self, configuration: Configuration, *, is_prefix_served: bool) -> float:
+        """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
+
+        Args:
+            configuration: What is trained.
+            is_prefix_served: Whether the blocks below the lowest adapted one are not even run forward.
+        """
+        frozen = self.frozen_share(configuration)
+        return _FOR_ALL + 1 - (frozen if is_prefix_served else frozen / 2)
+
+    def frozen_share(self, configuration: Configuration) -> float:
+        """Return the share of the blocks that lie below the lowest adapted one."""
+        lowest = configuration.lowest_block
+        return 1.0 if lowest is None else lowest / self._blocks
+
+    @cached_property
+    def _blocks(self) -> int:
+        return len(self.backbone.blocks)
+
+    def placement(self, configuration: Configuration) -> list[float]:
+        """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""
+        return [
+            max((methods[one.method].place(one) for one in configuration.adapters.get(site, ())), default=0.0)
+            for site, methods in self.choices.items()
+        ]
+
+    def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
+        """Return what a model of a metric or of a cost is given."""
+        if objective.is_metric:
+            return self.metric_inputs(configurations)
+        costs = np.array([self.of_cost(one) for one in configurations])
+        return Inputs(costs, placements=np.empty((len(configurations), 0)))
+
+    def metric_inputs(self, configurations: Sequence[Configuration]) -> Inputs:
+        """Return what a model of a metric is given."""
+        return Inputs(
+            np.array([self.of_metric(one) for one in configurations]),
+            np.array([self.placement(one) for one in configurations]),
+        )
+
+
+class ExpectedImprovement:
+    """Expected hypervolume improvement of candidates, by models of what is not known of them yet.
+
+    A metric is modelled with noise, by features and placement. A cost is modelled by the features alone, from
+    which it nearly follows, and without noise where it is exact before training: counting memory takes longer
+    than asking a model. Trainable parameters are counted. The expectation is the integral, over the
+    part of the unit cube that no trial dominates, of the probability that the candidate does (Emmerich,
+    Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
+    Random Field Metamodels", 2006), times the probability that it keeps the constraints.
+
+    Args:
+        history: The search so far; at least one trial with a value on every axis.
+        features: Turns a configuration into the inputs of the models.
+    """
+
+    def __init__(self, history: History, features: Features) -> None:
+        self._history, self._features = history, features
+        self._tried = [one for one, _ in history.trials]
+        self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
+        objectives = [axis.objective for axis in history.axes]
+        self._placed = self._on_all_axes()
+        flags = non_dominated([history.trials[place][1] for place in self._placed], objectives)
+        self._front = frozenset(place for place, flag in zip(self._placed, flags, strict=True) if flag)
+        objectives += [constraint.objective for constraint in history.constraints]
+        self._models = {
+            one.name: self._model(one) for one in dict.fromkeys(objectives) if one.name != _COUNTED
+        }
+        self._cells = self._not_dominated()
+        self._known: dict[Configuration, float] = {}
+
+    def _model(self, objective: Objective) -> GaussianProcess:
+        name, trials = objective.name, enumerate(self._history.trials)
+        known = {place: values[name] for place, (_, values) in trials if name in values}
+        places = self._learned_from(list(known))
+        return GaussianProcess(
+            self._inputs(places, objective),
+            np.array([_scaled(objective, known[place]) for place in places]),
+            None if objective.before_training else self._trainings[places],
+            linear=not objective.is_metric,
+            exact=objective.before_training,
+        )
+
+    def _inputs(self, places: Sequence[int], objective: Objective) -> Inputs:
+        return self._features.inputs([self._tried[place] for place in places], objective)
+
+    def _learned_from(self, places: Sequence[int]) -> list[int]:
+        """Return the trials that a model learns from: the front, who was on it, and the latest of the others.
+
+        Who has been on the front was trained again, if anyone: what it gained must not be forgotten.
+        """
+        was_on_front = {place: place in self._front or self._trainings[place] > 1 for place in places}
+        kept = [place for place in places if was_on_front[place]][-_LATEST:]
+        others = [place for place in places if not was_on_front[place]]
+        room = _LATEST - len(kept)
+        return sorted([*kept, *(others[-room:] if room else [])])
+
+    def _on_all_axes(self) -> list[int]:
+        """Return the trials that have a value on every axis."""
+        names = [axis.objective.name for axis in self._history.axes]
+        trials = enumerate(self._history.trials)
+        return [place for place, (_, values) in trials if all(name in values for name in names)]
+
+    def _not_dominated(self) -> Array:
+        """Return points spread evenly over the part of the unit cube that no trial dominates.
+
+        A trial stands where the model has it: by what was measured, the luckiest training would say what is
+        left to gain (Picheny, Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy
+        optimization", 2013).
+        """
+        axes = self._history.axes
+        positions = [[axis.position(one) for one in self._reached(axis.objective)] for axis in axes]
+        cells = _cells(len(axes))
+        free = np.ones(len(cells), dtype=bool)
+        for position in zip(*positions, strict=True):
+            free &= (cells > position).any(axis=1)
+        return cells[free]
+
+    def _reached(self, objective: Objective) -> list[float]:
+        """Return what trials on all axes reached: exact costs, and the rest as the model has it."""
+        if objective.before_training:
+            return [self._history.trials[place][1][objective.name] for place in self._placed]
+        mean, _ = self._models[objective.name].predict(self._inputs(self._placed, objective))
+        return [float(one) for one in mean]
+
+    def __call__(self, candidates: Sequence[Configuration]) -> Array:
+        """Return the expected gain of each candidate, a share of the unit cube."""
+        reached = np.ones((len(candidates), len(self._cells)))
+        for axis, places in zip(self._history.axes, self._cells.T, strict=True):
+            mean, deviation = self._predicted(axis.objective, candidates)
+            worst, best = _scaled(axis.objective, axis.worst), _scaled(axis.objective, axis.best)
+            bounds = worst + (best - worst) * places
+            reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds)
+        gain: Array = reached.sum(axis=1) / _CELLS
+        for constraint in self._history.constraints:
+            gain *= self._feasible(constraint, candidates)
+        return gain
+
+    def per_compute(self, candidates: Sequence[Configuration]) -> Array:
+        """Return the expected gain of each candidate for its compute, worked out once.
+
+        The gain is divided by what a training step takes, as in Snoek, Larochelle and Adams, "Practical
+        Bayesian Optimization of Machine Learning Algorithms" (2012).
+        """
+        new = [one for one in dict.fromkeys(candidates) if one not in self._known]
+        if new:
+            served = self._history.is_prefix_served
+            compute = [self._features.compute(one, is_prefix_served=served) for one in new]
+            self._known |= dict(zip(new, (self(new) / compute).tolist(), strict=True))
+        return np.array([self._known[one] for one in candidates])
+
+    def best(self, candidates: Sequence[Configuration]) -> int | None:
+        """Return the index of the candidate that gains most for its compute; None where all were tried.
+
+        One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
+        trial's: it would be chosen for the noise in its metric, again and again.
+        """
+        tried: dict[_Adapters, list[float]] = {}
+        for one in self._tried:
+            tried.setdefault(tuple(one), []).append(one.learning_rate)
+        ranking = np.argsort(-self.per_compute(candidates), kind="stable")
+        for index in ranking.tolist():
+            rate = candidates[index].learning_rate
+            if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
+                return int(index)
+        return None
+
+    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration]) -> Array:
+        objective = constraint.objective
+        mean, deviation = self._predicted(objective, candidates)
+        return _kept(objective, mean, deviation, np.array(_scaled(objective, constraint.bound)))
+
+    def _predicted(self, objective: Objective, candidates: Sequence[Configuration]) -> tuple[Array, Array]:
+        """Return mean and standard deviation of an objective, on a log scale where it has one."""
+        if objective.name != _COUNTED:
+            return self._models[objective.name].predict(self._features.inputs(candidates, objective))
+        counts = (self._features.count(one) for one in candidates)
+        return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
+
+
+def _is_near(rate: float, other: float) -> bool:
+    return abs(math.log(rate / other)) < math.log(_NEAR)
+
+
+def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:
+    """Return the probability of being at least as good as a bound."""
+    better = mean - bound if objective.direction == "maximize" else bound - mean
+    known = np.where(better >= 0, np.inf, -np.inf)
+    standard = np.divide(better, deviation, out=known, where=deviation > 0)
+    probability: Array = ndtr(standard)
+    return probability
+
+
+def _scaled(objective: Objective, value: float) -> float:
+    return math.log(max(value, 1e-300)) if objective.log_scale else value
+
+
+@cache
+def _cells(axes: int) -> Array:
+    cells: Array = qmc.Sobol(axes, scramble=True, rng=np.random.default_rng(0)).random(_CELLS)
+    return cells

@@ -1,0 +1,159 @@
+"""What a candidate that is not trained to the end may reach: what whole trainings like it gained."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopeft.core.evaluation import VALIDATION_LOSS, Evaluation
+from autopeft.core.objectives import Objective
+from autopeft.core.pareto import Axis
+
+_FEWEST_FOR_NOISE = 3
+_NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candidate's
+_ALIKE = 1e-9  # what differs by less differs by rounding alone
+
+
+@dataclass(frozen=True)
+class _Gains:
+    """What whole trainings gained after a step, and where they were then.
+
+    Attributes:
+        gains: Of the metric, one a training.
+        places: (trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss.
+        spread: Standard deviation of each column; infinite where nothing differs.
+        worst_loss: Logarithm of the highest loss known.
+    """
+
+    gains: Sequence[float]
+    places: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    worst_loss: float
+
+
+class Forecast:
+    """What whole trainings tell of those that paused.
+
+    Args:
+        whole: The whole trainings, by number.
+        objectives: The search's.
+        axes: The fixed axes of the hypervolume, on which costs are near or far.
+        monitor: Metric of which the best validation counts.
+    """
+
+    def __init__(
+        self,
+        whole: Sequence[Evaluation],
+        objectives: Sequence[Objective],
+        axes: Sequence[Axis],
+        monitor: str,
+    ) -> None:
+        self.whole = tuple(whole)
+        self.monitor = monitor
+        self._objectives = [one.name for one in objectives]
+        self._scores = [one.name for one in objectives if one.is_metric]
+        self._axes = [
+            axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
+        ]
+        self._known: dict[tuple[int, bool], _Gains] = {}
+
+    def scores_at(self, evaluation: Evaluation, step: int) -> dict[str, float] | None:
+        """Return the scores of the best validation up to a step; None before it was reached."""
+        if evaluation.status == "paused" and evaluation.cost.steps < step:
+            return None
+        known: dict[int, dict[str, float]] = {}
+        for point in evaluation.curves:
+            if point.step <= step:
+                known.setdefault(point.step, {})[point.metric] = point.value
+        validations = [one for one in known.values() if all(name in one for name in self._scores)]
+        if not validations:
+            return None
+        best = max(validations, key=lambda one: one[self.monitor])
+        return {name: best[name] for name in self._scores}
+
+    def loss_at(self, evaluation: Evaluation, step: int) -> float:
+        """Return the loss of the latest validation up to a step; infinity where none is known."""
+        losses = [
+            point.value
+            for point in evaluation.curves
+            if point.metric == VALIDATION_LOSS and point.step <= step
+        ]
+        return losses[-1] if losses else math.inf
+
+    def gains(self, evaluation: Evaluation, step: int) -> list[float]:
+        """Return what whole trainings gained after a step: those that were most like this one there.
+
+        A gain is up to the mean where there were several trainings: what another seed would give, not what
+        the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
+        gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
+        loss at that step, each by how much it differs between the whole trainings. A loss that is not known
+        is the highest that is. Trainings that begin from an elastic adapter's weights and those that do not
+        are never taken for like each other: the former have begun to learn before their first step.
+        """
+        kind = step, evaluation.warm_start
+        if kind not in self._known:
+            self._known[kind] = self._read(*kind)
+        known = self._known[kind]
+        if not known.gains:
+            return []
+        place = np.array(self._place(evaluation, step))
+        if not math.isfinite(place[-1]):
+            place[-1] = known.worst_loss
+        distances = np.square((known.places - place) / known.spread).sum(axis=1)
+        return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
+
+    def _read(self, step: int, warm_start: bool) -> _Gains:
+        gains, found = [], []
+        for one in self.whole:
+            scores = self.scores_at(one, step) if one.warm_start == warm_start else None
+            if scores is not None:
+                gains.append(one.values[self.monitor] - scores[self.monitor])
+                found.append(self._place(one, step))
+        places = np.array(found).reshape(len(found), len(self._axes) + 1)
+        is_known = np.isfinite(places[:, -1])
+        worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0
+        places[~is_known, -1] = worst_loss
+        if not gains:
+            return _Gains((), places, np.empty(0), worst_loss)
+        spread = np.where(np.ptp(places, axis=0) > _ALIKE, places.std(axis=0), np.inf)
+        return _Gains(gains, places, spread, worst_loss)
+
+    def _place(self, evaluation: Evaluation, step: int) -> list[float]:
+        """Return where the costs lie on the axes of the hypervolume, and the logarithm of a step's loss."""
+        places = [axis.position(evaluation.values[axis.objective.name]) for axis in self._axes]
+        return [*places, math.log(max(self.loss_at(evaluation, step), _ALIKE))]
+
+    def beyond(self, evaluation: Evaluation, step: int, score: float) -> tuple[float, float | None]:
+        """Return the metric that a candidate is expected to reach, and its noise.
+
+        Args:
+            evaluation: The candidate.
+            step: Where it paused.
+            score: Its metric there.
+
+        Returns:
+            The score itself, and None, where too few have gone on to tell.
+        """
+        gains = self.gains(evaluation, step)
+        if len(gains) < _FEWEST_FOR_NOISE:
+            return score, None
+        return score + statistics.median(gains), statistics.stdev(gains)
+
+    def values(self, evaluation: Evaluation) -> list[float]:
+        """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
+
+        The median of what whole trainings like it gained from that step on is added to its metric.
+        """
+        gains = self.gains(evaluation, evaluation.cost.steps)
+        gain = statistics.median(gains) if gains else 0.0
+        values: Mapping[str, float] = {
+            **evaluation.values,
+            self.monitor: evaluation.values[self.monitor] + gain,
+            "training_seconds": evaluation.values["training_seconds"] / evaluation.fidelity,
+        }
+        return [values[name] for name in self._objectives]

@@ -1,0 +1,29 @@
+"""Lone adapters: configurations of one adapter, the smallest there is, at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from autopeft.core.configuration import Configuration
+from autopeft.search_spaces.mutation import Choices
+
+
+def single_adapter_probes(
+    choices: Choices, tried: Iterable[Configuration], learning_rate: float
+) -> list[Configuration]:
+    """Return the smallest adapter of every method alone at every site where none of it was tried alone.
+
+    Few sites can do with so little, and scores hardly tell which (`benchmarks/single_adapter_probes.py`).
+
+    Args:
+        choices: The methods there are for every site.
+        tried: Configurations that were tried.
+        learning_rate: Of all of them.
+    """
+    known = {(site, adapter.method) for one in tried if len(one) == 1 for site, adapter in one}
+    return [
+        Configuration({site: sized.of_size(sized.smallest)}, learning_rate=learning_rate)
+        for site, methods in choices.items()
+        for name, sized in methods.items()
+        if (site, name) not in known
+    ]

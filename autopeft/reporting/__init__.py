@@ -1,0 +1,1 @@
+"""What a user sees of a search: front, tables, plots, console."""

@@ -1,0 +1,122 @@
+"""What a user sees while a search runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Objective
+
+_WIDTH_IN_A_FILE = 140
+
+
+def wide_console() -> Console:
+    """Return a console on standard output, wide enough for tables where that is no terminal."""
+    width = None if sys.stdout.isatty() else _WIDTH_IN_A_FILE
+    return Console(highlight=False, width=width)
+
+
+class SearchProgress:
+    """A line a finished trial, and below them a bar with front size, hypervolume and time left.
+
+    Args:
+        objectives: What each line shows.
+        enabled: False prints nothing.
+        console: Where to print; standard output by default.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self.objectives = tuple(objectives)
+        self.enabled = enabled
+        self._progress = Progress(
+            TextColumn("[bold]search"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.description}"),
+            TimeElapsedColumn(),
+            console=console or wide_console(),
+            disable=not enabled,
+        )
+        self._task = self._progress.add_task("", total=1.0)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.enabled:
+            self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """Print a table."""
+        if self.enabled:
+            self._progress.console.print(table)
+
+    def running(self, numbers: Sequence[int]) -> None:
+        """Say which trials are being trained, one or several together."""
+        which = f"trial {numbers[0]}"
+        if len(numbers) > 1:
+            which = f"{len(numbers)} trials, {numbers[0]} to {numbers[-1]}"
+        task = self._progress.tasks[0]
+        summary = task.fields.get("summary", "")
+        self._progress.update(self._task, description=f"{which} · {summary}")
+
+    def finished(self, record: TrialRecord, *, on_front: bool) -> None:
+        """Print a trial's line."""
+        self.say(trial_line(record, self.objectives, on_front=on_front))
+
+    def update(
+        self, share: float, *, front_size: int, hypervolume: float, seconds_left: float | None
+    ) -> None:
+        """Move the bar.
+
+        Args:
+            share: How much of the budget is spent, in [0, 1].
+            front_size: Trials on the front.
+            hypervolume: On the search's fixed axes.
+            seconds_left: Estimate; None where nothing is known yet.
+        """
+        left = "" if seconds_left is None else f" · {timedelta(seconds=round(seconds_left))} left"
+        summary = f"front {front_size} · hypervolume {hypervolume:.4f}{left}"
+        self._progress.update(self._task, completed=min(1.0, share), description=summary, summary=summary)
+
+
+def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front: bool) -> str:
+    """Write a finished trial as one line."""
+    evaluation = record.evaluation
+    methods = "+".join(evaluation.configuration.methods) or "head alone"
+    what = record.baseline or methods
+    if evaluation.status != "complete":
+        return f"trial {record.number:>3}    {evaluation.status}: {evaluation.reason}  [{what}]"
+    values = "  ".join(f"{one.name} {evaluation.format(one)}" for one in objectives)
+    mark = "●" if on_front else " "
+    tail = (
+        f"as trial {record.duplicate_of}"
+        if record.duplicate_of is not None
+        else f"{evaluation.cost.wall_seconds:.1f} s"
+    )
+    if evaluation.trainings > 1:
+        tail += f" in {evaluation.trainings} trainings"
+    return f"trial {record.number:>3}  {mark} {values}  {tail}  [{what}]"

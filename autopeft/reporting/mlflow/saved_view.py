@@ -1,0 +1,121 @@
+"""A saved view of MLflow's UI: one link that opens it on the scatter charts of a search.
+
+The UI keeps what its "Share" button makes in an experiment tag and opens it from a link. That is no
+documented interface: everything that depends on it is here, a failure to write it costs the link alone, and
+`tests/reporting/test_browser.py` opens it in a browser against the installed MLflow.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import re
+import uuid
+import zlib
+from collections.abc import Sequence
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from autopeft.core.objectives import Objective
+
+_logger = logging.getLogger(__name__)
+_TAG = "mlflow.sharedViewState."
+_MOST_RUNS = 1000
+_REFUSED_IN_NAMES = re.compile(r"[^\w.\- :/]")
+
+
+def valid_key(name: str) -> str:
+    """Return a metric's or parameter's name as MLflow takes it, as in "F1_5" for "F1@5"."""
+    return _REFUSED_IN_NAMES.sub("_", name)
+
+
+def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
+    """Return the view as JSON: trials of one search, the first metric against every cost.
+
+    Args:
+        parent_run_id: The search's run; its children are shown.
+        objectives: The search's objectives.
+    """
+    first = next(one for one in objectives if one.is_metric)
+    metric = valid_key(first.name)
+    costs = [valid_key(one.name) for one in objectives if one.name != first.name]
+    section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
+    charts = [
+        {
+            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{cost}")),
+            "type": "SCATTER",
+            "metricSectionId": section,
+            "deleted": False,
+            "isGenerated": False,
+            "runsCountToCompare": _MOST_RUNS,
+            "xaxis": {"key": cost, "type": "METRIC"},
+            "yaxis": {"key": metric, "type": "METRIC"},
+            "displayName": f"{metric} against {cost}",
+        }
+        for cost in costs
+    ]
+    sections = [
+        {
+            "uuid": section,
+            "name": "Pareto front",
+            "display": True,
+            "isReordered": True,
+            "deleted": False,
+            "isGenerated": False,
+            "columns": min(len(charts), 3),
+            "cardHeight": 480,
+        }
+    ]
+    state = {
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
+        # Any order but start time: that one nests children under the collapsed parent, which is then
+        # drawn alone.
+        "orderByKey": f"metrics.`{metric}`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [
+            *(f"metrics.`{name}`" for name in (metric, *costs)),
+            "tags.`autopeft.pareto`",
+        ],
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsVisibilityMap": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "runListHidden": False,
+        "viewMaximized": False,
+        "isAccordionReordered": True,
+        "autoRefreshEnabled": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+    }
+    return json.dumps(state, separators=(",", ":"))
+
+
+def save_view(client: MlflowClient, experiment_id: str, state: str) -> str | None:
+    """Write a view to its experiment and return its key, or None where MLflow refuses it."""
+    key = hashlib.sha256(state.encode()).hexdigest()
+    packed = "deflate;" + base64.b64encode(zlib.compress(state.encode())).decode()
+    try:
+        client.set_experiment_tag(experiment_id, f"{_TAG}{key}", packed)
+    except MlflowException:
+        _logger.warning("The view of the front could not be saved in MLflow.", exc_info=True)
+        return None
+    return key
+
+
+def view_link(ui_url: str, experiment_id: str, key: str | None) -> str:
+    """Return the link that opens the UI on a saved view; without a key, on the experiment's charts."""
+    shared = "" if key is None else f"viewStateShareKey={key}&"
+    return f"{ui_url.rstrip('/')}/#/experiments/{experiment_id}/runs?{shared}compareRunsMode=CHART"

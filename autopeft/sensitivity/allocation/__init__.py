@@ -1,0 +1,36 @@
+"""From scores to ranks: how a budget is divided among the sites.
+
+Every allocator keeps the same promises:
+
+* no rank lies outside [`smallest`, `largest`], and what the ranks cost never exceeds the budget;
+* the budget is spent: what is left buys no further rank at any site below its cap, so it is less than one
+  rank costs at the cheapest of them. Where costs differ, that may take a rank at a site that the rule
+  alone would have left out. Once every site is at its cap, the rest stays unspent;
+* where `smallest` is 0, a site may get rank 0: no adapter there;
+* the same input gives the same ranks, in whatever order its sites are given. Ties go to the earlier site.
+"""
+
+from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks, Scores, Spectra
+from autopeft.sensitivity.allocation.registry import ALLOCATORS, Allocator, find_allocator
+from autopeft.sensitivity.allocation.score_rules import fisher, gora, proportional, top_k
+from autopeft.sensitivity.allocation.spectrum_rules import explained_variance, water_filling
+from autopeft.sensitivity.allocation.spt import sensitive_counts, structured, structured_sites
+
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "RankBudget",
+    "Ranks",
+    "Scores",
+    "Spectra",
+    "explained_variance",
+    "find_allocator",
+    "fisher",
+    "gora",
+    "proportional",
+    "sensitive_counts",
+    "structured",
+    "structured_sites",
+    "top_k",
+    "water_filling",
+]

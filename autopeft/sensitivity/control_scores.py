@@ -1,0 +1,50 @@
+"""What the other scores are compared with: controls, and the expensive truth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
+from autopeft.sensitivity.scored_matrices import MatrixSite
+from autopeft.sensitivity.site_scores import SiteScores
+
+TrainOne = Callable[[Configuration], float]
+"""Trains a configuration and returns its validation score, better when larger (a loss: its negative)."""
+
+
+def random_scores(sites: Iterable[MatrixSite], seed: int) -> SiteScores:
+    """Return uniform random numbers in [0, 1): a control. Does not touch the global generators."""
+    generator = random.Random(seed)
+    return SiteScores(name="random", values={one.site: generator.random() for one in sites})
+
+
+def uniform_scores(sites: Iterable[MatrixSite]) -> SiteScores:
+    """Return 1 for every site: a control, which leads to the same rank everywhere."""
+    return SiteScores(name="uniform", values={one.site: 1.0 for one in sites})
+
+
+def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None, rank: int) -> SiteScores:
+    """Return the validation score after training LoRA on one site alone, for every site.
+
+    As NASPEFT does with layers. Costs one training a site: a reference to check the cheap scores against.
+
+    Args:
+        sites: The sites.
+        train_one: Trains a configuration and returns its validation score, better when larger (return the
+            negative of a loss).
+        rank: Rank of the LoRA adapter.
+
+    Raises:
+        ValueError: `train_one` is missing, or a training returned a number that is not finite.
+    """
+    if train_one is None:
+        raise ValueError(
+            "The score 'leave_one_out' trains each site alone: pass train_one, a function that trains a "
+            "Configuration and returns its validation score (better when larger)."
+        )
+    values: dict[Site, float] = {}
+    for one in sites:
+        values[one.site] = train_one(Configuration({one.site: Adapter("lora", rank)}))
+    return SiteScores(name="leave_one_out", values=values)

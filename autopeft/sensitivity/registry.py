@@ -1,0 +1,127 @@
+"""The scores there are: what each needs, what it costs, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Need = Literal["gradients", "inputs", "weights", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSpec:
+    """What a score's name stands for.
+
+    Attributes:
+        name: The name to ask for it by.
+        needs: What it looks at: "gradients" of the loss, "inputs" of the layers (batches, no labels
+            used), "weights", results on "validation" data after training. Empty for controls.
+        formula: The formula. W is a weight (out, in), G the loss' gradient with respect to it on one
+            batch, Ḡ the mean of G over the batches.
+        citation: Where it was proposed.
+        cheap: Whether it costs at most one forward and backward pass a batch, shared by all scores.
+    """
+
+    name: str
+    needs: frozenset[Need]
+    formula: str
+    citation: str
+    cheap: bool = True
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether batches are needed."""
+        return bool(self.needs & {"gradients", "inputs"})
+
+
+def _specification(
+    name: str, needs: tuple[Need, ...], formula: str, citation: str, *, cheap: bool = True
+) -> ScoreSpec:
+    return ScoreSpec(name=name, needs=frozenset(needs), formula=formula, citation=citation, cheap=cheap)
+
+
+SCORES: Mapping[str, ScoreSpec] = MappingProxyType(
+    {
+        one.name: one
+        for one in (
+            _specification(
+                "gradient_norm",
+                ("gradients",),
+                "mean over batches of ‖G‖_F",
+                "SPEFT (Liu et al., arXiv:2412.13488)",
+            ),
+            _specification(
+                "fisher",
+                ("gradients",),
+                "mean over batches (or samples) and over the entries of G²",
+                "On Surgical Fine-tuning for Language Encoders (Lodha et al., EMNLP Findings 2023)",
+            ),
+            _specification(
+                "snip",
+                ("gradients", "weights"),
+                "mean over batches of Σ |W ⊙ G|",
+                "SNIP (Lee et al., ICLR 2019, arXiv:1810.02340)",
+            ),
+            _specification(
+                "taylor2",
+                ("gradients", "weights"),
+                "mean over batches of Σ (W ⊙ G)²",
+                "Taylor-FO (Molchanov et al., CVPR 2019, arXiv:1906.10771), as used by SPEFT",
+            ),
+            _specification(
+                "gora",
+                ("gradients", "weights"),
+                "mean over the entries of |W ⊙ Ḡ|",
+                "GoRA (He et al., arXiv:2502.12171)",
+            ),
+            _specification(
+                "gradient_spectrum",
+                ("gradients",),
+                "sqrt(Σ_{i≤r} σ_i(Ḡ)²)",
+                "LoRA-GA (Wang et al., arXiv:2407.05000); gradient projection score of EvoLo-MOEAD",
+            ),
+            _specification(
+                "explained_variance",
+                ("inputs",),
+                "sum of the r largest explained-variance ratios of the layer's inputs",
+                "EVA (Paischer et al., arXiv:2410.07170)",
+            ),
+            _specification("condition_number", ("weights",), "1 / κ(W) = σ_min(W) / σ_1(W)", "KappaTune"),
+            _specification(
+                "synflow",
+                ("inputs", "weights"),
+                "Σ |W ⊙ ∂R/∂W|, R the summed logits with |parameters| and embeddings of ones",
+                "SynFlow (Tanaka et al., NeurIPS 2020, arXiv:2006.05467), as used by SPEFT",
+            ),
+            _specification(
+                "grasp",
+                ("gradients", "weights"),
+                "Σ W ⊙ (H Ḡ), H the Hessian with respect to all scored weights",
+                "GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), with the sign of SPEFT",
+                cheap=False,
+            ),
+            _specification(
+                "hessian",
+                ("gradients", "weights"),
+                "½ Σ h_ii w_ii², h the Hessian's diagonal by Hutchinson's estimate",
+                "Sensitivity-LoRA; the estimate: Bekas et al., Applied Numerical Mathematics 2007",
+                cheap=False,
+            ),
+            _specification(
+                "leave_one_out",
+                ("validation",),
+                "validation score after training an adapter on the site alone",
+                "NASPEFT",
+                cheap=False,
+            ),
+            _specification("random", (), "uniform in [0, 1), drawn anew for every seed", "a control"),
+            _specification("uniform", (), "1", "a control"),
+        )
+    }
+)
+"""Every score, by name."""
+
+CHEAP_SCORES: tuple[str, ...] = tuple(name for name, one in SCORES.items() if one.cheap)
+"""The scores computed unless others are asked for."""

@@ -1,0 +1,100 @@
+"""Where data comes from: a hub name, a local file or folder, or loaded data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+from datasets import Dataset, DatasetDict
+
+from autopeft.core.errors import unknown_choice
+
+Source: TypeAlias = str | Path | Dataset | DatasetDict | Mapping[str, Dataset]
+_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "validation_matched": "validation",
+    "test": "test",
+}
+
+
+def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
+    """Return the splits a source has, under the names train, validation and test.
+
+    Args:
+        source: Hub name, a CSV, TSV, JSON, JSON-lines or Parquet file, a folder with one such file a
+            split, or loaded data.
+        subset: Configuration of a hub data set; None otherwise.
+
+    Raises:
+        ValueError: The source cannot be read, or has no training split.
+    """
+    if isinstance(source, Dataset):
+        found: Mapping[str, Dataset] = {"train": source}
+    elif isinstance(source, Mapping):
+        found = source
+    else:
+        found = _from_path(str(source), subset)
+    splits: dict[str, Dataset] = {}
+    for name, split in found.items():
+        role = _SPLIT_NAMES.get(str(name))
+        if role is not None and role not in splits:
+            splits[role] = split
+    if "train" not in splits:
+        raise ValueError(
+            f"The data set has the splits {', '.join(map(str, found))}: expected one called 'train'."
+        )
+    return splits
+
+
+def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
+    path = Path(source).expanduser()
+    looks_local = path.exists() or path.suffix in _FORMATS or source.startswith((".", "/", "~"))
+    if not looks_local:
+        return _from_hub(source, subset)
+    if subset is not None:
+        raise ValueError(f"subset={subset!r} is for hub data sets, but {source!r} is a local path.")
+    if path.is_dir():
+        files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _FORMATS}
+        if not files:
+            raise ValueError(f"The folder {source} holds no {', '.join(_FORMATS)} file.")
+        return {name: _read(file) for name, file in files.items()}
+    if not path.is_file():
+        raise ValueError(f"There is no data set file {source}.")
+    if path.suffix not in _FORMATS:
+        raise unknown_choice("data set suffix", path.suffix, _FORMATS)
+    return {"train": _read(path)}
+
+
+def _read(path: Path) -> Dataset:
+    readers = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return readers[_FORMATS[path.suffix]](str(path), keep_in_memory=True, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"Cannot read {path}: {error}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _from_hub(name: str, subset: str | None) -> Mapping[str, Dataset]:
+    try:
+        loaded = datasets.load_dataset(name, subset)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        where = name if subset is None else f"{name}/{subset}"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"Cannot load the data set {where!r}: it is no local path, and the hub gave: {first}"
+        ) from error
+    splits: Mapping[str, Dataset] = loaded
+    return splits

@@ -1,0 +1,62 @@
+"""Count what Lightning does in a training to the sections of a search's profile."""
+
+from __future__ import annotations
+
+from lightning.pytorch.profilers import Profiler
+
+from autopeft.core.profiling import Profile, current_profile
+
+_TRAINER = ("run_training_epoch", "run_training_batch")
+_ENDINGS = {
+    ".training_step": "forward",
+    ".backward": "backward",
+    ".optimizer_step": "optimizer",
+    ".optimizer_zero_grad": "optimizer",
+    ".configure_gradient_clipping": "optimizer",
+    ".lr_scheduler_step": "optimizer",
+    ".train_dataloader_next": "data",
+    ".val_next": "evaluate",
+    ".batch_to_device": "data",
+}
+
+
+def section_of(action: str) -> str | None:
+    """Return the section that an action of Lightning's belongs to; None where it counts to what calls it.
+
+    The closure, forward and backward pass with it, runs inside the optimizer's step: a section is only
+    given the time that none inside it takes.
+    """
+    if action in _TRAINER:
+        return "trainer"
+    if "validation" in action:
+        return "evaluate"
+    return next((name for ending, name in _ENDINGS.items() if action.endswith(ending)), None)
+
+
+class SectionProfiler(Profiler):
+    """Lightning's profiler interface on a profile.
+
+    Args:
+        profile: What is counted to.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self._profile = profile
+
+    def start(self, action_name: str) -> None:
+        """Enter an action's section."""
+        name = section_of(action_name)
+        if name is not None:
+            self._profile.enter(action_name, name)
+
+    def stop(self, action_name: str) -> None:
+        """Leave it; actions inside it that an exception left open are ended with it."""
+        if section_of(action_name) is not None:
+            self._profile.leave(action_name)
+
+
+def training_profiler() -> SectionProfiler | None:
+    """Return the Trainer's profiler while a profile is running; None makes it use none."""
+    profile = current_profile()
+    return None if profile is None else SectionProfiler(profile)

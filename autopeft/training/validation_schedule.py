@@ -1,0 +1,100 @@
+"""At which optimizer steps a training is validated, and where it may pause."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from autopeft.tasks import Batch
+from autopeft.training.settings import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSchedule:
+    """The steps of a training that goes from stop to stop.
+
+    Attributes:
+        total_steps: Optimizer steps of a whole training.
+        rungs: Steps after which a training may pause, increasing; the last is `total_steps`.
+        stops: Steps after which it is validated, increasing: whole epochs, rungs and the last step.
+    """
+
+    total_steps: int
+    rungs: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    @classmethod
+    def of(cls, training: Training, steps_per_epoch: int, shares: Sequence[float] = ()) -> ValidationSchedule:
+        """Return the plan of a training.
+
+        Args:
+            training: Epochs, bound on the steps, and how often it is validated.
+            steps_per_epoch: Optimizer steps an epoch.
+            shares: Shares of the training, in (0, 1), after which it may pause.
+
+        Raises:
+            ValueError: Two shares come to the same step, or one to none or to the whole training.
+        """
+        total = training.total_steps(steps_per_epoch)
+        rungs = [round(share * total) for share in shares]
+        if sorted({*rungs} - {0, total}) != rungs:
+            steps = ", ".join(map(str, rungs))
+            raise ValueError(
+                f"The rungs {', '.join(f'{share:g}' for share in shares)} of {total} optimizer steps are the "
+                f"steps {steps}: expected increasing steps from 1 to {total - 1}. Use fewer rungs, or train "
+                "longer."
+            )
+        every = training.validate_every * steps_per_epoch
+        stops = {*range(every, total, every), *rungs, total}
+        return cls(total_steps=total, rungs=(*rungs, total), stops=tuple(sorted(stops)))
+
+    def pieces(self, start: int, end: int) -> int:
+        """Return the number of stops after `start` and up to `end`."""
+        return sum(start < stop <= end for stop in self.stops)
+
+    def next_stop(self, step: int) -> int:
+        """Return the first stop after a step."""
+        return self.stops[bisect_right(self.stops, step)]
+
+
+class SegmentedBatches:
+    """Training batches from one stop to the next at every iteration, across the ends of epochs.
+
+    Lightning takes each iteration for an epoch, at whose end it validates.
+
+    Args:
+        loader: Has a batch sampler with `set_epoch`, that draws the same batches for the same epoch.
+        plan: Where to stop.
+        steps_per_epoch: Batches an epoch.
+        step: Optimizer steps already taken.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Batch], plan: ValidationSchedule, steps_per_epoch: int, step: int = 0
+    ) -> None:
+        self._loader = loader
+        self._plan = plan
+        self._steps_per_epoch = steps_per_epoch
+        self._step = step
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        end = self._plan.next_stop(self._step)
+        dataset: Any = self._loader.dataset
+        while self._step < end:
+            rows = self._rows(self._step)
+            self._step += 1  # before the batch is given away: an iterator may be left at its last one
+            yield self._loader.collate_fn([dataset[row] for row in rows])
+
+    def _rows(self, step: int) -> list[int]:
+        epoch, position = divmod(step, self._steps_per_epoch)
+        if epoch != self._epoch:
+            sampler: Any = self._loader.batch_sampler
+            sampler.set_epoch(epoch)
+            self._epoch, self._batches = epoch, list(sampler)
+        return self._batches[position]

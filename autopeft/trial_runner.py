@@ -1,0 +1,202 @@
+"""One trial's trainings: from the start, on from a pause, and again with another seed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.seeding import training_seed
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.packing.trainer import PackedTrainer, PackingError
+from autopeft.evaluation.run import Trained
+from autopeft.evaluation.supernet.warm_start import ElasticError, ElasticWeights, first_weights
+from autopeft.optimization.seed_replication import under_replicated, with_replicate
+from autopeft.reporting.front import ParetoFront
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.compute_meter import ComputeMeter
+from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
+
+_logger = logging.getLogger(__name__)
+
+
+class TrialRunner:
+    """Trains trials, and keeps on disk what a training leaves before its trial is recorded.
+
+    Args:
+        evaluator: Trains a configuration.
+        checkpoints: Trained tensors of those on the front, and of those that may come onto it.
+        paused: What paused trainings go on from.
+        seed: The search's.
+        seeds: Trainings that a member of the front is to have.
+        elastic: What its sub-configurations begin from; None where all begin from random weights.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        checkpoints: AdapterCheckpoints,
+        paused: TrainingCheckpoints,
+        *,
+        seed: int,
+        seeds: int,
+        elastic: ElasticWeights | None = None,
+    ) -> None:
+        self._evaluator = evaluator
+        self._packed = PackedTrainer(evaluator, max_bytes=_room(evaluator))
+        self._checkpoints = checkpoints
+        self._paused = paused
+        self._seed = seed
+        self._seeds = seeds
+        self._elastic = elastic
+
+    def begin(
+        self,
+        trials: Mapping[int, Configuration],
+        front: ParetoFront,
+        *,
+        rung: int | None,
+        references: Collection[int] = (),
+    ) -> dict[int, TrialRecord]:
+        """Train new trials up to a rung, together where there are several.
+
+        Args:
+            trials: Configurations by number.
+            front: The front so far.
+            rung: None to train to the end.
+            references: Numbers of reference points: these begin from random weights.
+
+        Returns:
+            Their records by number.
+        """
+        outcomes = self._left_behind(trials, rung) or self._from_the_start(trials, rung, references)
+        records = {
+            number: TrialRecord(number=number, evaluation=one.evaluation) for number, one in outcomes.items()
+        }
+        return {number: self._kept(one, outcomes[number], front) for number, one in records.items()}
+
+    def _left_behind(self, trials: Mapping[int, Configuration], rung: int | None) -> dict[int, Trained]:
+        """Go on from what a process left that was killed before it could record its trials: all, or none."""
+        found: dict[int, Trained] = {}
+        for number, configuration in trials.items():
+            paused = None if rung is None else self._paused.load(number)
+            if paused is None or paused.evaluation.configuration != configuration:
+                return {}
+            seed = paused.evaluation.seed
+            found[number] = self._evaluator.train(configuration, seed, rung=rung, paused=paused)
+        return found
+
+    def _from_the_start(
+        self, trials: Mapping[int, Configuration], rung: int | None, references: Collection[int]
+    ) -> dict[int, Trained]:
+        """Train alone, or in a pack: its candidates see the same batches, by the seed of the first."""
+        if not trials:
+            return {}
+        seeds = {number: training_seed(self._seed, number) for number in trials}
+        sampled = {number: one for number, one in trials.items() if number not in references}
+        weights = {} if self._elastic is None else self._elastic.of_new(sampled)
+        meter, wasted = ComputeMeter(self._evaluator.device), Cost()
+        if len(trials) > 1:
+            try:
+                seed = next(iter(seeds.values()))
+                each = [weights.get(number) for number in trials]
+                trained = self._packed.train(list(trials.values()), seed, rung=rung, initial_weights=each)
+                return dict(zip(trials, trained, strict=True))
+            except PackingError as error:
+                _logger.warning("%s This is done for trials %s.", error, ", ".join(map(str, trials)))
+                wasted = meter.read().times(1 / len(trials))
+        return {
+            number: self._evaluator.train(
+                configuration, seeds[number], rung=rung, initial_weights=weights.get(number)
+            ).with_added_cost(wasted)
+            for number, configuration in trials.items()
+        }
+
+    def go_on(self, record: TrialRecord, front: ParetoFront, rung: int) -> TrialRecord:
+        """Train a paused trial on to a rung."""
+        trained = self._trained(record.evaluation, rung, self._paused.load(record.number))
+        return self._kept(replace(record, evaluation=trained.evaluation), trained, front)
+
+    def repeat(self, record: TrialRecord) -> TrialRecord:
+        """Train a completed trial again with another seed; of its trainings the better's tensors are kept."""
+        evaluation, monitor = record.evaluation, self._evaluator.monitor
+        seed = training_seed(self._seed, record.number, evaluation.trainings)
+        trained = self._trained(evaluation, seed=seed, training=evaluation.trainings)
+        if trained.state is not None:
+            # Where the trial was off the front for a while, there may be none.
+            kept_seed = self._checkpoints.seed(record.number)
+            kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
+            if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
+                self._checkpoints.save(record.number, trained.state, seed)
+        return replace(record, evaluation=with_replicate(evaluation, trained.evaluation, self._worst))
+
+    def _trained(
+        self,
+        evaluation: Evaluation,
+        rung: int | None = None,
+        paused: TrainingCheckpoint | None = None,
+        *,
+        seed: int | None = None,
+        training: int = 0,
+    ) -> Trained:
+        """Train a known trial on, or again from what it begins from; that this is gone is a failure."""
+        configuration = evaluation.configuration
+        seed = evaluation.seed if seed is None else seed
+        try:
+            # What was paused has its weights; where its file is gone, it begins anew as it began.
+            weights = None if paused is not None else first_weights(self._elastic, evaluation, training)
+        except ElasticError as error:
+            spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
+            failed = Evaluation(
+                configuration=configuration,
+                status="failed",
+                reason=str(error),
+                cost=spent,
+                seed=seed,
+                fidelity=0.0,
+            )
+            return Trained(failed)
+        return self._evaluator.train(configuration, seed, rung=rung, paused=paused, initial_weights=weights)
+
+    @cached_property
+    def _worst(self) -> dict[str, float]:
+        """The worst of each of the task's metrics, which a repeat that fails has."""
+        task = self._evaluator.task
+        return {name: task.trivial_score(name) for name in task.metrics}
+
+    def _kept(self, record: TrialRecord, trained: Trained, front: ParetoFront) -> TrialRecord:
+        """Keep what a training left, before its trial is recorded: it must never be without its tensors.
+
+        Who beats it may fall when trained again.
+        """
+        if trained.paused is not None:
+            self._paused.save(record.number, trained.paused)
+        if trained.state is not None:
+            is_member = front.would_hold(record)
+            if is_member or under_replicated((point.record for point in front), self._seeds):
+                self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
+        return record
+
+
+def _room(evaluator: Evaluator) -> int | None:
+    """Return the bytes that a pack may take: what there is, or less where a constraint says so.
+
+    None where a candidate's memory is not counted anyway.
+    """
+    if "peak_memory" not in evaluator.needed():
+        return None
+    bounds = (one.bound for one in evaluator.constraints if one.objective.name == "peak_memory")
+    return int(min([_memory(evaluator.device), *bounds]))
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,150 @@
+"""How much does one smallest adapter alone reach at each site, and do scores foretell it?
+
+    python -m benchmarks.single_adapter_probes [--dataset questions] [--seeds 2] [--rate 0.01]
+
+For every site of MiniLM, one LoRA of rank 1 is trained there and nowhere else, beside the head, from random
+weights and with a few seeds, and scored on the test split. The table has the sites from the best to the
+worst; below it stands Spearman's rank correlation of their means with the scores that `ScoreGuided` goes by,
+and of one seed with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.errors import check_whole
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.methods import count_parameters
+from autopeft.optimization.single_adapter_probes import single_adapter_probes
+from autopeft.search_spaces.mutation import Choices
+from autopeft.search_spaces.score_allocation import site_values
+from autopeft.sensitivity.cached_scores import score_sites
+from benchmarks.datasets import DATASETS
+from benchmarks.elastic import spearman
+from benchmarks.rivals.comparison import FRESH_SEEDS
+from benchmarks.rivals.ours import GUIDED
+from benchmarks.rivals.setting import RATE
+from benchmarks.search_cost import fresh_evaluator
+
+RESULTS = Path(__file__).parent / "results"
+_HEAD = "head alone"
+_OTHER_SEEDS = "the mean of the other seeds"
+
+
+def candidates(choices: Choices, rate: float) -> dict[str, Configuration]:
+    """Return the head alone and every lone adapter, by site."""
+    found = {_HEAD: Configuration({}, learning_rate=rate)}
+    for one in single_adapter_probes(choices, (), rate):
+        ((site, _),) = one
+        found[str(site)] = one
+    return found
+
+
+def reached(evaluator: Evaluator, configurations: Mapping[str, Configuration]) -> dict[str, float]:
+    """Train configurations; return their scores on the test split, the majority's where a training failed."""
+    found = {}
+    for name, one in configurations.items():
+        state = evaluator.train(one).state
+        metric = evaluator.monitor
+        failed = evaluator.task.trivial_score(metric)
+        found[name] = failed if state is None else evaluator.test(one, state)[metric]
+    return found
+
+
+def reached_with(dataset: str, seed: int, rate: float) -> dict[str, float]:
+    """Return what the head alone and every lone adapter reach with a seed, in a process of its own."""
+    evaluator = fresh_evaluator(dataset, seed)
+    return reached(evaluator, candidates(GUIDED.choices(evaluator.backbone), rate))
+
+
+def correlations(
+    per_seed: Sequence[Mapping[str, float]], values: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Return Spearman's correlation of what sites reach with what says it before.
+
+    Args:
+        per_seed: What each site reached, for each seed.
+        values: By score, its value for each site.
+    """
+    sites = list(next(iter(values.values())))
+    means = [statistics.fmean(one[site] for one in per_seed) for site in sites]
+    found = {name: spearman([one[site] for site in sites], means) for name, one in values.items()}
+    first, *others = per_seed
+    if others:
+        rest = [statistics.fmean(one[site] for one in others) for site in sites]
+        found[_OTHER_SEEDS] = spearman([first[site] for site in sites], rest)
+    return found
+
+
+def measure(dataset: str, per_seed: Sequence[Mapping[str, float]], rate: float) -> dict[str, Any]:
+    """Return the sites from the best to the worst, and how well what they reach is foretold."""
+    evaluator = fresh_evaluator(dataset, FRESH_SEEDS[0])
+    choices = GUIDED.choices(evaluator.backbone)
+    values = {
+        name: {str(site): value for site, value in site_values(scores, choices).items()}
+        for name, scores in score_sites(evaluator, GUIDED.scores).scores.items()
+    }
+    order = sorted(per_seed[0], key=lambda name: -statistics.fmean(one[name] for one in per_seed))
+    known = candidates(choices, rate)
+    return {
+        "dataset": dataset,
+        "metric": evaluator.monitor,
+        "parameters": {name: count_parameters(evaluator.backbone, known[name]) for name in order},
+        "reached": {name: [one[name] for one in per_seed] for name in order},
+        "spearman": correlations(per_seed, values),
+    }
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """Print the table and the correlations."""
+    table = Table(title=f"{row['dataset']}: {row['metric']} on the test split, one LoRA of rank 1 alone")
+    table.add_column("site")
+    table.add_column("trainable parameters", justify="right")
+    table.add_column("reached (each seed)", justify="right")
+    for name, scores in row["reached"].items():
+        table.add_row(name, f"{row['parameters'][name]:,}", " ".join(f"{one:.3f}" for one in scores))
+    console = Console(width=100)
+    console.print(table)
+    for name, value in row["spearman"].items():
+        console.print(f"Spearman's correlation with {name}: {value:.2f}")
+
+
+def main() -> None:
+    """Train, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="questions", choices=list(DATASETS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=RATE[1])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    dataset, count, rate = arguments.dataset, arguments.seeds, arguments.rate
+    check_whole("--seeds", count, what="a number of seeds", least=1)
+    seeds = range(FRESH_SEEDS[0], FRESH_SEEDS[0] + count)
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = [pool.submit(reached_with, dataset, seed, rate) for seed in seeds]
+        row = measure(dataset, [one.result() for one in futures], rate)
+    show(row)
+    record = {
+        "command": f"python -m benchmarks.single_adapter_probes --dataset {dataset} --seeds {count} "
+        f"--rate {rate:g}",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a training",
+        **row,
+    }
+    (RESULTS / f"lone_adapters_{dataset}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

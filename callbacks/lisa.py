@@ -1,0 +1,161 @@
+"""Train some layers of a network at a time: what layer sampling has in common, and LISA."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from autopeft.callbacks.rank_gates import check_at_least
+
+
+class LayerSampling(Callback):
+    """Freeze all layers but those that a subclass chooses, before an optimizer step.
+
+    A layer is an entry of an outermost `nn.ModuleList` (of two entries or more) that has trainable
+    parameters when training starts; what is trainable outside of layers (embeddings, head) is trained
+    throughout. A frozen parameter gets no gradient, so the optimizer neither moves nor decays it, and
+    keeps its state. In validation and after training everything is trainable again, so that callbacks
+    which go by `requires_grad` see it all.
+
+    Under `DistributedDataParallel` the strategy has to look for unused parameters.
+
+    Args:
+        every_n_steps: Optimizer steps between choices.
+        seed: Seed of everything random, the same in every process.
+
+    Attributes:
+        active: Names of the layers that are trained, from the latest choice.
+
+    Raises:
+        ValueError: An argument is out of range; when training starts: there are fewer than two layers.
+    """
+
+    def __init__(self, *, every_n_steps: int, seed: int = 0) -> None:
+        check_at_least("every_n_steps", every_n_steps, 1)
+        self.every_n_steps = every_n_steps
+        self.active: tuple[str, ...] = ()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._layers: dict[str, list[nn.Parameter]] = {}
+        self._chosen_at: int | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all layers that are sampled from, in the module's order; empty before training."""
+        return tuple(self._layers)
+
+    def choose(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> Collection[str]:
+        """Return the layers to train from this optimizer step on; called every `every_n_steps`."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers."""
+        self._layers = find_layers(pl_module)
+        if len(self._layers) < 2:
+            raise ValueError(
+                f"{type(pl_module).__name__} has {len(self._layers)} layers with trainable parameters "
+                "(entries of an nn.ModuleList): there is nothing to sample from."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Choose where it is time, and freeze the others."""
+        step = trainer.global_step
+        # Several batches may make one optimizer step.
+        if step != self._chosen_at and (step % self.every_n_steps == 0 or not self.active):
+            chosen = self.choose(trainer, pl_module, batch, batch_idx)
+            self.active = tuple(name for name in self._layers if name in chosen)
+            self._chosen_at = step
+        for name, parameters in self._layers.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in self.active)
+                if name not in self.active:
+                    parameter.grad = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make everything trainable; the next training batch freezes again."""
+        self._thaw()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make everything trainable."""
+        self._thaw()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make everything trainable: an exception must not leave layers frozen."""
+        self._thaw()
+
+    def _thaw(self) -> None:
+        for parameters in self._layers.values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the latest choice and the generator's state."""
+        return {
+            "active": list(self.active),
+            "chosen_at": self._chosen_at,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.active = tuple(state_dict["active"])
+        self._chosen_at = state_dict["chosen_at"]
+        self._generator.set_state(state_dict["generator"])
+
+
+def find_layers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trainable parameters of each layer by its name; see `LayerSampling` for what is one."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    inside: tuple[str, ...] = ()
+    for name, one in module.named_modules():
+        if not isinstance(one, nn.ModuleList) or len(one) < 2 or name.startswith(inside or "\0"):
+            continue
+        inside += (f"{name}.",)
+        for index, entry in enumerate(one):
+            trainable = [parameter for parameter in entry.parameters() if parameter.requires_grad]
+            if trainable:
+                layers[f"{name}.{index}"] = trainable
+    return layers
+
+
+class LISA(LayerSampling):
+    """Train a few layers drawn at random, and others after every few steps.
+
+    Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model
+    Fine-Tuning", 2024: every layer is drawn with the same probability (without replacement);
+    embeddings and head are trained throughout. Works for full fine-tuning, as in the paper, and for
+    adapters.
+
+    Args:
+        count: Layers that are trained at a time.
+        every_n_steps: Optimizer steps after which others are drawn.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: An argument is out of range; when training starts: there are fewer layers than `count`.
+    """
+
+    def __init__(self, count: int, *, every_n_steps: int, seed: int = 0) -> None:
+        super().__init__(every_n_steps=every_n_steps, seed=seed)
+        check_at_least("count", count, 1)
+        self.count = count
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers, and see whether there are enough."""
+        super().on_train_start(trainer, pl_module)
+        if self.count > len(self.layers):
+            raise ValueError(f"{self.count} layers cannot be drawn from {len(self.layers)}.")
+
+    def choose(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> Collection[str]:
+        """Draw layers."""
+        order = torch.randperm(len(self.layers), generator=self._generator).tolist()
+        return {self.layers[index] for index in order[: self.count]}

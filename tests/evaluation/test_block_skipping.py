@@ -1,0 +1,131 @@
+"""What lies below a cut: run in evaluation mode, left out, and put back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autopeft.evaluation.frozen_blocks.block_skipping import FrozenBlocks, Structure, UnservableError
+from tests.tiny_models import HEADS, fingerprint, tiny_backbone, tiny_batch
+
+BLOCKS = 3
+DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}
+SERVABLE = [name for name in HEADS if name != "t5"]
+BATCH = tiny_batch()
+
+
+def parts_of(architecture: str, **options: Any) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+    options[DEPTH.get(architecture, "num_hidden_layers")] = BLOCKS
+    backbone = tiny_backbone(architecture, **options)
+    return backbone.model, backbone.blocks
+
+
+@pytest.mark.parametrize("cut", range(BLOCKS + 1))
+def test_dropout_is_off_below_the_cut_and_on_above(cut: int) -> None:
+    dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "classifier_dropout": 0.5}
+    model, blocks = parts_of("bert", **dropout)
+    with FrozenBlocks(model, blocks, cut) as prefix, torch.no_grad():
+        below = prefix.states(BATCH)  # in evaluation mode
+        model.train()
+        assert torch.equal(prefix.states(BATCH), below)
+        first, second = model(**BATCH).logits, model(**BATCH).logits
+        assert not torch.equal(first, second)
+        assert all(module.training for module in model.modules())
+        model.eval()
+        assert torch.equal(model(**BATCH).logits, model(**BATCH).logits)
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("architecture", SERVABLE)
+@pytest.mark.parametrize("cut", range(1, BLOCKS + 1))
+def test_serving_gives_the_same_logits_and_runs_nothing_below(architecture: str, cut: int) -> None:
+    model, blocks = parts_of(architecture)
+    before = fingerprint(model)
+    ran: list[int] = []
+    with FrozenBlocks(model, blocks, cut) as prefix, torch.no_grad():
+        structure = Structure(model, blocks, BATCH)
+        assert structure.obstacle(cut) is None
+        states, expected = prefix.states(BATCH), model(**BATCH).logits
+        handles = [
+            norm.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+            for index, block in enumerate(blocks)
+            for norm in list(block.modules())[-1:]
+        ]
+        with prefix.serving(states, structure):
+            served = model(**BATCH).logits
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(served, expected)
+        assert min(ran, default=BLOCKS) >= cut
+        assert torch.equal(model(**BATCH).logits, expected)
+        states[0] = torch.randn(states.shape[1:])
+        with prefix.serving(states, structure):  # the states are what is taken, not the tokens
+            assert not torch.allclose(model(**BATCH).logits[0], expected[0])
+    assert fingerprint(model) == before
+
+
+def test_a_block_that_returns_more_cannot_be_left_out() -> None:
+    model, blocks = parts_of("t5")
+    with torch.no_grad():
+        structure = Structure(model, blocks, BATCH)
+    assert structure.obstacle(0) is None
+    assert "block 0 returns more than hidden states" in str(structure.obstacle(1))
+    with (
+        FrozenBlocks(model, blocks, 1) as prefix,
+        pytest.raises(UnservableError, match="block 0"),
+        prefix.serving(torch.zeros(3, 9, 32), structure),
+    ):
+        raise AssertionError("served nevertheless")
+
+
+def test_a_block_that_is_run_twice_cannot_be_left_out() -> None:
+    shared = nn.Linear(4, 4)
+
+    class Twice(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return shared(shared(hidden))  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        structure = Structure(Twice(), [shared], {"hidden": torch.zeros(1, 2, 4)})
+    assert structure.obstacle(0) is None
+    assert "not run once" in str(structure.obstacle(1))
+
+
+def test_a_broken_pass_leaves_modes_and_blocks_as_they_were() -> None:
+    model, blocks = parts_of("bert")
+    model.train()
+    before = fingerprint(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the wire came loose")
+
+    with FrozenBlocks(model, blocks, 2) as prefix:
+        structure = Structure(model, blocks, BATCH)
+        states = prefix.states(BATCH)
+        for index in (0, 2):
+            handle = blocks[index].register_forward_hook(fail)
+            for serving in (contextlib.nullcontext(), prefix.serving(states, structure)):
+                with pytest.raises(RuntimeError, match="wire"), serving:
+                    model(**BATCH)
+                assert all(module.training for module in model.modules())
+            handle.remove()
+    assert fingerprint(model) == before
+
+
+def test_states_of_another_shape_are_refused() -> None:
+    model, blocks = parts_of("bert")
+    with FrozenBlocks(model, blocks, 2) as prefix, torch.no_grad():
+        structure = Structure(model, blocks, BATCH)
+        states = prefix.states(BATCH)[:, :-1]
+        with prefix.serving(states, structure), pytest.raises(RuntimeError, match="do not fit"):
+            model(**BATCH)
+
+
+def test_a_cut_lies_in_the_model() -> None:
+    model, blocks = parts_of("bert")
+    with pytest.raises(ValueError, match="between 0 and 3"):
+        FrozenBlocks(model, blocks, 4)

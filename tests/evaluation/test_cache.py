@@ -1,0 +1,399 @@
+"""Hidden states kept below the lowest adapter: they change what a trial costs, never what it gives."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles, StateWriter
+from autopeft.evaluation.memory.counter import MemoryCounter
+from autopeft.evaluation.memory.storage_tracker import measure_live_storage
+from autopeft.evaluation.run import Trained
+from autopeft.methods import FullFineTuning, attach
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import TextClassification
+from autopeft.tasks.batch import rows_of
+from autopeft.training.settings import Training
+from tests.learnable import OBJECTIVES, learnable_task
+from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
+
+TRAINING = Training(epochs=2, batch_size=8, device="cpu", precision="32-true", frozen_blocks="eval")
+BLOCKS = 3
+DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers"}
+
+
+def backbone_of(architecture: str = "bert", side: str = "right") -> Backbone:
+    depth = {DEPTH.get(architecture, "num_hidden_layers"): BLOCKS}
+    backbone = tiny_backbone(architecture, new_head=True, **depth)
+    backbone.tokenizer.padding_side = side
+    return backbone
+
+
+def evaluator_of(
+    backbone: Backbone, folder: Path | None, *, mode: str = "cached", **settings: Any
+) -> Evaluator:
+    task = settings.pop("task", None) or learnable_task(rows=40)
+    objectives = resolve_objectives(OBJECTIVES, task.metrics)
+    training = replace(TRAINING, **{"frozen_blocks": mode, **settings})
+    return Evaluator(backbone, task, training, objectives, cache=folder)
+
+
+def above(backbone: Backbone, cut: int, method: str = "lora") -> Configuration:
+    """Return one method everywhere from a block up; at the cut above all blocks, the head alone."""
+    adapters = everywhere(backbone, method).adapters
+    kept = {site: one for site, one in adapters.items() if site.block >= cut}
+    return Configuration(kept, learning_rate=1e-2)
+
+
+def assert_alike(one: Trained, other: Trained, tolerance: float = 1e-5) -> None:
+    """Compare loss curves, metrics and trained tensors.
+
+    Adam takes a step of the learning rate (0.01) however small the gradient: where it is next to nothing,
+    its rounding is a good share of it. Tensors may differ by a hundredth of a step.
+    """
+    assert one.state is not None
+    assert other.state is not None
+    for name, tensor in one.state.items():
+        torch.testing.assert_close(tensor, other.state[name], rtol=tolerance, atol=max(1e-4, tolerance))
+    curves = [[(point.metric, point.step) for point in two.evaluation.curves] for two in (one, other)]
+    assert curves[0] == curves[1]
+    for here, there in zip(one.evaluation.curves, other.evaluation.curves, strict=True):
+        assert here.value == pytest.approx(there.value, abs=10 * tolerance)
+
+
+def served_cuts(evaluator: Evaluator) -> list[int]:
+    return [use.cut for use in evaluator.prefixes.uses]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "side", "cut"),
+    [
+        *((name, "right", cut) for name in ("bert", "llama", "gpt2") for cut in range(BLOCKS + 1)),
+        ("llama", "left", 1),
+        ("llama", "left", BLOCKS),
+        *((name, "right", 2) for name in ("deberta-v2", "distilbert", "modernbert", "roberta")),
+    ],
+)
+def test_served_trials_equal_computed_ones(architecture: str, side: str, cut: int, tmp_path: Path) -> None:
+    backbone = backbone_of(architecture, side)
+    configuration = above(backbone, cut)
+    before = fingerprint(backbone.model)
+    cached = evaluator_of(backbone, tmp_path)
+    first, second = cached.train(configuration), cached.train(configuration)
+    assert served_cuts(cached) == ([cut, cut] if cut else [])
+    assert fingerprint(backbone.model) == before
+    assert_alike(first, evaluator_of(backbone, None, mode="eval").train(configuration))
+    assert_alike(second, first, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "side", "reason"),
+    [
+        ("gpt2", "left", "depend on the padding"),
+        ("bert", "left", "depend on the padding"),
+        ("modernbert", "left", "depend on the padding"),
+    ],
+)
+def test_what_cannot_be_served_is_computed(
+    architecture: str, side: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = backbone_of(architecture, side)
+    configuration = above(backbone, 2)
+    before = fingerprint(backbone.model)
+    cached = evaluator_of(backbone, tmp_path)
+    trained = cached.train(configuration)
+    assert served_cuts(cached) == []
+    assert reason in caplog.text
+    assert not list((tmp_path / "prefixes").glob("*"))
+    assert fingerprint(backbone.model) == before
+    expected = evaluator_of(backbone, None, mode="eval").train(configuration)
+    assert_alike(trained, expected, tolerance=0)
+    caplog.clear()
+    cached.train(configuration)
+    assert reason not in caplog.text  # said once
+
+
+@pytest.mark.parametrize("method", METHOD_SPECS)
+def test_every_method_is_served(method: str, tmp_path: Path) -> None:
+    backbone = backbone_of("gpt2" if method == "bitfit" else "bert")
+    configuration = above(backbone, 2, method)
+    cached = evaluator_of(backbone, tmp_path)
+    before = fingerprint(backbone.model)
+    trained = cached.train(configuration)
+    assert served_cuts(cached) == [2]
+    assert fingerprint(backbone.model) == before
+    computed = evaluator_of(backbone, None, mode="eval").train(configuration)
+    if method == "bitfit":
+        trained, computed = without_key_biases(trained), without_key_biases(computed)
+    assert_alike(trained, computed)
+
+
+def without_key_biases(trained: Trained) -> Trained:
+    """Put zeros in the place of GPT-2's biases of keys.
+
+    They have no gradient, as softmax does not change when all keys move: Adam follows its rounding.
+    """
+    assert trained.state is not None
+    state = {name: tensor.clone() for name, tensor in trained.state.items()}
+    fused = [tensor for name, tensor in state.items() if name.endswith("qkv.bitfit.bias")]
+    assert fused
+    for tensor in fused:
+        tensor.chunk(3)[1].zero_()
+    return replace(trained, state=state)
+
+
+def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Path) -> None:
+    task = TextClassification(
+        dataset=str(questions_csv), train_examples=96, validation_examples=60, test_examples=20
+    )
+    backbone = Backbone.load(str(minilm_folder), task)
+    before = fingerprint(backbone.model)
+    cached = evaluator_of(backbone, tmp_path, task=task, epochs=1)
+    for cut in (3, 6):
+        configuration = above(backbone, cut)
+        trained = cached.train(configuration)
+        computed = evaluator_of(backbone, None, mode="eval", task=task, epochs=1)
+        # 2e-4: rounding, through twelve steps of Adam, which divides by gradients that are almost 0.
+        assert_alike(trained, computed.train(configuration), tolerance=2e-4)
+    assert served_cuts(cached) == [3, 6]
+    assert fingerprint(backbone.model) == before
+
+
+def test_results_do_not_depend_on_what_was_there(tmp_path: Path) -> None:
+    """Filled, found, filled from a lower cut, filled under another method: the same to the last bit."""
+    backbone = backbone_of("deberta-v2")  # served and computed differ in rounding here
+    configuration = above(backbone, 2)
+    alone = evaluator_of(backbone, tmp_path / "alone").train(configuration)
+    chained = evaluator_of(backbone, tmp_path / "chained")
+    chained.train(above(backbone, 1))
+    found = evaluator_of(backbone, tmp_path / "chained")
+    by_ia3 = evaluator_of(backbone, tmp_path / "ia3")
+    by_ia3.train(above(backbone, 2, "ia3"))
+    for evaluator in (chained, found, by_ia3):
+        assert_alike(evaluator.train(configuration), alone, tolerance=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of hidden states without their headers, which have the time it took."""
+    return {path.name: path.read_bytes()[1024:] for path in (folder / "prefixes").iterdir()}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_one_pass_keeps_the_states_of_lower_cuts_too(architecture: str, tmp_path: Path) -> None:
+    """The same bits as a pass of their own gives, and nothing is left to fill for trials with these cuts."""
+    backbone = backbone_of(architecture)
+    at_once = evaluator_of(backbone, tmp_path / "at once")
+    at_once.train(above(backbone, BLOCKS))
+    for cut in range(1, BLOCKS + 1):
+        evaluator_of(backbone, tmp_path / "one by one").train(above(backbone, cut))
+        at_once.train(above(backbone, cut))
+    assert contents(tmp_path / "at once") == contents(tmp_path / "one by one")
+    assert len(contents(tmp_path / "at once")) == 2 * BLOCKS
+    first, *others = at_once.prefixes.uses
+    assert first.fill_seconds > 0
+    assert [one.fill_seconds for one in others] == [0.0] * BLOCKS
+
+
+def test_a_pass_begins_at_one_cut_and_keeps_those_between(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    one_by_one, jumping = (evaluator_of(backbone, tmp_path / name) for name in ("one by one", "jumping"))
+    for evaluator, cuts in ((one_by_one, (1, 2, 3)), (jumping, (1, 3))):
+        for cut in cuts:
+            evaluator.train(above(backbone, cut))
+    assert contents(tmp_path / "jumping") == contents(tmp_path / "one by one")
+    files = HiddenStateFiles(tmp_path / "jumping" / "prefixes", 2**30)
+    for split in ("train", "validation"):
+        stored = [files.open(jumping.prefixes._key(split, cut)) for cut in (1, 2, 3)]
+        seconds = [float(one.notes["seconds_per_token"]) for one in stored if one is not None]
+        assert len(seconds) == 3
+        assert seconds == sorted(seconds)
+
+
+def test_what_nobody_asked_for_does_not_cost_a_trial_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for the files of lower cuts still has those of the trial."""
+    backbone = backbone_of()
+    cached = evaluator_of(backbone, tmp_path)
+    write, failed = StateWriter.write, []
+
+    def scarce(writer: StateWriter, states: torch.Tensor) -> None:
+        if cached.prefixes._key("train", 1) in writer._file.name and writer._written:
+            failed.append(writer)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(writer, states)
+
+    monkeypatch.setattr(StateWriter, "write", scarce)
+    trained = cached.train(above(backbone, 2))
+    assert len(failed) == 1
+    assert served_cuts(cached) == [2]
+    assert not list(tmp_path.rglob("*.part"))
+    assert_alike(trained, evaluator_of(backbone, None, mode="eval").train(above(backbone, 2)))
+
+
+def test_lower_cuts_are_kept_only_where_there_is_room(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    evaluator = evaluator_of(backbone, tmp_path)
+    evaluator.train(above(backbone, 1))
+    size = sum(path.stat().st_size for path in (tmp_path / "prefixes").iterdir())
+    scarce = evaluator_of(backbone, tmp_path / "scarce", prefix_cache=f"{3 * size // 2} B")
+    scarce.train(above(backbone, BLOCKS))
+    assert [use.cut for use in scarce.prefixes.uses] == [BLOCKS]
+    assert len(contents(tmp_path / "scarce")) == 2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_prefix_tuning_fills_the_same_states(architecture: str, tmp_path: Path) -> None:
+    """It routes the attention of all blocks through another function."""
+    backbone = backbone_of(architecture)
+    for name, method in (("prefix", "prefix"), ("lora", "lora")):
+        evaluator_of(backbone, tmp_path / name).train(above(backbone, 2, method))
+    assert contents(tmp_path / "prefix") == contents(tmp_path / "lora")
+
+
+def test_a_file_of_something_else_is_made_again(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    configuration = above(backbone, 2)
+    expected = evaluator_of(backbone, tmp_path).train(configuration)
+    for damage in (b"\0" * 4096, None):
+        for path in (tmp_path / "prefixes").iterdir():
+            with path.open("r+b") as file:
+                if damage is None:
+                    file.truncate(2000)
+                else:
+                    file.seek(1024)
+                    file.write(damage)
+        again = evaluator_of(backbone, tmp_path)
+        assert_alike(again.train(configuration), expected, tolerance=0)
+        assert again.prefixes.uses[0].fill_seconds > 0
+
+
+def test_another_model_s_states_are_not_taken(tmp_path: Path) -> None:
+    evaluator_of(backbone_of(), tmp_path).train(above(backbone_of(), 2))
+    others = [
+        tiny_backbone("bert", new_head=True, num_hidden_layers=BLOCKS, seed=1),
+        tiny_backbone("bert", new_head=True, num_hidden_layers=BLOCKS, hidden_act="relu"),
+    ]
+    for other in others:
+        cached = evaluator_of(other, tmp_path)
+        trained = cached.train(above(other, 2))
+        assert cached.prefixes.uses[0].fill_seconds > 0
+        assert_alike(trained, evaluator_of(other, None, mode="eval").train(above(other, 2)))
+
+
+def test_full_fine_tuning_is_trained_as_ever(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    configuration = Configuration(learning_rate=1e-3)
+    cached = evaluator_of(backbone, tmp_path)
+    trained = cached.train(configuration, attachment=FullFineTuning)
+    assert served_cuts(cached) == []
+    plain = evaluator_of(backbone, None, mode="train").train(configuration, attachment=FullFineTuning)
+    assert_alike(trained, plain, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prefix_cache": "1 KiB"}, {"max_steps": 1, "epochs": 1}], ids=["does not fit", "too short"]
+)
+def test_what_does_not_pay_or_fit_is_not_kept(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "autopeft")
+    backbone = backbone_of()
+    task = learnable_task(rows=400)
+    cached = evaluator_of(backbone, tmp_path, task=task, **settings)
+    trained = cached.train(above(backbone, 2))
+    assert "are not kept" in caplog.text
+    assert served_cuts(cached) == []
+    computed = evaluator_of(backbone, None, mode="eval", task=task, **settings)
+    assert_alike(trained, computed.train(above(backbone, 2)), tolerance=0)
+
+
+def test_what_serving_gave_is_recorded_beside_what_was_expected(tmp_path: Path) -> None:
+    cached = evaluator_of(backbone_of(), tmp_path)
+    values = cached.evaluate(above(cached.backbone, 2)).values
+    (use,) = cached.prefixes.uses
+    assert values["prefix_seconds_saved"] == use.seconds_saved
+    assert values["prefix_seconds_saved_share"] == use.share < 1
+    assert values["prefix_seconds_saved_share_estimated"] == use.estimated_share
+    assert use.fill_seconds > 0
+    assert cached.evaluate(above(cached.backbone, 2)).status == "complete"
+    assert cached.prefixes.uses[1].fill_seconds == 0
+    assert cached.prefixes.uses[1].estimated_share == use.estimated_share
+
+
+@pytest.mark.parametrize("act", ["raise", "unwritable"])
+def test_trouble_leaves_the_backbone_as_it_was(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = backbone_of()
+    before, logits = fingerprint(backbone.model), logits_of(backbone)
+    cached = evaluator_of(backbone, tmp_path)
+    if act == "raise":
+        handle = backbone.blocks[2].register_forward_hook(_raise_in_training)
+        assert cached.evaluate(above(backbone, 2)).status == "failed"
+        handle.remove()
+    else:
+        (tmp_path / "prefixes").write_text("a file, not a folder")
+        assert cached.evaluate(above(backbone, 2)).status == "complete"
+        assert "cannot be kept" in caplog.text
+    assert fingerprint(backbone.model) == before
+    assert torch.equal(logits_of(backbone), logits)
+
+
+def _raise_in_training(module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    if module.training and not output.is_meta and type(output) is torch.Tensor:
+        raise RuntimeError("the wire came loose")
+
+
+def test_peak_memory_is_that_of_the_prefix_in_evaluation_mode(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    evaluators: dict[str, Callable[[Configuration], dict[str, float]]] = {
+        mode: evaluator_of(backbone, tmp_path / mode, mode=mode).costs for mode in ("train", "eval", "cached")
+    }
+    counter = MemoryCounter(backbone.model)
+    for cut in (0, 2, BLOCKS):
+        configuration = above(backbone, cut)
+        peaks = {mode: costs(configuration)["peak_memory"] for mode, costs in evaluators.items()}
+        assert peaks["cached"] == peaks["eval"] <= peaks["train"]
+        evaluator = evaluator_of(backbone, None, mode="eval")
+        batch = evaluator.data.largest_batch()
+        with attach(backbone, configuration) as attachment, evaluator.prefixes.below(attachment):
+            count = counter.count(batch, evaluator.task.loss)
+            backbone.model.train()
+            assert count.peak_bytes == peaks["eval"]
+            real = measure_live_storage(backbone.model, batch, evaluator.task.loss)
+            backbone.model.eval()
+        assert count.peak_bytes == pytest.approx(real, rel=0.01)
+
+
+def test_batches_say_which_rows_they_hold() -> None:
+    data = evaluator_of(backbone_of(), None).data
+    for name, batches in (("train", data.train_dataloader()), ("validation", data.val_dataloader())):
+        collator = data.collator(name)  # type: ignore[arg-type]
+        assert collator is not None
+        for batch in batches:
+            found = rows_of(batch)
+            assert found is not None
+            assert found[0] == name
+            assert torch.equal(collator(found[1].tolist())["input_ids"], batch["input_ids"])
+    assert rows_of(data.largest_batch()) is None
+    assert rows_of(next(iter(data.test_dataloader()))) is None
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="'cached'"):
+        Training(frozen_blocks="cache")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="GiX"):
+        Training(prefix_cache="8 GiX")
+    assert Training(prefix_cache="8 GiB") == Training(prefix_cache="1 GiB")  # nothing a result depends on

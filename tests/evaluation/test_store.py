@@ -1,0 +1,185 @@
+"""Files of hidden states: whole or not there, bounded, the least recently used go first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from autopeft.evaluation.frozen_blocks.cost_model import Estimate, Passes, estimate
+from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
+
+SIZE = 1024 + 10 * 4 * 4  # of a file with ten positions of four float32
+
+
+def write(
+    files: HiddenStateFiles, key: str, states: torch.Tensor | None = None, announced: int = 0
+) -> torch.Tensor:
+    states = torch.randn(10, 4) if states is None else states
+    with files.writing(key, announced or len(states)) as writer:
+        writer.write(states[:3])
+        writer.write(states[3:])
+        writer.notes["seconds"] = "1.5"
+    return states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_written_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path / "new", 10**6)
+    assert files.open("a") is None
+    states = write(files, "a", torch.randn(10, 4).to(dtype))
+    opened = HiddenStateFiles(tmp_path / "new", 10**6).open("a")
+    assert opened is not None
+    assert torch.equal(opened.states, states)
+    assert opened.states.dtype == dtype
+    assert opened.notes["seconds"] == "1.5"
+
+
+def test_states_are_mapped_not_loaded(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, 10**9)
+    write(files, "a", torch.ones(2**21, 4))
+
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    assert files.open("a") is not None  # reads it once, for its checksum
+    before = resident()
+    opened = files.open("a")
+    assert opened is not None
+    assert resident() - before < 2**22
+    assert float(opened.states[-1].sum()) == 4
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, 10**6)
+    with pytest.raises(ValueError, match="3 positions were written, 10 announced"):
+        write(files, "a", torch.zeros(3, 4), announced=10)
+    with pytest.raises(AttributeError):
+        write(files, "a", "no states", announced=9)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_a_killed_process_is_never_used(tmp_path: Path) -> None:
+    program = f"""
+        import os, signal, torch
+        from pathlib import Path
+        from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
+        with HiddenStateFiles(Path({str(tmp_path)!r}), 10**6).writing("a", 10) as writer:
+            writer.write(torch.zeros(10, 4))
+            writer._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".part"
+    files = HiddenStateFiles(tmp_path, 10**6)
+    assert files.open("a") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, 10**6)
+    with files.writing("a", 1) as writer:
+        HiddenStateFiles(tmp_path, 10**6)
+        writer.write(torch.zeros(1, 4))
+    assert files.open("a") is not None
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0no json", None])
+def test_a_damaged_file_is_not_read(
+    damage: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = HiddenStateFiles(tmp_path, 10**6)
+    write(files, "a")
+    path = tmp_path / "a.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    files = HiddenStateFiles(tmp_path, 10**6)
+    assert files.open("a") is None
+    assert "cannot be read" in caplog.text
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, 3 * SIZE)
+    for age, key in enumerate("abc"):
+        write(files, key)
+        os.utime(tmp_path / f"{key}.safetensors", (age, age))
+    assert files.open("a") is not None  # used just now
+    assert files.make_room(SIZE)
+    assert {path.stem for path in tmp_path.iterdir()} == {"a", "c"}
+    assert files.make_room(2 * SIZE, keep=frozenset("c"))
+    assert {path.stem for path in tmp_path.iterdir()} == {"c"}
+    assert not files.make_room(3 * SIZE, keep=frozenset("c"))
+
+
+def test_a_removed_file_stays_mapped(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, SIZE)
+    states = write(files, "a")
+    opened = files.open("a")
+    assert opened is not None
+    assert files.make_room(SIZE)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(opened.states, states)
+
+
+def test_a_file_that_another_process_removes_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = HiddenStateFiles(tmp_path, 2 * SIZE)
+    write(files, "a")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")  # listed, and not there when looked at
+    assert files.make_room(SIZE)
+    assert files.has_room(SIZE)
+    assert not files.has_room(SIZE + 1)
+    monkeypatch.setattr(HiddenStateFiles, "_free", lambda _: 2 * SIZE)
+    assert not files.has_room(SIZE)  # it would leave less than it takes
+
+
+def expected(cut: int, *, epochs: float = 3.0) -> Estimate:
+    train = Passes(batches=100, tokens=40_000, times=epochs, block_cost=2)
+    validation = Passes(batches=10, tokens=4_000, times=epochs, block_cost=1)
+    return estimate(
+        {"train": train, "validation": validation},
+        cut=cut,
+        blocks=6,
+        block_parameters=1.8e6,
+        token_bytes=1536,
+        device="cpu",
+    )
+
+
+def test_more_blocks_left_out_save_more() -> None:
+    shares = [expected(cut).share for cut in range(1, 7)]
+    assert shares == sorted(shares)
+    assert all(expected(cut).pays for cut in range(1, 7))
+    assert expected(3).bytes == (40_001 + 4_001) * 1536
+
+
+@pytest.mark.parametrize("cut", [3, 4, 5])
+def test_with_large_blocks_the_estimate_is_the_theoretical_one(cut: int) -> None:
+    train = Passes(batches=1, tokens=1000, times=1, block_cost=2)
+    large = estimate({"train": train}, cut=cut, blocks=6, block_parameters=1e12, token_bytes=8, device="cpu")
+    assert 1 / (1 - large.share) == pytest.approx((12 - cut) / (12 - 2 * cut), rel=1e-6)
+
+
+def test_it_does_not_pay_where_reading_takes_longer_or_little_is_trained() -> None:
+    slow = Passes(batches=100, tokens=40_000, times=3.0, block_cost=2)
+    wide = {"block_parameters": 10.0, "token_bytes": 10**6, "device": "cpu"}
+    assert not estimate({"train": slow}, cut=1, blocks=6, **wide).pays  # type: ignore[arg-type]
+    assert not expected(3, epochs=0.1).pays
+    assert expected(3, epochs=0.5).pays
+
+
+def test_lower_cuts_are_worth_writing_where_a_block_takes_longer() -> None:
+    train = {"train": Passes(batches=100, tokens=40_000, times=3.0, block_cost=2)}
+    sizes = {"cut": 3, "blocks": 6, "block_parameters": 1.8e6, "token_bytes": 1536}
+    assert estimate(train, device="cpu", **sizes).pays_on_the_way  # type: ignore[arg-type]
+    assert not estimate(train, device="cuda", **sizes).pays_on_the_way  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""Model cards, and what is said of servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from tests.exports import (
+    export,
+    lora_of_many_ranks,
+)
+from tests.tiny_models import (
+    everywhere,
+    tiny_backbone,
+)
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return dict(yaml.safe_load(head)), body
+
+
+def test_card_has_figures_picture_and_ways_to_load(tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    configuration = lora_of_many_ranks(backbone)
+    values = {"accuracy": 0.8765, "trainable_parameters": 334_000.0, "test_accuracy": 0.8543}
+    export(
+        backbone,
+        configuration,
+        tmp_path / "out",
+        values=values,
+        details={"trial": "17", "data set": "a|b"},
+        base="somebody/model",
+    )
+    meta, body = card_of(tmp_path / "out")
+    assert meta["library_name"] == "peft"
+    assert meta["pipeline_tag"] == "text-classification"
+    assert meta["base_model"] == "somebody/model"
+    assert meta["tags"] == ["autopeft", "lora"]
+    assert "| accuracy | validation | 0.8765 |" in body
+    assert "| accuracy | test | 0.8543 |" in body
+    assert "| trainable_parameters | – | 334.0 k |" in body
+    assert "| trial | 17 |" in body
+    assert "a\\|b" in body
+    assert configuration.grid() in body
+    assert "PeftModel.from_pretrained(base, 'out')" in body
+    assert "autopeft.load_adapter('somebody/model', 'out')" in body
+    assert "LABEL_0, LABEL_1, LABEL_2" in body
+    assert "largest difference of its logits" in body
+
+
+def test_card_of_a_local_base_names_no_model_of_the_hub(tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    export(backbone, Configuration(), tmp_path / "out", base=str(tmp_path), verify=False)
+    meta, body = card_of(tmp_path / "out")
+    assert "base_model" not in meta
+    assert "not scored on a test split" in body
+    assert "None were given." in body
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ((8, 8), "otherwise max_lora_rank=8 would do"),
+        ((9, 9), "otherwise max_lora_rank=16 would do"),
+        ((4, 300), "ranks 4 to 300; otherwise max_lora_rank=320 would do"),
+        ((600, 600), "its largest rank is 512, this has 600"),
+    ],
+)
+def test_servers_are_told_by_rank(ranks: tuple[int, int], expected: str, tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    configuration = Configuration(
+        {Site(block, "query"): Adapter("lora", rank) for block, rank in enumerate(ranks)}
+    )
+    report = export(backbone, configuration, tmp_path / "out", verify=False)
+    assert "no classification head" in report.servers
+    assert expected in report.servers
+
+
+def test_servers_are_told_by_method(tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    ia3 = export(backbone, everywhere(backbone, "ia3"), tmp_path / "ia3", verify=False)
+    assert "LoRA alone, not ia3" in ia3.servers
+    assert "merged=True" in ia3.servers
+    prefix = export(backbone, everywhere(backbone, "prefix"), tmp_path / "prefix", verify=False)
+    assert "autopeft.load_adapter" in prefix.servers
+    assert "merged=True" not in prefix.servers
+    lora = everywhere(backbone, "lora")
+    merged = export(backbone, lora, tmp_path / "merged", merged=True, verify=False)
+    assert merged.servers.startswith("Whatever runs transformers models")

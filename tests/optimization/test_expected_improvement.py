@@ -1,0 +1,263 @@
+"""The expected gain in hypervolume: equal to sampling it, and it leads a search."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optuna.trial import FixedTrial
+from torch.nn.functional import cross_entropy
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.objectives import COST_OBJECTIVES, resolve_constraints, resolve_objectives
+from autopeft.core.pareto import Axis, hypervolume
+from autopeft.methods import count_parameters
+from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
+from autopeft.search_spaces import History, ScoreGuided
+from autopeft.search_spaces.base import log_place
+from autopeft.sensitivity import compute_scores
+from tests.tiny_models import tiny_backbone
+
+BACKBONE = tiny_backbone("bert")
+SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
+SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), cross_entropy, SPACE.scores))
+FEWEST, MOST = (count_parameters(BACKBONE, one) for one in SPACE.extremes(BACKBONE))
+ACCURACY, PARAMETERS, MEMORY = resolve_objectives(
+    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy",)
+)
+AXES = (
+    Axis(objective=ACCURACY, worst=0.2, best=1.0),
+    Axis(objective=PARAMETERS, worst=MOST, best=FEWEST),
+    Axis(objective=MEMORY, worst=4e6, best=1e6),
+)
+FEATURES = Features(
+    backbone=BACKBONE,
+    choices=SPACE.choices(BACKBONE),
+    methods=("lora",),
+    learning_rate=(1e-4, 1e-2),
+    parameters=(FEWEST, MOST),
+)
+
+
+def values(one: Configuration) -> dict[str, float]:
+    """Return made-up outcomes: best at a rate of 3e-3, better and dearer the more and lower the adapters."""
+    rate = log_place(one.learning_rate, 1e-4, 1e-2)
+    lowest, share, size = FEATURES.of_cost(one)
+    return {
+        "accuracy": 0.2 + 0.7 * math.exp(-8 * (rate - 0.75) ** 2) * min(1.0, 1.5 * size),
+        "trainable_parameters": float(count_parameters(BACKBONE, one)),
+        "peak_memory": 1e6 * 4 ** (0.6 * (1 - lowest) + 0.3 * share),
+    }
+
+
+def drawn(count: int, seed: int) -> list[Configuration]:
+    generator = random.Random(seed)
+    roles = sorted({site.role for site in SPACE.choices(BACKBONE)})
+    return [
+        Configuration(
+            {
+                Site(block, role): Adapter("lora", generator.randint(1, 16))
+                for block in range(generator.randint(0, 1), 2)
+                for role in generator.sample(roles, 3)
+            },
+            learning_rate=float(f"{1e-4 * 100 ** generator.random():.3g}"),
+        )
+        for _ in range(count)
+    ]
+
+
+def history(trials: Sequence[Configuration], **constraints: float | str) -> History:
+    return History(
+        trials=[(one, values(one)) for one in trials],
+        axes=AXES,
+        constraints=resolve_constraints(constraints, ("accuracy",)),
+    )
+
+
+def test_the_gain_is_that_of_sampled_outcomes() -> None:
+    trials, candidates = drawn(4, 0), drawn(6, 1)
+    known = history(trials)
+    gain = ExpectedImprovement(known, FEATURES)
+    reached, _ = gain._models["accuracy"].predict(FEATURES.inputs(trials, ACCURACY))
+    front = [{**values(one), "accuracy": mean} for one, mean in zip(trials, reached.tolist(), strict=True)]
+    before = hypervolume(front, AXES)
+    normal = np.random.default_rng(0).standard_normal((400, 2))
+    means, deviations = zip(
+        gain._models["accuracy"].predict(FEATURES.inputs(candidates, ACCURACY)),
+        gain._models["peak_memory"].predict(FEATURES.inputs(candidates, MEMORY)),
+        strict=True,
+    )
+    for index, candidate in enumerate(candidates):
+        gains = []
+        for accuracy, memory in normal:
+            outcome = {
+                "accuracy": means[0][index] + deviations[0][index] * accuracy,
+                "trainable_parameters": float(count_parameters(BACKBONE, candidate)),
+                "peak_memory": math.exp(means[1][index] + deviations[1][index] * memory),
+            }
+            gains.append(hypervolume([*front, outcome], AXES) - before)
+        error = 3 * float(np.std(gains)) / math.sqrt(len(gains)) + 5e-4
+        assert gain([candidate])[0] == pytest.approx(float(np.mean(gains)), abs=error)
+    assert max(gain(candidates)) > 0.01
+
+
+def test_what_breaks_a_constraint_gains_nothing() -> None:
+    trials, candidates = drawn(24, 0), drawn(40, 1)
+    free = ExpectedImprovement(history(trials), FEATURES)(candidates)
+    bound = ExpectedImprovement(history(trials, trainable_parameters=1500.0, peak_memory="2.2 MB"), FEATURES)
+    for one, before, after in zip(candidates, free, bound(candidates), strict=True):
+        costs = values(one)
+        if costs["trainable_parameters"] > 1500 or costs["peak_memory"] > 2.3e6:
+            assert after < 0.1 * before + 1e-6
+        elif costs["peak_memory"] < 2.1e6:
+            assert after == pytest.approx(before, rel=0.1)
+
+
+def test_a_lucky_training_does_not_say_what_is_left_to_gain() -> None:
+    trials, candidates = drawn(24, 0), drawn(24, 1)
+    known = history(trials)
+    lucky = min(range(24), key=lambda index: abs(known.trials[index][1]["accuracy"] - 0.6))
+    shown = [
+        (one, {**found, "accuracy": 0.95} if index == lucky else found)
+        for index, (one, found) in enumerate(known.trials)
+    ]
+    honest, once, often = (
+        ExpectedImprovement(one, FEATURES)
+        for one in (
+            known,
+            replace(known, trials=shown),
+            replace(known, trials=shown, trainings=[20 if index == lucky else 1 for index in range(24)]),
+        )
+    )
+    dominated = [len(one._cells) for one in (honest, once, often)]
+    assert dominated[0] - dominated[1] < 0.5 * (dominated[0] - dominated[2])
+    assert sum(once(candidates)) > sum(often(candidates))
+
+
+def test_the_best_has_not_been_tried() -> None:
+    trials = drawn(8, 0)
+    gain = ExpectedImprovement(history(trials), FEATURES)
+    candidates = drawn(5, 1)
+    compute = [FEATURES.compute(one, is_prefix_served=False) for one in candidates]
+    best = gain.best(candidates)
+    assert best == int(np.argmax(gain(candidates) / compute))
+    assert gain.best([*trials, candidates[0]]) == len(trials)
+    assert gain.best(trials) is None
+
+
+@pytest.mark.parametrize(("is_prefix_served", "ratio"), [(True, 1.25 / 0.75), (False, 1.25 / 1.0)])
+def test_what_takes_less_compute_may_gain_less(is_prefix_served: bool, ratio: float) -> None:
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    compute = [FEATURES.compute(one, is_prefix_served=is_prefix_served) for one in (lower, upper)]
+    assert compute[0] / compute[1] == pytest.approx(ratio)
+    gains = []
+    for seed in range(8):  # accuracy and parameters alone: where adapters sit is worth nothing
+        known = replace(history(drawn(8, seed)), axes=AXES[:2], is_prefix_served=is_prefix_served)
+        gain = ExpectedImprovement(known, FEATURES)
+        more, less = gain([lower, upper])
+        assert gain.best([lower, upper]) == (0 if more > ratio * less else 1)
+        gains.append(more / less)
+    assert any(1 < one < ratio for one in gains)
+
+
+def test_a_placement_tells_sites_and_sizes() -> None:
+    sites = list(FEATURES.choices)
+    configuration = Configuration({sites[1]: Adapter("lora", 16), sites[4]: Adapter("lora", 4)})
+    assert FEATURES.placement(configuration) == pytest.approx(
+        [{1: 1.0, 4: 0.75}.get(index, 0.0) for index in range(len(sites))]
+    )
+
+
+def test_many_adapters_at_a_low_rate_count_as_one_at_a_high_rate() -> None:
+    sites = list(FEATURES.choices)
+    one = Configuration({sites[0]: Adapter("lora", 1)}, learning_rate=8e-3)
+    four = Configuration({site: Adapter("lora", 1) for site in sites[:4]}, learning_rate=2e-3)
+    rates = [FEATURES.of_metric(each)[0] for each in (one, four, one.replace(learning_rate=4e-4))]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0] - rates[2] == pytest.approx(1.0), "a factor of twenty"
+
+
+def test_costs_know_neither_rates_nor_placements_and_metrics_no_frozen_blocks() -> None:
+    seconds = COST_OBJECTIVES["training_seconds"]
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    fast = upper.replace(learning_rate=6e-3)
+    for cost in (MEMORY, seconds):
+        features, placements = FEATURES.inputs([upper, lower, fast], cost)
+        assert placements.shape == (3, 0)
+        assert features[0].tolist() == features[2].tolist() != features[1].tolist()
+    features, placements = FEATURES.inputs([upper, lower, fast], ACCURACY)
+    assert features[0].tolist() == features[1].tolist() != features[2].tolist()
+    assert placements[0].tolist() == placements[2].tolist() != placements[1].tolist()
+
+
+def test_a_measured_cost_is_learned_from_the_blocks_it_takes() -> None:
+    seconds = COST_OBJECTIVES["training_seconds"]
+    trials = drawn(24, 0)
+    outcomes = [{**values(one), "training_seconds": FEATURES.of_cost(one)[0] + 1.0} for one in trials]
+    known = History(
+        trials=list(zip(trials, outcomes, strict=True)),
+        axes=(*AXES[:2], Axis(objective=seconds, worst=3.0, best=0.5)),
+    )
+    gain = ExpectedImprovement(known, FEATURES)
+    upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
+    lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
+    (above, below), _ = gain._predicted(seconds, [upper, lower])
+    assert above > below + 0.1, "they differ in nothing but the blocks below"
+
+
+def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
+    trials = drawn(8, 0)
+    gain = ExpectedImprovement(history(trials), FEATURES)
+    tried = trials[3]
+    near = [tried.replace(learning_rate=tried.learning_rate * factor) for factor in (0.85, 1.15)]
+    assert gain.best(near) is None
+    assert gain.best([*near, tried.replace(learning_rate=tried.learning_rate * 1.3)]) == 2
+    adapters = dict(list(tried.adapters.items())[1:])
+    assert gain.best([*near, Configuration(adapters, learning_rate=tried.learning_rate)]) == 2
+
+
+def searched(seed: int, modelled: float) -> float:
+    """Return the hypervolume after 20 trials of a space with made-up outcomes."""
+    space = replace(SPACE, modelled=modelled, probe_share=0.0)
+    trials: list[Configuration] = [baseline.configuration for baseline in space.baselines(BACKBONE)]
+    while len(trials) < 20:
+        generator = random.Random(f"{seed}:{len(trials)}")
+        proposal = space.propose(
+            len(trials), dict.fromkeys(trials, 0.1), generator, BACKBONE, history(trials)
+        )
+        if proposal == {"stage": "guided"}:  # what a random sampler would ask
+            proposal = space._draw(generator, BACKBONE)
+        trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
+    return hypervolume([values(one) for one in trials], AXES)
+
+
+def test_chosen_trials_find_more_than_drawn_ones() -> None:
+    chosen, sampled = ([searched(seed, modelled) for seed in range(4)] for modelled in (1.0, 0.0))
+    assert all(one > other for one, other in zip(chosen, sampled, strict=True))
+    assert sum(chosen) / 4 > sum(sampled) / 4 + 0.02
+
+
+def test_proposals_of_mixed_methods_are_whole_points() -> None:
+    space = ScoreGuided(
+        scores=("condition_number",),
+        methods=("lora", "series", "prefix"),
+        ranks=(2, 9),
+        probe_share=0.0,
+        learning_rate=1e-3,
+    ).with_scores(SPACE.site_scores)
+    trials = [baseline.configuration for baseline in space.baselines(BACKBONE)]
+    for seed in range(8):
+        known = History(trials=[(one, values(one)) for one in trials], axes=AXES)
+        front = dict.fromkeys(trials, 0.1)
+        proposal = space.propose(9, front, random.Random(seed), BACKBONE, known)
+        if len(proposal) > 1:
+            trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
+            BACKBONE.check(trials[-1])
+    assert len({*trials}) == len(trials) > len(space.baselines(BACKBONE)) + 5
+    assert len({name for one in trials for name in one.methods}) == 3

@@ -1,0 +1,153 @@
+"""The pictures and tables of a front."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Objective, resolve_objectives
+from autopeft.reporting.configuration_image import configuration_image
+from autopeft.reporting.frame import front_frame
+from autopeft.reporting.front_plots import front_figure, front_image, projections
+from autopeft.reporting.html_page import save_html_page
+from tests.records import OBJECTIVES, front_of, synthetic_records
+
+TWO = OBJECTIVES[:2]
+
+
+def with_values(record: TrialRecord, **values: float) -> TrialRecord:
+    evaluation = record.evaluation
+    return replace(record, evaluation=replace(evaluation, values={**evaluation.values, **values}))
+
+
+@pytest.mark.parametrize("objectives", [OBJECTIVES, TWO, OBJECTIVES[::-1]])
+def test_the_first_metric_goes_up_against_each_other_objective(
+    objectives: tuple[Objective, ...],
+) -> None:
+    others = [one.name for one in objectives if one.name != "accuracy"]
+    assert [(x.name, y.name) for x, y in projections(objectives)] == [(name, "accuracy") for name in others]
+
+
+def test_the_table_has_a_row_a_trial() -> None:
+    records = synthetic_records(20)
+    members = front_of(records)
+    frame = front_frame(records[::-1], members, OBJECTIVES)
+    assert list(frame["trial"]) == list(range(20))
+    assert set(frame["trial"][frame["front"]]) == members
+    assert frame["accuracy"].isna().sum() == 2
+    assert frame["reason"].notna().sum() == 2
+    assert frame["lowest_block"].isna().sum() == 1  # the head alone
+    assert list(front_frame([], set(), OBJECTIVES).columns) == list(frame.columns)
+
+
+def test_the_figure_shows_every_completed_trial_in_each_panel() -> None:
+    records = synthetic_records(40)
+    members = front_of(records)
+    figure = front_figure(records, members, OBJECTIVES)
+    complete = sum(record.evaluation.status == "complete" for record in records)
+    for kind, panels in (("scatter", 2), ("scatter3d", 1)):
+        traces = [one for one in figure.data if one.type == kind and one.mode == "markers"]
+        assert sum(len(one.x) for one in traces) == panels * complete
+        assert sum(len(one.x) for one in traces if one.name == "front") == panels * len(members)
+    assert figure.layout.xaxis2.title.text == "peak memory (MiB)"
+    assert figure.layout.xaxis.type == figure.layout.xaxis2.type == "log"
+    assert figure.layout.yaxis.type is None
+    memory = next(one for one in figure.data if one.name == "front" and one.xaxis == "x2")
+    assert 300 < min(memory.x) < max(memory.x) < 2000
+
+
+def test_two_objectives_have_no_third_dimension() -> None:
+    figure = front_figure(synthetic_records(10), [1], TWO)
+    assert {one.type for one in figure.data} == {"scatter"}
+
+
+def test_pointing_at_a_trial_shows_its_configuration() -> None:
+    record = replace(synthetic_records(2)[1], baseline="<uniform> lora 8")
+    (text,) = next(one.text for one in front_figure([record], [1], OBJECTIVES).data if one.name == "front")
+    assert text.startswith("<b>trial 1 · &lt;uniform&gt; lora 8</b><br>accuracy 0.")
+    assert "MiB" in text
+    for line in record.evaluation.configuration.grid().splitlines():
+        assert f"<br>{line}" in text
+
+
+def test_the_stairs_never_go_down() -> None:
+    records = synthetic_records(60)
+    for panel in front_figure(records, front_of(records), OBJECTIVES).data:
+        if panel.mode == "lines":
+            assert list(panel.x) == sorted(panel.x)
+            assert list(panel.y) == sorted(panel.y)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(100.0, 100.0), (894.0, 1755.0), (1e3, 5e6), (1e-4, 2e-4), (1.0, 1e12)]
+)
+def test_logarithmic_axes_have_a_few_round_ticks(low: float, high: float) -> None:
+    first = synthetic_records(1)[0]
+    records = [
+        with_values(replace(first, number=number), trainable_parameters=value)
+        for number, value in enumerate((low, high))
+    ]
+    axis = front_figure(records, [0], TWO).layout.xaxis
+    assert 3 <= len(axis.tickvals) <= 12
+    assert all(low / 1.03 <= tick <= high * 1.03 for tick in axis.tickvals)
+    assert len(set(axis.ticktext)) == len(axis.ticktext)
+
+
+def test_values_that_cannot_be_drawn_are_left_out() -> None:
+    records = synthetic_records(4)
+    records[1] = with_values(records[1], accuracy=math.nan)
+    records[2] = with_values(records[2], trainable_parameters=0.0)
+    figure = front_figure(records, [0, 1, 2, 3], TWO)
+    assert sum(len(one.x) for one in figure.data if one.mode == "markers") == 2
+    assert "2 did not complete" not in figure.layout.title.text
+
+
+@pytest.mark.parametrize("count", [0, 1, 60])
+@pytest.mark.parametrize("objectives", [TWO, OBJECTIVES])
+def test_the_picture_is_a_png_of_a_panel_a_cost(count: int, objectives: tuple[Objective, ...]) -> None:
+    records = synthetic_records(count)
+    image = Image.open(io.BytesIO(front_image(records, front_of(records), objectives)))
+    assert image.format == "PNG"
+    assert image.width > 600 * (len(objectives) - 1)
+
+
+def test_seconds_and_scores_have_their_axes() -> None:
+    objectives = resolve_objectives(("accuracy", "f1_macro", "training_seconds"), ("accuracy", "f1_macro"))
+    records = [with_values(one, training_seconds=3.0 + one.number) for one in synthetic_records(9)]
+    layout = front_figure(records, front_of(records, objectives), objectives).layout
+    assert layout.xaxis.title.text == "f1 macro"
+    assert layout.xaxis.type is None
+    assert layout.xaxis2.title.text == "training seconds (s)"
+
+
+def test_the_page_holds_all_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "front.html"
+    save_html_page(front_figure(synthetic_records(5), [1], OBJECTIVES), path, title="3 < 4")
+    page = path.read_text()
+    assert path.stat().st_size > 3e6  # plotly itself
+    assert 'src="http' not in page
+    assert "<title>3 &lt; 4</title>" in page
+    assert json.dumps("peak memory (MiB)") in page
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        Configuration({}),
+        Configuration({Site(0, "query"): Adapter("lora", 8)}),
+        Configuration({Site(47, "attention"): (Adapter("series", 1024), Adapter("prefix", 200))}),
+    ],
+)
+def test_the_picture_of_a_configuration_has_a_row_a_block(configuration: Configuration) -> None:
+    image = Image.open(io.BytesIO(configuration_image(configuration)))
+    blocks = 0 if not configuration.adapters else 1 + max(one.block for one in configuration.adapters)
+    assert image.format == "PNG"
+    assert image.height == pytest.approx(30 * (blocks + 2) + 42, abs=10)

@@ -1,0 +1,120 @@
+"""Were the scores right? The correlations by hand, their intervals, and the report of a real search."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from scipy import stats
+
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import TrialRecord
+from autopeft.reporting.score_validation import check_scores, implied_quality
+from autopeft.search_spaces import PerLayer
+from autopeft.sensitivity import SiteScores
+from tests.learnable import tiny_search
+from tests.records import OBJECTIVES, completed
+
+SITES = [Site(block, role) for block in range(4) for role in ("query", "value")]
+RISING = SiteScores(name="gora", values={site: 1.0 + site.block for site in SITES})
+FLAT = SiteScores(name="uniform", values=dict.fromkeys(SITES, 1.0))
+
+
+def trials(count: int, seed: int = 0) -> list[TrialRecord]:
+    """Return trials whose accuracy follows `RISING`, with a little noise."""
+    generator = random.Random(seed)
+    records = []
+    for number in range(count):
+        chosen = generator.sample(SITES, 3)
+        configuration = Configuration(
+            {site: Adapter("lora", generator.choice((1, 4, 16))) for site in chosen}
+        )
+        record = completed(number, configuration, generator)
+        accuracy = 0.5 + implied_quality(configuration, RISING) / 100 + generator.gauss(0, 0.02)
+        values = {**record.evaluation.values, "accuracy": accuracy}
+        records.append(replace(record, evaluation=replace(record.evaluation, values=values)))
+    return records
+
+
+def test_implied_quality_is_the_sum_over_adapters() -> None:
+    configuration = Configuration({Site(1, "query"): Adapter("lora", 3), Site(3, "value"): Adapter("ia3")})
+    assert implied_quality(configuration, RISING) == pytest.approx(2 * 2 + 4 * 1)
+    assert implied_quality(Configuration(), RISING) == 0
+
+
+def test_the_score_that_decides_comes_first_with_honest_intervals() -> None:
+    records = trials(40)
+    check = check_scores(records, {"gora": RISING, "uniform": FLAT}, OBJECTIVES[0])
+    assert check.trials == 40
+    best = check.correlations[0]
+    assert (best.score, best.control) == ("gora", False)
+    assert {one.score for one in check.correlations if one.control} == {"uniform", "trainable_parameters"}
+    implied = [implied_quality(one.evaluation.configuration, RISING) for one in records]
+    trained = [one.evaluation.values["accuracy"] for one in records]
+    assert best.spearman == pytest.approx(stats.spearmanr(implied, trained).statistic)
+    assert best.kendall == pytest.approx(stats.kendalltau(implied, trained).statistic)
+    for one in check.correlations:
+        assert -1 <= one.spearman_low < one.spearman < one.spearman_high <= 1
+        assert -1 <= one.kendall_low < one.kendall < one.kendall_high <= 1
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    truth = check_scores(trials(3000, seed=9), {"gora": RISING}, OBJECTIVES[0]).correlations[0].spearman
+    checks = [check_scores(trials(40, seed), {"gora": RISING}, OBJECTIVES[0]) for seed in range(200)]
+    found = [next(one for one in check.correlations if one.score == "gora") for check in checks]
+    covered = sum(one.spearman_low <= truth <= one.spearman_high for one in found)
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_duplicates_do_not_count_and_few_trials_are_refused() -> None:
+    records = trials(11)
+    again = [replace(one, number=20 + one.number, duplicate_of=one.number) for one in records]
+    assert check_scores([*records, *again], {"gora": RISING}, OBJECTIVES[0]).trials == 11
+    with pytest.raises(ValueError, match="10 trials or more, got 9"):
+        check_scores(records[:9], {"gora": RISING}, OBJECTIVES[0])
+
+
+def test_a_constant_score_correlates_with_nothing() -> None:
+    configuration = Configuration({SITES[0]: Adapter("lora", 2)})
+    records = [completed(number, configuration, random.Random(number)) for number in range(12)]
+    check = check_scores(records, {"gora": RISING}, OBJECTIVES[0])
+    assert check.correlations[0].spearman == 0
+    assert not math.isnan(check.correlations[0].spearman_low)
+
+
+def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    space = PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8))
+    search = tiny_search(tmp_path / "runs", space=space, tracking=uri)
+    search.run(trials=11, progress=False)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("autopeft")
+    assert experiment is not None
+    parents = client.search_runs([experiment.experiment_id], "tags.`autopeft.search` = 'tiny'")
+    paths = {one.path for one in client.list_artifacts(parents[0].info.run_id, "sensitivity")}
+    assert {"sensitivity/heatmap.html", "sensitivity/score_check.png", "sensitivity/score_check.csv"} <= paths
+    check = search.check_scores(("gora", "uniform"))
+    assert {one.score for one in check.correlations} == {"gora", "uniform", "trainable_parameters"}
+    assert "95 % interval" in repr(check)
+    saved = check.save(tmp_path / "check")
+    assert "gora" in saved[0].read_text(encoding="utf-8")
+    with Image.open(saved[1]) as picture:
+        assert picture.format == "PNG"
+
+
+def test_what_goes_wrong_in_it_does_not_end_a_search(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)))
+    (tmp_path / "scores").write_text("in the way")
+    with caplog.at_level(logging.WARNING, logger="autopeft"):
+        front = search.run(trials=10, progress=False)
+    assert len(front.records) == 10
+    assert "could not be checked" in caplog.text

@@ -1,0 +1,103 @@
+"""Which trained tensors a search keeps where the front is trained again: what is exported has to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.seeding import training_seed
+from autopeft.reporting.front import ParetoFront
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.training_checkpoint import TrainingCheckpoints
+from autopeft.trial_runner import TrialRunner
+from tests.optimization.test_seed_replication import evaluated, search
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) -> None:
+    """Whom a member beats that was trained once may come onto the front, and is then to have its tensors."""
+    one = search(tmp_path, seed=seed)
+    seen: set[str] = set()
+    off_the_front = 0
+
+    def watch(record: TrialRecord, front: ParetoFront) -> None:
+        nonlocal seen, off_the_front
+        kept = names()
+        repeated = {record.number for record in front.records if record.evaluation.by_seed}
+        if any(point.record.evaluation.trainings < 2 for point in front):
+            assert kept >= seen
+            off_the_front += len(kept) > len(front.members | repeated)
+        seen = kept
+
+    def names() -> set[str]:
+        return {path.name for path in (one.folder / "adapters").iterdir()}
+
+    front = one.run(trials=12, progress=False, callbacks=[watch])
+    assert off_the_front
+    repeated = {record.number for record in front.records if record.evaluation.by_seed}
+    assert names() == {f"trial-{number:05d}.safetensors" for number in front.members | repeated}
+
+
+def test_who_is_beaten_by_a_single_training_has_its_tensors_kept(tmp_path: Path) -> None:
+    one = search(tmp_path, baselines=False)
+    one.validate()
+    values = {"accuracy": 1.0, "f1": 1.0, "trainable_parameters": 1.0, "peak_memory": 1.0}
+    lucky = TrialRecord(number=0, evaluation=replace(evaluated(1, 1.0), values=values))
+    front = ParetoFront([lucky], one.objectives, one.axes())
+    for seeds, kept_seed in ((1, None), (2, training_seed(0, 1))):
+        checkpoints = AdapterCheckpoints(tmp_path / f"adapters-{seeds}")
+        paused = TrainingCheckpoints(tmp_path / "paused")
+        training = TrialRunner(one.evaluator, checkpoints, paused, seed=0, seeds=seeds)
+        begun = training.begin({1: Configuration({})}, front, rung=None)[1]
+        assert begun.number not in front.with_trial(begun).members
+        assert checkpoints.seed(1) == kept_seed
+
+
+def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
+    one = search(tmp_path, seeds=3, seed=1)
+    front = one.run(trials=8, progress=False)
+    best = []
+    for point in front:
+        trainings = point.record.evaluation.by_seed
+        kept = AdapterCheckpoints(one.folder / "adapters").load(point.number)
+        assert kept is not None
+        same = [
+            seed for seed in trainings if _same(kept, one.evaluator.train(point.configuration, seed).state)
+        ]
+        assert len(same) == 1
+        assert AdapterCheckpoints(one.folder / "adapters").seed(point.number) == same[0]
+        ranking = sorted(trainings, key=lambda one: -trainings[one]["accuracy"])  # the first of equals
+        assert same[0] == ranking[0]
+        best.append(ranking[0] != next(iter(trainings)))
+    assert any(best)
+
+
+def test_tensors_of_a_training_with_seed_0_are_kept_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.trial_runner.training_seed", _number_of_training)
+    one = search(tmp_path)
+    front = one.run(trials=8, progress=False)
+    kept = AdapterCheckpoints(one.folder / "adapters")
+    better = {
+        record.number: max(trainings, key=lambda seed: trainings[seed]["accuracy"])  # the first of equals
+        for record in front.records
+        if (trainings := record.evaluation.by_seed)
+    }
+    assert 0 in better.values()
+    assert {number: kept.seed(number) for number in better} == better
+
+
+def _number_of_training(seed: int, trial: int, training: int = 0) -> int:
+    return training
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None) -> bool:
+    return second is not None and all(torch.equal(one, second[name]) for name, one in first.items())

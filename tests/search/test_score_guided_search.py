@@ -1,0 +1,205 @@
+"""A score-guided search end to end on a tiny model, and the report of its scores."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from PIL import Image
+
+from autopeft.core.adapter import Adapter, Site
+from autopeft.core.configuration import Configuration
+from autopeft.optimization.successive_halving import SuccessiveHalving
+from autopeft.search import Search
+from autopeft.search_spaces import History, PerLayer, ScoreGuided
+from autopeft.search_spaces.mutation import Mutator, SizedMethod
+from autopeft.search_spaces.score_allocation import Allocation, site_values
+from autopeft.search_spaces.score_prior import draw, rank_percentiles
+from autopeft.sensitivity import SiteScores
+from tests.learnable import outcomes, tiny_search
+from tests.tiny_models import tiny_backbone
+
+SPACE = ScoreGuided(
+    scores=("gradient_norm", "gora"), ranks=(1, 8), guided_trials=12, learning_rate=(1e-3, 1e-2)
+)
+
+
+def stages(search: Search) -> list[str]:
+    storage = JournalStorage(JournalFileBackend(str(search.folder / "study.log")))
+    study = optuna.load_study(study_name=search.name, storage=storage)
+    return [trial.params["stage"] for trial in study.trials]
+
+
+def test_it_guides_then_chooses_by_gain_and_resumes_as_if_uninterrupted(tmp_path: Path) -> None:
+    whole = tiny_search(tmp_path / "whole", space=SPACE)
+    front = whole.run(trials=24, progress=False)
+    baselines = len(whole.space.baselines(whole.backbone))
+    found = stages(whole)
+    assert set(found[baselines:12]) == {"guided"}
+    assert set(found[12:]) == {"guided", "refined"}
+    assert len({record.evaluation.configuration for record in front.records}) > 18
+    tiny_search(tmp_path / "cut", space=SPACE).run(trials=15, progress=False)
+    resumed = tiny_search(tmp_path / "cut", space=SPACE).run(trials=24, progress=False)
+    assert outcomes(resumed.records) == outcomes(front.records)
+
+
+@pytest.mark.parametrize("ranks", [(1, 8), (16, 64), (32, 32)])
+def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_path: Path) -> None:
+    """Also where the smallest size is more than a site's share of the smallest budget."""
+    space = ScoreGuided(scores=("gradient_norm",), ranks=ranks, learning_rate=(1e-3, 1e-2))
+    search = tiny_search(tmp_path, space=space)
+    search.validate()
+    baselines = search.space.baselines(search.backbone)
+    sizes = [len(baseline.configuration) for baseline in baselines]
+    assert sizes[0] == 0
+    assert all(sizes[1:])
+    assert len(baselines) > 1
+
+
+def test_a_space_is_told_what_paused_and_infeasible_trials_are_worth(tmp_path: Path) -> None:
+    told: list[History] = []
+
+    class Watching(ScoreGuided):
+        def propose(self, *arguments: Any) -> dict[str, Any]:
+            told.append(arguments[-1])
+            return super().propose(*arguments)
+
+    space = Watching(scores=("gradient_norm",), ranks=(1, 8), guided_trials=6)
+    search = tiny_search(
+        tmp_path,
+        space=space,
+        fidelity=SuccessiveHalving(rungs=(0.5,)),
+        constraints={"trainable_parameters": "2k"},
+    )
+    records = search.run(trials=14, progress=False).records
+    statuses = {record.evaluation.configuration: record.evaluation.status for record in records}
+    assert {"paused", "infeasible", "complete"} <= {*statuses.values()}
+    assert {one.constraints[0].objective.name for one in told} == {"trainable_parameters"}
+    for configuration, values in told[-1].trials:
+        assert values["trainable_parameters"] > 0
+        assert ("accuracy" in values) == (statuses[configuration] != "infeasible")
+    proposed = [one.evaluation for one in records[6:]]
+    assert sum(one.status == "infeasible" for one in proposed) <= len(proposed) / 3
+
+
+def test_a_prior_decides_the_first_trials_and_leans_to_the_best_sites(tmp_path: Path) -> None:
+    settings = {
+        "space": PerLayer(methods=("lora",), ranks=(1, 8), prior="gradient_norm", prior_trials=22),
+        "score_check": False,
+    }
+    whole = tiny_search(tmp_path / "whole", **settings)
+    front = whole.run(trials=24, progress=False)
+    names = [record.baseline for record in front.records if record.baseline is not None]
+    assert sum("gradient_norm with" in name for name in names) >= 2
+    space = whole.space
+    assert isinstance(space, PerLayer)
+    slots = [slot for _, several in space.slots(whole.backbone) for slot in several]
+    standing = rank_percentiles(slots, space.site_scores["gradient_norm"])
+    generator = random.Random(0)
+    drawn = [draw(slots, standing, generator) for _ in range(200)]
+    counts = {slot.name: sum(slot.sites[0] in one for one in drawn) for slot in slots}
+    best, worst = max(standing, key=standing.__getitem__), min(standing, key=standing.__getitem__)
+    assert counts[best] > 150 > 60 > counts[worst] > 0
+    tiny_search(tmp_path / "cut", **settings).run(trials=13, progress=False)
+    resumed = tiny_search(tmp_path / "cut", **settings).run(trials=24, progress=False)
+    assert outcomes(resumed.records) == outcomes(front.records)
+
+
+def test_scores_are_computed_once_and_reported(tmp_path: Path) -> None:
+    search = tiny_search(tmp_path)
+    report = search.sensitivity(("gradient_norm", "uniform"), batches=2)
+    again = search.sensitivity(("uniform", "gradient_norm", "random"), batches=2)
+    assert report.seconds > 0
+    assert again.scores["gradient_norm"].values == report.scores["gradient_norm"].values
+    assert search.sensitivity(("random",), batches=2).seconds == 0
+    frame = report.to_frame()
+    assert list(frame.columns) == ["block", "role", "gradient_norm", "uniform"]
+    assert len(frame) == len(report.sites) == len(report.scores["uniform"].values)
+    paths = report.save(tmp_path / "report")
+    assert "gradient_norm" in paths[0].read_text(encoding="utf-8")
+    with Image.open(paths[1]) as picture:
+        assert picture.format == "PNG"
+    assert [one["name"] for one in json.loads(paths[3].read_text())] == ["gradient_norm", "uniform"]
+    assert "ffn_up" in repr(report)
+
+
+def test_bad_arguments_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    search = tiny_search(tmp_path)
+    with pytest.raises(ValueError, match="gradient_norm"):
+        search.sensitivity(("gradient_nrm",))
+    with pytest.raises(ValueError, match="batches is a number"):
+        search.sensitivity(batches=0)
+    with pytest.raises(ValueError, match="gora"):
+        ScoreGuided(scores=("gorra",))
+    with pytest.raises(ValueError, match="ia3"):
+        ScoreGuided(methods=("ia3",))
+    with pytest.raises(ValueError, match="placement"):
+        ScoreGuided(placement=(0.0, 1.0))
+    with pytest.raises(ValueError, match="has no 'gora' scores yet"):
+        ScoreGuided(scores=("gora",)).baselines(search.backbone)
+
+
+def rising_scores() -> SiteScores:
+    sites = [site for site, shape in tiny_backbone("bert").sites.items() if shape.kind == "linear"]
+    return SiteScores(name="uniform", values={site: 1.0 + 3 * site.block for site in sites})
+
+
+def test_an_allocation_keeps_budget_placement_and_lowest_block() -> None:
+    backbone, scores = tiny_backbone("bert"), rising_scores()
+    everywhere = Allocation(budget=4000).adapters(backbone, scores)
+    cost = sum(
+        (one.size or 0) * (backbone.sites[site].in_features + backbone.sites[site].out_features)
+        for site, one in everywhere.items()
+    )
+    assert 4000 - 96 < cost <= 4000
+    by_block = [sum(one.size or 0 for site, one in everywhere.items() if site.block == b) for b in (0, 1)]
+    assert by_block[1] > 2 * by_block[0]
+    top = Allocation(budget=4000, lowest_block=1, placement=0.5).adapters(backbone, scores)
+    assert len(top) == 3
+    assert {site.block for site in top} == {1}
+    with pytest.raises(ValueError, match="can sit on no site"):
+        Allocation(budget=10, roles=("ffn_norm",)).adapters(backbone, scores)
+
+
+def test_a_sublayer_is_worth_the_sum_of_its_matrices() -> None:
+    scores = rising_scores()
+    values = site_values(scores, [Site(1, "ffn"), Site(1, "attention"), Site(1, "ffn_norm")])
+    assert values == {Site(1, "ffn"): 8.0, Site(1, "attention"): 16.0, Site(1, "ffn_norm"): 4.0}
+
+
+def test_a_refined_child_stays_in_the_space_and_near_its_parent() -> None:
+    lora = SizedMethod(method="lora", smallest=1, largest=8)
+    series = SizedMethod(method="series", smallest=2, largest=4)
+    choices = {Site(block, role): {"lora": lora} for block in range(4) for role in ("query", "value")}
+    full = {**choices, **{Site(block, "ffn"): {"series": series} for block in range(4)}}
+    refiner = Mutator(
+        choices=full, values={site: float(site.block) for site in full}, learning_rate=(1e-3, 1e-2)
+    )
+    parents = [
+        Configuration(),
+        Configuration({Site(2, "query"): Adapter("lora", 8)}, learning_rate=5e-3),
+        Configuration({Site(1, "value"): Adapter("lora", 1), Site(3, "ffn"): Adapter("series", 3)}),
+    ]
+    generator = random.Random(0)
+    children = {refiner.child(dict.fromkeys(parents, 0.1), generator) for _ in range(300)}
+    assert len(children) > 60
+    weighted = [
+        refiner.child({parents[0]: 1.0, parents[1]: 0.9, parents[2]: 0.0}, generator) for _ in range(200)
+    ]
+    near = [
+        sum(bool(site in child.adapters) for child in weighted)
+        for site in (Site(2, "query"), Site(1, "value"))
+    ]
+    assert near[0] > 2 * near[1]
+    for child in children:
+        assert 1e-3 <= child.learning_rate <= 1e-2
+        for site, (adapter,) in child.adapters.items():
+            sized = full[site][adapter.method]
+            assert adapter.size is not None
+            assert sized.smallest <= adapter.size <= sized.largest

@@ -1,0 +1,268 @@
+"""Tiny random models of many architectures, and what tests ask of a backbone.
+
+Every parameter is drawn, biases and norms included: a fresh model's zeros and ones would hide what an
+adapter does to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from autopeft.tasks import Task
+
+VOCABULARY = 128
+LABELS = 3
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = _TEXT | {"num_key_value_heads": 2}
+_IMAGE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "mlp_ratio": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "albert": _TEXT | {"embedding_size": 16},
+        "bert": _TEXT,
+        "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+        "cohere": _GROUPED,
+        "deberta-v2": _TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        "dinov2": _IMAGE,
+        "distilbert": {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "dim": 32,
+            "hidden_dim": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        "electra": _TEXT | {"embedding_size": 16},
+        "falcon": _TEXT | {"ffn_hidden_size": 64},
+        "gemma2": _GROUPED | {"head_dim": 8},
+        "gpt2": {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "gpt_neox": _TEXT,
+        "llama": _GROUPED,
+        "mixtral": _GROUPED | {"num_local_experts": 4},
+        "modernbert": _TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
+        "mpnet": _TEXT,
+        "mpt": {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "expansion_ratio": 2,
+            "max_seq_len": 64,
+        },
+        "opt": _TEXT | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "phi3": _GROUPED,
+        "qwen3": _GROUPED | {"head_dim": 8},
+        "roberta": _TEXT,
+        "t5": {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+        "vit": _IMAGE,
+        "wav2vec2": {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "conv_dim": (16, 16),
+            "conv_stride": (2, 2),
+            "conv_kernel": (3, 3),
+            "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 2,
+        },
+        "xlnet": {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    }
+)
+"""What makes each architecture tiny: two blocks of width 32, an ffn of width 64, four heads."""
+
+HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "bert": ("classifier",),
+        "deberta-v2": ("classifier", "pooler"),
+        "distilbert": ("pre_classifier", "classifier"),
+        "gpt2": ("score",),
+        "llama": ("score",),
+        "modernbert": ("head", "classifier"),
+        "roberta": ("classifier",),
+        "t5": ("classification_head",),
+    }
+)
+"""Modules of the sequence classification head."""
+
+
+def draw_parameters(parameters: Iterable[nn.Parameter], std: float, seed: int = 0) -> None:
+    """Add noise to parameters in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def _build(auto_class: Any, architecture: str, seed: int, options: Mapping[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(architecture, **{**OPTIONS[architecture], **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cast(PreTrainedModel, auto_class.from_config(config))
+    draw_parameters(model.parameters(), std=0.1, seed=seed)
+    model.eval()
+    return model
+
+
+def tiny_model(architecture: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Return a fresh model without a head."""
+    return _build(AutoModel, architecture, seed, options)
+
+
+def tiny_classifier(architecture: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Return a fresh sequence classifier with `LABELS` labels, in evaluation mode."""
+    return _build(AutoModelForSequenceClassification, architecture, seed, {"num_labels": LABELS} | options)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single words."""
+    words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(VOCABULARY - 2))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:
+    """Return a fresh backbone; its head counts as trained unless `new_head`."""
+    return Backbone(
+        tiny_classifier(architecture, seed=seed, **options),
+        tiny_tokenizer(),
+        name=f"tiny-{architecture}",
+        head=HEADS[architecture],
+        new_head=new_head,
+    )
+
+
+def tiny_batch(*, rows: int = 3, tokens: int = 9, padding: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """Return token ids of full length in the first row, with padding on the right in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+    input_ids[:, 0], input_ids[:, -1] = 1, 2
+    attention_mask = torch.ones(rows, tokens, dtype=torch.long)
+    if padding:
+        input_ids[1:, -padding:], attention_mask[1:, -padding:] = 0, 0
+        input_ids[1:, -padding - 1] = 2
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@torch.no_grad()
+def logits_of(backbone: Backbone, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return the model's logits in evaluation mode."""
+    backbone.model.eval()
+    logits: Tensor = backbone.model(**(tiny_batch() if batch is None else batch)).logits
+    return logits
+
+
+class HeadTask:
+    """What loading asks of a task: a sequence classification head with three labels."""
+
+    model_class: Any = AutoModelForSequenceClassification
+
+    def __init__(self, labels: int = LABELS) -> None:
+        self.labels = labels
+
+    def model_options(self) -> dict[str, Any]:
+        return {"num_labels": self.labels}
+
+
+def head_task(labels: int = LABELS) -> Task:
+    """Return a task as far as loading looks at it."""
+    return cast("Task", HeadTask(labels))
+
+
+def places(backbone: Backbone, method: str) -> list[Site]:
+    """Return every site that can carry a method."""
+    return [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, method)]
+
+
+def everywhere(backbone: Backbone, method: str, size: int = 3, **options: Any) -> Configuration:
+    """Return a configuration with one method on every site that can carry it."""
+    sized = METHOD_SPECS[method].size_name is not None
+    adapter = Adapter(method, size if sized else None, options)
+    return Configuration(dict.fromkeys(places(backbone, method), adapter))
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return all that a model consists of, for comparison before and after.
+
+    Objects are told apart by identity; parameters and buffers by their values as well.
+    """
+    seen: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in ("_parameters", "_buffers", "_modules") and not key.endswith("_hooks")
+        }
+        hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value}
+        seen[name] = (id(module), type(module).__name__, sorted(own), list(module._modules), hooks)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        flags = id(tensor), tensor.requires_grad, tensor.dtype, tensor.grad is None
+        seen[f"{name} (tensor)"] = (*flags, tensor.detach().clone().numpy().tobytes())
+    config = getattr(model, "config", None)
+    if config is not None:
+        seen["config"] = (config.to_json_string(use_diff=False), config._attn_implementation)
+    return seen

@@ -1,0 +1,73 @@
+"""Checkpoints: whole or not at all, and only those wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+
+STATE = {"0.query.lora.a": torch.arange(6.0).reshape(2, 3), "head.classifier.bias": torch.ones(3)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    checkpoints = AdapterCheckpoints(tmp_path / "adapters")
+    assert checkpoints.load(7) is None
+    checkpoints.save(7, STATE, 5)
+    found = checkpoints.load(7)
+    assert found is not None
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
+    assert names(tmp_path / "adapters") == ["trial-00007.safetensors"]
+
+
+def test_tensors_that_are_views_are_kept_as_they_look(tmp_path: Path) -> None:
+    checkpoints = AdapterCheckpoints(tmp_path)
+    checkpoints.save(0, {"transposed": STATE["0.query.lora.a"].T}, 5)
+    assert torch.equal(
+        load_file(tmp_path / "trial-00000.safetensors")["transposed"], torch.arange(6.0).reshape(2, 3).T
+    )
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    checkpoints = AdapterCheckpoints(tmp_path)
+    checkpoints.save(1, STATE, 5)
+    checkpoints.save(1, {"other": torch.zeros(1)}, 5)
+    found = checkpoints.load(1)
+    assert found is not None
+    assert list(found) == ["other"]
+
+
+def test_only_the_wanted_are_kept_and_what_was_unfinished_goes(tmp_path: Path) -> None:
+    checkpoints = AdapterCheckpoints(tmp_path)
+    for number in range(4):
+        checkpoints.save(number, STATE, 5)
+    (tmp_path / "trial-00009.part").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("not ours")
+    checkpoints.keep_only({1, 3, 100_000})
+    assert names(tmp_path) == ["notes.txt", "trial-00001.safetensors", "trial-00003.safetensors"]
+    checkpoints.keep_only(())
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_nothing_saved_yet_is_nothing_to_delete(tmp_path: Path) -> None:
+    AdapterCheckpoints(tmp_path / "missing").keep_only({1})
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
+    checkpoints = AdapterCheckpoints(tmp_path)
+    checkpoints.save(2, STATE, 5)
+    (tmp_path / "trial-00002.part").mkdir()  # stands where the new file would be written
+    with pytest.raises(Exception, match=r"trial-00002|directory"):
+        checkpoints.save(2, {"other": torch.zeros(1)}, 5)
+    found = checkpoints.load(2)
+    assert found is not None
+    assert found.keys() == STATE.keys()

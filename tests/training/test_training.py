@@ -1,0 +1,176 @@
+"""Training settings, the schedule, and the Trainer around a candidate."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from autopeft.core.evaluation import VALIDATION_LOSS
+from autopeft.training.settings import FineTuning, ResidentStrategy, Training, build_trainer, quiet_lightning
+
+
+class Model(nn.Module):
+    """Two classes from two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.layer(inputs))
+
+
+class Task:
+    """Enough of a task for the module."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels)
+
+    def metric_collection(self) -> MetricCollection:
+        return MetricCollection({"accuracy": MulticlassAccuracy(2, average="micro")})
+
+
+def batches(count: int = 8) -> DataLoader[Any]:
+    inputs = torch.randn(count * 4, 2)
+    rows = [{"inputs": one, "labels": (one.sum() > 0).long()} for one in inputs]
+    return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+
+
+def module(total_steps: int = 20, rate: float = 0.1) -> FineTuning:
+    return FineTuning(
+        Model(),
+        Task(),  # type: ignore[arg-type]
+        learning_rate=rate,
+        weight_decay=0.0,
+        warmup_share=0.2,
+        total_steps=total_steps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is a whole number from 1 up"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"patience": True}, "patience"),
+        ({"warmup_share": 1.5}, r"share in \[0, 1\]"),
+        ({"gradient_clip": 0}, "above 0"),
+        ({"validate_every": 9}, "never be validated"),
+        ({"device": "cpuu"}, "did you mean 'cpu'"),
+        ({"precision": "bf16"}, "did you mean 'bf16-mixed'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Training(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Training(device="cuda")
+    assert Training().resolved_device().type == "cpu"
+
+
+def test_total_steps() -> None:
+    assert Training(epochs=3).total_steps(10) == 30
+    assert Training(epochs=3, max_steps=7).total_steps(10) == 7
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    schedule = module().configure_optimizers()["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert schedule.get_last_lr()[0] == 0
+
+
+def test_frozen_parameters_are_not_optimised() -> None:
+    trained = module()
+    trained.model.layer.weight.requires_grad_(False)  # type: ignore[union-attr]
+    (group,) = trained.configure_optimizers()["optimizer"].param_groups
+    assert [one.shape for one in group["params"]] == [torch.Size([2])]
+
+
+def test_a_fit_learns_and_leaves_the_module_where_it_is() -> None:
+    training = Training(epochs=4, device="cpu")
+    trained = module(total_steps=32)
+    with quiet_lightning():
+        trainer = build_trainer(training, [], monitor="accuracy")
+        assert isinstance(trainer.strategy, ResidentStrategy)
+        trainer.fit(trained, batches(), batches(2))
+    assert trainer.global_step == 32
+    assert float(trainer.callback_metrics["accuracy"]) > 0.8
+
+
+class WeightedTask(Task):
+    """The second class counts nine times."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 9.0]))
+
+
+@pytest.mark.parametrize("task", [Task(), WeightedTask()])
+def test_the_validation_loss_is_that_of_all_rows_at_once(task: Task) -> None:
+    trained = module()
+    trained.task = task  # type: ignore[assignment]
+    rows = next(iter(DataLoader(batches(5).dataset, batch_size=20)))
+    parts = [{name: one[start : start + 8] for name, one in rows.items()} for start in (0, 8, 16)]
+    with torch.no_grad():
+        for _ in range(2):  # the second validation knows nothing of the first
+            for index, part in enumerate(parts):
+                trained.validation_step(part, index)
+            found = trained.take_validated()
+            assert set(found) == {"accuracy", VALIDATION_LOSS}
+            expected = task.loss(trained(rows), rows["labels"])
+            assert float(found[VALIDATION_LOSS]) == pytest.approx(float(expected))
+
+
+def test_patience_stops_early_and_max_steps_bounds() -> None:
+    training = Training(epochs=30, patience=1, device="cpu")
+    with quiet_lightning():
+        trainer = build_trainer(training, [], monitor="accuracy")
+        assert any(isinstance(one, EarlyStopping) for one in getattr(trainer, "callbacks", []))
+        trainer.fit(module(rate=1e-9), batches(), batches(2))
+        assert trainer.current_epoch < 30
+        bounded = build_trainer(Training(max_steps=3, device="cpu"), [], monitor="accuracy")
+        bounded.fit(module(), batches(), batches(2))
+    assert bounded.global_step == 3
+
+
+def test_quiet_lightning_gives_the_level_back() -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    with quiet_lightning():
+        assert logger.level == logging.WARNING
+    assert logger.level == before
+
+
+def test_metrics_that_are_used_again_forget_the_training_before() -> None:
+    metrics = Task().metric_collection()
+    metrics.update(torch.tensor([[0.0, 1.0]] * 3), torch.tensor([0, 0, 0]))  # of one that failed on the way
+    again = FineTuning(
+        Model(),
+        Task(),  # type: ignore[arg-type]
+        learning_rate=0.1,
+        weight_decay=0.0,
+        warmup_share=0.2,
+        total_steps=20,
+        metrics=metrics,
+    )
+    again.add_validated(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+    assert again.take_validated()["accuracy"] == 1.0

@@ -4,8 +4,8 @@ from autopeft import search_spaces, tasks
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.supernet.settings import Elastic
-from autopeft.evaluation.supernet.supernet import ElasticAdapter
+from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.supernet import LoraSupernet
 from autopeft.export.export import ExportReport, load_adapter
 from autopeft.methods import attach, count_parameters
 from autopeft.models.backbone import Backbone
@@ -18,18 +18,18 @@ __all__ = [
     "Adapter",
     "Backbone",
     "Configuration",
-    "Elastic",
-    "ElasticAdapter",
     "Evaluation",
     "Evaluator",
     "ExportReport",
     "FrontPoint",
+    "LoraSupernet",
     "ParetoFront",
     "Search",
     "Site",
     "SuccessiveHalving",
     "Training",
     "TrialRecord",
+    "WarmStart",
     "attach",
     "count_parameters",
     "load_adapter",

@@ -127,7 +127,7 @@ def show(
         )
         print(f"  training with seed {seed}: {outcome}")
     if evaluation.status in ("complete", "paused"):
-        print(f"  begun from: {evaluation.begun_from}")
+        print(f"  initialised from: {evaluation.initialised_from}")
     cost = evaluation.cost
     print(f"  cost: {cost.wall_seconds:.1f} s, {cost.cpu_seconds:.1f} CPU-seconds, {cost.steps} steps")
     print(evaluation.configuration.grid())

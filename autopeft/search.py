@@ -21,9 +21,8 @@ from autopeft.core.pareto import Axis
 from autopeft.core.profiling import Profile, section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
-from autopeft.evaluation.supernet.proposer import ElasticProposals
-from autopeft.evaluation.supernet.settings import Elastic
-from autopeft.evaluation.supernet.warm_start import ElasticWeights, first_weights
+from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.budget import Budget
@@ -60,8 +59,7 @@ class Search:
         training: What every candidate has in common.
         fidelity: How candidates are trained in part and the promising ones on; None to train each to
             the end.
-        elastic: A one-shot elastic adapter that proposes trials, or gives them their first weights; None for
-            none.
+        warm_start: Initialise LoRA trials from a supernet; None to initialise all from random weights.
         sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             (or pack) has a seed of its own, made from it.
@@ -94,7 +92,7 @@ class Search:
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
         fidelity: SuccessiveHalving | None = None,
-        elastic: Elastic | None = None,
+        warm_start: WarmStart | None = None,
         sampler: str | BaseSampler = "tpe",
         seed: int = 0,
         seeds: int = 1,
@@ -116,7 +114,7 @@ class Search:
         self.constraints = resolve_constraints(constraints or {}, task.metrics)
         self.training = training if training is not None else Training()
         self.fidelity = fidelity
-        self.elastic = elastic
+        self.warm_start = warm_start
         self.seed = seed
         self.seeds = seeds
         self.pack_size = pack_size
@@ -226,7 +224,7 @@ class Search:
             space=self.space,
             training=self.training,
             fidelity=self.fidelity,
-            elastic=self.elastic,
+            warm_start=self.warm_start,
             objectives=[objective.name for objective in self.objectives],
             constraints={one.objective.name: one.bound for one in self.constraints},
             sampler=self.sampler_name,
@@ -269,12 +267,16 @@ class Search:
         references = [one.name for one in self.space.baselines(self.backbone) if one.is_trained_whole]
         return AshaPromoter(self.fidelity, steps, self.objectives, self.axes(), monitor, references)
 
-    def elastic_proposals(self) -> ElasticProposals | None:
-        """Return what proposes trials by a one-shot elastic adapter; None where there is none."""
-        return None if self.elastic is None else ElasticProposals(self._weights(self.elastic), self.axes())
+    def warm_starts(self, *, trains: bool = True) -> WarmStarts | None:
+        """Return the supernets that trials are initialised from; None without warm starts.
 
-    def _weights(self, elastic: Elastic, *, trains: bool = True) -> ElasticWeights:
-        return ElasticWeights(elastic, self.evaluator, self.space, self.folder / "elastic", trains=trains)
+        Args:
+            trains: Whether to train supernets that are not in the search's folder.
+        """
+        if self.warm_start is None:
+            return None
+        folder = self.folder / "supernets"
+        return WarmStarts(self.warm_start, self.evaluator, self.space, folder, trains=trains)
 
     def run(
         self,
@@ -338,7 +340,7 @@ class Search:
             number: The trial.
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
-            retrain: Train the configuration again, at full fidelity and from what the trial began from,
+            retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
                 instead of using the tensors the search kept. This also happens where none were kept (trials
                 off the front).
             seed: Seed of re-training; that of the trial's first training by default.
@@ -346,7 +348,7 @@ class Search:
 
         Raises:
             ValueError: There is no such completed trial, the folder cannot be written, a method cannot be
-                merged, or what the trial began from is gone.
+                merged, or the supernet the trial was initialised from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
         front, checkpoints = self.front(), AdapterCheckpoints(self.folder / "adapters")
@@ -361,8 +363,7 @@ class Search:
         state: Mapping[str, Tensor] | None
         state = None if retrain else checkpoints.load(original)
         if state is None:
-            elastic = None if self.elastic is None else self._weights(self.elastic, trains=False)
-            weights = first_weights(elastic, evaluation)
+            weights = initial_weights(self.warm_starts(trains=False), evaluation)
             seed = evaluation.seed if seed is None else seed
             trained = self.evaluator.train(configuration, seed, initial_weights=weights)
             if trained.state is None:
@@ -380,7 +381,7 @@ class Search:
                 "search": self.name,
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
-                "begun from": evaluation.begun_from,
+                "initialised from": evaluation.initialised_from,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             probe=model_inputs(batch),

@@ -17,7 +17,7 @@ from autopeft.tasks import Task
 from autopeft.training.settings import Training
 
 if TYPE_CHECKING:
-    from autopeft.evaluation.supernet.settings import Elastic
+    from autopeft.evaluation.supernet.settings import WarmStart
     from autopeft.search import Search
 
 _PACKAGES = (
@@ -40,7 +40,7 @@ def search_identity(
     space: SearchSpace,
     training: Training,
     fidelity: SuccessiveHalving | None,
-    elastic: Elastic | None,
+    warm_start: WarmStart | None,
     objectives: Sequence[str],
     constraints: Mapping[str, float],
     sampler: str,
@@ -56,7 +56,7 @@ def search_identity(
         "space": _fields(space),
         "training": _fields(training),
         "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
-        **({} if elastic is None else {"elastic": _elastic_fields(elastic)}),
+        **({} if warm_start is None else {"warm_start": _fields(warm_start)}),
         "search": {
             "objectives": ", ".join(objectives),
             "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),
@@ -84,7 +84,7 @@ def describe_search(search: Search) -> str:
             f"training {training.epochs} epochs, batch size {training.batch_size}, "
             f"{training.resolved_device()}, {training.resolved_precision()}"
             + ("" if search.fidelity is None else f"; {search.fidelity.describe()}")
-            + ("" if search.elastic is None else f"; {search.elastic.describe()}"),
+            + ("" if search.warm_start is None else f"; {search.warm_start.describe()}"),
             f"sampler {search.sampler_name}, seed {search.seed}"
             + ("" if search.seeds == 1 else f"; the front is trained with {search.seeds} seeds")
             + ("" if search.pack_size == 1 else f"; up to {search.pack_size} candidates train together"),
@@ -104,14 +104,6 @@ def environment() -> dict[str, str]:
         "cuda_device": cuda,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _elastic_fields(elastic: Elastic) -> dict[str, str]:
-    """Return its settings; those that came later are left out where they change nothing, as for a search."""
-    fields = _fields(elastic)
-    return (
-        fields if elastic.warm_start else {name: one for name, one in fields.items() if name != "warm_start"}
-    )
 
 
 def _fields(settings: Any) -> dict[str, str]:

@@ -64,16 +64,16 @@ class SearchLoop:
         self.checkpoints = AdapterCheckpoints(search.folder / "adapters")
         self.paused = TrainingCheckpoints(search.folder / "paused")
         self.promotion = store.promotion
-        self.elastic = search.elastic_proposals()
+        self.warm_starts = search.warm_starts()
         self.training = TrialRunner(
             search.evaluator,
             self.checkpoints,
             self.paused,
             seed=search.seed,
             seeds=search.seeds,
-            elastic=None if self.elastic is None else self.elastic.weights,
+            warm_starts=self.warm_starts,
         )
-        self.asker = Proposer(search, store, self.elastic, self.axes)
+        self.asker = Proposer(search, store, self.axes)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known: dict[str, TrialRecord] = {}
@@ -107,8 +107,8 @@ class SearchLoop:
                 while self._goes_on(front):
                     front = self._step(front)
             self._check_scores(front)
-            if self.elastic is not None and self._has_run:
-                self.elastic.report(self.records, self.progress.say, self.tracker)
+            if self.warm_starts is not None and self.warm_starts.obstacle is not None and self._has_run:
+                self.progress.say(f"There were no warm starts: {self.warm_starts.obstacle}.")
             status = "FINISHED"
         except KeyboardInterrupt:
             status, front = "KILLED", self.front()
@@ -179,9 +179,9 @@ class SearchLoop:
         """Return who is to be trained again; nobody waits when the budget is just enough for those who do."""
         waiting = self._lacking(front)
         repeats = cost_of_replicates(waiting, self.search.seeds)
-        if self.elastic is not None:
-            members = [one.evaluation for one in waiting]
-            repeats += self.elastic.weights.cost_to_come(members, self.search.seeds)
+        if self.warm_starts is not None:
+            evaluations = [record.evaluation for record in waiting]
+            repeats += self.warm_starts.cost_to_come(evaluations, self.search.seeds)
         may_wait = self.budget.spent_share(self._spent, repeats) < 1 and not self._is_used_up()
         return next_to_replicate(waiting, len(self.records) - 1, may_wait=may_wait)
 
@@ -229,10 +229,10 @@ class SearchLoop:
         for one, record in zip(asked, records, strict=True):
             self._tell(one.trial, record.evaluation)
         self.store.save(records)
-        if self.elastic is None:
+        if self.warm_starts is None:
             for record in records:
                 self._spent = self._spent.plus(record)
-        else:  # it may have been trained, and have scored
+        else:  # a supernet may have been trained
             self._spent = self._sum()
         return self._after(records, front)
 
@@ -264,9 +264,9 @@ class SearchLoop:
         return records
 
     def _sum(self) -> Spent:
-        """Return what was spent on all trials, and on the elastic adapter."""
+        """Return what was spent on all trials and on the supernets."""
         spent = Spent.of(self.records)
-        return spent if self.elastic is None else replace(spent, cost=spent.cost + self.elastic.cost)
+        return spent if self.warm_starts is None else replace(spent, cost=spent.cost + self.warm_starts.cost)
 
     @section("record")
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:

@@ -16,7 +16,7 @@ from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer, PackingError
 from autopeft.evaluation.run import Trained
-from autopeft.evaluation.supernet.warm_start import ElasticError, ElasticWeights, first_weights
+from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
 from autopeft.optimization.seed_replication import under_replicated, with_replicate
 from autopeft.reporting.front import ParetoFront
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -35,7 +35,7 @@ class TrialRunner:
         paused: What paused trainings go on from.
         seed: The search's.
         seeds: Trainings that a member of the front is to have.
-        elastic: What its sub-configurations begin from; None where all begin from random weights.
+        warm_starts: Supernets that LoRA trials are initialised from; None for random weights.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrialRunner:
         *,
         seed: int,
         seeds: int,
-        elastic: ElasticWeights | None = None,
+        warm_starts: WarmStarts | None = None,
     ) -> None:
         self._evaluator = evaluator
         self._packed = PackedTrainer(evaluator, max_bytes=_room(evaluator))
@@ -54,7 +54,7 @@ class TrialRunner:
         self._paused = paused
         self._seed = seed
         self._seeds = seeds
-        self._elastic = elastic
+        self._warm_starts = warm_starts
 
     def begin(
         self,
@@ -70,7 +70,7 @@ class TrialRunner:
             trials: Configurations by number.
             front: The front so far.
             rung: None to train to the end.
-            references: Numbers of reference points: these begin from random weights.
+            references: Numbers of baselines: these are initialised from random weights.
 
         Returns:
             Their records by number.
@@ -100,7 +100,7 @@ class TrialRunner:
             return {}
         seeds = {number: training_seed(self._seed, number) for number in trials}
         sampled = {number: one for number, one in trials.items() if number not in references}
-        weights = {} if self._elastic is None else self._elastic.of_new(sampled)
+        weights = {} if self._warm_starts is None else self._warm_starts.for_new_trials(sampled)
         meter, wasted = ComputeMeter(self._evaluator.device), Cost()
         if len(trials) > 1:
             try:
@@ -150,8 +150,8 @@ class TrialRunner:
         seed = evaluation.seed if seed is None else seed
         try:
             # What was paused has its weights; where its file is gone, it begins anew as it began.
-            weights = None if paused is not None else first_weights(self._elastic, evaluation, training)
-        except ElasticError as error:
+            weights = None if paused is not None else initial_weights(self._warm_starts, evaluation, training)
+        except WarmStartError as error:
             spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
             failed = Evaluation(
                 configuration=configuration,

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from autopeft.core.errors import unknown_choice
-from autopeft.evaluation.supernet.settings import Elastic
+from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search import Search
@@ -113,8 +113,8 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
         rest["training"] = _build(Training, rest["training"], "training")
     if rest.get("fidelity") is not None:
         rest["fidelity"] = _build(SuccessiveHalving, rest["fidelity"], "fidelity")
-    if rest.get("elastic") is not None:
-        rest["elastic"] = _build(Elastic, rest["elastic"], "elastic")
+    if rest.get("warm_start") is not None:
+        rest["warm_start"] = _build(WarmStart, rest["warm_start"], "warm_start")
     if run:
         try:
             Budget(**run)  # what is wrong with a budget shows before anything is loaded

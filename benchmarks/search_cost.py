@@ -5,9 +5,9 @@
 A front's value is what its members give when they are trained again from the start, with seeds that no
 search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
 values. All are trained again alike, in bfloat16 where the processor multiplies it, from random weights; with
-`--as-trained` those that a search began from an elastic adapter's weights begin again from such weights, of
-one for each fresh seed. A method's front at some moment has the candidates that were done by then and that
-nobody beats on the validation split. The axes are the metric, from always predicting the majority to 1, and
+`--as-trained` those that a search initialised from a supernet are initialised again from one that is trained
+with each fresh seed. A method's front at some moment has the candidates that were done by then and that no
+other beats on the validation split. The axes are the metric, from always predicting the majority to 1, and
 trainable parameters on a log scale over the per-layer space. Each run is a process of its own with one
 thread, whose whole processor time counts, imports included; training the front again does not. Runs and
 trainings that are done are kept in a folder and not done again: after a change of a method, give another
@@ -39,7 +39,7 @@ from rich.table import Table
 
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.supernet.supernet import ElasticAdapter
+from autopeft.evaluation.supernet.supernet import LoraSupernet
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.ours import GUIDED
@@ -92,19 +92,19 @@ def train_again(
 
     Args:
         dataset: Name of the data set.
-        candidates: Configurations, and whether each begins from an elastic adapter's weights.
+        candidates: Configurations, and whether each is initialised from a supernet.
         seed: The fresh seed.
-        folder: Where the elastic adapter is kept.
+        folder: Where the supernet is kept.
     """
     evaluator = fresh_evaluator(dataset, seed)
-    elastic = ElasticAdapter.load(elastic_path(folder, dataset, seed))
+    supernet = LoraSupernet.load(supernet_path(folder, dataset, seed))
     scores = []
     for data, is_warm in candidates:
         configuration = Configuration.from_dict(data)
         weights = None
         if is_warm:
-            assert elastic is not None  # trained before
-            weights = elastic.state(configuration)
+            assert supernet is not None  # trained before
+            weights = supernet.state(configuration)
         trained = evaluator.train(configuration, initial_weights=weights)
         state = trained.state
         scores.append(math.nan if state is None else evaluator.test(configuration, state)[evaluator.monitor])
@@ -118,16 +118,16 @@ def fresh_evaluator(dataset: str, seed: int) -> Evaluator:
     return setting.evaluator(setting.load(), precision="auto")
 
 
-def elastic_path(folder: Path, dataset: str, seed: int) -> Path:
-    """Return where the elastic adapter of a fresh seed is kept."""
-    return folder / f"elastic-{dataset}-{seed}.safetensors"
+def supernet_path(folder: Path, dataset: str, seed: int) -> Path:
+    """Return where the supernet of a fresh seed is kept."""
+    return folder / f"supernet-{dataset}-{seed}.safetensors"
 
 
-def train_elastic(dataset: str, seed: int, folder: Path) -> None:
-    """Train the elastic adapter of a fresh seed, and keep it."""
+def train_supernet(dataset: str, seed: int, folder: Path) -> None:
+    """Train the supernet of a fresh seed, and keep it."""
     evaluator = fresh_evaluator(dataset, seed)
     _, largest = GUIDED.extremes(evaluator.backbone)
-    ElasticAdapter.train(evaluator, largest).save(elastic_path(folder, dataset, seed))
+    LoraSupernet.train(evaluator, largest).save(supernet_path(folder, dataset, seed))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -187,7 +187,7 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
     """Train again everyone on some front who was not yet, a few in one process."""
     archive, dataset, needed = comparison.archive, comparison.dataset, comparison.needed()
     if any(comparison.is_warm(one) for one in needed.values()):
-        _train_missing_elastic(comparison, pool)
+        _train_missing_supernets(comparison, pool)
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
     for seed in comparison.fresh_seeds:
         missing = [(key, one) for key, one in needed.items() if (dataset, key, seed) not in archive.trainings]
@@ -202,13 +202,13 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
         print(f"{dataset}: fronts trained again, {count} of {len(futures)}", flush=True)
 
 
-def _train_missing_elastic(comparison: Comparison, pool: ProcessPoolExecutor) -> None:
-    """Train the elastic adapters of the fresh seeds that are not kept yet."""
+def _train_missing_supernets(comparison: Comparison, pool: ProcessPoolExecutor) -> None:
+    """Train the supernets of the fresh seeds that are not kept yet."""
     folder, dataset = comparison.archive.folder, comparison.dataset
     futures = [
-        pool.submit(train_elastic, dataset, seed, folder)
+        pool.submit(train_supernet, dataset, seed, folder)
         for seed in comparison.fresh_seeds
-        if not elastic_path(folder, dataset, seed).exists()
+        if not supernet_path(folder, dataset, seed).exists()
     ]
     for future in futures:
         future.result()

@@ -33,7 +33,7 @@ from autopeft.search_spaces.mutation import Choices
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity.cached_scores import score_sites
 from benchmarks.datasets import DATASETS
-from benchmarks.elastic import spearman
+from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import FRESH_SEEDS
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import RATE

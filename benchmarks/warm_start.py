@@ -1,16 +1,15 @@
-"""What a training gains that begins from an elastic adapter's weights instead of random ones.
+"""What trainings gain that are initialised from a LoRA supernet instead of random weights.
 
     python -m benchmarks.warm_start [--dataset questions] [--configurations 16] [--seeds 3] [--runs FILE]
 
-Configurations of LoRA that earlier searches trained from random weights, three in four from their fronts,
-each with the learning rate that it had there (chosen for such weights, that is), are trained with several
-seeds: from random weights, from those of an elastic adapter that was trained with the same seed, and from
-random weights for twice the steps. The first table has the mean of the best metric on the validation split
-up to each third of a training, and that of the best weights on the test split. The second says how well what
-a training shows early tells configurations apart: the rank correlation of the metric then with what whole
-trainings from random weights with the other seeds reach, and of the elastic adapter's scores by inference
-with the same; means over seeds. Compute is in CPU-seconds of this process, one thread, without the elastic
-adapter's, which is said apart; the first training with a cut also fills the prefix cache, hence medians.
+LoRA configurations that earlier searches trained from random weights, three in four from their fronts, each
+with its learning rate there (chosen for random weights, that is), are trained with several seeds: from random
+weights, from a supernet that was trained with the same seed, and from random weights for twice the steps. The
+first table has the mean of the best metric on the validation split up to each third of a training, and that
+of the best weights on the test split. The second has the rank correlation of the metric at each third with
+the metric of whole trainings from random weights with the other seeds; means over seeds. Compute is in
+CPU-seconds of this process, one thread, without the supernet's, which is printed apart; the first training at
+a depth also fills the cache of hidden states, hence medians.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ from rich.table import Table
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights
-from autopeft.evaluation.supernet.supernet import ElasticAdapter
+from autopeft.evaluation.supernet.supernet import LoraSupernet
 from benchmarks.datasets import DATASETS
-from benchmarks.elastic import spearman
+from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import members_at, read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import TRAINING, Setting
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "search_cost_runs.jsonl.gz"
-RANDOM, WARM, LONGER = "random weights", "elastic adapter's weights", "random weights, twice the steps"
+RANDOM, WARM, LONGER = "random weights", "supernet", "random weights, twice the steps"
 _THIRDS = (1 / 3, 2 / 3)
 _FRONT_SHARE = 0.75
 
 
 class Trial(NamedTuple):
-    """What a training is of: what it began from, the place of its configuration, its seed."""
+    """Initial weights, index of the configuration, and seed of a training."""
 
     arm: str
     place: int
@@ -62,10 +61,10 @@ class Outcome:
     """One training.
 
     Attributes:
-        trial: What it is of.
-        thirds: Best metric on the validation split up to each third of it; the majority's where it failed.
+        trial: What was trained.
+        thirds: Best metric on the validation split up to each third; the trivial score if it failed.
         test: The metric on the test split.
-        cpu_seconds: What it took.
+        cpu_seconds: Compute of the training.
     """
 
     trial: Trial
@@ -103,14 +102,12 @@ class Measured:
     Attributes:
         points: The configurations.
         outcomes: Of every training.
-        scores: By seed, what the elastic adapter gave each configuration by inference.
-        elastic_seconds: What each elastic adapter's training took.
+        supernet_seconds: Compute of each supernet's training.
     """
 
     points: list[Configuration]
     outcomes: list[Outcome] = field(default_factory=list)
-    scores: dict[int, list[float]] = field(default_factory=dict)
-    elastic_seconds: list[float] = field(default_factory=list)
+    supernet_seconds: list[float] = field(default_factory=list)
 
 
 def outcome(
@@ -146,13 +143,12 @@ def correlations(measured: Measured) -> dict[str, float]:
             for third in range(len(own[0].thirds)):
                 early = [one.thirds[third] for one in own]
                 found.setdefault(f"{arm}, after {third + 1}/3", []).append(spearman(early, target))
-        found.setdefault("elastic adapter by inference", []).append(spearman(measured.scores[seed], target))
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
     """Print both tables."""
-    table = Table(title=f"{dataset}: mean metric of trainings that begin from")
+    table = Table(title=f"{dataset}: mean metric of trainings initialised from")
     for heading in ("", "after 1/3", "2/3", "whole", "test split", "CPU-seconds (median)"):
         table.add_column(heading, justify="right" if heading else "left")
     for arm in (RANDOM, WARM, LONGER):
@@ -162,7 +158,7 @@ def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
         seconds = statistics.median(one.cpu_seconds for one in own)
         table.add_row(arm, *(f"{one:.3f}" for one in (*thirds, test)), f"{seconds:.1f}")
     Console(width=110).print(table)
-    print(f"An elastic adapter took {statistics.fmean(measured.elastic_seconds):.1f} CPU-seconds.")
+    print(f"A supernet took {statistics.fmean(measured.supernet_seconds):.1f} CPU-seconds.")
     table = Table(title=f"{dataset}: rank correlation with whole trainings from random weights, other seeds")
     table.add_column("")
     table.add_column("Spearman", justify="right")
@@ -189,13 +185,11 @@ def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
         usual, longer = evaluators_of(setting, Path(folder))
         _, largest = GUIDED.extremes(usual.backbone)
         found = Measured(points=chosen(setting.dataset, usual, runs, count))
-        bare = [Configuration(one.adapters) for one in found.points]
         for seed in range(seeds):
-            elastic = ElasticAdapter.train(usual, largest, seed=seed)
-            found.elastic_seconds.append(elastic.cost.cpu_seconds)
-            found.scores[seed] = [-one.loss for one in elastic.score(usual, bare).scores]
+            supernet = LoraSupernet.train(usual, largest, seed=seed)
+            found.supernet_seconds.append(supernet.cost.cpu_seconds)
             for place, point in enumerate(found.points):
-                state = elastic.state(point)
+                state = supernet.state(point)
                 own = [
                     outcome(usual, point, None, Trial(RANDOM, place, seed)),
                     outcome(usual, point, state, Trial(WARM, place, seed)),
@@ -227,7 +221,7 @@ def main() -> None:
         + ("" if given.runs == RUNS else f" --runs {given.runs.name}"),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
         "metric": setting.metric,
-        "elastic_cpu_seconds": found.elastic_seconds,
+        "supernet_cpu_seconds": found.supernet_seconds,
         "correlations": ranked,
         "outcomes": [{**asdict(one), "trial": one.trial._asdict()} for one in found.outcomes],
         "configurations": [one.to_dict() for one in found.points],

@@ -66,12 +66,12 @@ class Evaluation:
         values: Metrics and objectives by name. Memory in bytes, times in seconds.
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
-        seed: Seed of initialisation, shuffling and dropout, of the first training. What begins from an
-            elastic adapter's weights draws no initial weights; the adapter has its own seed.
+        seed: Seed of initialisation, shuffling and dropout, of the first training. A training that is
+            initialised from a supernet draws no initial weights; the supernet has its own seed.
         by_seed: The values of each training, by its seed, where there were several; `values` has the means.
         failures: Why a training failed, by its seed, of those after the first.
-        warm_start: Whether its trainings began from given weights instead of random ones: in a search, those
-            of an elastic adapter.
+        warm_start: Whether its trainings were initialised from given weights instead of random ones: in a
+            search, those of a supernet.
     """
 
     configuration: Configuration
@@ -112,9 +112,9 @@ class Evaluation:
         return dict(self.by_seed) or {self.seed: self.values}
 
     @property
-    def begun_from(self) -> str:
-        """What its trainings began from, in words."""
-        return "elastic adapter's weights" if self.warm_start else "random weights"
+    def initialised_from(self) -> str:
+        """What its trainings were initialised from, in words."""
+        return "supernet" if self.warm_start else "random weights"
 
     def describe_trainings(self, kept: int | None) -> str:
         """Say how many trainings there were, what the values are of, and whose tensors were kept.

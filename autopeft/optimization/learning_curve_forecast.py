@@ -92,7 +92,7 @@ class Forecast:
         the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
         gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
         loss at that step, each by how much it differs between the whole trainings. A loss that is not known
-        is the highest that is. Trainings that begin from an elastic adapter's weights and those that do not
+        is the highest that is. Trainings that are initialised from a supernet and those that are not
         are never taken for like each other: the former have begun to learn before their first step.
         """
         kind = step, evaluation.warm_start

@@ -1,4 +1,4 @@
-"""What is tried next: a baseline, what the elastic adapter or the space proposes, or what Optuna asks."""
+"""What is tried next: a baseline, what the space proposes, or what Optuna asks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from autopeft.optimization.gathered_trial import GatheredTrial
 from autopeft.optimization.history import history_of
 
 if TYPE_CHECKING:
-    from autopeft.evaluation.supernet.proposer import ElasticProposals
     from autopeft.optimization.study_store import StudyStore
     from autopeft.reporting.front import ParetoFront
     from autopeft.search import Search
@@ -54,16 +53,12 @@ class Proposer:
     Args:
         search: Gives space, seed and constraints.
         store: The study.
-        elastic: The elastic adapter's proposals; None without one.
         axes: The search's.
     """
 
-    def __init__(
-        self, search: Search, store: StudyStore, elastic: ElasticProposals | None, axes: Sequence[Axis]
-    ) -> None:
+    def __init__(self, search: Search, store: StudyStore, axes: Sequence[Axis]) -> None:
         self._search = search
         self._store = store
-        self._elastic = elastic
         self._axes = axes
 
     def enqueue_baselines(self) -> None:
@@ -102,12 +97,6 @@ class Proposer:
         if live.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
         number = len(live.get_trials(deepcopy=False))
-        if self._elastic is not None:
-            points = {point.configuration: point.values for point in front}
-            proposed = self._elastic.propose(number, records, points, pending)
-            if proposed is not None:
-                live.enqueue_trial(proposed)
-                return
         if not search.space.proposes(number):  # what each point adds to the hypervolume is work
             return
         shares = contributions([point.values for point in front], self._axes)

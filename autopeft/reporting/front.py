@@ -244,7 +244,7 @@ class ParetoFront(Sequence[FrontPoint]):
             table.add_column(heading, justify="right" if heading != "methods" else "left")
         says_start = any(point.record.evaluation.warm_start for point in self._points)
         if says_start:  # else all began alike
-            table.add_column("begun from")
+            table.add_column("initialised from")
         for point in self._points:
             configuration = point.configuration
             blocks = len({site.block for site in configuration.adapters})
@@ -255,7 +255,7 @@ class ParetoFront(Sequence[FrontPoint]):
                 str(len(configuration)),
                 str(blocks),
                 f"{configuration.learning_rate:.2g}",
-                *([point.record.evaluation.begun_from] if says_start else []),
+                *([point.record.evaluation.initialised_from] if says_start else []),
             )
         return table
 

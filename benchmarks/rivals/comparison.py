@@ -21,7 +21,7 @@ SHARES = (0.9, 0.95, 0.99)
 MOMENTS = 12
 FRESH_SEEDS = (1000, 1001)
 Values = Mapping[str, float]
-_FROM_ELASTIC = " from an elastic adapter"
+_FROM_SUPERNET = " from a supernet"
 
 
 class Archive:
@@ -138,8 +138,8 @@ class Comparison:
         runs: Logs by method and seed.
         archive: Has the trainings of the fronts.
         fresh_seeds: Seeds of these trainings; no search has used them.
-        as_trained: Whether a candidate that began from an elastic adapter's weights is trained again from
-            such weights, of one that was trained with the fresh seed.
+        as_trained: Whether a candidate that was initialised from a supernet is initialised again from
+            one, trained with the fresh seed.
         count: Number of moments at which fronts are compared.
     """
 
@@ -177,11 +177,11 @@ class Comparison:
         }
 
     def key(self, entry: Entry) -> str:
-        """Return what is trained again of a candidate: its configuration, and what it begins from."""
-        return key_of(entry) + _FROM_ELASTIC * self.is_warm(entry)
+        """Return what is trained again of a candidate: its configuration, and its initial weights."""
+        return key_of(entry) + _FROM_SUPERNET * self.is_warm(entry)
 
     def is_warm(self, entry: Entry) -> bool:
-        """Whether a candidate is trained again from an elastic adapter's weights."""
+        """Whether a candidate is initialised from a supernet when trained again."""
         return self.as_trained and entry.warm_start
 
     def point(self, entry: Entry) -> Values:

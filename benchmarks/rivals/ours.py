@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from autopeft import Elastic, ParetoFront, Search, SuccessiveHalving
+from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
@@ -24,8 +24,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no lone adapters": {**_WHOLE, "space": replace(GUIDED, probe_share=0.0)},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
-    "autopeft, elastic adapter as well": {**_WHOLE, "elastic": Elastic()},
-    "autopeft, warm starts as well": {**_WHOLE, "elastic": Elastic(share=0, warm_start=True)},
+    "autopeft, warm starts as well": {**_WHOLE, "warm_start": WarmStart()},
     "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {

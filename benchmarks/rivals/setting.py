@@ -38,7 +38,7 @@ class Entry:
         score: The metric on the validation split; None where the training failed.
         parameters: Trainable parameters.
         cpu_seconds: Processor time of the whole process when it was done, imports included.
-        warm_start: Whether it began from an elastic adapter's weights.
+        warm_start: Whether it was initialised from a supernet.
     """
 
     configuration: dict[str, Any]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from pathlib import Path
-from autopeft import Elastic, Search, SuccessiveHalving, Training
+from autopeft import Search, SuccessiveHalving, Training, WarmStart
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 
@@ -33,7 +33,7 @@ search = Search(
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     fidelity=halving if "rungs" in sys.argv[4] else None,
-    elastic=Elastic(candidates=12, warm_start=True) if "warm" in sys.argv[4] else None,
+    warm_start=WarmStart() if "warm" in sys.argv[4] else None,
     sampler="tpe",
     seed=3,
     seeds=2,

@@ -1,4 +1,4 @@
-"""Trials that begin from an elastic adapter's weights: alone, in packs, paused, resumed, trained again."""
+"""Trials that are initialised from a supernet: alone, in packs, paused, resumed, replicated."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from autopeft import Elastic, ParetoFront, Search, SuccessiveHalving
+from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import CurvePoint, Evaluation, TrialRecord
+from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
-from autopeft.evaluation.supernet.supernet import ElasticAdapter
-from autopeft.evaluation.supernet.warm_start import ElasticError, ElasticWeights, first_weights
+from autopeft.evaluation.supernet.supernet import LoraSupernet
+from autopeft.evaluation.supernet.warm_start import (
+    WarmStartError,
+    WarmStarts,
+    initial_weights,
+    largest_lora,
+)
 from autopeft.methods import count_parameters
 from autopeft.optimization.learning_curve_forecast import Forecast
-from autopeft.search_spaces import PerLayer, Uniform
+from autopeft.search_spaces import PerLayer, SearchSpace, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from autopeft.trial_runner import TrialRunner
-from tests.learnable import outcomes, tiny_evaluator, tiny_search
+from autopeft.yaml_config import build_config
+from tests.learnable import learner, outcomes, tiny_evaluator, tiny_search
 from tests.packed import assert_alike, packing_evaluator
 from tests.tiny_models import everywhere
 
 SPACE = PerLayer(methods=("lora",), ranks=(1, 4), roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2))
 TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
-ELASTIC = Elastic(candidates=12, share=0.5, warm_start=True)
-WEIGHTS_ALONE = Elastic(candidates=12, share=0, warm_start=True)
+WARM_START = WarmStart()
 
 
 def warm_search(folder: Path, **settings: Any) -> Search:
@@ -43,20 +49,20 @@ def warm_search(folder: Path, **settings: Any) -> Search:
         "space": SPACE,
         "objectives": ("accuracy", "trainable_parameters"),
         "training": TRAINING,
-        "elastic": ELASTIC,
+        "warm_start": WARM_START,
         "score_check": False,
     }
     return tiny_search(folder, **(defaults | settings))
 
 
-def elastic_of(evaluator: Evaluator) -> ElasticAdapter:
+def supernet_of(evaluator: Evaluator) -> LoraSupernet:
     largest = everywhere(evaluator.backbone, "lora", 4).replace(learning_rate=1e-2)
-    return ElasticAdapter.train(evaluator, largest)
+    return LoraSupernet.train(evaluator, largest)
 
 
-def of_top_block(elastic: ElasticAdapter, rate: float) -> Configuration:
-    top = max(site.block for site in elastic.largest.adapters)
-    adapters = {site: one for site, one in elastic.largest.adapters.items() if site.block == top}
+def of_top_block(supernet: LoraSupernet, rate: float) -> Configuration:
+    top = max(site.block for site in supernet.largest.adapters)
+    adapters = {site: one for site, one in supernet.largest.adapters.items() if site.block == top}
     return Configuration(adapters, learning_rate=rate)
 
 
@@ -76,9 +82,9 @@ def state_of(trained: Trained) -> Mapping[str, Tensor]:
 
 def test_a_training_begins_from_the_tensors_it_is_given() -> None:
     evaluator = tiny_evaluator()
-    elastic = elastic_of(evaluator)
-    still = of_top_block(elastic, rate=1e-9)
-    weights = elastic.state(still)
+    supernet = supernet_of(evaluator)
+    still = of_top_block(supernet, rate=1e-9)
+    weights = supernet.state(still)
     trained = evaluator.train(still, initial_weights=weights)
     assert trained.evaluation.warm_start
     assert_same(state_of(trained), weights, 1e-6)
@@ -92,9 +98,9 @@ def test_a_training_begins_from_the_tensors_it_is_given() -> None:
 
 def test_tensors_of_another_configuration_are_a_failure_that_says_so() -> None:
     evaluator = tiny_evaluator()
-    elastic = elastic_of(evaluator)
-    others = elastic.state(of_top_block(elastic, 1e-2))
-    failed = evaluator.train(elastic.largest, initial_weights=others).evaluation
+    supernet = supernet_of(evaluator)
+    others = supernet.state(of_top_block(supernet, 1e-2))
+    failed = evaluator.train(supernet.largest, initial_weights=others).evaluation
     assert failed.status == "failed"
     assert not failed.warm_start
     assert "do not belong to this configuration" in str(failed.reason)
@@ -103,9 +109,9 @@ def test_tensors_of_another_configuration_are_a_failure_that_says_so() -> None:
 
 def test_what_pauses_goes_on_as_if_it_had_not() -> None:
     evaluator = tiny_evaluator(training=TRAINING, rungs=(0.5,))
-    elastic = elastic_of(evaluator)
-    chosen = of_top_block(elastic, 1e-2)
-    weights = elastic.state(chosen)
+    supernet = supernet_of(evaluator)
+    chosen = of_top_block(supernet, 1e-2)
+    weights = supernet.state(chosen)
     paused = evaluator.train(chosen, rung=0, initial_weights=weights)
     assert paused.evaluation.warm_start
     assert paused.paused is not None
@@ -117,9 +123,9 @@ def test_what_pauses_goes_on_as_if_it_had_not() -> None:
 @pytest.mark.parametrize("rung", [None, 0])
 def test_a_pack_begins_from_them_as_each_would_alone(rung: int | None) -> None:
     evaluator = packing_evaluator(training=TRAINING, rungs=(0.5,))
-    elastic = elastic_of(evaluator)
-    chosen = [of_top_block(elastic, rate) for rate in (1e-2, 3e-3)]
-    weights = [elastic.state(chosen[0]), None]
+    supernet = supernet_of(evaluator)
+    chosen = [of_top_block(supernet, rate) for rate in (1e-2, 3e-3)]
+    weights = [supernet.state(chosen[0]), None]
     packed = PackedTrainer(evaluator).train(chosen, 5, rung=rung, initial_weights=weights)
     assert [one.evaluation.warm_start for one in packed] == [True, False]
     for configuration, own, trained in zip(chosen, weights, packed, strict=True):
@@ -133,47 +139,89 @@ def warm_starts(records: list[TrialRecord]) -> list[bool]:
     return [one.evaluation.warm_start for one in records]
 
 
-def test_trials_but_reference_points_begin_from_the_elastic_adapter(tmp_path: Path) -> None:
+def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) -> None:
     search = warm_search(tmp_path)
     records = list(search.run(trials=10, progress=False).records)
-    assert warm_starts(records) == [one.baseline is None for one in records]
+    assert warm_starts(records) == [record.baseline is None for record in records]
     assert any(warm_starts(records))
     assert list(search.front().to_frame(all_trials=True)["warm_start"]) == warm_starts(records)
-    warm_alone = [one for one in records if one.evaluation.warm_start]
+    warm_alone = [record for record in records if record.evaluation.warm_start]
     shown = repr(ParetoFront(warm_alone, search.objectives, search.axes(), search))
-    assert "begun from" in shown
-    assert "elastic adapter's weights" in shown
-    made = search.elastic_proposals()
-    assert made is not None
-    check = made.check(records)
-    assert check is not None
-    assert check.trials == len({one.evaluation.configuration for one in records if one.baseline is None})
-    assert check.warm_start
-    cold = warm_search(tmp_path, name="cold", elastic=Elastic(candidates=12)).run(trials=10, progress=False)
+    assert "initialised from" in shown
+    assert "supernet" in shown
+    assert supernets_of(search).cost.steps == search.evaluator.plan.total_steps
+    assert "initialised from a supernet of 1 trainings" in search.describe()
+    cold = warm_search(tmp_path, name="cold", warm_start=None).run(trials=10, progress=False)
     assert not any(warm_starts(list(cold.records)))
+    assert outcomes(cold.records) != outcomes(records)
 
 
-def test_what_the_elastic_adapter_does_not_cover_begins_from_random_weights(tmp_path: Path) -> None:
+def supernets_of(search: Search) -> WarmStarts:
+    found = search.warm_starts(trains=False)
+    assert found is not None
+    return found
+
+
+def test_a_supernet_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
+    search = warm_search(tmp_path, baselines=False)
+    records = search.run(trials=6, progress=False).records
+    spent = sum(record.evaluation.cost.cpu_seconds for record in records)
+    supernet_seconds = supernets_of(search).cost.cpu_seconds
+    bounded = warm_search(tmp_path, name="bounded", baselines=False)
+    short = bounded.run(cpu_seconds=spent / 6 + supernet_seconds / 2, progress=False)
+    assert len(short.records) < 6
+
+
+def test_what_the_supernet_does_not_cover_starts_from_random_weights(tmp_path: Path) -> None:
     space = Uniform(methods=("lora", "series"), ranks=(1, 4), widths=(1, 4))
-    search = warm_search(tmp_path, space=space, elastic=WEIGHTS_ALONE, baselines=False)
+    search = warm_search(tmp_path, space=space, baselines=False)
     records = list(search.run(trials=8, progress=False).records)
-    covered = [set(one.evaluation.configuration.methods) <= {"lora"} for one in records]
+    covered = [set(record.evaluation.configuration.methods) <= {"lora"} for record in records]
     assert warm_starts(records) == covered
     assert len(set(covered)) == 2
 
 
-def test_without_proposals_nothing_is_scored(tmp_path: Path) -> None:
-    search = warm_search(tmp_path, elastic=WEIGHTS_ALONE)
-    records = list(search.run(trials=8, progress=False).records)
-    assert warm_starts(records) == [one.baseline is None for one in records]
-    made = search.elastic_proposals()
-    assert made is not None
-    assert made._pool == []
-    spent = made.cost
-    assert spent == made.weights.cost
-    assert spent.steps == search.evaluator.plan.total_steps
-    assert "gives trials their first weights" in search.describe()
-    assert "proposes" not in search.describe()
+def test_a_space_without_lora_has_no_supernet(tmp_path: Path) -> None:
+    search = warm_search(tmp_path, space=Uniform(methods=("series",), widths=(1, 4)))
+    records = list(search.run(trials=3, progress=False).records)
+    assert warm_starts(records) == [False] * 3
+    found = WarmStarts(WARM_START, search.evaluator, search.space, tmp_path / "none")
+    assert found.supernet() is None
+    assert found.obstacle == "the space has no configuration of LoRA alone"
+    assert found.cost == Cost()
+
+
+@pytest.mark.parametrize(
+    "space", [SPACE, Uniform(ranks=(1, 8)), PerLayer(methods=("series", "lora"), groups=2, ranks=(2, 8))]
+)
+def test_the_supernet_covers_every_lora_configuration_of_the_space(space: SearchSpace) -> None:
+    backbone = learner()
+    largest = largest_lora(space, backbone)
+    assert largest is not None
+    supernet = LoraSupernet(largest=largest, tensors={}, cost=Cost())
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    drawn = [space.suggest(study.ask(), backbone) for _ in range(30)]
+    lora = [configuration for configuration in drawn if set(configuration.methods) <= {"lora"}]
+    assert lora
+    assert all(supernet.obstacle(configuration) is None for configuration in lora)
+
+
+@pytest.mark.parametrize("trainings", [0, -1.0, float("inf"), float("nan")])
+def test_bad_settings_are_refused(trainings: float) -> None:
+    with pytest.raises(ValueError, match="trainings is a number above 0"):
+        WarmStart(trainings=trainings)
+
+
+def test_warm_starts_can_be_asked_for_in_a_file() -> None:
+    settings = {
+        "backbone": "model",
+        "task": {"type": "TextClassification", "dataset": "data.csv", "text": "question"},
+        "space": {"type": "PerLayer", "methods": ["lora"]},
+        "warm_start": {"trainings": 2.0},
+    }
+    assert build_config(settings).search.warm_start == WarmStart(trainings=2.0)
+    with pytest.raises(ValueError, match="trainings"):
+        build_config(settings | {"warm_start": {"training": 2}})
 
 
 def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -> None:
@@ -182,10 +230,15 @@ def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -
     assert any(one.evaluation.warm_start and one.evaluation.trainings == 2 for one in whole)
     for trials in (5, 9):
         warm_search(tmp_path, name="parts", **settings).run(trials=trials, progress=False)
-    (tmp_path / "parts" / "elastic" / "adapter.safetensors").unlink()  # it is trained again as it was
+    (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").unlink()  # is trained again as before
     parts = list(warm_search(tmp_path, name="parts", **settings).run(trials=12, progress=False).records)
     assert outcomes(parts) == outcomes(whole)
     assert warm_starts(parts) == warm_starts(whole)
+    written = (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").stat().st_mtime_ns
+    warm_search(tmp_path, name="parts", **settings).run(trials=13, progress=False)
+    assert (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="warm_start"):
+        warm_search(tmp_path, name="parts", warm_start=WarmStart(trainings=2), **settings).run(trials=14)
 
 
 def test_in_packs_too_reference_points_begin_from_random_weights(tmp_path: Path) -> None:
@@ -194,18 +247,18 @@ def test_in_packs_too_reference_points_begin_from_random_weights(tmp_path: Path)
     assert warm_starts(records) == [one.baseline is None for one in records]
 
 
-def trial_training(folder: Path, elastic: Elastic = WEIGHTS_ALONE) -> tuple[TrialRunner, ElasticWeights]:
+def trial_training(folder: Path) -> tuple[TrialRunner, WarmStarts]:
     evaluator = tiny_evaluator(
         training=TRAINING, rungs=(0.5,), objectives=("accuracy", "trainable_parameters")
     )
-    weights = ElasticWeights(elastic, evaluator, SPACE, folder / "elastic")
+    weights = WarmStarts(WARM_START, evaluator, SPACE, folder / "supernets")
     training = TrialRunner(
         evaluator,
         AdapterCheckpoints(folder / "adapters"),
         TrainingCheckpoints(folder / "paused"),
         seed=0,
         seeds=3,
-        elastic=weights,
+        warm_starts=weights,
     )
     return training, weights
 
@@ -215,13 +268,13 @@ def empty_front(folder: Path) -> ParetoFront:
     return ParetoFront([], search.objectives, search.axes(), search)
 
 
-def chosen_of(weights: ElasticWeights, rate: float = 1e-2) -> Configuration:
-    adapter = weights.adapter()
-    assert adapter is not None
-    return of_top_block(adapter, rate)
+def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
+    supernet = weights.supernet()
+    assert supernet is not None
+    return of_top_block(supernet, rate)
 
 
-def test_each_training_of_a_trial_begins_from_an_adapter_of_its_own(tmp_path: Path) -> None:
+def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_path: Path) -> None:
     training, weights = trial_training(tmp_path)
     configuration = chosen_of(weights, rate=1e-9)
     front = empty_front(tmp_path)
@@ -229,7 +282,7 @@ def test_each_training_of_a_trial_begins_from_an_adapter_of_its_own(tmp_path: Pa
     assert record.evaluation.warm_start
     again = training.repeat(training.repeat(record))
     assert again.evaluation.trainings == 3
-    states = [first_weights(weights, record.evaluation, number) for number in range(3)]
+    states = [initial_weights(weights, record.evaluation, number) for number in range(3)]
     for number, state in enumerate(states):
         assert state is not None
         # A rate of next to nothing: what was trained is what it began from.
@@ -241,9 +294,9 @@ def test_each_training_of_a_trial_begins_from_an_adapter_of_its_own(tmp_path: Pa
         )
     assert distance(states[0] or {}, states[1] or {}) > 1e-3
     assert distance(states[1] or {}, states[2] or {}) > 1e-3
-    files = sorted(path.name for path in (tmp_path / "elastic").iterdir())
-    assert files == ["adapter-1.safetensors", "adapter-2.safetensors", "adapter.safetensors"]
-    read = ElasticWeights(WEIGHTS_ALONE, training._evaluator, SPACE, tmp_path / "elastic")
+    files = sorted(path.name for path in (tmp_path / "supernets").iterdir())
+    assert files == [f"supernet-{number}.safetensors" for number in range(3)]
+    read = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets")
     assert read.cost == weights.cost
     assert read.cost.steps == 3 * training._evaluator.plan.total_steps
 
@@ -272,7 +325,7 @@ def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> N
     assert again.cost == first.cost  # nothing was trained a second time
 
 
-def test_an_elastic_training_that_fails_is_not_tried_again(
+def test_a_supernet_whose_training_fails_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
@@ -281,7 +334,7 @@ def test_an_elastic_training_that_fails_is_not_tried_again(
         tried.append(1)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(ElasticAdapter, "save", fail)
+    monkeypatch.setattr(LoraSupernet, "save", fail)
     whole = warm_search(tmp_path, name="whole").run(trials=10, progress=False)
     assert not any(warm_starts(list(whole.records)))
     assert len(tried) == 1
@@ -291,49 +344,48 @@ def test_an_elastic_training_that_fails_is_not_tried_again(
     search = warm_search(tmp_path, name="parts")
     parts = search.run(trials=10, progress=False)
     assert outcomes(parts.records) == outcomes(whole.records)
-    made = search.elastic_proposals()
-    assert made is not None
-    assert made.weights.obstacle == "the elastic adapter's training failed: out of memory: no room"
-    assert made.cost.cpu_seconds > 0
-    assert not (search.folder / "elastic" / "adapter.safetensors").exists()
+    found = supernets_of(search)
+    assert found.obstacle == "the supernet's training failed: out of memory: no room"
+    assert found.cost.cpu_seconds > 0
+    assert not (search.folder / "supernets" / "supernet-0.safetensors").exists()
 
 
-def test_where_a_further_adapter_fails_the_first_gives_its_weights(
+def test_if_a_further_supernet_fails_the_first_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     front = empty_front(tmp_path)
     training, weights = trial_training(tmp_path)
     record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
     assert weights.cost_to_come([record.evaluation], 3).steps == 2 * weights.cost.steps
-    train = ElasticAdapter.train
-    monkeypatch.setattr(ElasticAdapter, "train", lambda *_, **__: 1 / 0)
+    train = LoraSupernet.train
+    monkeypatch.setattr(LoraSupernet, "train", lambda *_, **__: 1 / 0)
     again = training.repeat(record)
     assert again.evaluation.trainings == 2
     assert not again.evaluation.failures
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(ElasticAdapter, "train", train)
-    training.repeat(again)  # from the third adapter
-    resumed = ElasticWeights(WEIGHTS_ALONE, training._evaluator, SPACE, tmp_path / "elastic")
+    monkeypatch.setattr(LoraSupernet, "train", train)
+    training.repeat(again)  # from the third supernet
+    resumed = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets")
     assert resumed.cost == weights.cost
-    assert sorted(resumed._adapters) == [0, 2]
+    assert sorted(resumed._supernets) == [0, 2]
     assert sorted(resumed._failures) == [1]
     assert resumed.cost_to_come([record.evaluation], 3).steps == 0
 
 
-def test_who_began_from_what_is_gone_cannot_be_trained_again(tmp_path: Path) -> None:
+def test_a_trial_whose_supernet_is_gone_cannot_be_trained_again(tmp_path: Path) -> None:
     front = empty_front(tmp_path)
     training, weights = trial_training(tmp_path)
     record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
-    with pytest.raises(ElasticError, match="give the search the elastic="):
-        first_weights(None, record.evaluation)
-    (tmp_path / "elastic" / "adapter.safetensors").unlink()
-    gone = ElasticWeights(WEIGHTS_ALONE, training._evaluator, SPACE, tmp_path / "elastic", trains=False)
-    with pytest.raises(ElasticError, match=r"there is no file adapter\.safetensors in"):
-        first_weights(gone, record.evaluation)
-    training._elastic = gone
+    with pytest.raises(WarmStartError, match="give the search the warm_start="):
+        initial_weights(None, record.evaluation)
+    (tmp_path / "supernets" / "supernet-0.safetensors").unlink()
+    gone = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets", trains=False)
+    with pytest.raises(WarmStartError, match=r"there is no file supernet-0\.safetensors in"):
+        initial_weights(gone, record.evaluation)
+    training._warm_starts = gone
     again = training.repeat(record).evaluation
     (reason,) = again.failures.values()
-    assert "The elastic adapter that the trial began from is gone" in reason
+    assert "The supernet that the trial was initialised from is gone" in reason
     assert again.values["accuracy"] < record.evaluation.values["accuracy"]
     paused = replace(record, evaluation=replace(record.evaluation, status="paused", reason="paused"))
     lost = training.go_on(paused, front, 1).evaluation
@@ -351,9 +403,9 @@ def test_training_again_for_an_export_begins_where_the_trial_did(tmp_path: Path)
     kept, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
     assert_same(kept, again)
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "elastic adapter's weights" in card
-    cold = warm_search(tmp_path, elastic=None, baselines=False, name=search.name)
-    with pytest.raises(ValueError, match="give the search the elastic="):
+    assert "supernet" in card
+    cold = warm_search(tmp_path, warm_start=None, baselines=False, name=search.name)
+    with pytest.raises(ValueError, match="give the search the warm_start="):
         cold.export(number, tmp_path / "cold", retrain=True)
 
 

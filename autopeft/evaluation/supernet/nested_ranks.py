@@ -1,4 +1,4 @@
-"""Which ranks each row of a batch trains: the sandwich rule over rows, and the callback that applies it."""
+"""The sandwich rule over the rows of a batch, and the callback that trains each row with its own ranks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SandwichRankSampler:
 
     The sandwich rule of Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques",
     2019, over the rows of one batch: some train the largest configuration, some the smallest ranks
-    everywhere, the others what is drawn. A drawn one has a lowest block, a share of the modules above it,
-    and ranks that are evenly spread over their logarithms, common to all modules in every other draw.
+    everywhere, the others random sub-configurations. Of these each has a lowest block, a share of the
+    modules above it, and ranks log-uniform over powers of two, half of the time the same for all modules.
 
     Args:
         blocks: Index of each module's block.
@@ -43,15 +43,15 @@ class SandwichRankSampler:
         self._generator = np.random.default_rng(seed)
 
     def sandwich(self, rows: int) -> NDArray[np.int64]:
-        """Return the ranks a batch's rows train, of shape (rows, modules); the rows lie in any order."""
+        """Return the ranks that the rows of a batch train, of shape (rows, modules), rows shuffled."""
         largest = max(1, round(_LARGEST_SHARE * rows))
         smallest = min(rows - largest, max(1, round(_SMALLEST_SHARE * rows)))
-        drawn = [self.one() for _ in range(rows - largest - smallest)]
+        drawn = [self.draw() for _ in range(rows - largest - smallest)]
         ranks = np.array([self.largest] * largest + [self.smallest] * smallest + drawn)
         return self._generator.permutation(ranks)
 
-    def one(self) -> NDArray[np.int64]:
-        """Return the ranks of one drawn sub-configuration, of shape (modules,)."""
+    def draw(self) -> NDArray[np.int64]:
+        """Return the ranks of a random sub-configuration, of shape (modules,)."""
         generator = self._generator
         lowest = generator.integers(self.blocks.max() + 1)
         density = generator.uniform(_LEAST_DENSITY, 1.0)
@@ -68,18 +68,18 @@ class PerRowRanks(Callback):
 
     A row whose rank at a module is r computes W·x + s·B[:, :r]·A[:r]·x, and has a gradient in those ranks
     alone (the nesting of DyLoRA, Valipour et al., 2023). The scaling s is that of the largest rank for every
-    row: were it the one of a LoRA of rank r, the rows would want the same ranks at different sizes.
+    row: with the scaling of a LoRA of rank r, the rows would pull the shared ranks to different magnitudes.
 
     Args:
-        draw: Gives the ranks of every batch, for the modules in `names`' order.
+        sampler: Draws the ranks of a batch, for the modules in `names`' order.
         names: Qualified names of the LoRA modules inside the model.
 
     Raises:
-        ValueError: When a batch comes, and a module's output does not begin with the batch's rows.
+        ValueError: In training, if the first axis of a module's output is not the batch's rows.
     """
 
-    def __init__(self, draw: SandwichRankSampler, names: tuple[str, ...]) -> None:
-        self.draw = draw
+    def __init__(self, sampler: SandwichRankSampler, names: tuple[str, ...]) -> None:
+        self.sampler = sampler
         self.names = names
         self._gates: dict[str, Tensor] = {}
         self._modules: dict[str, LoraModule] = {}
@@ -87,7 +87,7 @@ class PerRowRanks(Callback):
         self._handles: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the gates on A's outputs."""
+        """Hook the gates onto A's outputs."""
         found = find_lora_modules(pl_module.get_submodule("model"))
         self._modules = {name: found[name] for name in self.names}
         self._masks = {name: rank_masks(module) for name, module in self._modules.items()}
@@ -99,7 +99,7 @@ class PerRowRanks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Tensor], batch_idx: int
     ) -> None:
         """Draw the ranks of a batch's rows."""
-        ranks = torch.from_numpy(self.draw.sandwich(len(batch[LABELS])))
+        ranks = torch.from_numpy(self.sampler.sandwich(len(batch[LABELS])))
         for index, name in enumerate(self.names):
             masks = self._masks[name]
             self._gates[name] = masks[ranks[:, index].to(masks.device)]
@@ -118,16 +118,16 @@ class PerRowRanks(Callback):
             self._handles.pop().remove()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the gates off."""
+        """Remove the gates."""
         self._remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the gates off: an exception must not leave hooks in the model."""
+        """Remove the gates: an exception must not leave hooks in the model."""
         self._remove()
 
 
 def rank_masks(module: LoraModule) -> Tensor:
-    """Return which ranks of a module each rank has, of shape (ranks + 1, ranks): row r has its first r."""
+    """Return the mask of a module's first r ranks in row r, of shape (ranks + 1, ranks)."""
     count = module.rank
     masks = torch.ones(count + 1, count).tril(-1)
     return masks.to(module.down.weight.device)

@@ -1,4 +1,4 @@
-"""The elastic adapters of a search, and what its trainings begin from."""
+"""The supernets of a search, and the weights that its trainings are initialised from."""
 
 from __future__ import annotations
 
@@ -6,56 +6,60 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from autopeft.core.configuration import Configuration
+import optuna
+
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, reason_of_failure
-from autopeft.evaluation.supernet.candidates import drawn, has_lora_alone, largest_lora
-from autopeft.evaluation.supernet.settings import GENERATIONS, Elastic
-from autopeft.evaluation.supernet.supernet import ElasticAdapter
+from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.supernet import METHOD, LoraSupernet
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import SearchSpace
 from autopeft.training.compute_meter import ComputeMeter
 
 _logger = logging.getLogger(__name__)
 
+_DRAWS = 32
 
-class ElasticError(ValueError):
-    """There is no elastic adapter to begin a training from."""
+
+class WarmStartError(ValueError):
+    """There is no supernet to initialise a training from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Failure:
-    """Why an adapter's training failed, and what it took."""
+    """Why a supernet's training failed, and its cost."""
 
     reason: str
     cost: Cost
 
 
-class ElasticWeights:
-    """The elastic adapters of a search: trained when first asked for, kept in a folder so that it resumes.
+class WarmStarts:
+    """The supernets of a search, trained when first needed and kept in a folder, so that a search resumes.
 
-    The first scores, proposes, and gives trials their first weights. A trial's trainings with other seeds
-    begin each from an adapter of its own, trained with another seed: else the luck of one adapter would be
-    taken for what trials are worth.
+    Supernet 0 initialises the first training of every trial, supernet n the training with the n-th further
+    seed: with one supernet for all, its luck would be taken for the quality of the trials.
 
     Args:
-        settings: What to train.
-        evaluator: Trains.
-        space: What the largest configuration is of.
-        folder: Where adapters are kept.
-        trains: Whether it trains what is not in the folder: for who holds the search alone.
+        settings: Length of the training.
+        evaluator: Trains the supernets.
+        space: The largest LoRA of its configurations becomes the supernet's.
+        folder: Where supernets are kept.
+        trains: Whether to train supernets that are not in the folder; only the process that runs the search
+            may.
     """
 
     def __init__(
         self,
-        settings: Elastic,
+        settings: WarmStart,
         evaluator: Evaluator,
         space: SearchSpace,
         folder: Path,
@@ -67,73 +71,69 @@ class ElasticWeights:
         self.space = space
         self.folder = folder
         self._trains = trains
-        self._adapters: dict[int, ElasticAdapter] = {}
+        self._supernets: dict[int, LoraSupernet] = {}
         self._failures: dict[int, _Failure] = {}
         self._load()
 
     @property
     def cost(self) -> Cost:
-        """Compute of all trainings, also of those that failed."""
-        costs = [one.cost for one in self._adapters.values()]
-        return sum((*costs, *(one.cost for one in self._failures.values())), Cost())
+        """Compute of all trainings, failed ones included."""
+        trained = (supernet.cost for supernet in self._supernets.values())
+        failed = (failure.cost for failure in self._failures.values())
+        return sum((*trained, *failed), Cost())
 
     @property
     def obstacle(self) -> str | None:
-        """Why there is no elastic adapter; None while there may be one."""
+        """Why there is no supernet 0; None while there is or may be one."""
         return self._failures[0].reason if 0 in self._failures else None
 
-    @property
-    def trained(self) -> ElasticAdapter | None:
-        """The first adapter where it is trained by now."""
-        return self._adapters.get(0)
-
-    def adapter(self, number: int = 0) -> ElasticAdapter | None:
-        """Return an adapter, trained where it was not; None where it cannot be.
+    def supernet(self, number: int = 0) -> LoraSupernet | None:
+        """Return a supernet, training it if needed; None if that is not possible.
 
         Args:
-            number: Of a trial's trainings, from 0.
+            number: Index of the training of a trial, from 0.
         """
-        if self._trains and number not in self._adapters and number not in self._failures:
+        if self._trains and number not in self._supernets and number not in self._failures:
             self._train(number)
-        return self._adapters.get(number)
+        return self._supernets.get(number)
 
-    def cost_to_come(self, members: Iterable[Evaluation], seeds: int) -> Cost:
-        """Return what the adapters will take that further trainings of trials begin from.
+    def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
+        """Return the expected cost of the supernets that replicates will need.
 
         Args:
-            members: Of trials that are to be trained again.
-            seeds: Trainings that each is to have.
+            evaluations: Evaluations of the trials to replicate.
+            seeds: Number of trainings each trial is to have.
         """
-        first = self.trained
+        first = self._supernets.get(0)
         if first is None:
             return Cost()
-        wanted = {number for one in members if one.warm_start for number in range(one.trainings, seeds)}
-        missing = wanted - self._adapters.keys() - self._failures.keys()
+        needed = {
+            number
+            for evaluation in evaluations
+            if evaluation.warm_start
+            for number in range(evaluation.trainings, seeds)
+        }
+        missing = needed - self._supernets.keys() - self._failures.keys()
         return sum((first.cost for _ in missing), Cost())
 
-    def of_new(self, trials: Mapping[int, Configuration]) -> dict[int, InitialWeights]:
-        """Return by number what new trials begin from; those that begin from random weights are left out.
+    def for_new_trials(self, configurations: Mapping[int, Configuration]) -> dict[int, InitialWeights]:
+        """Return the initial weights of new trials; trials that start from random weights are left out.
 
         Args:
-            trials: Configurations by number.
+            configurations: By the trial's number.
         """
-        covered = {number: one for number, one in trials.items() if has_lora_alone(one)}
-        adapter = self.adapter() if covered and self.settings.warm_start else None
-        if adapter is None:
+        covered = {number: one for number, one in configurations.items() if set(one.methods) <= {METHOD}}
+        supernet = self.supernet() if covered else None
+        if supernet is None:
             return {}
-        return {number: adapter.state(one) for number, one in covered.items() if not adapter.obstacle(one)}
-
-    def draws(self, generator: random.Random) -> list[Configuration]:
-        """Return points of the space of LoRA alone: the reference points, and draws."""
-        count = max(1, self.settings.candidates // GENERATIONS)
-        return drawn(self.space, self.evaluator.backbone, count, generator)
-
-    def generator(self) -> random.Random:
-        """Return what draws are made with, at its beginning."""
-        return random.Random(f"elastic:{self.evaluator.seed}")
+        return {
+            number: supernet.state(configuration)
+            for number, configuration in covered.items()
+            if supernet.obstacle(configuration) is None
+        }
 
     def _train(self, number: int) -> None:
-        largest = largest_lora(self.space, self.evaluator.backbone, self.draws(self.generator()))
+        largest = largest_lora(self.space, self.evaluator.backbone, self.evaluator.seed)
         if largest is None:
             self._failures[number] = _Failure(
                 reason="the space has no configuration of LoRA alone", cost=Cost()
@@ -143,77 +143,112 @@ class ElasticWeights:
         reason = reason_of_failure(partial(self._train_and_save, number, largest))
         if reason is not None:
             self._failures[number] = _Failure(
-                reason=f"the elastic adapter's training failed: {reason}", cost=meter.read()
+                reason=f"the supernet's training failed: {reason}", cost=meter.read()
             )
-            _logger.warning("%s of a search: %s", self._path(number).stem, self._failures[number].reason)
+            _logger.warning("%s: %s", self._path(number).stem, self._failures[number].reason)
             self._save_failures()
 
     def _train_and_save(self, number: int, largest: Configuration) -> None:
         seed = self.evaluator.seed
-        trained = ElasticAdapter.train(
+        supernet = LoraSupernet.train(
             self.evaluator,
             largest,
             trainings=self.settings.trainings,
             seed=seed if number == 0 else training_seed(seed, -1, number),
         )
-        trained.save(self._path(number))
-        self._adapters[number] = trained
+        supernet.save(self._path(number))
+        self._supernets[number] = supernet
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"adapter{f'-{number}' if number else ''}.safetensors"
+        return self.folder / f"supernet-{number}.safetensors"
 
     @property
     def _failures_path(self) -> Path:
         return self.folder / "failures.json"
 
     def _save_failures(self) -> None:
-        """Keep why trainings failed: a search that resumes is not to try them again."""
-        data = {str(number): asdict(one) for number, one in self._failures.items()}
-        write_json(self._failures_path, data)
+        """Keep failures: a resumed search must not train again what failed before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._failures_path.with_suffix(".part")
+        failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
+        unfinished.write_text(json.dumps(failures))
+        os.replace(unfinished, self._failures_path)
 
     def _load(self) -> None:
         if self._failures_path.is_file():
-            for number, one in json.loads(self._failures_path.read_text()).items():
-                self._failures[int(number)] = _Failure(reason=one["reason"], cost=Cost(**one["cost"]))
-        for path in sorted(self.folder.glob("adapter*.safetensors")):
-            adapter = ElasticAdapter.load(path)
-            if adapter is not None:
-                self._adapters[int(path.stem.partition("-")[2] or 0)] = adapter
+            for number, failure in json.loads(self._failures_path.read_text()).items():
+                cost = Cost(**failure["cost"])
+                self._failures[int(number)] = _Failure(reason=failure["reason"], cost=cost)
+        for path in self.folder.glob("supernet-*.safetensors"):
+            supernet = LoraSupernet.load(path)
+            if supernet is not None:
+                self._supernets[int(path.stem.partition("-")[2])] = supernet
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a file that is there whole or not at all; its folder is made where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(data))
-    os.replace(unfinished, path)
-
-
-def first_weights(
-    elastic: ElasticWeights | None, evaluation: Evaluation, training: int = 0
+def initial_weights(
+    warm_starts: WarmStarts | None, evaluation: Evaluation, training: int = 0
 ) -> InitialWeights | None:
-    """Return what a training of a trial begins from, to train it anew or again; None for random weights.
+    """Return the initial weights to train a trial anew or again; None for random weights.
 
     Args:
-        elastic: The search's.
+        warm_starts: The search's.
         evaluation: The trial's.
-        training: Which of its trainings, from 0.
+        training: Index of the training of the trial, from 0.
 
     Returns:
-        The weights of the adapter of that training; where its own training failed, of the first.
+        The weights from the supernet of that training; from supernet 0 if that one's training failed.
 
     Raises:
-        ElasticError: The trial began from an elastic adapter's weights, and there is none.
+        WarmStartError: The trial was initialised from a supernet, and there is none.
     """
     if not evaluation.warm_start:
         return None
-    if elastic is None:
-        raise ElasticError(
-            "The trial began from an elastic adapter's weights: give the search the elastic=Elastic(...) "
-            "that it ran with."
+    if warm_starts is None:
+        raise WarmStartError(
+            "The trial was initialised from a supernet: give the search the warm_start=WarmStart(...) that "
+            "it ran with."
         )
-    adapter = elastic.adapter(training) or elastic.adapter()
-    if adapter is None:
-        why = elastic.obstacle or f"there is no file adapter.safetensors in {elastic.folder}"
-        raise ElasticError(f"The elastic adapter that the trial began from is gone: {why}.")
-    return adapter.state(evaluation.configuration)
+    supernet = warm_starts.supernet(training) or warm_starts.supernet()
+    if supernet is None:
+        why = warm_starts.obstacle or f"there is no file supernet-0.safetensors in {warm_starts.folder}"
+        raise WarmStartError(f"The supernet that the trial was initialised from is gone: {why}.")
+    return supernet.state(evaluation.configuration)
+
+
+def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Configuration | None:
+    """Return LoRA of the largest rank at every site where the space has any; None without one.
+
+    Args:
+        space: Its largest configuration, baselines and some random draws are searched for LoRA, also where
+            it stands beside other methods.
+        backbone: Its backbone.
+        seed: Seed of the draws.
+    """
+    points = [*space.extremes(backbone), *(one.configuration for one in space.baselines(backbone))]
+    points += _draws(space, backbone, seed)
+    largest: dict[Site, Adapter] = {}
+    for configuration in points:
+        for site, adapter in configuration:
+            if adapter.method == METHOD:
+                known = largest.get(site)
+                if known is None or (adapter.size or 0) > (known.size or 0):
+                    largest[site] = adapter
+    return Configuration(largest, learning_rate=points[0].learning_rate) if largest else None
+
+
+def _draws(space: SearchSpace, backbone: Backbone, seed: int) -> Iterator[Configuration]:
+    sampler = optuna.samplers.RandomSampler(seed=random.Random(f"supernet:{seed}").getrandbits(32))
+    with _quiet_optuna():
+        study = optuna.create_study(sampler=sampler)
+    for _ in range(_DRAWS):
+        yield space.suggest(study.ask(), backbone)
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,18 +1,44 @@
 """autopeft finds the PEFT configurations that trade accuracy, parameters and memory best."""
 
-from autopeft import search_spaces, tasks
-from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.evaluation import Evaluation, TrialRecord
-from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.supernet.settings import WarmStart
-from autopeft.evaluation.supernet.supernet import LoraSupernet
-from autopeft.export.export import ExportReport, load_adapter
-from autopeft.methods import attach, count_parameters
-from autopeft.models.backbone import Backbone
-from autopeft.optimization.successive_halving import SuccessiveHalving
-from autopeft.reporting.front import FrontPoint, ParetoFront
-from autopeft.search import Search
-from autopeft.training.settings import Training
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopeft import search_spaces, tasks
+    from autopeft.core.configuration import Adapter, Configuration, Site
+    from autopeft.core.evaluation import Evaluation, TrialRecord
+    from autopeft.evaluation.evaluator import Evaluator
+    from autopeft.evaluation.supernet.settings import WarmStart
+    from autopeft.evaluation.supernet.supernet import LoraSupernet
+    from autopeft.export.export import ExportReport, load_adapter
+    from autopeft.methods import attach, count_parameters
+    from autopeft.models.backbone import Backbone
+    from autopeft.optimization.successive_halving import SuccessiveHalving
+    from autopeft.reporting.front import FrontPoint, ParetoFront
+    from autopeft.search import Search
+    from autopeft.training.settings import Training
+
+# Imported when first used: torch, transformers and peft take seconds, which `autopeft --help` can do without.
+_HOMES = {
+    "Adapter": "core.configuration",
+    "Backbone": "models.backbone",
+    "Configuration": "core.configuration",
+    "Evaluation": "core.evaluation",
+    "Evaluator": "evaluation.evaluator",
+    "ExportReport": "export.export",
+    "FrontPoint": "reporting.front",
+    "LoraSupernet": "evaluation.supernet.supernet",
+    "ParetoFront": "reporting.front",
+    "Search": "search",
+    "Site": "core.configuration",
+    "SuccessiveHalving": "optimization.successive_halving",
+    "Training": "training.settings",
+    "TrialRecord": "core.evaluation",
+    "WarmStart": "evaluation.supernet.settings",
+    "attach": "methods",
+    "count_parameters": "methods",
+    "load_adapter": "export.export",
+}
 
 __all__ = [
     "Adapter",
@@ -36,3 +62,15 @@ __all__ = [
     "search_spaces",
     "tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("search_spaces", "tasks"):
+        return import_module(f"autopeft.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autopeft' has no attribute {name!r}")
+    return getattr(import_module(f"autopeft.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """The command line: search, sensitivity, front, show, export, ui, validate.
 
-MLflow, which takes seconds to import, is imported by the commands that write to it or serve it.
+What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -16,14 +16,12 @@ import yaml
 from autopeft.core.errors import unknown_choice
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.pareto import Axis
-from autopeft.core.profiling import Profile
-from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
-from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES
-from autopeft.yaml_config import SearchConfig, build_config, load_config
+
+if TYPE_CHECKING:
+    from autopeft.yaml_config import SearchConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +45,10 @@ def search(
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
 ) -> None:
     """Run a search, or resume it. After Ctrl-C the exit code is 130."""
+    from autopeft.core.profiling import Profile
+    from autopeft.optimization.budget import Budget, Spent
+    from autopeft.yaml_config import load_config
+
     loaded = load_config(config, overrides or ())
     if not loaded.run:
         raise ValueError("The settings have no budget: add for example run.trials=50.")
@@ -63,6 +65,8 @@ def search(
 @app.command()
 def validate(config: Config, overrides: Overrides = None) -> None:
     """Find what is wrong with a search without training anything, and say what it would do."""
+    from autopeft.yaml_config import load_config
+
     loaded = load_config(config, overrides or ())
     loaded.search.validate()
     print(loaded.search.describe())
@@ -77,12 +81,16 @@ def sensitivity(
         list[str] | None,
         typer.Option("--score", help="A score; give it again for another. Default: the cheap ones."),
     ] = None,
-    batches: Annotated[int, typer.Option(help="Training batches to score on.")] = SCORE_BATCHES,
+    batches: Annotated[int | None, typer.Option(help="Training batches to score on.")] = None,
     to: Annotated[Path, typer.Option(help="Folder for heat maps, table and scores.")] = Path("sensitivity"),
 ) -> None:
     """Score the sites of the backbone on the task, without training anything."""
+    from autopeft.sensitivity import CHEAP_SCORES
+    from autopeft.sensitivity.cached_scores import SCORE_BATCHES
+    from autopeft.yaml_config import load_config
+
     search = load_config(config, overrides or ()).search
-    report = search.sensitivity(scores or CHEAP_SCORES, batches=batches)
+    report = search.sensitivity(scores or CHEAP_SCORES, batches=SCORE_BATCHES if batches is None else batches)
     wide_console().print(report.table())
     try:
         paths = report.save(to)
@@ -164,6 +172,8 @@ def export(
             f"{place} has no {_SETTINGS_FILE}: the search was launched from Python, where "
             "search.export(number, folder) writes its adapters."
         )
+    from autopeft.yaml_config import build_config
+
     # The folder may have been moved, and a name made from the data's content may come out another today.
     found_here = {"folder": str(place.parent), "name": place.name}
     loaded = build_config({**yaml.safe_load(settings.read_text()), **found_here})

@@ -1,4 +1,4 @@
-"""Read a search from YAML: the same classes as in Python, with every name checked."""
+"""Read a search from YAML: the same classes as in Python, every key and value checked by pydantic."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from autopeft.core.errors import unknown_choice
 from autopeft.evaluation.supernet.settings import WarmStart
@@ -21,25 +22,37 @@ from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 
-_TASKS: Mapping[str, type[Any]] = {"TextClassification": TextClassification}
-_SPACES: Mapping[str, type[Any]] = {
-    "PerLayer": PerLayer,
-    "ScoreGuided": ScoreGuided,
-    "Uniform": Uniform,
-    "AutoPEFTPaper": AutoPEFTPaper,
+_CHOICES: Mapping[str, Mapping[str, type[Any]]] = {
+    "task": {"TextClassification": TextClassification},
+    "space": {
+        "PerLayer": PerLayer,
+        "ScoreGuided": ScoreGuided,
+        "Uniform": Uniform,
+        "AutoPEFTPaper": AutoPEFTPaper,
+    },
 }
-_NOT_IN_YAML = ("tokenizer", "site_scores")  # objects
+"""Sections whose class stands under "type"."""
+_SECTIONS: Mapping[str, type[Any]] = {
+    "training": Training,
+    "fidelity": SuccessiveHalving,
+    "warm_start": WarmStart,
+}
+"""Sections of one class each."""
 _RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds")
-# Arguments that take a loaded object, or that a search fills in: YAML has nothing to give them.
 _ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores"})
-_WORDS: Mapping[Any, tuple[str, str]] = {
-    bool: ("true or false", "true or false"),
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    str: ("text", "texts"),
-    Any: ("any value", "any values"),
-    NoneType: ("null", "nulls"),
+"""Arguments that take a loaded object, or that a search fills in: YAML has nothing to give them."""
+
+
+_PLAIN = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid dictionary": "a mapping",
+    "a valid tuple": "a list",
+    "an instance of Sequence": "a list",
 }
+"""What pydantic calls a kind of value, and what YAML's users call it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,15 @@ class SearchConfig:
     search: Search
     run: Mapping[str, Any]
     settings: Mapping[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -82,151 +104,102 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     return build_config(settings)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     """Make a search from settings; see `load_config`."""
-    rest = dict(settings)
-    run = rest.pop("run", None) or {}
+    arguments = dict(settings)
+    run = arguments.pop("run", None) or {}
     if not isinstance(run, Mapping):
         raise ValueError(f"'run' is a mapping with a budget such as trials: 50, got {run!r}.")
     for key in run:
         if key not in _RUN_KEYS:
             raise unknown_choice("key of 'run'", str(key), _RUN_KEYS)
-    for required in ("backbone", "task", "space"):
-        if required not in rest:
-            raise ValueError(f"The settings need {required!r}; they have {', '.join(map(str, rest))}.")
-    rest["task"] = _choose("task", rest["task"], _TASKS)
-    rest["space"] = _choose("space", rest["space"], _SPACES)
-    if rest.get("training") is not None:
-        rest["training"] = _build(Training, rest["training"], "training")
-    if rest.get("fidelity") is not None:
-        rest["fidelity"] = _build(SuccessiveHalving, rest["fidelity"], "fidelity")
-    if rest.get("warm_start") is not None:
-        rest["warm_start"] = _build(WarmStart, rest["warm_start"], "warm_start")
     if run:
         try:
-            Budget(**run)  # what is wrong with a budget shows before anything is loaded
+            Budget(**run)  # a wrong budget shows before anything is loaded
         except ValueError as error:
             raise ValueError(f"'run': {error}") from error
-    search: Search = _build(Search, rest)
-    return SearchConfig(search=search, run=run, settings=settings)
+    for section, choices in _CHOICES.items():
+        if arguments.get(section) is not None:
+            arguments[section] = _choose(section, arguments[section], choices)
+    for section, settings_class in _SECTIONS.items():
+        if arguments.get(section) is not None:
+            arguments[section] = _build(settings_class, arguments[section], section)
+    return SearchConfig(search=_build(Search, arguments), run=run, settings=settings)
 
 
-def _choose(what: str, given: Any, choices: Mapping[str, type[Any]]) -> Any:
+def _choose(section: str, given: Any, choices: Mapping[str, type[Any]]) -> Any:
     """Make the object whose class stands under "type"; one choice alone needs no "type"."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{what!r} is a mapping with a 'type', got {given!r}.")
-    rest = dict(given)
-    name = rest.pop("type", next(iter(choices)) if len(choices) == 1 else None)
+        raise ValueError(f"{section!r} is a mapping with a 'type', got {given!r}.")
+    arguments = dict(given)
+    name = arguments.pop("type", next(iter(choices)) if len(choices) == 1 else None)
     if name is None:
-        raise ValueError(f"{what!r} needs a 'type': one of {', '.join(choices)}.")
+        raise ValueError(f"{section!r} needs a 'type': one of {', '.join(choices)}.")
     if not isinstance(name, str) or name not in choices:
-        raise unknown_choice(f"{what} type", str(name), choices)
-    return _build(choices[name], rest, what)
+        raise unknown_choice(f"{section} type", str(name), choices)
+    return _build(choices[name], arguments, section)
 
 
-def _build(make: type[Any], given: Any, section: str = "") -> Any:
-    """Make an object of a section's settings, once each has a type that the class's arguments have."""
+def _build(made: type[Any], given: Any, section: str = "") -> Any:
+    """Make an object from a section's settings, checked against the types of the class's arguments."""
     where = repr(section) if section else "the settings"
     if not isinstance(given, Mapping):
         raise ValueError(f"{where} is a mapping, got {given!r}.")
-    parameters = inspect.signature(make).parameters
-    known = {key: one for key, one in parameters.items() if key not in _ONLY_IN_PYTHON}
+    schema = _schema(made)
     for key in given:
-        if key not in known:
-            raise unknown_choice(f"key of {where}", str(key), known)
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in given:
-            raise ValueError(f"{where} needs {key!r}; it has {', '.join(given) or 'nothing'}.")
+        if key not in schema.model_fields:
+            raise unknown_choice(f"key of {where}", str(key), schema.model_fields)
+    values = {key: _as_argument(value, schema.model_fields[key].annotation) for key, value in given.items()}
+    try:
+        schema(**values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, section, given)) from error
+    return made(**values)
+
+
+def _schema(made: type[Any]) -> type[BaseModel]:
+    """Return a pydantic model with the arguments of a class, for their types alone."""
     # Of a data class also the fields that another module's class gives it.
-    hints = get_type_hints(make if is_dataclass(make) else make.__init__)
-    values = {key: _tuples(value) for key, value in given.items()}
-    for key, value in values.items():
-        _check(f"{section}.{key}" if section else key, value, hints[key])
-    return make(**values)
+    hints = get_type_hints(made if is_dataclass(made) else made.__init__)
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(made).parameters.items()
+        if name not in _ONLY_IN_PYTHON
+    }
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(made.__name__, __config__=strict, **fields)
 
 
-def _check(key: str, value: Any, expected: Any) -> None:
-    """Raise where a value has none of the types of an annotation; in a mapping, name the wrong item."""
-    kinds = _alternatives(expected)
-    if any(_fits(value, kind) for kind in kinds):
-        return
-    named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-    for kind in kinds if named else ():
-        if get_origin(kind) is Mapping and _words(kind):
-            for name, one in value.items():
-                _check(f"{key}.{name}", one, get_args(kind)[1])
-    words = dict.fromkeys(filter(None, map(_words, kinds)))
-    raise ValueError(f"{key} is {' or '.join(words)}, got {_as_given(value)!r}.")
+def _as_argument(value: Any, expected: Any) -> Any:
+    """Turn YAML's lists into tuples, and one text into a sequence of one where a sequence is expected."""
+    if isinstance(value, list):
+        return tuple(_as_argument(part, Any) for part in value)
+    kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    takes_sequence = any(get_origin(kind) is Sequence for kind in kinds)
+    return (value,) if isinstance(value, str) and takes_sequence and str not in kinds else value
 
 
-def _alternatives(expected: Any) -> tuple[Any, ...]:
-    return get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+def _explain(error: ValidationError, section: str, given: Mapping[str, Any]) -> str:
+    """Say which setting is wrong, what was expected and what was given."""
+    problems = error.errors(include_url=False)
+    key = str(problems[0]["loc"][0])
+    if problems[0]["type"] == "missing":
+        where = f"{section!r} needs" if section else "The settings need"
+        return f"{where} {key!r}; given: {', '.join(map(str, given)) or 'nothing'}."
+    name, value = f"{section}.{key}" if section else key, given[key]
+    of_key = [problem for problem in problems if problem["loc"][0] == key]
+    # YAML gives no instances of classes such as a loaded model.
+    of_key = [problem for problem in of_key if problem["type"] != "is_instance_of"] or of_key
+    for part in of_key[-1]["loc"][1:]:  # into mappings; pydantic also names the alternatives of a union here
+        if isinstance(part, str) and isinstance(value, Mapping) and part in value:
+            name, value = f"{name}.{part}", value[part]
+    messages = (str(problem["msg"]).removeprefix("Input should be ") for problem in of_key)
+    words = dict.fromkeys(_PLAIN.get(message, message) for message in messages)
+    return f"{name} should be {' or '.join(words)}, got {value!r}."
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has one type of an annotation.
-
-    One text may stand for a sequence of one, a whole number for a number. Which texts a Literal takes
-    is left to the class: it names the nearest.
-    """
-    origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin is Literal:
-        return isinstance(value, str)
-    if origin is Mapping:
-        items = value.items() if isinstance(value, Mapping) else [(None, None)]
-        return all(_is_one_of(name, parts[0]) and _is_one_of(one, parts[1]) for name, one in items)
-    if origin is Sequence:
-        several = (value,) if isinstance(value, str) else value
-        return isinstance(several, tuple) and all(_is_one_of(one, parts[0]) for one in several)
-    if origin is tuple:
-        same = isinstance(value, tuple) and len(value) == len(parts)
-        return same and all(map(_is_one_of, value, parts))
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _is_one_of(value: Any, expected: Any) -> bool:
-    return any(_fits(value, kind) for kind in _alternatives(expected))
-
-
-def _words(kind: Any, several: bool = False) -> str:
-    """Say what a type looks like in YAML; nothing for one that cannot be written there."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " or ".join(map(repr, parts))
-    if origin is tuple:
-        return f"a list of {len(parts)} {_words(parts[0], several=True)}"
-    if origin in (Sequence, Mapping):
-        each = [words for one in _alternatives(parts[-1]) if (words := _words(one, several=True))]
-        name = "a list of" if origin is Sequence else f"{'mappings' if several else 'a mapping'} of texts to"
-        return f"{name} {' or '.join(each)}" if each else ""
-    return _WORDS.get(kind, ("", ""))[several]
-
-
-def _as_given(value: Any) -> Any:
-    """Turn tuples back into the lists that YAML had."""
-    return [_as_given(one) for one in value] if isinstance(value, tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    """Turn YAML's lists into tuples, so that settings compare equal to the ones written in Python."""
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from autopeft.core.cache_folder import cache_folder
 from autopeft.core.errors import check_whole
 from autopeft.core.hypervolume_axes import fixed_axes
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
@@ -153,7 +154,7 @@ class Search:
                 self.constraints,
                 rungs=() if self.fidelity is None else self.fidelity.rungs,
                 seed=self.seed,
-                cache=self._root / "tokenised",
+                cache=cache_folder(),
             )
             if self.space.scores_needed:
                 self.space = self.space.with_scores(self.sensitivity(self.space.scores_needed).scores)

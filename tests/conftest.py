@@ -66,7 +66,15 @@ def _ctrl_c_works() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _leaves_no_trace() -> Iterator[None]:
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache out of tests, and one test's out of another's."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AUTOPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace(_cache_of_its_own: None) -> Iterator[None]:
     """Seed every test alike; fail one that leaks variables or threads; restore the RNG states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     variables, threads = dict(os.environ), set(threading.enumerate())

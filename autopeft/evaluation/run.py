@@ -29,7 +29,6 @@ from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
-from autopeft.evaluation.frozen_blocks.fill import SECONDS_SAVED
 from autopeft.methods import Attachment
 from autopeft.models.module_modes import set_mode
 from autopeft.training.compute_meter import ComputeMeter
@@ -121,13 +120,6 @@ class EvaluationRun:
                     self.warm_start = True
                 prefix.open()
                 self._train(attachment, prefix)
-                self._add(prefix.record())
-
-    def _add(self, recorded: dict[str, float]) -> None:
-        """Keep what the prefix gave; seconds are summed with those of before a pause, as compute is."""
-        if SECONDS_SAVED in recorded:
-            recorded[SECONDS_SAVED] += self.values.get(SECONDS_SAVED, 0.0)
-        self.values |= recorded
 
     @section("set-up")
     def _train(self, attachment: Attachment, prefix: TrialHiddenStates) -> None:

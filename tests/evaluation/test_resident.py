@@ -17,7 +17,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import PerLayer
 from autopeft.training.gc_freeze import gc_freeze
 from benchmarks.leak import WARM_UP, WINDOW, growth, measure
-from tests.evaluation.test_cache import above, backbone_of, evaluator_of, served_cuts
+from tests.evaluation.test_hidden_state_cache import above, backbone_of, evaluator_of, served_cuts
 from tests.learnable import TRAINING, learner, tiny_evaluator, tiny_search
 from tests.tiny_models import everywhere
 

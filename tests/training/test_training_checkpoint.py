@@ -183,12 +183,3 @@ def test_planned_batches_are_the_epochs_batches_in_order() -> None:
         found = [batch["input_ids"] for _ in range(pieces) for batch in batches]
         assert len(found) == len(expected) - step
         assert all(torch.equal(one, other) for one, other in zip(found, expected[step:], strict=True))
-
-
-def test_seconds_that_a_prefix_saved_before_a_pause_count_as_well(tmp_path: Path) -> None:
-    evaluator = make_evaluator((0.5,), replace(TRAINING, frozen_blocks="cached"), cache=tmp_path)
-    head = Configuration(learning_rate=1e-2)
-    paused = evaluator.train(head, rung=0).paused
-    values = evaluator.train(head, paused=paused).evaluation.values
-    first, second = evaluator.prefixes.uses
-    assert values["prefix_seconds_saved"] == first.seconds_saved + second.seconds_saved

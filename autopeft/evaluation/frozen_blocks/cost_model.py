@@ -1,4 +1,4 @@
-"""What leaving the frozen prefix out of a training saves, estimated before it starts.
+"""What leaving the frozen blocks out of a training saves, estimated before it starts.
 
 The estimate depends on sizes and settings alone, never on a clock: whether hidden states are served decides
 the last bits of a result, and the same search must give the same results on a busy machine.
@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-REUSE = 4
-"""Trainings that hidden states are expected to serve: searches have hundreds, and one cut a block."""
+_MOST_TRAININGS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a kind of device does a second, in round figures (`benchmarks/prefix_cache.py`).
+    """What a kind of device does a second, in round figures (`benchmarks/hidden_states.py`).
 
     Attributes:
         step_seconds: What a step takes beside the blocks: the loop, the head, the optimizer.
@@ -83,19 +82,30 @@ class Estimate:
         share: Seconds saved, as a share of a training that is not served; filling is left out.
         fill_share: Seconds that filling takes once, as a share of the same.
         bytes: Size of the hidden states.
-        pays_on_the_way: Whether writing hidden states takes less than the pass of a block that computes them
-            from those below: then a pass to a higher cut had better keep them too.
     """
 
     share: float
     fill_share: float
     bytes: int
-    pays_on_the_way: bool
 
-    @property
-    def pays(self) -> bool:
-        """Whether `REUSE` trainings save more than filling takes."""
-        return REUSE * self.share > self.fill_share
+    def pays(self, trainings: float) -> bool:
+        """Whether so many trainings save more than filling takes."""
+        return trainings * self.share > self.fill_share
+
+
+def expected_trainings(trials: int | None, blocks: int) -> float:
+    """Return how many trainings hidden states at one cut are expected to serve.
+
+    Trials are spread over as many cuts as there are blocks; a search of unknown length, and a long one, is
+    taken to use each cut a few times.
+
+    Args:
+        trials: Trials of the budget; None where it does not say.
+        blocks: Number of blocks.
+    """
+    if trials is None:
+        return _MOST_TRAININGS
+    return min(_MOST_TRAININGS, max(1.0, trials / blocks))
 
 
 def estimate(
@@ -136,5 +146,4 @@ def estimate(
         share=saved / whole,
         fill_share=(cut * passing + writing) / whole,
         bytes=size,
-        pays_on_the_way=writing < passing,
     )

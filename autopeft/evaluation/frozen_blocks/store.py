@@ -12,9 +12,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -29,19 +28,6 @@ _HEADER_BYTES = 1024
 _CHECKSUM = "crc32"
 
 
-@dataclass(frozen=True)
-class StoredStates:
-    """One file, mapped into memory.
-
-    Attributes:
-        states: Hidden states of shape (positions, width).
-        notes: What was noted beside them.
-    """
-
-    states: Tensor
-    notes: Mapping[str, str]
-
-
 class StateWriter:
     """Writes hidden states one piece after another.
 
@@ -51,7 +37,6 @@ class StateWriter:
     """
 
     def __init__(self, file: IO[bytes], positions: int) -> None:
-        self.notes: dict[str, str] = {}
         self._file = file
         self._positions = positions
         self._written = 0
@@ -83,7 +68,7 @@ class StateWriter:
         size = self._positions * self._width * self._dtype.itemsize
         shape = [self._positions, self._width]
         entry = {"dtype": _DTYPES[self._dtype], "shape": shape, "data_offsets": [0, size]}
-        notes = self.notes | {_CHECKSUM: str(self._checksum)}
+        notes = {_CHECKSUM: str(self._checksum)}
         header = json.dumps({"__metadata__": notes, _NAME: entry}).encode()
         room = _HEADER_BYTES - 8
         self._file.seek(0)
@@ -109,20 +94,24 @@ class HiddenStateFiles:
         self._checked: set[tuple[str, int]] = set()
         self._remove_unfinished()
 
-    def open(self, key: str) -> StoredStates | None:
-        """Return a file's states, mapped into memory, and count it as used; None where there is none."""
+    def open(self, key: str) -> Tensor | None:
+        """Return a file's states of shape (positions, width), memory-mapped, and count it as used.
+
+        None where there is none.
+        """
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                opened = StoredStates(file.get_tensor(_NAME), file.metadata() or {})
+                states: Tensor = file.get_tensor(_NAME)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
             os.utime(path)
-            self._check(key, path.stat().st_ino, opened)
+            self._check(key, path.stat().st_ino, states, checksum)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError) as error:
             _logger.warning("The hidden states in %s cannot be read (%s) and are made again.", path, error)
             return None
-        return opened
+        return states
 
     @contextmanager
     def writing(self, key: str, positions: int) -> Iterator[StateWriter]:
@@ -151,25 +140,20 @@ class HiddenStateFiles:
             keep: Keys of files that stay.
         """
         kept = {self._path(key) for key in keep}
-        files = self._files("*.safetensors")
+        files = self._files()
         total = sum(size for _, size, _ in files)
         for _, bytes_there, path in files:
             if self._fits(total, size):
                 break
             if path not in kept:
                 total -= bytes_there
-                path.unlink(missing_ok=True)  # who has it mapped keeps it until done
+                path.unlink(missing_ok=True)  # a process that has it mapped keeps it until done
         return self._fits(total, size)
 
-    def has_room(self, size: int) -> bool:
-        """Say whether `size` bytes more fit with nothing removed, and leave the disk as much again."""
-        total = sum(bytes_there for _, bytes_there, _ in self._files("*"))
-        return self._fits(total, size) and 2 * size < self._free()
-
-    def _files(self, pattern: str) -> list[tuple[int, int, Path]]:
+    def _files(self) -> list[tuple[int, int, Path]]:
         """Return time of last use, bytes and path of files, the least recently used first."""
         found = []
-        for path in self.folder.glob(pattern):
+        for path in self.folder.glob("*.safetensors"):
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
@@ -179,13 +163,13 @@ class HiddenStateFiles:
         return total + size <= self.limit_bytes and size < self._free()
 
     def _free(self) -> int:
-        folder = next(one for one in (self.folder, *self.folder.absolute().parents) if one.is_dir())
+        folder = next(place for place in (self.folder, *self.folder.absolute().parents) if place.is_dir())
         return shutil.disk_usage(folder).free
 
-    def _check(self, key: str, inode: int, opened: StoredStates) -> None:
+    def _check(self, key: str, inode: int, states: Tensor, checksum: str | None) -> None:
         """Compare a file with its checksum, once a process."""
         if (key, inode) not in self._checked:
-            if str(zlib.crc32(_bytes_of(opened.states))) != opened.notes.get(_CHECKSUM):
+            if str(zlib.crc32(_bytes_of(states))) != checksum:
                 raise ValueError("its checksum differs")
             self._checked.add((key, inode))
 

@@ -1,6 +1,6 @@
 """What leaving the frozen prefix out of training steps saves: hidden states served against computed.
 
-    python -m benchmarks.prefix_cache [--steps 80] [--threads 1] [--parts steps trials scores]
+    python -m benchmarks.hidden_states [--steps 80] [--threads 1] [--parts steps trials scores]
 
 MiniLM on question classification, LoRA of rank 8 on query and value of all blocks from the cut up. First the
 training step: on each batch one step with the prefix run in evaluation mode and one with its hidden states
@@ -42,7 +42,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.training.settings import FrozenPrefixMode, Serve, Training
 from benchmarks.datasets import DATASETS
 
-RESULTS = Path(__file__).parent / "results" / "prefix_cache.json"
+RESULTS = Path(__file__).parent / "results" / "hidden_states.json"
 BATCH_SIZE = 32
 EPOCHS = 3
 REPEATS = 3
@@ -63,7 +63,6 @@ TRIAL_COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "filling_seconds": ("served, filling", ".2f", 1),
     "served_seconds": ("served", ".2f", 1),
     "saved_share": ("saved %", ".0f", 100),
-    "saved_share_recorded": ("as recorded %", ".0f", 100),
     "saved_share_estimated": ("as estimated %", ".0f", 100),
 }
 SCORE_COLUMNS: Mapping[str, tuple[str, str, float]] = {
@@ -175,7 +174,6 @@ def trial_times(evaluators: Mapping[FrozenPrefixMode, Evaluator], folder: Path, 
         **{f"{name}_seconds": value for name, value in medians.items()},
         "saved_share": 1 - medians["served"] / medians["computed"],
         "saved_share_when_filling": 1 - medians["filling"] / medians["computed"],
-        "saved_share_recorded": statistics.median(one.share for one in gains),
         "saved_share_estimated": gains[0].estimated_share,
     }
 
@@ -207,7 +205,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     command = (
-        f"python -m benchmarks.prefix_cache --steps {arguments.steps} --rows {arguments.rows} "
+        f"python -m benchmarks.hidden_states --steps {arguments.steps} --rows {arguments.rows} "
         f"--threads {arguments.threads} --seeds {arguments.seeds} --parts"
     )
     record["machine"] = f"{platform.platform()}, {os.cpu_count()} cores, {arguments.threads} thread(s)"

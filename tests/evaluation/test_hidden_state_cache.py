@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,6 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles, StateWriter
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.storage_tracker import measure_live_storage
 from autopeft.evaluation.run import Trained
@@ -189,68 +187,36 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes()[1024:] for path in (folder / "prefixes").iterdir()}
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_one_pass_keeps_the_states_of_lower_cuts_too(architecture: str, tmp_path: Path) -> None:
-    """The same bits as a pass of their own gives, and nothing is left to fill for trials with these cuts."""
-    backbone = backbone_of(architecture)
-    at_once = evaluator_of(backbone, tmp_path / "at once")
-    at_once.train(above(backbone, BLOCKS))
-    for cut in range(1, BLOCKS + 1):
-        evaluator_of(backbone, tmp_path / "one by one").train(above(backbone, cut))
-        at_once.train(above(backbone, cut))
-    assert contents(tmp_path / "at once") == contents(tmp_path / "one by one")
-    assert len(contents(tmp_path / "at once")) == 2 * BLOCKS
-    first, *others = at_once.prefixes.uses
-    assert first.fill_seconds > 0
-    assert [one.fill_seconds for one in others] == [0.0] * BLOCKS
-
-
-def test_a_pass_begins_at_one_cut_and_keeps_those_between(tmp_path: Path) -> None:
+def test_a_pass_begins_at_the_states_of_a_lower_cut(tmp_path: Path) -> None:
+    """The states are the same bits as those of a pass from the embeddings."""
     backbone = backbone_of()
-    one_by_one, jumping = (evaluator_of(backbone, tmp_path / name) for name in ("one by one", "jumping"))
-    for evaluator, cuts in ((one_by_one, (1, 2, 3)), (jumping, (1, 3))):
-        for cut in cuts:
-            evaluator.train(above(backbone, cut))
-    assert contents(tmp_path / "jumping") == contents(tmp_path / "one by one")
-    files = HiddenStateFiles(tmp_path / "jumping" / "prefixes", 2**30)
-    for split in ("train", "validation"):
-        stored = [files.open(jumping.prefixes._key(split, cut)) for cut in (1, 2, 3)]
-        seconds = [float(one.notes["seconds_per_token"]) for one in stored if one is not None]
-        assert len(seconds) == 3
-        assert seconds == sorted(seconds)
+    chained = evaluator_of(backbone, tmp_path / "chained")
+    for cut in (1, 3):
+        chained.train(above(backbone, cut))
+    evaluator_of(backbone, tmp_path / "alone").train(above(backbone, 3))
+    alone = contents(tmp_path / "alone")
+    assert len(contents(tmp_path / "chained")) == 2 * len(alone) == 4
+    assert alone.items() <= contents(tmp_path / "chained").items()
 
 
-def test_what_nobody_asked_for_does_not_cost_a_trial_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full for the files of lower cuts still has those of the trial."""
+def test_the_acquisition_is_told_what_is_served(tmp_path: Path) -> None:
     backbone = backbone_of()
     cached = evaluator_of(backbone, tmp_path)
-    write, failed = StateWriter.write, []
-
-    def scarce(writer: StateWriter, states: torch.Tensor) -> None:
-        if cached.prefixes._key("train", 1) in writer._file.name and writer._written:
-            failed.append(writer)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(writer, states)
-
-    monkeypatch.setattr(StateWriter, "write", scarce)
-    trained = cached.train(above(backbone, 2))
-    assert len(failed) == 1
-    assert served_cuts(cached) == [2]
-    assert not list(tmp_path.rglob("*.part"))
-    assert_alike(trained, evaluator_of(backbone, None, mode="eval").train(above(backbone, 2)))
+    cached.train(above(backbone, 2))
+    assert [cached.prefixes.is_served(cut) for cut in (0, 1, 2)] == [False, True, True]
+    assert not evaluator_of(backbone, tmp_path, mode="eval").prefixes.is_served(2)
+    assert not evaluator_of(backbone, None).prefixes.is_served(2)
+    assert not evaluator_of(backbone, tmp_path, prefix_cache="1 KiB").prefixes.is_served(2)
 
 
-def test_lower_cuts_are_kept_only_where_there_is_room(tmp_path: Path) -> None:
-    backbone = backbone_of()
-    evaluator = evaluator_of(backbone, tmp_path)
-    evaluator.train(above(backbone, 1))
-    size = sum(path.stat().st_size for path in (tmp_path / "prefixes").iterdir())
-    scarce = evaluator_of(backbone, tmp_path / "scarce", prefix_cache=f"{3 * size // 2} B")
-    scarce.train(above(backbone, BLOCKS))
-    assert [use.cut for use in scarce.prefixes.uses] == [BLOCKS]
-    assert len(contents(tmp_path / "scarce")) == 2
+def test_their_size_is_said_beforehand(tmp_path: Path) -> None:
+    cached = evaluator_of(backbone_of(), tmp_path)
+    said = cached.prefixes.describe()
+    assert said is not None
+    assert str(tmp_path) in said
+    assert "GiB at most" in said
+    assert not (tmp_path / "prefixes").exists()
+    assert evaluator_of(backbone_of(), None).prefixes.describe() is None
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -319,17 +285,14 @@ def test_what_does_not_pay_or_fit_is_not_kept(
     assert_alike(trained, computed.train(above(backbone, 2)), tolerance=0)
 
 
-def test_what_serving_gave_is_recorded_beside_what_was_expected(tmp_path: Path) -> None:
+def test_what_is_served_is_noted(tmp_path: Path) -> None:
     cached = evaluator_of(backbone_of(), tmp_path)
-    values = cached.evaluate(above(cached.backbone, 2)).values
-    (use,) = cached.prefixes.uses
-    assert values["prefix_seconds_saved"] == use.seconds_saved
-    assert values["prefix_seconds_saved_share"] == use.share < 1
-    assert values["prefix_seconds_saved_share_estimated"] == use.estimated_share
-    assert use.fill_seconds > 0
-    assert cached.evaluate(above(cached.backbone, 2)).status == "complete"
-    assert cached.prefixes.uses[1].fill_seconds == 0
-    assert cached.prefixes.uses[1].estimated_share == use.estimated_share
+    for _ in range(2):
+        assert cached.evaluate(above(cached.backbone, 2)).status == "complete"
+    first, second = cached.prefixes.uses
+    assert first.cut == second.cut == 2
+    assert 0 < first.estimated_share == second.estimated_share < 1
+    assert first.fill_seconds > second.fill_seconds == 0
 
 
 @pytest.mark.parametrize("act", ["raise", "unwritable"])

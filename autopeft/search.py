@@ -123,7 +123,7 @@ class Search:
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
-        self._sampler = make_sampler(sampler, seed)
+        self.sampler = make_sampler(sampler, seed)
         self.sampler_name = sampler if isinstance(sampler, str) else type(sampler).__name__
         self._source = backbone
         self._tokenizer = tokenizer
@@ -310,7 +310,7 @@ class Search:
         budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
         with Profile() if profile else nullcontext():
             self.validate()
-            store = StudyStore(self.folder, self.name, self.objectives, self._sampler, self.promotion())
+            store = StudyStore(self.folder, self.name, self.objectives, self.constraints)
             try:
                 return SearchLoop(self, store, budget, progress=progress, callbacks=callbacks).run()
             finally:

@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from optuna.study._tell import _tell_with_warning
-from optuna.trial import Trial
-
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.evaluation import TrialRecord
 from autopeft.core.profiling import section
 from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.proposer import Proposal, Proposer
@@ -23,7 +20,7 @@ from autopeft.optimization.seed_replication import (
     under_replicated,
 )
 from autopeft.optimization.stop_rules import is_exhausted, raise_if_hopeless
-from autopeft.optimization.study_store import STATES, StudyStore
+from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, check_scores
@@ -63,7 +60,7 @@ class SearchLoop:
         self.axes = search.axes()
         self.checkpoints = AdapterCheckpoints(search.folder / "adapters")
         self.paused = TrainingCheckpoints(search.folder / "paused")
-        self.promotion = store.promotion
+        self.promotion = search.promotion()
         self.warm_starts = search.warm_starts()
         self.training = TrialRunner(
             search.evaluator,
@@ -73,7 +70,7 @@ class SearchLoop:
             seeds=search.seeds,
             warm_starts=self.warm_starts,
         )
-        self.asker = Proposer(search, store, self.axes)
+        self.asker = Proposer(search, store, self.axes, self.promotion)
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known: dict[str, TrialRecord] = {}
@@ -132,8 +129,6 @@ class SearchLoop:
         axes = [[one.objective.name, one.worst, one.best] for one in self.axes]
         self.store.set_attribute("axes", axes)
         self._drop_tensors(self.front())
-        if search.baselines:
-            self.asker.enqueue_baselines()
         if search.tracking is not None:
             from autopeft.reporting.mlflow.tracker import (
                 Tracker,  # MLflow is a fifth of what importing all takes
@@ -212,7 +207,7 @@ class SearchLoop:
 
     def _update(self, record: TrialRecord, front: ParetoFront) -> ParetoFront:
         """Keep what became of a trial that was known."""
-        _, *duplicates = self.store.update(record)
+        _, *duplicates = self.store.tell(record)
         for duplicate in duplicates:
             front = front.with_trial(duplicate)
             if self.tracker is not None:
@@ -226,9 +221,8 @@ class SearchLoop:
         """Begin a trial, or as many as are trained together."""
         asked = self.asker.ask(front, self.budget.at_most(self.search.pack_size, self._spent))
         records = self._train(asked, front)
-        for one, record in zip(asked, records, strict=True):
-            self._tell(one.trial, record.evaluation)
-        self.store.save(records)
+        for proposal, record in zip(asked, records, strict=True):
+            self.store.tell(record, proposal.parameters, proposal.distributions, proposal.attributes)
         if self.warm_starts is None:
             for record in records:
                 self._spent = self._spent.plus(record)
@@ -267,28 +261,6 @@ class SearchLoop:
         """Return what was spent on all trials and on the supernets."""
         spent = Spent.of(self.records)
         return spent if self.warm_starts is None else replace(spent, cost=spent.cost + self.warm_starts.cost)
-
-    @section("record")
-    def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
-        """Tell Optuna: constraints on every trial, values of complete ones, a state for the others.
-
-        An infeasible candidate is a pruned trial that breaks its constraints, which is how samplers
-        learn where not to go without being shown a score it never had.
-        """
-        known = evaluation.values
-        for constraint in self.search.constraints:
-            name = constraint.objective.name
-            trial.set_constraint(name, constraint.violation(known) if name in known else 0.0)
-        values, state = None, None
-        if evaluation.status == "complete":
-            values = [known[objective.name] for objective in self.search.objectives]
-        elif evaluation.status == "paused":
-            assert self.promotion is not None
-            values = self.promotion.forecast(self.records).values(evaluation)
-        else:
-            state = STATES[evaluation.status]
-        # What `Study.tell` does, but for a copy for its caller: with many parameters that takes milliseconds.
-        _tell_with_warning(self.store.live, trial, values, state)
 
     @section("record")
     def _after(self, records: Sequence[TrialRecord], front: ParetoFront) -> ParetoFront:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from optuna.samplers import RandomSampler
 from typer.testing import CliRunner, Result
 
 from autopeft.cli import app, main
@@ -152,7 +151,7 @@ def test_a_value_of_the_wrong_kind_is_refused(place: Path, override: str) -> Non
 @pytest.mark.parametrize("command", [["front"], ["show", "0"], ["export", "--knee", "--to", "out"]])
 def test_a_search_killed_at_its_start_has_no_finished_trial(command: list[str], tmp_path: Path) -> None:
     objectives = resolve_objectives(["accuracy", "trainable_parameters"], ["accuracy"])
-    StudyStore(tmp_path / "killed", "killed", objectives, RandomSampler()).close()
+    StudyStore(tmp_path / "killed", "killed", objectives).close()
     assert "has no finished trial yet" in error(*command, "--folder", tmp_path)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -116,6 +115,8 @@ class Profile:
             del self._stack[len(keys) - 1 - keys[::-1].index(key) :]
 
     def _count(self) -> None:
+        import torch  # here, so that reading a search's front does without it
+
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         wall, processor = time.perf_counter(), time.thread_time()

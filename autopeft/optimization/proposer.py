@@ -3,105 +3,124 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
-from optuna.trial import Trial, TrialState
+from optuna.distributions import BaseDistribution
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import Axis, contributions
 from autopeft.core.profiling import section
-from autopeft.optimization.gathered_trial import GatheredTrial
 from autopeft.optimization.history import history_of
 
 if TYPE_CHECKING:
     from autopeft.optimization.study_store import StudyStore
+    from autopeft.optimization.successive_halving import AshaPromoter
     from autopeft.reporting.front import ParetoFront
     from autopeft.search import Search
 
-_BASELINE: Final = "autopeft:baseline"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A trial of the live study that is to be trained.
+    """A trial that is to be trained.
 
     Attributes:
-        trial: Optuna's.
+        number: Its number.
         configuration: What it tries.
+        parameters: The same, as the space's parameters.
+        distributions: What the parameters are from.
+        attributes: What the sampler noted of it.
+        baseline: The name of the baseline that it is; None where it is another configuration.
     """
 
-    trial: Trial
+    number: int
     configuration: Configuration
-
-    @property
-    def number(self) -> int:
-        """The trial's number."""
-        return self.trial.number
-
-    @property
-    def baseline(self) -> str | None:
-        """The name of the reference point that it tries; None where it tries another."""
-        name: str | None = self.trial.user_attrs.get(_BASELINE)
-        return name
+    parameters: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    attributes: Mapping[str, Any]
+    baseline: str | None = None
 
 
 class Proposer:
     """Asks for trials; the same records and the same number give the same configuration.
 
     Args:
-        search: Gives space, seed and constraints.
+        search: Gives space, sampler, seed and constraints.
         store: The study.
         axes: The search's.
+        promotion: Says what paused trials are expected to reach; None where trials do not pause.
     """
 
-    def __init__(self, search: Search, store: StudyStore, axes: Sequence[Axis]) -> None:
+    def __init__(
+        self, search: Search, store: StudyStore, axes: Sequence[Axis], promotion: AshaPromoter | None
+    ) -> None:
         self._search = search
         self._store = store
         self._axes = axes
-
-    def enqueue_baselines(self) -> None:
-        """Let the space's reference points that were not tried yet come first."""
-        search = self._search
-        tried = {record.baseline for record in self._store.records}
-        for baseline in search.space.baselines(search.backbone):
-            if baseline.name not in tried:
-                self._store.live.enqueue_trial(
-                    search.space.encode(baseline.configuration, search.backbone),
-                    user_attrs={_BASELINE: baseline.name},
-                )
+        self._promotion = promotion
 
     @section("ask")
     def ask(self, front: ParetoFront, count: int) -> list[Proposal]:
-        """Begin trials in the live study.
+        """Return new trials.
 
         Args:
             front: The front so far.
             count: How many. Those that are trained together are asked for one after the other, each as if
-                those before it had been tried and had told nothing.
+                those before it were being trained.
         """
         asked: list[Proposal] = []
         for _ in range(count):
-            self._propose(front, [one.configuration for one in asked])
-            trial = GatheredTrial.of(self._store.live.ask())
-            configuration = self._search.space.suggest(trial, self._search.backbone)
-            if isinstance(trial, GatheredTrial):
-                trial.write()
-            asked.append(Proposal(trial, configuration))
+            asked.append(self._next(front, asked))
         return asked
 
-    def _propose(self, front: ParetoFront, pending: Sequence[Configuration]) -> None:
-        """Let the space say what the next trial tries, unless a baseline is waiting."""
-        live, search, records = self._store.live, self._search, self._store.records
-        if live.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return
-        number = len(live.get_trials(deepcopy=False))
+    def _next(self, front: ParetoFront, asked: Sequence[Proposal]) -> Proposal:
+        search = self._search
+        number = len(self._store.records) + len(asked)
+        tried = {record.baseline for record in self._store.records} | {trial.baseline for trial in asked}
+        baselines = search.space.baselines(search.backbone) if search.baselines else ()
+        for baseline in baselines:
+            if baseline.name not in tried:
+                encoded = search.space.encode(baseline.configuration, search.backbone)
+                return self._asked(number, asked, encoded, baseline.name)
+        proposed = self._proposed(number, front, [trial.configuration for trial in asked])
+        return self._asked(number, asked, proposed, None)
+
+    def _asked(
+        self,
+        number: int,
+        asked: Sequence[Proposal],
+        fixed: Mapping[str, Any] | None,
+        baseline: str | None,
+    ) -> Proposal:
+        """Ask the sampler for the parameters that are not fixed."""
+        expected = None
+        if self._promotion is not None:
+            expected = self._promotion.forecast(self._store.records).values
+        study = self._store.sampler_view(self._search.sampler, expected=expected, running=asked)
+        if fixed is not None:
+            study.enqueue_trial(dict(fixed))
+        trial = study.ask()
+        configuration = self._search.space.suggest(trial, self._search.backbone)
+        return Proposal(
+            number=number,
+            configuration=configuration,
+            parameters=trial.params,
+            distributions=trial.distributions,
+            attributes=study.get_trials(deepcopy=False)[trial.number].system_attrs,
+            baseline=baseline,
+        )
+
+    def _proposed(
+        self, number: int, front: ParetoFront, pending: Sequence[Configuration]
+    ) -> Mapping[str, Any] | None:
+        """Return what the space says that a trial tries; None where it leaves that to the sampler."""
+        search, records = self._search, self._store.records
         if not search.space.proposes(number):  # what each point adds to the hypervolume is work
-            return
+            return None
         shares = contributions([point.values for point in front], self._axes)
         parents = {point.configuration: share for point, share in zip(front, shares, strict=True)}
-        promotion = self._store.promotion
+        promotion = self._promotion
         history = history_of(
             records,
             search.objectives,
@@ -113,6 +132,4 @@ class Proposer:
             pending=pending,
         )
         generator = random.Random(f"{search.seed}:{number}")
-        proposal = search.space.propose(number, parents, generator, search.backbone, history)
-        if proposal is not None:
-            live.enqueue_trial(dict(proposal))
+        return search.space.propose(number, parents, generator, search.backbone, history)

@@ -1,52 +1,69 @@
-"""A search's study on disk: one writer, nothing lost by kill -9, fast with many parameters.
+"""A search's study on disk: one writer, nothing lost by kill -9, and any Optuna tool opens it.
 
-The live study is in memory, which is where samplers read it. A finished trial goes to an Optuna journal
-file in one write (a suggested parameter at a time would be one write each: 0.2 s for 48 of them), so the
-file is a plain Optuna study that optuna-dashboard opens. A paused trial is a running one there; the live
-study has it as complete, with the values it is expected to reach. A trial that was trained again has the
-values of its first training in the file, as Optuna changes no finished trial, and its means in the study's
-attributes; the live study has the means.
+The records are the truth. Each is kept with its trial in an Optuna journal, so that optuna-dashboard and
+`optuna.load_study` open the file. Trials may finish in any order: a record has its own number, and Optuna's
+is the trial's place in the file. A paused trial is a running one there. A trial that was trained again has
+the values of its first training there, as Optuna changes no finished trial, and its record in the study's
+attributes.
+
+Optuna's samplers read a study in memory, which is derived from the records each time one is asked.
 """
 
 from __future__ import annotations
 
-import copy
-import fcntl
+import bisect
 import json
-import os
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autopeft.core.evaluation import Status, TrialRecord
-from autopeft.core.objectives import Objective
+from autopeft.core.evaluation import Evaluation, Status, TrialRecord
+from autopeft.core.objectives import Constraint, Objective
 from autopeft.core.profiling import section
-from autopeft.optimization.changed_trial import change_trial
-from autopeft.optimization.journal import SoleWriterJournal
-from autopeft.optimization.learning_curve_forecast import Forecast
-from autopeft.optimization.successive_halving import AshaPromoter
+from autopeft.optimization.study_file import StudyLock, open_journal, read_journal
 
 STUDY_FILE = "study.log"
-_RECORD = "autopeft:record"
-_IDENTITY = "autopeft:identity"
-_METRIC_NAMES = "study:metric_names"  # Optuna's name for it
-STATES: Mapping[Status, TrialState] = {
-    "complete": TrialState.COMPLETE,
-    "paused": TrialState.RUNNING,
-    "infeasible": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
-"""What a trial of each status is in the file."""
+_PREFIX = "autopeft:"
+_RECORD = f"{_PREFIX}record"
+_IDENTITY = f"{_PREFIX}identity"
+_STUDY_ID = f"{_PREFIX}study_id"
+STATES: Mapping[Status, TrialState] = MappingProxyType(
+    {
+        "complete": TrialState.COMPLETE,
+        "paused": TrialState.RUNNING,
+        "infeasible": TrialState.PRUNED,
+        "failed": TrialState.FAIL,
+    }
+)
+"""Optuna's state of a trial of each status."""
+
+
+class Suggested(Protocol):
+    """What was suggested for a trial."""
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The values, by name."""
+
+    @property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """What the parameters are from."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """What the sampler noted of the trial, such as its generation."""
 
 
 class StudyStore:
@@ -56,12 +73,11 @@ class StudyStore:
         folder: Made if it is not there.
         name: Name of the study.
         objectives: Give the study its directions.
-        sampler: Asks from the live study.
-        promotion: Says what paused trials are expected to reach; None where trials do not pause.
+        constraints: Optuna is told by how much a trial violates each of them.
 
     Raises:
-        ValueError: The folder cannot be written, another process runs this search, or the folder holds
-            one with other objectives.
+        ValueError: The folder cannot be written, another process runs this search, the folder holds another
+            search, or its file is damaged.
     """
 
     def __init__(
@@ -69,102 +85,54 @@ class StudyStore:
         folder: Path,
         name: str,
         objectives: Sequence[Objective],
-        sampler: BaseSampler,
-        promotion: AshaPromoter | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         self.folder = folder
-        self._lock = _lock(folder, name)
-        self._journal: SoleWriterJournal | None = None
-        self._sampler = sampler
-        self.promotion = promotion
-        self.records: list[TrialRecord] = []
-        self.live: Study
+        self._name = name
+        self._objectives = tuple(objectives)
+        self._constraints = tuple(constraints)
+        self._records: list[TrialRecord] = []
+        self._places: dict[int, int] = {}  # in the file: Optuna's numbers
+        self._lock = StudyLock(folder, name)
         try:
-            self._open(name, objectives)
+            self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, name: str, objectives: Sequence[Objective]) -> None:
-        self._journal = SoleWriterJournal(self.folder / STUDY_FILE)
-        storage = JournalStorage(self._journal)
-        directions = [objective.direction for objective in objectives]
-        names = [objective.name for objective in objectives]
+    def _open(self) -> None:
+        self._storage = open_journal(self.folder / STUDY_FILE)
+        names = [objective.name for objective in self._objectives]
+        known = [study.study_name for study in self._storage.get_all_studies()]
+        if known and self._name not in known:
+            raise self._other_search([f"name: {known[0]!r} there, {self._name!r} here"])
         with quiet_optuna():
-            self._saved = optuna.create_study(
-                study_name=name, storage=storage, directions=directions, load_if_exists=True
-            )
-            known = self._saved.metric_names
-            if known is not None and known != names:
-                raise self._other_search([f"objectives: {', '.join(known)} there, {', '.join(names)} here"])
-            self._saved.set_metric_names(names)
-        self.records += _records(self._saved)
-        originals = (one.evaluation for one in self.records if one.duplicate_of is None)
-        if self.promotion is None and any(one.status == "paused" for one in originals):
-            raise self._other_search(["fidelity: trials pause there, none does here"])
-        for trial, record in zip(self._saved.get_trials(deepcopy=False), self.records, strict=True):
-            self._finish(trial, record)  # a process that was killed may not have come to it
-        self._end_duplicates()  # nor to this
-        self._refresh(())
+            if known:
+                study = optuna.load_study(study_name=self._name, storage=self._storage)
+            else:
+                directions = [objective.direction for objective in self._objectives]
+                study = optuna.create_study(
+                    study_name=self._name, storage=self._storage, directions=directions
+                )
+            if study.metric_names is not None and study.metric_names != names:
+                there = ", ".join(study.metric_names)
+                raise self._other_search([f"objectives: {there} there, {', '.join(names)} here"])
+            if study.metric_names is None:
+                study.set_metric_names(names)
+        self._study = self._storage.get_study_id_from_name(self._name)
+        if _STUDY_ID not in self._attributes():
+            self._storage.set_study_user_attr(self._study, _STUDY_ID, uuid.uuid4().hex)
+        self.study_id: str = self._attributes()[_STUDY_ID]
+        found = _records_of(self._storage, self._study)
+        self._places = {record.number: place for place, record in enumerate(found)}
+        self._records = sorted(found, key=_number)
+        self._finish(self._records)  # what a killed process did not get to
+        self._end_duplicates()
 
-    def _refresh(self, waiting: Sequence[FrozenTrial]) -> None:
-        """Make the live study anew."""
-        saved = self._saved
-        with quiet_optuna():
-            self.live = optuna.create_study(
-                study_name=saved.study_name, directions=saved.directions, sampler=self._sampler
-            )
-            self.live.set_metric_names(saved.metric_names or [])
-        forecast = self._forecast()
-        for trial, record in zip(saved.get_trials(deepcopy=False), self.records, strict=True):
-            values = self._expected(record, forecast)
-            self.live.add_trial(trial if values is None else _finished(trial, values))
-        for trial in waiting:
-            self.live.add_trial(trial)
-
-    def _forecast(self) -> Forecast | None:
-        return None if self.promotion is None else self.promotion.forecast(self.records)
-
-    def _expected(self, record: TrialRecord, forecast: Forecast | None) -> list[float] | None:
-        """Return the objectives that samplers are to see; None where there are none.
-
-        Of a paused trial those it is expected to reach, of one that was trained again its means; a duplicate
-        has what its original has.
-        """
-        evaluation = record.evaluation
-        if record.duplicate_of is not None:
-            evaluation = next(one.evaluation for one in self.records if one.number == record.duplicate_of)
-        if evaluation.status == "paused":
-            assert forecast is not None  # else the search was refused
-            return forecast.values(evaluation)
-        return self._objectives(evaluation.values) if evaluation.status == "complete" else None
-
-    def _objectives(self, values: Mapping[str, float]) -> list[float]:
-        return [values[name] for name in self._saved.metric_names or ()]
-
-    def _follow(self, changed: int) -> None:
-        """Bring the live study up to date with a trial that changed, and what paused ones now promise."""
-        live = self.live.get_trials(deepcopy=False)
-        saved = self._saved.get_trials(deepcopy=False)
-        forecast = self._forecast()
-        # Genetic samplers keep the parents of a generation there, chosen by values that may change now.
-        is_known = not self.live._storage.get_study_system_attrs(self.live._study_id).keys() - {_METRIC_NAMES}
-        for place, record in enumerate(self.records):
-            if record.evaluation.status != "paused" and changed not in (record.number, record.duplicate_of):
-                continue
-            values = self._expected(record, forecast)
-            state = saved[place].state if values is None else TrialState.COMPLETE
-            if (live[place].state, live[place].values) == (state, values):
-                continue
-            if not (is_known and change_trial(self.live, place, state, values)):
-                self._refresh(self.live.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-                return
-
-    def _other_search(self, differing: Sequence[str]) -> ValueError:
-        return ValueError(
-            f"The search {self._saved.study_name!r} in {self.folder} has other settings "
-            f"({'; '.join(differing)}). Give this one another name, or the same settings."
-        )
+    @property
+    def records(self) -> Sequence[TrialRecord]:
+        """Every finished and paused trial, by number."""
+        return self._records
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Remember what this search is; on resuming, raise where it is another one.
@@ -172,93 +140,198 @@ class StudyStore:
         Raises:
             ValueError: The folder holds a search with other settings; the message says which differ.
         """
-        known = self._saved.user_attrs.get(_IDENTITY)
+        known = self._attributes().get(_IDENTITY)
         new = json.loads(json.dumps(dict(identity)))
         if known is None:
-            self._saved.set_user_attr(_IDENTITY, new)
-            return
-        differing = _differences(known, new)
-        if differing:
+            self._storage.set_study_user_attr(self._study, _IDENTITY, new)
+        elif differing := _differences(known, new):
             raise self._other_search(differing)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
-        self._saved.set_user_attr(f"autopeft:{name}", value)
+        if self._attributes().get(f"{_PREFIX}{name}") != value:
+            self._storage.set_study_user_attr(self._study, f"{_PREFIX}{name}", value)
 
     @section("record")
-    def save(self, records: Sequence[TrialRecord]) -> None:
-        """Write finished or paused trials of the live study; after this they survive anything.
+    def tell(
+        self,
+        record: TrialRecord,
+        parameters: Mapping[str, Any] | None = None,
+        distributions: Mapping[str, BaseDistribution] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> list[TrialRecord]:
+        """Write a finished or paused trial, or what became of one; after this it survives anything.
 
-        All that run in the live study have to be among them: it may be made anew.
-        """
-        live = self.live.get_trials(deepcopy=False)
-        assert self._journal is not None
-        with self._journal.in_one_piece() if len(records) > 1 else nullcontext():
-            for record in records:
-                trial = live[record.number]
-                trial.user_attrs[_RECORD] = _encode(record)
-                if record.evaluation.status == "paused":
-                    trial = copy.copy(trial)
-                    trial.state, trial.datetime_complete = TrialState.RUNNING, None
-                    trial.values = None
-                self._saved.add_trial(trial)
-        self.records += records
-        complete = [one.number for one in records if one.evaluation.status == "complete"]
-        if complete and self.promotion is not None:
-            self._follow(complete[-1])  # whole trainings tell of those that paused
-
-    @section("record")
-    def update(self, record: TrialRecord) -> list[TrialRecord]:
-        """Write what became of a paused trial that went on, or of a complete one that was trained again.
+        Args:
+            record: The trial. One with a known number takes the place of what was known of it.
+            parameters: Of a new trial: what was suggested for it.
+            distributions: Of a new trial: what the parameters are from.
+            attributes: Of a new trial: what its sampler noted of it.
 
         Returns:
-            The trial, and its duplicates that paused with it, which became the same.
+            The trial, and its duplicates that were paused with it and have now the same outcome.
         """
-        self._write(record)
-        duplicates = self._end_duplicates()
-        self._follow(record.number)
-        return [record, *duplicates]
+        if record.number not in self._places:
+            self._add(record, parameters or {}, distributions or {}, attributes or {})
+            return [record]
+        self._update(record)
+        return [record, *self._end_duplicates()]
+
+    def _add(
+        self,
+        record: TrialRecord,
+        parameters: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        evaluation = record.evaluation
+        trial = create_trial(
+            state=STATES[evaluation.status],
+            values=self._first_values(evaluation),
+            params=dict(parameters),
+            distributions=dict(distributions),
+            user_attrs={_RECORD: _encode(record)},
+            system_attrs=dict(attributes),
+            constraints=self._violations(evaluation),
+        )
+        trial_id = self._storage.create_new_trial(self._study, trial)
+        self._places[record.number] = self._storage.get_trial_number_from_id(trial_id)
+        bisect.insort(self._records, record, key=_number)
+
+    def _update(self, record: TrialRecord) -> None:
+        if self._saved()[self._places[record.number]].state.is_finished():
+            self._storage.set_study_user_attr(self._study, f"{_RECORD}:{record.number}", _encode(record))
+        else:
+            self._storage.set_trial_user_attr(self._trial_id(record), _RECORD, _encode(record))
+            self._finish([record])
+        self._records[bisect.bisect_left(self._records, record.number, key=_number)] = record
+
+    def _finish(self, records: Sequence[TrialRecord]) -> None:
+        """Finish trials of the file that are over."""
+        saved = self._saved()
+        for record in records:
+            evaluation = record.evaluation
+            if evaluation.status != "paused" and not saved[self._places[record.number]].state.is_finished():
+                state, values = STATES[evaluation.status], self._first_values(evaluation)
+                self._storage.set_trial_state_values(self._trial_id(record), state, values)
 
     def _end_duplicates(self) -> list[TrialRecord]:
-        """Give those that paused with a trial that is over its outcome, and return them."""
-        known = {one.number: one.evaluation for one in self.records}
-        found = [
-            replace(one, evaluation=known[one.duplicate_of])
-            for one in self.records
-            if one.duplicate_of is not None
-            and one.evaluation.status == "paused" != known[one.duplicate_of].status
+        """Give duplicates that are paused the outcome of their originals that are not, and return them."""
+        outcome = self._outcomes()
+        ended = [
+            replace(record, evaluation=outcome[record.number])
+            for record in self._records
+            if record.evaluation.status == "paused" != outcome[record.number].status
         ]
-        for one in found:
-            self._write(one)
-        return found
+        for record in ended:
+            self._update(record)
+        return ended
 
-    def _write(self, record: TrialRecord) -> None:
-        index = next(place for place, one in enumerate(self.records) if one.number == record.number)
-        trial = self._saved.get_trials(deepcopy=False)[index]
-        if trial.state.is_finished():
-            self._saved.set_user_attr(f"{_RECORD}:{record.number}", _encode(record))
-        else:
-            self._saved._storage.set_trial_user_attr(trial._trial_id, _RECORD, _encode(record))
-        self.records[index] = record
-        self._finish(trial, record)
+    def _outcomes(self) -> dict[int, Evaluation]:
+        """Return the evaluation of every trial by number; of a duplicate its original's."""
+        known = {record.number: record.evaluation for record in self._records}
+        for record in self._records:
+            if record.duplicate_of is not None:
+                known[record.number] = known.get(record.duplicate_of, record.evaluation)
+        return known
 
-    def _finish(self, trial: FrozenTrial, record: TrialRecord) -> None:
-        """Finish a trial of the file that is over, with the values of its first training."""
-        evaluation = record.evaluation
-        if trial.state.is_finished() or evaluation.status == "paused":
-            return
-        is_complete = evaluation.status == "complete"
-        first = next(iter(evaluation.each_training().values()))
-        values = self._objectives(first) if is_complete else None
-        self._saved._storage.set_trial_state_values(trial._trial_id, STATES[evaluation.status], values)
+    def sampler_view(
+        self,
+        sampler: BaseSampler,
+        *,
+        expected: Callable[[Evaluation], Sequence[float]] | None = None,
+        running: Iterable[Suggested] = (),
+    ) -> Study:
+        """Return a study in memory for a sampler to read; it is derived from the records and kept nowhere.
+
+        A trial that was trained several times has its means, a duplicate what its original has. Optuna copies
+        each trial that it is given: 1,000 trials of 121 parameters take 2 seconds.
+
+        Args:
+            sampler: The study's sampler.
+            expected: Returns the objectives that a paused trial is expected to reach. By default paused
+                trials are running ones.
+            running: What was suggested for trials that are not over.
+        """
+        with quiet_optuna():
+            study = optuna.create_study(
+                sampler=sampler, directions=[objective.direction for objective in self._objectives]
+            )
+        saved = self._saved()
+        for number, evaluation in self._outcomes().items():
+            trial = saved[self._places[number]]
+            values = self._values(evaluation.values) if evaluation.status == "complete" else None
+            if evaluation.status == "paused" and expected is not None:
+                values = list(expected(evaluation))
+            state = STATES[evaluation.status] if values is None else TrialState.COMPLETE
+            study.add_trial(_trial(state, values, trial.params, trial.distributions, trial.system_attrs))
+        for suggested in running:
+            parameters, distributions = suggested.parameters, suggested.distributions
+            study.add_trial(_trial(TrialState.RUNNING, None, parameters, distributions, suggested.attributes))
+        return study
 
     def close(self) -> None:
         """Let another process run this search."""
-        try:
-            if self._journal is not None:
-                self._journal.close()
-        finally:
-            self._lock.close()
+        self._lock.release()
+
+    def _attributes(self) -> Mapping[str, Any]:
+        return self._storage.get_study_user_attrs(self._study)
+
+    def _saved(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study, deepcopy=False)
+
+    def _trial_id(self, record: TrialRecord) -> int:
+        place = self._places[record.number]
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study, place)
+
+    def _values(self, values: Mapping[str, float]) -> list[float]:
+        return [values[objective.name] for objective in self._objectives]
+
+    def _first_values(self, evaluation: Evaluation) -> list[float] | None:
+        """Return the objectives of the first training; None where it was not completed."""
+        if evaluation.status != "complete":
+            return None
+        return self._values(next(iter(evaluation.each_training().values())))
+
+    def _violations(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the constraints' violations; what is not known yet violates nothing.
+
+        A trial that is infeasible has no objectives: by these alone do samplers learn where not to go.
+        """
+        known = evaluation.values
+        names = {constraint.objective.name: constraint for constraint in self._constraints}
+        return {
+            name: constraint.violation(known) if name in known else 0.0 for name, constraint in names.items()
+        }
+
+    def _other_search(self, differing: Sequence[str]) -> ValueError:
+        return ValueError(
+            f"The search {self._name!r} in {self.folder} has other settings "
+            f"({'; '.join(differing)}). Give this one another name, or the same settings."
+        )
+
+
+def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
+    """Read a search's attributes and its trials by number, without holding it (it may be running).
+
+    Raises:
+        ValueError: There is no search in the folder, or its file is damaged.
+    """
+    path = folder / STUDY_FILE
+    if not path.is_file():
+        raise ValueError(f"There is no search in {folder}: expected the file {STUDY_FILE} in it.")
+    storage = read_journal(path)
+    studies = storage.get_all_studies()
+    if not studies:
+        raise ValueError(f"There is no search in {folder}: {STUDY_FILE} is empty.")
+    name = studies[0].study_name
+    attributes = {
+        key.removeprefix(_PREFIX): value
+        for key, value in studies[0].user_attrs.items()
+        if not key.startswith(f"{_RECORD}:")
+    }
+    records = _records_of(storage, storage.get_study_id_from_name(name))
+    return {"name": name, **attributes}, sorted(records, key=_number)
 
 
 @contextmanager
@@ -285,72 +358,37 @@ def _differences(known: Any, new: Any, path: str = "") -> list[str]:
     return [] if known == new else [f"{path}: {known!r} there, {new!r} here"]
 
 
+def _trial(
+    state: TrialState,
+    values: Sequence[float] | None,
+    parameters: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+    attributes: Mapping[str, Any],
+) -> FrozenTrial:
+    return create_trial(
+        state=state,
+        values=values,
+        params=dict(parameters),
+        distributions=dict(distributions),
+        system_attrs=dict(attributes),
+    )
+
+
+def _number(record: TrialRecord) -> int:
+    return record.number
+
+
 def _encode(record: TrialRecord) -> str:
     # Optuna holds every attribute of every trial: as dictionaries a record takes 400 KiB, as text 10.
     return json.dumps(record.to_dict())
 
 
-def _records(study: Study) -> list[TrialRecord]:
-    """Return the records of a saved study, of trials that were trained again the latest."""
-    latest = study.user_attrs
-    texts = (
-        latest.get(f"{_RECORD}:{trial.number}", trial.user_attrs[_RECORD])
-        for trial in study.get_trials(deepcopy=False)
-    )
-    return [TrialRecord.from_dict(json.loads(text)) for text in texts]
-
-
-def _finished(trial: FrozenTrial, values: Sequence[float]) -> FrozenTrial:
-    """Return a trial as samplers are to see it: complete, with what it is expected to reach, or its means."""
-    trial = copy.copy(trial)
-    trial.state = TrialState.COMPLETE
-    trial.datetime_complete = trial.datetime_complete or trial.datetime_start
-    trial.values = values
-    return trial
-
-
-def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
-    """Read a search's attributes and finished trials without holding it (it may be running).
-
-    Raises:
-        ValueError: There is no search in the folder.
-    """
-    path = folder / STUDY_FILE
-    if not path.is_file():
-        raise ValueError(f"There is no search in {folder}: expected the file {STUDY_FILE} in it.")
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    names = optuna.get_all_study_names(storage)
-    if not names:
-        raise ValueError(f"There is no search in {folder}: {STUDY_FILE} is empty.")
-    study = optuna.load_study(study_name=names[0], storage=storage)
-    attributes = {
-        key.removeprefix("autopeft:"): one
-        for key, one in study.user_attrs.items()
-        if not key.startswith(f"{_RECORD}:")
-    }
-    return {"name": names[0], **attributes}, _records(study)
-
-
-def _lock(folder: Path, name: str) -> TextIO:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("a+")
-    except OSError as error:
-        raise ValueError(
-            f"The search cannot be kept in {folder}: {error.strerror}. "
-            "Pass folder=... with a folder that can be written."
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        owner = handle.read().strip() or "unknown"
-        handle.close()
-        raise ValueError(
-            f"The search {name!r} is being run by process {owner}: wait for it, stop it, or give "
-            "this one another name or seed."
-        ) from error
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
+def _records_of(storage: JournalStorage, study: int) -> list[TrialRecord]:
+    """Return the records in the order of the file; of trials that were trained again, the latest."""
+    latest = storage.get_study_user_attrs(study)
+    found = []
+    for trial in storage.get_all_trials(study, deepcopy=False):
+        record = TrialRecord.from_dict(json.loads(trial.user_attrs[_RECORD]))
+        updated = latest.get(f"{_RECORD}:{record.number}")
+        found.append(record if updated is None else TrialRecord.from_dict(json.loads(updated)))
+    return found

@@ -19,7 +19,6 @@ from autopeft.core.seeding import training_seed
 from autopeft.evaluation.packing.loop import PackedCandidate
 from autopeft.evaluation.packing.trainer import PackedTrainer, PackingError
 from autopeft.evaluation.run import Trained
-from autopeft.optimization.journal import SoleWriterJournal
 from autopeft.reporting.mlflow.run_content import TRIAL_TAG
 from autopeft.reporting.search_profile import PROFILE_FOLDER
 from autopeft.search_spaces import PerLayer, ScoreGuided, Uniform
@@ -122,11 +121,11 @@ def test_ctrl_c_in_a_callback_keeps_the_whole_pack(uncut: ParetoFront, tmp_path:
     assert what_it_found(again) == what_it_found(uncut)
 
 
-@pytest.mark.parametrize("place", ["training", "pause", "record", "study"])
+@pytest.mark.parametrize("place", ["training", "pause"])
 def test_ctrl_c_within_a_pack_lets_all_of_it_be_trained_again(
     place: str, uncut: ParetoFront, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it is trained, when half of its states are written, and before and while the study is written."""
+    """While it is trained, and when half of its states are written."""
     cut = packed_search(tmp_path, **MIXED_SETTINGS)
     cut.validate()
     count = 0
@@ -144,18 +143,36 @@ def test_ctrl_c_within_a_pack_lets_all_of_it_be_trained_again(
     with monkeypatch.context() as patch:
         if place == "training":
             patch.setattr(PackedCandidate, "step", interrupting(PackedCandidate.step, 4 * 6 + 7))
-        elif place == "pause":
-            patch.setattr(TrainingCheckpoints, "save", interrupting(TrainingCheckpoints.save, 6))
-        elif place == "record":  # the second of a pack's
-            add = JournalStorage.create_new_trial
-            patch.setattr(JournalStorage, "create_new_trial", interrupting(add, 4 + 2))
         else:
-            patch.setattr(SoleWriterJournal, "append_logs", interrupting(SoleWriterJournal.append_logs, 12))
+            patch.setattr(TrainingCheckpoints, "save", interrupting(TrainingCheckpoints.save, 6))
         front = cut.run(trials=15, progress=False)
     assert count
     assert len(front.records) in (0, 4)
     again = packed_search(tmp_path, **MIXED_SETTINGS).run(trials=15, progress=False)
     assert what_it_found(again) == what_it_found(uncut)
+
+
+def test_ctrl_c_while_a_pack_is_recorded_keeps_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, count = JournalStorage.create_new_trial, 0
+
+    def interrupting(*arguments: Any) -> int:
+        nonlocal count
+        count += 1
+        if count == 4 + 2:  # the second of the second pack
+            raise KeyboardInterrupt
+        return add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalStorage, "create_new_trial", interrupting)
+        front = packed_search(tmp_path, **MIXED_SETTINGS).run(trials=15, progress=False)
+    assert [record.number for record in front.records] == [0, 1, 2, 3, 4]
+    again = packed_search(tmp_path, **MIXED_SETTINGS).run(trials=15, progress=False)
+    assert [record.number for record in again.records] == list(range(15))
+    for before, after in zip(front.records, again.records, strict=False):
+        assert after.evaluation.configuration == before.evaluation.configuration
+        assert after.evaluation.seed == before.evaluation.seed
 
 
 def test_the_same_configuration_is_trained_once_in_a_pack(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""The file of a study: who may write it, and what a killed process or a hand may have left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
+
+_STALE_SECONDS = 3  # after which a lock of Optuna's was left by a killed process: a write takes milliseconds
+
+
+class StudyLock:
+    """Keeps a search to one process; it is gone with its process, however that ends.
+
+    Args:
+        folder: The search's; made if it is not there.
+        name: The search's.
+
+    Raises:
+        ValueError: The folder cannot be written, or another process holds the lock.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "lock").open("a+")
+        except OSError as error:
+            raise ValueError(
+                f"The search cannot be kept in {folder}: {error.strerror}. "
+                "Pass folder=... with a folder that can be written."
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise ValueError(
+                f"The search {name!r} is being run by process {owner}: wait for it, stop it, or give "
+                "this one another name or seed."
+            ) from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._file.close()
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Return the storage of a file that is to be written, without blank lines and half a line at its end.
+
+    Optuna's own lock is kept while a line is written, since a dashboard may write to the file as well.
+
+    Raises:
+        ValueError: A line is damaged.
+    """
+    lock = JournalFileOpenLock(str(path), grace_period=_STALE_SECONDS)
+    if path.exists():
+        lock.acquire()
+        try:
+            content = path.read_bytes()
+            _parsed(path, content)
+            whole = b"".join(line + b"\n" for line in _whole_lines(content) if line.strip())
+            if whole != content:
+                _replace(path, whole)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def read_journal(path: Path) -> JournalStorage:
+    """Return the storage of a file that another process may be writing; it cannot be written.
+
+    Raises:
+        ValueError: A line is damaged.
+    """
+    return JournalStorage(_Lines(_parsed(path, path.read_bytes())))
+
+
+class _Lines(BaseJournalBackend):
+    """Lines that were read from a file."""
+
+    def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._lines = lines
+
+    def read_logs(self, log_number_from: int) -> Sequence[dict[str, Any]]:
+        return self._lines[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        raise NotImplementedError("This storage is for reading.")
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    """Return the lines without the last one, if a killed process had not ended it."""
+    return content.split(b"\n")[:-1]
+
+
+def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """Return what stands in the lines; blank ones say nothing."""
+    parsed = []
+    for number, line in enumerate(_whole_lines(content), start=1):
+        if not line.strip():
+            continue
+        try:
+            operation = json.loads(line)
+        except ValueError as error:
+            raise _damaged(path, number) from error
+        if not isinstance(operation, dict) or "op_code" not in operation:
+            raise _damaged(path, number)
+        parsed.append(operation)
+    return parsed
+
+
+def _damaged(path: Path, number: int) -> ValueError:
+    return ValueError(
+        f"Line {number} of {path} is damaged: expected an operation of Optuna's journal. Restore the file "
+        f"from a copy, or keep the lines before it (`head -n {number - 1} {path} > mended`, then "
+        f"`mv mended {path}`): the trials there are kept, later ones are run again."
+    )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file, so that there is the old content or the new one whatever happens."""
+    new = path.with_suffix(".mended")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

@@ -27,7 +27,6 @@ from autopeft.reporting.score_validation import FEWEST_TRIALS, check_scores
 from autopeft.reporting.search_profile import record_profile
 from autopeft.search_identity import environment
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from autopeft.training.gc_freeze import gc_freeze
 from autopeft.training.settings import quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from autopeft.trial_runner import TrialRunner
@@ -99,7 +98,7 @@ class SearchLoop:
         status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
         front = self.front()
         try:
-            with self.progress, quiet_lightning(), gc_freeze():
+            with self.progress, quiet_lightning():
                 self._announce(front)
                 while self._goes_on(front):
                     front = self._step(front)

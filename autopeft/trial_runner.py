@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
-
-import torch
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.memory.available import available_bytes
 from autopeft.evaluation.packing.trainer import PackedTrainer, PackingError
 from autopeft.evaluation.run import Trained
 from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
@@ -185,18 +183,13 @@ class TrialRunner:
 
 
 def _room(evaluator: Evaluator) -> int | None:
-    """Return the bytes that a pack may take: what there is, or less where a constraint says so.
+    """Return the bytes that a pack may take: the backbone and what is free, or less by a constraint.
 
     None where a candidate's memory is not counted anyway.
     """
     if "peak_memory" not in evaluator.needed():
         return None
-    bounds = (one.bound for one in evaluator.constraints if one.objective.name == "peak_memory")
-    return int(min([_memory(evaluator.device), *bounds]))
-
-
-def _memory(device: torch.device) -> int:
-    """Return the bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    model = evaluator.backbone.model
+    resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    bounds = (each.bound for each in evaluator.constraints if each.objective.name == "peak_memory")
+    return int(min([available_bytes(evaluator.device) + resident, *bounds]))

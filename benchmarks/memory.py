@@ -3,9 +3,8 @@
     python -m benchmarks.memory
 
 For configurations of every method on MiniLM, in single precision and bfloat16: bytes counted before training
-against bytes counted over two real optimizer steps on the CPU, on CUDA also against the allocator's peak;
-time of a count against the plain count on fake tensors, and of one by the formula that another candidate with
-adapters of twice the size left.
+against bytes counted over two real optimizer steps on the CPU, on CUDA also against the allocator's peak, and
+the time of a count.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ from torch.nn import functional
 
 from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
-from autopeft.core.configuration import Adapter
 from autopeft.core.precision import Precision, autocast
-from autopeft.evaluation.memory.counter import MemoryCounter, Step
-from autopeft.evaluation.memory.storage_tracker import measure_live_storage
+from autopeft.evaluation.memory.counter import MemoryCounter, measure_live_storage
 from autopeft.tasks import TextClassification
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,8 +58,8 @@ def configurations() -> Iterator[tuple[str, Configuration]]:
             "3-5.ffn_norm": {"method": "layernorm"},
         },
     }
-    for name, one in sites.items():
-        yield name, Configuration.from_dict({"sites": one})
+    for name, placed in sites.items():
+        yield name, Configuration.from_dict({"sites": placed})
 
 
 def batch_of(shape: tuple[int, int]) -> dict[str, Tensor]:
@@ -85,8 +82,7 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Preci
     device = torch.device("cuda")
     nn.Module.to(model, device)
     on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-    trainable = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trainable)
+    optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
@@ -104,35 +100,10 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Preci
 def timed_count(
     counter: MemoryCounter, batch: Mapping[str, Tensor], precision: Precision
 ) -> tuple[int, float]:
-    """Return the counted bytes, and milliseconds of a count that is not the first."""
-    counter.count(batch, functional.cross_entropy, precision=precision)
+    """Return the counted bytes, and milliseconds of a count."""
     started = time.perf_counter()
     count = counter.count(batch, functional.cross_entropy, precision=precision)
     return count.peak_bytes, 1000 * (time.perf_counter() - started)
-
-
-def timed_formula(
-    counter: MemoryCounter,
-    backbone: Backbone,
-    configuration: Configuration,
-    batch: Mapping[str, Tensor],
-    precision: Precision,
-) -> tuple[int, float]:
-    """Return bytes and milliseconds of a count by formula."""
-    larger = {
-        site: tuple(
-            one if one.size is None else Adapter(one.method, 2 * one.size, dict(one.options))
-            for one in several
-        )
-        for site, several in configuration.adapters.items()
-    }
-    for one in (configuration.replace(adapters=larger), configuration):
-        with attach(backbone, one) as attachment:
-            sized = attachment.sized
-            started = time.perf_counter()
-            count = counter.count(batch, functional.cross_entropy, precision=precision, adapters=sized)
-            took = time.perf_counter() - started
-    return count.peak_bytes, 1000 * took
 
 
 def main() -> None:
@@ -144,13 +115,8 @@ def main() -> None:
     for shape, precision in CASES:
         batch = batch_of(shape)
         for name, configuration in configurations():
-            found, by_formula = timed_formula(counter, backbone, configuration, batch, precision)
             with attach(backbone, configuration):
                 counted, milliseconds = timed_count(counter, batch, precision)
-                assert found == counted, f"{name}: {found} bytes by formula, {counted} when followed"
-                started = time.perf_counter()
-                counter.count_on_fake(Step(batch, functional.cross_entropy, precision))
-                fake = 1000 * (time.perf_counter() - started)
                 backbone.model.train()
                 cuda = measure_cuda(backbone.model, batch, precision) if torch.cuda.is_available() else None
                 real = measure_live_storage(
@@ -166,9 +132,7 @@ def main() -> None:
                     "real_cpu_bytes": real,
                     "error": counted / real - 1,
                     "cuda_bytes": cuda,
-                    "formula_ms": by_formula,
                     "count_ms": milliseconds,
-                    "fake_tensor_count_ms": fake,
                 }
             )
     report(rows)
@@ -184,9 +148,7 @@ def report(rows: list[dict[str, object]]) -> None:
         "counted",
         "real",
         "error",
-        "by formula",
-        "followed",
-        "on fake tensors",
+        "took",
     ):
         table.add_column(heading, justify="left" if heading == "configuration" else "right")
     for row in rows:
@@ -197,9 +159,7 @@ def report(rows: list[dict[str, object]]) -> None:
             f"{float(str(row['counted_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['real_cpu_bytes'])) / 2**20:.2f} MiB",
             f"{float(str(row['error'])):+.3%}",
-            f"{float(str(row['formula_ms'])):.1f} ms",
             f"{float(str(row['count_ms'])):.0f} ms",
-            f"{float(str(row['fake_tensor_count_ms'])):.0f} ms",
         )
     Console(width=150).print(table)
     RESULTS.mkdir(exist_ok=True)

@@ -37,7 +37,6 @@ from autopeft.callbacks import BestWeights
 from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.methods import Attachment
-from autopeft.models.module_modes import iter_parameters
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import wide_console
@@ -71,7 +70,7 @@ SPARED = "compute prefixes"
 
 def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWeights, seed: int) -> None:
     """Stand in for the fit: log a score that depends on the attached parameters' number."""
-    trainable = sum(one.numel() for one in iter_parameters(module) if one.requires_grad)
+    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
     score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
     best.metrics = {name: float(score) for name in evaluator.task.metrics}
 

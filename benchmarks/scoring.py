@@ -32,7 +32,8 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.precision import Precision
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.memory.storage_tracker import StorageCounter, measure_live_storage
+from autopeft.evaluation.memory.counter import measure_live_storage
+from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import ScoreGuided

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from autopeft.core.configuration import Configuration
 from autopeft.methods import attach
@@ -35,6 +36,16 @@ def test_a_candidate_is_trained_measured_and_taken_out() -> None:
     assert 0 <= evaluator.test(LORA, trained.state)["accuracy"] <= 1
     assert fingerprint(backbone.model) == before
     assert next(backbone.model.parameters()).device.type == "cuda"
+
+
+def test_a_seed_means_the_same_initial_weights_as_on_the_cpu() -> None:
+    backbones = learner(), learner()
+    nn.Module.to(backbones[1].model, torch.device("cuda"))
+    state = torch.cuda.get_rng_state()
+    on_cpu, on_gpu = (attach(backbone, LORA, seed=3).state_dict() for backbone in backbones)
+    assert on_cpu.keys() == on_gpu.keys()
+    assert all(torch.equal(values, on_gpu[name]) for name, values in on_cpu.items())
+    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 def test_costs_do_not_depend_on_the_device() -> None:

@@ -23,7 +23,6 @@ from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, reason_of_failure
 from autopeft.methods import Attachment, attach
 from autopeft.models.backbone import Backbone
-from autopeft.models.module_modes import in_mode
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.settings import FineTuning, Serve, Training, build_trainer, dismantle, quiet_lightning
@@ -105,7 +104,7 @@ class Evaluator:
             self.data.largest_batch(),
             self.task.loss,
             precision=self.training.resolved_precision(),
-            adapters=attachment.sized,
+            attached=attachment.structure,
         )
         return count.peak_bytes
 
@@ -210,7 +209,8 @@ class Evaluator:
             name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
         }
         seconds = []
-        with in_mode(model, training=False), torch.inference_mode():
+        model.eval()
+        with torch.inference_mode():
             for _ in range(_LATENCY_REPEATS + 1):
                 started = time.perf_counter()
                 model(**batch)

@@ -30,7 +30,6 @@ from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import Attachment
-from autopeft.models.module_modes import set_mode
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import FineTuning, build_trainer, dismantle, quiet_lightning
 from autopeft.training.trainer_state import capture_state, restore_state, stopped_early
@@ -128,10 +127,10 @@ class EvaluationRun:
         memory = PeakMemory()
         callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
         module = evaluator.module(self.configuration, self.before, prefix.serve)
-        set_mode(module, training=True)
+        module.train()
         start = 0 if self.before is None else self.before.step
         with ExitStack() as ending:
-            ending.callback(set_mode, module, training=False)
+            ending.callback(module.eval)
             with seeded(self.seed, evaluator.device):
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)

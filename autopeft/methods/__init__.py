@@ -1,17 +1,16 @@
 """Adapter methods: their sizes, how they are attached to a backbone, and how they come out again."""
 
 from autopeft.methods.attachment import (
-    METHODS,
     Attachment,
     attach,
-    carries_adapters,
     count_parameters,
     count_site,
     placement_of,
 )
 from autopeft.methods.base import Attached, Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
-from autopeft.methods.peft_methods import PeftMethod
+from autopeft.methods.peft_base import PeftMethod
+from autopeft.methods.registry import METHODS, carries_adapters
 
 __all__ = [
     "METHODS",

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType, TracebackType
+from collections.abc import Callable, Hashable, Mapping
+from types import TracebackType
 from typing import Self
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
-from autopeft.evaluation.memory.size_formula import AdapterSize, SizedAdapters
-from autopeft.methods.base import Method, Placement
-from autopeft.methods.bitfit import BitFit
-from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
-from autopeft.methods.peft_methods import IA3, LayerNormTuning, Lora
-from autopeft.methods.prefix_tuning import Prefix, PrefixTuning
+from autopeft.methods.base import Placement
+from autopeft.methods.head import copy_head
+from autopeft.methods.registry import METHODS
 from autopeft.models.backbone import Backbone
-from autopeft.models.module_modes import iter_parameters
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "lora": Lora(),
-        "ia3": IA3(),
-        "layernorm": LayerNormTuning(),
-        "bitfit": BitFit(),
-        "series": Series(),
-        "parallel": Parallel(),
-        "prefix": PrefixTuning(),
-    }
-)
-"""The torch side of every method in `METHOD_SPECS`; those that replace modules come first."""
-
-assert METHODS.keys() == METHOD_SPECS.keys()
-
-
-def carries_adapters(model: nn.Module) -> bool:
-    """Return whether adapters of peft or of autopeft are attached to a model, or it is a `PeftModel`."""
-    adapters = (BaseTunerLayer, Bottleneck, Prefix)
-    return hasattr(model, "peft_config") or any(isinstance(one, adapters) for one in model.modules())
 
 
 def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
@@ -90,7 +63,6 @@ class Attachment:
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}
-        self._sizes: list[AdapterSize] = []
         self._undo: list[Callable[[], None]] = []
         self._detached = False
         backbone.attached = configuration
@@ -117,44 +89,27 @@ class Attachment:
                         f"{site} should carry {adapter} with {expected} parameters, but "
                         f"{shape.module} got {found}: {name} did not attach there."
                     )
-                if adapter.size is not None:
-                    dimensions = METHODS[name].size_dimensions.items()
-                    placed = tuple((parameters[local], dimension) for local, dimension in dimensions)
-                    self._sizes.append(AdapterSize((site, name), adapter.size, placed))
                 self.parameters |= {
                     f"{site}.{name}.{local}": parameter for local, parameter in parameters.items()
                 }
 
     def _attach_head(self) -> None:
-        """Train the head in a copy: the backbone's own head is left as it was."""
-        model = self.backbone.model
-        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        trained, originals = copy_head(self.backbone)
+        self.parameters |= trained
 
         def restore() -> None:
-            for original in reversed(originals):
-                setattr(*original)
+            for module, name, original in reversed(originals):
+                setattr(module, name, original)
 
         self._undo.append(restore)
-        std = float(getattr(model.config, "initializer_range", 0.02))
-        for head in self.backbone.head:
-            for path, module in model.get_submodule(head).named_modules(prefix=head):
-                for local, original in list(module.named_parameters(recurse=False)):
-                    originals.append((module, local, original))
-                    trained = nn.Parameter(original.detach().clone())
-                    setattr(module, local, trained)
-                    self.parameters[f"head.{path}.{local}"] = trained
-                if self.backbone.new_head and isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=std)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
 
     def _select_trainable(self) -> None:
-        parameters = iter_parameters(self.backbone.model)
+        parameters = list(self.backbone.model.parameters())
         for parameter in parameters:
             parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        found = sum(one.numel() for one in parameters if one.requires_grad)
+        found = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         expected = self._expected_parameters()
         if found != expected:
             raise RuntimeError(
@@ -170,11 +125,9 @@ class Attachment:
         return self._expected_parameters()
 
     @property
-    def sized(self) -> SizedAdapters:
-        """What is attached, its sizes apart from everything else about it."""
-        structure = tuple((site, one.method, one.options) for site, one in self.configuration)
-        methods = frozenset((one.method, one.options) for _, one in self.configuration)
-        return SizedAdapters((type(self), structure), methods, tuple(self._sizes))
+    def structure(self) -> Hashable:
+        """All that decides which operations a step takes and how large their results are."""
+        return type(self), tuple(self.configuration)
 
     @property
     def cut(self) -> int | None:
@@ -184,7 +137,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the trained tensors: adapters under "site.method.name", then the head."""
-        return {name: one.detach().cpu().clone() for name, one in self.parameters.items()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put trained tensors in place.
@@ -215,7 +168,7 @@ class Attachment:
         self._detached = True
         while self._undo:
             self._undo.pop()()
-        for parameter in iter_parameters(self.backbone.model):
+        for parameter in list(self.backbone.model.parameters()):
             parameter.requires_grad_(False)
         self.backbone.attached = None
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch import nn
 
@@ -40,15 +37,11 @@ class Method(ABC):
     * right after `attach` the model computes what it computed before (prefix, which adds positions
       to attend to, changes it slightly: its values start near 0);
     * `undo` leaves the very module and parameter objects that were there before, bit-identical;
-    * of its parameters' dimensions, exactly those in `size_dimensions` change with the adapter's size;
     * methods can be attached to one model one after another, wrapping ones first.
     """
 
-    size_dimensions: Mapping[str, int] = MappingProxyType({})
-    """Which dimension of a parameter is the adapter's size, by the names of the parameters that have it.
-
-    What runs must not depend on the size: memory is a formula in it (`evaluation.memory.size_formula`).
-    """
+    name: str
+    """Its name in configurations: the one of its `MethodSpec`."""
 
     @abstractmethod
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
@@ -63,27 +56,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of the one called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-_ONE_AT_A_TIME = threading.RLock()
-
-
-@contextmanager
-def undrawn_linears() -> Iterator[None]:
-    """Leave the weights of linear layers that are made undrawn: whoever makes them fills every one himself.
-
-    `nn.Linear` draws its weights when it is made, which for an adapter are then drawn again or set to 0: a
-    third of what attaching took. Layers that other threads make are drawn as ever.
-    """
-    with _ONE_AT_A_TIME:
-        draw, thread = nn.Linear.reset_parameters, threading.get_ident()
-
-        def draw_elsewhere(linear: nn.Linear) -> None:
-            if threading.get_ident() != thread:
-                draw(linear)
-
-        nn.Linear.reset_parameters = draw_elsewhere  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            nn.Linear.reset_parameters = draw  # type: ignore[method-assign]

@@ -23,6 +23,8 @@ class BitFit(Method):
     comes back on detaching.
     """
 
+    name = "bitfit"
+
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of biases."""
         return shape.bias

@@ -6,16 +6,14 @@ held in place by hooks, so that they work on any architecture whose sublayers ha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Attached, Method, Placement, undrawn_linears
+from autopeft.methods.base import Attached, Method, Placement
 from autopeft.models.backbone import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -36,12 +34,10 @@ class Bottleneck(nn.Module):
         self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0
     ) -> None:
         super().__init__()
-        with undrawn_linears():
-            self.down = nn.Linear(in_features, width)
-            self.up = nn.Linear(width, out_features)
+        self.down = nn.Linear(in_features, width)
+        self.up = nn.Linear(width, out_features)
         self.activation = _ACTIVATIONS[activation]()
         self.scaling = scaling
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))  # as `nn.Linear` does
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -54,9 +50,6 @@ class Bottleneck(nn.Module):
 
 class _BottleneckMethod(Method):
     """What series and parallel adapters share: the module, where it is kept and how it is removed."""
-
-    name: str
-    size_dimensions = MappingProxyType({"down.weight": 0, "down.bias": 0, "up.weight": 1})
 
     def in_features(self, shape: SiteShape) -> int:
         """Return the width of what the adapter reads."""

@@ -53,4 +53,4 @@ class FullFineTuning(Attachment):
         return None
 
     def _expected_parameters(self) -> int:
-        return sum(one.numel() for one in set(self.parameters.values()))
+        return sum(parameter.numel() for parameter in set(self.parameters.values()))

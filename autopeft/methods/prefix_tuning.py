@@ -6,7 +6,6 @@ goes through transformers' attention interface, the documented place to change h
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ class PrefixTuning(Method):
     no position: with rotary embeddings they are not rotated, as with `past_key_values`.
     """
 
-    size_dimensions = MappingProxyType({"key": 0, "value": 0})
+    name = "prefix"
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return a key and a value a prefix position."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -71,7 +72,7 @@ class Backbone:
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
-        cached_casts: The linear sites' weights as mixed precision multiplies them; made when first used.
+        cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
 
     Raises:
         ValueError: No transformer block was found, or a head module does not exist.
@@ -94,7 +95,8 @@ class Backbone:
         self.new_head = new_head
         self.origin = origin
         self.attached: Configuration | None = None
-        missing = [one for one in self.head if one not in dict(model.named_modules())]
+        modules = dict(model.named_modules())
+        missing = [name for name in self.head if name not in modules]
         if missing or not self.head:
             raise ValueError(
                 f"{type(model).__name__} has no head module {', '.join(missing) or 'at all'}: "
@@ -197,10 +199,12 @@ class Backbone:
     @cached_property
     def has_attention_interface(self) -> bool:
         """Whether attention goes through transformers' attention interface, with SDPA available."""
-        return bool(
-            getattr(self.model, "_supports_attention_backend", False)
-            and getattr(self.model, "_supports_sdpa", False)
-        )
+        if not self.model.is_backend_compatible():
+            return False
+        try:
+            return self.model.get_correct_attn_implementation("sdpa") == "sdpa"
+        except (ValueError, ImportError):
+            return False
 
     def obstacle(self, shape: SiteShape, method: str) -> str | None:
         """Say why a method cannot sit on a site, or return None where it can."""
@@ -229,11 +233,10 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the architecture and a sample of every weight: tells backbones apart.
+        """SHA-256 (hex) over the architecture and every weight: tells backbones apart.
 
-        Up to 256 evenly spaced values of each tensor are hashed, so that large models stay quick. The head
-        is left out: it is trained anyway, and one that transformers made for a loaded model is random, so
-        that the same call would find another backbone in every process.
+        About 1 s a GB, once a process. The head is left out: it is trained anyway, and one that transformers
+        made for a loaded model is random, so that the same call would find another backbone in every process.
         """
         digest = hashlib.sha256(type(self.model).__name__.encode())
         heads = tuple(f"{head}." for head in self.head)
@@ -241,9 +244,7 @@ class Backbone:
             if name.startswith(heads):
                 continue
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 256)]
-            digest.update(sample.float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
@@ -267,7 +268,7 @@ class Backbone:
             shapes = [shape for site, shape in self.sites.items() if site.role == role]
             first = shapes[0]
             methods = [name for name in METHOD_SPECS if not self.obstacle(first, name)]
-            sizes = sorted({f"{one.in_features} → {one.out_features}" for one in shapes})
+            sizes = sorted({f"{shape.in_features} → {shape.out_features}" for shape in shapes})
             table.add_row(
                 role,
                 first.kind,
@@ -283,7 +284,7 @@ class Backbone:
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
             console.print(self.table())
-            left_out = sorted({leaf for one in self._block_modules for leaf in one.unrecognised})
+            left_out = sorted({leaf for block in self._block_modules for leaf in block.unrecognised})
             if left_out:
                 console.print(f"Linear layers without a role: {', '.join(left_out)}")
         return capture.get()
@@ -348,7 +349,7 @@ def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any)
 def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
     module = model.get_submodule(name)
     bias = getattr(module, "bias", None)
-    parameters = sum(one.numel() for one in module.parameters())
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     if KIND_OF_ROLE[site.role] == "linear":
         assert isinstance(module, nn.Linear | Conv1D)
         in_features, out_features = linear_sizes(module)

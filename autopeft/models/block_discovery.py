@@ -85,7 +85,7 @@ def _nothing_found(model: nn.Module) -> str:
 
 
 def _linears(module: nn.Module) -> list[tuple[str, LinearLike]]:
-    return [(name, one) for name, one in module.named_modules() if isinstance(one, nn.Linear | Conv1D)]
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
 
 
 def block_modules(name: str, block: nn.Module) -> BlockModules | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from autopeft.core.errors import unknown_choice
 from autopeft.core.precision import Precision
-from autopeft.evaluation.memory.storage_tracker import Loss
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity.activation_variance import IncrementalVariance, InputVariance
 from autopeft.sensitivity.control_scores import (
@@ -27,6 +26,7 @@ from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undistur
 from autopeft.sensitivity.shared_pass import run_data_pass
 from autopeft.sensitivity.site_scores import SiteScores
 from autopeft.sensitivity.weight_scores import condition_number_scores, synflow_scores
+from autopeft.tasks.base import Loss
 
 _DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _OF_MEAN_GRADIENT = frozenset({"gora", "gradient_spectrum", "grasp"})

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
-from autopeft.evaluation.memory.storage_tracker import Loss
 from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.tasks.base import Loss
 from autopeft.tasks.batch import model_inputs
 
 _MASK = "attention_mask"

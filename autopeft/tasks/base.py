@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
 SplitName = Literal["train", "validation", "test"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits (batch, labels) and labels (batch,) to the mean loss, a scalar."""
 
 
 class TaskData(LightningDataModule, ABC):

@@ -15,8 +15,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.memory.counter import MemoryCounter
-from autopeft.evaluation.memory.storage_tracker import measure_live_storage
+from autopeft.evaluation.memory.counter import MemoryCounter, measure_live_storage
 from autopeft.evaluation.run import Trained
 from autopeft.methods import FullFineTuning, attach
 from autopeft.models.backbone import Backbone

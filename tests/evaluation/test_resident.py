@@ -11,11 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopeft import ParetoFront
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import PerLayer
-from autopeft.training.gc_freeze import gc_freeze
 from benchmarks.leak import WARM_UP, WINDOW, growth, measure
 from tests.evaluation.test_hidden_state_cache import above, backbone_of, evaluator_of, served_cuts
 from tests.learnable import TRAINING, learner, tiny_evaluator, tiny_search
@@ -97,34 +94,3 @@ def test_growth_is_that_after_the_first_trials() -> None:
 def test_two_hundred_trials_in_one_process_do_not_grow() -> None:
     torch.set_num_threads(1)
     assert growth(measure(200))["growth"] < 0.02
-
-
-def test_what_was_there_before_is_frozen_while_a_search_runs(tmp_path: Path) -> None:
-    frozen: list[int] = []
-
-    def note(record: TrialRecord, front: ParetoFront) -> None:
-        frozen.append(gc.get_freeze_count())
-
-    tiny_search(tmp_path).run(trials=2, progress=False, callbacks=[note])
-    assert min(frozen) > 10_000
-    assert gc.get_freeze_count() == 0
-
-
-def is_frozen(one: object) -> bool:
-    """Whether the collector has set an object aside; a count tells less, as frozen objects may still die."""
-    return gc.is_tracked(one) and all(other is not one for other in gc.get_objects())
-
-
-def test_what_somebody_else_has_frozen_stays_so() -> None:
-    early: list[object] = []
-    gc.freeze()
-    try:
-        late: list[object] = []
-        with gc_freeze():
-            assert is_frozen(early)
-            assert not is_frozen(late)
-        assert is_frozen(early)
-        assert not is_frozen(late)
-    finally:
-        gc.unfreeze()
-    assert not is_frozen(early)

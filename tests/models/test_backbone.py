@@ -203,6 +203,13 @@ class TestIdentity:
         one, again, other = (tiny_backbone("bert", seed=seed) for seed in (0, 0, 1))
         assert one.fingerprint == again.fingerprint != other.fingerprint
 
+    def test_the_fingerprint_sees_every_value(self) -> None:
+        model = tiny_classifier("bert")
+        edited = copy.deepcopy(model)
+        with torch.no_grad():
+            edited.get_parameter("bert.embeddings.word_embeddings.weight")[77, 5] += 0.01
+        assert _backbone(model).fingerprint != _backbone(edited).fingerprint
+
     def test_the_fingerprint_tells_architectures_apart(self) -> None:
         found = {tiny_backbone(architecture).fingerprint for architecture in ("bert", "roberta", "llama")}
         assert len(found) == 3

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.core.precision import autocast
 from autopeft.methods import attach
+from autopeft.models import cached_casts
 from autopeft.models.backbone import Backbone
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.sensitivity import ScoreOptions, compute_scores
@@ -52,17 +53,10 @@ def test_a_pass_gives_what_autocast_gives_bit_for_bit(architecture: str, method:
 def test_a_training_gives_what_autocast_gives_bit_for_bit() -> None:
     evaluator = tiny_evaluator(training=replace(TRAINING, precision="bf16-mixed"))
     configuration = everywhere(evaluator.backbone, "lora")
-    casts: list[int] = []
-    original = CachedCasts._lowered
-
-    def noted(self: CachedCasts, index: int, name: str, tensor: nn.Parameter) -> nn.Parameter:
-        casts.append(index)
-        return original(self, index, name, tensor)
-
-    with patch.object(CachedCasts, "_lowered", noted):
+    with patch.object(cached_casts, "_cast", side_effect=cached_casts._cast) as cast:
         lowered = evaluator.train(configuration)
-    assert casts, "copies were in place"
-    with patch("autopeft.models.cached_casts._is_castable", return_value=False):
+    assert cast.call_count, "copies were in place"
+    with patch.object(cached_casts, "_is_castable", return_value=False):
         plain = evaluator.train(configuration)
     assert lowered.state is not None
     assert plain.state is not None
@@ -91,16 +85,16 @@ def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
     assert weight.weight.dtype == torch.float32
 
 
-def test_copies_are_made_once_and_anew_when_a_weight_has_changed() -> None:
+def test_copies_follow_a_weight_that_has_changed_and_stay_inside_another_block() -> None:
     layer = nn.Linear(4, 4).requires_grad_(False)
     lowered = CachedCasts([layer])
     with lowered.in_place("bf16-mixed"):
         first = layer.weight
-    with lowered.in_place("bf16-mixed"):
+        with lowered.in_place("bf16-mixed"):
+            assert layer.weight is first
         assert layer.weight is first
-    layer.weight.fill_(0.5)
+    layer.weight.data.fill_(0.5)
     with lowered.in_place("bf16-mixed"):
-        assert layer.weight is not first
         assert layer.weight.unique().tolist() == [0.5]
 
 

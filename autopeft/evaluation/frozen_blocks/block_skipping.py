@@ -18,8 +18,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from autopeft.models.module_modes import iter_modules
-
 _HIDDEN = "hidden_states"
 
 
@@ -57,7 +55,7 @@ class FrozenBlocks:
         self._states: Tensor | None = None
 
     def __enter__(self) -> Self:
-        self._modules = iter_modules(self.model)
+        self._modules = list(self.model.modules())
         if self.cut < len(self.blocks):
             boundary = self.blocks[self.cut].register_forward_pre_hook(self._before_block, with_kwargs=True)
         else:

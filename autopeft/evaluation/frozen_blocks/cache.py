@@ -25,7 +25,6 @@ from autopeft.evaluation.frozen_blocks.row_index import RowIndex, place
 from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
-from autopeft.models.module_modes import in_mode
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.tasks.batch import rows_of
 from autopeft.training.settings import Training
@@ -157,7 +156,8 @@ class HiddenStateCache:
         if self._files is None or cut == 0 or cut in self._unservable or not self._know_rows():
             return None
         try:
-            with in_mode(self._backbone.model, training=False), torch.no_grad():
+            self._backbone.model.eval()
+            with torch.no_grad():
                 return self._open(frozen, self._files)
         except UnservableError as error:
             self._unservable.add(cut)

@@ -1,20 +1,20 @@
-"""Count the bytes of the storages that operations make, while they are alive."""
+"""Tensors without data, and the bytes of the storages that operations on them make.
+
+This is the one module that uses torch's fake tensors and dispatch modes. Both are documented, but live in
+modules with a leading underscore: no public name gives the shapes and lifetimes of a step without running it.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from autopeft.core.precision import Precision, autocast
-from autopeft.tasks.batch import LABELS, model_inputs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StorageCounter(TorchDispatchMode):
@@ -29,12 +29,8 @@ class StorageCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
+        # By id, which no other storage can have before its entry is removed.
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here, and torch's guard against it is a third of an operation's time.
-        return False
 
     def exclude(self, tensors: Iterable[Tensor]) -> int:
         """Leave out storages that were there before; return their bytes, each storage once."""
@@ -52,12 +48,9 @@ class StorageCounter(TorchDispatchMode):
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._track_new(storage, storage.nbytes(), tensor.shape)
-
-    def _track_new(self, storage: torch.UntypedStorage, nbytes: int, shape: Sequence[int]) -> None:
-        """Count a storage, first seen in a tensor of a shape."""
-        known, key = self._known, storage._cdata
+        known, key, nbytes = self._known, id(storage), storage.nbytes()
+        if key in known:
+            return
 
         def died(_: object) -> None:
             if known.pop(key, None) is not None:
@@ -65,46 +58,46 @@ class StorageCounter(TorchDispatchMode):
 
         known[key] = weakref.ref(storage, died)
         self.live_bytes += nbytes
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes = self.live_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and track what it made."""
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if isinstance(result, Tensor):
-            self._track(result)
-        else:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._track(leaf)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors_in(result):
+            self._track(tensor)
         return result
 
 
-def measure_live_storage(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    loss: Loss,
-    *,
-    steps: int = 2,
-    precision: Precision = "32-true",
-) -> int:
-    """Return the peak live bytes of real optimizer steps on the CPU: what `MemoryCounter` predicts.
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _tensors_in(part)
 
-    Trains the model's trainable parameters for `steps` steps.
-    """
-    inputs = model_inputs(batch)
-    trainable = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trainable)
-    counter = StorageCounter()
-    base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
-    with counter:
-        for _ in range(steps):
-            with autocast(precision, "cpu"):
-                value = loss(model(**inputs).logits, batch[LABELS])
-            optimizer.zero_grad()
-            value.backward()
-            del value
-            optimizer.step()
-    return base + counter.peak_bytes
+
+class FakeCopies:
+    """Makes CPU tensors without data, of the shapes of real ones; see `without_data`."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a fake tensor; it lies on the CPU, as a count must not depend on where the model does."""
+        copy: Tensor = self._mode.from_tensor(tensor)
+        if copy.device.type != "cpu":
+            copy = copy.detach().cpu().requires_grad_(tensor.requires_grad)
+        return copy
+
+    def of_all(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return fake tensors by name."""
+        return {name: self.of(tensor) for name, tensor in tensors}
+
+
+@contextmanager
+def without_data() -> Iterator[FakeCopies]:
+    """Compute with shapes alone in a `with` block: every new tensor is a fake one."""
+    with FakeTensorMode() as mode:
+        yield FakeCopies(mode)

@@ -1,0 +1,53 @@
+"""LoRA, peft's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.base import Placement
+from autopeft.methods.peft_base import PeftMethod, module_names
+from autopeft.models.backbone import SiteShape
+
+
+class Lora(PeftMethod):
+    """LoRA: a low-rank update B·A beside a frozen weight, scaled by α/√r (rsLoRA) or α/r.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; Kalajdzievski, "A Rank
+    Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
+    """
+
+    name = "lora"
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return r·(d_in + d_out)."""
+        assert adapter.size is not None
+        return adapter.size * (shape.in_features + shape.out_features)
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what peft holds once a config."""
+        return adapter.option("rslora"), adapter.option("dropout"), shape.transposed
+
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return a LoraConfig with a rank and an alpha for every module."""
+        shape, adapter = next(iter(placement.values()))
+        # PEFT reads pattern keys as regular expressions behind an optional "(.*\.)?" prefix, so a full
+        # module name matches itself alone.
+        ranks = {shape.module: adapter.size for shape, adapter in placement.values()}
+        alphas = {shape.module: adapter.option("alpha") for shape, adapter in placement.values()}
+        common: dict[str, Any] = {
+            "r": adapter.size,
+            "lora_alpha": adapter.option("alpha"),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+        }
+        return LoraConfig(
+            **common,
+            target_modules=module_names(placement),
+            use_rslora=bool(adapter.option("rslora")),
+            lora_dropout=float(adapter.option("dropout")),
+            fan_in_fan_out=shape.transposed,
+        )

@@ -1,0 +1,107 @@
+"""What the methods that peft implements share: peft's own injection, one peft adapter a group of sites.
+
+Adapters that differ in an option peft holds once a config (rsLoRA, dropout) are injected as separate
+peft adapters of one model. peft ignores patterns that match nothing, so `attach` in `attachment.py`
+checks every site afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from autopeft.core.configuration import Adapter, Site
+from autopeft.methods.base import Attached, Method, Placement, replace_module
+from autopeft.models.backbone import SiteShape
+
+
+class PeftMethod(Method):
+    """A method that peft implements, injected with one peft config a group of like adapters."""
+
+    @abstractmethod
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return the peft config that gives every site of a group what its adapter says."""
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what the adapters of one peft config have in common."""
+        return ()
+
+    def groups(self, placement: Placement) -> dict[str, Placement]:
+        """Split a placement into groups, by the name of the peft adapter that holds each."""
+
+        def key(item: tuple[Site, tuple[SiteShape, Adapter]]) -> str:
+            return repr(self.group_key(*item[1]))
+
+        grouped = [dict(items) for _, items in groupby(sorted(placement.items(), key=key), key)]
+        return {
+            self.name if index == 0 else f"{self.name}_{index + 1}": group
+            for index, group in enumerate(grouped)
+        }
+
+    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+        """Inject the adapters; see `Method.attach`."""
+        parameters: dict[Site, Mapping[str, nn.Parameter]] = {}
+        originals = {shape.module: model.get_submodule(shape.module) for shape, _ in placement.values()}
+
+        def undo() -> None:
+            for name, module in originals.items():
+                replace_module(model, name, module)
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+
+        groups = self.groups(placement)
+        try:
+            with _quiet_peft():
+                for adapter_name, group in groups.items():
+                    inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+            for adapter_name, group in groups.items():
+                for site, (shape, _) in group.items():
+                    layer = model.get_submodule(shape.module)
+                    if isinstance(layer, BaseTunerLayer):
+                        # Injecting a peft adapter makes it the active one of every layer, also of
+                        # those that carry another.
+                        layer.set_adapter(adapter_name)
+                        layer.train(originals[shape.module].training)
+                    parameters[site] = _adapter_parameters(layer, adapter_name)
+        except BaseException:
+            undo()
+            raise
+        return Attached(parameters=parameters, undo=undo)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Silence warnings of what we are here for: several adapters on disjoint modules, norms of any class."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        yield
+
+
+def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one peft adapter in a layer; empty where peft did not wrap it."""
+    if not isinstance(layer, BaseTunerLayer):
+        return {}
+    found: dict[str, nn.Parameter] = {}
+    for holder_name in layer.adapter_layer_names:
+        holder = getattr(layer, holder_name)
+        if adapter_name not in holder:
+            continue
+        held = holder[adapter_name]
+        if isinstance(held, nn.Parameter):
+            found[holder_name] = held
+        else:
+            found |= {f"{holder_name}.{name}": parameter for name, parameter in held.named_parameters()}
+    return found
+
+
+def module_names(placement: Placement) -> list[str]:
+    """Return the names of the modules that a placement puts adapters on."""
+    return [shape.module for shape, _ in placement.values()]

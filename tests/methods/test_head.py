@@ -1,0 +1,75 @@
+"""A new head is drawn anew for every seed, whatever it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autopeft.core.configuration import Configuration
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+from tests.tiny_models import LABELS, draw_parameters, fingerprint, tiny_classifier, tiny_tokenizer
+
+
+class Scaled(nn.Module):
+    """A module with parameters of its own and no rule to draw them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, 4, 32))
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale + self.tokens.mean()
+
+
+class Twice(nn.Bilinear):
+    """A module whose own rule is not that of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32, 32)
+
+    def forward(self, hidden: Tensor, _: Tensor | None = None) -> Tensor:
+        return super().forward(hidden, hidden)
+
+
+def backbone_with(head: nn.Module, *, new_head: bool) -> Backbone:
+    model = tiny_classifier("bert")
+    model.classifier = head
+    draw_parameters(head.parameters(), std=0.5, seed=7)  # as a head that somebody has trained
+    return Backbone(model, tiny_tokenizer(), name="tiny", head=["classifier"], new_head=new_head)
+
+
+def head_of(backbone: Backbone, seed: int) -> Mapping[str, Tensor]:
+    with attach(backbone, Configuration(), seed=seed) as attachment:
+        return attachment.state_dict()
+
+
+def test_every_module_of_a_new_head_is_drawn_for_every_seed() -> None:
+    head = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), Scaled(), Twice(), nn.Linear(32, LABELS))
+    backbone = backbone_with(head, new_head=True)
+    before = fingerprint(backbone.model)
+    first, again, other = (head_of(backbone, seed) for seed in (0, 0, 1))
+    assert fingerprint(backbone.model) == before
+    assert all(torch.equal(values, again[name]) for name, values in first.items())
+    differing = {
+        name.removeprefix("head.classifier.") for name in first if not first[name].equal(other[name])
+    }
+    assert differing == {"0.weight", "2.tokens", "3.weight", "3.bias", "4.weight"}
+    std = float(backbone.model.config.initializer_range)
+    for name in ("0.weight", "2.tokens", "4.weight"):
+        assert 0.5 * std < first[f"head.classifier.{name}"].std() < 1.5 * std
+    for name, value in (("0.bias", 0), ("1.weight", 1), ("1.bias", 0), ("4.bias", 0)):
+        assert first[f"head.classifier.{name}"].unique().tolist() == [value]
+    assert torch.equal(first["head.classifier.2.scale"], head.get_parameter("2.scale"))
+    bound = 1 / 32**0.5
+    assert 0.9 * bound < first["head.classifier.3.weight"].abs().max() <= bound
+
+
+def test_a_head_that_was_trained_is_left_as_it_is() -> None:
+    backbone = backbone_with(nn.Sequential(nn.Linear(32, 32), Twice(), nn.Linear(32, LABELS)), new_head=False)
+    own = backbone.model.get_submodule("classifier").state_dict()
+    for name, values in head_of(backbone, 3).items():
+        assert torch.equal(values, own[name.removeprefix("head.classifier.")])

@@ -144,7 +144,7 @@ class Search:
             with section("tokenise"):
                 self.task.validate()
             with section("load"):
-                backbone = Backbone.load(self._source, self.task, self._tokenizer)
+                backbone = Backbone.load(self._source, self.task.head, self._tokenizer)
             self.space.validate(backbone)
             self._evaluator = Evaluator(
                 backbone,
@@ -258,7 +258,9 @@ class Search:
         configuration. Times are not on it: what they can be is not known before training.
         """
         ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
-        return fixed_axes(self.objectives, self.task, ends)
+        metrics = [objective.name for objective in self.objectives if objective.is_metric]
+        bounds = {name: (self.task.trivial_score(name), self.task.best_score(name)) for name in metrics}
+        return fixed_axes(self.objectives, bounds, ends)
 
     def promotion(self) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""

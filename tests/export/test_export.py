@@ -306,7 +306,7 @@ def test_a_stored_base_with_a_head_of_another_size_takes_the_saved_one(
     stored = tiny_classifier("bert", num_labels=5)
     stored.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    backbone = Backbone.load(tmp_path / "base", learnable_task())
+    backbone = Backbone.load(tmp_path / "base", learnable_task().head)
     configuration = everywhere(backbone, "lora")
     export(backbone, configuration, tmp_path / "out", verify=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -26,6 +26,7 @@ from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import default_dtype
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import StudyStore, load_study
@@ -144,7 +145,8 @@ class Search:
             with section("tokenise"):
                 self.task.validate()
             with section("load"):
-                backbone = Backbone.load(self._source, self.task.head, self._tokenizer)
+                dtype = default_dtype(self.training.resolved_device())
+                backbone = Backbone.load(self._source, self.task.head, self._tokenizer, dtype=dtype)
             self.space.validate(backbone)
             self._evaluator = Evaluator(
                 backbone,
@@ -385,8 +387,10 @@ class Search:
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
+                "frozen blocks in training": self.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
+            trainings=evaluation.trainings,
             probe=model_inputs(batch),
             merged=merged,
             overwrite=overwrite,

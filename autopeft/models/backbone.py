@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadSpec
-from autopeft.models.loading import load_model
+from autopeft.models.loading import Dtype, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Backbone:
         head: HeadSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        dtype: Dtype = torch.float32,
     ) -> Backbone:
         """Load a backbone with the head a task needs.
 

@@ -25,6 +25,11 @@ _FEWEST_WORDS = 10
 Dtype = torch.dtype | Literal["auto"]
 
 
+def default_dtype(device: torch.device) -> Dtype:
+    """Return what weights are loaded as: the checkpoint's own on a GPU, single precision on the CPU."""
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with a head, its tokenizer, and which modules were not pretrained."""

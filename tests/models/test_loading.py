@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import load_model
+from autopeft.models.loading import default_dtype, load_model
 from tests.learnable import learnable_task
 from tests.tiny_models import (
     HEADS,
@@ -70,7 +70,14 @@ class TestFolder:
     def test_weights_are_single_precision_whatever_was_saved(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
         backbone = Backbone.load(folder, head_spec())
-        assert {one.dtype for one in backbone.model.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
+
+    def test_weights_keep_the_checkpoints_precision_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
+        assert default_dtype(torch.device("cuda")) == "auto"
+        assert default_dtype(torch.device("cpu")) == torch.float32
+        backbone = Backbone.load(folder, head_spec(), dtype="auto")
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
 
     def test_the_new_head_is_the_same_in_every_process(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)

@@ -255,13 +255,11 @@ class Search:
     def axes(self) -> tuple[Axis, ...]:
         """Return the fixed axes of the hypervolume.
 
-        A metric runs from the score of always predicting the most frequent class to its best value;
-        parameters, memory and FLOPs on a log scale from the space's largest to its smallest
-        configuration. Times are not on it: what they can be is not known before training.
+        A metric runs from its trivial score to its best value; parameters, memory and FLOPs, on a log scale,
+        from the space's largest to its smallest configuration. Times are left out: nothing bounds them.
         """
         ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
-        metrics = [objective.name for objective in self.objectives if objective.is_metric]
-        bounds = {name: (self.task.trivial_score(name), self.task.best_score(name)) for name in metrics}
+        bounds = {metric: self.task.bounds(metric) for metric in self.task.metrics}
         return fixed_axes(self.objectives, bounds, ends)
 
     def promotion(self) -> AshaPromoter | None:
@@ -346,8 +344,7 @@ class Search:
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
             retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
-                instead of using the tensors the search kept. This also happens where none were kept (trials
-                off the front).
+                also where the search kept its tensors; off the front it kept none.
             seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
@@ -365,8 +362,7 @@ class Search:
             )
         original = number if record.duplicate_of is None else record.duplicate_of
         evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
-        state: Mapping[str, Tensor] | None
-        state = None if retrain else checkpoints.load(original)
+        state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
         if state is None:
             weights = initial_weights(self.warm_starts(trains=False), evaluation)
             seed = evaluation.seed if seed is None else seed
@@ -375,7 +371,6 @@ class Search:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
         test = self.evaluator.test(configuration, state)
-        batch = self.evaluator.data.largest_batch()
         return export_adapter(
             self.backbone,
             configuration,
@@ -391,7 +386,7 @@ class Search:
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             trainings=evaluation.trainings,
-            probe=model_inputs(batch),
+            probe=model_inputs(self.evaluator.data.largest_batch()),
             merged=merged,
             overwrite=overwrite,
         )

@@ -112,6 +112,10 @@ class Task(ABC):
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
 
+    def bounds(self, metric: str) -> tuple[float, float]:
+        """Return the trivial score and the best value of a metric."""
+        return self.trivial_score(metric), self.best_score(metric)
+
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
         """Return what tells this task from others, as text: data, content fingerprint, splits."""

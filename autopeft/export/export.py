@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.tensor_files import unwritable
 from autopeft.export.folder_format import (
     CARD_FILE,
     CONFIGURATION_FILE,
@@ -130,7 +129,7 @@ def export_adapter(
         try:
             _write(unfinished, backbone, configuration, state, manifest)
         except OSError as error:
-            raise unwritable(target.parent, error) from error
+            raise _unwritable(target.parent, error) from error
         check = check_export(unfinished, manifest, backbone, probe, expected) if verify else None
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
@@ -206,13 +205,19 @@ def _workshop(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise unwritable(target.parent, error) from error
+        raise _unwritable(target.parent, error) from error
     try:
         unfinished = workshop / "export"
         unfinished.mkdir()  # with the user's own permissions: mkdtemp's folder is private
         yield unfinished
     finally:
         shutil.rmtree(workshop)
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"Cannot write in {folder}: {error.strerror}. Make room there, or choose another folder."
+    )
 
 
 def _put_in_place(unfinished: Path, target: Path) -> None:

@@ -37,8 +37,9 @@ def stratified_split(labels: Sequence[int], share: float, seed: int) -> tuple[In
     if len(present) < _FEWEST:
         # A part of one label measures nothing; one more row is the lesser harm.
         kinds, frequency = np.unique(values[~np.isin(values, present)], return_counts=True)
-        spare = np.flatnonzero(np.isin(values, kinds[frequency > 1]))
-        chosen = np.append(chosen, np.random.default_rng(seed).permutation(spare)[:1])
+        spare = np.random.default_rng(seed).permutation(np.flatnonzero(np.isin(values, kinds[frequency > 1])))
+        _, first = np.unique(values[spare], return_index=True)
+        chosen = np.append(chosen, spare[np.sort(first)][: _FEWEST - len(present)])
     return np.setdiff1d(np.arange(len(values)), chosen), np.sort(chosen)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.core.tensor_files import load_tensors, save_tensors
+from autopeft.core.durable_files import load_tensors, save_tensors
 
 _OFFSETS = "offsets"
 
@@ -52,7 +52,10 @@ def tokenise(
     }
     if path is not None:
         arrays = {**tokens, _OFFSETS: offsets}
-        save_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        try:
+            save_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {})
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: make room there, or choose another folder.") from error
     return tokens, offsets
 
 

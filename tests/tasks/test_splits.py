@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autopeft.tasks.splits import stratified_sample, stratified_split
@@ -14,6 +14,7 @@ from autopeft.tasks.splits import stratified_sample, stratified_split
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=200)
 
 
+@example(labels=[0, 0, 1, 3, 3, 4], share=0.25, seed=1)
 @given(labels=LABELS, share=st.floats(0.01, 0.9), seed=st.integers(0, 99))
 def test_a_split_is_disjoint_complete_and_stratified(labels: list[int], share: float, seed: int) -> None:
     first, second = stratified_split(labels, share, seed)

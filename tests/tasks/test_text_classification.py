@@ -345,12 +345,11 @@ def test_texts_are_tokenised_once(
         assert (repaired["input_ids"] == tokens["input_ids"]).all()
         assert (repaired_offsets == offsets).all()
         assert file.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [file]
     tokenise(tokenizer, columns, 2, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"Cannot write in .*choose another folder"):
+    with pytest.raises(ValueError, match=r"cannot be written: Not a directory: make room there, or choose"):
         tokenise(tokenizer, [["good"]], 8, tmp_path / "file" / "cache")

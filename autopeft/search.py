@@ -26,6 +26,7 @@ from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import default_dtype
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import StudyStore, load_study
@@ -144,7 +145,8 @@ class Search:
             with section("tokenise"):
                 self.task.validate()
             with section("load"):
-                backbone = Backbone.load(self._source, self.task, self._tokenizer)
+                dtype = default_dtype(self.training.resolved_device())
+                backbone = Backbone.load(self._source, self.task.head, self._tokenizer, dtype=dtype)
             self.space.validate(backbone)
             self._evaluator = Evaluator(
                 backbone,
@@ -253,12 +255,12 @@ class Search:
     def axes(self) -> tuple[Axis, ...]:
         """Return the fixed axes of the hypervolume.
 
-        A metric runs from the score of always predicting the most frequent class to its best value;
-        parameters, memory and FLOPs on a log scale from the space's largest to its smallest
-        configuration. Times are not on it: what they can be is not known before training.
+        A metric runs from its trivial score to its best value; parameters, memory and FLOPs, on a log scale,
+        from the space's largest to its smallest configuration. Times are left out: nothing bounds them.
         """
         ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
-        return fixed_axes(self.objectives, self.task, ends)
+        bounds = {metric: self.task.bounds(metric) for metric in self.task.metrics}
+        return fixed_axes(self.objectives, bounds, ends)
 
     def promotion(self) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""
@@ -342,8 +344,7 @@ class Search:
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
             retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
-                instead of using the tensors the search kept. This also happens where none were kept (trials
-                off the front).
+                also where the search kept its tensors; off the front it kept none.
             seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
@@ -361,8 +362,7 @@ class Search:
             )
         original = number if record.duplicate_of is None else record.duplicate_of
         evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
-        state: Mapping[str, Tensor] | None
-        state = None if retrain else checkpoints.load(original)
+        state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
         if state is None:
             weights = initial_weights(self.warm_starts(trains=False), evaluation)
             seed = evaluation.seed if seed is None else seed
@@ -371,7 +371,6 @@ class Search:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
         test = self.evaluator.test(configuration, state)
-        batch = self.evaluator.data.largest_batch()
         return export_adapter(
             self.backbone,
             configuration,
@@ -383,9 +382,11 @@ class Search:
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
+                "frozen blocks in training": self.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
-            probe=model_inputs(batch),
+            trainings=evaluation.trainings,
+            probe=model_inputs(self.evaluator.data.largest_batch()),
             merged=merged,
             overwrite=overwrite,
         )

@@ -76,7 +76,7 @@ class Bench:
         self.dataset = dataset
         self.metric = data.metric
         task = data.task(**EXAMPLES)
-        self.backbone = Backbone.load(str(prepare("minilm")), task)
+        self.backbone = Backbone.load(str(prepare("minilm")), task.head)
         objectives = resolve_objectives((data.metric, "trainable_parameters"), task.metrics)
         self.evaluator = Evaluator(self.backbone, task, TRAINING, objectives)
         self._scores: dict[tuple[str, int], SiteScores] = {}

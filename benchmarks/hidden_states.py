@@ -88,7 +88,7 @@ def build(folder: Path, mode: FrozenPrefixMode, *, rows: int) -> Evaluator:
         epochs=EPOCHS, batch_size=BATCH_SIZE, device="cpu", precision="32-true", frozen_blocks=mode
     )
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
-    backbone = Backbone.load(str(prepare("minilm")), task)
+    backbone = Backbone.load(str(prepare("minilm")), task.head)
     return Evaluator(backbone, task, training, objectives, cache=folder)
 
 

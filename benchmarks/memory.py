@@ -109,7 +109,7 @@ def timed_count(
 def main() -> None:
     """Measure, print a table, write JSON."""
     task = TextClassification(dataset=str(prepare("questions") / "questions.csv"))
-    backbone = Backbone.load(str(prepare("minilm")), task)
+    backbone = Backbone.load(str(prepare("minilm")), task.head)
     counter = MemoryCounter(backbone.model)
     rows = []
     for shape, precision in CASES:

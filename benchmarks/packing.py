@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     task = DATASETS["questions"].task(train=arguments.steps * BATCH_SIZE, validation=200, test=100)
-    backbone = Backbone.load(str(prepare("minilm")), task)
+    backbone = Backbone.load(str(prepare("minilm")), task.head)
     training = Training(epochs=1, batch_size=BATCH_SIZE, device=arguments.device)
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
     evaluator = Evaluator(backbone, task, training, objectives)

@@ -72,7 +72,7 @@ def uniform(backbone: Backbone) -> Configuration:
 
 def peak_of_scoring(task: TextClassification, precision: Precision) -> int:
     """Return the peak live bytes of scoring one batch, on a model that has not been used yet."""
-    backbone = Backbone.load(str(prepare("minilm")), task)
+    backbone = Backbone.load(str(prepare("minilm")), task.head)
     batch = batch_of(BATCH_SIZE)
     counter = StorageCounter()
     base = counter.exclude((*batch.values(), *backbone.model.parameters(), *backbone.model.buffers()))
@@ -120,7 +120,7 @@ def main() -> None:
     batches = parser.parse_args().batches
     torch.set_num_threads(1)
     task = DATASETS["questions"].task(train=batches * BATCH_SIZE, validation=100, test=100)
-    backbone = Backbone.load(str(prepare("minilm")), task)
+    backbone = Backbone.load(str(prepare("minilm")), task.head)
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
     training = Training(epochs=1, batch_size=BATCH_SIZE, device="cpu")
     evaluators = {

@@ -47,7 +47,7 @@ def lora_of_many_ranks(backbone: Backbone) -> Configuration:
 
 
 def all_methods(backbone: Backbone) -> Configuration:
-    """Return every method in one configuration, LoRA in two groups."""
+    """Return every method that the backbone takes in one configuration, LoRA in two groups."""
     sized = {"lora": 2, "series": 3, "parallel": 2, "prefix": 4}
     adapters: dict[Site, list[Adapter]] = {}
     linears = places(backbone, "lora")
@@ -57,7 +57,14 @@ def all_methods(backbone: Backbone) -> Configuration:
     for method in ("layernorm", "series", "parallel", "prefix"):
         for site in places(backbone, method):
             adapters.setdefault(site, []).append(Adapter(method, sized.get(method)))
-    return Configuration(adapters)
+    return Configuration(
+        {
+            site: [
+                adapter for adapter in found if not backbone.obstacle(backbone.shape(site), adapter.method)
+            ]
+            for site, found in adapters.items()
+        }
+    )
 
 
 def export(backbone: Backbone, configuration: Configuration, folder: Path, **options: Any) -> ExportReport:

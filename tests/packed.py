@@ -123,7 +123,7 @@ def compare(
 def minilm_evaluator(folder: Path, csv: Path) -> Evaluator:
     """Return an evaluator of the real model, without dropout."""
     task = TextClassification(dataset=str(csv), train_examples=96, validation_examples=64, test_examples=50)
-    backbone = Backbone.load(str(folder), task)
+    backbone = Backbone.load(str(folder), task.head)
     for module in backbone.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -27,9 +27,7 @@ from transformers import (
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.models.backbone import Backbone
-
-if TYPE_CHECKING:
-    from autopeft.tasks import Task
+from autopeft.models.head_spec import HeadSpec
 
 VOCABULARY = 128
 LABELS = 3
@@ -216,21 +214,9 @@ def logits_of(backbone: Backbone, batch: Mapping[str, Tensor] | None = None) -> 
     return logits
 
 
-class HeadTask:
-    """What loading asks of a task: a sequence classification head with three labels."""
-
-    model_class: Any = AutoModelForSequenceClassification
-
-    def __init__(self, labels: int = LABELS) -> None:
-        self.labels = labels
-
-    def model_options(self) -> dict[str, Any]:
-        return {"num_labels": self.labels}
-
-
-def head_task(labels: int = LABELS) -> Task:
-    """Return a task as far as loading looks at it."""
-    return cast("Task", HeadTask(labels))
+def head_spec(labels: int = LABELS) -> HeadSpec:
+    """Return a sequence classification head whose labels have no names."""
+    return HeadSpec(auto_class=AutoModelForSequenceClassification, config={"num_labels": labels})
 
 
 def places(backbone: Backbone, method: str) -> list[Site]:

@@ -17,7 +17,8 @@ from autopeft.core.method_specs import (
     OptionValue,
 )
 
-_SITE = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?\.(?P<role>\w+)")
+_SITE = re.compile(r"(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>\w+)")
+_MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     last = int(match["last"]) if match["last"] is not None else first
     if last < first:
         raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
+    if last >= _MOST_BLOCKS:
+        raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {_MOST_BLOCKS - 1}.")
     return tuple(Site(block, match["role"]) for block in range(first, last + 1))
 
 

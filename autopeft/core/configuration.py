@@ -86,7 +86,7 @@ class Configuration:
 
     def __iter__(self) -> Any:
         """Iterate over (site, adapter) pairs in canonical order."""
-        return ((site, one) for site, several in self.adapters.items() for one in several)
+        return ((site, adapter) for site, adapters in self.adapters.items() for adapter in adapters)
 
     def __len__(self) -> int:
         return sum(len(several) for several in self.adapters.values())
@@ -202,9 +202,9 @@ class Configuration:
         """Return the label of every occupied cell of the picture, by (block, role)."""
         return {
             (site.block, site.role): "+".join(
-                adapter_label(one.specification.symbol, one.size) for one in several
+                adapter_label(adapter.specification.symbol, adapter.size) for adapter in adapters
             )
-            for site, several in self.adapters.items()
+            for site, adapters in self.adapters.items()
         }
 
     def __repr__(self) -> str:
@@ -262,7 +262,7 @@ def _of_site(site: Site, adapters: Mapping[Site, AdapterLike] | None) -> tuple[A
                 f"Site {site} carries {adapter.method} and {rival}, which take the same place: "
                 "a site takes one of them."
             )
-    return tuple(sorted(several, key=lambda one: list(METHOD_SPECS).index(one.method)))
+    return tuple(sorted(several, key=lambda adapter: list(METHOD_SPECS).index(adapter.method)))
 
 
 class _FrozenMap(dict[Site, tuple[Adapter, ...]]):

@@ -41,8 +41,8 @@ def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
         rows.append("  ".join([str(block).rjust(left), *labels]))
     letters = {part.rstrip("0123456789") for label in cells.values() for part in label.split("+")}
     legend = ", ".join(
-        f"{one.symbol} {one.name}" + (f" ({one.size_name})" if one.size_name else "")
-        for one in METHOD_SPECS.values()
-        if one.symbol in letters
+        f"{method.symbol} {method.name}" + (f" ({method.size_name})" if method.size_name else "")
+        for method in METHOD_SPECS.values()
+        if method.symbol in letters
     )
     return "\n".join(line.rstrip() for line in [*rows, legend])

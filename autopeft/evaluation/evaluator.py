@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,7 +64,9 @@ class Evaluator:
     ) -> None:
         self.backbone = backbone
         self.task = task
-        self.training = training
+        # Adapters are in float32 on any base: below that, autocast makes the two meet.
+        is_low = backbone.model.dtype.itemsize < 4
+        self.training = replace(training, precision="bf16-mixed") if is_low else training
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
         self.seed = seed

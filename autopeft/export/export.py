@@ -28,7 +28,7 @@ from autopeft.export.folder_format import (
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import check_mergeable, merged_model
 from autopeft.export.model_card import describe_layout, how_to_load, model_card, servers
-from autopeft.export.verification import base_options, check_export, trained_logits
+from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.models.backbone import Backbone
 
 __all__ = ["ExportReport", "export_adapter", "load_adapter"]
@@ -81,6 +81,7 @@ def export_adapter(
     probe: Mapping[str, Tensor],
     values: Mapping[str, float] | None = None,
     details: Mapping[str, str] | None = None,
+    trainings: int = 1,
     base: str | None = None,
     merged: bool = False,
     overwrite: bool = False,
@@ -95,9 +96,10 @@ def export_adapter(
         configuration: What was trained.
         state: The trained tensors, as `Attachment.state_dict` gives them.
         folder: Where to write; must be empty or missing.
-        probe: A batch of real inputs, without labels, on which logits are compared.
+        probe: A batch of real inputs, without labels; logits are compared on its first rows.
         values: Figures for the model card; those of the test split begin with "test_".
         details: Task, data set, search, trial and so on for the model card.
+        trainings: Number of trainings behind the figures, each with a seed of its own.
         base: What the folder says of its base model; by default where the backbone came from.
         merged: Write a whole model with the adapters merged into the weights.
         overwrite: Replace an earlier export in the folder.
@@ -113,6 +115,7 @@ def export_adapter(
     if merged:
         check_mergeable(configuration)
     head = TaskHead.of(backbone)
+    probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
     expected = trained_logits(backbone, configuration, state, probe)
     manifest = Manifest.of(
         backbone,
@@ -123,7 +126,10 @@ def export_adapter(
     )
     options = base_options(manifest, backbone.origin)
     with _workshop(target) as unfinished:
-        _write(unfinished, backbone, configuration, state, manifest)
+        try:
+            _write(unfinished, backbone, configuration, state, manifest)
+        except OSError as error:
+            raise _unwritable(target.parent, error) from error
         check = check_export(unfinished, manifest, backbone, probe, expected) if verify else None
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
@@ -134,6 +140,7 @@ def export_adapter(
             folder=target.name,
             options=options,
             check=checked,
+            trainings=trainings,
         )
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
         _put_in_place(unfinished, target)
@@ -159,20 +166,20 @@ def _write(
     manifest: Manifest,
 ) -> None:
     if manifest.layout == "merged":
-        _write_merged(folder, backbone, merged_model(backbone, configuration, state))
+        _write_merged(folder, merged_model(backbone, configuration, state))
     else:
         by_method = placements(configuration, backbone.sites)
         write_adapters(folder, by_method, state, base=manifest.base, head=manifest.head)
+    backbone.tokenizer.save_pretrained(folder)
     configuration.save(folder / CONFIGURATION_FILE)
     manifest.save(folder)
 
 
-def _write_merged(folder: Path, backbone: Backbone, model: PreTrainedModel) -> None:
+def _write_merged(folder: Path, model: PreTrainedModel) -> None:
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         # safetensors makes files that only their owner can read: a server may be someone else.
         shutil.copymode(folder / "config.json", file)
-    backbone.tokenizer.save_pretrained(folder)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -198,13 +205,19 @@ def _workshop(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise ValueError(f"Cannot write in {target.parent}: {error.strerror}.") from error
+        raise _unwritable(target.parent, error) from error
     try:
         unfinished = workshop / "export"
         unfinished.mkdir()  # with the user's own permissions: mkdtemp's folder is private
         yield unfinished
     finally:
         shutil.rmtree(workshop)
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"Cannot write in {folder}: {error.strerror}. Make room there, or choose another folder."
+    )
 
 
 def _put_in_place(unfinished: Path, target: Path) -> None:

@@ -8,8 +8,8 @@ Three layouts:
   `head.safetensors`.
 * "merged": a whole transformers model with the adapters merged into its weights.
 
-Every layout has the configuration (`autopeft_configuration.yaml`), a manifest (`autopeft.json`) and a
-model card (`README.md`) beside it.
+Every layout has the tokenizer, the configuration (`autopeft_configuration.yaml`), a manifest
+(`autopeft.json`) and a model card (`README.md`) beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.models.auto.modeling_auto import (
@@ -39,6 +40,7 @@ CARD_FILE = "README.md"
 HEAD_FILE = "head.safetensors"
 OWN_METHOD_FILE = "adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _TASK_TYPE = "SEQ_CLS"
@@ -86,14 +88,14 @@ class TaskHead:
         )
 
     @property
-    def id2label(self) -> dict[int, str]:
-        """The labels by index, as transformers' configs have them."""
-        return dict(enumerate(self.labels))
+    def has_numbered_labels(self) -> bool:
+        """Whether the labels have the names that transformers gives to labels without a name."""
+        return self.labels == tuple(f"LABEL_{index}" for index in range(len(self.labels)))
 
     def config_options(self) -> dict[str, Any]:
         """Return what to set in the base model's config."""
         return {
-            "id2label": self.id2label,
+            "id2label": dict(enumerate(self.labels)),
             "label2id": {label: index for index, label in enumerate(self.labels)},
             "problem_type": self.problem_type,
             "pad_token_id": self.pad_token_id,
@@ -147,7 +149,7 @@ class Manifest:
             **vars(self),
             "head": asdict(self.head),
             "sites": {
-                str(site): {name: one for name, one in vars(shape).items() if name != "site"}
+                str(site): {name: value for name, value in vars(shape).items() if name != "site"}
                 for site, shape in self.sites.items()
             },
         }
@@ -236,7 +238,7 @@ def write_adapters(
     """
     groups = peft_groups(by_method)
     head_tensors = {
-        name.removeprefix("head."): one for name, one in state.items() if name.startswith("head.")
+        name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")
     }
     if adapter_layout(by_method) == "peft":
         ((method, group),) = groups.values()
@@ -247,9 +249,9 @@ def write_adapters(
     for name, placement in by_method.items():
         if not isinstance(METHODS[name], PeftMethod):
             tensors = {
-                f"{site}.{local}": one
+                f"{site}.{local}": tensor
                 for site in placement
-                for local, one in _local_tensors(state, site, name)
+                for local, tensor in _local_tensors(state, site, name)
             }
             _save(tensors, folder / name / OWN_METHOD_FILE)
     _save(head_tensors, folder / HEAD_FILE)
@@ -261,16 +263,16 @@ def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str,
     Raises:
         ValueError: A file is missing.
     """
-    state = {f"head.{name}": one for name, one in _load(folder / HEAD_FILE).items()}
+    state = {f"head.{name}": tensor for name, tensor in _load(folder / HEAD_FILE).items()}
     for name, (method, group) in peft_groups(by_method).items():
-        prefixes = {
+        modules = {
             f"{_PEFT_PREFIX}{shape.module}.": f"{site}.{method.name}." for site, (shape, _) in group.items()
         }
         for key, tensor in _load(folder / name / PEFT_FILE).items():
-            prefix = next((one for one in prefixes if key.startswith(one)), None)
-            if prefix is None:
+            module = next((module for module in modules if key.startswith(module)), None)
+            if module is None:
                 raise ValueError(f"{folder / name} holds {key}, which the configuration does not name.")
-            state[prefixes[prefix] + key.removeprefix(prefix)] = tensor
+            state[modules[module] + key.removeprefix(module)] = tensor
     for name in by_method:
         if not isinstance(METHODS[name], PeftMethod):
             for key, tensor in _load(folder / name / OWN_METHOD_FILE).items():
@@ -301,27 +303,44 @@ def _write_peft(
         config.task_type = _TASK_TYPE
         config.modules_to_save = modules
     tensors = {
-        f"{_PEFT_PREFIX}{shape.module}.{local}": one
+        f"{_PEFT_PREFIX}{shape.module}.{local}": tensor
         for site, (shape, _) in group.items()
-        for local, one in _local_tensors(state, site, method.name)
+        for local, tensor in _local_tensors(state, site, method.name)
     }
-    tensors |= {f"{_PEFT_PREFIX}{name}": one for name, one in head_tensors.items()}
+    tensors |= {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in head_tensors.items()}
     _save(tensors, folder / PEFT_FILE)
     config.save_pretrained(str(folder))
 
 
 def _local_tensors(state: Mapping[str, Tensor], site: Site, method: str) -> Iterable[tuple[str, Tensor]]:
-    prefix = f"{site}.{method}."
-    return [(name.removeprefix(prefix), one) for name, one in state.items() if name.startswith(prefix)]
+    start = f"{site}.{method}."
+    return [(name.removeprefix(start), tensor) for name, tensor in state.items() if name.startswith(start)]
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # Not save_file, which makes files that only their owner can read: a server may be someone else.
-    file.write_bytes(save({name: one.contiguous() for name, one in tensors.items()}, {"format": "pt"}))
+    file.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+
+
+def check_peft_folder(folder: Path) -> None:
+    """Raise where a PEFT folder lacks a file: peft would ask the hub for it, under the folder's name.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    for name in (PEFT_CONFIG_FILE, PEFT_FILE):
+        _require(folder / name)
+
+
+def _require(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: the exported folder is not complete.")
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: the exported folder is not complete.")
-    return load_file(file)
+    _require(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): export it again.") from error

@@ -38,10 +38,9 @@ def main(file: Path) -> None:
     """Do the job written in a JSON file."""
     job = json.loads(file.read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
-    model = load(job).to(job["device"]).eval()
-    batch = {name: one.to(job["device"]) for name, one in load_file(job["probe"]).items()}
+    model = load(job).eval()
     with torch.no_grad():
-        logits = model(**batch).logits
+        logits = model(**load_file(job["probe"])).logits
     save_file({"logits": logits.float().cpu().contiguous()}, job["logits"])
 
 

@@ -17,6 +17,7 @@ from autopeft.export.folder_format import (
     CONFIGURATION_FILE,
     Manifest,
     TaskHead,
+    check_peft_folder,
     placements,
     read_adapters,
 )
@@ -54,7 +55,8 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
             # peft's LayerNorm tuning says so of every norm.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             if manifest.layout == "peft":
-                loaded = PeftModel.from_pretrained(model, str(folder))
+                check_peft_folder(folder)
+                loaded = PeftModel.from_pretrained(model, str(folder.absolute()), local_files_only=True)
                 loaded.eval()
                 return loaded
         by_method = placements(Configuration.load(folder / CONFIGURATION_FILE), manifest.sites)
@@ -81,9 +83,9 @@ def attach_tensors(
     for method, placement in by_method.items():
         attached = METHODS[method].attach(model, placement)
         parameters |= {
-            f"{site}.{method}.{local}": one
+            f"{site}.{method}.{local}": parameter
             for site, found in attached.parameters.items()
-            for local, one in found.items()
+            for local, parameter in found.items()
         }
     heads = [name for name in state if name.startswith("head.")]
     for name in heads:

@@ -31,7 +31,9 @@ def check_mergeable(configuration: Configuration) -> None:
     Raises:
         ValueError: Names the sites.
     """
-    others = [f"{site} ({one.method})" for site, one in configuration if one.method not in MERGEABLE]
+    others = [
+        f"{site} ({adapter.method})" for site, adapter in configuration if adapter.method not in MERGEABLE
+    ]
     if not is_mergeable(configuration):
         raise ValueError(
             f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
@@ -50,8 +52,8 @@ def merged_model(
 ) -> PreTrainedModel:
     """Return the task's model with the adapters merged into its weights and the trained head.
 
-    Only the modules that carry adapters, and the head, have tensors of their own: the rest is shared
-    with the backbone, which stays as it is.
+    Only the modules that carry adapters, and the head, have tensors of their own, on the CPU: the rest is
+    shared with the backbone, which stays as it is.
 
     Args:
         backbone: A backbone that carries nothing.
@@ -66,7 +68,8 @@ def merged_model(
     for site in configuration.adapters:
         module = model.get_submodule(backbone.shape(site).module)
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            own = parameter.detach().to("cpu", copy=True)  # the device need not hold the model twice
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
     attach_tensors(model, placements(configuration, backbone.sites), state)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):

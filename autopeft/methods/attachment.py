@@ -70,6 +70,9 @@ class Attachment:
             with seeded(seed):
                 self._attach_methods()
                 self._attach_head()
+            for parameter in self.parameters.values():
+                if parameter.dtype.itemsize < torch.float32.itemsize:
+                    parameter.data = parameter.data.float()  # as peft trains and loads adapters on any base
             self._select_trainable()
         except BaseException:
             self.detach()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,10 +22,8 @@ from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
 from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
-from autopeft.models.loading import load_model
-
-if TYPE_CHECKING:
-    from autopeft.tasks import Task
+from autopeft.models.head_spec import HeadSpec
+from autopeft.models.loading import Dtype, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,23 +115,26 @@ class Backbone:
     def load(
         cls,
         source: str | Path | PreTrainedModel | Backbone,
-        task: Task,
+        head: HeadSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: Dtype = torch.float32,
     ) -> Backbone:
         """Load a backbone with the head a task needs.
 
         Args:
             source: Hub name, local folder, a loaded transformers model (with or without a head), or a
                 backbone, which is returned as it is.
-            task: Decides the head's class and its labels.
+            head: The task's, as in `task.head`.
             tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+            dtype: Of the frozen weights; "auto" for the checkpoint's own. A loaded model keeps its own.
 
         Raises:
-            ValueError: The source cannot be loaded, or a loaded model's head does not fit the task.
+            ValueError: The source cannot be loaded, or a loaded model's head does not fit.
         """
         if isinstance(source, Backbone):
             return source
-        loaded = load_model(source, task, tokenizer)
+        loaded = load_model(source, head, tokenizer, dtype)
         return cls(
             loaded.model,
             loaded.tokenizer,

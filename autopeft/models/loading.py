@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-if TYPE_CHECKING:
-    from autopeft.tasks import Task
+from autopeft.models.head_spec import HeadSpec
 
 _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
 _FEWEST_WORDS = 10
+
+Dtype = torch.dtype | Literal["auto"]
+
+
+def default_dtype(device: torch.device) -> Dtype:
+    """Return what weights are loaded as: the checkpoint's own on a GPU, single precision on the CPU."""
+    return torch.float32 if device.type == "cpu" else "auto"
 
 
 @dataclass(frozen=True)
@@ -36,23 +43,26 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path | PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase | None
+    source: str | Path | PreTrainedModel,
+    head: HeadSpec,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: Dtype = torch.float32,
 ) -> LoadedModel:
     """Load or wrap a model for a task; see `Backbone.load`."""
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(_HEAD_SEED)
         if isinstance(source, PreTrainedModel):
             names = _names(source.config)
-            model, missing = _with_head(source, task)
+            model, missing = _with_head(source, head)
             origin = source.config.name_or_path or ""
         elif isinstance(source, str | Path):
             origin = _place(str(source))
-            model, missing, names = _from_pretrained(origin, task)
+            model, missing, names = _from_pretrained(origin, head, dtype)
         else:
             raise ValueError(
                 f"A backbone is a hub name, a folder or a transformers model, got a {type(source).__name__}."
             )
-        missing = _name_labels(model, task, names, missing)
+        missing = _name_labels(model, head.labels, names, missing)
     tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(origin)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -62,8 +72,8 @@ def load_model(
     for config in (model.config, model.config.get_text_config()):  # one and the same but for composite models
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    head = _head_modules(model, missing)
-    return LoadedModel(model, tokenizer, name, head, new_head=bool(missing), origin=origin)
+    modules = _head_modules(model, missing)
+    return LoadedModel(model, tokenizer, name, modules, new_head=bool(missing), origin=origin)
 
 
 @contextmanager
@@ -86,7 +96,9 @@ def _place(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
-def _from_pretrained(source: str, task: Task) -> tuple[PreTrainedModel, set[str], dict[int, Any]]:
+def _from_pretrained(
+    source: str, head: HeadSpec, dtype: Dtype
+) -> tuple[PreTrainedModel, set[str], dict[int, Any]]:
     """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names."""
     looks_local = source.startswith((".", "/")) or Path(source).exists()
     if looks_local and not (Path(source) / "config.json").is_file():
@@ -97,14 +109,14 @@ def _from_pretrained(source: str, task: Task) -> tuple[PreTrainedModel, set[str]
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         names = _names(config)
-        model, info = task.model_class.from_pretrained(
+        model, info = head.auto_class.from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            **task.model_options(),
+            **head.config,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -125,22 +137,23 @@ def _names(config: Any) -> dict[int, Any]:
     return dict(sorted((config.id2label or {}).items()))
 
 
-def _name_labels(model: PreTrainedModel, task: Task, names: Mapping[int, Any], missing: set[str]) -> set[str]:
+def _name_labels(
+    model: PreTrainedModel, labels: Sequence[str], names: Mapping[int, Any], missing: set[str]
+) -> set[str]:
     """Give the model the task's label names, and say which parameters are then to be trained from scratch.
 
     A head whose labels are the task's in another order has its rows put in the task's order; one of other
     labels is trained from scratch. "LABEL_0" and so on are no names: such a head is kept as it is.
     """
-    options = task.model_options()
-    if "id2label" not in options:
+    if not labels:
         return missing
-    labels = [str(name) for name in options["id2label"].values()]
-    model.config.id2label, model.config.label2id = dict(options["id2label"]), dict(options["label2id"])
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: index for index, name in enumerate(labels)}
     known = list(map(str, names.values()))
-    if missing or known == labels or all(re.fullmatch(r"LABEL_\d+", name) for name in known):
+    if missing or known == list(labels) or all(re.fullmatch(r"LABEL_\d+", name) for name in known):
         return missing
-    prefix = f"{model.base_model_prefix}."
-    head = {name: one for name, one in model.named_parameters() if not name.startswith(prefix)}
+    base = f"{model.base_model_prefix}."
+    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(base)}
     if sorted(known) != sorted(labels):
         return set(head)
     order = [known.index(label) for label in labels]
@@ -151,34 +164,29 @@ def _name_labels(model: PreTrainedModel, task: Task, names: Mapping[int, Any], m
     return missing
 
 
-def _with_head(model: PreTrainedModel, task: Task) -> tuple[PreTrainedModel, set[str]]:
+def _with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
     """Use a loaded model's head where it fits the task; give a bare model a new one."""
-    options = task.model_options()
     if model.base_model is model:
-        return _give_head(model, task, options)
-    expected = task.model_class._model_mapping.get(type(model.config), PreTrainedModel)
+        return _give_head(model, head)
+    with torch.device("meta"):
+        expected = type(head.auto_class.from_config(copy.deepcopy(model.config)))
     if not isinstance(model, expected):
         raise ValueError(
             f"The task needs a {expected.__name__}, got a {type(model).__name__}: pass its base "
             "model (model.base_model) to get a new head."
         )
-    labels = options.get("num_labels")
-    if labels is not None and model.config.num_labels != labels:
+    if head.num_labels is not None and model.config.num_labels != head.num_labels:
         raise ValueError(
             f"The head of {type(model).__name__} has {model.config.num_labels} labels, the task has "
-            f"{labels}: load it with num_labels={labels}, or pass the model without a head."
+            f"{head.num_labels}: load it with num_labels={head.num_labels}, or pass the model without a head."
         )
     return model, set()
 
 
-def _give_head(
-    model: PreTrainedModel, task: Task, options: dict[str, Any]
-) -> tuple[PreTrainedModel, set[str]]:
-    config = type(model.config).from_dict({**model.config.to_dict(), **options})
-    config.name_or_path = model.config.name_or_path
-    headed: PreTrainedModel = task.model_class.from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
+def _give_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
+    config = copy.deepcopy(model.config)  # the way attention is computed included, which `to_dict` leaves out
+    config.update(dict(head.config))
+    headed: PreTrainedModel = head.auto_class.from_config(config, dtype=model.dtype)
     prefix = headed.base_model_prefix
     expected = {name for name, _ in headed.named_parameters()}
     setattr(headed, prefix, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
@@ -76,12 +77,8 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def model_class(self) -> Any:
-        """The transformers auto class that gives a backbone this task's head."""
-
-    @abstractmethod
-    def model_options(self) -> dict[str, Any]:
-        """Return what the model class needs to know: number and names of labels."""
+    def head(self) -> HeadSpec:
+        """The head that a backbone is given for this task."""
 
     @abstractmethod
     def data(
@@ -116,6 +113,10 @@ class Task(ABC):
     @abstractmethod
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
+
+    def bounds(self, metric: str) -> tuple[float, float]:
+        """Return the trivial score and the best value of a metric."""
+        return self.trivial_score(metric), self.best_score(metric)
 
     @abstractmethod
     def identity(self) -> Mapping[str, str]:

@@ -25,4 +25,4 @@ def rows_of(batch: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the model is called with: all but the labels and the row numbers."""
-    return {name: one for name, one in batch.items() if name != LABELS and not name.startswith(_ROWS)}
+    return {name: values for name, values in batch.items() if name != LABELS and not name.startswith(_ROWS)}

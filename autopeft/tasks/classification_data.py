@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.length_bucketing import (
-    BucketedBatches,
     Collator,
+    LengthGroupedBatches,
     TokenisedSplit,
     loader,
     sorted_batches,
@@ -78,25 +78,19 @@ class ClassificationData(TaskData):
 
     def collator(self, name: SplitName) -> Collator:
         """Return what makes batches of a split's rows; test batches do not say which rows they hold."""
-        split = self._split(name)
-        pad = {name: 0 for name in split.tokens}
-        pad["input_ids"] = int(self._tokenizer.pad_token_id)
-        if "token_type_ids" in pad:
-            pad["token_type_ids"] = int(self._tokenizer.pad_token_type_id)
-        left = self._tokenizer.padding_side == "left"
-        return Collator(split, pad, left=left, name=None if name == "test" else name)
+        return Collator(self._split(name), self._tokenizer, None if name == "test" else name)
 
     def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
         """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
         split = self._split("train")
-        batches = BucketedBatches(split.lengths, self._batch_size, self._seed if seed is None else seed)
-        return loader(split, self.collator("train"), batches)
+        seed = self._seed if seed is None else seed
+        batches = LengthGroupedBatches(split.lengths, self._batch_size, seed)
+        return loader(self.collator("train"), batches)
 
     def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
-        split = self._split(name)
         # No larger than training batches: a trial that was allowed its training memory needs no more here.
-        batches = sorted_batches(split.lengths, self._batch_size)
-        return loader(split, self.collator(name), batches)
+        batches = sorted_batches(self._split(name).lengths, self._batch_size)
+        return loader(self.collator(name), batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches."""
@@ -115,7 +109,7 @@ class ClassificationData(TaskData):
     def _largest(self) -> Batch:
         split = self._split("train")
         (longest, *_) = sorted_batches(split.lengths, self._batch_size)
-        return replace(self.collator("train"), name=None)(longest)
+        return Collator(split, self._tokenizer)(longest)
 
     def largest_batch(self) -> Batch:
         """Return the longest training rows as one batch: no drawn batch has a larger shape."""

@@ -1,4 +1,4 @@
-"""Length-bucketed batches: little padding, cheap to make, the same for the same seed and epoch."""
+"""Length-bucketed batches: little padding, the same for the same seed and epoch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from autopeft.tasks.batch import LABELS, rows_key
 
@@ -37,6 +39,12 @@ class TokenisedSplit(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
 
+    def features(self, row: int) -> dict[str, list[int]]:
+        """Return what the tokenizer gave for a row."""
+        here = slice(self.offsets[row], self.offsets[row + 1])
+        found = {name: values[here].tolist() for name, values in self.tokens.items()}
+        return found | {"attention_mask": [1] * len(found["input_ids"])}
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Number of tokens of each row."""
@@ -57,15 +65,18 @@ class Collator:
 
     Attributes:
         split: Where the rows are.
-        pad: Input name → padding value.
-        left: Whether padding goes in front.
+        tokenizer: Says with what padding is filled, and on which side it goes.
         name: Name of the split, for batches that say which rows they hold; None for those that do not.
     """
 
     split: TokenisedSplit
-    pad: dict[str, int]
-    left: bool = False
+    tokenizer: PreTrainedTokenizerBase
     name: str | None = None
+
+    @property
+    def left(self) -> bool:
+        """Whether padding goes in front."""
+        return bool(self.tokenizer.padding_side == "left")
 
     def positions(self, rows: Sequence[int]) -> NDArray[np.int64]:
         """Return which token of its row lies where in a batch, of shape (rows, longest); -1 at padding."""
@@ -77,29 +88,23 @@ class Collator:
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return a batch: every input and attention_mask, of shape (rows, longest), and labels."""
-        batch: dict[str, Tensor] = {}
-        inside = self.positions(rows) >= 0
-        for name, values in self.split.tokens.items():
-            padded = np.full(inside.shape, self.pad[name], dtype=np.int64)
-            pieces = [values[self.split.offsets[row] : self.split.offsets[row + 1]] for row in rows]
-            padded[inside] = np.concatenate(pieces)
-            batch[name] = torch.from_numpy(padded)
-        batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
+        pad = DataCollatorWithPadding(self.tokenizer)
+        batch: dict[str, Tensor] = dict(pad([self.split.features(row) for row in rows]))
         batch[LABELS] = torch.from_numpy(self.split.labels[rows])
         if self.name is not None:
             batch[rows_key(self.name)] = torch.tensor(rows)
         return batch
 
 
-class BucketedBatches(Sampler[list[int]]):
-    """Batches of rows of like length.
+class LengthGroupedBatches(Sampler[list[int]]):
+    """Batches of rows of like length, grouped as by transformers, in random order.
 
-    Each epoch shuffles all rows, sorts them by length within pools of 50 batches, cuts batches, and
-    shuffles the batches. Epochs count from 0 on with every new sampler.
+    Unlike its `LengthGroupedSampler` this draws any epoch again, for a training that goes on where it paused,
+    and does not begin each pool of 50 batches with the longest. Epochs count from 0 with every new sampler.
 
     Args:
         lengths: Length of each row.
-        batch_size: Rows a batch; the last may have fewer.
+        batch_size: Rows a batch; one of them may have fewer.
         seed: Seed of the shuffling.
     """
 
@@ -117,17 +122,14 @@ class BucketedBatches(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+        (seed,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
         self.epoch += 1
-        rows = generator.permutation(len(self.lengths))
-        pool = self.batch_size * _BATCHES_A_POOL
-        batches: list[NDArray[np.int64]] = []
-        for start in range(0, len(rows), pool):
-            some = rows[start : start + pool]
-            some = some[np.argsort(self.lengths[some], kind="stable")]
-            batches += [some[at : at + self.batch_size] for at in range(0, len(some), self.batch_size)]
-        for index in generator.permutation(len(batches)):
-            yield batches[index].tolist()
+        rows = get_length_grouped_indices(
+            self.lengths.tolist(), self.batch_size, mega_batch_mult=_BATCHES_A_POOL, generator=generator
+        )
+        for index in torch.randperm(len(self), generator=generator).tolist():
+            yield rows[index * self.batch_size : (index + 1) * self.batch_size]
 
 
 def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> list[list[int]]:
@@ -137,11 +139,11 @@ def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> list[list[int
 
 
 def loader(
-    split: TokenisedSplit, collator: Collator, batches: Sampler[list[int]] | list[list[int]]
+    collator: Collator, batches: Sampler[list[int]] | list[list[int]]
 ) -> DataLoader[dict[str, Tensor]]:
     """Return a loader in this process: batches are made faster than workers would hand them over."""
     made: DataLoader[dict[str, Tensor]] = DataLoader(
-        split,  # type: ignore[arg-type]
+        collator.split,  # type: ignore[arg-type]
         batch_sampler=batches,
         collate_fn=collator,
     )

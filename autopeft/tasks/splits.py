@@ -1,9 +1,12 @@
-"""Three splits by seed, stratified by label."""
+"""Rows drawn by seed, stratified by label.
+
+By systematic sampling rather than by datasets' or scikit-learn's stratified splits, which refuse labels of a
+single row, and more labels than the smaller part has rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,53 +24,37 @@ def stratified_split(labels: Sequence[int], share: float, seed: int) -> tuple[In
         seed: Seed of the choice.
 
     Returns:
-        Row numbers of the first and of the second part, both rising. Every label stays in the first
-        part; one with a single row is in it alone. The second part has its share of the rows, and two
-        labels at least where that leaves the first part all of them.
+        Row numbers of the first and of the second part, both rising. Every label stays in the first part,
+        also one of a single row. The second part has two labels at least where that
+        leaves the first part all.
     """
     values = np.asarray(labels)
-    kinds, frequency = np.unique(values, return_counts=True)
-    total = max(round(share * len(values)), _FEWEST)
-    quota = _quotas(share * frequency, total, frequency - 1, seed)
-    spare = np.flatnonzero((quota == 0) & (frequency > 1))
-    if np.count_nonzero(quota) < _FEWEST and len(spare):
+    chosen = stratified_sample(labels, max(round(share * len(values)), _FEWEST), seed)
+    kinds, first, taken = np.unique(values[chosen], return_index=True, return_counts=True)
+    whole = [np.count_nonzero(values == kind) == number for kind, number in zip(kinds, taken, strict=True)]
+    chosen = np.delete(chosen, first[whole])
+    present = np.unique(values[chosen])
+    if len(present) < _FEWEST:
         # A part of one label measures nothing; one more row is the lesser harm.
-        quota[spare[np.argmax(frequency[spare])]] = 1
-    chosen = _drawn(values, kinds, quota, seed)
-    return np.setdiff1d(np.arange(len(values)), chosen), chosen
+        kinds, frequency = np.unique(values[~np.isin(values, present)], return_counts=True)
+        spare = np.random.default_rng(seed).permutation(np.flatnonzero(np.isin(values, kinds[frequency > 1])))
+        _, first = np.unique(values[spare], return_index=True)
+        chosen = np.append(chosen, spare[np.sort(first)][: _FEWEST - len(present)])
+    return np.setdiff1d(np.arange(len(values)), chosen), np.sort(chosen)
 
 
 def stratified_sample(labels: Sequence[int], count: int, seed: int) -> Indices:
-    """Return at most `count` rows, rising, with the labels' shares as even as rows allow."""
+    """Return at most `count` rows, rising; of each label its share of them, rounded up or down.
+
+    A systematic sample: rows in random order, grouped by label, every n-th of them.
+    """
     values = np.asarray(labels)
     if count >= len(values):
         return np.arange(len(values))
-    kinds, frequency = np.unique(values, return_counts=True)
-    quota = _quotas(frequency * count / len(values), count, frequency, seed)
-    return _drawn(values, kinds, quota, seed)
-
-
-def _quotas(exact: NDArray[np.floating[Any]], total: int, most: Indices, seed: int) -> Indices:
-    """Round shares of rows, by label, so that they sum to `total` where `most` of each allows.
-
-    Each is rounded down, and the rows that are left go one each to labels: first to those that would
-    otherwise have none, so that rare ones are there, then by largest remainder. Equals are drawn by seed:
-    else the same of many rare labels would be left out of every part.
-    """
-    exact = exact.round(9)  # 0.1 * 30 is a little more than 3, and other products a little less
-    quota: Indices = np.minimum(np.floor(exact), most).astype(np.int64)
-    chance = np.random.default_rng((seed, 1)).random(len(exact))
-    order = np.lexsort((chance, quota - exact, quota > 0))
-    able = order[quota[order] < most[order]]
-    quota[able[: max(0, total - int(quota.sum()))]] += 1
-    return quota
-
-
-def _drawn(values: NDArray[np.int64], kinds: NDArray[np.int64], quota: Indices, seed: int) -> Indices:
-    """Return as many rows of each label as its quota says, rising."""
     generator = np.random.default_rng(seed)
-    rows = [
-        generator.permutation(np.flatnonzero(values == kind))[:number]
-        for kind, number in zip(kinds, quota, strict=True)
-    ]
-    return np.sort(np.concatenate(rows))
+    rows = generator.permutation(len(values))
+    # Labels in random order too: else the same of many rare ones would be left out of every part.
+    rank = generator.permutation(int(values.max()) + 1)
+    rows = rows[np.argsort(rank[values[rows]], kind="stable")]
+    places = (np.arange(count) + generator.random()) * len(values) / count
+    return np.sort(rows[places.astype(np.int64)])

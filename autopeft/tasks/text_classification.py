@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MetricCollection
@@ -23,19 +23,16 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import SplitName, Task
 from autopeft.tasks.classification_data import ClassificationData, LabelledTexts
 from autopeft.tasks.dataset_loading import Source, load_splits
+from autopeft.tasks.label_column import label_names, label_numbers, labelled_rows
 from autopeft.tasks.splits import stratified_sample, stratified_split
 from autopeft.tasks.tokenization import fingerprint
 
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-
-
-def _is_missing(value: object) -> bool:
-    """Say whether a value of the label column stands for no label; NaN is what empty cells become."""
-    return value is None or value == -1 or value != value
 
 
 class _Matthews(MulticlassMatthewsCorrCoef):
@@ -63,7 +60,7 @@ class TextClassification(Task):
         dataset: Hub name, a CSV, TSV, JSON, JSON-lines or Parquet file, a folder with one such file a
             split, a `datasets.Dataset` or a `DatasetDict`.
         subset: Configuration of a hub data set.
-        text: The column with the text, or the two columns of a pair.
+        text: The column with the text, or the two of a pair. Rows without any text are left out.
         label: The column with the class, as text or number. Rows with the label -1 (GLUE's way to
             hold back labels), or with none, do not count as labelled and are left out.
         class_weights: Weight of each class in the loss: None for 1, "balanced" for the inverse of
@@ -97,6 +94,10 @@ class TextClassification(Task):
         columns = (self.text,) if isinstance(self.text, str) else tuple(self.text)
         if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
             raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
+        if self.label in columns:
+            raise ValueError(
+                f"label names the column of classes, got {self.label!r}, which is a text column."
+            )
         for name in ("max_length", "train_examples", "validation_examples", "test_examples"):
             value = getattr(self, name)
             if value is not None:
@@ -127,23 +128,9 @@ class TextClassification(Task):
         return ("accuracy", "f1", "matthews")
 
     @property
-    def model_class(self) -> Any:
-        """The transformers auto class that gives a backbone this task's head."""
-        return AutoModelForSequenceClassification
-
-    def model_options(self) -> dict[str, Any]:
-        """Return number and names of labels."""
-        names = dict(enumerate(self.labels))
-        return {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: index for index, name in names.items()},
-        }
-
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the classes: the data set's own, or the sorted values of the label column."""
-        return self._label_names
+    def head(self) -> HeadSpec:
+        """A sequence classifier's, with the names of the labels."""
+        return HeadSpec.of_labels(AutoModelForSequenceClassification, self.labels)
 
     @cached_property
     def _sources(self) -> dict[str, Dataset]:
@@ -156,45 +143,15 @@ class TextClassification(Task):
                     raise unknown_choice(f"column of the {name} split", column, split.column_names)
             if len(split) == 0 and name == "train":
                 raise ValueError("The training split has no rows.")
-        labelled = {name: self._labelled(name, split) for name, split in found.items()}
+        labelled = {name: labelled_rows(split, name, self.label) for name, split in found.items()}
         if not len(labelled["train"]):
             raise ValueError(f"The column {self.label!r} has no labels in the training split.")
         return {name: split for name, split in labelled.items() if len(split)}
 
-    def _labelled(self, name: str, split: Dataset) -> Dataset:
-        """Return the rows of a split that have a label; no text is read."""
-        if self.label not in split.column_names:
-            kept = []
-        elif not any(map(_is_missing, split.unique(self.label))):
-            return split
-        else:
-            kept = [row for row, value in enumerate(split[self.label][:]) if not _is_missing(value)]
-        if kept or name == "train":
-            # Loud, for -1 may have been meant as a class.
-            _logger.warning(
-                "%s of the %s rows of the %s split have no label (-1, or none at all) and are left out.",
-                f"{len(split) - len(kept):,}",
-                f"{len(split):,}",
-                name,
-            )
-        else:
-            _logger.info("The %s split has no labels and is not used.", name)
-        return split.select(kept)
-
     @cached_property
-    def _label_names(self) -> tuple[str, ...]:
-        feature = self._sources["train"].features[self.label]
-        if isinstance(feature, ClassLabel):
-            return tuple(feature.names)
-        values = self._sources["train"].unique(self.label)
-        if any(isinstance(value, float) and value != int(value) for value in values):
-            raise ValueError(
-                f"The column {self.label!r} holds fractions such as {values[0]!r}: that is a "
-                "regression, text classification takes classes."
-            )
-        if all(isinstance(value, int | float) for value in values):
-            return tuple(str(int(value)) for value in sorted(values))
-        return tuple(sorted(map(str, values)))
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes: the data set's own, or the sorted values of the label column."""
+        return label_names(self._sources["train"], self.label)
 
     def split(self, name: SplitName) -> LabelledTexts:
         """Return one of the three splits, limited as asked for. The search never asks for "test"."""
@@ -241,40 +198,29 @@ class TextClassification(Task):
         split = self._sources[name]
         columns = []
         for column in self.columns:
-            values = split[column][:]
-            empty = next((row for row, one in enumerate(values) if not isinstance(one, str)), None)
-            if empty is not None:
+            values = ["" if value is None else value for value in split[column][:]]
+            odd = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+            if odd is not None:
                 raise ValueError(
-                    f"Row {empty} of the {name} split has {values[empty]!r} in {column!r}, expected text."
+                    f"Row {odd} of the {name} split has {values[odd]!r} in {column!r}, expected text."
                 )
             columns.append(tuple(values))
-        return LabelledTexts(tuple(columns), tuple(self._indices(name, split)))
-
-    def _indices(self, name: str, split: Dataset) -> list[int]:
-        numbers = self._numbers(name, split)
-        return [numbers[value] for value in split[self.label][:]]
-
-    def _numbers(self, name: str, split: Dataset) -> dict[Any, int]:
-        """Return the class of every value that occurs in a split's label column; no text is read."""
-        feature = split.features[self.label]
-        numbers: dict[Any, int] = {}
-        for value in split.unique(self.label):
-            if isinstance(feature, ClassLabel):
-                label = feature.int2str(value)  # its names may stand in another order than in training
-            elif isinstance(value, int | float) and value == int(value):
-                label = str(int(value))
-            else:
-                label = str(value)
-            if label not in self.labels:
-                raise unknown_choice(f"label in the {name} split", label, self.labels)
-            numbers[value] = self.labels.index(label)
-        return numbers
+        numbers = label_numbers(split, name, self.label, self.labels)
+        return LabelledTexts(tuple(columns), tuple(numbers[value] for value in split[self.label][:]))
 
     def _limited(self, name: SplitName, texts: LabelledTexts, rows: Sequence[int]) -> LabelledTexts:
+        filled = [row for row in rows if any(column[row].strip() for column in texts.columns)]
+        if len(filled) < len(rows):
+            _logger.warning(
+                "%s of the %s rows of the %s split have no text and are left out.",
+                f"{len(rows) - len(filled):,}",
+                f"{len(rows):,}",
+                name,
+            )
         limit = getattr(self, f"{name}_examples")
-        labels = [texts.labels[row] for row in rows]
-        chosen = range(len(rows)) if limit is None else stratified_sample(labels, limit, self.seed)
-        columns = tuple(tuple(column[rows[index]] for index in chosen) for column in texts.columns)
+        labels = [texts.labels[row] for row in filled]
+        chosen = range(len(filled)) if limit is None else stratified_sample(labels, limit, self.seed)
+        columns = tuple(tuple(column[filled[index]] for index in chosen) for column in texts.columns)
         return LabelledTexts(columns, tuple(labels[index] for index in chosen))
 
     def validate(self) -> None:
@@ -285,12 +231,14 @@ class TextClassification(Task):
                 "count as rows without one)."
             )
         for name, source in self._sources.items():
-            self._numbers(name, source)
+            label_numbers(source, name, self.label, self.labels)
         for name in _SPLITS:
             if not len(self._parts[name][1]):
                 raise ValueError(f"The {name} split has no rows: use more data, or another share.")
         for name in _SPLITS[:2]:
             present = set(self.split(name).labels)
+            if not present:
+                raise ValueError(f"The {name} split has no rows with text in {', '.join(self.columns)}.")
             if len(present) < 2:
                 raise ValueError(
                     f"The {name} split has rows of one class only, {self.labels[present.pop()]!r}: nothing "
@@ -350,6 +298,10 @@ class TextClassification(Task):
 
     def identity(self) -> dict[str, str]:
         """Return data set, labels, and rows and fingerprint of what the search reads."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
         read = {name: self.split(name) for name in _SPLITS[:2]}
         rows = {f"{name}_rows": str(len(split.labels)) for name, split in read.items()}
         content = [column for split in read.values() for column in (*split.columns, split.labels)]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-_logger = logging.getLogger(__name__)
+from autopeft.core.durable_files import load_tensors, save_tensors
+
 _OFFSETS = "offsets"
 
 Tokens = tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]
@@ -34,15 +31,17 @@ def tokenise(
         tokenizer: The backbone's.
         columns: One column of texts, or two for pairs.
         max_length: Longer rows are cut; of a pair, the longer text first.
-        cache: Folder with one file a (texts, tokenizer, length); None for no file.
+        cache: Folder with one file a (texts, tokenizer, length); None for no file. A damaged one is
+            made again.
+
+    Raises:
+        ValueError: The folder cannot be written.
     """
     path = None if cache is None else cache / f"{_key(tokenizer, columns, max_length)}.safetensors"
-    if path is not None and path.is_file():
-        try:
-            arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
-            return arrays, arrays.pop(_OFFSETS)
-        except (SafetensorError, OSError, KeyError):
-            _logger.warning("The tokenised texts in %s cannot be read and are made again.", path)
+    kept = None if path is None else load_tensors(path)
+    if kept is not None:
+        arrays = {name: tensor.numpy() for name, tensor in kept[0].items()}
+        return arrays, arrays.pop(_OFFSETS)
     encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=max_length)
     rows = encoded["input_ids"]
     offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
@@ -52,7 +51,11 @@ def tokenise(
         if name != "attention_mask"
     }
     if path is not None:
-        _save(path, {**tokens, _OFFSETS: offsets})
+        arrays = {**tokens, _OFFSETS: offsets}
+        try:
+            save_tensors(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, {})
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: make room there, or choose another folder.") from error
     return tokens, offsets
 
 
@@ -77,17 +80,3 @@ def _key(tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], m
         rules |= {"truncation": None, "padding": None}
         settings.append(json.dumps(rules, sort_keys=True))
     return fingerprint([settings, words, *columns])
-
-
-def _save(path: Path, arrays: dict[str, NDArray[np.int64]]) -> None:
-    """Write the file whole or not at all; several processes may write the same one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, unfinished)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise ValueError(
-            f"Tokenised texts cannot be kept in {path.parent}: {error.strerror}. "
-            "Choose a folder that can be written."
-        ) from error

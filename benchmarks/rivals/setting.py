@@ -83,7 +83,7 @@ class Setting:
 
     def load(self) -> Backbone:
         """Load the pretrained model."""
-        return Backbone.load(self.model, self.task)
+        return Backbone.load(self.model, self.task.head)
 
     def evaluator(self, backbone: Backbone, precision: TrainingPrecision = "32-true") -> Evaluator:
         """Return what trains a configuration as people do: through the whole model, in single precision.

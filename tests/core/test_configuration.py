@@ -44,6 +44,8 @@ class TestSite:
             ("-1.query", "'block.role'"),
             ("3.query.weight", "'block.role'"),
             ("5-2.query", "backwards: 5 > 2"),
+            ("0-999999999.attention", "expected blocks from 0 to 4095"),
+            ("0-99999999999.attention", "'block.role'"),
             ("0.quary", "did you mean 'query'"),
         ],
     )

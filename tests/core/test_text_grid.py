@@ -43,6 +43,6 @@ def test_labels() -> None:
 
 
 def test_every_method_has_its_own_symbol() -> None:
-    symbols = [one.symbol for one in METHOD_SPECS.values()]
+    symbols = [method.symbol for method in METHOD_SPECS.values()]
     assert len(set(symbols)) == len(symbols)
     assert all(symbol.isalpha() for symbol in symbols)

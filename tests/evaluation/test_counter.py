@@ -83,7 +83,7 @@ def test_full_fine_tuning_is_counted(tiny_bert: Any) -> None:
 
 
 def test_on_real_weights(minilm_folder: Path, questions_csv: Path) -> None:
-    backbone = Backbone.load(str(minilm_folder), TextClassification(dataset=str(questions_csv)))
+    backbone = Backbone.load(str(minilm_folder), TextClassification(dataset=str(questions_csv)).head)
     counter = MemoryCounter(backbone.model)
     batch = batch_of(8, 24)
     peaks = []

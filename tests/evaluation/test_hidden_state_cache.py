@@ -154,7 +154,7 @@ def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Pat
     task = TextClassification(
         dataset=str(questions_csv), train_examples=96, validation_examples=60, test_examples=20
     )
-    backbone = Backbone.load(str(minilm_folder), task)
+    backbone = Backbone.load(str(minilm_folder), task.head)
     before = fingerprint(backbone.model)
     cached = evaluator_of(backbone, tmp_path, task=task, epochs=1)
     for cut in (3, 6):

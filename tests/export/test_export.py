@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -88,6 +89,8 @@ def test_lora_with_a_rank_a_layer_loads_with_plain_peft_in_a_fresh_process(
             "assert 'autopeft' not in sys.modules",
             "with torch.no_grad():",
             "    logits = model(**load_file('batch.safetensors')).logits",
+            f"assert tuple(model.config.id2label.values()) == {LABELS}",
+            f"assert tokenizer('Who ?')['input_ids'] == {minilm.tokenizer('Who ?')['input_ids']}",
             "save_file({'logits': logits}, 'logits.safetensors')",
         ]
     )
@@ -231,7 +234,7 @@ def test_an_earlier_export_is_replaced_where_that_is_asked_for(tmp_path: Path) -
     with pytest.raises(ValueError, match="overwrite=True"):
         export(backbone, everywhere(backbone, "lora"), folder, verify=False)
     report = export(backbone, everywhere(backbone, "lora"), folder, overwrite=True, verify=False)
-    assert set(report.files) == {str(one.relative_to(folder)) for one in folder.rglob("*")}
+    assert set(report.files) == {str(file.relative_to(folder)) for file in folder.rglob("*")}
     assert "head.safetensors" not in report.files
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -245,6 +248,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         export(backbone, configuration, file)
     with pytest.raises(ValueError, match="Cannot write in"):
         export(backbone, configuration, file / "out")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("autopeft.export.export.write_adapters", full)
+    backbone = tiny_backbone("bert")
+    with pytest.raises(ValueError, match=f"Cannot write in {tmp_path}: No space left on device"):
+        export(backbone, everywhere(backbone, "lora"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_of_another_configuration_are_refused(tmp_path: Path) -> None:
@@ -306,7 +320,7 @@ def test_a_stored_base_with_a_head_of_another_size_takes_the_saved_one(
     stored = tiny_classifier("bert", num_labels=5)
     stored.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    backbone = Backbone.load(tmp_path / "base", learnable_task())
+    backbone = Backbone.load(tmp_path / "base", learnable_task().head)
     configuration = everywhere(backbone, "lora")
     export(backbone, configuration, tmp_path / "out", verify=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -48,7 +48,7 @@ def test_each_group_of_a_mixed_folder_loads_with_peft_alone(tmp_path: Path) -> N
         for key, tensor in saved.items():
             candidates = [key.replace(".weight", ".default.weight"), f"{key}.default"]
             candidates.append(key.replace(".bias", ".default.bias"))
-            found = next(parameters[one] for one in candidates if one in parameters)
+            found = next(parameters[name] for name in candidates if name in parameters)
             assert torch.equal(found, tensor)
 
 
@@ -86,12 +86,7 @@ def test_a_base_without_a_head_gets_the_saved_one(methods: tuple[str, ...], tmp_
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_all_methods_at_once_come_back(architecture: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(architecture)
-    configuration = Configuration(
-        {
-            site: [one for one in several if not backbone.obstacle(backbone.shape(site), one.method)]
-            for site, several in all_methods(backbone).adapters.items()
-        }
-    )
+    configuration = all_methods(backbone)
     before = fingerprint(backbone.model)
     report = export(backbone, configuration, tmp_path / "mixed")
     assert report.max_logit_difference is not None
@@ -126,9 +121,31 @@ def test_loading_says_what_does_not_fit(tmp_path: Path) -> None:
     twice: Any = load_adapter(tiny_classifier("bert"), folder)
     with pytest.raises(ValueError, match="already carries adapters"):
         load_adapter(twice, folder)
+    (folder / "head.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"head\.safetensors is damaged"):
+        load_adapter(tiny_classifier("bert"), folder)
     (folder / "head.safetensors").unlink()
     with pytest.raises(ValueError, match="is not complete"):
         load_adapter(tiny_classifier("bert"), folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_that_is_missing_is_never_asked_of_the_hub(
+    file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder such as "adapters/rte" has the form of a name on the hub: anyone could have taken it."""
+    monkeypatch.chdir(tmp_path)
+    backbone = tiny_backbone("bert")
+    export(backbone, everywhere(backbone, "lora"), Path("adapters/rte"), verify=False)
+    Path("adapters/rte", file).unlink()
+
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("The hub was asked.")
+
+    for name in ("huggingface_hub.hf_hub_download", "peft.utils.save_and_load.hf_hub_download"):
+        monkeypatch.setattr(name, asked)
+    with pytest.raises(ValueError, match=f"{file} is missing: the exported folder is not complete"):
+        load_adapter(tiny_classifier("bert"), "adapters/rte")
 
 
 def test_a_shallower_base_is_refused_where_peft_would_skip_layers(tmp_path: Path) -> None:

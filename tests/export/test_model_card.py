@@ -27,7 +27,12 @@ def card_of(folder: Path) -> tuple[dict[str, Any], str]:
 def test_card_has_figures_picture_and_ways_to_load(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     configuration = lora_of_many_ranks(backbone)
-    values = {"accuracy": 0.8765, "trainable_parameters": 334_000.0, "test_accuracy": 0.8543}
+    values = {
+        "accuracy": 0.8765,
+        "trainable_parameters": 334_000.0,
+        "test_accuracy": 0.8543,
+        "examples_per_second": 51.0,
+    }
     export(
         backbone,
         configuration,
@@ -44,6 +49,7 @@ def test_card_has_figures_picture_and_ways_to_load(tmp_path: Path) -> None:
     assert "| accuracy | validation | 0.8765 |" in body
     assert "| accuracy | test | 0.8543 |" in body
     assert "| trainable_parameters | – | 334.0 k |" in body
+    assert "| examples_per_second | – | 51.0000 |" in body
     assert "| trial | 17 |" in body
     assert "a\\|b" in body
     assert configuration.grid() in body
@@ -60,6 +66,39 @@ def test_card_of_a_local_base_names_no_model_of_the_hub(tmp_path: Path) -> None:
     assert "base_model" not in meta
     assert "not scored on a test split" in body
     assert "None were given." in body
+
+
+def test_labels_and_paths_are_shown_as_they_are_and_local_places_not_at_all(tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    labels = ["yes\n# Heading", "<b>no</b>", "[a](b)"]
+    backbone.model.config.id2label = dict(enumerate(labels))
+    base = tmp_path / "private" / "model"
+    base.mkdir(parents=True)
+    data = tmp_path / "private" / "data.csv"
+    export(
+        backbone,
+        everywhere(backbone, "lora"),
+        tmp_path / "out",
+        details={"task dataset": str(data)},
+        base=str(base),
+        verify=False,
+    )
+    _, body = card_of(tmp_path / "out")
+    assert r"Labels in the order of the logits: yes # Heading, \<b\>no\</b\>, \[a\](b)." in body
+    assert str(tmp_path) not in body
+    assert "Base model: model, a local folder." in body
+    assert "'path/to/model'" in body
+    assert "| task dataset | data.csv |" in body
+
+
+@pytest.mark.parametrize(("trainings", "expected"), [(1, "one training with one seed"), (3, "3 trainings")])
+def test_limits_say_how_many_trainings_there_were(trainings: int, expected: str, tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    export(backbone, Configuration(), tmp_path / "out", trainings=trainings, verify=False)
+    _, body = card_of(tmp_path / "out")
+    limits = body.partition("## Limits")[2]
+    assert expected in limits
+    assert ("one seed" in limits) == (trainings == 1)
 
 
 @pytest.mark.parametrize(

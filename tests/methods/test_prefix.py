@@ -15,7 +15,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.models.loading import load_model
 from tests.tiny_models import (
     draw_parameters,
-    head_task,
+    head_spec,
     logits_of,
     tiny_backbone,
     tiny_batch,
@@ -222,7 +222,7 @@ def test_the_models_own_attention_comes_back(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_reaches_a_model_that_was_given_a_head(implementation: str) -> None:
     base = tiny_model("bert", attn_implementation=implementation)
-    loaded = load_model(base, head_task(), tiny_tokenizer())
+    loaded = load_model(base, head_spec(), tiny_tokenizer())
     backbone = Backbone(loaded.model, loaded.tokenizer, name="bare", head=loaded.head, new_head=False)
     configurations = {
         id(module.config): module.config

@@ -16,13 +16,12 @@ from transformers import (
 )
 
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import load_model
+from autopeft.models.loading import default_dtype, load_model
 from tests.learnable import learnable_task
 from tests.tiny_models import (
     HEADS,
     OPTIONS,
-    HeadTask,
-    head_task,
+    head_spec,
     logits_of,
     tiny_backbone,
     tiny_batch,
@@ -41,7 +40,7 @@ def _saved(model: PreTrainedModel, folder: Path) -> Path:
 class TestFolder:
     def test_a_model_without_a_head_gets_a_new_one(self, tmp_path: Path) -> None:
         base = tiny_model("bert")
-        backbone = Backbone.load(_saved(base, tmp_path / "tiny-bert"), head_task(labels=5))
+        backbone = Backbone.load(_saved(base, tmp_path / "tiny-bert"), head_spec(labels=5))
         assert (backbone.name, backbone.head, backbone.new_head) == ("tiny-bert", ("classifier",), True)
         assert backbone.origin == str(tmp_path / "tiny-bert")
         assert logits_of(backbone).shape == (3, 5)
@@ -50,54 +49,61 @@ class TestFolder:
 
     def test_a_models_own_head_is_kept(self, tmp_path: Path) -> None:
         model = tiny_classifier("bert")
-        backbone = Backbone.load(_saved(model, tmp_path), head_task())
+        backbone = Backbone.load(_saved(model, tmp_path), head_spec())
         assert (backbone.head, backbone.new_head) == (("classifier",), False)
         torch.testing.assert_close(logits_of(backbone), model(**tiny_batch()).logits)
 
     @pytest.mark.parametrize("architecture", sorted(HEADS))
     def test_finds_the_head_of_each_architecture(self, architecture: str, tmp_path: Path) -> None:
         folder = _saved(tiny_model(architecture), tmp_path)
-        backbone = Backbone.load(folder, head_task())
+        backbone = Backbone.load(folder, head_spec())
         assert set(backbone.head) == set(HEADS[architecture])
         assert backbone.new_head
 
     def test_modules_missing_inside_the_base_are_trained_with_the_head(self, tmp_path: Path) -> None:
         """Checkpoints of masked language models come without BERT's pooler."""
         unpooled = BertModel(BertConfig(**OPTIONS["bert"]), add_pooling_layer=False)
-        backbone = Backbone.load(_saved(unpooled, tmp_path), head_task())
+        backbone = Backbone.load(_saved(unpooled, tmp_path), head_spec())
         assert backbone.head == ("classifier", "bert.pooler.dense")
         assert backbone.head_parameters == 3 * 32 + 3 + 32 * 32 + 32
 
     def test_weights_are_single_precision_whatever_was_saved(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
-        backbone = Backbone.load(folder, head_task())
-        assert {one.dtype for one in backbone.model.parameters()} == {torch.float32}
+        backbone = Backbone.load(folder, head_spec())
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
+
+    def test_weights_keep_the_checkpoints_precision_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
+        assert default_dtype(torch.device("cuda")) == "auto"
+        assert default_dtype(torch.device("cpu")) == torch.float32
+        backbone = Backbone.load(folder, head_spec(), dtype="auto")
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
 
     def test_the_new_head_is_the_same_in_every_process(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)
         torch.manual_seed(1)
-        one = Backbone.load(folder, head_task())
+        one = Backbone.load(folder, head_spec())
         state = torch.get_rng_state()
         torch.manual_seed(2)
-        other = Backbone.load(folder, head_task())
+        other = Backbone.load(folder, head_spec())
         assert torch.equal(logits_of(one), logits_of(other))
         torch.manual_seed(1)
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_a_real_model(self, minilm_folder: Path) -> None:
-        backbone = Backbone.load(minilm_folder, head_task())
+        backbone = Backbone.load(minilm_folder, head_spec())
         assert len(backbone.blocks) == 6
         assert backbone.head == ("classifier",)
         assert backbone.tokenizer("What is it?")["input_ids"][0] == 101
 
     def test_refuses_a_folder_without_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
-            Backbone.load(tmp_path, head_task())
+            Backbone.load(tmp_path, head_spec())
 
     @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
     def test_refuses_a_path_that_is_not_there(self, name: str) -> None:
         with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
-            Backbone.load(name, head_task())
+            Backbone.load(name, head_spec())
 
     def test_refuses_pickled_weights(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)
@@ -105,24 +111,24 @@ class TestFolder:
         weights.unlink()
         torch.save(tiny_model("bert").state_dict(), folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"Cannot load the backbone.*safetensors"):
-            Backbone.load(folder, head_task())
+            Backbone.load(folder, head_spec())
 
     def test_refuses_a_folder_without_a_tokenizer(self, tmp_path: Path) -> None:
         tiny_model("bert").save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"No tokenizer was found.*pass one as tokenizer"):
-            Backbone.load(tmp_path, head_task())
-        backbone = Backbone.load(tmp_path, head_task(), tiny_tokenizer())
+            Backbone.load(tmp_path, head_spec())
+        backbone = Backbone.load(tmp_path, head_spec(), tiny_tokenizer())
         assert backbone.tokenizer.pad_token == "[PAD]"
 
     def test_refuses_an_architecture_without_the_tasks_head(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Cannot load the backbone"):
-            Backbone.load(_saved(tiny_model("cohere"), tmp_path), head_task())
+            Backbone.load(_saved(tiny_model("cohere"), tmp_path), head_spec())
 
 
 class TestLoadedModel:
     def test_a_model_without_a_head_gets_a_new_one(self) -> None:
         base = tiny_model("llama")
-        backbone = Backbone.load(base, head_task(labels=5), tiny_tokenizer())
+        backbone = Backbone.load(base, head_spec(labels=5), tiny_tokenizer())
         assert (backbone.head, backbone.new_head) == (("score",), True)
         assert backbone.model.base_model is base
         assert logits_of(backbone).shape == (3, 5)
@@ -130,24 +136,24 @@ class TestLoadedModel:
 
     def test_a_models_own_head_is_kept(self) -> None:
         model = tiny_classifier("gpt2")
-        backbone = Backbone.load(model, head_task(), tiny_tokenizer())
+        backbone = Backbone.load(model, head_spec(), tiny_tokenizer())
         assert backbone.model is model
         assert (backbone.head, backbone.new_head) == (("score",), False)
 
     def test_the_head_follows_the_models_precision(self) -> None:
         base = tiny_model("bert").bfloat16()
-        backbone = Backbone.load(base, head_task(), tiny_tokenizer())
+        backbone = Backbone.load(base, head_spec(), tiny_tokenizer())
         assert {one.dtype for one in backbone.model.parameters()} == {torch.bfloat16}
         assert logits_of(backbone).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("training", [False, True])
     def test_the_mode_stays(self, training: bool) -> None:
         base = tiny_model("bert").train(training)
-        assert Backbone.load(base, head_task(), tiny_tokenizer()).model.training is training
+        assert Backbone.load(base, head_spec(), tiny_tokenizer()).model.training is training
 
     def test_a_backbone_is_returned_as_it_is(self) -> None:
         backbone = tiny_backbone("bert")
-        assert Backbone.load(backbone, head_task()) is backbone
+        assert Backbone.load(backbone, head_spec()) is backbone
 
     def test_a_padding_token_is_found(self) -> None:
         tokenizer = tiny_tokenizer()
@@ -155,7 +161,7 @@ class TestLoadedModel:
         tokenizer.eos_token = "w5"
         model = tiny_classifier("gpt2")
         model.config.pad_token_id = None
-        backbone = Backbone.load(model, head_task(), tokenizer)
+        backbone = Backbone.load(model, head_spec(), tokenizer)
         assert backbone.tokenizer.pad_token == "w5"
         assert backbone.model.config.pad_token_id == tokenizer.eos_token_id
 
@@ -163,42 +169,36 @@ class TestLoadedModel:
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = None
         with pytest.raises(ValueError, match="no padding token"):
-            Backbone.load(tiny_classifier("bert"), head_task(), tokenizer)
+            Backbone.load(tiny_classifier("bert"), head_spec(), tokenizer)
 
     def test_refuses_a_head_with_other_labels(self) -> None:
         with pytest.raises(ValueError, match="has 3 labels, the task has 4"):
-            Backbone.load(tiny_classifier("bert"), head_task(labels=4), tiny_tokenizer())
+            Backbone.load(tiny_classifier("bert"), head_spec(labels=4), tiny_tokenizer())
 
     def test_refuses_a_head_for_another_task(self) -> None:
         model = BertForMaskedLM(BertConfig(**OPTIONS["bert"]))
         with pytest.raises(ValueError, match="needs a BertForSequenceClassification, got a BertForMasked"):
-            Backbone.load(model, head_task(), tiny_tokenizer())
+            Backbone.load(model, head_spec(), tiny_tokenizer())
 
     def test_refuses_a_model_without_a_module_the_head_needs(self) -> None:
         unpooled = BertModel(BertConfig(**OPTIONS["bert"]), add_pooling_layer=False)
         with pytest.raises(ValueError, match=r"needs bert\.pooler\.dense\.bias.*loaded without"):
-            Backbone.load(unpooled, head_task(), tiny_tokenizer())
+            Backbone.load(unpooled, head_spec(), tiny_tokenizer())
 
     def test_needs_a_tokenizer_where_the_model_does_not_say(self) -> None:
         with pytest.raises(ValueError, match="No tokenizer was found"):
-            Backbone.load(tiny_model("bert"), head_task())
+            Backbone.load(tiny_model("bert"), head_spec())
 
 
 def test_reports_what_was_loaded(tmp_path: Path) -> None:
-    loaded = load_model(_saved(tiny_model("bert"), tmp_path), head_task(), None)
+    loaded = load_model(_saved(tiny_model("bert"), tmp_path), head_spec(), None)
     assert (loaded.head, loaded.new_head, loaded.origin) == (("classifier",), True, str(tmp_path))
 
 
 def test_names_the_hub_where_it_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'nobody/nothing'.*no local folder, and the hub gave: "):
-        Backbone.load("nobody/nothing", head_task())
-
-
-def test_the_head_task_of_these_tests_asks_for_what_tasks_do() -> None:
-    task: Any = HeadTask()
-    assert task.model_class is AutoModelForSequenceClassification
-    assert task.model_options() == {"num_labels": 3}
+        Backbone.load("nobody/nothing", head_spec())
 
 
 def weight_of_head(model: PreTrainedModel) -> torch.Tensor:
@@ -214,7 +214,7 @@ class TestLabels:
         return model
 
     def test_numbered_labels_get_the_tasks_names(self) -> None:
-        backbone = Backbone.load(tiny_classifier("bert"), learnable_task(), tiny_tokenizer())
+        backbone = Backbone.load(tiny_classifier("bert"), learnable_task().head, tiny_tokenizer())
         assert backbone.model.config.id2label == dict(enumerate(self.NAMES))
         assert not backbone.new_head
 
@@ -223,7 +223,7 @@ class TestLabels:
         model = self.named(("c", "a", "b"))
         before = weight_of_head(model).detach().clone()
         source = _saved(model, tmp_path) if saved else model
-        backbone = Backbone.load(source, learnable_task(), tiny_tokenizer())
+        backbone = Backbone.load(source, learnable_task().head, tiny_tokenizer())
         assert backbone.model.config.id2label == dict(enumerate(self.NAMES))
         assert torch.equal(weight_of_head(backbone.model), before[[1, 2, 0]])
         assert not backbone.new_head
@@ -232,17 +232,17 @@ class TestLabels:
         model = self.named(self.NAMES)
         model.config.id2label = {2: "c", 0: "a", 1: "b"}
         before = weight_of_head(model).detach().clone()
-        backbone = Backbone.load(model, learnable_task(), tiny_tokenizer())
+        backbone = Backbone.load(model, learnable_task().head, tiny_tokenizer())
         assert torch.equal(weight_of_head(backbone.model), before)
 
     def test_a_head_of_other_labels_is_new(self) -> None:
-        backbone = Backbone.load(self.named(("x", "y", "z")), learnable_task(), tiny_tokenizer())
+        backbone = Backbone.load(self.named(("x", "y", "z")), learnable_task().head, tiny_tokenizer())
         assert backbone.new_head
         assert backbone.model.config.id2label == dict(enumerate(self.NAMES))
 
     def test_a_checkpoint_with_a_head_of_another_size_gets_a_new_one(self, tmp_path: Path) -> None:
         source = _saved(tiny_classifier("bert", num_labels=5), tmp_path)
-        backbone = Backbone.load(source, learnable_task(), tiny_tokenizer())
+        backbone = Backbone.load(source, learnable_task().head, tiny_tokenizer())
         assert (backbone.head, backbone.new_head) == (("classifier",), True)
         assert logits_of(backbone).shape == (3, 3)
 
@@ -253,13 +253,15 @@ def test_a_fresh_head_of_a_loaded_model_does_not_make_another_backbone(tmp_path:
     for seed in (0, 1):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=3)
-        found.append(Backbone.load(model, learnable_task(), tiny_tokenizer()))
+        found.append(Backbone.load(model, learnable_task().head, tiny_tokenizer()))
     assert not torch.equal(*(weight_of_head(one.model) for one in found))
     assert found[0].identity() == found[1].identity()
 
 
 def test_the_models_padding_token_is_the_tokenizers() -> None:
-    backbone = Backbone.load(tiny_classifier("llama", pad_token_id=7), learnable_task(), tiny_tokenizer())
+    backbone = Backbone.load(
+        tiny_classifier("llama", pad_token_id=7), learnable_task().head, tiny_tokenizer()
+    )
     assert backbone.model.config.pad_token_id == backbone.tokenizer.pad_token_id == 0
 
 
@@ -269,20 +271,20 @@ def test_the_padding_token_is_set_where_a_composite_models_head_looks(
     model = tiny_classifier("llama", pad_token_id=7)
     inner = copy.deepcopy(model.config)
     monkeypatch.setattr(type(model.config), "get_text_config", lambda *_, **__: inner)
-    Backbone.load(model, learnable_task(), tiny_tokenizer())
+    Backbone.load(model, learnable_task().head, tiny_tokenizer())
     assert (model.config.pad_token_id, inner.pad_token_id) == (0, 0)
 
 
 def test_what_is_no_backbone_is_refused() -> None:
     with pytest.raises(ValueError, match="got a dict"):
-        Backbone.load({}, learnable_task())  # type: ignore[arg-type]
+        Backbone.load({}, learnable_task().head)  # type: ignore[arg-type]
     adapted: Any = get_peft_model(tiny_classifier("bert"), LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="got a PeftModel"):
-        Backbone.load(adapted, learnable_task())
+        Backbone.load(adapted, learnable_task().head)
 
 
 def test_the_users_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _saved(tiny_model("bert"), tmp_path / "models")
     monkeypatch.setenv("HOME", str(tmp_path))
-    backbone = Backbone.load("~/models", learnable_task())
+    backbone = Backbone.load("~/models", learnable_task().head)
     assert (backbone.name, backbone.origin) == ("models", str(tmp_path / "models"))

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.tasks.length_bucketing import (
-    BucketedBatches,
     Collator,
+    LengthGroupedBatches,
     TokenisedSplit,
     loader,
     sorted_batches,
 )
+from tests.tiny_models import tiny_tokenizer
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 
@@ -27,13 +28,13 @@ def split_of(*rows: list[int]) -> TokenisedSplit:
 
 @given(lengths=LENGTHS, size=st.integers(1, 40), seed=st.integers(0, 9))
 def test_an_epoch_has_every_row_once_and_repeats_by_seed(lengths: np.ndarray, size: int, seed: int) -> None:
-    sampler = BucketedBatches(lengths, size, seed)
+    sampler = LengthGroupedBatches(lengths, size, seed)
     epochs = [list(sampler), list(sampler)]
     for batches in epochs:
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
         assert len(batches) == len(sampler)
         assert all(len(batch) <= size for batch in batches)
-    again = BucketedBatches(lengths, size, seed)
+    again = LengthGroupedBatches(lengths, size, seed)
     assert [list(again), list(again)] == epochs
     again.set_epoch(1)
     assert list(again) == epochs[1]
@@ -41,9 +42,9 @@ def test_an_epoch_has_every_row_once_and_repeats_by_seed(lengths: np.ndarray, si
 
 def test_epochs_and_seeds_differ_and_padding_is_little() -> None:
     lengths = np.random.default_rng(0).integers(4, 60, 1000)
-    sampler = BucketedBatches(lengths, 32, 0)
+    sampler = LengthGroupedBatches(lengths, 32, 0)
     first, second = list(sampler), list(sampler)
-    assert first != second != list(BucketedBatches(lengths, 32, 1))
+    assert first != second != list(LengthGroupedBatches(lengths, 32, 1))
 
     def padded(batches: list[list[int]]) -> int:
         return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
@@ -59,8 +60,9 @@ def test_evaluation_batches_come_longest_first() -> None:
 
 
 def test_the_collator_pads_to_the_longest() -> None:
-    split = split_of([5, 6, 7], [8])
-    batch = Collator(split, {"input_ids": 9, "token_type_ids": 0})([0, 1])
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "w7"
+    batch = Collator(split_of([5, 6, 7], [8]), tokenizer)([0, 1])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -68,13 +70,17 @@ def test_the_collator_pads_to_the_longest() -> None:
     assert batch["input_ids"].dtype == torch.int64
 
 
-def test_the_collator_pads_on_the_left_where_asked() -> None:
-    batch = Collator(split_of([5, 6, 7], [8]), {"input_ids": 9, "token_type_ids": 0}, left=True)([1, 0])
-    assert batch["input_ids"].tolist() == [[9, 9, 8], [5, 6, 7]]
+def test_the_collator_pads_on_the_left_where_the_tokenizer_does() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    collator = Collator(split_of([5, 6, 7], [8]), tokenizer)
+    batch = collator([1, 0])
+    assert batch["input_ids"].tolist() == [[0, 0, 8], [5, 6, 7]]
     assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert collator.positions([1, 0]).tolist() == [[-1, -1, 0], [0, 1, 2]]
 
 
 def test_the_loader_gives_the_sampler_s_batches() -> None:
     split = split_of([1], [2, 2], [3, 3, 3])
-    batches = list(loader(split, Collator(split, {"input_ids": 0, "token_type_ids": 0}), [[2, 0], [1]]))
+    batches = list(loader(Collator(split, tiny_tokenizer()), [[2, 0], [1]]))
     assert [batch["labels"].tolist() for batch in batches] == [[2, 0], [1]]

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from autopeft.tasks import TextClassification
+from autopeft.tasks import TextClassification, text_classification
 from autopeft.tasks.tokenization import tokenise
 
 WORDS = ["good", "bad", "very", "film", "dog"]
@@ -85,7 +85,7 @@ def test_names_of_class_labels_and_order_of_numbers() -> None:
     assert task(dataset=named).labels == ("no", "yes")
     numbered = Dataset.from_dict({"text": ["a", "b", "c"] * 20, "label": [10, 9, 2] * 20})
     assert task(dataset=numbered).labels == ("2", "9", "10")
-    assert task(dataset=numbered).model_options()["label2id"] == {"2": 0, "9": 1, "10": 2}
+    assert task(dataset=numbered).head.config["label2id"] == {"2": 0, "9": 1, "10": 2}
 
 
 def test_unlabelled_test_rows_and_held_out_validation(caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +104,7 @@ def test_unlabelled_test_rows_and_held_out_validation(caplog: pytest.LogCaptureF
 
 
 def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFast) -> None:
-    poisoned = Dataset.from_dict({"text": [None, None], "label": ["positive", "negative"]})
+    poisoned = Dataset.from_dict({"text": [1, 2], "label": ["positive", "negative"]})
     source = DatasetDict(train=Dataset.from_dict(rows()), test=poisoned)
     loaded = task(dataset=source)
     loaded.validate()
@@ -114,7 +114,7 @@ def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFas
     assert len(list(data.train_dataloader())) == data.steps_per_epoch
     list(data.val_dataloader())
     data.largest_batch()
-    with pytest.raises(ValueError, match="Row 0 of the test split has None"):
+    with pytest.raises(ValueError, match="Row 0 of the test split has 1"):
         data.test_dataloader()
 
 
@@ -196,7 +196,10 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         (lambda: task(dataset=__file__), r"data set suffix '\.py'"),
         (lambda: task(dataset="./data.csv", subset="rte"), "for hub data sets|no data set file"),
         (mapped(text=["a"] * 4, label=["x"] * 4), "one class only"),
-        (mapped(text=["a"] * 4, label=[0.5, 1.5, 2.5, 0.5]), "regression"),
+        (
+            mapped(text=["a"] * 4, label=[1.0, 1.5, 2.5, 0.5]),
+            r"1\.5 \(row 1 of the train split\).*regression",
+        ),
         (mapped(text=["a"] * 4, label=[-1, 1, 1, -1]), r"one class only: '1' \(rows with the label -1"),
         (mapped(text=["a"] * 4, label=[None, -1, -1, None]), "no labels in the training split"),
         (
@@ -205,9 +208,26 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         ),
         (lambda: task(validation_examples=1), "validation split has rows of one class only"),
         (lambda: task(train_examples=1), "train split has rows of one class only"),
-        (mapped(text=["a", None] * 20, label=["x", "y"] * 20), "expected text"),
+        (
+            mapped(text=[1, 2] * 20, label=["x", "y"] * 20),
+            "Row 0 of the train split has 1 in 'text', expected text",
+        ),
+        (mapped(text=["", None] * 20, label=["x", "y"] * 20), "no rows with text in text"),
+        (
+            mapped(text=["a"] * 4, label=[0.0, math.inf, 1.0, 0.0]),
+            "Row 1 of the train split has inf in 'label'",
+        ),
+        (
+            mapped(text=["a"] * 4, label=[[0, 1], [1], [0], [0]]),
+            "neither several labels a text nor a label a token",
+        ),
+        (lambda: task(label="text"), "label names the column of classes, got 'text', which is a text column"),
+        (
+            mapped(text=["a"] * 9, label=list("abcdefghi")),
+            "Every row of the column 'label' has a value of its own",
+        ),
         (lambda: task(dataset=DatasetDict(other=Dataset.from_dict(rows()))), "expected one called 'train'"),
-        (mapped(text=["a", "b"], label=["x", "y"]), "split has no rows"),
+        (mapped(text=["a", "b"], label=["x", "x"]), "one class only"),
     ],
 )
 def test_what_is_wrong_is_said(make: Callable[[], TextClassification], message: str) -> None:
@@ -232,7 +252,7 @@ def test_a_fraction_among_the_labels_of_another_split_is_said(name: str) -> None
 
 
 def test_an_unknown_label_in_the_test_split_is_said_before_any_text_is_read() -> None:
-    strange = Dataset.from_dict({"text": [None, None], "label": ["positve", "negative"]})
+    strange = Dataset.from_dict({"text": [1, 2], "label": ["positve", "negative"]})
     with pytest.raises(ValueError, match=r"label in the test split 'positve'.*'positive'"):
         task(dataset=DatasetDict(train=Dataset.from_dict(rows()), test=strange)).validate()
 
@@ -278,6 +298,26 @@ def test_rows_without_a_label_are_left_out(
     assert len(task(dataset=unlabelled).split("test").labels) == 4
 
 
+def test_rows_without_text_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    source = rows()
+    source["text"][3], source["text"][8], source["text"][11] = None, "", "  "
+    loaded = task(dataset=Dataset.from_dict(source), validation_share=0.2)
+    loaded.validate()
+    splits = [loaded.split(name) for name in ("train", "validation", "test")]
+    assert sum(len(split.labels) for split in splits) == 57
+    assert all(text.strip() for split in splits for text in split.columns[0])
+    assert "have no text and are left out" in caplog.text
+    pairs = task(dataset=Dataset.from_dict(source | {"other": ["dog"] * 60}), text=("text", "other"))
+    assert sum(len(pairs.split(name).labels) for name in ("train", "validation", "test")) == 60
+
+
+def test_content_is_read_for_the_identity_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = iter(["fingerprint"])
+    monkeypatch.setattr(text_classification, "fingerprint", lambda _: next(reads))
+    loaded = task()
+    assert loaded.identity() == loaded.identity()
+
+
 def test_a_tokenizer_without_padding_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
@@ -296,15 +336,20 @@ def test_texts_are_tokenised_once(
     assert all((tokens[name] == again[name]).all() for name in tokens)
     assert (offsets == again_offsets).all()
     assert offsets.tolist() == [0, 2, 5]
-    file.write_bytes(json.dumps({"no": "safetensors"}).encode())
-    repaired, _ = tokenise(tokenizer, columns, 8, tmp_path)
-    assert "made again" in caplog.text
-    assert (repaired["input_ids"] == tokens["input_ids"]).all()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-8] + b"\x07" * 8, json.dumps({"no": "safetensors"}).encode()):
+        caplog.clear()
+        file.write_bytes(damaged)
+        repaired, repaired_offsets = tokenise(tokenizer, columns, 8, tmp_path)
+        assert f"{file} is damaged" in caplog.text
+        assert (repaired["input_ids"] == tokens["input_ids"]).all()
+        assert (repaired_offsets == offsets).all()
+        assert file.read_bytes() == whole
     tokenise(tokenizer, columns, 2, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot be kept"):
+    with pytest.raises(ValueError, match=r"cannot be written: Not a directory: make room there, or choose"):
         tokenise(tokenizer, [["good"]], 8, tmp_path / "file" / "cache")

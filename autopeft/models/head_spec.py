@@ -1,0 +1,44 @@
+"""The head a task puts on a pretrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What loading has to know to give a pretrained model a task's head.
+
+    Attributes:
+        auto_class: The transformers auto class that builds the model with its head.
+        config: What the model's config is told: number and names of labels, for a classifier.
+    """
+
+    auto_class: Any
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_labels(cls, auto_class: Any, labels: Sequence[str]) -> Self:
+        """Return the head of a classifier.
+
+        Args:
+            auto_class: See `HeadSpec`.
+            labels: Their names, in the order of the logits.
+        """
+        names = dict(enumerate(labels))
+        label2id = {name: index for index, name in names.items()}
+        return cls(
+            auto_class=auto_class, config={"num_labels": len(names), "id2label": names, "label2id": label2id}
+        )
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of labels; None where the task does not say."""
+        return self.config.get("num_labels")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels, in the order of the logits; empty where they have none."""
+        return tuple(map(str, self.config.get("id2label", {}).values()))

@@ -1,0 +1,110 @@
+"""The column of a data set that holds the class of each row."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Value
+
+from autopeft.core.errors import unknown_choice
+
+_logger = logging.getLogger(__name__)
+
+
+def labelled_rows(split: Dataset, name: str, column: str) -> Dataset:
+    """Return the rows of a split that have a label; no text is read.
+
+    Args:
+        split: A split of the source.
+        name: How errors and warnings call it.
+        column: The label column; a split that lacks it has no labelled rows.
+
+    Raises:
+        ValueError: The column does not hold one class a row.
+    """
+    if column not in split.column_names:
+        kept = []
+    else:
+        _check(split, name, column)
+        if not any(map(_is_missing, split.unique(column))):
+            return split
+        kept = [row for row, value in enumerate(split[column][:]) if not _is_missing(value)]
+    if kept or name == "train":
+        # Loud, for -1 may have been meant as a class.
+        _logger.warning(
+            "%s of the %s rows of the %s split have no label (-1, or none at all) and are left out.",
+            f"{len(split) - len(kept):,}",
+            f"{len(split):,}",
+            name,
+        )
+    else:
+        _logger.info("The %s split has no labels and is not used.", name)
+    return split.select(kept)
+
+
+def label_names(train: Dataset, column: str) -> tuple[str, ...]:
+    """Return the names of the classes: the data set's own, or the sorted values of the column.
+
+    Raises:
+        ValueError: The values are fractions, or no two rows have the same.
+    """
+    feature = train.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    values = train.unique(column)
+    fraction = next((value for value in values if isinstance(value, float) and value != int(value)), None)
+    if fraction is not None:
+        raise ValueError(
+            f"The column {column!r} holds fractions such as {fraction!r} (row "
+            f"{train[column][:].index(fraction)} of the train split): that is a regression, text "
+            "classification takes classes."
+        )
+    if len(values) == len(train) > 1:
+        raise ValueError(
+            f"Every row of the column {column!r} has a value of its own, such as {values[0]!r}: expected a "
+            "few classes, each in several rows. Is another column meant by label?"
+        )
+    if all(isinstance(value, int | float) for value in values):
+        return tuple(str(int(value)) for value in sorted(values))
+    return tuple(sorted(map(str, values)))
+
+
+def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str]) -> dict[Any, int]:
+    """Return the index in `labels` of every value that occurs in a split's column; no text is read.
+
+    Raises:
+        ValueError: A value is none of the labels.
+    """
+    feature = split.features[column]
+    numbers: dict[Any, int] = {}
+    for value in split.unique(column):
+        if isinstance(feature, ClassLabel):
+            label = feature.int2str(value)  # its names may stand in another order than in training
+        elif isinstance(value, int | float) and value == int(value):
+            label = str(int(value))
+        else:
+            label = str(value)
+        if label not in labels:
+            raise unknown_choice(f"label in the {name} split", label, labels)
+        numbers[value] = labels.index(label)
+    return numbers
+
+
+def _is_missing(value: object) -> bool:
+    """Say whether a value stands for no label; NaN is what empty cells become."""
+    return value is None or value == -1 or value != value
+
+
+def _check(split: Dataset, name: str, column: str) -> None:
+    if not isinstance(split.features[column], ClassLabel | Value):
+        raise ValueError(
+            f"Row 0 of the {name} split has {split[column][0]!r} in {column!r}, expected one class a row: "
+            "text classification takes neither several labels a text nor a label a token."
+        )
+    infinite = [value for value in split.unique(column) if value in (math.inf, -math.inf)]
+    if infinite:
+        row = split[column][:].index(infinite[0])
+        raise ValueError(f"Row {row} of the {name} split has {infinite[0]} in {column!r}, expected a class.")

@@ -1,0 +1,150 @@
+"""Files that survive a crash, and whose damage is noticed: written whole or not at all, with a checksum.
+
+A file is written beside its place, flushed to the disk, and moved there; then the folder is flushed, too. A
+file that is empty, truncated or altered is moved aside when it is read and counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHECKSUM = "sha256"
+"""Key of the checksum in a file's metadata."""
+
+_DAMAGED = ".damaged"
+_Content = TypeVar("_Content")
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, and put what was written into its place at the end of the block.
+
+    The folder is made. Where the block raises, what was there before stays.
+
+    Args:
+        path: The file to write or to replace.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written to; the message names the file.
+    """
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose metadata has a checksum of everything else in it.
+
+    Args:
+        path: The file.
+        tensors: Its tensors, on any device and in any layout.
+        metadata: Texts to keep with them.
+
+    Raises:
+        OSError: See `replacing`.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        try:
+            save_file(whole, partial, metadata={**metadata, CHECKSUM: _digest(whole, metadata)})
+        except SafetensorError as error:  # also where the disk is full
+            raise OSError(errno.EIO, str(error)) from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors, on the CPU, and metadata; None where the file is missing or damaged."""
+
+    def read() -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        expected = metadata.pop(CHECKSUM, "")
+        if _digest(tensors, metadata) != expected:
+            raise ValueError("its checksum does not match its content")
+        return tensors, metadata
+
+    return _unless_damaged(path, read)
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON with a checksum.
+
+    Args:
+        path: The file.
+        content: What `json` can write, with texts as keys.
+
+    Raises:
+        OSError: See `replacing`.
+    """
+    text = json.dumps(content, indent=1)
+    with replacing(path) as partial:
+        partial.write_text(f'{{"{CHECKSUM}": "{_text_digest(text)}", "content": {text}}}\n', encoding="utf-8")
+
+
+def load_json(path: Path) -> Any | None:
+    """Return what `save_json` wrote; None where the file is missing or damaged."""
+
+    def read() -> Any:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if _text_digest(json.dumps(kept["content"], indent=1)) != kept[CHECKSUM]:
+            raise ValueError("its checksum does not match its content")
+        return kept["content"]
+
+    return _unless_damaged(path, read)
+
+
+def _unless_damaged(path: Path, read: Callable[[], _Content]) -> _Content | None:
+    """Return what was read; None, with a warning, where it is damaged. The file is then moved aside."""
+    try:
+        return read() if path.is_file() else None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _logger.warning("%s is damaged and counts as missing: %s", path, error)
+        with contextlib.suppress(OSError):  # also a folder that is only read is read on
+            os.replace(path, path.with_name(path.name + _DAMAGED))
+        return None
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or what a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
-from autopeft.sensitivity.mean_gradient_file import MeanGradientFile
+from autopeft.sensitivity.mean_gradients import MeanGradients
 from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, forward_hooks
 from autopeft.sensitivity.site_scores import SiteScores
 
 _MakeMatrix = Callable[[MatrixSite], Tensor]
 
 
-def grasp_scores(subject: Subject, store: MeanGradientFile) -> SiteScores:
+def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
     """Return Σ W ⊙ (H Ḡ): how much the squared gradient norm would fall if the weight vanished.
 
     GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), where −W ⊙ H g is high for weights whose removal does

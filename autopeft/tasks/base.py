@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits and labels to a scalar, the mean over the batch's rows."""
 SplitName = Literal["train", "validation", "test"]
 
 

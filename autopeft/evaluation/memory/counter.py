@@ -37,8 +37,9 @@ from autopeft.evaluation.memory.size_formula import (
     Symbols,
     formula_of,
 )
-from autopeft.evaluation.memory.storage_tracker import Loss, StorageCounter
+from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.models.module_modes import in_mode, iter_modules
+from autopeft.tasks.base import Loss
 from autopeft.tasks.batch import LABELS, model_inputs
 
 _Setting: TypeAlias = tuple[Hashable, Precision]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autopeft.core.precision import Precision, autocast
+from autopeft.tasks.base import Loss
 from autopeft.tasks.batch import LABELS, model_inputs
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StorageCounter(TorchDispatchMode):

@@ -47,8 +47,9 @@ class ScoreOptions:
             ratios: EVA's 0.99 was off by up to a tenth after 64 batches of 16 questions, 0.999 by a fortieth.
             Inputs up to 8 times as wide as `components` are always all used: their covariances cost less.
         mean_gradient_budget: Bytes that mean gradients (gora, gradient_spectrum, grasp) may take in a
-            temporary file, 4 a scored weight, where they do not fit on the GPU. Beyond it the sites are scored
-            in groups, each with a pass over the batches of its own; grasp needs all at once and is refused.
+            temporary file, 4 a scored weight, where they do not fit on the GPU. Beyond it the sites are
+            scored in groups, each with a pass over the batches of its own; grasp needs all at once and is
+            refused.
         precision: "bf16-mixed" runs the passes that first-order scores and `explained_variance` share under
             autocast, and multiplies the weights' gradients in bfloat16 too, with sums in single precision:
             MiniLM's scores move by less than a hundredth, and in order next to nothing. "32-true": in the

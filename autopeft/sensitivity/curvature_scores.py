@@ -37,7 +37,7 @@ def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
         subject: What is scored.
         store: The mean gradients Ḡ of the same batches.
     """
-    values = dict.fromkeys((one.site for one in subject.sites), 0.0)
+    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
     for index in range(len(subject.batches)):
         for site, value in curvature(subject, index, direction=store.mean, functional=_weight).items():
             values[site] += value / len(subject.batches)
@@ -55,7 +55,7 @@ def hessian_scores(subject: Subject, probes: int) -> SiteScores:
         subject: What is scored.
         probes: Vectors v a batch, at least 1.
     """
-    values = dict.fromkeys((one.site for one in subject.sites), 0.0)
+    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
     draws = len(subject.batches) * probes
     for draw in range(draws):
 
@@ -84,7 +84,7 @@ def curvature(
     device = subject.device
     dtype = next(subject.model.parameters()).dtype
     step = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
-    offsets = {one.site: torch.zeros_like(step, requires_grad=True) for one in subject.sites}
+    offsets = {matrix.site: torch.zeros_like(step, requires_grad=True) for matrix in subject.sites}
 
     def perturb(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
         along = _times(given, matrix, direction)

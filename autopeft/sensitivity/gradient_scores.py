@@ -82,7 +82,9 @@ def gora(site: MatrixSite, mean_gradient: Tensor) -> float:
 
 def gora_scores(store: MeanGradients) -> SiteScores:
     """Return `gora` of every site."""
-    return SiteScores(name="gora", values={one.site: gora(one, gradient) for one, gradient in store.means()})
+    return SiteScores(
+        name="gora", values={matrix.site: gora(matrix, gradient) for matrix, gradient in store.means()}
+    )
 
 
 def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int) -> SiteScores:
@@ -98,8 +100,8 @@ def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int
     """
     values: dict[Site, float] = {}
     spectra: dict[Site, tuple[float, ...]] = {}
-    for one, gradient in store.means():
+    for matrix, gradient in store.means():
         spectrum = singular_values(gradient)
-        values[one.site] = float(_norm(spectrum[:rank]))
-        spectra[one.site] = tuple(spectrum[:components].tolist())
+        values[matrix.site] = float(_norm(spectrum[:rank]))
+        spectra[matrix.site] = tuple(spectrum[:components].tolist())
     return SiteScores(name="gradient_spectrum", values=values, spectra=spectra)

@@ -129,7 +129,8 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             raise ValueError(
                 f"The weight of {matrix.site} ({matrix.shape.module}) is {tuple(weight.shape)} of "
-                f"{weight.dtype}, expected {expected} of floating-point numbers: load the model without quantisation."
+                f"{weight.dtype}, expected {expected} of floating-point numbers: load the model without "
+                "quantisation."
             )
     return found
 

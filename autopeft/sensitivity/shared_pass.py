@@ -87,4 +87,5 @@ def _mean(subject: Subject, name: str, sums: Mapping[Site, Tensor], per_sample_f
     count = len(subject.batches)
     if name == "fisher" and per_sample_fisher:
         count = sum(subject.rows(index) for index in range(count))
-    return SiteScores(name=name, values={one.site: sums[one.site].item() / count for one in subject.sites})
+    values = {matrix.site: sums[matrix.site].item() / count for matrix in subject.sites}
+    return SiteScores(name=name, values=values)

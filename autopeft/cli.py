@@ -102,10 +102,7 @@ def sensitivity(
         name = f"sensitivity {search.name}"
         run = log_report_run(search.tracking, search.experiment, name, report.save, "sensitivity")
         print(f"MLflow: run {name!r} ({run}) in the experiment {search.experiment!r}")
-    took = f"{report.seconds:.1f} s" if report.seconds else "kept from before"
-    print(
-        f"{len(report.sites)} sites, {report.batches} batches, {took}. Written: {', '.join(map(str, paths))}"
-    )
+    print(f"{len(report.sites)} sites, {report.batches} batches. Written: {', '.join(map(str, paths))}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from autopeft.core.pareto import Axis
 from autopeft.core.profiling import Profile, section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
+from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
 from autopeft.export.export import ExportReport, export_adapter
@@ -38,7 +39,7 @@ from autopeft.search_identity import describe_search, search_identity
 from autopeft.search_loop import SearchLoop, TrialCallback
 from autopeft.search_spaces import SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES, score_sites
+from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -181,7 +182,8 @@ class Search:
         Raises:
             ValueError: A score is unknown, or batches is below 1.
         """
-        return score_sites(self.evaluator, tuple(scores), batches=batches, folder=self._root / "scores")
+        found = score_sites(self.evaluator, tuple(scores), batches=batches, folder=self._root / "scores")
+        return SensitivityReport(scores=found, batches=batches)
 
     def check_scores(self, scores: Sequence[str] = CHEAP_SCORES) -> ScoreCheck:
         """Say how well scores, known before training, ranked the trials of this search.

@@ -54,7 +54,7 @@ def search_identity(
         "backbone": backbone.identity(),
         "task": dict(task.identity()),
         "space": _fields(space),
-        "training": _fields(training),
+        "training": training.identity(),
         "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
         **({} if warm_start is None else {"warm_start": _fields(warm_start)}),
         "search": {

@@ -27,7 +27,7 @@ from autopeft.reporting.score_validation import FEWEST_TRIALS, check_scores
 from autopeft.reporting.search_profile import record_profile
 from autopeft.search_identity import environment
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from autopeft.training.settings import quiet_lightning
+from autopeft.training.trainer import quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from autopeft.trial_runner import TrialRunner
 

@@ -39,7 +39,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
 }
 """Sections of one class each."""
 _RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds")
-_ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores"})
+_ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores", "callbacks"})
 """Arguments that take a loaded object, or that a search fills in: YAML has nothing to give them."""
 
 

@@ -39,7 +39,8 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
-from autopeft.training.settings import FrozenPrefixMode, Serve, Training
+from autopeft.training.module import Serve
+from autopeft.training.settings import FrozenBlocksMode, Training
 from benchmarks.datasets import DATASETS
 
 RESULTS = Path(__file__).parent / "results" / "hidden_states.json"
@@ -81,7 +82,7 @@ def lora_above(cut: int, blocks: int) -> Configuration:
     return Configuration(dict.fromkeys(sites, Adapter("lora", 8)))
 
 
-def build(folder: Path, mode: FrozenPrefixMode, *, rows: int) -> Evaluator:
+def build(folder: Path, mode: FrozenBlocksMode, *, rows: int) -> Evaluator:
     """Return an evaluator of MiniLM on question classification."""
     task = DATASETS["questions"].task(train=rows, validation=500, test=100)
     training = Training(
@@ -152,7 +153,7 @@ def timed(act: Callable[[], None]) -> float:
     return time.process_time() - started
 
 
-def trial_times(evaluators: Mapping[FrozenPrefixMode, Evaluator], folder: Path, cut: int) -> dict[str, Any]:
+def trial_times(evaluators: Mapping[FrozenBlocksMode, Evaluator], folder: Path, cut: int) -> dict[str, Any]:
     """Time whole trials at one cut: computed, served with filling, served from files that are there."""
     blocks = len(evaluators["eval"].backbone.blocks)
     configuration = lora_above(cut, blocks)
@@ -178,11 +179,11 @@ def trial_times(evaluators: Mapping[FrozenPrefixMode, Evaluator], folder: Path, 
     }
 
 
-def scores(evaluators: Mapping[FrozenPrefixMode, Evaluator], cut: int, seeds: int) -> dict[str, Any]:
+def scores(evaluators: Mapping[FrozenBlocksMode, Evaluator], cut: int, seeds: int) -> dict[str, Any]:
     """Compare the best validation accuracy with and without dropout below the cut."""
     configuration = lora_above(cut, len(evaluators["eval"].backbone.blocks))
     found: dict[str, Any] = {"cut": cut}
-    modes: tuple[FrozenPrefixMode, ...] = ("train", "eval")
+    modes: tuple[FrozenBlocksMode, ...] = ("train", "eval")
     for mode in modes:
         values = [evaluators[mode].evaluate(configuration, seed).values["accuracy"] for seed in range(seeds)]
         found[f"{mode}_accuracy"] = statistics.mean(values)
@@ -211,7 +212,7 @@ def main() -> None:
     record["machine"] = f"{platform.platform()}, {os.cpu_count()} cores, {arguments.threads} thread(s)"
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        modes: tuple[FrozenPrefixMode, ...] = ("train", "eval", "cached")
+        modes: tuple[FrozenBlocksMode, ...] = ("train", "eval", "cached")
         evaluators = {mode: build(folder, mode, rows=arguments.rows) for mode in modes}
         measure: dict[str, Callable[[int], dict[str, Any]]] = {
             "steps": lambda cut: step_times(evaluators["cached"], cut, arguments.steps),

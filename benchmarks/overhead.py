@@ -45,7 +45,7 @@ from autopeft.search_loop import SearchLoop
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from autopeft.training.settings import FineTuning
+from autopeft.training.module import FineTuning
 from benchmarks.stopwatch import Places, Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"

@@ -21,8 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from autopeft.evaluation.site_scoring import score_sites
 from autopeft.sensitivity import CHEAP_SCORES, SiteScores
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES, score_sites
+from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.setting import Setting
 from benchmarks.scoring import agreement
@@ -44,8 +45,8 @@ def scored(setting: Setting, batches: int) -> tuple[Mapping[str, SiteScores], fl
     """Return the scores from so many batches, and the processor seconds they took."""
     evaluator = setting.evaluator(setting.load())
     started = time.process_time()
-    report = score_sites(evaluator, CHEAP_SCORES, batches=batches)
-    return report.scores, time.process_time() - started
+    scores = score_sites(evaluator, CHEAP_SCORES, batches=batches)
+    return scores, time.process_time() - started
 
 
 def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, Any]]:

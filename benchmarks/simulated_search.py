@@ -36,12 +36,12 @@ from sklearn.ensemble import ExtraTreesRegressor
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import contributions, hypervolume, non_dominated
+from autopeft.evaluation.site_scoring import score_sites
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.expected_improvement import Features
 from autopeft.optimization.seed_replication import replication_delay
 from autopeft.search_spaces import History, ScoreGuided
 from autopeft.search_spaces.base import SearchSpace
-from autopeft.sensitivity.cached_scores import score_sites
 from benchmarks.rivals.comparison import axes_of, read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import Setting, per_layer
@@ -68,7 +68,7 @@ class World:
         self.backbone = evaluator.backbone
         self.axes = axes_of(setting, self.backbone)
         self.features = GUIDED.features(self.backbone)
-        self.scores = score_sites(evaluator, GUIDED.scores).scores
+        self.scores = score_sites(evaluator, GUIDED.scores)
         known = final_scores(logs)
         scores = np.array(list(known.values()))
         self._forest = ExtraTreesRegressor(

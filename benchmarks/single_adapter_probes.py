@@ -27,11 +27,11 @@ from rich.table import Table
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_whole
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.site_scoring import score_sites
 from autopeft.methods import count_parameters
 from autopeft.optimization.single_adapter_probes import single_adapter_probes
 from autopeft.search_spaces.mutation import Choices
 from autopeft.search_spaces.score_allocation import site_values
-from autopeft.sensitivity.cached_scores import score_sites
 from benchmarks.datasets import DATASETS
 from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import FRESH_SEEDS
@@ -95,7 +95,7 @@ def measure(dataset: str, per_seed: Sequence[Mapping[str, float]], rate: float) 
     choices = GUIDED.choices(evaluator.backbone)
     values = {
         name: {str(site): value for site, value in site_values(scores, choices).items()}
-        for name, scores in score_sites(evaluator, GUIDED.scores).scores.items()
+        for name, scores in score_sites(evaluator, GUIDED.scores).items()
     }
     order = sorted(per_seed[0], key=lambda name: -statistics.fmean(one[name] for one in per_seed))
     known = candidates(choices, rate)

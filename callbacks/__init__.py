@@ -1,4 +1,4 @@
-"""Lightning callbacks of autopeft, each useful in anybody's Trainer."""
+"""Lightning callbacks of autopeft, each useful in any Trainer."""
 
 from autopeft.callbacks.adalora import AdaLoRA
 from autopeft.callbacks.ard_lora import ARDLoRA

@@ -20,7 +20,7 @@ class AdaLoRA(StepCallback):
 
     Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023: of all
     triplets (λ, column of B, row of A) those with the highest s(λ) + mean s(A) + mean s(B) are kept, s
-    being `SmoothedSensitivity` of |θ·∇θ|. peft does it all, but nothing happens until somebody calls it.
+    being `SmoothedSensitivity` of |θ·∇θ|. peft does it all, but leaves the call to the training loop.
 
     It is called at the end of the batch, where the weights have been updated (the optimizer would undo a
     mask set before) and the gradients, which peft reads, are still there (Lightning clears them in the
@@ -45,7 +45,9 @@ class AdaLoRA(StepCallback):
         """Find the model and its layers."""
         if stage != "fit":
             return
-        models = {name: one for name, one in pl_module.named_modules() if isinstance(one, AdaLoraModel)}
+        models = {
+            name: module for name, module in pl_module.named_modules() if isinstance(module, AdaLoraModel)
+        }
         if len(models) != 1:
             raise ValueError(
                 f"{type(pl_module).__name__} holds {len(models)} AdaLoRA models, expected one, made by "
@@ -81,7 +83,8 @@ class AdaLoRA(StepCallback):
         """Update the sensitivities and allocate."""
         assert self._model is not None
         for name, layer in self._layers.items():
-            if any(one.requires_grad and one.grad is None for one in cast(nn.Module, layer).parameters()):
+            parameters = cast(nn.Module, layer).parameters()
+            if any(parameter.requires_grad and parameter.grad is None for parameter in parameters):
                 raise ValueError(
                     f"{name} has no gradient after step {step}: it takes no part in the loss, or the "
                     "module clears its gradients after the optimizer step."

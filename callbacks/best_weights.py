@@ -9,12 +9,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from autopeft.callbacks.rank_gates import RankGates
+
 
 class BestWeights(Callback):
     """Restore the best validation's weights when training ends.
 
     A `ModelCheckpoint` for models of which little is trained: only parameters that require gradients
-    are copied, and nothing is written to disk.
+    are copied, and nothing is written to disk. Where ranks have gates (`RankGates`), what is kept has them
+    folded in: it computes what was validated.
 
     Args:
         monitor: Metric to watch, as logged.
@@ -49,16 +52,20 @@ class BestWeights(Callback):
         better = value > self.best if self.mode == "max" else value < self.best
         if math.isnan(self.best) or better:
             self.best = value
-            self.metrics = {name: float(one) for name, one in trainer.callback_metrics.items()}
+            self.metrics = {name: float(metric) for name, metric in trainer.callback_metrics.items()}
             self.weights = {
                 name: parameter.detach().clone()
                 for name, parameter in pl_module.named_parameters()
                 if parameter.requires_grad
             }
+            for gates in _rank_gates(trainer):
+                self.weights |= gates.folded_weights()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best weights back, unless the caller does."""
         if self.restore_at_end:
+            for gates in _rank_gates(trainer):
+                gates.fold()  # before the weights that already have them
             self.restore(pl_module)
 
     def restore(self, pl_module: LightningModule) -> None:
@@ -70,3 +77,7 @@ class BestWeights(Callback):
                 if name in self.weights:
                     parameter.copy_(self.weights[name])
         self.weights = {}
+
+
+def _rank_gates(trainer: Trainer) -> list[RankGates]:
+    return [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, RankGates)]

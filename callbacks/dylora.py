@@ -36,6 +36,7 @@ class DyLoRA(RankGates):
             check_at_least("maximum_rank", maximum_rank, minimum_rank)
         self.minimum_rank = minimum_rank
         self.maximum_rank = maximum_rank
+        self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: tuple[int, int] | None = None
 
@@ -87,11 +88,12 @@ class DyLoRA(RankGates):
 
     def _factors_of(self, name: str, rank: int | None) -> Tensor:
         module = self._modules[name]
+        device = module.down.weight.device
         if rank is None or rank >= module.rank:
-            return torch.ones(module.rank)
+            return torch.ones(module.rank, device=device)
         # The layer multiplies by the scaling of its full rank.
         rescaling = module.scaling(rank) / module.scaling(module.rank)
-        return (torch.arange(module.rank) < rank) * rescaling
+        return (torch.arange(module.rank, device=device) < rank) * rescaling
 
     def truncated_state(self, rank: int | None = None) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA of the first ranks; see `RankGates.truncated_state`.

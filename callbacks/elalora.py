@@ -71,6 +71,8 @@ class ElaLoRA(RankGates):
         self.minimum_rank = minimum_rank
         self.warmup_steps = warmup_steps
         self.stop_step = stop_step
+        self.betas = betas
+        self.seed = seed
         self._averages = SmoothedSensitivity(betas)
         self._generator = torch.Generator().manual_seed(seed)
         self._added: list[tuple[str, int]] = []
@@ -109,7 +111,7 @@ class ElaLoRA(RankGates):
         if stopped or step <= self.warmup_steps or step % self.every_n_steps:
             return
         masks = {name: gate.bool().cpu() for name, gate in self._gates.items()}
-        importance = {name: one.cpu() for name, one in self.importance().items()}
+        importance = {name: scores.cpu() for name, scores in self.importance().items()}
         moves = choose_moves(
             importance, masks, most=self.moves, minimum_rank=self.minimum_rank, spared=self._added
         )
@@ -218,9 +220,9 @@ def choose_moves(
             continue
         found = next(
             (
-                one
-                for one in ranked
-                if one[1] != taker and one[1] not in taken and left[one[1]] > minimum_rank
+                (score, name, index)
+                for score, name, index in ranked
+                if name != taker and name not in taken and left[name] > minimum_rank
             ),
             None,
         )

@@ -60,6 +60,7 @@ class IncreLoRA(RankGates):
         self.modules_per_growth = modules_per_growth
         self.initial_rank = initial_rank
         self.warmup_steps = warmup_steps
+        self.betas = betas
         self._averages = SmoothedSensitivity(betas)
         self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}

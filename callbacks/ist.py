@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from autopeft.callbacks.lisa import LayerSampling
-from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
+from autopeft.callbacks.lisa import LayerSampling, find_layers
+from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules, has_lora
 from autopeft.callbacks.rank_gates import check_at_least
 
 
@@ -80,7 +80,8 @@ class IST(LayerSampling):
         super().on_train_start(trainer, pl_module)
         modules = find_lora_modules(pl_module).values()
         self._lora = {
-            layer: [one for one in modules if one.name.startswith(f"{layer}.")] for layer in self.layers
+            layer: [module for module in modules if module.name.startswith(f"{layer}.")]
+            for layer in self.layers
         }
         bare = [layer for layer, inside in self._lora.items() if not inside]
         if bare:
@@ -92,6 +93,12 @@ class IST(LayerSampling):
             )
         if not len(self._scores):
             self._scores = torch.zeros(len(self.layers))
+
+    def applies_to(self, module: nn.Module) -> bool:
+        """Return whether there are enough layers with trainable parameters, and LoRA in each of them."""
+        layers = find_layers(module)
+        with_lora = {name for name, part in module.named_modules() if name in layers and has_lora(part)}
+        return len(layers) >= 2 and len(with_lora) == len(layers)
 
     def importance(self) -> dict[str, float]:
         """Return sigmoid(−s) of every layer: the weight with which it is drawn for training."""
@@ -117,7 +124,7 @@ class IST(LayerSampling):
     def _loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, draw: list[int]
     ) -> float:
-        modules = [one for index in draw for one in self._lora[self.layers[index]]]
+        modules = [module for index in draw for module in self._lora[self.layers[index]]]
         with (
             torch.no_grad(),
             trainer.precision_plugin.train_step_context(),

@@ -37,6 +37,7 @@ class LayerSampling(Callback):
     def __init__(self, *, every_n_steps: int, seed: int = 0) -> None:
         check_at_least("every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
+        self.seed = seed
         self.active: tuple[str, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
         self._layers: dict[str, list[nn.Parameter]] = {}
@@ -46,6 +47,10 @@ class LayerSampling(Callback):
     def layers(self) -> tuple[str, ...]:
         """Names of all layers that are sampled from, in the module's order; empty before training."""
         return tuple(self._layers)
+
+    def applies_to(self, module: nn.Module) -> bool:
+        """Return whether a model has enough layers to sample from."""
+        return len(find_layers(module)) >= 2
 
     def choose(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -114,11 +119,11 @@ def find_layers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters of each layer by its name; see `LayerSampling` for what is one."""
     layers: dict[str, list[nn.Parameter]] = {}
     inside: tuple[str, ...] = ()
-    for name, one in module.named_modules():
-        if not isinstance(one, nn.ModuleList) or len(one) < 2 or name.startswith(inside or "\0"):
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList) or len(part) < 2 or name.startswith(inside or "\0"):
             continue
         inside += (f"{name}.",)
-        for index, entry in enumerate(one):
+        for index, entry in enumerate(part):
             trainable = [parameter for parameter in entry.parameters() if parameter.requires_grad]
             if trainable:
                 layers[f"{name}.{index}"] = trainable
@@ -146,6 +151,10 @@ class LISA(LayerSampling):
         super().__init__(every_n_steps=every_n_steps, seed=seed)
         check_at_least("count", count, 1)
         self.count = count
+
+    def applies_to(self, module: nn.Module) -> bool:
+        """Return whether a model has enough layers to draw from."""
+        return len(find_layers(module)) >= max(2, self.count)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and see whether there are enough."""

@@ -104,9 +104,8 @@ def find_lora_modules(module: nn.Module) -> dict[str, LoraModule]:
     for name, layer in module.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        holders = (layer.lora_A, layer.lora_embedding_A)
-        active = [one for one in layer.active_adapters if any(one in holder for holder in holders)]
-        if not active or not any(one.requires_grad for one in cast(nn.Module, layer).parameters()):
+        active = _trainable_adapters(layer)
+        if not active:
             continue
         obstacle = _obstacle(layer, active)
         if obstacle is not None:
@@ -118,6 +117,19 @@ def find_lora_modules(module: nn.Module) -> dict[str, LoraModule]:
             "before the training starts."
         )
     return found
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Return whether there is a trainable LoRA layer inside a module."""
+    return any(isinstance(layer, LoraLayer) and _trainable_adapters(layer) for layer in module.modules())
+
+
+def _trainable_adapters(layer: LoraLayer) -> list[str]:
+    """Return the active adapters of a layer; none where nothing in it is trained."""
+    if not any(parameter.requires_grad for parameter in cast(nn.Module, layer).parameters()):
+        return []
+    holders = (layer.lora_A, layer.lora_embedding_A)
+    return [name for name in layer.active_adapters if any(name in holder for holder in holders)]
 
 
 def _obstacle(layer: LoraLayer, active: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
+from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules, has_lora
 
 
 class StepCallback(Callback):
@@ -49,8 +49,8 @@ class RankGates(StepCallback):
     and can be merged, saved, or fitted on. Layers that are frozen when the fit starts are left alone.
 
     A checkpoint written during training holds weights without gates and, in the callback's state, the
-    gates: they belong together. So do not combine it with a callback that puts back weights of an
-    earlier step alone, such as `BestWeights`.
+    gates: they belong together. A callback that puts back weights of an earlier step alone has to take those
+    of `folded_weights`, as `BestWeights` does.
 
     Guarantees (tested for every subclass): `ranks()` and `truncated_state()` describe a LoRA of
     different ranks that computes what the fitted model does.
@@ -70,6 +70,10 @@ class RankGates(StepCallback):
         """Return the gates a training starts with, by module: ones, as many as the module has ranks."""
         return {name: torch.ones(module.rank) for name, module in self._modules.items()}
 
+    def applies_to(self, module: nn.Module) -> bool:
+        """Return whether a model has a trainable LoRA layer."""
+        return has_lora(module)
+
     def factors(self, name: str) -> Tensor:
         """Return what each rank of a module is multiplied by, of shape (rank,)."""
         return self._gates[name]
@@ -77,6 +81,15 @@ class RankGates(StepCallback):
     def ranks(self) -> Mapping[str, int]:
         """Return the effective rank of every module, by its qualified name in the LightningModule."""
         return {name: int(torch.count_nonzero(self.factors(name))) for name in self._gates}
+
+    @torch.no_grad()
+    def folded_weights(self) -> dict[str, Tensor]:
+        """Return copies of every B times its gates, under the parameters' names in the LightningModule."""
+        folded = {}
+        for name, module in self._modules.items() if self._handles else ():
+            up = module.up.weight
+            folded[f"{name}.lora_B.{module.adapter}.weight"] = up * self.factors(name).to(up)
+        return folded
 
     def truncated_state(self) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA with the effective ranks; see `LoraModule.truncated`.
@@ -126,14 +139,15 @@ class RankGates(StepCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fold the gates into the weights."""
-        self._fold()
+        self.fold()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Fold the gates into the weights: an exception must not leave hooks in the model."""
-        self._fold()
+        self.fold()
 
     @torch.no_grad()
-    def _fold(self) -> None:
+    def fold(self) -> None:
+        """Multiply every B by its gates, and take the gates off; nothing where none are on."""
         if not self._handles:
             return
         while self._handles:

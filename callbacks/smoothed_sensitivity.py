@@ -55,5 +55,7 @@ class SmoothedSensitivity:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over averages."""
-        self._means = {name: one.clone() for name, one in state_dict["means"].items()}
-        self._uncertainties = {name: one.clone() for name, one in state_dict["uncertainties"].items()}
+        self._means = {name: mean.clone() for name, mean in state_dict["means"].items()}
+        self._uncertainties = {
+            name: uncertainty.clone() for name, uncertainty in state_dict["uncertainties"].items()
+        }

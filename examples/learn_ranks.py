@@ -16,7 +16,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import attach
 from autopeft.methods.ranks_to_configuration import attachment_tensors, configuration_from_ranks
-from autopeft.training.settings import build_trainer, quiet_lightning
+from autopeft.training.trainer import build_trainer, quiet_lightning
 from autopeft.yaml_config import load_config
 
 CONFIG = Path("configs/demo.yaml")

@@ -26,8 +26,12 @@ from autopeft.methods import Attachment, attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
-from autopeft.training.settings import FineTuning, Serve, Training, build_trainer, dismantle, quiet_lightning
+from autopeft.training.module import FineTuning, Serve
+from autopeft.training.settings import Training
+from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
+from autopeft.training.trainer_state import check_states
 from autopeft.training.training_checkpoint import TrainingCheckpoint
+from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import ValidationSchedule
 
 _LATENCY_REPEATS = 10
@@ -47,7 +51,8 @@ class Evaluator:
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
 
     Raises:
-        ValueError: The training has too few steps for its rungs.
+        ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
+            a rung.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class Evaluator:
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)
+        if rungs:
+            check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
         prefixes = None if cache is None else cache / "prefixes"
         self.prefixes = HiddenStateCache(backbone, self.data, training, prefixes)

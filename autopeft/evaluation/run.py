@@ -31,9 +31,11 @@ from autopeft.core.seeding import seeded
 from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.settings import FineTuning, build_trainer, dismantle, quiet_lightning
-from autopeft.training.trainer_state import capture_state, restore_state, stopped_early
+from autopeft.training.module import FineTuning
+from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
+from autopeft.training.trainer_state import CaptureState, restore_state
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
+from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches
 
 if TYPE_CHECKING:
@@ -125,8 +127,12 @@ class EvaluationRun:
         evaluator, plan = self.evaluator, self.evaluator.plan
         best = BestWeights(evaluator.monitor, restore_at_end=False)
         memory = PeakMemory()
-        callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, best, memory]
         module = evaluator.module(self.configuration, self.before, prefix.serve)
+        users = new_callbacks(evaluator.training.callbacks, module)
+        callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, *users, best, memory]
+        capture = CaptureState(best, users)
+        if self.end < plan.total_steps:
+            callbacks.append(capture)
         module.train()
         start = 0 if self.before is None else self.before.step
         with ExitStack() as ending:
@@ -135,14 +141,18 @@ class EvaluationRun:
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)
                     trainer = build_trainer(
-                        evaluator.training, callbacks, monitor=evaluator.monitor, pieces=pieces
+                        evaluator.training,
+                        callbacks,
+                        monitor=evaluator.monitor,
+                        pieces=pieces,
+                        first_step=start,
+                        total_steps=plan.total_steps,
                     )
                 ending.callback(dismantle, trainer)
                 if self.before is not None:
-                    restore_state(self.before.state, trainer, module, best)
+                    restore_state(self.before.state, trainer, module, best, users)
                 _fit(trainer, module, evaluator, best, self.seed)
-                if self.end < plan.total_steps and not stopped_early(trainer):
-                    self.pause = capture_state(trainer, module, best)
+                self.pause = capture.state
             best.restore(module)
         self.values |= best.metrics
         self._measure(memory)

@@ -16,14 +16,7 @@ _PATIENCE_SECONDS = 60.0
 
 
 def record_profile(folder: Path, trainings: int, tracker: Tracker | None, progress: SearchProgress) -> None:
-    """Say where the time of a call went, where it is profiled.
-
-    Args:
-        folder: The search's.
-        trainings: How many there were in this call.
-        tracker: Writes to MLflow; what its thread is behind with belongs to the call and is waited for.
-        progress: Where the table is shown.
-    """
+    """Say where the time of a call went, where it is profiled; MLflow's thread is waited for."""
     profile = current_profile()
     if profile is None:
         return

@@ -6,10 +6,10 @@ import html
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from rich.table import Table
 from autopeft.core.adapter import Site
 from autopeft.core.method_specs import ROLES
 from autopeft.reporting.html_page import save_html_page
-from autopeft.sensitivity import SCORES, SiteScores
+from autopeft.sensitivity import SiteScores
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,17 +39,15 @@ class SensitivityReport:
     Attributes:
         scores: The scores by name.
         batches: Training batches they were computed on.
-        seconds: Wall-clock seconds it took; 0 where they came from the cache.
     """
 
     scores: Mapping[str, SiteScores]
     batches: int
-    seconds: float
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Every site that has a score."""
-        return tuple(sorted({site for one in self.scores.values() for site in one.values}))
+        return tuple(sorted({site for scores in self.scores.values() for site in scores.values}))
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row a site: block, role, and a column a score, in the scores' own units."""
@@ -58,7 +56,7 @@ class SensitivityReport:
                 {
                     "block": site.block,
                     "role": site.role,
-                    **{name: one.values.get(site, math.nan) for name, one in self.scores.items()},
+                    **{name: scores.values.get(site, math.nan) for name, scores in self.scores.items()},
                 }
                 for site in self.sites
             ]
@@ -80,11 +78,11 @@ class SensitivityReport:
             table.add_column(heading)
         for name in self.scores:
             table.add_column(name, justify="right", overflow="fold")
-        largest = {name: max(map(abs, one.values.values())) or 1.0 for name, one in self.scores.items()}
+        largest = {name: max(map(abs, scores.values.values())) or 1.0 for name, scores in self.scores.items()}
         for site in self.sites:
             cells = (
-                f"{one.values[site] / largest[name]:.2f}" if site in one.values else ""
-                for name, one in self.scores.items()
+                f"{scores.values[site] / largest[name]:.2f}" if site in scores.values else ""
+                for name, scores in self.scores.items()
             )
             table.add_row(str(site.block), site.role, *cells)
         return table
@@ -143,7 +141,8 @@ class SensitivityReport:
         save_html_page(self.plot(), paths[0], title="Sensitivity scores")
         paths[1].write_bytes(self.image())
         self.to_frame().to_csv(paths[2], index=False)
-        paths[3].write_text(dump_scores(self.scores), encoding="utf-8")
+        plain = [scores.to_dict() for scores in self.scores.values()]
+        paths[3].write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         return tuple(paths)
 
     def __repr__(self) -> str:
@@ -155,14 +154,3 @@ class SensitivityReport:
     def _repr_html_(self) -> str:
         table: str = self.to_frame().to_html(index=False)
         return f"<p>{_HEADING}</p>{table}"
-
-
-def dump_scores(scores: Mapping[str, SiteScores]) -> str:
-    """Return scores as JSON."""
-    return json.dumps([one.to_dict() for one in scores.values()], indent=1) + "\n"
-
-
-def read_scores(text: str) -> dict[str, SiteScores]:
-    """Read what `dump_scores` returned, leaving out scores that are no longer known."""
-    data: Sequence[Mapping[str, Any]] = json.loads(text)
-    return {one["name"]: SiteScores.from_dict(one) for one in data if one["name"] in SCORES}

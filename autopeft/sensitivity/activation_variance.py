@@ -119,7 +119,7 @@ class InputVariance:
 
     def __init__(self, sites: Sequence[MatrixSite], state: IncrementalVariance) -> None:
         self._sites = sites
-        self._states = {one.site: state for one in sites}
+        self._states = {matrix.site: state for matrix in sites}
 
     @contextmanager
     def watch(self, attention_mask: Tensor | None) -> Iterator[None]:

@@ -14,15 +14,15 @@ TrainOne = Callable[[Configuration], float]
 """Trains a configuration and returns its validation score, better when larger (a loss: its negative)."""
 
 
-def random_scores(sites: Iterable[MatrixSite], seed: int) -> SiteScores:
+def random_scores(sites: Iterable[Site], seed: int) -> SiteScores:
     """Return uniform random numbers in [0, 1): a control. Does not touch the global generators."""
     generator = random.Random(seed)
-    return SiteScores(name="random", values={one.site: generator.random() for one in sites})
+    return SiteScores(name="random", values={site: generator.random() for site in sites})
 
 
-def uniform_scores(sites: Iterable[MatrixSite]) -> SiteScores:
+def uniform_scores(sites: Iterable[Site]) -> SiteScores:
     """Return 1 for every site: a control, which leads to the same rank everywhere."""
-    return SiteScores(name="uniform", values={one.site: 1.0 for one in sites})
+    return SiteScores(name="uniform", values={site: 1.0 for site in sites})
 
 
 def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None, rank: int) -> SiteScores:
@@ -45,6 +45,6 @@ def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None
             "Configuration and returns its validation score (better when larger)."
         )
     values: dict[Site, float] = {}
-    for one in sites:
-        values[one.site] = train_one(Configuration({one.site: Adapter("lora", rank)}))
+    for matrix in sites:
+        values[matrix.site] = train_one(Configuration({matrix.site: Adapter("lora", rank)}))
     return SiteScores(name="leave_one_out", values=values)

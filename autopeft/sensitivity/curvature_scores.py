@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
-from autopeft.sensitivity.mean_gradient_file import MeanGradientFile
+from autopeft.sensitivity.mean_gradients import MeanGradients
 from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, forward_hooks
 from autopeft.sensitivity.site_scores import SiteScores
 
 _MakeMatrix = Callable[[MatrixSite], Tensor]
 
 
-def grasp_scores(subject: Subject, store: MeanGradientFile) -> SiteScores:
+def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
     """Return Σ W ⊙ (H Ḡ): how much the squared gradient norm would fall if the weight vanished.
 
     GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), where −W ⊙ H g is high for weights whose removal does
@@ -37,7 +37,7 @@ def grasp_scores(subject: Subject, store: MeanGradientFile) -> SiteScores:
         subject: What is scored.
         store: The mean gradients Ḡ of the same batches.
     """
-    values = dict.fromkeys((one.site for one in subject.sites), 0.0)
+    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
     for index in range(len(subject.batches)):
         for site, value in curvature(subject, index, direction=store.mean, functional=_weight).items():
             values[site] += value / len(subject.batches)
@@ -55,7 +55,7 @@ def hessian_scores(subject: Subject, probes: int) -> SiteScores:
         subject: What is scored.
         probes: Vectors v a batch, at least 1.
     """
-    values = dict.fromkeys((one.site for one in subject.sites), 0.0)
+    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
     draws = len(subject.batches) * probes
     for draw in range(draws):
 
@@ -84,7 +84,7 @@ def curvature(
     device = subject.device
     dtype = next(subject.model.parameters()).dtype
     step = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
-    offsets = {one.site: torch.zeros_like(step, requires_grad=True) for one in subject.sites}
+    offsets = {matrix.site: torch.zeros_like(step, requires_grad=True) for matrix in subject.sites}
 
     def perturb(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
         along = _times(given, matrix, direction)

@@ -1,7 +1,7 @@
 """Scores from the gradient of the loss with respect to frozen weights.
 
 `BATCH_SCORES` look at one batch's gradient of one layer, and are averaged over the batches; `gora` and
-`gradient_spectrum` look at the gradient averaged over the batches, which a `MeanGradientFile` keeps.
+`gradient_spectrum` look at the gradient averaged over the batches, which a `MeanGradients` keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.layer_gradients import LayerGradient
-from autopeft.sensitivity.mean_gradient_file import MeanGradientFile
+from autopeft.sensitivity.mean_gradients import MeanGradients
 from autopeft.sensitivity.scored_matrices import MatrixSite
 from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
@@ -80,12 +80,14 @@ def gora(site: MatrixSite, mean_gradient: Tensor) -> float:
     return float(_norm(mean_gradient * site.weight, 1)) / mean_gradient.numel()
 
 
-def gora_scores(store: MeanGradientFile) -> SiteScores:
+def gora_scores(store: MeanGradients) -> SiteScores:
     """Return `gora` of every site."""
-    return SiteScores(name="gora", values={one.site: gora(one, gradient) for one, gradient in store.means()})
+    return SiteScores(
+        name="gora", values={matrix.site: gora(matrix, gradient) for matrix, gradient in store.means()}
+    )
 
 
-def gradient_spectrum_scores(store: MeanGradientFile, *, rank: int, components: int) -> SiteScores:
+def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int) -> SiteScores:
     """Return sqrt(Σ_{i≤r} σ_i(Ḡ)²): how much of the mean gradient an update of rank r can follow.
 
     LoRA-GA (Wang et al., arXiv:2407.05000); the gradient projection score of EvoLo-MOEAD. Costs one
@@ -98,8 +100,8 @@ def gradient_spectrum_scores(store: MeanGradientFile, *, rank: int, components: 
     """
     values: dict[Site, float] = {}
     spectra: dict[Site, tuple[float, ...]] = {}
-    for one, gradient in store.means():
+    for matrix, gradient in store.means():
         spectrum = singular_values(gradient)
-        values[one.site] = float(_norm(spectrum[:rank]))
-        spectra[one.site] = tuple(spectrum[:components].tolist())
+        values[matrix.site] = float(_norm(spectrum[:rank]))
+        spectra[matrix.site] = tuple(spectrum[:components].tolist())
     return SiteScores(name="gradient_spectrum", values=values, spectra=spectra)

@@ -106,8 +106,8 @@ def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) ->
 
 def _sum(tensors: list[Tensor]) -> Tensor:
     total = tensors[0]
-    for one in tensors[1:]:
-        total += one
+    for tensor in tensors[1:]:
+        total += tensor
     return total
 
 

@@ -44,8 +44,8 @@ def _specification(
 
 SCORES: Mapping[str, ScoreSpec] = MappingProxyType(
     {
-        one.name: one
-        for one in (
+        each.name: each
+        for each in (
             _specification(
                 "gradient_norm",
                 ("gradients",),
@@ -123,5 +123,5 @@ SCORES: Mapping[str, ScoreSpec] = MappingProxyType(
 )
 """Every score, by name."""
 
-CHEAP_SCORES: tuple[str, ...] = tuple(name for name, one in SCORES.items() if one.cheap)
+CHEAP_SCORES: tuple[str, ...] = tuple(name for name, spec in SCORES.items() if spec.cheap)
 """The scores computed unless others are asked for."""

@@ -63,7 +63,7 @@ class Subject:
     def inputs(self, index: int) -> dict[str, Tensor]:
         """Return the input tensors of a batch, on the model's device."""
         inputs = model_inputs(self.batches[index])
-        return {name: one.to(self.device) for name, one in inputs.items()}
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def rows(self, index: int) -> int:
         """Return the number of rows of a batch with labels."""
@@ -124,12 +124,13 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     )
     if not found:
         raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
-    for one in found:
-        weight, expected = one.weight, (one.shape.out_features, one.shape.in_features)
+    for matrix in found:
+        weight, expected = matrix.weight, (matrix.shape.out_features, matrix.shape.in_features)
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             raise ValueError(
-                f"The weight of {one.site} ({one.shape.module}) is {tuple(weight.shape)} of {weight.dtype}, "
-                f"expected {expected} of floating-point numbers: load the model without quantisation."
+                f"The weight of {matrix.site} ({matrix.shape.module}) is {tuple(weight.shape)} of "
+                f"{weight.dtype}, expected {expected} of floating-point numbers: load the model without "
+                "quantisation."
             )
     return found
 
@@ -148,7 +149,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({one.device.index for one, _ in flags if one.device.type == "cuda"})
+    devices = sorted({parameter.device.index for parameter, _ in flags if parameter.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         for device in devices:

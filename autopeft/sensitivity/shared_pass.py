@@ -13,7 +13,7 @@ from autopeft.core.adapter import Site
 from autopeft.sensitivity.activation_variance import InputVariance
 from autopeft.sensitivity.gradient_scores import BATCH_SCORES, fisher_of_samples
 from autopeft.sensitivity.layer_gradients import LayerGradient, layer_gradients
-from autopeft.sensitivity.mean_gradient_file import MeanGradientFile
+from autopeft.sensitivity.mean_gradients import MeanGradients
 from autopeft.sensitivity.scored_matrices import Subject
 from autopeft.sensitivity.site_scores import SiteScores
 
@@ -24,7 +24,7 @@ def run_data_pass(
     subject: Subject,
     names: Sequence[str],
     *,
-    store: MeanGradientFile | None,
+    store: MeanGradients | None,
     variance: InputVariance | None,
     per_sample_fisher: bool,
     dtype: torch.dtype | None = None,
@@ -68,7 +68,7 @@ def _run_backward(
     index: int,
     formulas: Mapping[str, Callable[[LayerGradient], Tensor]],
     sums: _Sums,
-    store: MeanGradientFile | None,
+    store: MeanGradients | None,
     dtype: torch.dtype | None,
 ) -> None:
     def receive(layer: LayerGradient) -> None:
@@ -87,4 +87,5 @@ def _mean(subject: Subject, name: str, sums: Mapping[Site, Tensor], per_sample_f
     count = len(subject.batches)
     if name == "fisher" and per_sample_fisher:
         count = sum(subject.rows(index) for index in range(count))
-    return SiteScores(name=name, values={one.site: sums[one.site].item() / count for one in subject.sites})
+    values = {matrix.site: sums[matrix.site].item() / count for matrix in subject.sites}
+    return SiteScores(name=name, values=values)

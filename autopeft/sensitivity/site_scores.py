@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,15 @@ class SiteScores:
         }
 
     @classmethod
+    def merged(cls, parts: Sequence[SiteScores]) -> SiteScores:
+        """Return one score of several groups of sites as that of all of them."""
+        return cls(
+            name=parts[0].name,
+            values={site: value for part in parts for site, value in part.values.items()},
+            spectra={site: spectrum for part in parts for site, spectrum in part.spectra.items()},
+        )
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteScores:
         """Read scores from what `to_dict` returned.
 
@@ -76,7 +85,7 @@ class SiteScores:
         return cls(
             name=data["name"],
             values={Site.parse(text): value for text, value in data["values"].items()},
-            spectra={Site.parse(text): tuple(one) for text, one in data.get("spectra", {}).items()},
+            spectra={Site.parse(text): tuple(spectrum) for text, spectrum in data.get("spectra", {}).items()},
         )
 
     def __repr__(self) -> str:

@@ -23,10 +23,10 @@ def condition_number_scores(sites: Sequence[MatrixSite]) -> SiteScores:
     About 0 for a singular weight. Costs one spectrum a site.
     """
     values: dict[Site, float] = {}
-    for one in sites:
-        spectrum = singular_values(one.weight)
+    for matrix in sites:
+        spectrum = singular_values(matrix.weight)
         largest = spectrum[0].item()
-        values[one.site] = spectrum[-1].item() / largest if largest else 0.0
+        values[matrix.site] = spectrum[-1].item() / largest if largest else 0.0
     return SiteScores(name="condition_number", values=values)
 
 
@@ -38,7 +38,7 @@ def synflow_scores(subject: Subject) -> SiteScores:
     SPEFT; so are activation functions). Of the batches only the first row's shape and mask are used.
     Attention over tokens that are alike does not depend on the queries and keys: they score next to nothing.
     """
-    values = dict.fromkeys((one.site for one in subject.sites), 0.0)
+    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
 
     def add(layer: LayerGradient) -> None:
         values[layer.site.site] = layer.weighted_norms[0].item()
@@ -90,7 +90,11 @@ def _only_in_embeddings(model: nn.Module) -> list[nn.Parameter]:
         if module not in within
         for parameter in module.parameters(recurse=False)
     }
-    return [one for one in embeddings.parameters() if one.untyped_storage().data_ptr() not in elsewhere]
+    return [
+        parameter
+        for parameter in embeddings.parameters()
+        if parameter.untyped_storage().data_ptr() not in elsewhere
+    ]
 
 
 @contextmanager

@@ -9,17 +9,16 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.profiling import section
 
 _SEED = "seed"
 
 
 class AdapterCheckpoints:
-    """One safetensors file a trial in a folder.
+    """One safetensors file a trial in a folder; a damaged one counts as missing.
 
     Args:
         folder: Made when the first trial is saved.
@@ -33,25 +32,18 @@ class AdapterCheckpoints:
 
     @section("record")
     def save(self, number: int, state: Mapping[str, Tensor], seed: int) -> None:
-        """Write a trial's tensors, and of which training they are; the file is there whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path(number).with_suffix(".part")
-        tensors = {name: one.contiguous() for name, one in state.items()}
-        save_file(tensors, unfinished, metadata={_SEED: str(seed)})
-        os.replace(unfinished, self._path(number))
+        """Write a trial's tensors and the seed of the training that they are of."""
+        save_tensors(self._path(number), state, {_SEED: str(seed)})
 
     def seed(self, number: int) -> int | None:
         """Return the seed of the training whose tensors a trial has; None where none are kept."""
-        if not self._path(number).is_file():
-            return None
-        with safe_open(self._path(number), framework="pt") as file:
-            seed = (file.metadata() or {}).get(_SEED)
-        return None if seed is None else int(seed)
+        kept = load_tensors(self._path(number))
+        return None if kept is None or _SEED not in kept[1] else int(kept[1][_SEED])
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         """Return a trial's tensors, or None where they were not kept."""
-        path = self._path(number)
-        return load_file(path) if path.is_file() else None
+        kept = load_tensors(self._path(number))
+        return None if kept is None else kept[0]
 
     @section("record")
     def keep_only(self, numbers: Collection[int]) -> None:

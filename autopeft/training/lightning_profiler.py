@@ -6,8 +6,11 @@ from lightning.pytorch.profilers import Profiler
 
 from autopeft.core.profiling import Profile, current_profile
 
-_TRAINER = ("run_training_epoch", "run_training_batch")
+# By the end of an action's name; the first that fits. Closures run inside the optimizer's step: a section is
+# only given the time that none inside it takes.
 _ENDINGS = {
+    "run_training_epoch": "trainer",
+    "run_training_batch": "trainer",
     ".training_step": "forward",
     ".backward": "backward",
     ".optimizer_step": "optimizer",
@@ -21,24 +24,14 @@ _ENDINGS = {
 
 
 def section_of(action: str) -> str | None:
-    """Return the section that an action of Lightning's belongs to; None where it counts to what calls it.
-
-    The closure, forward and backward pass with it, runs inside the optimizer's step: a section is only
-    given the time that none inside it takes.
-    """
-    if action in _TRAINER:
-        return "trainer"
+    """Return the section that an action of Lightning's belongs to; None where it counts to what calls it."""
     if "validation" in action:
         return "evaluate"
     return next((name for ending, name in _ENDINGS.items() if action.endswith(ending)), None)
 
 
 class SectionProfiler(Profiler):
-    """Lightning's profiler interface on a profile.
-
-    Args:
-        profile: What is counted to.
-    """
+    """Lightning's profiler interface on a profile."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
@@ -46,13 +39,12 @@ class SectionProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         """Enter an action's section."""
-        name = section_of(action_name)
-        if name is not None:
+        if name := section_of(action_name):
             self._profile.enter(action_name, name)
 
     def stop(self, action_name: str) -> None:
         """Leave it; actions inside it that an exception left open are ended with it."""
-        if section_of(action_name) is not None:
+        if section_of(action_name):
             self._profile.leave(action_name)
 
 

@@ -1,21 +1,74 @@
-"""Take the state of a training out of Lightning's Trainer, and put it back into another."""
+"""The state of a training: taken where it pauses, and put back into another Trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from autopeft.callbacks import BestWeights
 from autopeft.core.seeding import generator_states
-from autopeft.training.settings import FineTuning
-from autopeft.training.training_checkpoint import TrainingState
+from autopeft.training.module import FineTuning
+from autopeft.training.training_checkpoint import TrainingState, flatten_state
 
 
-def capture_state(trainer: Trainer, module: FineTuning, best: BestWeights) -> TrainingState:
-    """Return copies of everything that a training has changed."""
-    trainable = {name: one for name, one in module.named_parameters() if one.requires_grad}
+class CaptureState(Callback):
+    """Copy everything that a training has changed when a fit ends, before callbacks take their hooks off.
+
+    Has to be the last of the Trainer's callbacks but for early stopping.
+
+    Args:
+        best: The callback that keeps the best validation's weights.
+        callbacks: Callbacks whose state belongs to the training's.
+
+    Attributes:
+        state: The state; None where early stopping has ended the training, or the fit was not ended.
+    """
+
+    def __init__(self, best: BestWeights, callbacks: Sequence[Callback] = ()) -> None:
+        self.state: TrainingState | None = None
+        self._best = best
+        self._callbacks = callbacks
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the state.
+
+        Raises:
+            ValueError: A callback's state cannot be kept.
+        """
+        check_states(self._callbacks)
+        if not stopped_early(trainer):
+            self.state = capture_state(trainer, pl_module, self._best, self._callbacks)
+
+
+def check_states(callbacks: Sequence[Callback]) -> None:
+    """Raise where the state of a callback cannot be kept over a pause.
+
+    Raises:
+        ValueError: Names the callback and what its state holds.
+    """
+    for callback in callbacks:
+        try:
+            flatten_state(callback.state_dict(), {})
+        except ValueError as error:
+            raise ValueError(f"{type(callback).__qualname__} cannot pause at a rung: {error}.") from None
+
+
+def capture_state(
+    trainer: Trainer, module: LightningModule, best: BestWeights, callbacks: Sequence[Callback] = ()
+) -> TrainingState:
+    """Return copies of everything that a training has changed.
+
+    Args:
+        trainer: The Trainer, between the end of training and its teardown.
+        module: What is trained.
+        best: The callback that keeps the best validation's weights.
+        callbacks: Callbacks whose state belongs to the training's.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     (optimizer,) = trainer.optimizers
     early: dict[str, Any] = {}
     if trainer.early_stopping_callback is not None:
@@ -23,28 +76,42 @@ def capture_state(trainer: Trainer, module: FineTuning, best: BestWeights) -> Tr
         early["best_score"] = float(early["best_score"])
     return TrainingState(
         step=trainer.global_step,
-        weights={name: one.detach().cpu().clone() for name, one in trainable.items()},
-        best_weights={name: one.cpu() for name, one in best.weights.items()},
+        weights={name: _copy(parameter) for name, parameter in trainable.items()},
+        best_weights={name: tensor.cpu() for name, tensor in best.weights.items()},
         best=best.best,
         best_metrics=dict(best.metrics),
         optimizer={
-            f"{name}|{entry}": value.detach().cpu().clone()
+            f"{name}|{entry}": _copy(value)
             for name, parameter in trainable.items()
             for entry, value in optimizer.state[parameter].items()
         },
         generators=generator_states(module.device),
         early_stopping=early,
+        callbacks=[_copies(callback.state_dict()) for callback in callbacks],
     )
 
 
-def restore_state(state: TrainingState, trainer: Trainer, module: FineTuning, best: BestWeights) -> None:
-    """Put everything back but the optimizer's tensors, which the module fills in when it makes it."""
-    trainable = {name: one for name, one in module.named_parameters() if one.requires_grad}
+def restore_state(
+    state: TrainingState,
+    trainer: Trainer,
+    module: FineTuning,
+    best: BestWeights,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Put everything back before a fit.
+
+    What is not put back here: the optimizer's tensors, which the module fills in when it makes the optimizer,
+    and the number of steps, which the Trainer is made with.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(state.weights[name])
-    best.weights = {name: one.to(trainable[name].device) for name, one in state.best_weights.items()}
+    best.weights = {name: tensor.to(trainable[name].device) for name, tensor in state.best_weights.items()}
     best.best, best.metrics = state.best, dict(state.best_metrics)
+    for callback, callback_state in zip(callbacks, state.callbacks, strict=True):
+        if callback_state:
+            callback.load_state_dict(_copies(callback_state))
     if trainer.early_stopping_callback is not None:
         early = dict(state.early_stopping)
         early["best_score"] = torch.tensor(early["best_score"])
@@ -52,12 +119,24 @@ def restore_state(state: TrainingState, trainer: Trainer, module: FineTuning, be
     torch.set_rng_state(state.generators["cpu"])
     if "cuda" in state.generators:
         torch.cuda.set_rng_state(state.generators["cuda"], module.device)
-    # As Lightning does it when it restores a checkpoint: callbacks see the steps of the whole training.
-    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
-    progress.optimizer.step.total.completed = state.step
 
 
 def stopped_early(trainer: Trainer) -> bool:
     """Return whether early stopping has ended the training."""
     stopping = trainer.early_stopping_callback
     return stopping is not None and stopping.wait_count >= stopping.patience
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _copies(state: Any) -> Any:
+    """Return the state of a callback with its tensors copied to the CPU."""
+    if isinstance(state, Tensor):
+        return _copy(state)
+    if isinstance(state, dict):
+        return {key: _copies(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copies(value) for value in state)
+    return state

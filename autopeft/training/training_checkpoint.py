@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Evaluation
 from autopeft.core.profiling import section
 
 _META = "autopeft"
-
-
 _GROUPS = ("weights", "best_weights", "optimizer", "generators")
+_CALLBACKS = "callbacks"
+_TENSOR = "tensor"
+_TUPLE = "tuple"
+_ITEMS = "items"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class TrainingState:
         optimizer: The optimizer's tensors, by "parameter|name".
         generators: States of the random generators, by device type.
         early_stopping: State of the early-stopping callback; empty without one.
+        callbacks: State of each of the user's callbacks.
     """
 
     step: int
@@ -45,6 +46,7 @@ class TrainingState:
     optimizer: Mapping[str, Tensor]
     generators: Mapping[str, Tensor]
     early_stopping: Mapping[str, Any]
+    callbacks: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,43 +67,86 @@ class TrainingCheckpoint:
         return self.state.step
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors; the file is there whole or not at all."""
+        """Write it as safetensors; the file is there whole or not at all.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written to.
+        """
         tensors: dict[str, Tensor] = {
-            f"{group}/{name}": tensor.contiguous()
+            f"{group}/{name}": tensor
             for group in _GROUPS
             for name, tensor in getattr(self.state, group).items()
         }
-        rest = {
+        plain = {
             "evaluation": self.evaluation.to_dict(),
             "state": {
                 "step": self.state.step,
                 "best": self.state.best,
                 "best_metrics": dict(self.state.best_metrics),
                 "early_stopping": dict(self.state.early_stopping),
+                _CALLBACKS: flatten_state(list(self.state.callbacks), tensors),
             },
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        save_file(tensors, unfinished, metadata={_META: json.dumps(rest)})
-        os.replace(unfinished, path)
+        save_tensors(path, tensors, {_META: json.dumps(plain)})
 
     @classmethod
     def load(cls, path: Path) -> TrainingCheckpoint | None:
-        """Read what `save` wrote; None where there is no such file."""
-        if not path.is_file():
+        """Read what `save` wrote; None where the file is missing or damaged."""
+        kept = load_tensors(path)
+        if kept is None:
             return None
-        groups: dict[str, Any] = {group: {} for group in _GROUPS}
-        with safe_open(path, framework="pt") as file:
-            rest = json.loads(file.metadata()[_META])
-            for key in file.keys():  # noqa: SIM118 - the handle is no mapping
-                group, _, name = key.partition("/")
-                groups[group][name] = file.get_tensor(key)
-        state = TrainingState(**rest["state"], **groups)
-        return cls(evaluation=Evaluation.from_dict(rest["evaluation"]), state=state)
+        plain = json.loads(kept[1][_META])
+        groups: dict[str, Any] = {group: {} for group in (*_GROUPS, _CALLBACKS)}
+        for key, tensor in kept[0].items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
+        callbacks = _unflatten(plain["state"].pop(_CALLBACKS), groups.pop(_CALLBACKS))
+        state = TrainingState(**plain["state"], **groups, callbacks=callbacks)
+        return cls(evaluation=Evaluation.from_dict(plain["evaluation"]), state=state)
+
+
+def flatten_state(state: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the state of a callback as plain data for JSON, and move its tensors into `tensors`.
+
+    Args:
+        state: Tensors, numbers, texts, None, and mappings (of texts), lists and tuples of these.
+        tensors: Filled with the tensors, by the names that stand in their places.
+
+    Raises:
+        ValueError: Something else is among it.
+    """
+    if isinstance(state, Tensor):
+        name = str(len(tensors))
+        tensors[f"{_CALLBACKS}/{name}"] = state
+        return {_TENSOR: name}
+    if isinstance(state, Mapping) and all(isinstance(key, str) for key in state):
+        return {_ITEMS: {key: flatten_state(value, tensors) for key, value in state.items()}}
+    if isinstance(state, tuple):
+        return {_TUPLE: [flatten_state(value, tensors) for value in state]}
+    if isinstance(state, list):
+        return [flatten_state(value, tensors) for value in state]
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise ValueError(
+        f"its state holds {state!r}, expected tensors, numbers, texts, and lists, tuples and mappings with "
+        "text keys of these"
+    )
+
+
+def _unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, list):
+        return [_unflatten(value, tensors) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if _TENSOR in plain:
+        return tensors[plain[_TENSOR]]
+    if _TUPLE in plain:
+        return tuple(_unflatten(value, tensors) for value in plain[_TUPLE])
+    return {key: _unflatten(value, tensors) for key, value in plain[_ITEMS].items()}
 
 
 class TrainingCheckpoints:
-    """One file a paused trial in a folder.
+    """One file a paused trial in a folder; a damaged one counts as missing.
 
     Args:
         folder: Made when the first trial pauses.
@@ -124,5 +169,6 @@ class TrainingCheckpoints:
         return TrainingCheckpoint.load(self._path(number))
 
     def drop(self, number: int) -> None:
-        """Delete a trial's state."""
-        self._path(number).unlink(missing_ok=True)
+        """Delete a trial's state, and what a killed process left of it unfinished."""
+        for path in self.folder.glob(f"trial-{number:05d}.*"):
+            path.unlink(missing_ok=True)

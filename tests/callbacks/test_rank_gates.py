@@ -17,6 +17,7 @@ from torch import nn
 
 from autopeft.callbacks import (
     ARDLoRA,
+    BestWeights,
     DyLoRA,
     ElaLoRA,
     IncreLoRA,
@@ -258,3 +259,20 @@ def test_scaled_losses_are_refused(kind: str, tiny_llama: ModelFactory) -> None:
     scaling = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match=r"precision 16-mixed scales: train in bf16-mixed or 32-true"):
         fit(classifier, callback_for(kind, classifier), steps=12, plugins=[scaling])
+
+
+@pytest.mark.parametrize("kind", ["elastic", "sparse", "module-scales"])
+@pytest.mark.parametrize("best_first", [True, False])
+def test_the_best_validation_comes_back_with_its_gates(
+    kind: str, best_first: bool, tiny_bert: ModelFactory
+) -> None:
+    """The largest loss stands for the best, as it falls: the best validation is not the last."""
+    classifier = lora(tiny_bert())
+    best = BestWeights("loss", "max")
+    gates = FACTORIES[kind](len(find_lora_modules(classifier)))
+    trainer = fit(classifier, *([best, gates] if best_first else [gates, best]), epochs=3)
+    assert float(trainer.callback_metrics["loss"]) < best.best
+    classifier.eval()
+    with torch.no_grad():
+        losses = [classifier.loss(batch_of(examples()[start : start + 4])) for start in range(0, 16, 4)]
+    assert float(torch.stack(losses).mean()) == pytest.approx(best.best, rel=1e-4)

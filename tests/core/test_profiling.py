@@ -33,9 +33,6 @@ class Clock:
     def thread_time(self) -> float:
         return self.now / 2
 
-    def process_time(self) -> float:
-        return 2 * self.now
-
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -45,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def seconds(profile: Profile) -> dict[str, float]:
-    return {name: one.seconds for name, one in profile.spells.items() if one.calls}
+    return {name: span.seconds for name, span in profile.spans.items() if span.calls}
 
 
 def test_a_section_has_the_time_that_none_inside_it_takes(clock: Clock) -> None:
@@ -62,7 +59,7 @@ def test_a_section_has_the_time_that_none_inside_it_takes(clock: Clock) -> None:
         count()
         clock.now += 16
     assert seconds(profile) == {"other": 17, "attach": 6, "count": 16}
-    assert profile.spells["count"] == TimeSpan(16, 8, 2)
+    assert profile.spans["count"] == TimeSpan(16, 8, 2)
     clock.now += 32
     assert seconds(profile)["other"] == 17
 
@@ -74,7 +71,7 @@ def test_a_report_of_a_running_profile_counts_up_to_now(clock: Clock) -> None:
         clock.now += 3
     assert report.seconds == 3
     assert report.sections["log"] == TimeSpan(3, 1.5, 1)
-    assert report.other_threads == 6 - 1.5 - 0.5
+    assert report.mlflow == TimeSpan(1, 0.5, 4)
 
 
 def test_recursion_and_exceptions_leave_the_right_section(clock: Clock) -> None:
@@ -141,7 +138,7 @@ def test_lightnings_actions_are_those_of_the_installed_version() -> None:
         evaluator.train(configuration)
         assert len(profile._stack) == 1
     steps = 2 * 48 // 8
-    calls = {name: one.calls for name, one in profile.spells.items()}
+    calls = {name: span.calls for name, span in profile.spans.items()}
     assert calls["forward"] == calls["backward"] == steps
     # The step, gradients clipped and freed, and the learning rate.
     assert calls["optimizer"] == 4 * steps
@@ -149,7 +146,7 @@ def test_lightnings_actions_are_those_of_the_installed_version() -> None:
     assert calls["evaluate"] > 0
     assert calls["set-up"] == calls["count"] == 1
     assert calls["attach"] == 2
-    spent = {name for name, one in profile.spells.items() if one.seconds > 0}
+    spent = {name for name, span in profile.spans.items() if span.seconds > 0}
     assert {"trainer", "forward", "backward", "optimizer", "evaluate", "data", "set-up"} <= spent
 
 
@@ -201,7 +198,7 @@ def test_a_profiled_search_is_the_same_search_and_says_where_its_time_went(
     kept = json.loads((search.folder / PROFILE_FOLDER / "profile.json").read_text())
     assert kept["sections"].keys() == SECTIONS.keys()
     assert kept["trainings"] == 3
-    assert kept["seconds"] == pytest.approx(sum(one["seconds"] for one in kept["sections"].values()))
+    assert kept["seconds"] == pytest.approx(sum(span["seconds"] for span in kept["sections"].values()))
     assert kept["sections"]["forward"]["calls"] == 3 * 48 // 8
     assert kept["sections"]["record"]["seconds"] > 0
     assert kept["sections"]["log"]["seconds"] > 0
@@ -211,7 +208,7 @@ def test_a_profiled_search_is_the_same_search_and_says_where_its_time_went(
     client = MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'autopeft'")
     (parent,) = client.search_runs([experiment.experiment_id], "params.`search.seed` = '0'")
-    logged = {one.path for one in client.list_artifacts(parent.info.run_id, PROFILE_FOLDER)}
+    logged = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, PROFILE_FOLDER)}
     assert logged == {"profile/profile.json", "profile/profile.txt"}
 
 

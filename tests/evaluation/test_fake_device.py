@@ -28,7 +28,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import compute_scores
 from autopeft.sensitivity.gradient_scores import BATCH_SCORES
 from autopeft.sensitivity.scored_matrices import Subject
-from autopeft.training.settings import FineTuning
+from autopeft.training.module import FineTuning
 from autopeft.training.trainer_state import capture_state, restore_state
 from autopeft.training.training_checkpoint import TrainingCheckpoint
 from tests.learnable import tiny_evaluator

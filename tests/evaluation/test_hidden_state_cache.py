@@ -205,7 +205,7 @@ def test_the_acquisition_is_told_what_is_served(tmp_path: Path) -> None:
     assert [cached.prefixes.is_served(cut) for cut in (0, 1, 2)] == [False, True, True]
     assert not evaluator_of(backbone, tmp_path, mode="eval").prefixes.is_served(2)
     assert not evaluator_of(backbone, None).prefixes.is_served(2)
-    assert not evaluator_of(backbone, tmp_path, prefix_cache="1 KiB").prefixes.is_served(2)
+    assert not evaluator_of(backbone, tmp_path, hidden_state_cache="1 KiB").prefixes.is_served(2)
 
 
 def test_their_size_is_said_beforehand(tmp_path: Path) -> None:
@@ -268,7 +268,9 @@ def test_full_fine_tuning_is_trained_as_ever(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"prefix_cache": "1 KiB"}, {"max_steps": 1, "epochs": 1}], ids=["does not fit", "too short"]
+    "settings",
+    [{"hidden_state_cache": "1 KiB"}, {"max_steps": 1, "epochs": 1}],
+    ids=["does not fit", "too short"],
 )
 def test_what_does_not_pay_or_fit_is_not_kept(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -357,5 +359,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="'cached'"):
         Training(frozen_blocks="cache")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="GiX"):
-        Training(prefix_cache="8 GiX")
-    assert Training(prefix_cache="8 GiB") == Training(prefix_cache="1 GiB")  # nothing a result depends on
+        Training(hidden_state_cache="8 GiX")
+    assert Training(hidden_state_cache="8 GiB") == Training(
+        hidden_state_cache="1 GiB"
+    )  # nothing a result depends on

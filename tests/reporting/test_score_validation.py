@@ -55,7 +55,8 @@ def test_the_score_that_decides_comes_first_with_honest_intervals() -> None:
     assert check.trials == 40
     best = check.correlations[0]
     assert (best.score, best.control) == ("gora", False)
-    assert {one.score for one in check.correlations if one.control} == {"uniform", "trainable_parameters"}
+    controls = {each.score for each in check.correlations if each.control}
+    assert controls == {"random", "uniform", "trainable_parameters"}
     implied = [implied_quality(one.evaluation.configuration, RISING) for one in records]
     trained = [one.evaluation.values["accuracy"] for one in records]
     assert best.spearman == pytest.approx(stats.spearmanr(implied, trained).statistic)
@@ -63,6 +64,44 @@ def test_the_score_that_decides_comes_first_with_honest_intervals() -> None:
     for one in check.correlations:
         assert -1 <= one.spearman_low < one.spearman < one.spearman_high <= 1
         assert -1 <= one.kendall_low < one.kendall < one.kendall_high <= 1
+
+
+def test_a_score_that_only_counts_parameters_adds_nothing_to_their_number() -> None:
+    """Random scores rank trials well where only size matters; given the number of parameters they do not."""
+    generator = random.Random(1)
+    records = []
+    for number in range(200):
+        chosen = generator.sample(SITES, generator.randint(1, len(SITES)))
+        size = generator.choice((1, 4, 16))
+        configuration = Configuration({site: Adapter("lora", size) for site in chosen})
+        record = completed(number, configuration, generator)
+        parameters = float(size * len(chosen))
+        values = {
+            **record.evaluation.values,
+            "trainable_parameters": parameters,
+            "accuracy": math.log(parameters) / 9 + generator.gauss(0, 0.05),
+        }
+        records.append(replace(record, evaluation=replace(record.evaluation, values=values)))
+    found = {each.score: each for each in check_scores(records, {"gora": RISING}, OBJECTIVES[0]).correlations}
+    assert found["random"].control
+    assert found["uniform"].control
+    for name in ("gora", "random", "uniform"):
+        assert found[name].spearman > 0.6
+        assert abs(found[name].partial) < 0.35
+        assert found[name].partial_low < found[name].partial < found[name].partial_high
+    assert found["trainable_parameters"].partial == 0
+    # The correlation of what the ranks have left once those of the number of parameters are taken out.
+    columns = [
+        [implied_quality(record.evaluation.configuration, RISING) for record in records],
+        [record.evaluation.values["accuracy"] for record in records],
+    ]
+    given = stats.rankdata([record.evaluation.values["trainable_parameters"] for record in records])
+    left = []
+    for column in columns:
+        ranks = stats.rankdata(column)
+        line = stats.linregress(given, ranks)
+        left.append(ranks - line.slope * given)
+    assert found["gora"].partial == pytest.approx(stats.pearsonr(*left).statistic)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -92,7 +131,7 @@ def test_a_constant_score_correlates_with_nothing() -> None:
 def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     space = PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8))
-    search = tiny_search(tmp_path / "runs", space=space, tracking=uri)
+    search = tiny_search(tmp_path / "runs", space=space, tracking=uri, score_check=True)
     search.run(trials=11, progress=False)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("autopeft")
@@ -101,8 +140,13 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     paths = {one.path for one in client.list_artifacts(parents[0].info.run_id, "sensitivity")}
     assert {"sensitivity/heatmap.html", "sensitivity/score_check.png", "sensitivity/score_check.csv"} <= paths
     check = search.check_scores(("gora", "uniform"))
-    assert {one.score for one in check.correlations} == {"gora", "uniform", "trainable_parameters"}
-    assert "95 % interval" in repr(check)
+    assert {each.score for each in check.correlations} == {
+        "gora",
+        "uniform",
+        "random",
+        "trainable_parameters",
+    }
+    assert "95 % intervals" in repr(check)
     saved = check.save(tmp_path / "check")
     assert "gora" in saved[0].read_text(encoding="utf-8")
     with Image.open(saved[1]) as picture:
@@ -112,7 +156,7 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
 def test_what_goes_wrong_in_it_does_not_end_a_search(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)))
+    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)), score_check=True)
     (tmp_path / "scores").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger="autopeft"):
         front = search.run(trials=10, progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import resource
 from typing import Any
@@ -210,6 +211,34 @@ def test_a_disk_without_room_for_mean_gradients_is_an_error() -> None:
             compute_scores(tiny_backbone("bert"), labelled_batches(1), cross_entropy, ["gora"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_mean_gradients_keep_within_their_budget(
+    architecture: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, batches = tiny_backbone(architecture), labelled_batches(2)
+    names = ["gora", "gradient_norm", "gradient_spectrum", "explained_variance"]
+    whole = compute_scores(backbone, batches, cross_entropy, names)
+    written: list[int] = []
+    memmap = np.memmap
+
+    def watched(file: Any, *, shape: tuple[int], **options: Any) -> Any:
+        written.append(4 * shape[0])
+        return memmap(file, shape=shape, **options)
+
+    monkeypatch.setattr(np, "memmap", watched)
+    sizes = [4 * shape.in_features * shape.out_features for shape in map(backbone.shape, scored(backbone))]
+    budget = max(sizes) + min(sizes)
+    with caplog.at_level(logging.INFO, logger="autopeft"):
+        options = ScoreOptions(mean_gradient_budget=budget)
+        assert compute_scores(backbone, batches, cross_entropy, names, options=options) == whole
+    assert max(written) <= budget < sum(sizes) == sum(written)
+    assert f"{len(written)} passes over the batches" in caplog.text
+    with pytest.raises(ValueError, match=r"'grasp' needs the mean gradients of all sites at once, .* MiB"):
+        compute_scores(backbone, batches, cross_entropy, ["grasp"], options=options)
+    with pytest.raises(ValueError, match="GiX"):
+        ScoreOptions(mean_gradient_budget="2 GiX")
 
 
 def test_unknown_precision() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def test_only_the_wanted_are_kept_and_what_was_unfinished_goes(tmp_path: Path) -
     checkpoints = AdapterCheckpoints(tmp_path)
     for number in range(4):
         checkpoints.save(number, STATE, 5)
-    (tmp_path / "trial-00009.part").write_bytes(b"half")
+    (tmp_path / "trial-00009.77.part").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("not ours")
     checkpoints.keep_only({1, 3, 100_000})
     assert names(tmp_path) == ["notes.txt", "trial-00001.safetensors", "trial-00003.safetensors"]
@@ -62,12 +64,16 @@ def test_nothing_saved_yet_is_nothing_to_delete(tmp_path: Path) -> None:
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     checkpoints = AdapterCheckpoints(tmp_path)
     checkpoints.save(2, STATE, 5)
-    (tmp_path / "trial-00002.part").mkdir()  # stands where the new file would be written
-    with pytest.raises(Exception, match=r"trial-00002|directory"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"trial-00002.safetensors cannot be written: No space left"):
         checkpoints.save(2, {"other": torch.zeros(1)}, 5)
+    assert names(tmp_path) == ["trial-00002.safetensors"]
     found = checkpoints.load(2)
     assert found is not None
     assert found.keys() == STATE.keys()

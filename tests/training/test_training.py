@@ -15,7 +15,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from autopeft.core.evaluation import VALIDATION_LOSS
-from autopeft.training.settings import FineTuning, ResidentStrategy, Training, build_trainer, quiet_lightning
+from autopeft.training.module import FineTuning
+from autopeft.training.settings import Training
+from autopeft.training.trainer import ResidentStrategy, build_trainer, quiet_lightning
 
 
 class Model(nn.Module):

@@ -87,7 +87,7 @@ class HiddenStateCache:
         self._trainings = expected_trainings(None, len(backbone.blocks))
         self._files: HiddenStateFiles | None = None
         if training.frozen_blocks == "cached" and folder is not None:
-            self._files = HiddenStateFiles(folder, int(parse_quantity(training.prefix_cache, "bytes")))
+            self._files = HiddenStateFiles(folder, int(parse_quantity(training.hidden_state_cache, "bytes")))
             # Before anything is attached: a fingerprint of the adapters too would fit nothing else.
             settings = backbone.model.config.to_json_string(use_diff=False)
             place_and_precision = f"{self.device.type} {training.resolved_precision()}"

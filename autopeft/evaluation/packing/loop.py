@@ -29,7 +29,8 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import Batch, Task, TaskData
 from autopeft.tasks.batch import LABELS
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.settings import FineTuning, Training
+from autopeft.training.module import FineTuning
+from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingState
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
 

@@ -32,7 +32,7 @@ from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.settings import FineTuning, names_in_training
+from autopeft.training.module import FineTuning, names_in_training
 
 __all__ = ["PackedTrainer", "PackingError", "packing_gain", "worthwhile_packs"]
 
@@ -204,6 +204,10 @@ class PackedTrainer:
         Raises:
             PackingError: They do not, or the model cannot be packed at all.
         """
+        if self.evaluator.training.callbacks:
+            raise PackingError(
+                "Training(callbacks=...) reaches only trials that are trained alone: use pack_size=1."
+            )
         self._candidates(configurations, [None] * len(configurations), self.evaluator.seed)
 
     def _admit(

@@ -33,7 +33,8 @@ from autopeft.evaluation.run import interrupts_stay_interrupts
 from autopeft.evaluation.supernet.nested_ranks import PerRowRanks, SandwichRankSampler
 from autopeft.methods import attach
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.settings import FineTuning, build_trainer, dismantle, quiet_lightning
+from autopeft.training.module import FineTuning
+from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
 
 METHOD = "lora"

@@ -57,8 +57,8 @@ class Allocator:
 
 ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
     {
-        one.name: one
-        for one in (
+        each.name: each
+        for each in (
             Allocator(rule=proportional, evidence="scores"),
             Allocator(rule=gora, evidence="scores"),
             Allocator(rule=fisher, evidence="scores"),

@@ -1,0 +1,141 @@
+"""The LightningModule that trains a candidate with AdamW, linear warm-up and linear decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+
+from autopeft.core.evaluation import VALIDATION_LOSS
+from autopeft.tasks import Task
+from autopeft.tasks.batch import LABELS, model_inputs
+
+Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
+"""Returns the context in which the forward pass of a batch runs."""
+
+
+class FineTuning(LightningModule):
+    """Train whatever requires gradients in a model with a task head.
+
+    Args:
+        model: Returns an object with `logits`, of shape (batch, labels), for the batch's tensors.
+        task: Gives the loss and the metrics.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay.
+        warmup_share: Share of the steps with a rising learning rate.
+        total_steps: Steps after which the learning rate is 0.
+        first_step: Steps already taken.
+        optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
+        serve: Gives the context in which a batch's forward pass runs, as `TrialHiddenStates.serve` does.
+        metrics: The task's, which are reset; None to make new ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_share: float,
+        total_steps: int,
+        first_step: int = 0,
+        optimizer_state: Mapping[str, Tensor] | None = None,
+        serve: Serve = nullcontext,
+        metrics: MetricCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = math.ceil(warmup_share * total_steps)
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.serve = serve
+        self.optimizer_state = optimizer_state or {}
+        self.metrics = task.metric_collection() if metrics is None else metrics
+        self.metrics.reset()  # a training that failed may have left rows
+        self._validated: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, of shape (batch, labels)."""
+        with self.serve(batch):
+            logits: Tensor = self.model(**model_inputs(batch)).logits
+        return logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Return the loss of one batch."""
+        return self.task.loss(self(batch), batch[LABELS])
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Add one batch to the metrics and the loss."""
+        self.add_validated(self(batch), batch[LABELS])
+
+    def add_validated(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (rows, labels) of one validation batch to the metrics and the loss."""
+        self.metrics.update(logits, labels)
+        self._validated.append((logits, labels))
+
+    def take_validated(self) -> dict[str, Tensor]:
+        """Return the metrics and the loss of all rows that were added, by name, and forget these.
+
+        The loss is that of all rows at once: with class weights, batches' losses have no simple mean.
+        """
+        logits, labels = map(torch.cat, zip(*self._validated, strict=True))
+        found = {**self.metrics.compute(), VALIDATION_LOSS: self.task.loss(logits, labels)}
+        self.metrics.reset()
+        self._validated = []
+        return found
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics and the loss under their names."""
+        self.log_dict(self.take_validated())
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Add one batch to the metrics."""
+        self.metrics.update(self(batch), batch[LABELS])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics under their names."""
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over the trainable parameters, with linear warm-up and decay a step."""
+        trainable = {
+            name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad
+        }
+        optimizer = torch.optim.AdamW(
+            trainable.values(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        for key, tensor in self.optimizer_state.items():
+            name, _, entry = key.rpartition("|")
+            parameter = trainable[name]
+            # AdamW counts steps on the CPU.
+            device = tensor.device if entry == "step" else parameter.device
+            optimizer.state[parameter][entry] = tensor.to(device, copy=True)
+        scheduler = LambdaLR(optimizer, self._learning_rate_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _learning_rate_factor(self, step: int) -> float:
+        step += self.first_step
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return max(0.0, (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps))
+
+
+def names_in_training(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Map the names in `parameters` to the names that a `FineTuning` of the model has for them."""
+    names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
+    return {name: names[id(parameter)] for name, parameter in parameters.items()}

@@ -1,0 +1,83 @@
+"""Callbacks that a user passes to `Training`: made anew for each trial, and part of a search's identity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch import Callback
+from torch import nn
+
+CallbackSource = Callback | Callable[[], Callback]
+"""An instance, copied for each trial, or a function that makes one; a class without arguments is one."""
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A callback that can act on some models only, as those do that need LoRA layers."""
+
+    def applies_to(self, module: nn.Module) -> bool:
+        """Return whether the callback has something to act on."""
+
+
+def check_sources(sources: object) -> tuple[CallbackSource, ...]:
+    """Return what was passed as callbacks as a tuple.
+
+    Raises:
+        ValueError: It is no sequence of callbacks and functions that make them.
+    """
+    if isinstance(sources, str) or not isinstance(sources, Sequence):
+        raise ValueError(
+            "callbacks is a list of Lightning callbacks, or of functions that make one for each trial, got "
+            f"{sources!r}."
+        )
+    for source in sources:
+        if not isinstance(source, Callback) and not callable(source):
+            raise ValueError(
+                "Each of the callbacks is a lightning.pytorch.Callback or a function that makes one for each "
+                f"trial, got {source!r}."
+            )
+    return tuple(sources)
+
+
+def new_callbacks(sources: Sequence[CallbackSource], module: nn.Module | None = None) -> list[Callback]:
+    """Make the callbacks of one trial.
+
+    Args:
+        sources: Instances, which are copied, and functions, which are called.
+        module: What is trained: callbacks with nothing to act on are left out (see `Selective`); None
+            for all.
+
+    Raises:
+        ValueError: A function returned something else than a callback.
+    """
+    made = [
+        copy.deepcopy(source) if isinstance(source, Callback) else _checked(source()) for source in sources
+    ]
+    return [
+        callback
+        for callback in made
+        if module is None or not isinstance(callback, Selective) or callback.applies_to(module)
+    ]
+
+
+def _checked(made: object) -> Callback:
+    if not isinstance(made, Callback):
+        raise ValueError(
+            f"A function among the callbacks returned {made!r}, expected a lightning.pytorch.Callback."
+        )
+    return made
+
+
+def describe_callback(callback: Callback) -> str:
+    """Return a callback's class and public attributes, as in "LISA(active=(), count=2, ...)".
+
+    Attributes whose text holds an address are described by their class.
+    """
+    settings = []
+    for name, value in sorted(vars(callback).items()):
+        if not name.startswith("_"):
+            text = repr(value)
+            settings.append(f"{name}={type(value).__qualname__ if ' at 0x' in text else text}")
+    return f"{type(callback).__qualname__}({', '.join(settings)})"

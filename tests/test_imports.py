@@ -29,9 +29,6 @@ PRIVATE: Mapping[str, str] = MappingProxyType(
 )
 """Private names of other packages that may be imported, with the reason why there is no public way."""
 
-BEING_REMOVED = ("optimization/", "search_loop.py: optuna")
-"""Where Optuna's private names are still used."""
-
 CIRCLES = (
     {"autopeft.evaluation.evaluator", "autopeft.evaluation.run"},
     {"autopeft.optimization.proposer", "autopeft.search", "autopeft.search_identity", "autopeft.search_loop"},
@@ -143,7 +140,6 @@ def test_no_private_name_of_another_package_is_used() -> None:
         for path in modules().values()
         for name in private_names(tree(path))
     }
-    found = {use for use in found if not use.startswith(BEING_REMOVED)}
     assert found == PRIVATE.keys(), "Use a public name, or give the reason here why there is none."
     assert len(PRIVATE) <= MOST_PRIVATE
     assert not any("optuna" in name for name in PRIVATE)

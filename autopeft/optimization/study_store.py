@@ -14,6 +14,7 @@ import copy
 import fcntl
 import json
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -184,6 +185,13 @@ class StudyStore:
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
         self._saved.set_user_attr(f"autopeft:{name}", value)
+
+    @property
+    def study_id(self) -> str:
+        """A random id that tells this study from others with the same name and settings."""
+        if "autopeft:study_id" not in self._saved.user_attrs:
+            self.set_attribute("study_id", uuid.uuid4().hex)
+        return str(self._saved.user_attrs["autopeft:study_id"])
 
     @section("record")
     def save(self, records: Sequence[TrialRecord]) -> None:

@@ -19,6 +19,7 @@ from autopeft.core.pareto import Axis
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.mlflow.tracking_uri import redact
 
 if TYPE_CHECKING:
     from autopeft.yaml_config import SearchConfig
@@ -207,7 +208,10 @@ def _remember(loaded: SearchConfig) -> None:
         return
     try:
         place.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dict(loaded.settings), sort_keys=False)
+        settings = dict(loaded.settings)
+        if settings.get("tracking") is not None:  # nothing that is made from this file needs its password
+            settings["tracking"] = redact(settings["tracking"])
+        text = yaml.safe_dump(settings, sort_keys=False)
         (place / _SETTINGS_FILE).write_text(text)
     except OSError as error:
         raise ValueError(f"The search cannot be kept in {place}: {error.strerror}.") from error

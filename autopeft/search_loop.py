@@ -23,6 +23,7 @@ from autopeft.optimization.stop_rules import is_exhausted, raise_if_hopeless
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.reporting.score_validation import FEWEST_TRIALS, check_scores
 from autopeft.reporting.search_profile import record_profile
 from autopeft.search_identity import environment
@@ -137,8 +138,8 @@ class SearchLoop:
                 search.tracking,
                 experiment=search.experiment,
                 search_name=search.name,
+                study_id=self.store.study_id,
                 objectives=search.objectives,
-                **({"ui_url": search.tracking} if search.tracking.startswith("http") else {}),
             )
             self.tracker.start(
                 note=search.describe(),
@@ -364,6 +365,6 @@ class SearchLoop:
         if self.tracker is None:
             return
         self.progress.say(f"MLflow: {self.tracker.link}")
-        uri = str(self.search.tracking)
+        uri = redact(str(self.search.tracking))
         if not uri.startswith("http"):
             self.progress.say(f"        (served by: autopeft ui --tracking {uri})")

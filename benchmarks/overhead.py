@@ -40,7 +40,7 @@ from autopeft.methods import Attachment
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import wide_console
-from autopeft.reporting.mlflow.write_queue import BackgroundWriter
+from autopeft.reporting.mlflow.worker import Worker
 from autopeft.search_loop import SearchLoop
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
@@ -103,7 +103,7 @@ class Overhead:
         self.processor: list[float] = []
         self.trials = trials
         stopwatch = Stopwatch()
-        step, work = SearchLoop._step, BackgroundWriter._work
+        step, work = SearchLoop._step, Worker._work
 
         def timed_step(loop: SearchLoop, *arguments: Any) -> Any:
             wall, processor = clocks()
@@ -117,13 +117,13 @@ class Overhead:
             wall, processor = time.perf_counter(), time.process_time()
             return wall - stopwatch.wall[SPARED], processor - stopwatch.seconds[SPARED]
 
-        def timed_work(writer: BackgroundWriter) -> None:
-            work(writer)
+        def timed_work(worker: Worker) -> None:
+            work(worker)
             stopwatch.seconds[WRITE] = time.thread_time()
 
         with (
             patch.object(SearchLoop, "_step", timed_step),
-            patch.object(BackgroundWriter, "_work", timed_work),
+            patch.object(Worker, "_work", timed_work),
             stopwatch.watching(PLACES),
         ):
             wall, processor = clocks()

@@ -11,12 +11,14 @@ from typing import Any
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-# How many points each scatter chart on the page has drawn.
+# What each chart on the page has drawn: axes, number of points, and of each its place and colour.
 DRAWN_POINTS = """
 return Array.from(document.querySelectorAll('.js-plotly-plot')).map(plot => ({
     x: plot.layout?.xaxis?.title?.text ?? plot.layout?.xaxis?.title,
     y: plot.layout?.yaxis?.title?.text ?? plot.layout?.yaxis?.title,
     points: (plot.data ?? []).reduce((sum, trace) => sum + (trace.x?.length ?? 0), 0),
+    marks: (plot.data ?? []).flatMap(trace =>
+        Array.from(trace.x ?? [], (x, index) => [x, trace.y?.[index], trace.marker?.color?.[index]])),
 }));
 """
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
 
-from autopeft.reporting.front_plots import front_figure
+from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, front_figure
 from autopeft.reporting.html_page import save_html_page
 from autopeft.reporting.mlflow.server import MlflowServer
 from autopeft.reporting.mlflow.tracker import Tracker
@@ -32,7 +33,12 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with MlflowServer(uri, 5123) as server:
         tracker = Tracker(
-            uri, experiment="autopeft", search_name="shown", objectives=OBJECTIVES, ui_url=server.url
+            uri,
+            experiment="autopeft",
+            search_name="shown",
+            study_id="a",
+            objectives=OBJECTIVES,
+            ui_url=server.url,
         )
         tracker.start(note="a search", identity=IDENTITY, records=())
         for record in records:
@@ -44,15 +50,28 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         assert tracker.failures == 0
 
         browser.get(tracker.link)
-        costs = {"trainable_parameters", "peak_memory"}
+        costs = {"log10_trainable_parameters", "log10_peak_memory"}
         charts = wait_for(
             browser,
             DRAWN_POINTS,
-            lambda found: costs <= {one["x"] for one in found if one["points"] == len(complete)},
+            lambda found: costs <= {chart["x"] for chart in found if chart["points"] == len(complete)},
         )
         # The front comes first, before the charts that the UI adds of its own.
-        assert {one["x"] for one in charts[:2]} == costs
-        assert {one["y"] for one in charts[:2]} == {"accuracy"}
+        assert {chart["x"] for chart in charts[:2]} == costs
+        assert {chart["y"] for chart in charts[:2]} == {"accuracy"}
+        # Front members stand out, and each stands where its trial is.
+        for chart, cost in ((chart, chart["x"].removeprefix("log10_")) for chart in charts[:2]):
+            on_front = {
+                (round(x, 6), round(y, 6))
+                for x, y, colour in chart["marks"]
+                if colour.lower() == FRONT_COLOUR.lower()
+            }
+            values = [records[number].evaluation.values for number in members]
+            assert on_front == {(round(math.log10(at[cost]), 6), round(at["accuracy"], 6)) for at in values}
+            assert {colour.lower() for *_, colour in chart["marks"]} == {
+                FRONT_COLOUR.lower(),
+                OTHER_COLOUR.lower(),
+            }
 
 
 def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:

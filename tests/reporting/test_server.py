@@ -45,7 +45,7 @@ def test_the_link_is_printed_and_the_server_ends_with_the_command(
     end: signal.Signals, busy_port: int, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker(uri, experiment="autopeft", search_name="shown", objectives=OBJECTIVES)
+    tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)
     tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
     tracker.publish_front(synthetic_records(2), [1])
     tracker.finish("FINISHED")
@@ -69,7 +69,7 @@ def test_the_link_is_printed_and_the_server_ends_with_the_command(
 
 def test_a_server_is_its_own_ui(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker(uri, experiment="autopeft", search_name="shown", objectives=OBJECTIVES)
+    tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)
     tracker.start(note="", identity=IDENTITY, records=())
     tracker.finish("FINISHED")
     with MlflowServer(uri) as server:

@@ -1,10 +1,10 @@
-"""When a trial's run is shown in MLflow as running."""
+"""Which runs of trials MLflow shows while a search runs."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,9 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from autopeft.core.evaluation import TrialRecord
-from autopeft.reporting.mlflow.run_backends import FinishedRun
-from autopeft.reporting.mlflow.run_content import finished_run
-from autopeft.reporting.mlflow.tracker import SHOW
+from autopeft.reporting.mlflow.run_writer import RunWriter
 from tests.records import IDENTITY, synthetic_records
 from tests.reporting.test_tracker import make, numbers, trial_runs
 
@@ -25,20 +23,16 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def test_trials_are_shown_as_running_once_they_have_run_for_a_second(
-    uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_are_shown_as_running(uri: str) -> None:
     """Two that are trained together."""
     records = synthetic_records(2)
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._SHOW_AFTER_SECONDS", 0.2)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
     before = int(1000 * time.time())
-    tracker.trials_started({one.number: one.evaluation.configuration for one in records})
+    tracker.trials_started({record.number: record.evaluation.configuration for record in records})
     after = int(1000 * time.time())
-    deadline = time.monotonic() + 20
-    while len(runs := trial_runs(uri)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    tracker.flush(20)
+    runs = trial_runs(uri)
     assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
     assert all(before <= run.info.start_time <= after for run in runs)
     for record in records:
@@ -47,88 +41,45 @@ def test_trials_are_shown_as_running_once_they_have_run_for_a_second(
     assert {run.info.run_id for run in trial_runs(uri)} == {run.info.run_id for run in runs}
 
 
-def test_a_quick_trial_is_written_in_one_piece(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (record,) = synthetic_records(1)
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._SHOW_AFTER_SECONDS", 20.0)
-    tracker = make(uri)
-    tracker.start(note="", identity=IDENTITY, records=())
-    with patch.object(tracker._trial_runs, "start") as start:
-        tracker.trials_started({0: record.evaluation.configuration})
-        time.sleep(0.3)  # the thread has seen it
-        tracker.trial_finished(record)
-        tracker.finish("FINISHED")
-    assert not start.called
-    assert [run.info.status for run in trial_runs(uri)] == ["FINISHED"]
-
-
-def test_a_trial_that_could_not_be_shown_is_shown_at_the_next_attempt(uri: str) -> None:
+def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_at_the_next_call(uri: str) -> None:
     (record,) = synthetic_records(1)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    start = tracker._trial_runs.start
-    with patch.object(tracker._trial_runs, "start", side_effect=[OSError("busy"), "run"]) as failing:
-        tracker.trials_started({0: record.evaluation.configuration})
-        tracker.flush(20)
-    assert failing.call_count == 2
-    assert (tracker._runs, tracker.failures) == ({0: "run"}, 0)
-    tracker._runs[0] = start("trial", {}, started=0)
+    tracker.trials_started({0: record.evaluation.configuration})
+    tracker.finish("KILLED")
+    assert tracker.failures == 0
+    (before,) = trial_runs(uri)
+    assert before.info.status == "KILLED"
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
     tracker.trial_finished(record)
     tracker.finish("FINISHED")
+    (after,) = trial_runs(uri)
+    assert (after.info.run_id, after.info.status) == (before.info.run_id, "FINISHED")
 
 
-def test_an_interrupted_trial_is_not_shown_after_the_end(uri: str) -> None:
-    (record,) = synthetic_records(1)
-    tracker = make(uri)
-    tracker.start(note="", identity=IDENTITY, records=())
-
-    def comes_due(_: Path) -> None:
-        assert tracker._writer.ending.wait(20)
-        tracker._writer.call_now(SHOW)
-
-    tracker.trials_started({0: record.evaluation.configuration})
-    tracker.log_report(comes_due, "late")
-    tracker.finish("KILLED")
-    assert trial_runs(uri) == []
-    assert tracker.failures == 0
-
-
-def test_quick_trials_share_a_transaction(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_ends_when_it_ended_and_not_when_it_is_written(uri: str) -> None:
     records = synthetic_records(6)
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._GATHER_SECONDS", 20.0)
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._MOST_GATHERED", 4)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    times = [int(1000 * time.time())]
-    with patch.object(tracker._trial_runs, "finish", wraps=tracker._trial_runs.finish) as finish:
-        for record in records:
-            tracker.trial_finished(record)
-            times.append(int(1000 * time.time()))
-            time.sleep(0.01)
-        tracker.finish("FINISHED")
-    assert [len(call.args[0]) for call in finish.call_args_list] == [4, 2]
+    tracker._put(partial(time.sleep, 0.5))
+    moments = []
+    for record in records:
+        before = int(1000 * time.time())
+        tracker.trial_finished(record)
+        moments.append((before, int(1000 * time.time())))
+        time.sleep(0.01)
+    tracker.finish("FINISHED")
     runs = {int(run.data.tags["autopeft.trial"]): run.info for run in trial_runs(uri)}
-    for record, (before, after) in zip(records, pairwise(times), strict=True):  # not when they were written
+    for record, (before, after) in zip(records, moments, strict=True):
         info = runs[record.number]
         assert before <= info.end_time <= after
         assert info.start_time == info.end_time - int(1000 * record.evaluation.cost.wall_seconds)
     assert tracker.failures == 0
 
 
-def test_a_trial_is_there_a_second_after_it_is_over(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._GATHER_SECONDS", 0.2)
-    tracker = make(uri)
-    tracker.start(note="", identity=IDENTITY, records=())
-    for record in synthetic_records(2):
-        tracker.trial_finished(record)
-    deadline = time.monotonic() + 20
-    while len(trial_runs(uri)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert numbers(trial_runs(uri)) == [0, 1]
-    tracker.finish("FINISHED")
-
-
-def test_a_trial_that_goes_on_within_a_second_has_one_run(uri: str) -> None:
-    record = next(one for one in synthetic_records(20) if len(one.evaluation.curves) > 1)
+def test_a_trial_that_goes_on_at_once_has_one_run(uri: str) -> None:
+    record = next(record for record in synthetic_records(20) if len(record.evaluation.curves) > 1)
     curves = record.evaluation.curves
     at_rung = replace(record.evaluation, status="paused", reason="at a rung", curves=curves[:1])
     paused = replace(record, evaluation=at_rung)
@@ -141,19 +92,21 @@ def test_a_trial_that_goes_on_within_a_second_has_one_run(uri: str) -> None:
     assert run.info.status == "FINISHED"
     name = f"curve/{curves[0].metric}"
     history = MlflowClient(uri).get_metric_history(run.info.run_id, name)
-    expected = [(one.step, one.value) for one in curves if one.metric == curves[0].metric]
-    assert sorted((one.step, one.value) for one in history) == expected
+    expected = [(point.step, point.value) for point in curves if point.metric == curves[0].metric]
+    assert sorted((metric.step, metric.value) for metric in history) == expected
 
 
 def test_a_trial_that_cannot_be_written_takes_no_other_with_it(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(parent: str, record: TrialRecord, **options: Any) -> FinishedRun:
-        run = finished_run(parent, record, **options)
-        return replace(run, params={"": None}) if record.number == 1 else run  # type: ignore[dict-item]
+    finish = RunWriter.finish
 
-    monkeypatch.setattr("autopeft.reporting.mlflow.write_queue.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("autopeft.reporting.mlflow.tracker.finished_run", broken)
+    def broken(writer: RunWriter, record: TrialRecord, *arguments: Any) -> None:
+        if record.number == 1:
+            raise ValueError("broken")
+        finish(writer, record, *arguments)
+
+    monkeypatch.setattr(RunWriter, "finish", broken)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
     for record in synthetic_records(3):
@@ -168,15 +121,14 @@ def test_the_front_may_change_while_a_trial_is_written(uri: str) -> None:
     first, second = synthetic_records(2)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    write = tracker._trial_runs.finish
+    write = tracker._runs.finish
 
-    def slowly(runs: Any) -> list[str]:
-        ids = write(runs)
+    def slowly(record: TrialRecord, *arguments: Any) -> None:
+        write(record, *arguments)
         tracker.front_changed([second.number])
-        return ids
 
     tracker.front_changed([first.number])
-    with patch.object(tracker._trial_runs, "finish", slowly):
+    with patch.object(tracker._runs, "finish", slowly):
         for record in (first, second):
             tracker.trial_finished(record)
         tracker.finish("FINISHED")

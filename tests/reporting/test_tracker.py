@@ -36,8 +36,9 @@ def uri(empty_store: Path, tmp_path: Path) -> str:
     return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
 
 
-def make(uri: str, name: str = "one") -> Tracker:
-    return Tracker(uri, experiment="autopeft", search_name=name, objectives=OBJECTIVES)
+def make(uri: str, name: str = "one", study_id: str | None = None) -> Tracker:
+    study = study_id or f"study of {name.replace(chr(39), chr(32))}"
+    return Tracker(uri, experiment="autopeft", search_name=name, study_id=study, objectives=OBJECTIVES)
 
 
 def parent_run(uri: str, name: str = "one") -> Run:
@@ -142,24 +143,20 @@ def test_resuming_brings_runs_in_line_with_the_study(uri: str) -> None:
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=records[:3])
     tracker.trials_started({3: records[3].evaluation.configuration})  # killed while it runs
-    tracker.trial_finished(records[4])  # written to MLflow, but not to the study
     tracker.flush()
-    client = MlflowClient(tracking_uri=uri)
-    copy = trial_runs(uri)[0]
-    double = client.create_run(copy.info.experiment_id, tags=copy.data.tags)
-    client.set_terminated(double.info.run_id)
-    tracker.finish("KILLED")
+    tracker._worker.stop(20)
 
     resumed = make(uri)
     resumed.start(note="", identity=IDENTITY, records=[*records[:3], records[5]])
     resumed.flush()
     runs = trial_runs(uri)
-    assert numbers(runs) == [0, 1, 2, 5]
-    assert all(run.info.status != "RUNNING" for run in runs)
+    assert numbers(runs) == [0, 1, 2, 3, 5]
+    assert [numbers([run]) for run in runs if run.info.status == "RUNNING"] == [[3]]
     resumed.trials_started({3: records[3].evaluation.configuration})
     resumed.trial_finished(records[3])
     resumed.finish("FINISHED")
     assert numbers(trial_runs(uri)) == [0, 1, 2, 3, 5]
+    assert [run.info.status for run in trial_runs(uri)] == ["FINISHED"] * 5
     assert resumed.link == tracker.link
 
 
@@ -211,33 +208,35 @@ def test_searches_in_one_store_at_once(uri: str) -> None:
         assert numbers(tagged) == [9]
 
 
-def test_a_search_of_the_same_name_with_other_settings_keeps_its_runs(uri: str) -> None:
+def test_another_study_of_the_same_name_and_settings_keeps_its_runs(uri: str) -> None:
     records = synthetic_records(4)
-    first, other = make(uri), make(uri)
+    first, other = make(uri, study_id="first"), make(uri, study_id="other")
     first.start(note="", identity=IDENTITY, records=records)
-    first.finish("FINISHED")
-    other.start(note="", identity={**IDENTITY, "training": {"epochs": "9"}}, records=records[:1])
-    other.finish("FINISHED")
+    other.start(note="", identity=IDENTITY, records=records[:1])  # at once
+    first.finish("FINISHED", records)
+    other.finish("FINISHED", records[:1])
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("autopeft")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == (1 + 4) + (1 + 1)
+    assert {run.info.status for run in runs} == {"FINISHED"}
     assert first.link != other.link
 
 
-def test_runs_of_a_study_that_was_deleted_go_with_a_warning(
+def test_finished_runs_that_a_study_does_not_know_stay_with_a_warning(
     uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """As of a study's folder that was restored from a backup."""
     old, new = synthetic_records(3), synthetic_records(3, seed=1)
     track(uri, old, [])
     tracker = make(uri)
     with caplog.at_level(logging.WARNING, logger="autopeft"):
         tracker.start(note="", identity=IDENTITY, records=new[1:])
     tracker.finish("FINISHED")
-    assert "Deleted 3 finished runs of 'one'" in caplog.text
+    assert "MLflow has 3 finished runs of 'one' that its study does not know" in caplog.text
     keys = [run.data.params["configuration_key"] for run in trial_runs(uri)]
-    assert keys == [record.evaluation.configuration.key for record in new[1:]]
+    assert sorted(keys) == sorted(record.evaluation.configuration.key for record in [*old, *new[1:]])
 
 
 def test_names_and_text_that_mlflow_refuses(uri: str) -> None:
@@ -288,16 +287,48 @@ def test_what_cannot_be_written_is_counted_and_does_not_end_the_search(
             tracker.trial_finished(record)
         tracker.flush()
         assert tracker.failures == 2
-        assert caplog.text.count("Traceback") == 1
-        artifacts.unlink()
-        tracker.finish("KILLED")
-    assert "2 entries could not be written" in caplog.text
-    assert all(run.info.status == "RUNNING" for run in trial_runs(uri))
+        tracker.finish("KILLED", records)
+    assert caplog.text.count("could not be written to MLflow (") == 1
+    assert "2 trials could not be written" in caplog.text
+    assert all(run.info.status == "KILLED" for run in trial_runs(uri))
+    artifacts.unlink()
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=records)
     tracker.finish("FINISHED")
     assert numbers(trial_runs(uri)) == [0, 1]
     assert all(run.info.status == "FINISHED" for run in trial_runs(uri))
+
+
+def test_what_failed_is_written_at_the_end_where_mlflow_is_back(uri: str) -> None:
+    tracker = make(uri)
+    tracker.start(note="", identity=IDENTITY, records=())
+    artifacts = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+    shutil.rmtree(artifacts)
+    artifacts.write_text("in the way")
+    records = synthetic_records(2)
+    for record in records:
+        tracker.trial_finished(record)
+    tracker.flush()
+    assert tracker.failures == 2
+    artifacts.unlink()
+    tracker.finish("FINISHED", records)
+    assert tracker.failures == 2
+    assert [run.info.status for run in trial_runs(uri)] == ["FINISHED"] * 2
+
+
+def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make("http://someone:opensesame@127.0.0.1:1")
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="autopeft"):
+        tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
+        tracker.trial_finished(synthetic_records(1)[0])
+        tracker.publish_front(synthetic_records(1), [0])
+        tracker.finish("FINISHED")
+    assert time.monotonic() - begun < 20
+    assert "The search is not recorded in MLflow" in caplog.text
+    assert tracker.link == "http://127.0.0.1:1"
+    assert "opensesame" not in caplog.text
+    assert "someone" not in caplog.text
 
 
 def test_a_trial_costs_the_search_next_to_nothing(uri: str) -> None:

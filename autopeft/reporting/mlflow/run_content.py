@@ -1,4 +1,4 @@
-"""What a trial's MLflow run holds (values, curves, cost, configuration), and the front in the search's."""
+"""What the run of a trial holds (values, curves, cost, configuration), and the front in the search's run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import tempfile
-import time
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -22,120 +22,122 @@ from autopeft.reporting.configuration_image import configuration_image
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, front_image
 from autopeft.reporting.html_page import save_html_page
-from autopeft.reporting.mlflow.run_backends import FinishedRun
-from autopeft.reporting.mlflow.saved_view import valid_key
+from autopeft.reporting.mlflow.saved_view import colour_tag, log_scale_key, valid_key
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
-FIDELITY_TAG: Final = "autopeft.optimization.successive_halving"
-TRAININGS_TAG: Final = "autopeft.trainings"
+STUDY_TAG: Final = "autopeft.study_id"
+CURVE_TAG: Final = "autopeft.curve_points"
 KEY_PARAM: Final = "configuration_key"
 _LONGEST_TAG = 5000
 _MOST_ROWS = 30
-_RUN_STATUS: Mapping[Status, str] = {
+RUN_STATUS: Mapping[Status, str] = {
     "complete": RunStatus.to_string(RunStatus.FINISHED),
     "paused": RunStatus.to_string(RunStatus.SCHEDULED),
     "failed": RunStatus.to_string(RunStatus.FAILED),
     "infeasible": RunStatus.to_string(RunStatus.KILLED),
 }
+"""The status of a run, by its trial's."""
 
 
-def started_run(parent: str, number: int, configuration: Configuration) -> tuple[str, dict[str, str]]:
-    """Return the name and the tags of a trial's run below the search's."""
-    methods = "+".join(configuration.methods) or "head alone"
-    return (
-        f"trial {number} · {methods}",
-        {PARENT_TAG: parent, TRIAL_TAG: str(number), PARETO_TAG: "false"},
-    )
+def run_name(number: int, configuration: Configuration) -> str:
+    """Return the name of a trial's run."""
+    return f"trial {number} · {_methods(configuration)}"
 
 
-def finished_run(
-    parent: str, record: TrialRecord, *, on_front: bool, known_points: int = 0, ended: int
-) -> FinishedRun:
-    """Return a trial's run: FINISHED, FAILED, KILLED where infeasible, SCHEDULED where paused.
-
-    Args:
-        parent: The search's run.
-        record: The trial.
-        on_front: Whether it is on the front.
-        known_points: Points of its curves that the run already has.
-        ended: When it was over, in milliseconds of the clock.
-    """
-    evaluation = record.evaluation
-    name, tags = started_run(parent, record.number, evaluation.configuration)
-    return FinishedRun(
-        name=name,
-        tags={**tags, **_tags(record, on_front=on_front)},
-        params=_params(record),
-        metrics=_metrics(record, known_points),
-        status=_RUN_STATUS[evaluation.status],
-        seconds=evaluation.cost.wall_seconds,
-        ended=ended,
-        save=partial(_save_configuration, evaluation.configuration),
-    )
+def _methods(configuration: Configuration) -> str:
+    return "+".join(configuration.methods) or "head alone"
 
 
-def _save_configuration(configuration: Configuration, folder: Path) -> None:
+def save_configuration(configuration: Configuration, folder: Path) -> None:
+    """Write a configuration and its picture into a folder."""
     configuration.save(folder / "configuration.yaml")
     (folder / "configuration.png").write_bytes(configuration_image(configuration))
 
 
-def _metrics(record: TrialRecord, known_points: int) -> list[Metric]:
+def trial_metrics(
+    record: TrialRecord, objectives: Sequence[Objective], known_points: int, ended: int
+) -> list[Metric]:
+    """Return a trial's curves, values and cost.
+
+    Args:
+        record: The trial.
+        objectives: Those with a logarithmic scale are also logged as logarithms, for MLflow's charts.
+        known_points: Points of its curves that the run already has.
+        ended: When it was over, in milliseconds of the clock.
+    """
     evaluation = record.evaluation
-    now = int(time.time() * 1000)
-    cost = {
-        "cost/wall_seconds": evaluation.cost.wall_seconds,
-        "cost/cpu_seconds": evaluation.cost.cpu_seconds,
-        "cost/gpu_seconds": evaluation.cost.gpu_seconds,
-        "cost/steps": float(evaluation.cost.steps),
+    cost = {f"cost/{name}": float(value) for name, value in asdict(evaluation.cost).items()}
+    logarithms = {
+        log_scale_key(objective): math.log10(value)
+        for objective in objectives
+        if objective.log_scale and (value := evaluation.values.get(objective.name, 0.0)) > 0
     }
     # Curves have names of their own: MLflow shows a name's value at the highest step, which is the last
     # validation's and not the kept one's.
     curves = [
-        Metric(valid_key(f"curve/{point.metric}"), point.value, now, point.step)
+        Metric(valid_key(f"curve/{point.metric}"), point.value, ended, point.step)
         for point in evaluation.curves[known_points:]
     ]
-    values = [Metric(valid_key(name), value, now, 0) for name, value in {**evaluation.values, **cost}.items()]
-    return [one for one in (*curves, *values) if math.isfinite(one.value)]
+    values = {valid_key(name): value for name, value in {**evaluation.values, **cost}.items()} | logarithms
+    metrics = [*curves, *(Metric(name, value, ended, 0) for name, value in values.items())]
+    return [metric for metric in metrics if math.isfinite(metric.value)]
 
 
-def _params(record: TrialRecord) -> dict[str, str]:
+def trial_params(record: TrialRecord) -> dict[str, str]:
+    """Return a trial's configuration: the adapters at each role that has some, as "lora(8) at 3, 6-11"."""
     configuration = record.evaluation.configuration
     lowest = configuration.lowest_block
     params = {
         "learning_rate": f"{configuration.learning_rate:g}",
-        "methods": "+".join(configuration.methods) or "head alone",
+        "weight_decay": f"{configuration.weight_decay:g}",
+        "methods": _methods(configuration),
         "adapters": str(len(configuration)),
         "lowest_block": "none" if lowest is None else str(lowest),
         "seed": str(record.evaluation.seed),
         "warm_start": str(record.evaluation.warm_start).lower(),
         KEY_PARAM: configuration.key,
     }
+    blocks: dict[str, dict[str, list[int]]] = {}
+    for site, adapter in configuration:
+        blocks.setdefault(site.role, {}).setdefault(str(adapter).removesuffix("()"), []).append(site.block)
+    for role, by_adapter in blocks.items():
+        text = "; ".join(f"{adapter} at {_ranges(numbers)}" for adapter, numbers in by_adapter.items())
+        params[f"adapters/{role}"] = shortened(text, _LONGEST_TAG)
     if record.baseline is not None:
         params["baseline"] = shortened(record.baseline, _LONGEST_TAG)
     return params
 
 
-def training_tags(record: TrialRecord) -> dict[str, str]:
-    """Return the tags that say how much training is behind a run's values."""
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as in "0, 3-5"."""
+    runs = groupby(enumerate(sorted(numbers)), key=lambda entry: entry[1] - entry[0])
+    spans = [[number for _, number in span] for _, span in runs]
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+
+
+def outcome_tags(record: TrialRecord) -> dict[str, str]:
+    """Return the tags that say what became of a trial; a run that lacks one of them is out of date."""
     evaluation = record.evaluation
-    return {FIDELITY_TAG: f"{evaluation.fidelity:.4f}", TRAININGS_TAG: str(evaluation.trainings)}
-
-
-def _tags(record: TrialRecord, *, on_front: bool) -> dict[str, str]:
     tags = {
-        "autopeft.status": record.evaluation.status,
-        **training_tags(record),
-        PARETO_TAG: str(on_front).lower(),
+        "autopeft.status": evaluation.status,
+        "autopeft.fidelity": f"{evaluation.fidelity:.4f}",
+        "autopeft.trainings": str(evaluation.trainings),
+        CURVE_TAG: str(len(evaluation.curves)),
     }
-    if record.evaluation.reason is not None:
-        tags["autopeft.reason"] = shortened(record.evaluation.reason, _LONGEST_TAG)
-    for seed, reason in record.evaluation.failures.items():
+    if evaluation.reason is not None:
+        tags["autopeft.reason"] = shortened(evaluation.reason, _LONGEST_TAG)
+    for seed, reason in evaluation.failures.items():
         tags[f"autopeft.reason.{seed}"] = shortened(reason, _LONGEST_TAG)
     if record.duplicate_of is not None:
         tags["autopeft.duplicate_of"] = str(record.duplicate_of)
     return tags
+
+
+def front_tags(*, on_front: bool) -> dict[str, str]:
+    """Return the tags that say whether a trial is on the front, in words and as the colour of its run."""
+    return {PARETO_TAG: str(on_front).lower(), **colour_tag(on_front=on_front)}
 
 
 def write_front(
@@ -166,9 +168,9 @@ def write_table(
 ) -> None:
     """Write the table of all trials, which MLflow's UI can compare between searches."""
     # log_table appends to a file that is there: a file a number of trials, written once.
-    again = sum(one.evaluation.trainings - 1 for one in records)
+    again = sum(record.evaluation.trainings - 1 for record in records)
     path = f"pareto/trials_{len(records):05d}{f'_and_{again}_again' if again else ''}.json"
-    if path not in {one.path for one in client.list_artifacts(run_id, "pareto")}:
+    if path not in {file.path for file in client.list_artifacts(run_id, "pareto")}:
         client.log_table(run_id, front_frame(records, members, objectives), path)
 
 
@@ -189,14 +191,14 @@ def front_markdown(
     first = objectives[0]
     on_front = sorted(
         (record for record in records if record.number in members),
-        key=lambda one: one.evaluation.values[first.name],
+        key=lambda record: record.evaluation.values[first.name],
         reverse=first.direction == "maximize",
     )
-    heading = ["trial", *(one.name for one in objectives), "methods"]
+    heading = ["trial", *(objective.name for objective in objectives), "methods"]
     lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
     for record in on_front[:_MOST_ROWS]:
-        values = [record.evaluation.format(one) for one in objectives]
-        methods = "+".join(record.evaluation.configuration.methods) or "head alone"
+        values = [record.evaluation.format(objective) for objective in objectives]
+        methods = _methods(record.evaluation.configuration)
         lines.append(" | ".join([str(record.number), *values, methods]))
     rest = len(on_front) - _MOST_ROWS
     more = f"\n\n… and {rest} more in the artifact pareto/front.csv" if rest > 0 else ""

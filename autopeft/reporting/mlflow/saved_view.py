@@ -1,8 +1,9 @@
 """A saved view of MLflow's UI: one link that opens it on the scatter charts of a search.
 
-The UI keeps what its "Share" button makes in an experiment tag and opens it from a link. That is no
-documented interface: everything that depends on it is here, a failure to write it costs the link alone, and
-`tests/reporting/test_browser.py` opens it in a browser against the installed MLflow.
+The UI keeps what its "Share" button makes in an experiment tag and opens it from a link, and draws a run in
+the colour of a tag. Neither is documented: everything that depends on them is here, a failure to write the
+view costs the link alone, and `tests/reporting/test_browser.py` opens it in a browser against the installed
+MLflow. The scatter charts have no logarithmic axes, so they show logarithms, logged as metrics of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.core.objectives import Objective
+from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
 
 _logger = logging.getLogger(__name__)
 _TAG = "mlflow.sharedViewState."
@@ -32,6 +34,16 @@ def valid_key(name: str) -> str:
     return _REFUSED_IN_NAMES.sub("_", name)
 
 
+def log_scale_key(objective: Objective) -> str:
+    """Return the name of the metric with an objective's decimal logarithm."""
+    return valid_key(f"log10_{objective.name}")
+
+
+def colour_tag(*, on_front: bool) -> dict[str, str]:
+    """Return the tag that gives a run its colour in lists and charts."""
+    return {"mlflow.runColor": FRONT_COLOUR if on_front else OTHER_COLOUR}
+
+
 def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
     """Return the view as JSON: trials of one search, the first metric against every cost.
 
@@ -39,9 +51,11 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         parent_run_id: The search's run; its children are shown.
         objectives: The search's objectives.
     """
-    first = next(one for one in objectives if one.is_metric)
+    first = next(objective for objective in objectives if objective.is_metric)
     metric = valid_key(first.name)
-    costs = [valid_key(one.name) for one in objectives if one.name != first.name]
+    others = [objective for objective in objectives if objective.name != first.name]
+    costs = [valid_key(objective.name) for objective in others]
+    axes = [log_scale_key(other) if other.log_scale else valid_key(other.name) for other in others]
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
     charts = [
         {
@@ -51,11 +65,11 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
             "deleted": False,
             "isGenerated": False,
             "runsCountToCompare": _MOST_RUNS,
-            "xaxis": {"key": cost, "type": "METRIC"},
+            "xaxis": {"key": axis, "type": "METRIC"},
             "yaxis": {"key": metric, "type": "METRIC"},
             "displayName": f"{metric} against {cost}",
         }
-        for cost in costs
+        for axis, cost in zip(axes, costs, strict=True)
     ]
     sections = [
         {

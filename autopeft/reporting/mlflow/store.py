@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+
+from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 
 _SQLITE_HEADER = b"SQLite format 3\0"
 
@@ -28,7 +32,7 @@ def checked_store(uri: str) -> tuple[str, str | None]:
     name = uri.removeprefix("sqlite:///")
     if name in (uri, "", ":memory:"):
         raise ValueError(
-            f"The tracking store {uri!r} is not one MLflow 3 can write: use a database such as "
+            f"The tracking store {redact(uri)!r} is not one MLflow 3 can write: use a database such as "
             "'sqlite:///mlflow.db', or a server's address such as 'http://127.0.0.1:5000'."
         )
     path = Path(name).resolve()
@@ -42,7 +46,7 @@ def checked_store(uri: str) -> tuple[str, str | None]:
             _check_database(path)
     except OSError as error:
         raise ValueError(
-            f"The tracking store {uri!r} cannot be written in {path.parent}: {error.strerror}."
+            f"The tracking store {redact(uri)!r} cannot be written in {path.parent}: {error.strerror}."
         ) from error
     return f"sqlite:///{path}", (path.parent / "mlartifacts").as_uri()
 
@@ -91,9 +95,26 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
             save(Path(folder))
             client.log_artifacts(run_id, folder, place)
         client.set_terminated(run_id)
-    except MlflowException as error:
-        raise ValueError(f"MLflow cannot use the tracking store {uri!r}: {error}") from error
+    except Exception as error:  # of MLflow, its database driver or the network
+        raise unusable_store(uri, error) from None  # whose text may have a password
     return run_id
+
+
+def unusable_store(uri: str, error: Exception) -> ValueError:
+    """Return the error that says why MLflow cannot use a store, without credentials."""
+    return ValueError(f"MLflow cannot use the tracking store {redact(uri)!r}: {redact_in(error, uri)}")
+
+
+def check_server(url: str) -> None:
+    """Raise ValueError where no server is: MLflow's client would try again for minutes, and say nothing."""
+    address = redact(url)
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=10):
+            pass
+    except urllib.error.HTTPError:
+        pass  # a server that refuses this page may yet answer the client, which sends its password
+    except OSError as error:
+        raise ValueError(f"No MLflow server answers at {address}: {error}.") from error
 
 
 def _check_database(path: Path) -> None:

@@ -10,34 +10,29 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric, Param, Run, RunTag
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import TimeSpan, section
-from autopeft.reporting.mlflow.run_backends import ClientRuns, DatabaseRuns, TrialRuns
 from autopeft.reporting.mlflow.run_content import (
-    KEY_PARAM,
-    PARENT_TAG,
-    PARETO_TAG,
+    STUDY_TAG,
     TRIAL_TAG,
-    finished_run,
     front_markdown,
     shortened,
-    started_run,
-    training_tags,
     write_dataset,
     write_front,
     write_table,
 )
+from autopeft.reporting.mlflow.run_writer import RunWriter, log_metrics
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
-from autopeft.reporting.mlflow.store import checked_store, open_experiment
-from autopeft.reporting.mlflow.write_queue import BackgroundWriter
+from autopeft.reporting.mlflow.store import check_server, checked_store, open_experiment
+from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
+from autopeft.reporting.mlflow.worker import Job, Worker
 
 _logger = logging.getLogger(__name__)
 SEARCH_TAG = "autopeft.search"
@@ -45,35 +40,29 @@ VIEW_TAG = "autopeft.view"
 _LONGEST_PARAM = 5000
 _PAGE = 1000
 _BATCH = 100
-_CATCH_UP_EVERY_SECONDS = 2.0
-_SHOW_AFTER_SECONDS = 1.0
-_GATHER_SECONDS = 1.0
-_MOST_GATHERED = 100
 _FRONT_EVERY_SECONDS = 60.0
 _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
-SHOW, _GATHERED = "show", "gathered"  # what is delayed
+_PATIENCE_SECONDS = 60.0
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
-
-
-class _Over(NamedTuple):
-    """A trial that is over, and when it was, in milliseconds of the clock."""
-
-    record: TrialRecord
-    ended: int
 
 
 class Tracker:
     """Writes a search to MLflow from a thread of its own, so that training does not wait for it.
 
-    What cannot be written is retried, then logged and counted, and never ends the search: the study holds
-    everything, and `start` brings the runs in line with it.
+    MLflow never fails a search: what cannot be written is logged. The study holds everything; at the end, and
+    when the search goes on, the runs are brought in line with it. They are found by the study's id and never
+    deleted.
 
     Args:
         uri: MLflow tracking URI, as in "sqlite:///mlflow.db" or "http://127.0.0.1:5000".
         experiment: Name of the experiment; made if it is not there.
-        search_name: Name of the search; its parent run is found by it.
+        search_name: Name of the search, which others may share.
+        study_id: A random id of the study, kept with it.
         objectives: The search's objectives.
-        ui_url: Where the UI is (or will be) served, for the link.
+        ui_url: Where the UI is (or will be) served, for the link; default: the store's server, or port 5000.
+
+    Attributes:
+        failures: How often something could not be written.
 
     Raises:
         ValueError: The store cannot be written, or is a plain folder, which MLflow 3 refuses.
@@ -85,45 +74,45 @@ class Tracker:
         *,
         experiment: str,
         search_name: str,
+        study_id: str,
         objectives: Sequence[Objective],
-        ui_url: str = "http://127.0.0.1:5000",
+        ui_url: str | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
         self.search_name = search_name
+        self.study_id = study_id
         self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
-        self._ui_url = ui_url
+        is_server = self._uri.startswith("http")
+        self._ui_url = ui_url or (redact(self._uri) if is_server else "http://127.0.0.1:5000")
         self._client: MlflowClient
-        self._trial_runs: TrialRuns
+        self._runs: RunWriter
         self._experiment_id = ""
         self._parent = ""
+        self._note = ""
         self._view: str | None = None
-        self._runs: dict[int, str] = {}
-        self._points: dict[int, int] = {}  # of the curves that runs have
-        self._finished: set[int] = set()  # trials over before they could be shown as running
-        self._gathered: dict[int, _Over] = {}  # trials to be written together
         self._members: frozenset[int] = frozenset()  # of the front
-        self._tagged: set[int] = set()  # whose runs say so
         self._waiting: list[Metric] = []
-        self._caught_up = 0.0
         self._front_put = -math.inf  # when; the first trial is to be seen at once
         self._front_seconds = 0.0  # that writing it took
-        self._writer = BackgroundWriter()
-
-    @property
-    def failures(self) -> int:
-        """Entries that could not be written."""
-        return self._writer.failures
+        self.failures = 0
+        self._worker = Worker(self._on_failure)
 
     @property
     def worked(self) -> TimeSpan:
         """The time of the thread that writes."""
-        return self._writer.worked
+        return self._worker.worked
 
     @property
     def link(self) -> str:
         """The link that opens the UI on the scatter charts of this search's trials."""
-        return view_link(self._ui_url, self._experiment_id, self._view)
+        return view_link(self._ui_url, self._experiment_id, self._view) if self._parent else self._ui_url
+
+    def _on_failure(self, error: Exception) -> None:
+        self.failures += 1
+        level = logging.WARNING if self.failures == 1 else logging.DEBUG
+        message = "An entry could not be written to MLflow (%s: %s); more are counted."
+        _logger.log(level, message, type(error).__name__, redact_in(error, self._uri))
 
     @section("log")
     def start(
@@ -136,42 +125,61 @@ class Tracker:
     ) -> None:
         """Find or create the search's run, and bring its trials' runs in line with the study.
 
+        Where MLflow does not answer, a warning says so and nothing is recorded until the next call.
+
         Args:
             note: What the search is, as text.
             identity: Groups of settings; "environment" may change between calls.
-            records: The study's finished trials: those without a run get one, runs of trials that were
-                interrupted are deleted.
+            records: The study's finished trials; those without an up-to-date run get one.
             members: Those of them that are on the front.
-
-        Raises:
-            ValueError: MLflow cannot open the store.
         """
-        if self._uri.startswith("http"):  # MLflow would print two lines a run that ends
-            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         try:
-            self._client, self._experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
-            database = DatabaseRuns.of(self._client, self._experiment_id)
-            self._trial_runs = database or ClientRuns(self._client, self._experiment_id)
-            self._open_parent(note, identity)
-            missing = self._reconcile(records)
-        except MlflowException as error:
-            raise ValueError(f"MLflow cannot use the tracking store {self._uri!r}: {error}") from error
-        self._view = save_view(self._client, self._experiment_id, view_state(self._parent, self.objectives))
-        if self._view is not None:
-            self._client.set_tag(self._parent, VIEW_TAG, self._view)
+            self._open(note, identity, records)
+        except Exception as error:
+            _logger.warning(
+                "The search is not recorded in MLflow, as the tracking store %s cannot be used (%s: %s). The "
+                "study has everything: the next call of the search writes it.",
+                redact(self._uri),
+                type(error).__name__,
+                redact_in(error, self._uri),
+            )
+            return
+        self._worker.start()
         self.front_changed(members)
-        for record in missing:
+        for record in self._runs.behind(records):
             self.trial_finished(record)
-        self._writer.start()
 
-    def _search_runs(self, condition: str) -> list[Run]:
+    def _open(
+        self, note: str, identity: Mapping[str, Mapping[str, str]], records: Sequence[TrialRecord]
+    ) -> None:
+        if self._uri.startswith("http"):
+            check_server(self._uri)  # MLflow's client would try again for minutes
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
+        self._client, self._experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
+        runs = self._search_runs()
+        parents = [run for run in runs if SEARCH_TAG in run.data.tags]
+        parent = self._open_parent(parents[0] if parents else None, note, identity)
+        self._runs = RunWriter(self._client, self._experiment_id, parent, self.study_id, self.objectives)
+        trials = [run for run in runs if TRIAL_TAG in run.data.tags]
+        if foreign := self._runs.adopt(trials, records):
+            _logger.warning(
+                "MLflow has %d finished runs of %r that its study does not know; they stay as they are.",
+                foreign,
+                self.search_name,
+            )
+        self._view = save_view(self._client, self._experiment_id, view_state(parent, self.objectives))
+        if self._view is not None:
+            self._client.set_tag(parent, VIEW_TAG, self._view)
+        self._parent = parent  # from here on there is something to write to
+
+    def _search_runs(self) -> list[Run]:
+        """Return all runs of this study."""
         runs: list[Run] = []
         token: str | None = None
         while True:
             page = self._client.search_runs(
                 [self._experiment_id],
-                condition,
-                run_view_type=ViewType.ACTIVE_ONLY,
+                f"tags.`{STUDY_TAG}` = '{self.study_id}'",
                 max_results=_PAGE,
                 page_token=token,
             )
@@ -180,166 +188,71 @@ class Tracker:
             if not token:
                 return runs
 
-    def _open_parent(self, note: str, identity: Mapping[str, Mapping[str, str]]) -> None:
+    def _open_parent(self, known: Run | None, note: str, identity: Mapping[str, Mapping[str, str]]) -> str:
         settings = {key: group for key, group in identity.items() if key != "environment"}
-        params = {
-            valid_key(f"{group}.{key}"): shortened(value, _LONGEST_PARAM) or "none"
-            for group, fields in settings.items()
-            for key, value in fields.items()
-        }
-        known = self._find_parent(params)
         if known is not None:
-            self._parent = str(known.info.run_id)
-            self._client.update_run(self._parent, status="RUNNING")
+            parent = str(known.info.run_id)
+            self._client.update_run(parent, status="RUNNING")
         else:
-            run = self._client.create_run(
-                self._experiment_id, run_name=self.search_name, tags={SEARCH_TAG: self.search_name}
-            )
-            self._parent = str(run.info.run_id)
+            tags = {SEARCH_TAG: self.search_name, STUDY_TAG: self.study_id}
+            run = self._client.create_run(self._experiment_id, run_name=self.search_name, tags=tags)
+            parent = str(run.info.run_id)
         if known is None or not known.data.params:
-            entries = [Param(name, value) for name, value in params.items()]
-            for start in range(0, len(entries), _BATCH):
-                self._client.log_batch(self._parent, params=entries[start : start + _BATCH])
-            write_dataset(self._client, self._parent, settings.get("task", {}))
+            params = [
+                Param(valid_key(f"{group}.{key}"), shortened(value, _LONGEST_PARAM) or "none")
+                for group, fields in settings.items()
+                for key, value in fields.items()
+            ]
+            for start in range(0, len(params), _BATCH):
+                self._client.log_batch(parent, params=params[start : start + _BATCH])
+            write_dataset(self._client, parent, settings.get("task", {}))
         tags = {
             valid_key(f"environment.{key}"): shortened(value, _LONGEST_PARAM)
             for key, value in identity.get("environment", {}).items()
         }
         self._note = f"```\n{shortened(note, _LONGEST_PARAM // 2)}\n```"
         tags["mlflow.note.content"] = self._note
-        self._client.log_batch(self._parent, tags=[RunTag(name, value) for name, value in tags.items()])
-        self._client.log_dict(
-            self._parent, {key: dict(one) for key, one in identity.items()}, "identity.json"
-        )
+        self._client.log_batch(parent, tags=[RunTag(name, value) for name, value in tags.items()])
+        self._client.log_dict(parent, {key: dict(group) for key, group in identity.items()}, "identity.json")
+        return parent
 
-    def _find_parent(self, params: Mapping[str, str]) -> Run | None:
-        """Return the run of this search: of its name and with its settings (or, killed at birth, none).
-
-        A search of the same name with other settings is another one, and keeps its runs.
-        """
-        for run in self._search_runs(f"tags.`{SEARCH_TAG}` LIKE '%'"):  # a name may hold quotes
-            if run.data.tags[SEARCH_TAG] == self.search_name and run.data.params in ({}, params):
-                return run
-        return None
-
-    def _reconcile(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Delete the runs that are not the study's, and return the records without a run."""
-        known = {record.number: record for record in records}
-        foreign = 0
-        for run in self._search_runs(f"tags.`{PARENT_TAG}` = '{self._parent}'"):
-            number = int(run.data.tags.get(TRIAL_TAG, -1))
-            finished = run.info.status != "RUNNING"
-            record = known.get(number)
-            of_study = (
-                record is not None and run.data.params.get(KEY_PARAM) == record.evaluation.configuration.key
-            )
-            # A paused trial may have gone on since its run was written.
-            current = record is not None and training_tags(record).items() <= run.data.tags.items()
-            if record is None or not (finished and of_study and current) or number in self._runs:
-                foreign += finished and not of_study
-                self._client.delete_run(run.info.run_id)
-                continue
-            self._runs[number] = str(run.info.run_id)
-            self._points[number] = len(record.evaluation.curves)
-            if run.data.tags.get(PARETO_TAG) == "true":
-                self._tagged.add(number)
-        if foreign:
-            _logger.warning(
-                "Deleted %d finished runs of %r in MLflow that its study does not know (`mlflow runs "
-                "restore` brings them back until `mlflow gc`).",
-                foreign,
-                self.search_name,
-            )
-        return [record for record in records if record.number not in self._runs]
-
-    def _write(self, trials: Sequence[_Over]) -> None:
-        members, runs = self._members, []  # the search may change the front meanwhile
-        for record, ended in trials:
-            number, points = record.number, self._points.get(record.number, 0)
-            run = finished_run(
-                self._parent, record, on_front=number in members, known_points=points, ended=ended
-            )
-            runs.append((self._runs.get(number), run))
-        for (record, _), run_id in zip(trials, self._trial_runs.finish(runs), strict=True):
-            self._runs[record.number] = run_id
-            self._points[record.number] = len(record.evaluation.curves)
-            if record.number in members:
-                self._tagged.add(record.number)
-            else:
-                self._tagged.discard(record.number)
-
-    def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
-        for number, configuration in trials.items():
-            is_over = number in self._finished or self._writer.ending.is_set()
-            if number not in self._runs and not is_over:
-                name, tags = started_run(self._parent, number, configuration)
-                self._runs[number] = self._trial_runs.start(name, tags, started=started)
+    def _put(self, job: Job) -> None:
+        if self._worker.is_alive():
+            self._worker.put(job)
 
     def trials_started(self, trials: Mapping[int, Configuration]) -> None:
-        """Show trials as running, unless they are over in a second: their runs are then written at once.
+        """Show trials as running.
 
         Args:
             trials: Configurations by number, of those that are trained together.
         """
-        due, started = time.monotonic() + _SHOW_AFTER_SECONDS, int(time.time() * 1000)
-        show = partial(self._start_runs, dict(trials), started)
-        self._writer.put(partial(self._writer.delay, SHOW, due, show))
+        self._put(partial(self._start_runs, dict(trials), _milliseconds()))
+
+    def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
+        for number, configuration in trials.items():
+            self._runs.start(number, configuration, started)
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
-        self._finished.add(record.number)
-        self._writer.put(partial(self._write_soon, _Over(record, int(time.time() * 1000))))
-
-    def _write_soon(self, trial: _Over) -> None:
-        """Write a trial; quick ones share a transaction, where there are any."""
-        self._writer.drop(SHOW)  # those trained together are over together
-        if not self._trial_runs.has_transactions:
-            self._write([trial])
-            return
-        self._gathered[trial.record.number] = trial
-        if len(self._gathered) >= _MOST_GATHERED:
-            self._write_gathered()
-        elif len(self._gathered) == 1:
-            self._writer.delay(_GATHERED, time.monotonic() + _GATHER_SECONDS, self._write_gathered)
-
-    def _write_gathered(self) -> None:
-        """Write what was gathered; where that fails, each trial alone."""
-        self._writer.drop(_GATHERED)
-        trials, self._gathered = list(self._gathered.values()), {}
-        if not trials:
-            return
-        try:
-            self._write(trials)
-        except Exception:
-            _logger.debug("Trials could not be written together; each is written alone.", exc_info=True)
-            self._writer.put_first([partial(self._write, [one]) for one in trials])
+        now = _milliseconds()
+        self._put(lambda: self._runs.finish(record, self._members, now))
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
         self._members = frozenset(members)
-        self._writer.put(self._catch_up)
+        self._put(lambda: self._runs.mark(self._members))
 
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
-        now = int(time.time() * 1000)
+        now = _milliseconds()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._waiting += [Metric(valid_key(name), value, now, step) for name, value in finite.items()]
-        self._writer.put(self._catch_up)
+        self._put(self._write_progress)
 
-    def _catch_up(self, *, at_once: bool = False) -> None:
-        """Write the front's tags and the search's figures; quick trials share one write."""
-        if not at_once and time.monotonic() - self._caught_up < _CATCH_UP_EVERY_SECONDS:
-            return
-        members = self._members
-        changed = (self._tagged ^ members) & self._runs.keys()
-        values = {self._runs[number]: str(number in members).lower() for number in sorted(changed)}
-        if values:
-            self._trial_runs.mark(PARETO_TAG, values)
-            self._tagged ^= changed
-        if waiting := list(self._waiting):
-            self._trial_runs.add_metrics(self._parent, waiting)
-            del self._waiting[: len(waiting)]
-        self._caught_up = time.monotonic()  # only now: where it fails, it is tried again
+    def _write_progress(self) -> None:
+        waiting = list(self._waiting)
+        log_metrics(self._client, self._parent, waiting)
+        del self._waiting[: len(waiting)]
 
     @property
     def is_front_due(self) -> bool:
@@ -350,7 +263,7 @@ class Tracker:
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""
         self._front_put = time.monotonic()
-        self._writer.put(partial(self._write_front, tuple(records), frozenset(members)))
+        self._put(partial(self._write_front, tuple(records), frozenset(members)))
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
         started = time.monotonic()
@@ -361,7 +274,7 @@ class Tracker:
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder to the search's run, below `place`."""
-        self._writer.put(partial(self._write_report, save, place))
+        self._put(partial(self._write_report, save, place))
 
     def _write_report(self, save: Callable[[Path], object], place: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -372,29 +285,32 @@ class Tracker:
     def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
         """Write what is waiting, log the table of all trials, and end the search's run.
 
-        A store that has stopped answering is given up once nothing has been written for a minute. A trial
-        that was interrupted before it could be shown as running is not shown any more.
+        What is still missing is tried once more. A store that has stopped answering is given up once nothing
+        has been written for a minute.
         """
-        if not self._writer.is_alive:
+        if not self._worker.is_alive():
             return
-        last: list[Callable[[], None]] = [self._write_gathered, partial(self._catch_up, at_once=True)]
-        if records:
-            last.append(partial(self._write_table, tuple(records)))
-        self._writer.finish([*last, partial(self._client.set_terminated, self._parent, status=status)])
-        if self.failures:
+        if self._worker.flush(_PATIENCE_SECONDS):
+            for record in self._runs.behind(records):
+                self.trial_finished(record)
+            self._put(self._runs.end_unfinished)
+            if records:
+                trials, members = tuple(records), self._members
+                table = partial(write_table, self._client, self._parent, trials, members, self.objectives)
+                self._put(table)
+            self._put(partial(self._client.set_terminated, self._parent, status=status))
+        if not self._worker.stop(_PATIENCE_SECONDS) or self._runs.behind(records):
             _logger.warning(
-                "%d entries could not be written to MLflow; the study has them all, and the next call of "
-                "the search writes them.",
-                self.failures,
+                "%d trials could not be written to MLflow; the study has them all, and the next call of the "
+                "search writes them.",
+                len(self._runs.behind(records)),
             )
-
-    def _write_table(self, records: Sequence[TrialRecord]) -> None:
-        write_table(self._client, self._parent, records, self._members, self.objectives)
 
     @section("log")
     def flush(self, patience_seconds: float = math.inf) -> None:
-        """Wait until everything queued so far is written, or the patience is over."""
-        self._writer.put(partial(self._writer.call_now, SHOW))
-        self._writer.put(self._write_gathered)
-        self._writer.put(partial(self._catch_up, at_once=True))
-        self._writer.flush(patience_seconds)
+        """Wait until everything so far is written, or nothing has been for as long as the patience."""
+        self._worker.flush(patience_seconds)
+
+
+def _milliseconds() -> int:
+    return int(time.time() * 1000)

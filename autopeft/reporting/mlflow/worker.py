@@ -1,0 +1,62 @@
+"""A thread that does jobs one after the other, so that a search does not wait for MLflow."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from autopeft.core.profiling import TimeSpan
+
+Job = Callable[[], object]
+
+
+class Worker:
+    """Does jobs in a daemon thread, in their order; one that fails is reported and stops no other.
+
+    Args:
+        on_failure: Called with the error of each job that failed.
+
+    Attributes:
+        worked: The thread's time.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self.worked = TimeSpan()
+        self._on_failure = on_failure
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._last_end = 0.0
+        self._is_given_up = False
+        self._thread = threading.Thread(target=self._work, name="autopeft-mlflow", daemon=True)
+        self.start = self._thread.start
+        self.is_alive = self._thread.is_alive
+        self.put: Callable[[Job], None] = self._jobs.put
+
+    def flush(self, patience_seconds: float) -> bool:
+        """Wait until all jobs are done, or none has ended for some seconds; return whether all are done."""
+        done = threading.Event()
+        self.put(done.set)
+        self._last_end = time.monotonic()
+        while self.is_alive() and not done.wait(0.1):
+            if time.monotonic() - self._last_end > patience_seconds:
+                return False
+        return True
+
+    def stop(self, patience_seconds: float) -> bool:
+        """Do all jobs and end, or give up what is left; see `flush`."""
+        is_done = self.flush(patience_seconds)
+        self._is_given_up = not is_done
+        self._jobs.put(None)
+        if is_done:
+            self._thread.join()
+        return is_done
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._is_given_up:
+            try:
+                with self.worked.running():
+                    job()
+            except Exception as error:
+                self._on_failure(error)
+            self._last_end = time.monotonic()

@@ -1,4 +1,4 @@
-"""How many trials does a search need for the hypervolume of a per-layer search with TPE, by space and sampler?
+"""How many trials does a search need for the hypervolume of `PerLayer` with TPE, by space and sampler?
 
     python -m benchmarks.score_guided [--trials 24] [--seeds 3] [--dataset questions] [--no-baselines]
 

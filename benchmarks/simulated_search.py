@@ -206,8 +206,7 @@ class Arm:
     Attributes:
         space: Where.
         sampler: Makes a sampler from a seed.
-        is_ours: Whether it has baselines, trains members of the front again and is served hidden states; needed
-            for an `EhviSampler`.
+        is_ours: Whether it has baselines, trains members of the front again and is served hidden states.
     """
 
     space: SearchSpace

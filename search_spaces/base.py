@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
@@ -16,6 +18,24 @@ from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.mutation import Mutator, ParameterMutator
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
+
+_KEPT = "_of_backbones"
+Space = TypeVar("Space", bound="SearchSpace")
+Found = TypeVar("Found")
+
+
+def once_a_backbone(method: Callable[[Space, Backbone], Found]) -> Callable[[Space, Backbone], Found]:
+    """Keep what a method of a space returns for a backbone, as long as both live."""
+
+    @wraps(method)
+    def kept(space: Space, backbone: Backbone) -> Found:
+        known = vars(space).setdefault(_KEPT, WeakKeyDictionary()).setdefault(backbone, {})
+        if method.__name__ not in known:
+            known[method.__name__] = method(space, backbone)
+        found: Found = known[method.__name__]
+        return found
+
+    return kept
 
 
 class SearchSpace(ABC):
@@ -34,6 +54,10 @@ class SearchSpace(ABC):
     """
 
     learning_rate: LearningRate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but what hangs on a backbone of this process."""
+        return {name: value for name, value in vars(self).items() if name != _KEPT}
 
     @property
     def scores_needed(self) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class SiteMutator(Mutator):
     """Moves by site, role or block: resize, drop, add, cross over.
 
     Attributes:
-        choices: The methods there are for every site that chooses for itself, one adapter each.
+        choices: The methods there are for every site that chooses for itself, one adapter each; in order.
         values: How much each of these promises, at least 0: the better are added to, the worse dropped first.
         tied: Sites that carry the same, by the one of them that chooses; none where each does.
     """
@@ -116,7 +116,10 @@ class SiteMutator(Mutator):
         for _ in range(1 + (generator.random() < _SECOND_MOVE_SHARE)):
             adapters = generator.choice(moves)(adapters, generator)
         return {
-            place: (adapter,) for site, adapter in adapters.items() for place in self.tied.get(site, (site,))
+            place: (adapters[site],)
+            for site in self.choices
+            if site in adapters
+            for place in self.tied.get(site, (site,))
         }
 
     def _chosen(self, configuration: Configuration) -> Adapters:
@@ -126,7 +129,7 @@ class SiteMutator(Mutator):
         """Double or halve the sizes of a site, a role, a block or all."""
         factor = generator.choice((0.5, 2.0))
         changed = dict(adapters)
-        for site in self._scope(sorted(adapters), generator):
+        for site in self._scope([site for site in self.choices if site in adapters], generator):
             size = round((adapters[site].size or 1) * factor)
             changed[site] = self.choices[site][adapters[site].method].of_size(size)
         return changed
@@ -139,7 +142,7 @@ class SiteMutator(Mutator):
         if choice == 0:
             lowest = min(site.block for site in adapters)
             return {site: adapter for site, adapter in adapters.items() if site.block != lowest}
-        order = sorted(adapters, key=lambda site: (self.values[site], site))
+        order = sorted((site for site in self.choices if site in adapters), key=self.values.__getitem__)
         if choice == 1:
             generator.shuffle(order)
         count = generator.randint(1, max(1, len(order) // 4))
@@ -150,7 +153,7 @@ class SiteMutator(Mutator):
 
         Promises are made before anything is trained; what they pass over would never be found out.
         """
-        empty = sorted(self.choices.keys() - adapters.keys())
+        empty = [site for site in self.choices if site not in adapters]
         if not empty:
             return adapters
         promised = [self.values[site] for site in empty]

@@ -7,17 +7,15 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS, ROLES
 from autopeft.methods import count_parameters, count_site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import SearchSpace, checked_names, scores_of, size_ladder
+from autopeft.search_spaces.base import SearchSpace, checked_names, once_a_backbone, scores_of, size_ladder
 from autopeft.search_spaces.baselines import Baseline, chosen_baselines
 from autopeft.search_spaces.learning_rates import (
     LearningRate,
@@ -138,24 +136,14 @@ class PerLayer(SearchSpace):
         edges = [round(index * total / count) for index in range(count + 1)]
         return tuple(tuple(range(*pair)) for pair in pairwise(edges))
 
+    @once_a_backbone
     def groups_of_slots(self, backbone: Backbone) -> tuple[tuple[str, tuple[Slot, ...]], ...]:
         """Return every group's name with its slots."""
-        known = self._slots_of.get(backbone)
-        if known is None:
-            known = self._slots_of[backbone] = tuple(self._split(backbone))
-        return known
+        return tuple(self._split(backbone))
 
     def slots(self, backbone: Backbone) -> list[Slot]:
         """Return the slots of all groups."""
         return [slot for _, slots in self.groups_of_slots(backbone) for slot in slots]
-
-    @cached_property
-    def _slots_of(self) -> WeakKeyDictionary[Backbone, tuple[tuple[str, tuple[Slot, ...]], ...]]:
-        return WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the slots, which hang on a backbone of this process."""
-        return {name: value for name, value in vars(self).items() if name != "_slots_of"}
 
     def _split(self, backbone: Backbone) -> Iterator[tuple[str, tuple[Slot, ...]]]:
         choices = {method: self.choice_of(method) for method in self._offered}
@@ -243,6 +231,7 @@ class PerLayer(SearchSpace):
         rate = suggest_learning_rate(DrawnTrial(generator), self.learning_rate)
         return Configuration(adapters, learning_rate=rate)
 
+    @once_a_backbone
     def choices(self, backbone: Backbone) -> dict[Site, Mapping[str, MethodChoice]]:
         """Return the methods of every slot, by its first site; see `SearchSpace.choices`."""
         return dict(sorted((slot.sites[0], slot.choices) for slot in self.slots(backbone)))

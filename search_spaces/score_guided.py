@@ -20,6 +20,7 @@ from autopeft.search_spaces.base import (
     check_range,
     checked_names,
     describe_range,
+    once_a_backbone,
     scores_of,
 )
 from autopeft.search_spaces.baselines import Baseline, chosen_baselines
@@ -162,6 +163,7 @@ class ScoreGuided(SearchSpace):
             raise unknown_choice("score among those computed", missing[0], scores)
         return replace(self, site_scores={name: scores[name] for name in self.scores})
 
+    @once_a_backbone
     def choices(self, backbone: Backbone) -> dict[Site, dict[str, MethodChoice]]:
         """Return the methods that each site takes, in all sizes; see `SearchSpace.choices`."""
         every = {method: self._choice_of(method) for method in self.methods}
@@ -176,6 +178,7 @@ class ScoreGuided(SearchSpace):
         """Raise ValueError for a role the backbone lacks and for a method no role can take."""
         self._per_layer.validate(backbone)
 
+    @once_a_backbone
     def budgets(self, backbone: Backbone) -> tuple[int, int]:
         """Return the smallest and the largest budget.
 
@@ -215,6 +218,7 @@ class ScoreGuided(SearchSpace):
     def _is_heated(self) -> bool:
         return _TEMPERATURE in find_allocator(self.allocator).options
 
+    @once_a_backbone
     def _highest_block(self, backbone: Backbone) -> int:
         """Return the highest block in which every method finds a site."""
         choices = self.choices(backbone)
@@ -256,7 +260,7 @@ class ScoreGuided(SearchSpace):
         )
 
     def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
-        """Return the head alone, the first score's allocation of each method, and more of the first method."""
+        """Return the head alone, the first score's allocation of each method, and more of the first."""
         rate = learning_rate_at(1.0, self.learning_rate)
         head = Baseline(name="head alone", configuration=Configuration({}, learning_rate=rate))
         small, *others = _ANCHORS

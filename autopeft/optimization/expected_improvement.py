@@ -79,7 +79,7 @@ class Features:
 
     def of_cost(self, configuration: Configuration) -> list[float]:
         """Return the features that say what a configuration costs."""
-        adapted = sum(site in configuration.adapters for site in self.choices) / len(self.choices)
+        adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
         return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
 
     def _of_both(self, configuration: Configuration) -> list[float]:
@@ -125,13 +125,16 @@ class Features:
 
     def placement(self, configuration: Configuration) -> list[float]:
         """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""
-        return [
-            max(
-                (methods[adapter.method].place(adapter) for adapter in configuration.adapters.get(site, ())),
-                default=0.0,
-            )
-            for site, methods in self.choices.items()
-        ]
+        places = [0.0] * len(self.choices)
+        for site, adapter in configuration:
+            if site in self._columns:
+                column = self._columns[site]
+                places[column] = max(places[column], self.choices[site][adapter.method].place(adapter))
+        return places
+
+    @cached_property
+    def _columns(self) -> dict[Site, int]:
+        return {site: column for column, site in enumerate(self.choices)}
 
     def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
         """Return what a model of a metric or of a cost is given."""
@@ -297,6 +300,8 @@ def _is_near(rate: float, other: float) -> bool:
 def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:
     """Return the probability of being at least as good as a bound."""
     better = mean - bound if objective.direction == "maximize" else bound - mean
+    if not deviation.any():  # it is exact
+        return (better >= 0).astype(np.float64)
     known = np.where(better >= 0, np.inf, -np.inf)
     standard = np.divide(better, deviation, out=known, where=deviation > 0)
     probability: Array = ndtr(standard)

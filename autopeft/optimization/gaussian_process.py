@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _DRAWN_HYPER_PARAMETERS = 256  # from their prior; a power of two, for which Sobol sequences are even
+_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws, which takes as long as before
 _KEPT_HYPER_PARAMETERS = 16  # the likeliest of those, as prediction takes time for each
+_LEAST_WEIGHT = 1e-3  # of the likeliest's: with many trials few draws have more
 # Priors of the hyper-parameters: median, and spread of the logarithm. They were chosen on the scores of
 # earlier searches (`python -m benchmarks.surrogate`); inputs are in [0, 1], values are standardised.
 _LENGTH = (0.5, 0.7)
@@ -83,7 +86,7 @@ class GaussianProcess:
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
-        self._drawn = _hyper_parameters(inputs.features.shape[1])
+        self._drawn = _hyper_parameters(inputs.features.shape[1]).select(_draws(len(values)))
         if exact:
             self._drawn = self._drawn._replace(noise=np.full_like(self._drawn.noise, 1e-4))
         if not linear:
@@ -97,6 +100,7 @@ class GaussianProcess:
         likelihood = -0.5 * (white**2).sum(axis=(1, 2)) - np.log(diagonal).sum(axis=1)
         best = np.argsort(-likelihood, kind="stable")[:_KEPT_HYPER_PARAMETERS]
         weights = np.exp(likelihood[best] - likelihood[best[0]])
+        best, weights = best[weights > _LEAST_WEIGHT], weights[weights > _LEAST_WEIGHT]
         self._weights = weights / weights.sum()
         self._drawn = self._drawn.select(best)
         self._root, self._white = root[best], white[best]
@@ -134,7 +138,10 @@ class GaussianProcess:
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:
         """Return the mean and the standard deviation (noise left out) at some points."""
-        across = np.linalg.solve(self._root, self._covariance(self._inputs, inputs))
+        covariances = zip(self._root, self._covariance(self._inputs, inputs), strict=True)
+        across = np.stack(
+            [solve_triangular(root, covariance, lower=True) for root, covariance in covariances]
+        )
         means = (across * self._white).sum(axis=1)
         linear = ((inputs.features - 0.5) ** 2).sum(axis=1)
         own = 1 + self._drawn.linear_weight[:, None] * linear
@@ -156,6 +163,12 @@ def _squared_distances(first: Array, second: Array) -> Array:
     alike = np.divide(2 * first @ second.T, both, out=np.ones_like(both), where=both > 0)
     distances: Array = np.maximum(1 - alike, 0.0)
     return distances
+
+
+def _draws(trials: int) -> Indices:
+    """Return which draws are compared: fewer, and still a power of two, where many trials tell them apart."""
+    halvings = max(0, math.ceil(2 * math.log2(max(1, trials) / _ALL_DRAWS_UP_TO)))
+    return np.arange(max(_KEPT_HYPER_PARAMETERS, _DRAWN_HYPER_PARAMETERS >> halvings))
 
 
 @cache

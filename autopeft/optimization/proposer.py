@@ -99,9 +99,7 @@ class Proposer:
         """
         return self._baseline(records, pending) or self._sampled(number, records, pending)
 
-    def _baseline(
-        self, records: Sequence[TrialRecord], pending: Sequence[Configuration]
-    ) -> Proposal | None:
+    def _baseline(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> Proposal | None:
         """Return the next baseline that was not tried; None where there is none left."""
         tried = {record.baseline for record in records}
         for baseline in self._baselines:

@@ -34,7 +34,10 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "training": replace(TRAINING, frozen_blocks="train", precision="32-true"),
     },
 }
-"""By name, the arguments of `Search` (or one of `EhviSampler`): each technique of the whole is switched off alone, or one added."""
+"""By name, the arguments of `Search`, or one of `EhviSampler`.
+
+Each technique of the whole is switched off alone, or one added.
+"""
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:

@@ -37,7 +37,9 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "guided": GUIDED,
         "guided-mixed": MIXED,
         "per-layer": PerLayer(learning_rate=RATE),
-        "per-layer-groups": PerLayer(methods=("lora", "ia3"), groups=1, ranks=(3, 20), encoding="conditional"),
+        "per-layer-groups": PerLayer(
+            methods=("lora", "ia3"), groups=1, ranks=(3, 20), encoding="conditional"
+        ),
         "uniform": Uniform(methods=("lora", "ia3"), learning_rate=RATE),
         "paper": AutoPEFTPaper(learning_rate=RATE),
     }
@@ -88,9 +90,14 @@ def history(
 
 def searched(space: SearchSpace, sampler: EhviSampler, count: int) -> list[Configuration]:
     """Return the baselines, and what is chosen one after another."""
-    trials = [
-        (baseline.configuration, values(space, baseline.configuration)) for baseline in space.baselines(BACKBONE)
-    ][:count]
+    known = [baseline.configuration for baseline in space.baselines(BACKBONE)]
+    return searched_from(space, known[:count], sampler, count)
+
+
+def searched_from(
+    space: SearchSpace, known: Sequence[Configuration], sampler: EhviSampler, count: int
+) -> list[Configuration]:
+    trials = [(configuration, values(space, configuration)) for configuration in known]
     while len(trials) < count:
         chosen = sampler.choose(len(trials), space, BACKBONE, history(space, trials))
         trials.append((chosen, values(space, chosen)))
@@ -157,16 +164,6 @@ def test_startup_trials_have_methods_that_were_not_tried() -> None:
     for seed in range(6):
         found = searched_from(MIXED, [Configuration({}, learning_rate=1e-3)], EhviSampler(seed=seed), 4)
         assert {method for configuration in found for method in configuration.methods} == {*MIXED.methods}
-
-
-def searched_from(
-    space: SearchSpace, known: Sequence[Configuration], sampler: EhviSampler, count: int
-) -> list[Configuration]:
-    trials = [(configuration, values(space, configuration)) for configuration in known]
-    while len(trials) < count:
-        chosen = sampler.choose(len(trials), space, BACKBONE, history(space, trials))
-        trials.append((chosen, values(space, chosen)))
-    return [configuration for configuration, _ in trials]
 
 
 def test_a_share_is_drawn_by_the_space() -> None:

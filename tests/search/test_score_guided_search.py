@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pytest
@@ -43,17 +43,22 @@ def parameters_of(search: Search) -> list[dict[str, Any]]:
 def test_it_draws_then_chooses_by_gain_and_resumes_as_if_uninterrupted(
     space: SearchSpace, tmp_path: Path
 ) -> None:
-    settings = {"space": space, "sampler": EhviSampler(startup_trials=8), "baselines": False}
+    settings = {
+        "space": space,
+        "sampler": EhviSampler(startup_trials=5),
+        "baselines": False,
+        "score_check": False,
+    }
     whole = tiny_search(tmp_path / "whole", **settings)
-    front = whole.run(trials=20, progress=False)
+    front = whole.run(trials=13, progress=False)
     found = [record.evaluation.configuration for record in front.records]
-    assert len({*found}) > 15
+    assert len({*found}) > 10
     generator = random.Random("0:0")
     assert found[0] == whole.space.draw(generator, whole.backbone)
     encoded = [whole.space.encode(configuration, whole.backbone) for configuration in found]
     assert parameters_of(whole) == encoded
-    tiny_search(tmp_path / "cut", **settings).run(trials=11, progress=False)
-    resumed = tiny_search(tmp_path / "cut", **settings).run(trials=20, progress=False)
+    tiny_search(tmp_path / "cut", **settings).run(trials=8, progress=False)
+    resumed = tiny_search(tmp_path / "cut", **settings).run(trials=13, progress=False)
     assert outcomes(resumed.records) == outcomes(front.records)
 
 
@@ -63,10 +68,8 @@ def test_five_trials_try_every_method_and_have_few_baselines(tmp_path: Path) -> 
     assert [record.baseline for record in records[:3]] == ["head alone", "lora(1) everywhere", None]
     methods = {method for record in records for method in record.evaluation.configuration.methods}
     assert methods == {"lora", "ia3", "layernorm"}
-    sizes = [
-        adapter.size or 1 for record in records if record.baseline for _, adapter in record.evaluation.configuration
-    ]
-    assert max(sizes) == 1
+    baselines = [record.evaluation.configuration for record in records if record.baseline]
+    assert max(adapter.size or 1 for configuration in baselines for _, adapter in configuration) == 1
 
 
 @pytest.mark.parametrize("allocator", SCORE_ALLOCATORS)
@@ -139,7 +142,7 @@ def test_the_sampler_is_told_what_paused_and_infeasible_trials_are_worth(tmp_pat
 
 @pytest.mark.parametrize(("frozen_blocks", "is_known"), [("cached", True), ("eval", False)])
 def test_the_sampler_is_told_whether_hidden_states_are_really_served(
-    frozen_blocks: str, is_known: bool, tmp_path: Path
+    frozen_blocks: Literal["cached", "eval"], is_known: bool, tmp_path: Path
 ) -> None:
     """Not by the setting: of rows as short as these, keeping hidden states does not pay."""
     told: list[History] = []
@@ -184,9 +187,10 @@ def test_a_prior_leads_the_first_trials_to_the_best_sites(tmp_path: Path) -> Non
     counts = {slot.name: sum(slot.sites[0] in one for one in drawn) for slot in slots}
     best, worst = max(standing, key=standing.__getitem__), min(standing, key=standing.__getitem__)
     assert counts[best] > 150 > 60 > counts[worst] > 0
+    tried = [record.evaluation.configuration for record in front.records if not record.baseline]
     standings = [
         sum(standing[f"{site.block}.{site.role}"] for site in configuration.adapters) / len(configuration)
-        for configuration in (record.evaluation.configuration for record in front.records if not record.baseline)
+        for configuration in tried
     ]
     assert sum(standings) / len(standings) > 0.55, "where an even draw has 0.5"
 
@@ -270,9 +274,7 @@ def test_a_refined_child_stays_in_the_space_and_near_its_parent() -> None:
     generator = random.Random(0)
     children = {mutator(dict.fromkeys(parents, 0.1), generator) for _ in range(300)}
     assert len(children) > 60
-    weighted = [
-        mutator({parents[0]: 1.0, parents[1]: 0.9, parents[2]: 0.0}, generator) for _ in range(200)
-    ]
+    weighted = [mutator({parents[0]: 1.0, parents[1]: 0.9, parents[2]: 0.0}, generator) for _ in range(200)]
     near = [
         sum(bool(site in child.adapters) for child in weighted)
         for site in (Site(2, "query"), Site(1, "value"))

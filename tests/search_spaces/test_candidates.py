@@ -7,14 +7,12 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.optimization.gaussian_process import Array
 from autopeft.optimization.local_search import local_search
-from autopeft.search_spaces import ScoreGuided
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer
+from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided
 from autopeft.search_spaces.learning_rates import summed_learning_rate
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
@@ -45,7 +43,7 @@ def test_refinement_adds_and_drops_against_the_scores_too() -> None:
 
 def test_a_size_of_a_ladder_is_changed_to_the_next() -> None:
     choice = MethodChoice(method="lora", sizes=(3, 4, 8, 16, 20))
-    assert [choice.of_size(2 * size).size for size in choice.sizes] == [4, 8, 16, 20, 20]
+    assert [choice.of_size(2 * size).size for size in choice.sizes] == [8, 8, 16, 20, 20]
     assert [choice.of_size(round(size / 2)).size for size in choice.sizes] == [3, 3, 4, 8, 8]
     assert MethodChoice(method="ia3").of_size(4) == Adapter("ia3")
 
@@ -58,7 +56,8 @@ def test_slots_of_several_blocks_change_together_and_methods_without_a_size_are_
     for child in children:
         space.encode(child, BACKBONE)
     assert len(children) > 20
-    assert any("ia3" in child.methods for child in (mutator(dict.fromkeys(children, 1.0), generator) for _ in range(50)))
+    grandchildren = [mutator(dict.fromkeys(children, 1.0), generator) for _ in range(50)]
+    assert any("ia3" in child.methods for child in grandchildren)
 
 
 def test_children_in_parameters_are_near_their_parents_and_cross_them() -> None:

@@ -80,8 +80,9 @@ class TestSettings:
         assert "'prefix' can sit on none of the roles" in caplog.text
         assert "it is left out of the search" in caplog.text
         assert PerLayer().methods_on(deberta) == ("lora", "series", "parallel")
-        for end in (*PerLayer().extremes(deberta), *(one.configuration for one in PerLayer().baselines(deberta))):
-            deberta.check(end)
+        baselines = [baseline.configuration for baseline in PerLayer().baselines(deberta)]
+        for configuration in (*PerLayer().extremes(deberta), *baselines):
+            deberta.check(configuration)
         caplog.clear()
         PerLayer().validate(BERT)
         assert not caplog.text

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -166,34 +165,6 @@ class HiddenStateCache:
         except OSError as error:
             _logger.warning("Hidden states cannot be kept in %s: %s.", self._files.folder, error)
         return None
-
-    def is_served(self, cut: int) -> bool:
-        """Whether trainings with so many frozen blocks are served hidden states instead of running them.
-
-        It follows from backbone, task and settings, not from what happened so far (a full disk is not
-        foreseen). The architecture is tried on a few rows, once. Nothing may be attached.
-        """
-        if cut == 0 or self._files is None:
-            return False
-        token_bytes = self._bytes_of_a_token
-        if token_bytes is None:
-            return False
-        expected = self._estimate(cut, token_bytes)
-        return expected.pays and expected.bytes <= self._files.limit_bytes
-
-    @cached_property
-    def _bytes_of_a_token(self) -> int | None:
-        """The bytes of a token's hidden states; None where they cannot be served."""
-        highest = len(self._backbone.blocks)
-        if not self._know_rows():
-            return None
-        with FrozenBlocks(self._backbone.model, self._backbone.blocks, highest) as frozen:
-            try:
-                with in_mode(self._backbone.model, training=False), torch.no_grad():
-                    self._check_architecture(frozen)
-            except UnservableError:
-                return None
-        return self._token_bytes[highest]
 
     def _know_rows(self) -> bool:
         for name in _SPLITS:

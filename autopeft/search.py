@@ -63,7 +63,8 @@ class Search:
         fidelity: How candidates are trained in part and the promising ones on; None to train each to
             the end.
         warm_start: Initialise LoRA trials from a supernet; None to initialise all from random weights.
-        sampler: "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna sampler.
+        sampler: "ehvi" (see `EhviSampler`), "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna
+            sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             (or pack) has a seed of its own, made from it.
         pack_size: How many new candidates are trained together in one pass over the backbone;
@@ -96,7 +97,7 @@ class Search:
         training: Training | None = None,
         fidelity: SuccessiveHalving | None = None,
         warm_start: WarmStart | None = None,
-        sampler: str | BaseSampler = "tpe",
+        sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
         seeds: int = 1,
         pack_size: int = 1,

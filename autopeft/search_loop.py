@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from optuna.study import Study
+
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.profiling import section
@@ -70,7 +72,20 @@ class SearchLoop:
             seeds=search.seeds,
             warm_starts=self.warm_starts,
         )
-        self.asker = Proposer(search, store, self.axes, self.promotion)
+        self.proposer = Proposer(
+            search.space,
+            search.backbone,
+            search.sampler,
+            objectives=search.objectives,
+            axes=self.axes,
+            constraints=search.constraints,
+            baselines=search.baselines,
+            trials=budget.trials,
+            forecast=None if self.promotion is None else self.promotion.forecast,
+            are_states_served=self._are_states_served,
+            view=self._view,
+        )
+        self._running: dict[int, Proposal] = {}
         self.progress = SearchProgress(search.objectives, enabled=progress)
         self.tracker: Tracker | None = None
         self._known: dict[str, TrialRecord] = {}
@@ -219,9 +234,14 @@ class SearchLoop:
 
     def _begin(self, front: ParetoFront) -> ParetoFront:
         """Begin a trial, or as many as are trained together."""
-        asked = self.asker.ask(front, self.budget.at_most(self.search.pack_size, self._spent))
-        records = self._train(asked, front)
-        for proposal, record in zip(asked, records, strict=True):
+        self._running = {}
+        for _ in range(self.budget.at_most(self.search.pack_size, self._spent)):
+            pending = [proposal.configuration for proposal in self._running.values()]
+            number = len(self.records) + len(pending)
+            self._running[number] = self.proposer.propose(number, self.records, pending)
+        records = self._train(self._running, front)
+        for record in records:
+            proposal = self._running[record.number]
             self.store.tell(record, proposal.parameters, proposal.distributions, proposal.attributes)
         if self.warm_starts is None:
             for record in records:
@@ -230,29 +250,38 @@ class SearchLoop:
             self._spent = self._sum()
         return self._after(records, front)
 
-    def _train(self, asked: Sequence[Proposal], front: ParetoFront) -> list[TrialRecord]:
+    def _view(self) -> Study:
+        forecast = None if self.promotion is None else self.promotion.forecast(self.records).values
+        running = self._running.values()
+        return self.store.sampler_view(self.search.sampler, expected=forecast, running=running)
+
+    def _are_states_served(self, block: int) -> bool:
+        # A pack runs the blocks that its candidates share instead of reading what was kept of them.
+        return self.search.pack_size == 1 and self.search.evaluator.prefixes.is_served(block)
+
+    def _train(self, asked: Mapping[int, Proposal], front: ParetoFront) -> list[TrialRecord]:
         """Train what was asked for, each configuration once; what was tried before is not trained again."""
-        new: dict[str, Proposal] = {}
-        for one in asked:
-            if one.configuration.key not in self._known:
-                new.setdefault(one.configuration.key, one)
-        configurations = {one.number: one.configuration for one in new.values()}
+        new: dict[str, int] = {}
+        for number, proposal in asked.items():
+            if proposal.configuration.key not in self._known:
+                new.setdefault(proposal.configuration.key, number)
+        configurations = {number: asked[number].configuration for number in new.values()}
         if new:
             self._show_running(configurations)
         rung = None if self.promotion is None else 0
-        references = [one.number for one in new.values() if one.baseline is not None]
+        references = [number for number in new.values() if asked[number].baseline is not None]
         trained = self.training.begin(configurations, front, rung=rung, references=references)
         records = []
-        for one in asked:
-            key = one.configuration.key
-            twin = self._known.get(key) or trained[new[key].number]
-            duplicate_of = None if one.number == twin.number else twin.number
+        for number, proposal in asked.items():
+            key = proposal.configuration.key
+            twin = self._known.get(key) or trained[new[key]]
+            duplicate_of = None if number == twin.number else twin.number
             records.append(
                 TrialRecord(
-                    number=one.number,
+                    number=number,
                     evaluation=twin.evaluation,
                     duplicate_of=duplicate_of,
-                    baseline=one.baseline,
+                    baseline=proposal.baseline,
                 )
             )
         return records

@@ -7,8 +7,8 @@ of every configuration of LoRA that runs of `python -m benchmarks.search_cost` t
 `benchmarks/results` unless told otherwise. A simulated training gives what the forest foretells and one of
 the errors that it made, out of its bag, where it foretold about the same: the noise of a training and what
 the forest does not know. Searches go on until their steps took as much as so many trainings through all
-blocks. Each space proposes, members of the front are trained up to three times, rungs are left out, what
-nobody proposes is drawn at random, and a configuration that comes again is trained again. Figures are the
+blocks. Members of the front are trained up to three times, rungs are left out, and a configuration that comes
+again is trained again. Figures are the
 hypervolume of what the forest foretells of the front's members, at a quarter, half and all of the budget:
 means over seeds, and the differences from the first row with standard errors, as seeds are shared. What holds
 here is a reason to try it and not a result: real trainings have the last word.
@@ -22,14 +22,13 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.samplers import BaseSampler, TPESampler
 from rich.console import Console
 from rich.table import Table
 from sklearn.ensemble import ExtraTreesRegressor
@@ -38,10 +37,11 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import contributions, hypervolume, non_dominated
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.models.backbone import Backbone
+from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.expected_improvement import Features
+from autopeft.optimization.history import History
 from autopeft.optimization.seed_replication import replication_delay
-from autopeft.search_spaces import History, ScoreGuided
-from autopeft.search_spaces.base import SearchSpace
+from autopeft.search_spaces import SearchSpace
 from benchmarks.rivals.comparison import axes_of, read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import Setting, per_layer
@@ -67,7 +67,7 @@ class World:
         evaluator = setting.evaluator(setting.load())
         self.backbone = evaluator.backbone
         self.axes = axes_of(setting, self.backbone)
-        self.features = GUIDED.features(self.backbone)
+        self.features = Features.of(GUIDED, self.backbone)
         self.scores = score_sites(evaluator, GUIDED.scores)
         known = final_scores(logs)
         scores = np.array(list(known.values()))
@@ -79,7 +79,7 @@ class World:
         self.determination = float(self._forest.oob_score_)
         self._foretold: dict[Configuration, float] = {}
         _, largest = GUIDED.extremes(self.backbone)
-        self._whole = self.features.compute(largest, is_prefix_served=False)
+        self._whole = self.features.compute(largest, lambda block: False)
 
     def _numbers(self, one: Configuration) -> list[float]:
         """Return what the forest is given of a configuration."""
@@ -94,9 +94,9 @@ class World:
             self._foretold[one] = float(self._forest.predict([self._numbers(one)])[0])
         return self._foretold[one]
 
-    def cost(self, one: Configuration, *, is_prefix_served: bool) -> float:
+    def cost(self, one: Configuration, *, is_served: bool) -> float:
         """Return what a training takes, as a share of one through all blocks."""
-        return self.features.compute(one, is_prefix_served=is_prefix_served) / self._whole
+        return self.features.compute(one, lambda block: is_served) / self._whole
 
     def train(self, one: Configuration, generator: random.Random) -> float:
         """Return what a training of a configuration gives."""
@@ -116,11 +116,11 @@ class Simulated:
     Args:
         world: Answers for trainings.
         seed: Of the search and of the trainings' errors.
-        is_prefix_served: Whether trainings do without running the blocks below the lowest adapted one.
+        is_served: Whether trainings do without running the blocks below the lowest adapted one.
     """
 
-    def __init__(self, world: World, seed: int, *, is_prefix_served: bool) -> None:
-        self.world, self.seed, self.is_prefix_served = world, seed, is_prefix_served
+    def __init__(self, world: World, seed: int, *, is_served: bool) -> None:
+        self.world, self.seed, self.is_served = world, seed, is_served
         self.scores: dict[Configuration, list[float]] = {}
         self.spent = 0.0
         self._luck = random.Random(f"luck of {seed}")
@@ -128,7 +128,7 @@ class Simulated:
     def train(self, one: Configuration) -> None:
         """Train a configuration, once more where it was trained already."""
         self.scores.setdefault(one, []).append(self.world.train(one, self._luck))
-        self.spent += self.world.cost(one, is_prefix_served=self.is_prefix_served)
+        self.spent += self.world.cost(one, is_served=self.is_served)
 
     def point(self, one: Configuration) -> Values:
         """Return a configuration's place, by the mean of its trainings."""
@@ -157,45 +157,46 @@ class Simulated:
 def searched(arm: Arm, world: World, seed: int, budget: float) -> list[tuple[float, float]]:
     """Search until the budget is spent; say after each trial how much was, and what the front was worth."""
     backbone = world.backbone
-    space = arm.space.with_scores(world.scores)
-    search = Simulated(world, seed, is_prefix_served=arm.is_ours)
-    study = optuna.create_study(directions=("maximize", "minimize"), sampler=arm.sampler(seed))
-    for baseline in space.baselines(backbone) if arm.is_ours else ():
-        study.enqueue_trial(space.encode(baseline.configuration, backbone))
+    space, sampler = arm.space.with_scores(world.scores), arm.sampler(seed)
+    search = Simulated(world, seed, is_served=arm.is_ours)
+    study = optuna.create_study(directions=("maximize", "minimize"), sampler=sampler)
+    waiting = [baseline.configuration for baseline in space.baselines(backbone)] if arm.is_ours else []
     found = []
     while search.spent < budget:
-        if arm.is_ours and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial(_proposed(space, search))
-        trial = study.ask()
-        one = space.suggest(trial, backbone)
-        search.train(one)
-        study.tell(trial, list(search.point(one).values()))
+        if waiting:
+            configuration = waiting.pop(0)
+        elif isinstance(sampler, EhviSampler):
+            configuration = sampler.choose(len(search.scores), space, backbone, _history(search))
+        else:
+            trial = study.ask()
+            configuration = space.suggest(trial, backbone)
+        search.train(configuration)
+        if not isinstance(sampler, EhviSampler):
+            study.tell(trial, list(search.point(configuration).values()))
         if arm.is_ours:
             search.train_front_again()
         found.append((search.spent, search.worth()))
     return found
 
 
-def _proposed(space: SearchSpace, search: Simulated) -> dict[str, Any]:
-    world, front, number = search.world, search.front(), len(search.scores)
-    history = History(
-        trials=[(one, search.point(one)) for one in search.scores],
-        axes=world.axes,
+def _history(search: Simulated) -> History:
+    axes, front = search.world.axes, search.front()
+    shares = contributions([search.point(member) for member in front], axes)
+    return History(
+        trials=[(configuration, search.point(configuration)) for configuration in search.scores],
+        axes=axes,
+        front=dict(zip(front, shares, strict=True)),
         trainings=[len(several) for several in search.scores.values()],
-        is_prefix_served=search.is_prefix_served,
+        are_states_served=lambda block: search.is_served,
     )
-    shares = contributions([search.point(one) for one in front], world.axes)
-    generator = random.Random(f"{search.seed}:{number}")
-    parents = dict(zip(front, shares, strict=True))
-    return dict(space.propose(number, parents, generator, world.backbone, history) or {})
 
 
-class RateGuided(ScoreGuided):
+class RateSampler(EhviSampler):
     """Has models that see the learning rate, not the summed one."""
 
-    def features(self, backbone: Backbone) -> Features:
+    def features(self, space: SearchSpace, backbone: Backbone) -> Features:
         """Return what the models are given of a configuration."""
-        return RateFeatures(**vars(super().features(backbone)))
+        return RateFeatures.of(space, backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,25 +204,26 @@ class Arm:
     """What searches.
 
     Attributes:
-        space: Where, and who proposes.
-        sampler: Makes, from a seed, what asks where nothing is proposed.
-        is_ours: Whether it has reference points, trains members of the front again and has a prefix cache.
+        space: Where.
+        sampler: Makes a sampler from a seed.
+        is_ours: Whether it has baselines, trains members of the front again and is served hidden states.
     """
 
     space: SearchSpace
-    sampler: Callable[[int], BaseSampler] = RandomSampler
+    sampler: Callable[[int], BaseSampler] = lambda seed: EhviSampler(seed=seed)
     is_ours: bool = True
-
-
-def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed)
 
 
 ARMS: Mapping[str, Arm] = {
     OURS: Arm(space=GUIDED),
-    "models see the learning rate, not the summed one": Arm(space=RateGuided(**vars(GUIDED))),
-    "allocations at random": Arm(space=replace(GUIDED, modelled=0.0)),
-    "Optuna TPE, each training whole": Arm(space=per_layer(), sampler=_tpe, is_ours=False),
+    "the same sampler in PerLayer": Arm(space=per_layer()),
+    "models see the learning rate, not the summed one": Arm(
+        space=GUIDED, sampler=lambda seed: RateSampler(seed=seed)
+    ),
+    "allocations at random": Arm(space=GUIDED, sampler=lambda seed: EhviSampler(seed=seed, modelled=0.0)),
+    "Optuna TPE, each training whole": Arm(
+        space=per_layer(), sampler=lambda seed: TPESampler(seed=seed), is_ours=False
+    ),
 }
 
 

@@ -30,7 +30,7 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.methods import count_parameters
 from autopeft.optimization.single_adapter_probes import single_adapter_probes
-from autopeft.search_spaces.mutation import Choices
+from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.score_allocation import site_values
 from benchmarks.datasets import DATASETS
 from benchmarks.rank_correlation import spearman

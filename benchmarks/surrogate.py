@@ -34,7 +34,7 @@ from sklearn.ensemble import RandomForestRegressor
 from autopeft.core.configuration import Configuration
 from autopeft.optimization.expected_improvement import Features
 from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
-from autopeft.search_spaces.base import log_place
+from autopeft.search_spaces.learning_rates import log_place
 from benchmarks.rivals.comparison import read_runs
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import RATE, Entry, Setting
@@ -219,7 +219,7 @@ def main() -> None:
     after = " ".join(map(str, arguments.after))
     record: dict[str, Any] = {"command": f"python -m benchmarks.surrogate --after {after}", "datasets": {}}
     for dataset in sorted({name for method, name, *_ in read_runs(arguments.runs) if method == OURS}):
-        features = GUIDED.features(Setting(dataset=dataset, seed=0, trials=1).load())
+        features = Features.of(GUIDED, Setting(dataset=dataset, seed=0, trials=1).load())
         rows = measure(logs_of(dataset, arguments.runs), features, arguments.after)
         show(dataset, rows)
         record["datasets"][dataset] = rows

@@ -9,20 +9,21 @@ from typing import Any
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import (
-    Baseline,
+from autopeft.search_spaces.base import SearchSpace
+from autopeft.search_spaces.baselines import Baseline, chosen_baselines
+from autopeft.search_spaces.learning_rates import (
     LearningRate,
-    SearchSpace,
-    SuggestTrial,
     checked_learning_rate,
     describe_learning_rate,
-    encode_learning_rate,
+    encode_training,
     middle_learning_rate,
     suggest_learning_rate,
 )
+from autopeft.search_spaces.method_choice import MethodChoice
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 _SITES: Mapping[str, str] = {"series": "ffn", "parallel": "ffn", "prefix": "attention"}
-_HALVINGS = 11
+_HALVINGS = 10  # of the hidden width, itself included: the paper's k = 0 … 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class AutoPEFTPaper(SearchSpace):
     def sizes(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the sizes, rising from 0 to the hidden width."""
         hidden = backbone.shape(Site(0, "ffn")).out_features
-        halvings = {hidden // 2**k for k in range(_HALVINGS - 1)}
+        halvings = {hidden // 2**k for k in range(_HALVINGS)}
         return tuple(sorted(halvings | {0}))
 
     def _decode(self, sizes: Mapping[str, int], blocks: list[int], rate: float) -> Configuration:
@@ -74,7 +75,7 @@ class AutoPEFTPaper(SearchSpace):
     def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
         """Ask for three sizes and for each block; see `SearchSpace.suggest`."""
         ladder = self.sizes(backbone)
-        sizes = {method: ladder[trial.suggest_int(f"{method}.size", 0, len(ladder) - 1)] for method in _SITES}
+        sizes = {method: trial.suggest_categorical(f"{method}.size", ladder) for method in _SITES}
         blocks = [
             block
             for block in range(len(backbone.blocks))
@@ -95,12 +96,21 @@ class AutoPEFTPaper(SearchSpace):
         if not present or not known or self._decode(sizes, blocks, rate) != configuration:
             raise ValueError(f"{configuration!r} does not have one global size each of {', '.join(_SITES)}.")
         return {
-            **{f"{method}.size": ladder.index(size) for method, size in sizes.items()},
+            **{f"{method}.size": size for method, size in sizes.items()},
             **{f"{block}.on": block in blocks for block in range(len(backbone.blocks))},
-            **encode_learning_rate(rate, self.learning_rate),
+            **encode_training(configuration, self.learning_rate),
         }
 
-    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
+    def choices(self, backbone: Backbone) -> dict[Site, dict[str, MethodChoice]]:
+        """Return the three methods at the two sublayers of every block; see `SearchSpace.choices`."""
+        sizes = self.sizes(backbone)[1:]
+        found: dict[Site, dict[str, MethodChoice]] = {}
+        for block in range(len(backbone.blocks)):
+            for method, role in _SITES.items():
+                found.setdefault(Site(block, role), {})[method] = MethodChoice(method=method, sizes=sizes)
+        return dict(sorted(found.items()))
+
+    def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
         """Return the head alone and each method alone, everywhere, at a middle size."""
         rate = middle_learning_rate(self.learning_rate)
         blocks = list(range(len(backbone.blocks)))
@@ -114,7 +124,7 @@ class AutoPEFTPaper(SearchSpace):
                     configuration=self._decode(sizes, blocks, rate),
                 )
             )
-        return tuple(found)
+        return chosen_baselines(found, trials)
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the head alone, and all three methods at the hidden width in every block."""
@@ -132,7 +142,7 @@ class AutoPEFTPaper(SearchSpace):
     def describe(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.describe`."""
         ladder = "|".join(str(size) for size in self.sizes(backbone))
-        low, high = (count_parameters(backbone, one) for one in self.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in self.extremes(backbone))
         return "\n".join(
             [
                 f"AutoPEFTPaper: global sizes of series, parallel and prefix, each of {ladder}; "

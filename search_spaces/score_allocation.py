@@ -11,9 +11,13 @@ from autopeft.core.method_specs import KIND_OF_ROLE, OptionValue
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.allocation import RankBudget, find_allocator
+from autopeft.sensitivity.allocation import ALLOCATORS, RankBudget, find_allocator
 
 _FFN = "ffn"
+SCORE_ALLOCATORS = tuple(name for name, rule in ALLOCATORS.items() if rule.evidence != "counts")
+"""Allocators that read the scores of sites; the others read counts of sensitive weights."""
+SCORES_WITH_SPECTRA = ("gradient_spectrum", "explained_variance")
+"""Scores that say what each rank of an adapter adds, which some allocators read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class Allocation:
     Attributes:
         budget: Trainable parameters of all adapters together (the head not counted).
         method: A method with a size: "lora", "series", "parallel" or "prefix".
-        allocator: A name of `autopeft.sensitivity.allocation.ALLOCATORS` that reads scores or spectra.
+        allocator: One of `SCORE_ALLOCATORS`.
         placement: Share of the sites that may carry an adapter, the best first, in (0, 1].
         lowest_block: Blocks below it carry none, which is what saves memory.
         largest: Largest size of an adapter.
@@ -100,7 +104,8 @@ def site_values(scores: SiteScores, sites: Iterable[Site]) -> dict[Site, float]:
 
 
 def _value_of_block(values: Mapping[Site, float], site: Site) -> float:
-    block = {one: value for one, value in values.items() if one.block == site.block}
+    block = {scored: value for scored, value in values.items() if scored.block == site.block}
     if KIND_OF_ROLE[site.role] == "norm":
         return sum(block.values()) / max(1, len(block))
-    return sum(value for one, value in block.items() if one.role.startswith(_FFN) == (site.role == _FFN))
+    is_ffn = site.role == _FFN
+    return sum(value for scored, value in block.items() if scored.role.startswith(_FFN) == is_ffn)

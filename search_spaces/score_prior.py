@@ -10,8 +10,8 @@ from autopeft.search_spaces.score_allocation import site_values
 from autopeft.search_spaces.site_groups import Slot
 from autopeft.sensitivity import SiteScores
 
-_LEAST = 0.15
-_MOST = 0.85
+# That a slot gets an adapter: a score is a prior, so the lowest is tried at times, the highest not always.
+_LOWEST_PROBABILITY, _HIGHEST_PROBABILITY = 0.15, 0.85
 
 
 def rank_percentiles(slots: Iterable[Slot], scores: SiteScores) -> dict[str, float]:
@@ -35,9 +35,9 @@ def draw(
     adapters: dict[Site, Adapter] = {}
     for slot in slots:
         share = standing[slot.name]
-        if generator.random() >= _LEAST + (_MOST - _LEAST) * share:
+        if generator.random() >= _LOWEST_PROBABILITY + (_HIGHEST_PROBABILITY - _LOWEST_PROBABILITY) * share:
             continue
-        sizes = generator.choice(list(slot.adapters.values()))
+        sizes = generator.choice(list(slot.choices.values())).adapters
         places = [generator.randrange(len(sizes)) for _ in range(2)]
         place = max(places) if generator.random() < share else min(places)
         adapters |= dict.fromkeys(slot.sites, sizes[place])
@@ -52,8 +52,8 @@ def allocated_to_slots(
     for slot in slots:
         given = [sizes[site].size or 0 for site in slot.sites if site in sizes]
         mean = sum(given) / len(slot.sites)
-        if method not in slot.adapters or mean < 0.5:
+        if method not in slot.choices or mean < 0.5:
             continue
-        nearest = min(slot.adapters[method], key=lambda one: abs((one.size or 0) - mean))
+        nearest = min(slot.choices[method].adapters, key=lambda adapter: abs((adapter.size or 0) - mean))
         adapters |= dict.fromkeys(slot.sites, nearest)
     return adapters

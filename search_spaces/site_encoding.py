@@ -6,9 +6,9 @@ from typing import Any
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
-from autopeft.search_spaces.base import SuggestTrial
-from autopeft.search_spaces.mutation import Choices
+from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.site_groups import OFF
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 
 def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
@@ -16,15 +16,15 @@ def suggest_sites(trial: SuggestTrial, choices: Choices) -> dict[Site, Adapter]:
 
     Args:
         trial: Is asked.
-        choices: The methods there are for every site.
+        choices: The methods there are for every site, each with all sizes between two.
     """
     adapters = {}
     for site, methods in choices.items():
         method = trial.suggest_categorical(f"{site}.method", (OFF, *methods))
         if method != OFF:
-            sized = methods[method]
-            name = f"{site}.{method}_size"
-            adapters[site] = sized.of_size(trial.suggest_int(name, sized.smallest, sized.largest, log=True))
+            choice = methods[method]
+            low, high = choice.sizes[0], choice.sizes[-1]
+            adapters[site] = choice.of_size(trial.suggest_int(f"{site}.{method}_size", low, high, log=True))
     return adapters
 
 
@@ -33,7 +33,7 @@ def encode_sites(configuration: Configuration, choices: Choices) -> dict[str, An
 
     Args:
         configuration: One adapter a site at most.
-        choices: The methods there are for every site.
+        choices: The methods there are for every site, each with all sizes between two.
 
     Raises:
         ValueError: An adapter is none of the choices for its site.
@@ -46,8 +46,8 @@ def encode_sites(configuration: Configuration, choices: Choices) -> dict[str, An
         if len(several) > 1:
             raise ValueError(f"{site} takes one adapter, got {len(several)}.")
         parameters[f"{site}.method"] = several[0].method if several else OFF
-        for one in several:
-            if one.method not in methods or one != methods[one.method].of_size(one.size or 0):
-                raise ValueError(f"{one} is none of the choices for {site}.")
-            parameters[f"{site}.{one.method}_size"] = one.size
+        for adapter in several:
+            if adapter.method not in methods or adapter != methods[adapter.method].of_size(adapter.size or 0):
+                raise ValueError(f"{adapter} is none of the choices for {site}.")
+            parameters[f"{site}.{adapter.method}_size"] = adapter.size
     return parameters

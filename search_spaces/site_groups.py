@@ -11,7 +11,8 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import SuggestTrial
+from autopeft.search_spaces.method_choice import MethodChoice
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 OFF = "off"
 Encoding = Literal["fixed", "conditional"]
@@ -24,22 +25,22 @@ class Slot:
     Attributes:
         group: Name of the group of blocks, as in "0-1".
         sites: The sites that get the same adapter.
-        adapters: Adapters to choose from, by method, sizes rising.
+        choices: The methods to choose from, by name.
     """
 
     group: str
     sites: tuple[Site, ...]
-    adapters: Mapping[str, tuple[Adapter, ...]]
+    choices: Mapping[str, MethodChoice]
 
     @cached_property
     def name(self) -> str:
-        """Prefix of the slot's parameters, as in "0-1.query"."""
+        """What the names of the slot's parameters begin with, as in "0-1.query"."""
         return f"{self.group}.{self.sites[0].role}"
 
     @property
     def count(self) -> int:
         """Number of choices, having no adapter included."""
-        return 1 + sum(len(several) for several in self.adapters.values())
+        return 1 + sum(max(1, len(choice.sizes)) for choice in self.choices.values())
 
     def suggest(self, trial: SuggestTrial, encoding: Encoding) -> Adapter | None:
         """Ask for the method and its size.
@@ -48,14 +49,14 @@ class Slot:
         that model parameters jointly one space of constant shape; "conditional" asks for the size of
         the chosen method alone.
         """
-        method = trial.suggest_categorical(f"{self.name}.method", (OFF, *self.adapters))
+        method = trial.suggest_categorical(f"{self.name}.method", (OFF, *self.choices))
         chosen: Adapter | None = None
-        for candidate, several in self.adapters.items():
-            index = 0
-            if len(several) > 1 and (encoding == "fixed" or candidate == method):
-                index = trial.suggest_int(f"{self.name}.{_size_name(candidate)}", 0, len(several) - 1)
+        for candidate, choice in self.choices.items():
+            size = choice.sizes[0] if choice.sizes else 1
+            if len(choice.sizes) > 1 and (encoding == "fixed" or candidate == method):
+                size = trial.suggest_categorical(f"{self.name}.{_size_name(candidate)}", choice.sizes)
             if candidate == method:
-                chosen = several[index]
+                chosen = choice.of_size(size)
         return chosen
 
     def encode(self, adapter: Adapter | None, encoding: Encoding) -> dict[str, Any]:
@@ -64,24 +65,25 @@ class Slot:
         Raises:
             ValueError: The adapter is none of the slot's choices.
         """
-        parameters: dict[str, Any] = {}
-        for candidate, several in self.adapters.items():
-            if len(several) > 1 and encoding == "fixed":
-                parameters[f"{self.name}.{_size_name(candidate)}"] = 0
+        parameters: dict[str, Any] = {
+            f"{self.name}.{_size_name(candidate)}": choice.sizes[0]
+            for candidate, choice in self.choices.items()
+            if len(choice.sizes) > 1 and encoding == "fixed"
+        }
         if adapter is None:
             return {f"{self.name}.method": OFF, **parameters}
-        several = self.adapters.get(adapter.method, ())
-        if adapter not in several:
+        chosen = self.choices.get(adapter.method)
+        if chosen is None or adapter != chosen.of_size(adapter.size or 1):
             raise ValueError(f"{adapter} is none of the choices for {self.name}.")
         parameters[f"{self.name}.method"] = adapter.method
-        if len(several) > 1:
-            parameters[f"{self.name}.{_size_name(adapter.method)}"] = several.index(adapter)
+        if len(chosen.sizes) > 1:
+            parameters[f"{self.name}.{_size_name(adapter.method)}"] = adapter.size
         return parameters
 
     def largest(self, backbone: Backbone) -> Adapter:
         """Return the choice with the most trainable parameters."""
         return max(
-            (several[-1] for several in self.adapters.values()),
+            (choice.largest for choice in self.choices.values()),
             key=lambda adapter: sum(count_site(backbone, site, adapter) for site in self.sites),
         )
 

@@ -9,17 +9,18 @@ from typing import Any
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import (
-    Baseline,
+from autopeft.search_spaces.base import SearchSpace
+from autopeft.search_spaces.baselines import Baseline, chosen_baselines
+from autopeft.search_spaces.learning_rates import (
     LearningRate,
-    SearchSpace,
-    SuggestTrial,
     describe_learning_rate,
-    encode_learning_rate,
+    encode_training,
     middle_learning_rate,
     suggest_learning_rate,
 )
+from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.per_layer import PerLayer
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +65,18 @@ class Uniform(SearchSpace):
             options=self.options,
         )
 
+    def _by_method(self) -> dict[str, MethodChoice]:
+        space = self._per_layer()
+        return {method: space.choice_of(method) for method in self.methods}
+
     def validate(self, backbone: Backbone) -> None:
         """Raise ValueError for a role the backbone lacks and for a method no role can take."""
         self._per_layer().validate(backbone)
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the choices by name, as in "lora(8)"."""
-        space = self._per_layer()
-        return {str(one): one for method in self.methods for one in space.adapters_of(method)}
+        several = (adapter for choice in self._by_method().values() for adapter in choice.adapters)
+        return {str(adapter): adapter for adapter in several}
 
     def everywhere(self, adapter: Adapter, backbone: Backbone, rate: float) -> Configuration:
         """Put one adapter on every site of the chosen roles that can take it."""
@@ -84,44 +89,44 @@ class Uniform(SearchSpace):
         return Configuration(sites, learning_rate=rate)
 
     def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
-        """Ask for the adapter and the learning rate; see `SearchSpace.suggest`."""
-        choices = self.adapters()
-        method = trial.suggest_categorical("method", tuple(self.methods))
-        several = [adapter for adapter in choices.values() if adapter.method == method]
-        index = trial.suggest_int(f"{method}.size", 0, len(several) - 1)
+        """Ask for the method, its size and the learning rate; see `SearchSpace.suggest`."""
+        choice = self._by_method()[trial.suggest_categorical("method", tuple(self.methods))]
+        size = trial.suggest_categorical(f"{choice.method}.size", choice.sizes) if choice.sizes else 1
         rate = suggest_learning_rate(trial, self.learning_rate)
-        return self.everywhere(several[index], backbone, rate)
+        return self.everywhere(choice.of_size(size), backbone, rate)
 
     def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters of a configuration; see `SearchSpace.encode`."""
-        rate = configuration.learning_rate
+        rate = encode_training(configuration, self.learning_rate)
         for adapter in self.adapters().values():
-            if self.everywhere(adapter, backbone, rate) == configuration:
-                several = [one for one in self.adapters().values() if one.method == adapter.method]
-                return {
-                    "method": adapter.method,
-                    f"{adapter.method}.size": several.index(adapter),
-                    **encode_learning_rate(rate, self.learning_rate),
-                }
+            if self.everywhere(adapter, backbone, configuration.learning_rate) == configuration:
+                size = {} if adapter.size is None else {f"{adapter.method}.size": adapter.size}
+                return {"method": adapter.method, **size, **rate}
         raise ValueError(f"{configuration!r} is not one of {', '.join(self.adapters())} everywhere.")
 
-    def baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
-        """Return each method's smallest, middle and largest size."""
-        space = self._per_layer()
+    def choices(self, backbone: Backbone) -> dict[Site, Mapping[str, MethodChoice]]:
+        """Return the methods that each site of the chosen roles can take; see `SearchSpace.choices`."""
+        return self._per_layer().choices(backbone)
+
+    def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
+        """Return each method's smallest size, then their middle and their largest sizes."""
         rate = middle_learning_rate(self.learning_rate)
-        chosen: dict[Adapter, None] = {}
-        for method in self.methods:
-            sizes = space.adapters_of(method)
-            chosen |= dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
-        return tuple(
-            Baseline(name=f"{one} everywhere", configuration=self.everywhere(one, backbone, rate))
-            for one in chosen
-        )
+        several = [choice.adapters for choice in self._by_method().values()]
+        chosen = [
+            *(adapters[0] for adapters in several),
+            *(adapters[len(adapters) // 2] for adapters in several),
+            *(adapters[-1] for adapters in several),
+        ]
+        found = [
+            Baseline(name=f"{adapter} everywhere", configuration=self.everywhere(adapter, backbone, rate))
+            for adapter in dict.fromkeys(chosen)
+        ]
+        return chosen_baselines(found, trials)
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the points with the fewest and the most trainable parameters."""
         rate = middle_learning_rate(self.learning_rate)
-        points = [self.everywhere(one, backbone, rate) for one in self.adapters().values()]
+        points = [self.everywhere(adapter, backbone, rate) for adapter in self.adapters().values()]
         ranked = sorted(points, key=lambda point: count_parameters(backbone, point))
         return ranked[0], ranked[-1]
 
@@ -131,7 +136,7 @@ class Uniform(SearchSpace):
 
     def describe(self, backbone: Backbone) -> str:
         """Say what is chosen from; see `SearchSpace.describe`."""
-        low, high = (count_parameters(backbone, one) for one in self.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in self.extremes(backbone))
         return "\n".join(
             [
                 f"Uniform: one of {', '.join(self.adapters())} everywhere",

@@ -88,12 +88,15 @@ def hypervolume(points: Sequence[Values], axes: Sequence[Axis]) -> float:
 
 
 def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]:
-    """Return what each point adds to the hypervolume of the others; 0 for one that others cover."""
-    whole = hypervolume(points, axes)
-    return [
-        max(0.0, whole - hypervolume([*points[:index], *points[index + 1 :]], axes))
-        for index in range(len(points))
-    ]
+    """Return what each point adds to the hypervolume of the others; 0 for one that others cover or equal.
+
+    Points that others dominate count for nothing. Computed by moocore (Guerreiro and Fonseca, "Computing and
+    Updating Hypervolume Contributions in up to Four Dimensions", 2018).
+    """
+    if not points:
+        return []
+    losses = [[1.0 - axis.position(point[axis.objective.name]) for axis in axes] for point in points]
+    return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(axes)))]
 
 
 def knee(points: Sequence[Values], axes: Sequence[Axis]) -> int:

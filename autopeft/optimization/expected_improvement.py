@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Self
 
 import numpy as np
 from scipy.special import ndtr
@@ -13,18 +14,21 @@ from scipy.stats import qmc
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import Constraint, Objective
 from autopeft.core.pareto import non_dominated
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
-from autopeft.search_spaces.base import History, LearningRate, log_place, summed_learning_rate
-from autopeft.search_spaces.mutation import Choices
+from autopeft.optimization.history import History
+from autopeft.search_spaces import SearchSpace
+from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
+from autopeft.search_spaces.method_choice import Choices
 
-_LATEST = 128  # trials that a model learns from: its time grows with their third power
-_CELLS = 4096
-_FOR_ALL = 0.25  # of what all blocks take in a step: head, loop and optimizer
-_NEAR = 1.2  # learning rates by less than this factor apart are taken for the same
+_LEARNED_TRIALS = 128  # that a model learns from at most: its time grows with their third power
+_CELLS = 4096  # of the unit cube: the standard error of a gain of 1 % is 0.16 %
+_COMPUTE_BESIDE_BLOCKS = 0.25  # of what all blocks take in a step: head, loop and optimizer
+_SAME_RATE_FACTOR = 1.2  # learning rates by less than this factor apart are taken for the same
 _RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
 _COUNTED = "trainable_parameters"
 _Adapters = tuple[tuple[Site, Adapter], ...]
@@ -42,35 +46,50 @@ class Features:
 
     Attributes:
         backbone: Counts blocks and parameters.
-        choices: The methods there are for every site.
+        choices: The methods there are for every site, or the first of several that carry the same.
         methods: The methods there are.
-        learning_rate: A number, or (lowest, highest).
+        highest_rate: The highest learning rate.
         parameters: (fewest, most) trainable parameters.
     """
 
     backbone: Backbone
     choices: Choices
     methods: Sequence[str]
-    learning_rate: LearningRate
+    highest_rate: float
     parameters: tuple[int, int]
+
+    @classmethod
+    def of(cls, space: SearchSpace, backbone: Backbone) -> Self:
+        """Return the features of a space's configurations on a backbone."""
+        choices = space.choices(backbone)
+        used = {method for methods in choices.values() for method in methods}
+        fewest, most = (count_parameters(backbone, end) for end in space.extremes(backbone))
+        return cls(
+            backbone=backbone,
+            choices=choices,
+            methods=[method for method in METHOD_SPECS if method in used],
+            highest_rate=learning_rate_bounds(space.learning_rate)[1],
+            parameters=(fewest, most),
+        )
 
     def of_metric(self, configuration: Configuration) -> list[float]:
         """Return the features that say what a configuration reaches, its placement apart."""
-        rate = self.learning_rate
-        highest = rate if isinstance(rate, float) else rate[1]
-        summed = 1 + math.log(summed_learning_rate(configuration) / highest) / _RATE_UNIT
+        summed = 1 + math.log(summed_learning_rate(configuration) / self.highest_rate) / _RATE_UNIT
         return [summed, *self._of_both(configuration)]
 
     def of_cost(self, configuration: Configuration) -> list[float]:
         """Return the features that say what a configuration costs."""
-        sites = len(configuration.adapters) / len(self.choices)
-        return [self.frozen_share(configuration), sites, *self._of_both(configuration)]
+        adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
+        return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
 
     def _of_both(self, configuration: Configuration) -> list[float]:
         adapters = max(1, len(configuration))
         return [
             log_place(self.count(configuration), *self.parameters),
-            *(sum(one.method == name for _, one in configuration) / adapters for name in self.methods[1:]),
+            *(
+                sum(adapter.method == name for _, adapter in configuration) / adapters
+                for name in self.methods[1:]
+            ),
         ]
 
     def count(self, configuration: Configuration) -> int:
@@ -83,15 +102,17 @@ class Features:
     def _counts(self) -> dict[Configuration, int]:
         return {}
 
-    def compute(self, configuration: Configuration, *, is_prefix_served: bool) -> float:
+    def compute(self, configuration: Configuration, are_states_served: Callable[[int], bool]) -> float:
         """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
 
         Args:
             configuration: What is trained.
-            is_prefix_served: Whether the blocks below the lowest adapted one are not even run forward.
+            are_states_served: Whether trainings read kept hidden states in place of running the blocks below
+                one: below the lowest that carries an adapter.
         """
-        frozen = self.frozen_share(configuration)
-        return _FOR_ALL + 1 - (frozen if is_prefix_served else frozen / 2)
+        frozen, lowest = self.frozen_share(configuration), configuration.lowest_block
+        is_served = are_states_served(self._blocks if lowest is None else lowest)
+        return _COMPUTE_BESIDE_BLOCKS + 1 - (frozen if is_served else frozen / 2)
 
     def frozen_share(self, configuration: Configuration) -> float:
         """Return the share of the blocks that lie below the lowest adapted one."""
@@ -104,23 +125,29 @@ class Features:
 
     def placement(self, configuration: Configuration) -> list[float]:
         """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""
-        return [
-            max((methods[one.method].place(one) for one in configuration.adapters.get(site, ())), default=0.0)
-            for site, methods in self.choices.items()
-        ]
+        places = [0.0] * len(self.choices)
+        for site, adapter in configuration:
+            if site in self._columns:
+                column = self._columns[site]
+                places[column] = max(places[column], self.choices[site][adapter.method].place(adapter))
+        return places
+
+    @cached_property
+    def _columns(self) -> dict[Site, int]:
+        return {site: column for column, site in enumerate(self.choices)}
 
     def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
         """Return what a model of a metric or of a cost is given."""
         if objective.is_metric:
             return self.metric_inputs(configurations)
-        costs = np.array([self.of_cost(one) for one in configurations])
+        costs = np.array([self.of_cost(configuration) for configuration in configurations])
         return Inputs(costs, placements=np.empty((len(configurations), 0)))
 
     def metric_inputs(self, configurations: Sequence[Configuration]) -> Inputs:
         """Return what a model of a metric is given."""
         return Inputs(
-            np.array([self.of_metric(one) for one in configurations]),
-            np.array([self.placement(one) for one in configurations]),
+            np.array([self.of_metric(configuration) for configuration in configurations]),
+            np.array([self.placement(configuration) for configuration in configurations]),
         )
 
 
@@ -141,15 +168,18 @@ class ExpectedImprovement:
 
     def __init__(self, history: History, features: Features) -> None:
         self._history, self._features = history, features
-        self._tried = [one for one, _ in history.trials]
+        self._tried = [configuration for configuration, _ in history.trials]
         self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
         objectives = [axis.objective for axis in history.axes]
-        self._placed = self._on_all_axes()
-        flags = non_dominated([history.trials[place][1] for place in self._placed], objectives)
-        self._front = frozenset(place for place, flag in zip(self._placed, flags, strict=True) if flag)
+        placed = self._on_all_axes()
+        flags = non_dominated([history.trials[place][1] for place in placed], objectives)
+        self._front = frozenset(place for place, flag in zip(placed, flags, strict=True) if flag)
+        self._placed = sorted(self._front.union(self._learned_from(placed)))
         objectives += [constraint.objective for constraint in history.constraints]
         self._models = {
-            one.name: self._model(one) for one in dict.fromkeys(objectives) if one.name != _COUNTED
+            objective.name: self._model(objective)
+            for objective in dict.fromkeys(objectives)
+            if objective.name != _COUNTED
         }
         self._cells = self._not_dominated()
         self._known: dict[Configuration, float] = {}
@@ -170,14 +200,14 @@ class ExpectedImprovement:
         return self._features.inputs([self._tried[place] for place in places], objective)
 
     def _learned_from(self, places: Sequence[int]) -> list[int]:
-        """Return the trials that a model learns from: the front, who was on it, and the latest of the others.
+        """Return the trials that a model learns from: on the front, once on it, and the latest of the others.
 
-        Who has been on the front was trained again, if anyone: what it gained must not be forgotten.
+        What was trained again has been on the front: what it gained must not be forgotten.
         """
         was_on_front = {place: place in self._front or self._trainings[place] > 1 for place in places}
-        kept = [place for place in places if was_on_front[place]][-_LATEST:]
+        kept = [place for place in places if was_on_front[place]][-_LEARNED_TRIALS:]
         others = [place for place in places if not was_on_front[place]]
-        room = _LATEST - len(kept)
+        room = _LEARNED_TRIALS - len(kept)
         return sorted([*kept, *(others[-room:] if room else [])])
 
     def _on_all_axes(self) -> list[int]:
@@ -194,7 +224,7 @@ class ExpectedImprovement:
         optimization", 2013).
         """
         axes = self._history.axes
-        positions = [[axis.position(one) for one in self._reached(axis.objective)] for axis in axes]
+        positions = [[axis.position(value) for value in self._reached(axis.objective)] for axis in axes]
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
         for position in zip(*positions, strict=True):
@@ -206,7 +236,7 @@ class ExpectedImprovement:
         if objective.before_training:
             return [self._history.trials[place][1][objective.name] for place in self._placed]
         mean, _ = self._models[objective.name].predict(self._inputs(self._placed, objective))
-        return [float(one) for one in mean]
+        return [float(value) for value in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
@@ -227,22 +257,22 @@ class ExpectedImprovement:
         The gain is divided by what a training step takes, as in Snoek, Larochelle and Adams, "Practical
         Bayesian Optimization of Machine Learning Algorithms" (2012).
         """
-        new = [one for one in dict.fromkeys(candidates) if one not in self._known]
+        new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._known]
         if new:
-            served = self._history.is_prefix_served
-            compute = [self._features.compute(one, is_prefix_served=served) for one in new]
+            served = self._history.are_states_served
+            compute = [self._features.compute(candidate, served) for candidate in new]
             self._known |= dict(zip(new, (self(new) / compute).tolist(), strict=True))
-        return np.array([self._known[one] for one in candidates])
+        return np.array([self._known[candidate] for candidate in candidates])
 
     def best(self, candidates: Sequence[Configuration]) -> int | None:
         """Return the index of the candidate that gains most for its compute; None where all were tried.
 
-        One with the adapters of a trial counts as tried where its learning rate is within a fifth of that
+        What has the adapters of a trial counts as tried where its learning rate is within a fifth of that
         trial's: it would be chosen for the noise in its metric, again and again.
         """
         tried: dict[_Adapters, list[float]] = {}
-        for one in self._tried:
-            tried.setdefault(tuple(one), []).append(one.learning_rate)
+        for trial in self._tried:
+            tried.setdefault(tuple(trial), []).append(trial.learning_rate)
         ranking = np.argsort(-self.per_compute(candidates), kind="stable")
         for index in ranking.tolist():
             rate = candidates[index].learning_rate
@@ -259,17 +289,19 @@ class ExpectedImprovement:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:
             return self._models[objective.name].predict(self._features.inputs(candidates, objective))
-        counts = (self._features.count(one) for one in candidates)
-        return np.array([_scaled(objective, one) for one in counts]), np.zeros(len(candidates))
+        counts = (self._features.count(candidate) for candidate in candidates)
+        return np.array([_scaled(objective, count) for count in counts]), np.zeros(len(candidates))
 
 
 def _is_near(rate: float, other: float) -> bool:
-    return abs(math.log(rate / other)) < math.log(_NEAR)
+    return abs(math.log(rate / other)) < math.log(_SAME_RATE_FACTOR)
 
 
 def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:
     """Return the probability of being at least as good as a bound."""
     better = mean - bound if objective.direction == "maximize" else bound - mean
+    if not deviation.any():  # it is exact
+        return (better >= 0).astype(np.float64)
     known = np.where(better >= 0, np.inf, -np.inf)
     standard = np.divide(better, deviation, out=known, where=deviation > 0)
     probability: Array = ndtr(standard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -14,14 +15,18 @@ from scipy.stats import qmc
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-_DRAWS = 256  # of the hyper-parameters, from their prior
-_KEPT = 16  # of those, the likeliest
-_LENGTH = (0.5, 0.7)  # median and spread of the logarithm
-_LINEAR = (0.3, 1.0)
-_NOISE = (0.1, 1.2)
+_DRAWN_HYPER_PARAMETERS = 256  # from their prior; a power of two, for which Sobol sequences are even
+_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws, which takes as long as before
+_KEPT_HYPER_PARAMETERS = 16  # the likeliest of those, as prediction takes time for each
+_LEAST_WEIGHT = 1e-3  # of the likeliest's: with many trials few draws have more
+# Priors of the hyper-parameters: median, and spread of the logarithm. They were chosen on the scores of
+# earlier searches (`python -m benchmarks.surrogate`); inputs are in [0, 1], values are standardised.
+_LENGTH = (0.5, 0.7)
+_LINEAR_WEIGHT = (0.3, 1.0)
+_NOISE_VARIANCE = (0.1, 1.2)
 _PLACEMENT_ODDS = (3.0, 1.0)  # of the share of the Matérn kernel that placements modulate
 _PLACEMENT_LENGTH = (0.3, 0.7)  # of which 1 is the distance of placements that share no site
-_JITTER = 1e-8
+_JITTER = 1e-8  # keeps the Cholesky factor of equal configurations finite
 
 
 class Inputs(NamedTuple):
@@ -47,7 +52,7 @@ class _HyperParameters(NamedTuple):
 
     def select(self, draws: NDArray[np.intp]) -> _HyperParameters:
         """Return some of the draws."""
-        return _HyperParameters(*(one[draws] for one in self))
+        return _HyperParameters(*(numbers[draws] for numbers in self))
 
 
 class GaussianProcess:
@@ -81,7 +86,7 @@ class GaussianProcess:
         self._mean = float(values.mean())
         self._scale = float(values.std()) or 1.0
         standard = (values - self._mean) / self._scale
-        self._drawn = _hyper_parameters(inputs.features.shape[1])
+        self._drawn = _hyper_parameters(inputs.features.shape[1]).select(_draws(len(values)))
         if exact:
             self._drawn = self._drawn._replace(noise=np.full_like(self._drawn.noise, 1e-4))
         if not linear:
@@ -90,11 +95,12 @@ class GaussianProcess:
         share = np.ones(len(values)) if repeats is None else 1 / repeats
         covariance += (self._drawn.noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
-        white = np.stack([solve_triangular(one, standard, lower=True) for one in root])[:, :, None]
+        white = np.stack([solve_triangular(factor, standard, lower=True) for factor in root])[:, :, None]
         diagonal = np.diagonal(root, axis1=1, axis2=2)
         likelihood = -0.5 * (white**2).sum(axis=(1, 2)) - np.log(diagonal).sum(axis=1)
-        best = np.argsort(-likelihood, kind="stable")[:_KEPT]
+        best = np.argsort(-likelihood, kind="stable")[:_KEPT_HYPER_PARAMETERS]
         weights = np.exp(likelihood[best] - likelihood[best[0]])
+        best, weights = best[weights > _LEAST_WEIGHT], weights[weights > _LEAST_WEIGHT]
         self._weights = weights / weights.sum()
         self._drawn = self._drawn.select(best)
         self._root, self._white = root[best], white[best]
@@ -132,7 +138,10 @@ class GaussianProcess:
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:
         """Return the mean and the standard deviation (noise left out) at some points."""
-        across = np.linalg.solve(self._root, self._covariance(self._inputs, inputs))
+        covariances = zip(self._root, self._covariance(self._inputs, inputs), strict=True)
+        across = np.stack(
+            [solve_triangular(root, covariance, lower=True) for root, covariance in covariances]
+        )
         means = (across * self._white).sum(axis=1)
         linear = ((inputs.features - 0.5) ** 2).sum(axis=1)
         own = 1 + self._drawn.linear_weight[:, None] * linear
@@ -156,6 +165,12 @@ def _squared_distances(first: Array, second: Array) -> Array:
     return distances
 
 
+def _draws(trials: int) -> Indices:
+    """Return which draws are compared: fewer, and still a power of two, where many trials tell them apart."""
+    halvings = max(0, math.ceil(2 * math.log2(max(1, trials) / _ALL_DRAWS_UP_TO)))
+    return np.arange(max(_KEPT_HYPER_PARAMETERS, _DRAWN_HYPER_PARAMETERS >> halvings))
+
+
 @cache
 def _hyper_parameters(count: int) -> _HyperParameters:
     """Return draws from the prior, for so many features; always the same ones."""
@@ -165,8 +180,8 @@ def _hyper_parameters(count: int) -> _HyperParameters:
     odds = _lognormal(_PLACEMENT_ODDS, others[0])
     return _HyperParameters(
         lengths=_lognormal(_LENGTH, normal[:count]).T,
-        linear_weight=_lognormal(_LINEAR, normal[count]),
-        noise=_lognormal(_NOISE, normal[count + 1]),
+        linear_weight=_lognormal(_LINEAR_WEIGHT, normal[count]),
+        noise=_lognormal(_NOISE_VARIANCE, normal[count + 1]),
         placement_share=odds / (1 + odds),
         placement_length=_lognormal(_PLACEMENT_LENGTH, others[1]),
     )
@@ -174,7 +189,7 @@ def _hyper_parameters(count: int) -> _HyperParameters:
 
 def _normal(count: int, seed: int) -> Array:
     """Return (count, draws) standard normal numbers that fill the space evenly."""
-    uniform = qmc.Sobol(count, scramble=True, rng=np.random.default_rng(seed)).random(_DRAWS)
+    uniform = qmc.Sobol(count, scramble=True, rng=np.random.default_rng(seed)).random(_DRAWN_HYPER_PARAMETERS)
     normal: Array = ndtri(np.clip(uniform, 1e-6, 1 - 1e-6))
     return normal.T
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from autopeft.core.configuration import Configuration
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import readable_learning_rate, summed_learning_rate
+from autopeft.search_spaces.learning_rates import readable_learning_rate, summed_learning_rate
 
-_SPREAD = 0.5  # of the logarithm: a factor of 1.6
+_RATE_SPREAD = 0.5  # of the logarithm, a factor of 1.6: near what is good, and yet tells rates apart
 
 
 class LearningRatePrior:
@@ -35,9 +35,11 @@ class LearningRatePrior:
     ) -> None:
         self._backbone = backbone
         self._bounds = bounds
-        known = list(front)
-        self._known = [(self._size(one), summed_learning_rate(one)) for one in known if len(one)]
-        self._of_head = known[0].learning_rate
+        members = list(front)
+        self._known = [
+            (self._size(member), summed_learning_rate(member)) for member in members if member.adapters
+        ]
+        self._of_head = members[0].learning_rate
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))
@@ -49,4 +51,4 @@ class LearningRatePrior:
             size = self._size(configuration)
             _, summed = min(self._known, key=lambda known: abs(known[0] - size))
             rate = summed / max(1, len(configuration))
-        return readable_learning_rate(rate * math.exp(generator.gauss(0, _SPREAD)), *self._bounds)
+        return readable_learning_rate(rate * math.exp(generator.gauss(0, _RATE_SPREAD)), *self._bounds)

@@ -9,15 +9,15 @@ from autopeft.core.configuration import Configuration
 from autopeft.optimization.gaussian_process import Array
 from autopeft.search_spaces.mutation import Mutator
 
-_ROUNDS = 3
-_PARENTS = 8
-_CHILDREN = 48
+_ROUNDS = 3  # so that what is found is some moves away from what is known
+_PARENTS_A_ROUND = 8  # several, as the best alone would lead to one local optimum
+_CHILDREN_A_ROUND = 48  # three rounds predict fewer candidates than the pool they begin from
 
 
 def local_search(
     candidates: Sequence[Configuration],
     worth: Callable[[Sequence[Configuration]], Array],
-    refiner: Mutator,
+    mutator: Mutator,
     generator: random.Random,
 ) -> list[Configuration]:
     """Return changed candidates, which a few rounds of choosing the best have led to.
@@ -29,17 +29,17 @@ def local_search(
     Args:
         candidates: Where to begin; at least one.
         worth: Says of candidates what they are worth, at least 0.
-        refiner: Changes a candidate.
+        mutator: Changes a candidate.
         generator: Decides everything.
     """
     found: list[Configuration] = []
     best = list(candidates)
     for _ in range(_ROUNDS):
         values = worth(best)
-        order = sorted(range(len(best)), key=lambda index: -values[index])[:_PARENTS]
+        order = sorted(range(len(best)), key=lambda index: -values[index])[:_PARENTS_A_ROUND]
         parents = {best[index]: float(values[index]) for index in order}
-        children = [refiner.child(parents, generator) for _ in range(_CHILDREN)]
-        children = [one for one in children if len(one)]
+        children = [mutator(parents, generator) for _ in range(_CHILDREN_A_ROUND)]
+        children = [child for child in children if child.adapters]
         found += children
         best = [*parents, *children]
     return found

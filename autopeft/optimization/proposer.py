@@ -1,135 +1,147 @@
-"""What is tried next: a baseline, what the space proposes, or what Optuna asks."""
+"""What is tried next: a baseline, or what the sampler chooses."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.pareto import Axis, contributions
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.pareto import Axis
 from autopeft.core.profiling import section
-from autopeft.optimization.history import history_of
-
-if TYPE_CHECKING:
-    from autopeft.optimization.study_store import StudyStore
-    from autopeft.optimization.successive_halving import AshaPromoter
-    from autopeft.reporting.front import ParetoFront
-    from autopeft.search import Search
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
+from autopeft.optimization.history import history_of, nothing_is_served
+from autopeft.optimization.learning_curve_forecast import Forecast
+from autopeft.search_spaces import SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A trial that is to be trained.
+    """A trial that is to begin.
 
     Attributes:
-        number: Its number.
         configuration: What it tries.
         parameters: The same, as the space's parameters.
         distributions: What the parameters are from.
-        attributes: What the sampler noted of it.
         baseline: The name of the baseline that it is; None where it is another configuration.
+        attributes: What an Optuna sampler noted of the trial, as genetic ones note its generation; they look
+            for it when they are asked again.
     """
 
-    number: int
     configuration: Configuration
     parameters: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
-    attributes: Mapping[str, Any]
     baseline: str | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Proposer:
-    """Asks for trials; the same records and the same number give the same configuration.
+    """Says what trials try; the same records and the same number give the same configuration.
 
     Args:
-        search: Gives space, sampler, seed and constraints.
-        store: The study.
-        axes: The search's.
-        promotion: Says what paused trials are expected to reach; None where trials do not pause.
+        space: What to choose from.
+        backbone: The backbone.
+        sampler: An `EhviSampler`, which is handed the history, or a sampler that reads an Optuna study.
+        objectives: The search's.
+        axes: The axes of the hypervolume.
+        constraints: The search's.
+        baselines: Whether the space's baselines come first.
+        trials: Trials of the budget, by which the number of baselines goes; None where it has no such bound.
+        forecast: Returns what trials that paused are expected to reach; None where trials do not pause.
+        are_states_served: Whether trainings read kept hidden states; see `History`.
+        view: Returns a study with the sampler and every trial so far, running ones included. It is asked for
+            one trial. Needed for an Optuna sampler.
     """
 
     def __init__(
-        self, search: Search, store: StudyStore, axes: Sequence[Axis], promotion: AshaPromoter | None
+        self,
+        space: SearchSpace,
+        backbone: Backbone,
+        sampler: BaseSampler,
+        *,
+        objectives: Sequence[Objective],
+        axes: Sequence[Axis],
+        constraints: Sequence[Constraint] = (),
+        baselines: bool = True,
+        trials: int | None = None,
+        forecast: Callable[[Sequence[TrialRecord]], Forecast] | None = None,
+        are_states_served: Callable[[int], bool] = nothing_is_served,
+        view: Callable[[], Study] | None = None,
     ) -> None:
-        self._search = search
-        self._store = store
+        self._space = space
+        self._backbone = backbone
+        self._sampler = sampler
+        self._objectives = objectives
         self._axes = axes
-        self._promotion = promotion
+        self._constraints = constraints
+        self._baselines = space.baselines(backbone, trials) if baselines else ()
+        self._forecast = forecast
+        self._are_states_served = are_states_served
+        self._view = view
 
     @section("ask")
-    def ask(self, front: ParetoFront, count: int) -> list[Proposal]:
-        """Return new trials.
+    def propose(
+        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
+    ) -> Proposal:
+        """Return what a trial is to try.
 
         Args:
-            front: The front so far.
-            count: How many. Those that are trained together are asked for one after the other, each as if
-                those before it were being trained.
+            number: The trial's number.
+            records: Every finished and paused trial.
+            pending: What is being trained for the first time.
         """
-        asked: list[Proposal] = []
-        for _ in range(count):
-            asked.append(self._next(front, asked))
-        return asked
+        return self._baseline(records, pending) or self._sampled(number, records, pending)
 
-    def _next(self, front: ParetoFront, asked: Sequence[Proposal]) -> Proposal:
-        search = self._search
-        number = len(self._store.records) + len(asked)
-        tried = {record.baseline for record in self._store.records} | {trial.baseline for trial in asked}
-        baselines = search.space.baselines(search.backbone) if search.baselines else ()
-        for baseline in baselines:
-            if baseline.name not in tried:
-                encoded = search.space.encode(baseline.configuration, search.backbone)
-                return self._asked(number, asked, encoded, baseline.name)
-        proposed = self._proposed(number, front, [trial.configuration for trial in asked])
-        return self._asked(number, asked, proposed, None)
+    def _baseline(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> Proposal | None:
+        """Return the next baseline that was not tried; None where there is none left."""
+        tried = {record.baseline for record in records}
+        for baseline in self._baselines:
+            if baseline.name not in tried and baseline.configuration not in pending:
+                parameters, distributions = encoded(self._space, baseline.configuration, self._backbone)
+                return Proposal(
+                    configuration=baseline.configuration,
+                    parameters=parameters,
+                    distributions=distributions,
+                    baseline=baseline.name,
+                )
+        return None
 
-    def _asked(
-        self,
-        number: int,
-        asked: Sequence[Proposal],
-        fixed: Mapping[str, Any] | None,
-        baseline: str | None,
+    def _sampled(
+        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration]
     ) -> Proposal:
-        """Ask the sampler for the parameters that are not fixed."""
-        expected = None
-        if self._promotion is not None:
-            expected = self._promotion.forecast(self._store.records).values
-        study = self._store.sampler_view(self._search.sampler, expected=expected, running=asked)
-        if fixed is not None:
-            study.enqueue_trial(dict(fixed))
+        if not isinstance(self._sampler, EhviSampler):
+            return self._asked()
+        history = history_of(
+            records,
+            self._objectives,
+            self._axes,
+            self._constraints,
+            forecast=None if self._forecast is None else self._forecast(records),
+            are_states_served=self._are_states_served,
+            pending=pending,
+        )
+        configuration = self._sampler.choose(number, self._space, self._backbone, history)
+        parameters, distributions = encoded(self._space, configuration, self._backbone)
+        return Proposal(configuration=configuration, parameters=parameters, distributions=distributions)
+
+    def _asked(self) -> Proposal:
+        """Ask a sampler that reads an Optuna study."""
+        if self._view is None:
+            raise ValueError(f"The sampler {self._sampler!r} reads an Optuna study: pass view=....")
+        study = self._view()
         trial = study.ask()
-        configuration = self._search.space.suggest(trial, self._search.backbone)
+        configuration = self._space.suggest(trial, self._backbone)
+        (frozen,) = (known for known in study.get_trials(deepcopy=False) if known.number == trial.number)
         return Proposal(
-            number=number,
             configuration=configuration,
             parameters=trial.params,
             distributions=trial.distributions,
-            attributes=study.get_trials(deepcopy=False)[trial.number].system_attrs,
-            baseline=baseline,
+            attributes=frozen.system_attrs,
         )
-
-    def _proposed(
-        self, number: int, front: ParetoFront, pending: Sequence[Configuration]
-    ) -> Mapping[str, Any] | None:
-        """Return what the space says that a trial tries; None where it leaves that to the sampler."""
-        search, records = self._search, self._store.records
-        if not search.space.proposes(number):  # what each point adds to the hypervolume is work
-            return None
-        shares = contributions([point.values for point in front], self._axes)
-        parents = {point.configuration: share for point, share in zip(front, shares, strict=True)}
-        promotion = self._promotion
-        history = history_of(
-            records,
-            search.objectives,
-            self._axes,
-            search.constraints,
-            forecast=None if promotion is None else promotion.forecast(records),
-            # A pack runs the blocks that its candidates share instead of reading what was kept of them.
-            is_prefix_served=search.training.frozen_blocks == "cached" and search.pack_size == 1,
-            pending=pending,
-        )
-        generator = random.Random(f"{search.seed}:{number}")
-        return search.space.propose(number, parents, generator, search.backbone, history)

@@ -1,4 +1,4 @@
-"""Optuna's samplers by name, seeded by trial: a resumed search asks what an uninterrupted one asks."""
+"""Samplers by name, Optuna's seeded by trial: a resumed search asks what an uninterrupted one asks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.errors import unknown_choice
+from autopeft.optimization.ehvi_sampler import EhviSampler
 
 SamplerFactory = Callable[[int], BaseSampler]
 
@@ -72,7 +73,7 @@ def make_sampler(sampler: str | BaseSampler, seed: int) -> BaseSampler:
     """Return the sampler of a search.
 
     Args:
-        sampler: A name of `SAMPLERS`, or an Optuna sampler, which is used as it is: whether a resumed
+        sampler: "ehvi", a name of `SAMPLERS`, or an Optuna sampler, which is used as it is: whether a resumed
             search then repeats an uninterrupted one is up to that sampler.
         seed: Seed of the search.
 
@@ -81,8 +82,10 @@ def make_sampler(sampler: str | BaseSampler, seed: int) -> BaseSampler:
     """
     if isinstance(sampler, BaseSampler):
         return sampler
+    if sampler == "ehvi":
+        return EhviSampler(seed=seed)
     if sampler not in SAMPLERS:
-        raise unknown_choice("sampler", sampler, SAMPLERS)
+        raise unknown_choice("sampler", sampler, ("ehvi", *SAMPLERS))
     return SeededSampler(SAMPLERS[sampler], seed)
 
 

@@ -1,11 +1,11 @@
-"""Lone adapters: configurations of one adapter, the smallest there is, at one site."""
+"""Single-adapter probes: configurations of one adapter, the smallest there is, at one site."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from autopeft.core.configuration import Configuration
-from autopeft.search_spaces.mutation import Choices
+from autopeft.search_spaces.method_choice import Choices
 
 
 def single_adapter_probes(
@@ -20,10 +20,11 @@ def single_adapter_probes(
         tried: Configurations that were tried.
         learning_rate: Of all of them.
     """
-    known = {(site, adapter.method) for one in tried if len(one) == 1 for site, adapter in one}
+    alone = (configuration for configuration in tried if len(configuration.adapters) == 1)
+    known = {(site, adapter.method) for configuration in alone for site, adapter in configuration}
     return [
-        Configuration({site: sized.of_size(sized.smallest)}, learning_rate=learning_rate)
+        Configuration({site: choice.smallest}, learning_rate=learning_rate)
         for site, methods in choices.items()
-        for name, sized in methods.items()
+        for name, choice in methods.items()
         if (site, name) not in known
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.evaluation import TrialRecord
+from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
 
@@ -21,7 +22,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
     "autopeft, no rungs": {**_WHOLE, "fidelity": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
-    "autopeft, no lone adapters": {**_WHOLE, "space": replace(GUIDED, probe_share=0.0)},
+    "autopeft, no single-adapter probes": {**_WHOLE, "probe_share": 0.0},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, warm starts as well": {**_WHOLE, "warm_start": WarmStart()},
@@ -29,10 +30,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
+        "sampler": "tpe",
         "training": replace(TRAINING, frozen_blocks="train", precision="32-true"),
     },
 }
-"""By name, the arguments of `Search`: each technique of the whole is switched off alone, or one added."""
+"""By name, the arguments of `Search`, or one of `EhviSampler`.
+
+Each technique of the whole is switched off alone, or one added.
+"""
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:
@@ -52,6 +57,9 @@ def run(setting: Setting, variant: str) -> list[Entry]:
             warm_start = evaluation.warm_start
             log.append(setting.entry(search.backbone, evaluation.configuration, score, warm_start=warm_start))
 
+    options = {"training": TRAINING, **VARIANTS[variant]}
+    if "probe_share" in options:
+        options["sampler"] = EhviSampler(seed=setting.seed, probe_share=options.pop("probe_share"))
     with tempfile.TemporaryDirectory() as folder:
         search = Search(
             setting.model,
@@ -61,7 +69,7 @@ def run(setting: Setting, variant: str) -> list[Entry]:
             folder=folder,
             tracking=None,
             score_check=False,
-            **{"training": TRAINING, **VARIANTS[variant]},
+            **options,
         )
         search.run(trials=setting.trials, progress=False, callbacks=[note])
     return log

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.search_spaces.mutation import SizedMethod
+from autopeft.search_spaces.method_choice import MethodChoice
 from benchmarks.single_adapter_probes import candidates, correlations, reached
 from tests.learnable import tiny_evaluator
 
 
 def test_every_site_is_trained_alone_and_the_head_too() -> None:
     evaluator = tiny_evaluator(objectives=("accuracy", "trainable_parameters"))
-    lora = {"lora": SizedMethod(method="lora", smallest=2, largest=8)}
+    lora = {"lora": MethodChoice(method="lora", sizes=range(2, 9))}
     sites = Site(0, "query"), Site(1, "value")
     found = candidates(dict.fromkeys(sites, lora), 1e-2)
     assert list(found) == ["head alone", "0.query", "1.value"]

@@ -1,4 +1,4 @@
-"""The expected gain in hypervolume: equal to sampling it, and it leads a search."""
+"""The expected gain in hypervolume: equal to sampling it, and it leads a search in every space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from optuna.trial import FixedTrial
 from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -17,8 +16,9 @@ from autopeft.core.objectives import COST_OBJECTIVES, resolve_constraints, resol
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
-from autopeft.search_spaces import History, ScoreGuided
-from autopeft.search_spaces.base import log_place
+from autopeft.optimization.history import History
+from autopeft.search_spaces import ScoreGuided
+from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores
 from tests.tiny_models import tiny_backbone
 
@@ -34,13 +34,7 @@ AXES = (
     Axis(objective=PARAMETERS, worst=MOST, best=FEWEST),
     Axis(objective=MEMORY, worst=4e6, best=1e6),
 )
-FEATURES = Features(
-    backbone=BACKBONE,
-    choices=SPACE.choices(BACKBONE),
-    methods=("lora",),
-    learning_rate=(1e-4, 1e-2),
-    parameters=(FEWEST, MOST),
-)
+FEATURES = Features.of(SPACE, BACKBONE)
 
 
 def values(one: Configuration) -> dict[str, float]:
@@ -142,22 +136,22 @@ def test_the_best_has_not_been_tried() -> None:
     trials = drawn(8, 0)
     gain = ExpectedImprovement(history(trials), FEATURES)
     candidates = drawn(5, 1)
-    compute = [FEATURES.compute(one, is_prefix_served=False) for one in candidates]
+    compute = [FEATURES.compute(one, lambda block: False) for one in candidates]
     best = gain.best(candidates)
     assert best == int(np.argmax(gain(candidates) / compute))
     assert gain.best([*trials, candidates[0]]) == len(trials)
     assert gain.best(trials) is None
 
 
-@pytest.mark.parametrize(("is_prefix_served", "ratio"), [(True, 1.25 / 0.75), (False, 1.25 / 1.0)])
-def test_what_takes_less_compute_may_gain_less(is_prefix_served: bool, ratio: float) -> None:
+@pytest.mark.parametrize(("served", "ratio"), [({1}, 1.25 / 0.75), ({0, 2}, 1.25 / 1.0)])
+def test_what_takes_less_compute_may_gain_less(served: set[int], ratio: float) -> None:
     upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
     lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
-    compute = [FEATURES.compute(one, is_prefix_served=is_prefix_served) for one in (lower, upper)]
+    compute = [FEATURES.compute(one, served.__contains__) for one in (lower, upper)]
     assert compute[0] / compute[1] == pytest.approx(ratio)
     gains = []
     for seed in range(8):  # accuracy and parameters alone: where adapters sit is worth nothing
-        known = replace(history(drawn(8, seed)), axes=AXES[:2], is_prefix_served=is_prefix_served)
+        known = replace(history(drawn(8, seed)), axes=AXES[:2], are_states_served=served.__contains__)
         gain = ExpectedImprovement(known, FEATURES)
         more, less = gain([lower, upper])
         assert gain.best([lower, upper]) == (0 if more > ratio * less else 1)
@@ -220,44 +214,3 @@ def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
     assert gain.best([*near, tried.replace(learning_rate=tried.learning_rate * 1.3)]) == 2
     adapters = dict(list(tried.adapters.items())[1:])
     assert gain.best([*near, Configuration(adapters, learning_rate=tried.learning_rate)]) == 2
-
-
-def searched(seed: int, modelled: float) -> float:
-    """Return the hypervolume after 20 trials of a space with made-up outcomes."""
-    space = replace(SPACE, modelled=modelled, probe_share=0.0)
-    trials: list[Configuration] = [baseline.configuration for baseline in space.baselines(BACKBONE)]
-    while len(trials) < 20:
-        generator = random.Random(f"{seed}:{len(trials)}")
-        proposal = space.propose(
-            len(trials), dict.fromkeys(trials, 0.1), generator, BACKBONE, history(trials)
-        )
-        if proposal == {"stage": "guided"}:  # what a random sampler would ask
-            proposal = space._draw(generator, BACKBONE)
-        trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
-    return hypervolume([values(one) for one in trials], AXES)
-
-
-def test_chosen_trials_find_more_than_drawn_ones() -> None:
-    chosen, sampled = ([searched(seed, modelled) for seed in range(4)] for modelled in (1.0, 0.0))
-    assert all(one > other for one, other in zip(chosen, sampled, strict=True))
-    assert sum(chosen) / 4 > sum(sampled) / 4 + 0.02
-
-
-def test_proposals_of_mixed_methods_are_whole_points() -> None:
-    space = ScoreGuided(
-        scores=("condition_number",),
-        methods=("lora", "series", "prefix"),
-        ranks=(2, 9),
-        probe_share=0.0,
-        learning_rate=1e-3,
-    ).with_scores(SPACE.site_scores)
-    trials = [baseline.configuration for baseline in space.baselines(BACKBONE)]
-    for seed in range(8):
-        known = History(trials=[(one, values(one)) for one in trials], axes=AXES)
-        front = dict.fromkeys(trials, 0.1)
-        proposal = space.propose(9, front, random.Random(seed), BACKBONE, known)
-        if len(proposal) > 1:
-            trials.append(space.suggest(FixedTrial(proposal), BACKBONE))
-            BACKBONE.check(trials[-1])
-    assert len({*trials}) == len(trials) > len(space.baselines(BACKBONE)) + 5
-    assert len({name for one in trials for name in one.methods}) == 3

@@ -95,7 +95,7 @@ def test_trials_of_a_packed_search_are_what_they_are_alone(
 
 
 MIXED_SETTINGS: Mapping[str, Any] = {
-    "space": ScoreGuided(methods=("lora",), ranks=(1, 8), guided_trials=4),
+    "space": ScoreGuided(methods=("lora",), ranks=(1, 8)),
     "fidelity": HALVING,
     "seeds": 2,
 }
@@ -205,7 +205,7 @@ def test_infeasible_candidates_of_a_pack_do_not_count(tmp_path: Path) -> None:
 
 def test_a_packed_search_keeps_candidates_apart(tmp_path: Path) -> None:
     """What is about to be trained counts as tried."""
-    space = ScoreGuided(methods=("lora",), ranks=(1, 8), guided_trials=4, learning_rate=1e-2)
+    space = ScoreGuided(methods=("lora",), ranks=(1, 8), learning_rate=1e-2)
     front = packed_search(tmp_path, space=space, pack_size=8).run(trials=28, progress=False)
     proposed = [tuple(record.evaluation.configuration) for record in front.records[12:]]
     assert len(set(proposed)) > len(proposed) - 3

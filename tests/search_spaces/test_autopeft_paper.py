@@ -41,7 +41,7 @@ def test_small_widths_have_fewer_sizes() -> None:
 
 
 def test_count_is_the_number_of_different_points() -> None:
-    ladder = range(len(SPACE.sizes(BERT)))
+    ladder = SPACE.sizes(BERT)
     points = {
         SPACE.suggest(
             FixedTrial(
@@ -65,7 +65,7 @@ def test_count_is_the_number_of_different_points() -> None:
 
 
 def test_sizes_are_shared_by_all_blocks_that_are_on() -> None:
-    parameters = {"series.size": 3, "parallel.size": 0, "prefix.size": 5, "0.on": False, "1.on": True}
+    parameters = {"series.size": 4, "parallel.size": 0, "prefix.size": 16, "0.on": False, "1.on": True}
     assert SPACE.suggest(FixedTrial(parameters), BERT) == Configuration(
         {Site(1, "ffn"): Adapter("series", 4), Site(1, "attention"): Adapter("prefix", 16)},
         learning_rate=1e-4,
@@ -84,7 +84,7 @@ def test_always_asks_for_the_same() -> None:
         trial = create_study(sampler=RandomSampler(seed=seed)).ask()
         SPACE.suggest(trial, BERT)
         asked.append(trial.distributions)
-    assert all(one == asked[0] for one in asked)
+    assert all(distributions == asked[0] for distributions in asked)
     assert set(asked[0]) == {"series.size", "parallel.size", "prefix.size", "0.on", "1.on"}
 
 
@@ -105,12 +105,14 @@ def test_other_points_have_no_encoding(adapters: dict[Site, Adapter]) -> None:
 
 
 def test_anchors() -> None:
-    assert [one.name for one in SPACE.baselines(BERT)] == [
+    names = [baseline.name for baseline in SPACE.baselines(BERT)]
+    assert names == [
         "head alone",
         "series(4) everywhere",
         "parallel(4) everywhere",
         "prefix(4) everywhere",
     ]
+    assert [baseline.name for baseline in SPACE.baselines(BERT, trials=12)] == names[:3]
 
 
 @pytest.mark.parametrize("architecture", ["deberta-v2", "t5"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -75,12 +76,14 @@ PAIRS += [
     for architecture, backbone in BACKBONES.items()
 ]
 
+_GUIDED: dict[str, dict[str, Any]] = {
+    "guided": {},
+    "guided-gora": {"allocator": "gora"},
+    "guided-mixed": {"methods": ("lora", "series", "prefix"), "ranks": (2, 9), "learning_rate": 1e-3},
+}
 PAIRS += [
     pytest.param(guided(backbone, **options), backbone, id=f"{name}-{architecture}")
-    for name, options in {
-        "guided": {},
-        "guided-mixed": {"methods": ("lora", "series", "prefix"), "ranks": (2, 9), "learning_rate": 1e-3},
-    }.items()
+    for name, options in _GUIDED.items()
     for architecture, backbone in BACKBONES.items()
 ]
 
@@ -107,6 +110,14 @@ TINY: Mapping[str, SearchSpace] = MappingProxyType(
         "uniform": Uniform(methods=("lora", "series"), ranks=(1, 8), widths=(2, 3), learning_rate=1e-3),
     }
 )
+
+
+def _drawn_and_changed(space: SearchSpace, backbone: Backbone, seed: int) -> list[Configuration]:
+    """Return points that were drawn, and points near them and the largest."""
+    generator, mutator = random.Random(seed), space.mutator(backbone)
+    drawn = [space.draw(generator, backbone) for _ in range(3)]
+    parents = {**dict.fromkeys(drawn, 0.1), space.extremes(backbone)[1]: 0.2}
+    return drawn + [mutator(parents, generator) for _ in range(12)]
 
 
 def _study(sampler: BaseSampler) -> optuna.Study:
@@ -165,7 +176,35 @@ class TestSpace:
         assert space.suggest(trial, backbone) == configuration
         assert trial.params == parameters
 
-    def test_anchors_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
+    @settings(max_examples=4, deadline=None)
+    @given(seed=st.integers(0, 2**31))
+    def test_what_is_drawn_and_what_is_near_it_are_points_and_follow_from_the_generator(
+        self, space: SearchSpace, backbone: Backbone, seed: int
+    ) -> None:
+        found = _drawn_and_changed(space, backbone, seed)
+        assert found == _drawn_and_changed(space, backbone, seed)
+        for configuration in found:
+            backbone.check(configuration)
+            parameters = space.encode(configuration, backbone)
+            assert space.suggest(FixedTrial(parameters), backbone) == configuration
+
+    def test_choices_say_what_sites_may_carry(self, space: SearchSpace, backbone: Backbone) -> None:
+        choices = space.choices(backbone)
+        assert list(choices) == sorted(choices)
+        for configuration in (*space.extremes(backbone), *_drawn_and_changed(space, backbone, 0)):
+            for site, several in configuration.adapters.items():
+                for adapter in several if site in choices else ():
+                    assert adapter in choices[site][adapter.method].adapters
+
+    def test_baselines_go_by_the_budget(self, space: SearchSpace, backbone: Backbone) -> None:
+        every = space.baselines(backbone)
+        for trials in (1, 5, 8, 100):
+            assert space.baselines(backbone, trials) == every[: max(2, trials // 4)]
+        methods = {method for baseline in every for method in baseline.configuration.methods}
+        first = [baseline.configuration for baseline in every if baseline.configuration.adapters]
+        assert {method for one in first[: len(methods)] for method in one.methods} == methods
+
+    def test_baselines_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
         baselines = space.baselines(backbone)
         assert baselines
         assert len({baseline.name for baseline in baselines}) == len(baselines)
@@ -195,6 +234,7 @@ class TestSpace:
         attention = [Adapter("series", 2), Adapter("parallel", 2), Adapter("prefix", 2)]
         outside = [
             largest.replace(learning_rate=0.9),
+            largest.replace(weight_decay=0.01),
             # No power of two; a score-guided space has every size up to its largest.
             Configuration({Site(0, "ffn_up"): Adapter("lora", 65 if isinstance(space, ScoreGuided) else 63)}),
             Configuration({Site(0, "ffn_down"): two}),

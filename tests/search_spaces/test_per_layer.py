@@ -5,7 +5,7 @@ import pickle
 from typing import Any
 
 import pytest
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import RandomSampler
 from optuna.study import create_study
 from optuna.trial import FixedTrial
@@ -13,7 +13,8 @@ from optuna.trial import FixedTrial
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
-from autopeft.search_spaces.base import checked_learning_rate, middle_learning_rate, size_ladder
+from autopeft.search_spaces.base import size_ladder
+from autopeft.search_spaces.learning_rates import checked_learning_rate, middle_learning_rate
 from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
@@ -71,9 +72,29 @@ class TestSettings:
         with pytest.raises(ValueError, match=message):
             space.validate(BERT)
 
-    def test_a_method_without_a_place_in_this_architecture(self) -> None:
+    def test_a_method_without_a_place_is_left_out_of_a_default_with_a_note(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        deberta = tiny_backbone("deberta-v2")
+        PerLayer().validate(deberta)
+        assert "'prefix' can sit on none of the roles" in caplog.text
+        assert "it is left out of the search" in caplog.text
+        assert PerLayer().methods_on(deberta) == ("lora", "series", "parallel")
+        baselines = [baseline.configuration for baseline in PerLayer().baselines(deberta)]
+        for configuration in (*PerLayer().extremes(deberta), *baselines):
+            deberta.check(configuration)
+        caplog.clear()
+        PerLayer().validate(BERT)
+        assert not caplog.text
+
+    @pytest.mark.parametrize("methods", [("lora", "prefix"), ("lora", "series", "parallel", "prefix")])
+    def test_a_named_method_without_a_place_is_refused(self, methods: tuple[str, ...]) -> None:
         with pytest.raises(ValueError, match=r"'prefix' can sit on none of the roles.*leave it out"):
-            PerLayer().validate(tiny_backbone("deberta-v2"))
+            PerLayer(methods=methods).validate(tiny_backbone("deberta-v2"))
+
+    def test_a_default_without_any_method_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="'lora' can sit on none of the roles ffn_norm"):
+            PerLayer(roles=("ffn_norm",)).validate(BERT)
 
 
 class TestLadders:
@@ -98,10 +119,10 @@ class TestLadders:
             prefix_lengths=(3, 3),
             options={"lora": {"alpha": 2}},
         )
-        assert space.adapters_of("lora") == tuple(Adapter("lora", r, {"alpha": 2}) for r in (4, 8))
-        assert space.adapters_of("series") == (Adapter("series", 16),)
-        assert space.adapters_of("prefix") == (Adapter("prefix", 3),)
-        assert space.adapters_of("ia3") == (Adapter("ia3"),)
+        assert space.choice_of("lora").adapters == tuple(Adapter("lora", r, {"alpha": 2}) for r in (4, 8))
+        assert space.choice_of("series").adapters == (Adapter("series", 16),)
+        assert space.choice_of("prefix").adapters == (Adapter("prefix", 3),)
+        assert space.choice_of("ia3").adapters == (Adapter("ia3"),)
 
     @pytest.mark.parametrize(
         ("given", "middle"), [((1e-4, 1e-2), 1e-3), ((3e-4, 1e-2), 1.7e-3), (5e-4, 5e-4)]
@@ -139,10 +160,10 @@ class TestGroups:
         parameters = {
             "0-3.on": True,
             "0-3.query.method": "lora",
-            "0-3.query.lora_rank": 3,
+            "0-3.query.lora_rank": 8,
             "4-6.on": False,
             "4-6.query.method": "lora",
-            "4-6.query.lora_rank": 6,
+            "4-6.query.lora_rank": 64,
         }
         expected = Configuration({Site(block, "query"): Adapter("lora", 8) for block in range(4)})
         assert space.suggest(FixedTrial(parameters), deep) == expected
@@ -156,7 +177,7 @@ class TestGroups:
     def test_a_role_that_only_some_blocks_have_sits_where_it_is(self) -> None:
         backbone = tiny_backbone("modernbert", num_hidden_layers=3)
         space = PerLayer(methods=("layernorm",), roles=("attention_norm",), groups=1)
-        ((_, (slot,)),) = space.slots(backbone)
+        (slot,) = space.slots(backbone)
         assert slot.sites == (Site(1, "attention_norm"), Site(2, "attention_norm"))
 
 
@@ -173,7 +194,17 @@ class TestEncodings:
         assert asked[0]["0.on"] == CategoricalDistribution((True, False))
         assert asked[0]["0.query.method"] == CategoricalDistribution(("off", "lora"))
         assert asked[0]["1.ffn.method"] == CategoricalDistribution(("off", "series", "parallel"))
-        assert asked[0]["1.attention.prefix_prefix_length"] == IntDistribution(0, 5)
+        assert asked[0]["1.attention.prefix_prefix_length"] == CategoricalDistribution((1, 2, 4, 8, 16, 32))
+
+    @pytest.mark.parametrize("encoding", ["fixed", "conditional"])
+    def test_a_parameter_is_the_size_itself(self, encoding: Any) -> None:
+        space = PerLayer(methods=("lora",), roles=("query",), learning_rate=1e-3, encoding=encoding)
+        parameters = space.encode(Configuration({Site(0, "query"): Adapter("lora", 16)}), BERT)
+        assert parameters["0.query.lora_rank"] == 16
+        of_the_other_block = {name for name in parameters if name.startswith("1.")}
+        assert of_the_other_block == (
+            {"1.on"} if encoding == "conditional" else {"1.on", "1.query.method", "1.query.lora_rank"}
+        )
 
     def test_conditional_asks_for_what_matters(self) -> None:
         every = self._asked(PerLayer(encoding="fixed"), 0)
@@ -248,15 +279,16 @@ class TestLearningRate:
 class TestWhatToTryFirst:
     def test_anchors(self) -> None:
         space = PerLayer(methods=("lora", "series"), ranks=(1, 16), roles=("query", "ffn"))
-        baselines = {one.name: one.configuration for one in space.baselines(BERT)}
+        baselines = {baseline.name: baseline.configuration for baseline in space.baselines(BERT)}
         assert list(baselines) == [
             "head alone",
             "lora(1) everywhere",
+            "series(1) everywhere",
             "lora(1) in the top half",
-            "lora(4) everywhere",
             "lora(4) in the top half",
-            "lora(16) everywhere",
+            "lora(4) everywhere",
             "lora(16) in the top half",
+            "lora(16) everywhere",
         ]
         assert len(baselines["head alone"]) == 0
         top = baselines["lora(4) in the top half"]
@@ -265,7 +297,19 @@ class TestWhatToTryFirst:
 
     def test_one_group_has_no_top_half(self) -> None:
         space = PerLayer(methods=("lora",), groups=1, ranks=(4, 4))
-        assert [one.name for one in space.baselines(BERT)] == ["head alone", "lora(4) everywhere"]
+        assert [baseline.name for baseline in space.baselines(BERT)] == [
+            "head alone",
+            "lora(4) everywhere",
+        ]
+
+    @pytest.mark.parametrize(("trials", "count"), [(1, 2), (5, 2), (8, 2), (12, 3), (40, 10), (None, 10)])
+    def test_a_small_budget_has_few(self, trials: int | None, count: int) -> None:
+        baselines = PerLayer().baselines(BERT, trials)
+        assert len(baselines) == count
+        assert baselines == PerLayer().baselines(BERT)[:count]
+        assert [len(baseline.configuration) for baseline in baselines[:2]] == [0, 12]
+        sizes = {adapter.size for _, adapter in baselines[1].configuration}
+        assert sizes == {1}, "the smallest"
 
     def test_the_largest_point_takes_the_method_with_most_parameters_at_each_slot(self) -> None:
         space = PerLayer(methods=("series", "prefix"), widths=(1, 4), prefix_lengths=(1, 32))
@@ -287,9 +331,9 @@ class TestWhatToTryFirst:
 
 def test_a_space_that_knows_its_slots_is_pickled_and_copied_without_them(deep: Backbone) -> None:
     space = PerLayer(groups=2)
-    slots = space.slots(deep)
-    assert space.slots(deep) is slots
-    assert space.slots(BERT) != slots
+    slots = space.groups_of_slots(deep)
+    assert space.groups_of_slots(deep) is slots
+    assert space.groups_of_slots(BERT) != slots
     for other in (pickle.loads(pickle.dumps(space)), copy.deepcopy(space)):
         assert other == space
-        assert other.slots(deep) == slots
+        assert other.groups_of_slots(deep) == slots

@@ -14,7 +14,7 @@ BERT = tiny_backbone("bert")
 
 def test_one_adapter_sits_on_every_site_that_can_take_it() -> None:
     space = Uniform(ranks=(1, 8), learning_rate=1e-3)
-    found = space.suggest(FixedTrial({"method": "lora", "lora.size": 2}), BERT)
+    found = space.suggest(FixedTrial({"method": "lora", "lora.size": 4}), BERT)
     linear = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
     assert found == Configuration(
         {Site(block, role): Adapter("lora", 4) for block in (0, 1) for role in linear}
@@ -24,7 +24,7 @@ def test_one_adapter_sits_on_every_site_that_can_take_it() -> None:
 def test_roles_narrow_it_down() -> None:
     space = Uniform(methods=("series", "prefix"), roles=("attention",), learning_rate=1e-3)
     for method in ("series", "prefix"):
-        found = space.suggest(FixedTrial({"method": method, f"{method}.size": 0}), BERT)
+        found = space.suggest(FixedTrial({"method": method, f"{method}.size": 1}), BERT)
         assert {site.role for site in found.adapters} == {"attention"}
         assert found.methods == (method,)
 
@@ -38,7 +38,7 @@ def test_choices_carry_the_options() -> None:
 def test_only_a_uniform_point_has_an_encoding() -> None:
     space = Uniform(ranks=(1, 8), roles=("query",), learning_rate=1e-3)
     everywhere = {Site(block, "query"): Adapter("lora", 4) for block in (0, 1)}
-    assert space.encode(Configuration(everywhere), BERT) == {"method": "lora", "lora.size": 2}
+    assert space.encode(Configuration(everywhere), BERT) == {"method": "lora", "lora.size": 4}
     for adapters in (
         {},
         {Site(0, "query"): Adapter("lora", 4)},
@@ -51,11 +51,11 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
 
 def test_anchors_are_three_sizes_of_each_method() -> None:
     space = Uniform(methods=("lora", "ia3"), ranks=(1, 64))
-    assert [one.name for one in space.baselines(BERT)] == [
+    assert [baseline.name for baseline in space.baselines(BERT)] == [
         "lora(1) everywhere",
+        "ia3() everywhere",
         "lora(8) everywhere",
         "lora(64) everywhere",
-        "ia3() everywhere",
     ]
 
 

@@ -1,0 +1,104 @@
+"""Learning rates of a space: fixed or log-uniform, asked for, encoded and compared."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from autopeft.core.configuration import Configuration
+from autopeft.search_spaces.suggest_trial import SuggestTrial
+
+LearningRate = float | tuple[float, float]
+"""A fixed learning rate, or the (lowest, highest) of a log-uniform choice."""
+
+
+def checked_learning_rate(learning_rate: Any) -> LearningRate:
+    """Return a learning rate or a range of it.
+
+    Raises:
+        ValueError: Not a positive number nor two of them in rising order.
+    """
+    if isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool):
+        bounds: tuple[float, ...] = (float(learning_rate),)
+    elif isinstance(learning_rate, tuple | list) and len(learning_rate) == 2:
+        bounds = tuple(float(bound) for bound in learning_rate)
+    else:
+        raise ValueError(f"learning_rate is a number, or (lowest, highest), got {learning_rate!r}.")
+    if any(not math.isfinite(bound) or bound <= 0 for bound in bounds) or bounds[0] > bounds[-1]:
+        raise ValueError(f"learning_rate must be above 0 with the lowest first, got {learning_rate!r}.")
+    return bounds[0] if len(bounds) == 1 or bounds[0] == bounds[1] else (bounds[0], bounds[1])
+
+
+def learning_rate_bounds(learning_rate: LearningRate) -> tuple[float, float]:
+    """Return (lowest, highest), which are equal where the learning rate is fixed."""
+    return (learning_rate, learning_rate) if isinstance(learning_rate, float) else learning_rate
+
+
+def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> float:
+    """Ask for the learning rate on a log scale; three significant digits keep it readable."""
+    if isinstance(learning_rate, float):
+        return learning_rate
+    low, high = learning_rate
+    return readable_learning_rate(trial.suggest_float("learning_rate", low, high, log=True), low, high)
+
+
+def readable_learning_rate(value: float, low: float, high: float) -> float:
+    """Return a learning rate of three significant digits within bounds, which may have more."""
+    readable = float(f"{value:.3g}") if low < value < high else value
+    return min(max(readable, low), high)
+
+
+def encode_training(configuration: Configuration, learning_rate: LearningRate) -> dict[str, float]:
+    """Return the parameters of how a configuration is trained, as `suggest_learning_rate` decodes them.
+
+    Raises:
+        ValueError: The learning rate is none of the space's, or there is weight decay, which no space has.
+    """
+    if configuration.weight_decay:
+        raise ValueError(f"The space has no weight decay, got {configuration.weight_decay:g}.")
+    value = configuration.learning_rate
+    if isinstance(learning_rate, float):
+        if value != learning_rate:
+            raise ValueError(f"The space fixes the learning rate at {learning_rate:g}, not {value:g}.")
+        return {}
+    low, high = learning_rate
+    if not low <= value <= high:
+        raise ValueError(f"The learning rate {value:g} is outside [{low:g}, {high:g}].")
+    readable = readable_learning_rate(value, low, high)
+    if value != readable:
+        raise ValueError(f"The space has learning rates of three digits such as {readable:g}, not {value!r}.")
+    return {"learning_rate": value}
+
+
+def middle_learning_rate(learning_rate: LearningRate) -> float:
+    """Return the geometric middle of the range: what a baseline is trained with."""
+    return learning_rate_at(0.5, learning_rate)
+
+
+def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
+    """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
+    low, high = learning_rate_bounds(learning_rate)
+    return low if low == high else min(max(float(f"{low * (high / low) ** place:.2g}"), low), high)
+
+
+def describe_learning_rate(learning_rate: LearningRate) -> str:
+    """Say how the learning rate is chosen."""
+    if isinstance(learning_rate, float):
+        return f"fixed at {learning_rate:g}"
+    return f"log-uniform in [{learning_rate[0]:g}, {learning_rate[1]:g}]"
+
+
+def log_place(value: float, low: float, high: float) -> float:
+    """Return where a value lies between two others on a log scale."""
+    return math.log(value / low) / (math.log(high / low) or 1.0)
+
+
+def summed_learning_rate(configuration: Configuration) -> float:
+    """Return the learning rate times the number of adapters, or of the head alone the learning rate.
+
+    Adam divides gradients by their size, so a step moves every weight by about the learning rate, however
+    many there are, and what adapters change in the model's output adds up: several learn at a rate at which
+    one learns next to nothing. The sum foretells better what a configuration reaches (`python -m
+    benchmarks.surrogate`).
+    """
+    return configuration.learning_rate * max(1, len(configuration))

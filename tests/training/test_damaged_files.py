@@ -28,14 +28,14 @@ def test_a_search_goes_on_without_its_damaged_files(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"fidelity": SuccessiveHalving(rungs=(0.5,), reduction_factor=2), "seeds": 2}
-    whole = tiny_search(tmp_path / "whole", **settings).run(trials=5, progress=False)
+    whole = tiny_search(tmp_path / "whole", **settings).run(trials=6, progress=False)
     search = tiny_search(tmp_path / "cut", **settings)
-    search.run(trials=3, progress=False)
+    search.run(trials=4, progress=False)
     paused = damage(search.folder / "paused", kind)
     kept = damage(search.folder / "adapters", kind)
     assert paused
     assert kept
-    front = tiny_search(tmp_path / "cut", **settings).run(trials=5, progress=False)
+    front = tiny_search(tmp_path / "cut", **settings).run(trials=6, progress=False)
     # Trained again from the start: the same values, for more compute.
     assert outcomes(front.records) == outcomes(whole.records)
     warned = [path for path in (*paused, *kept) if str(path) in caplog.text]

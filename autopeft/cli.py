@@ -14,8 +14,6 @@ import typer
 import yaml
 
 from autopeft.core.errors import unknown_choice
-from autopeft.core.objectives import resolve_objectives
-from autopeft.core.pareto import Axis
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
@@ -71,7 +69,7 @@ def validate(config: Config, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or ())
     loaded.search.validate()
     print(loaded.search.describe())
-    print(loaded.search.backbone.summary())
+    print(loaded.search.open().backbone.summary())
 
 
 @app.command()
@@ -231,14 +229,7 @@ def _search_folder(folder: Path, name: str | None) -> Path:
 
 def _read_front(place: Path) -> ParetoFront:
     attributes, records = load_study(place)
-    if not {"identity", "metrics", "axes"} <= attributes.keys():
-        raise ValueError(f"The search in {place} has no finished trial yet: run it, again if it was stopped.")
-    settings = attributes["identity"]["search"]["objectives"].split(", ")
-    metrics = [key for key in settings if key in attributes["metrics"]]
-    objectives = resolve_objectives(settings, metrics)
-    known = {objective.name: objective for objective in objectives}
-    axes = [Axis(objective=known[key], worst=worst, best=best) for key, worst, best in attributes["axes"]]
-    return ParetoFront(records, objectives, axes)
+    return ParetoFront.stored(attributes, records)
 
 
 def _bounds(texts: list[str]) -> dict[str, Any]:

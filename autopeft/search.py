@@ -1,43 +1,37 @@
-"""Search: ask for a configuration, evaluate it, tell the outcome, keep everything."""
+"""Search: settings in, Pareto front out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 from optuna.samplers import BaseSampler
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from autopeft.core.cache_folder import cache_folder
-from autopeft.core.errors import check_whole
-from autopeft.core.hypervolume_axes import fixed_axes
+from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
-from autopeft.core.pareto import Axis
-from autopeft.core.profiling import Profile, section
-from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.packing.trainer import PackedTrainer
+from autopeft.core.profiling import Profile
+from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
-from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
+from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
-from autopeft.models.backbone import Backbone
-from autopeft.models.loading import default_dtype
+from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import StudyStore, load_study
-from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
+from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
-from autopeft.search_identity import describe_search, search_identity
-from autopeft.search_loop import SearchLoop, TrialCallback
-from autopeft.search_spaces import SearchSpace
+from autopeft.search_identity import BackboneSource, SearchSettings
+from autopeft.search_loop import TrialListener
+from autopeft.search_run import SearchRun
+from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
 from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from autopeft.tasks import Task
@@ -45,36 +39,38 @@ from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
 
+_logger = logging.getLogger(__name__)
+_HALVING = SuccessiveHalving()
+
 
 class Search:
     """A multi-objective search for PEFT configurations of one backbone on one task.
 
-    Nothing is loaded before `validate` or `run`. A search is known by its name: the same call again
+    Nothing is loaded before `open`, `validate` or `run`. A search is known by its name: the same call again
     resumes it, finished trials are kept whatever happens to the process.
 
     Args:
         backbone: Hub name, local folder, a loaded transformers model, or a `Backbone`.
         task: What to fine-tune for.
-        space: What to choose from.
+        space: What to choose from; `ScoreGuided()` by default.
         objectives: Names of metrics and costs to trade off; at least one metric.
         constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
             that break one are not trained.
         training: What every candidate has in common.
-        fidelity: How candidates are trained in part and the promising ones on; None to train each to
+        halving: How candidates are trained in part and the promising ones on; None to train each to
             the end.
         warm_start: Initialise LoRA trials from a supernet; None to initialise all from random weights.
         sampler: "ehvi" (see `EhviSampler`), "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna
             sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
-            (or pack) has a seed of its own, made from it.
-        pack_size: How many new candidates are trained together in one pass over the backbone;
-            1 trains each alone. It is meant for devices that one candidate leaves idle,
-            and pays where candidates share lower blocks whose hidden states are not kept.
+            has a seed of its own, made from it.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
-        baselines: Whether to try the space's reference points first: what people do today.
-        score_check: Whether a call that ends a search scores the sites, and says how well the scores
-            would have ranked its trials.
+        executor: Where and how trials are trained: "local" for one at a time in this process, or what makes
+            an `Executor`, as `PackedExecutor(size=8)` does.
+        baselines: Whether to try the space's baselines first: what people do today.
+        score_check: Whether a call that ends a search, its budget of compute not spent, scores the sites and
+            says how well the scores would have ranked its trials.
         name: Name of the search; by default made from backbone, task and a hash of the settings.
         folder: Where searches are kept, each in a folder of its own name.
         tracking: MLflow tracking URI; None to record nothing in MLflow.
@@ -88,21 +84,21 @@ class Search:
 
     def __init__(
         self,
-        backbone: str | Path | PreTrainedModel | Backbone,
+        backbone: BackboneSource,
         task: Task,
-        space: SearchSpace,
+        space: SearchSpace | None = None,
         *,
         objectives: Sequence[str] = ("accuracy", "trainable_parameters", "peak_memory"),
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
-        fidelity: SuccessiveHalving | None = None,
+        halving: SuccessiveHalving | None = _HALVING,
         warm_start: WarmStart | None = None,
         sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
-        seeds: int = 1,
-        pack_size: int = 1,
+        seeds: int = 3,
+        executor: str | ExecutorFactory = "local",
         baselines: bool = True,
-        score_check: bool = True,
+        score_check: bool = False,
         name: str | None = None,
         folder: str | Path = "autopeft_runs",
         tracking: str | None = "sqlite:///mlflow.db",
@@ -111,28 +107,33 @@ class Search:
     ) -> None:
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
-        check_whole("pack_size", pack_size, what="a number of candidates", least=1)
+        if isinstance(executor, str) and executor != "local":
+            raise unknown_choice("executor", executor, ("local",))
         self.task = task
-        self.space = space
-        self.objectives = resolve_objectives(objectives, task.metrics)
-        self.constraints = resolve_constraints(constraints or {}, task.metrics)
-        self.training = training if training is not None else Training()
-        self.fidelity = fidelity
-        self.warm_start = warm_start
-        self.seed = seed
-        self.seeds = seeds
-        self.pack_size = pack_size
-        self.baselines = baselines
+        self.settings = SearchSettings(
+            space=ScoreGuided() if space is None else space,
+            training=Training() if training is None else training,
+            objectives=resolve_objectives(objectives, task.metrics),
+            constraints=resolve_constraints(constraints or {}, task.metrics),
+            halving=halving,
+            warm_start=warm_start,
+            sampler=sampler if isinstance(sampler, str) else type(sampler).__name__,
+            seed=seed,
+            seeds=seeds,
+            executor=executor,
+            baselines=baselines,
+        )
+        self.space = self.settings.space
+        self.objectives = self.settings.objectives
+        self.sampler = make_sampler(sampler, seed)
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
-        self.sampler = make_sampler(sampler, seed)
-        self.sampler_name = sampler if isinstance(sampler, str) else type(sampler).__name__
         self._source = backbone
         self._tokenizer = tokenizer
         self._name = name
         self._root = Path(folder)
-        self._evaluator: Evaluator | None = None
+        self._opened: OpenSearch | None = None
         valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
         if not valid_name:
             raise ValueError(
@@ -140,34 +141,58 @@ class Search:
                 f"or spaces, got {name!r}."
             )
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """The evaluator with its resident backbone; loaded on first use."""
-        if self._evaluator is None:
-            with section("tokenise"):
-                self.task.validate()
-            with section("load"):
-                dtype = default_dtype(self.training.resolved_device())
-                backbone = Backbone.load(self._source, self.task.head, self._tokenizer, dtype=dtype)
-            self.space.validate(backbone)
-            self._evaluator = Evaluator(
-                backbone,
-                self.task,
-                self.training,
-                self.objectives,
-                self.constraints,
-                rungs=() if self.fidelity is None else self.fidelity.rungs,
-                seed=self.seed,
-                cache=cache_folder(),
+    def open(self) -> OpenSearch:
+        """Load backbone and data and compute the scores that the space needs; later calls return the same.
+
+        Raises:
+            ValueError: Data, backbone or space are not valid.
+        """
+        if self._opened is None:
+            self._opened = open_search(
+                self._source, self.task, self.settings, tokenizer=self._tokenizer, scores=self._score_folder
             )
-            if self.space.scores_needed:
-                self.space = self.space.with_scores(self.sensitivity(self.space.scores_needed).scores)
-        return self._evaluator
+        return self._opened
+
+    def validate(self) -> None:
+        """Find everything that can be wrong before training: data, backbone, space, constraints.
+
+        Raises:
+            ValueError: Says what was wrong, what was expected, and the nearest valid choice.
+        """
+        self.open().validate()
 
     @property
-    def backbone(self) -> Backbone:
-        """The resident backbone; loaded on first use."""
-        return self.evaluator.backbone
+    def name(self) -> str:
+        """The search's name."""
+        if self._name is None:
+            self._name = self.settings.default_name(self.task, self._source)
+        return self._name
+
+    @property
+    def folder(self) -> Path:
+        """Where this search is kept."""
+        return self._root / self.name
+
+    @property
+    def _score_folder(self) -> Path:
+        return self._root / "scores"
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        """Return what makes this search the one it is: a resumed search must have the same.
+
+        Raises:
+            ValueError: Data, backbone or space are not valid.
+        """
+        return self.settings.identity(self.open().backbone.identity(), self.task.identity())
+
+    def describe(self) -> str:
+        """Say in a few lines what is searched for and how.
+
+        Raises:
+            ValueError: Data, backbone or space are not valid.
+        """
+        opened = self.open()
+        return self.settings.describe(self.task, opened.backbone, opened.space)
 
     def sensitivity(
         self, scores: Sequence[str] = CHEAP_SCORES, *, batches: int = SCORE_BATCHES
@@ -183,7 +208,8 @@ class Search:
         Raises:
             ValueError: A score is unknown, or batches is below 1.
         """
-        found = score_sites(self.evaluator, tuple(scores), batches=batches, folder=self._root / "scores")
+        evaluator = self.open().evaluator
+        found = score_sites(evaluator, tuple(scores), batches=batches, folder=self._score_folder)
         return SensitivityReport(scores=found, batches=batches)
 
     def check_scores(self, scores: Sequence[str] = CHEAP_SCORES) -> ScoreCheck:
@@ -195,94 +221,8 @@ class Search:
         Raises:
             ValueError: A score is unknown, the search was not started, or has too few completed trials.
         """
-        metric = next(one for one in self.objectives if one.is_metric)
-        return check_scores(self.front().records, self.sensitivity(scores).scores, metric)
-
-    def validate(self) -> None:
-        """Find everything that can be wrong before training: data, backbone, space, constraints, packing.
-
-        Raises:
-            ValueError: Says what was wrong, what was expected, and the nearest valid choice.
-        """
-        smallest, largest = self.space.extremes(self.backbone)
-        if self.pack_size > 1:  # two of the largest: sharing a site is where a backbone may fail
-            PackedTrainer(self.evaluator).check([smallest, largest, largest])
-        if not self.constraints:
-            self.evaluator.costs(smallest)
-            return
-        # What has the fewest parameters need not take the least memory.
-        points = [smallest, *(baseline.configuration for baseline in self.space.baselines(self.backbone))]
-        values = [self.evaluator.costs(one) for one in dict.fromkeys(points)]
-        for constraint in self.constraints:
-            closest = min(values, key=constraint.violation)
-            if constraint.violation(closest) > 0:
-                raise ValueError(
-                    "No candidate can keep the constraint: the closest of the space's smallest configuration "
-                    f"and its baselines already has {constraint.describe(closest)}."
-                )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes this search the one it is: a resumed search must have the same."""
-        return search_identity(
-            backbone=self.backbone,
-            task=self.task,
-            space=self.space,
-            training=self.training,
-            fidelity=self.fidelity,
-            warm_start=self.warm_start,
-            objectives=[objective.name for objective in self.objectives],
-            constraints={one.objective.name: one.bound for one in self.constraints},
-            sampler=self.sampler_name,
-            seed=self.seed,
-            seeds=self.seeds,
-            pack_size=self.pack_size,
-            baselines=self.baselines,
-        )
-
-    @property
-    def name(self) -> str:
-        """The search's name."""
-        if self._name is None:
-            text = json.dumps(self.identity, sort_keys=True)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-            stem = re.sub(r"[^\w.\-]+", "-", f"{self.task.name}-{self.backbone.name}")
-            self._name = f"{stem}-{digest}"
-        return self._name
-
-    @property
-    def folder(self) -> Path:
-        """Where this search is kept."""
-        return self._root / self.name
-
-    def axes(self) -> tuple[Axis, ...]:
-        """Return the fixed axes of the hypervolume.
-
-        A metric runs from its trivial score to its best value; parameters, memory and FLOPs, on a log scale,
-        from the space's largest to its smallest configuration. Times are left out: nothing bounds them.
-        """
-        ends = [self.evaluator.costs(one) for one in self.space.extremes(self.backbone)]
-        bounds = {metric: self.task.bounds(metric) for metric in self.task.metrics}
-        return fixed_axes(self.objectives, bounds, ends)
-
-    def promotion(self) -> AshaPromoter | None:
-        """Return what decides which paused trial goes on; None where trials do not pause."""
-        if self.fidelity is None:
-            return None
-        steps, monitor = self.evaluator.plan.rungs, self.evaluator.monitor
-        references = [one.name for one in self.space.baselines(self.backbone) if one.is_trained_whole]
-        return AshaPromoter(self.fidelity, steps, self.objectives, self.axes(), monitor, references)
-
-    def warm_starts(self, *, trains: bool = True) -> WarmStarts | None:
-        """Return the supernets that trials are initialised from; None without warm starts.
-
-        Args:
-            trains: Whether to train supernets that are not in the search's folder.
-        """
-        if self.warm_start is None:
-            return None
-        folder = self.folder / "supernets"
-        return WarmStarts(self.warm_start, self.evaluator, self.space, folder, trains=trains)
+        front = self.front()
+        return check_scores(front.records, self.sensitivity(scores).scores, front.metric)
 
     def run(
         self,
@@ -291,9 +231,10 @@ class Search:
         hours: float | None = None,
         gpu_seconds: float | None = None,
         cpu_seconds: float | None = None,
+        retry_failed: bool = False,
         progress: bool = True,
         profile: bool = False,
-        callbacks: Sequence[TrialCallback] = (),
+        callbacks: Sequence[TrialListener] = (),
     ) -> ParetoFront:
         """Search until a budget is spent; see `Budget` for the bounds.
 
@@ -303,6 +244,9 @@ class Search:
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
 
+        With `retry_failed` trials that have failed are tried again, each once, as after a mistake in a task
+        was mended.
+
         With `profile`, the call ends with a table of where its time went, which is also kept in the
         search's folder and in MLflow below `profile/`; see `autopeft.core.profiling.SECTIONS`.
 
@@ -311,24 +255,39 @@ class Search:
 
         Raises:
             ValueError: Something is not valid (see `validate`), or no candidate is feasible.
+            RuntimeError: All candidates fail alike.
         """
         budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
         with Profile() if profile else nullcontext():
             self.validate()
-            store = StudyStore(self.folder, self.name, self.objectives, self.constraints)
-            try:
-                return SearchLoop(self, store, budget, progress=progress, callbacks=callbacks).run()
-            finally:
-                store.close()
+            opened, identity = self.open(), self.identity()
+            constraints = self.settings.constraints
+            with closing(StudyStore(self.folder, self.name, self.objectives, constraints)) as study:
+                study.check_identity(identity)
+                run = SearchRun(
+                    opened, self.settings, study, budget, self.sampler, self, retry_failed=retry_failed
+                )
+                return run.run(
+                    description=self.describe(),
+                    identity=identity,
+                    tracking=self.tracking,
+                    experiment=self.experiment,
+                    progress=progress,
+                    callbacks=callbacks,
+                    check_scores=self._checked_scores if self.score_check else None,
+                )
+
+    def _checked_scores(self) -> tuple[SensitivityReport, ScoreCheck]:
+        return self.sensitivity(), self.check_scores()
 
     def front(self) -> ParetoFront:
-        """Return the front of the trials finished so far, without running any.
+        """Return the front of the trials finished so far, read from disk.
 
         Raises:
             ValueError: The search has not been started.
         """
-        _, records = load_study(self.folder)
-        return ParetoFront(records, self.objectives, self.axes(), exporter=self)
+        attributes, records = load_study(self.folder)
+        return ParetoFront.stored(attributes, records, self)
 
     def export(
         self,
@@ -347,7 +306,7 @@ class Search:
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
             retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
-                also where the search kept its tensors; off the front it kept none.
+                also where the search kept its tensors; off the front it kept none, and the log says so.
             seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
@@ -365,17 +324,26 @@ class Search:
             )
         original = number if record.duplicate_of is None else record.duplicate_of
         evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
+        opened = self.open()
         state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
         if state is None:
-            weights = initial_weights(self.warm_starts(trains=False), evaluation)
+            if not retrain:
+                _logger.warning(
+                    "Trial %d is not on the front, and its trained tensors were not kept: it is trained "
+                    "again, which took %.0f s in the search.",
+                    number,
+                    evaluation.cost.wall_seconds / evaluation.trainings,
+                )
+            warm_starts = opened.warm_starts(self.settings.warm_start, self.folder, trains=False)
+            weights = initial_weights(warm_starts, evaluation)
             seed = evaluation.seed if seed is None else seed
-            trained = self.evaluator.train(configuration, seed, initial_weights=weights)
+            trained = opened.evaluator.train(configuration, seed, initial_weights=weights)
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
-        test = self.evaluator.test(configuration, state)
+        test = opened.evaluator.test(configuration, state)
         return export_adapter(
-            self.backbone,
+            opened.backbone,
             configuration,
             state,
             folder,
@@ -385,18 +353,14 @@ class Search:
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
-                "frozen blocks in training": self.training.frozen_blocks,
+                "frozen blocks in training": self.settings.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             trainings=evaluation.trainings,
-            probe=model_inputs(self.evaluator.data.largest_batch()),
+            probe=model_inputs(opened.evaluator.data.largest_batch()),
             merged=merged,
             overwrite=overwrite,
         )
-
-    def describe(self) -> str:
-        """Say in a few lines what is searched for and how."""
-        return describe_search(self)
 
     def __repr__(self) -> str:
         names = ", ".join(objective.name for objective in self.objectives)

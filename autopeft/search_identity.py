@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import platform
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from autopeft.core.objectives import Constraint, Objective
+from autopeft.evaluation.executor import ExecutorFactory
+from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_spaces import SearchSpace
 from autopeft.tasks import Task
 from autopeft.training.settings import Training
 
-if TYPE_CHECKING:
-    from autopeft.evaluation.supernet.settings import WarmStart
-    from autopeft.search import Search
+BackboneSource = str | Path | PreTrainedModel | Backbone
+"""A hub name, a local folder, a loaded transformers model, or a backbone."""
 
+# Of a model's config: a task's head changes them.
+_OF_THE_HEAD = frozenset(
+    {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path"}
+)
 _PACKAGES = (
     "autopeft",
     "torch",
@@ -33,64 +44,137 @@ _PACKAGES = (
 )
 
 
-def search_identity(
-    *,
-    backbone: Backbone,
-    task: Task,
-    space: SearchSpace,
-    training: Training,
-    fidelity: SuccessiveHalving | None,
-    warm_start: WarmStart | None,
-    objectives: Sequence[str],
-    constraints: Mapping[str, float],
-    sampler: str,
-    seed: int,
-    seeds: int,
-    pack_size: int,
-    baselines: bool,
-) -> dict[str, dict[str, str]]:
-    """Return every setting that decides what a search's trials are."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """The settings that decide what the trials of a search are.
+
+    Attributes:
+        space: What to choose from.
+        training: What every candidate has in common.
+        objectives: What to trade off.
+        constraints: Bounds checked before training.
+        halving: How trials pause; None to train each to the end.
+        warm_start: How LoRA trials are initialised; None for random weights.
+        sampler: Name of the sampler.
+        seed: Seed of everything drawn.
+        seeds: Trainings that a member of the front is to have.
+        executor: "local", or what makes an executor.
+        baselines: Whether the space's baselines come first.
+    """
+
+    space: SearchSpace
+    training: Training
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    halving: SuccessiveHalving | None
+    warm_start: WarmStart | None
+    sampler: str
+    seed: int
+    seeds: int
+    executor: str | ExecutorFactory
+    baselines: bool
+
+    def identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Return the settings as text.
+
+        Args:
+            backbone: What tells the backbone from others.
+            task: What tells the task from others.
+        """
+        bounds = [f"{constraint.objective.name}={constraint.bound:g}" for constraint in self.constraints]
+        return {
+            "backbone": dict(backbone),
+            "task": dict(task),
+            "space": _fields(self.space),
+            "training": self.training.identity(),
+            "halving": {"class": "none"} if self.halving is None else _fields(self.halving),
+            **({} if self.warm_start is None else {"warm_start": _fields(self.warm_start)}),
+            "search": {
+                "objectives": ", ".join(objective.name for objective in self.objectives),
+                "constraints": ", ".join(bounds),
+                "sampler": self.sampler,
+                "seed": str(self.seed),
+                **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
+                **({} if self.executor == "local" else {"executor": str(self.executor)}),
+                "baselines": str(self.baselines),
+            },
+        }
+
+    def default_name(self, task: Task, source: BackboneSource) -> str:
+        """Return a search's name, made from its settings; neither backbone nor data are loaded.
+
+        Args:
+            task: Its task.
+            source: Of its backbone.
+        """
+        backbone = source_settings(source)
+        identity = json.dumps(self.identity(backbone, task_settings(task)), sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        stem = re.sub(r"[^\w.\-]+", "-", f"{task.name}-{backbone['name']}")
+        return f"{stem}-{digest}"
+
+    def describe(self, task: Task, backbone: Backbone, space: SearchSpace) -> str:
+        """Say in a few lines what is searched for and how.
+
+        Args:
+            task: The task.
+            backbone: The backbone.
+            space: The space, with its scores.
+        """
+        names = ", ".join(objective.name for objective in self.objectives)
+        bounds = "; ".join(
+            f"{constraint.objective.name} ≤ {constraint.objective.format(constraint.bound)}"
+            for constraint in self.constraints
+        )
+        training = self.training
+        return "\n".join(
+            [
+                f"backbone {backbone!r}",
+                f"task {task!r}",
+                f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
+                f"training {training.epochs} epochs, batch size {training.batch_size}, "
+                f"{training.resolved_device()}, {training.resolved_precision()}"
+                + ("" if self.halving is None else f"; {self.halving.describe()}")
+                + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
+                f"sampler {self.sampler}, seed {self.seed}"
+                + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
+                + ("" if self.executor == "local" else f"; trials are trained by {self.executor}"),
+                space.describe(backbone),
+            ]
+        )
+
+
+def source_settings(source: BackboneSource) -> dict[str, str]:
+    """Return what is known of a backbone before it is loaded: its name, and of a model its architecture."""
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        return {"name": path.resolve().name if path.is_dir() else str(source)}
+    model = source.model if isinstance(source, Backbone) else source
+    origin = str(model.config.name_or_path or "")
+    name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_HEAD}
+    text = json.dumps(settings, sort_keys=True, default=str)
     return {
-        "backbone": backbone.identity(),
-        "task": dict(task.identity()),
-        "space": _fields(space),
-        "training": training.identity(),
-        "fidelity": {"class": "none"} if fidelity is None else _fields(fidelity),
-        **({} if warm_start is None else {"warm_start": _fields(warm_start)}),
-        "search": {
-            "objectives": ", ".join(objectives),
-            "constraints": ", ".join(f"{name}={bound:g}" for name, bound in constraints.items()),
-            "sampler": sampler,
-            "seed": str(seed),
-            **({} if seeds == 1 else {"seeds": str(seeds)}),
-            **({} if pack_size == 1 else {"pack_size": str(pack_size)}),
-            "baselines": str(baselines),
-        },
+        "name": source.name if isinstance(source, Backbone) else name,
+        "class": type(model).__name__,
+        "config": hashlib.sha256(text.encode()).hexdigest(),
     }
 
 
-def describe_search(search: Search) -> str:
-    """Say in a few lines what is searched for and how."""
-    names = ", ".join(objective.name for objective in search.objectives)
-    bounds = "; ".join(
-        f"{one.objective.name} ≤ {one.objective.format(one.bound)}" for one in search.constraints
-    )
-    training = search.training
-    return "\n".join(
-        [
-            f"backbone {search.backbone!r}",
-            f"task {search.task!r}",
-            f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
-            f"training {training.epochs} epochs, batch size {training.batch_size}, "
-            f"{training.resolved_device()}, {training.resolved_precision()}"
-            + ("" if search.fidelity is None else f"; {search.fidelity.describe()}")
-            + ("" if search.warm_start is None else f"; {search.warm_start.describe()}"),
-            f"sampler {search.sampler_name}, seed {search.seed}"
-            + ("" if search.seeds == 1 else f"; the front is trained with {search.seeds} seeds")
-            + ("" if search.pack_size == 1 else f"; up to {search.pack_size} candidates train together"),
-            search.space.describe(search.backbone),
-        ]
-    )
+def task_settings(task: Task) -> dict[str, str]:
+    """Return a task's settings; its data are not read."""
+    settings = {"name": task.name, "class": type(task).__name__}
+    if dataclasses.is_dataclass(task):
+        settings |= {name: _without_folder(value) for name, value in _fields(task).items()}
+    return settings
+
+
+def _without_folder(text: str) -> str:
+    """Return a file's name without its folder: a search is the same wherever it is called from."""
+    try:
+        return Path(text).resolve().name if Path(text).exists() else text
+    except OSError:  # no path
+        return text
 
 
 def environment() -> dict[str, str]:
@@ -114,5 +198,5 @@ def _fields(settings: Any) -> dict[str, str]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return str({key: dict(one) if isinstance(one, Mapping) else one for key, one in value.items()})
+        return str({key: dict(item) if isinstance(item, Mapping) else item for key, item in value.items()})
     return str(value)

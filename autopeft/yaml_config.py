@@ -34,7 +34,7 @@ _CHOICES: Mapping[str, Mapping[str, type[Any]]] = {
 """Sections whose class stands under "type"."""
 _SECTIONS: Mapping[str, type[Any]] = {
     "training": Training,
-    "fidelity": SuccessiveHalving,
+    "halving": SuccessiveHalving,
     "warm_start": WarmStart,
 }
 """Sections of one class each."""

@@ -55,9 +55,10 @@ def measure(trials: int) -> list[int]:
             DATASETS["questions"].task(train=64, validation=32, test=32),
             PerLayer(methods=("lora", "series", "parallel", "prefix")),
             training=Training(epochs=1, batch_size=16, max_steps=2, device="cpu"),
+            halving=None,
+            seeds=1,
             folder=folder,
             tracking=f"sqlite:///{folder}/mlflow.db",
-            score_check=False,
         )
         search.run(trials=trials, progress=False, callbacks=[note])
     return found

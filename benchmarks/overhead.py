@@ -32,16 +32,17 @@ from rich.table import Table
 
 import autopeft.evaluation.run
 from assets.prepare import prepare
-from autopeft import Search
+from autopeft import ParetoFront, Search
 from autopeft.callbacks import BestWeights
+from autopeft.core.evaluation import TrialRecord
 from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.methods import Attachment
-from autopeft.optimization.proposer import Proposer
+from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.mlflow.worker import Worker
-from autopeft.search_loop import SearchLoop
+from autopeft.reporting.search_report import SearchReport
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -51,8 +52,7 @@ from benchmarks.stopwatch import Places, Stopwatch
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 LIMIT_MILLISECONDS = 50
 PLACES: Places = (
-    ("loop", SearchLoop, "_step"),
-    ("ask", Proposer, "ask"),
+    ("ask", Scheduler, "next"),
     ("attach", Attachment, "__init__"),
     ("attach", Attachment, "detach"),
     ("open prefix", HiddenStateCache, "open"),
@@ -62,7 +62,7 @@ PLACES: Places = (
     ("tell", StudyStore, "tell"),
     ("save", AdapterCheckpoints, "save"),
     ("save", AdapterCheckpoints, "keep_only"),
-    ("track", SearchLoop, "_track"),
+    ("track", SearchReport, "_track"),
 )
 WRITE = "write runs"
 SPARED = "compute prefixes"
@@ -93,9 +93,10 @@ class Overhead:
             task,
             PerLayer(methods=("lora", "series", "parallel", "prefix")),
             sampler=sampler,
+            halving=None,
+            seeds=1,
             folder=folder,
             tracking=f"sqlite:///{folder}/mlflow.db",
-            score_check=False,
         )
         search.validate()
         search.run(trials=1, progress=False)  # creates the tracking store
@@ -103,15 +104,14 @@ class Overhead:
         self.processor: list[float] = []
         self.trials = trials
         stopwatch = Stopwatch()
-        step, work = SearchLoop._step, Worker._work
+        work = Worker._work
 
-        def timed_step(loop: SearchLoop, *arguments: Any) -> Any:
-            wall, processor = clocks()
-            front = step(loop, *arguments)
-            ended = clocks()
-            self.wall.append(ended[0] - wall)
-            self.processor.append(ended[1] - processor)
-            return front
+        def note(record: TrialRecord, front: ParetoFront) -> None:
+            nonlocal last
+            now = clocks()
+            self.wall.append(now[0] - last[0])
+            self.processor.append(now[1] - last[1])
+            last = now
 
         def clocks() -> tuple[float, float]:
             wall, processor = time.perf_counter(), time.process_time()
@@ -122,12 +122,11 @@ class Overhead:
             stopwatch.seconds[WRITE] = time.thread_time()
 
         with (
-            patch.object(SearchLoop, "_step", timed_step),
             patch.object(Worker, "_work", timed_work),
             stopwatch.watching(PLACES),
         ):
-            wall, processor = clocks()
-            search.run(trials=trials, progress=False)
+            wall, processor = last = clocks()
+            search.run(trials=trials, progress=False, callbacks=[note])
             ended = clocks()
         self.whole_wall, self.whole_processor = ended[0] - wall, ended[1] - processor
         self.parts = {name: stopwatch.seconds[name] for name in dict.fromkeys(one for one, *_ in PLACES)}

@@ -26,8 +26,7 @@ from rich.table import Table
 
 from assets.prepare import prepare
 from autopeft import Search
-from autopeft.core.pareto import hypervolume
-from autopeft.reporting.front import front_records
+from autopeft.core.pareto import front_records, hypervolume
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
@@ -57,12 +56,13 @@ def run_search(dataset: str, name: str, seed: int, trials: int, baselines: bool,
         sampler=sampler,
         objectives=(data.metric, "trainable_parameters", "peak_memory"),
         training=Training(epochs=3, batch_size=16, validate_every=3, device="cpu", precision="32-true"),
+        halving=None,
         seed=seed,
+        seeds=1,
         baselines=baselines,
         name=f"{name} {seed} {'with' if baselines else 'without'} baselines".replace(",", ""),
         folder=str(Path(folder) / dataset),
         tracking=None,
-        score_check=False,
     )
     front = search.run(trials=trials, progress=False)
     return [

@@ -66,8 +66,8 @@ def main() -> None:
 
     console.print("\nBaselines: every weight trained, and the head alone …")
     baselines = [
-        full_fine_tuning(search.evaluator, learning_rates=(1e-4, 3e-4)),
-        head_alone(search.evaluator, learning_rates=(5e-3, 2e-2)),
+        full_fine_tuning(search.open().evaluator, learning_rates=(1e-4, 3e-4)),
+        head_alone(search.open().evaluator, learning_rates=(5e-3, 2e-2)),
     ]
     console.print(compare(search, front, baselines))
 

@@ -47,7 +47,7 @@ def learn(evaluator: Evaluator, start: Configuration) -> tuple[Configuration, di
 
 def main() -> None:
     """Run the example."""
-    evaluator = load_config(CONFIG, sys.argv[1:]).search.evaluator
+    evaluator = load_config(CONFIG, sys.argv[1:]).search.open().evaluator
     sites = [site for site, shape in evaluator.backbone.sites.items() if shape.kind == "linear"]
     lora = {"method": "lora", "size": LARGEST_RANK}
     start = Configuration.from_dict({"sites": {str(site): lora for site in sites}, "learning_rate": 2e-3})

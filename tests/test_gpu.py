@@ -65,8 +65,8 @@ def test_a_search_on_the_gpu_gives_a_front_that_exports(pack_size: int, tmp_path
     report = front.best().export(tmp_path / "adapter")
     assert report.max_logit_difference is not None
     assert report.max_logit_difference < 1e-3
-    with attach(search.backbone, LORA):
-        assert {one.device.type for one in search.backbone.model.parameters()} == {"cuda"}
+    with attach(search.open().backbone, LORA):
+        assert {one.device.type for one in search.open().backbone.model.parameters()} == {"cuda"}
     torch.cuda.synchronize()
 
 

@@ -41,7 +41,12 @@ class Cost:
         return Cost(**seconds, steps=self.steps)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Cost(
+            wall_seconds=self.wall_seconds + other.wall_seconds,
+            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
+            gpu_seconds=self.gpu_seconds + other.gpu_seconds,
+            steps=self.steps + other.steps,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

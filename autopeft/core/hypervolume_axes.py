@@ -27,6 +27,8 @@ def fixed_axes(
             axes.append(Axis(objective=objective, worst=worst, best=best))
         elif objective.before_training:
             best, worst = sorted(end[objective.name] for end in ends)
+            if objective.log_scale:
+                best = max(best, 1.0)  # the head alone has no adapter parameters
             if best < worst:
                 axes.append(Axis(objective=objective, worst=worst, best=best))
     return tuple(axes)

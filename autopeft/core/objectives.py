@@ -71,6 +71,13 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
             log_scale=True,
         ),
         Objective(
+            name="adapter_parameters",
+            direction="minimize",
+            unit="parameters",
+            before_training=True,
+            log_scale=True,
+        ),
+        Objective(
             name="peak_memory",
             direction="minimize",
             unit="bytes",
@@ -88,8 +95,8 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
         Objective(name="inference_latency", direction="minimize", unit="seconds", log_scale=True),
     )
 }
-"""Objectives every task has. Forward FLOPs are those of the largest training batch; inference latency
-is the median time of one forward pass over it."""
+"""Objectives every task has. Adapter parameters are the trainable ones without the head's; forward FLOPs are
+those of the largest training batch; inference latency is the median time of one forward pass over it."""
 
 
 def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Objective, ...]:

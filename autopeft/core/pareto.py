@@ -10,6 +10,7 @@ import moocore
 import numpy as np
 from numpy.typing import NDArray
 
+from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 
 Values = Mapping[str, float]
@@ -27,12 +28,34 @@ def non_dominated(points: Sequence[Values], objectives: Sequence[Objective]) -> 
     keep = np.zeros(len(points), dtype=bool)
     if finite.any():
         keep[finite] = moocore.is_nondominated(losses[finite], keep_weakly=True)
-    return [bool(one) for one in keep]
+    return [bool(kept) for kept in keep]
+
+
+def non_dominated_sort(points: Sequence[Values], objectives: Sequence[Objective]) -> list[list[int]]:
+    """Return the indices of finite points in layers: each is the front of what is left without those before.
+
+    Computed by moocore (Jensen, "Reducing the Run-Time Complexity of Multiobjective EAs", 2003).
+    """
+    if not points:
+        return []
+    ranks = moocore.pareto_rank(_losses(points, objectives))
+    return [np.flatnonzero(ranks == rank).tolist() for rank in range(int(ranks.max()) + 1)]
+
+
+def front_records(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
+    """Return the completed, non-dominated records; a duplicate's original stands for it."""
+    complete = [
+        record for record in records if record.evaluation.status == "complete" and record.duplicate_of is None
+    ]
+    flags = non_dominated([record.evaluation.values for record in complete], objectives)
+    return [record for record, is_on_front in zip(complete, flags, strict=True) if is_on_front]
 
 
 def _losses(points: Sequence[Values], objectives: Sequence[Objective]) -> NDArray[np.float64]:
-    signs = np.array([-1.0 if one.direction == "maximize" else 1.0 for one in objectives])
-    values = np.array([[point[one.name] for one in objectives] for point in points], dtype=np.float64)
+    signs = np.array([-1.0 if objective.direction == "maximize" else 1.0 for objective in objectives])
+    values = np.array(
+        [[point[objective.name] for objective in objectives] for point in points], dtype=np.float64
+    )
     losses: NDArray[np.float64] = values * signs
     return losses
 
@@ -96,21 +119,37 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
     if not points:
         return []
     losses = [[1.0 - axis.position(point[axis.objective.name]) for axis in axes] for point in points]
-    return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(axes)))]
+    if len(axes) == 1:
+        losses = [[loss, 0.0] for (loss,) in losses]  # moocore takes two objectives or more
+    return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(losses[0])))]
 
 
-def knee(points: Sequence[Values], axes: Sequence[Axis]) -> int:
-    """Return the index of the point closest to the best corner of the unit cube (Euclidean).
+def knee(points: Sequence[Values], axes: Sequence[Axis], tolerance: float = 0.05) -> int:
+    """Return the index of the point to take where costs matter, but the metric more.
 
-    The "minimum distance to the utopian point" rule; the axes' scaling decides what counts as close.
+    Of the points whose metric is almost the best, it is the one closest to the best corner of the unit cube
+    (Euclidean, the metric left out). Without the tolerance a point that is cheapest on all other axes would
+    be chosen however bad it is.
+
+    Args:
+        points: Values by objective's name.
+        axes: The axes; the metric is the first metric among them. Without a metric all points are candidates.
+        tolerance: How far below the best a metric may lie, as a share of its axis.
 
     Raises:
         ValueError: There are no points.
     """
     if not points:
         raise ValueError("An empty front has no knee point.")
-    distances = [
-        math.dist([axis.position(point[axis.objective.name]) for axis in axes], [1.0] * len(axes))
-        for point in points
-    ]
-    return int(np.argmin(distances))
+    metric = next((axis for axis in axes if axis.objective.is_metric), None)
+    candidates = list(range(len(points)))
+    if metric is not None:
+        places = [metric.position(point[metric.objective.name]) for point in points]
+        candidates = [index for index in candidates if places[index] >= max(places) - tolerance]
+    costs = [axis for axis in axes if axis is not metric]
+
+    def distance(index: int) -> tuple[float, float]:
+        place = [axis.position(points[index][axis.objective.name]) for axis in costs]
+        return math.dist(place, [1.0] * len(costs)), 0.0 if metric is None else -places[index]
+
+    return min(candidates, key=distance)

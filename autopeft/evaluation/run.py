@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -28,6 +27,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
+from autopeft.evaluation.context import EvaluationContext
 from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
@@ -37,9 +37,6 @@ from autopeft.training.trainer_state import CaptureState, restore_state
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches
-
-if TYPE_CHECKING:
-    from autopeft.evaluation.evaluator import Evaluator
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +70,7 @@ class EvaluationRun:
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        evaluator: EvaluationContext,
         configuration: Configuration,
         seed: int,
         attachment: type[Attachment],
@@ -99,7 +96,9 @@ class EvaluationRun:
         self._meter = ComputeMeter(evaluator.device)
         if paused is not None:
             self.values |= paused.evaluation.values
-            self.curve.points = [(one.metric, one.step, one.value) for one in paused.evaluation.curves]
+            self.curve.points = [
+                (point.metric, point.step, point.value) for point in paused.evaluation.curves
+            ]
 
     def attempt(self) -> None:
         """Cost, check, train, measure."""
@@ -160,7 +159,7 @@ class EvaluationRun:
             self.state = attachment.state_dict()
 
     def _measure(self, memory: PeakMemory) -> None:
-        """Note time, memory and latency; raise where an objective is not finite."""
+        """Note time, memory and latency; raise where a validation or an objective is not finite."""
         evaluator = self.evaluator
         speed = self.throughput.examples_per_second
         seconds, earlier = self.throughput.training_seconds, self.values.get("training_seconds", 0.0)
@@ -173,6 +172,9 @@ class EvaluationRun:
             self.values["peak_memory_measured"] = max(peak, float(memory.peak_bytes))
         if "inference_latency" in evaluator.needed():
             self.values["inference_latency"] = evaluator.latency()
+        for metric, step, value in self.curve.points:
+            if not math.isfinite(value):  # a class is predicted of NaN as well, and scored
+                raise DivergenceError(f"{metric} was {value} at step {step}")
         for objective in evaluator.objectives:
             if objective.name in self.values and not math.isfinite(self.values[objective.name]):
                 raise DivergenceError(f"{objective.name} is {self.values[objective.name]}")
@@ -193,7 +195,7 @@ class EvaluationRun:
             configuration=self.configuration,
             status=status,
             reason=reason,
-            values={name: one for name, one in self.values.items() if math.isfinite(one)},
+            values={name: value for name, value in self.values.items() if math.isfinite(value)},
             curves=tuple(
                 CurvePoint(metric=metric, step=step, value=value)
                 for metric, step, value in self.curve.points
@@ -224,7 +226,9 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
         return f"diverged: {error}"
     except (torch.OutOfMemoryError, MemoryError) as error:
         return f"out of memory: {_first_line(error)}"
-    except Exception as error:
+    except SIGTERMException:
+        raise
+    except (Exception, SystemExit) as error:  # a model may call `sys.exit`
         if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
             return f"out of memory: {_first_line(error)}"
         _logger.warning("A trial failed and the search goes on.", exc_info=True)
@@ -236,7 +240,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
-def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestWeights, seed: int) -> None:
+def _fit(
+    trainer: Trainer, module: FineTuning, evaluator: EvaluationContext, best: BestWeights, seed: int
+) -> None:
     batches = SegmentedBatches(
         evaluator.data.train_dataloader(seed),
         evaluator.plan,
@@ -253,7 +259,8 @@ def _fit(trainer: Trainer, module: FineTuning, evaluator: Evaluator, best: BestW
 def interrupts_stay_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
 
-    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process.
+    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process, and a
+    model that calls `sys.exit` has failed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -261,9 +268,9 @@ def interrupts_stay_interrupts() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SIGTERMException:
-        raise
     except SystemExit as exit_:
-        raise KeyboardInterrupt from exit_
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from exit_
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)

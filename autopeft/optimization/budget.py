@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -14,7 +14,7 @@ from autopeft.core.evaluation import Cost, TrialRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What the trials of a search have used up, kept as a running sum.
+    """What the trials of a search have used up.
 
     Attributes:
         trials: Trials that a budget counts: all but the infeasible ones.
@@ -25,18 +25,19 @@ class Spent:
     cost: Cost = field(default_factory=Cost)
 
     @classmethod
-    def of(cls, records: Iterable[TrialRecord]) -> Self:
-        """Return the sum over finished trials."""
-        spent = cls()
-        for record in records:
-            spent = spent.plus(record)
-        return spent
+    def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
+        """Return the sum over trials.
 
-    def plus(self, record: TrialRecord) -> Self:
-        """Return the sum with one more finished trial."""
-        counted = record.evaluation.status != "infeasible"
-        cost = self.cost if record.duplicate_of is not None else self.cost + record.evaluation.cost
-        return replace(self, trials=self.trials + counted, cost=cost)
+        Args:
+            records: The trials.
+            more: What was spent beside them.
+        """
+        trials, costs = 0, [Cost() if more is None else more]
+        for record in records:
+            trials += record.evaluation.status != "infeasible"
+            if record.duplicate_of is None:
+                costs.append(record.evaluation.cost)
+        return cls(trials=trials, cost=sum(costs, Cost()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,10 @@ class Budget:
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
-    def at_most(self, wanted: int, spent: Spent) -> int:
-        """Return how many of so many trials may still be begun."""
-        return wanted if self.trials is None else min(wanted, int(self.trials) - spent.trials)
+    @property
+    def bounds_compute(self) -> bool:
+        """Whether there is a bound besides that of trials."""
+        return (self.hours, self.gpu_seconds, self.cpu_seconds) != (None, None, None)
 
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.

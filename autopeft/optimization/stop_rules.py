@@ -29,14 +29,14 @@ def raise_if_hopeless(records: Sequence[TrialRecord]) -> None:
         RuntimeError: All candidates failed, and alike.
         ValueError: No candidate has kept the constraints for long.
     """
-    own = (one.evaluation for one in records if one.duplicate_of is None)
-    evaluated = [one for one in own if one.status != "infeasible"]
-    outcomes = {(one.status, one.reason) for one in evaluated}
+    own = (record.evaluation for record in records if record.duplicate_of is None)
+    evaluated = [evaluation for evaluation in own if evaluation.status != "infeasible"]
+    outcomes = {(evaluation.status, evaluation.reason) for evaluation in evaluated}
     alike = len(outcomes) == 1 and evaluated[0].status == "failed"
     if alike and len(evaluated) >= _MOST_ALIKE_FAILURES:
         raise RuntimeError(
             f"All {len(evaluated)} candidates so far failed alike: {evaluated[0].reason}. Mend that, and "
-            "run the search under another name."
+            "try them again with run(..., retry_failed=True)."
         )
     latest = records[-_MOST_INFEASIBLE:]
     infeasible = all(record.evaluation.status == "infeasible" for record in reversed(latest))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import html
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,20 +15,22 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
-from autopeft.core.objectives import Objective, parse_quantity
-from autopeft.core.pareto import Axis, hypervolume, knee, non_dominated
+from autopeft.core.objectives import Objective, parse_quantity, resolve_objectives
+from autopeft.core.pareto import Axis, front_records, hypervolume, knee
 
 if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
 
-    from autopeft.export.export import ExportReport
+
+_INITIALISED = "initialised from"
+_TEXTS = ("methods", _INITIALISED)
 
 
 class Exporter(Protocol):
-    """Whoever can write a trial's adapter: the search it came from."""
+    """Writes a trial's adapter; the search that it came from does."""
 
     def export(
         self,
@@ -37,11 +41,11 @@ class Exporter(Protocol):
         retrain: bool = ...,
         seed: int | None = ...,
         overwrite: bool = ...,
-    ) -> ExportReport:
+    ) -> Any:
         """Export one trial; see `autopeft.Search.export`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FrontPoint:
     """One trial on the front.
 
@@ -69,8 +73,8 @@ class FrontPoint:
         """Objectives and metrics by name, on the validation split."""
         return self.record.evaluation.values
 
-    def export(self, folder: str | Path, **options: Any) -> ExportReport:
-        """Write the trained adapter to a folder; see `autopeft.Search.export` for the options.
+    def export(self, folder: str | Path, **options: Any) -> Any:
+        """Write the trained adapter to a folder; see `autopeft.Search.export` for options and report.
 
         Raises:
             ValueError: The front was read without its search, or the folder cannot be written.
@@ -83,8 +87,17 @@ class FrontPoint:
         return self._exporter.export(self.number, folder, **options)
 
     def __str__(self) -> str:
-        values = ", ".join(f"{one.name} {self.record.evaluation.format(one)}" for one in self.objectives)
+        evaluation = self.record.evaluation
+        if evaluation.status != "complete":
+            return f"trial {self.number} ({evaluation.status}: {evaluation.reason})"
+        values = ", ".join(f"{one.name} {evaluation.format(one)}" for one in self.objectives)
         return f"trial {self.number}: {values}"
+
+    def __repr__(self) -> str:
+        return f"{self}\n{self.configuration.grid()}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p><pre>{html.escape(self.configuration.grid())}</pre>"
 
 
 class ParetoFront(Sequence[FrontPoint]):
@@ -107,20 +120,54 @@ class ParetoFront(Sequence[FrontPoint]):
         *,
         candidates: Sequence[TrialRecord] | None = None,
     ) -> None:
-        self.records = tuple(records)
+        self.records = tuple(sorted(records, key=lambda record: record.number))
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
-        self.metric = next(one for one in objectives if one.is_metric)
+        self.metric = next(objective for objective in objectives if objective.is_metric)
         self._exporter = exporter
         points = [
             FrontPoint(record, self.objectives, exporter)
             for record in front_records(self.records if candidates is None else candidates, self.objectives)
         ]
-        costs = [one for one in self.objectives if one.direction == "minimize"]
+        costs = [objective for objective in self.objectives if objective.direction == "minimize"]
+        names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
-            points,
-            key=lambda point: [*(point.values[one.name] for one in (*costs, self.metric)), point.number],
+            points, key=lambda point: [*(point.values[name] for name in names), point.number]
         )
+
+    @classmethod
+    def stored(
+        cls,
+        attributes: Mapping[str, Any],
+        records: Sequence[TrialRecord],
+        exporter: Exporter | None = None,
+    ) -> ParetoFront:
+        """Return the front of a study that was read from disk; no model is loaded.
+
+        Args:
+            attributes: The study's.
+            records: The study's.
+            exporter: The search; None for a front without it.
+
+        Raises:
+            ValueError: The search was stopped before its first trial.
+        """
+        if not {"identity", "metrics", "axes"} <= attributes.keys():
+            raise ValueError(
+                f"The search {attributes['name']!r} has no finished trial yet: run it, again if it was "
+                "stopped."
+            )
+        settings = attributes["identity"]["search"]["objectives"].split(", ")
+        objectives = resolve_objectives(settings, attributes["metrics"])
+        known = {objective.name: objective for objective in objectives}
+        axes = [
+            Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
+        ]
+        return cls(records, objectives, axes, exporter)
+
+    def stored_axes(self) -> list[tuple[str, float, float]]:
+        """Return the axes as plain data, for a study's attributes."""
+        return [(axis.objective.name, axis.worst, axis.best) for axis in self.axes]
 
     def would_hold(self, record: TrialRecord) -> bool:
         """Return whether a trial that is not on the front would come onto it."""
@@ -130,15 +177,13 @@ class ParetoFront(Sequence[FrontPoint]):
     def with_trial(self, record: TrialRecord) -> ParetoFront:
         """Return the front with one more finished trial, or with what became of one that it knows.
 
-        Only members and the new one can be on it, unless a member has other values now: whom it had driven
-        off may then be back.
+        Only members and the new one can be on it, unless a member has other values now: trials that it had
+        driven off may then be back.
         """
         records = list(self.records)
-        place = next((place for place, one in enumerate(records) if one.number == record.number), None)
-        if place is None:
-            records.append(record)
-        else:
-            records[place] = record
+        place = bisect_left(records, record.number, key=lambda known: known.number)
+        is_known = place < len(records) and records[place].number == record.number
+        records[place : place + is_known] = [record]
         was_member = record.number in self.members
         if not was_member and not self.would_hold(record):
             front = copy.copy(self)  # the same members, and a hypervolume that is slow to compute
@@ -199,10 +244,19 @@ class ParetoFront(Sequence[FrontPoint]):
                 )
         return max(candidates, key=lambda point: point.values[self.metric.name])
 
-    def knee(self) -> FrontPoint:
-        """Return the point closest to the best corner of the fixed axes; see `autopeft.core.pareto.knee`."""
+    def knee(self, tolerance: float = 0.05) -> FrontPoint:
+        """Return the cheapest point with almost the best metric; see `autopeft.core.pareto.knee`.
+
+        Args:
+            tolerance: How far below the best the metric may lie, as a share of its axis (from the trivial
+                score to the best value).
+
+        Raises:
+            ValueError: The front is empty, or the tolerance is not a share.
+        """
+        check_share("tolerance", tolerance, of="the metric's axis")
         self._require_points()
-        return self._points[knee([point.values for point in self._points], self.axes)]
+        return self._points[knee([point.values for point in self._points], self.axes, tolerance)]
 
     def trial(self, number: int) -> FrontPoint:
         """Return a trial by its number, on the front or not, completed or not.
@@ -210,7 +264,7 @@ class ParetoFront(Sequence[FrontPoint]):
         Raises:
             ValueError: There is no such trial.
         """
-        record = next((one for one in self.records if one.number == number), None)
+        record = next((record for record in self.records if record.number == number), None)
         if record is None:
             raise ValueError(f"There is no trial {number}; there are {len(self.records)} trials.")
         return FrontPoint(record, self.objectives, self._exporter)
@@ -237,27 +291,33 @@ class ParetoFront(Sequence[FrontPoint]):
     def table(self) -> Table:
         """Return the front as a rich table."""
         table = Table(title=self._title(), title_justify="left")
-        table.add_column("trial", justify="right")
-        for objective in self.objectives:
-            table.add_column(objective.name, justify="right")
-        for heading in ("methods", "adapters", "blocks", "learning rate"):
-            table.add_column(heading, justify="right" if heading != "methods" else "left")
-        says_start = any(point.record.evaluation.warm_start for point in self._points)
-        if says_start:  # else all began alike
-            table.add_column("initialised from")
+        for heading in self._headings():
+            table.add_column(heading, justify="left" if heading in _TEXTS else "right")
         for point in self._points:
-            configuration = point.configuration
-            blocks = len({site.block for site in configuration.adapters})
-            table.add_row(
-                str(point.number),
-                *(point.record.evaluation.format(one) for one in self.objectives),
-                "+".join(configuration.methods) or "head alone",
-                str(len(configuration)),
-                str(blocks),
-                f"{configuration.learning_rate:.2g}",
-                *([point.record.evaluation.initialised_from] if says_start else []),
-            )
+            table.add_row(*self._cells(point))
         return table
+
+    def _headings(self) -> list[str]:
+        names = [objective.name for objective in self.objectives]
+        start = [_INITIALISED] if self._says_start else []
+        return ["trial", *names, "methods", "adapters", "blocks", "learning rate", *start]
+
+    def _cells(self, point: FrontPoint) -> list[str]:
+        configuration, evaluation = point.configuration, point.record.evaluation
+        return [
+            str(point.number),
+            *(evaluation.format(objective) for objective in self.objectives),
+            "+".join(configuration.methods) or "head alone",
+            str(len(configuration)),
+            str(len({site.block for site in configuration.adapters})),
+            f"{configuration.learning_rate:.2g}",
+            *([evaluation.initialised_from] if self._says_start else []),
+        ]
+
+    @property
+    def _says_start(self) -> bool:
+        """Whether trials were initialised in different ways."""
+        return any(point.record.evaluation.warm_start for point in self._points)
 
     def _title(self) -> str:
         return f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
@@ -269,14 +329,10 @@ class ParetoFront(Sequence[FrontPoint]):
         return capture.get().rstrip()
 
     def _repr_html_(self) -> str:
-        html: str = self.to_frame().to_html(index=False)
-        return f"<p>{self._title()}</p>{html}"
-
-
-def front_records(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """Return the completed, non-dominated records; a duplicate's original stands for it."""
-    complete = [
-        record for record in records if record.evaluation.status == "complete" and record.duplicate_of is None
-    ]
-    flags = non_dominated([record.evaluation.values for record in complete], objectives)
-    return [record for record, on_front in zip(complete, flags, strict=True) if on_front]
+        headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in self._headings())
+        rows = [
+            "".join(f"<td>{html.escape(cell)}</td>" for cell in self._cells(point)) for point in self._points
+        ]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        table = f"<table><thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<p>{html.escape(self._title())}</p>{table}"

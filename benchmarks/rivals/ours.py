@@ -15,12 +15,12 @@ from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per
 
 GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
-_WHOLE: Mapping[str, Any] = {"space": GUIDED, "fidelity": _RUNGS, "seeds": 3}
+_WHOLE: Mapping[str, Any] = {"space": GUIDED, "halving": _RUNGS, "seeds": 3}
 _LOADED_AGAIN = "autopeft, backbone loaded again"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft": _WHOLE,
     "autopeft, one seed": {**_WHOLE, "seeds": 1},
-    "autopeft, no rungs": {**_WHOLE, "fidelity": None},
+    "autopeft, no rungs": {**_WHOLE, "halving": None},
     "autopeft, no scores": {**_WHOLE, "space": per_layer()},
     "autopeft, no single-adapter probes": {**_WHOLE, "probe_share": 0.0},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
@@ -55,7 +55,9 @@ def run(setting: Setting, variant: str) -> list[Entry]:
         if evaluation.status == "complete" and record.duplicate_of is None:
             score = evaluation.values[setting.metric]
             warm_start = evaluation.warm_start
-            log.append(setting.entry(search.backbone, evaluation.configuration, score, warm_start=warm_start))
+            log.append(
+                setting.entry(search.open().backbone, evaluation.configuration, score, warm_start=warm_start)
+            )
 
     options = {"training": TRAINING, **VARIANTS[variant]}
     if "probe_share" in options:
@@ -68,7 +70,6 @@ def run(setting: Setting, variant: str) -> list[Entry]:
             seed=setting.seed,
             folder=folder,
             tracking=None,
-            score_check=False,
             **options,
         )
         search.run(trials=setting.trials, progress=False, callbacks=[note])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from autopeft.callbacks import LearningCurve
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation
 from autopeft.evaluation.evaluator import Evaluator
@@ -81,7 +86,9 @@ def test_costs_before_training_are_those_of_the_evaluation() -> None:
     evaluator = tiny_evaluator()
     configuration = lora(evaluator.backbone)
     costs = evaluator.costs(configuration)
-    assert costs.keys() == {"trainable_parameters", "peak_memory"}
+    assert costs.keys() == {"trainable_parameters", "adapter_parameters", "peak_memory"}
+    head = evaluator.backbone.head_parameters
+    assert costs["adapter_parameters"] == costs["trainable_parameters"] - head > 0
     values = evaluator.evaluate(configuration).values
     assert {name: values[name] for name in costs} == costs
 
@@ -206,6 +213,63 @@ def test_ctrl_c_while_training_is_a_keyboard_interrupt(step: int) -> None:
     assert backbone.attached is None
     assert fingerprint(backbone.model) == before
     assert evaluator.evaluate(configuration).curves == tiny_evaluator().evaluate(configuration).curves
+
+
+def test_a_model_that_leaves_the_process_has_failed() -> None:
+    """Lightning makes the same exception of Ctrl-C."""
+
+    def act() -> None:
+        sys.exit("bad licence")
+
+    logging.getLogger("autopeft.evaluation.run").setLevel(logging.ERROR)
+    evaluation, _ = failing(act)
+    logging.getLogger("autopeft.evaluation.run").setLevel(logging.NOTSET)
+    assert (evaluation.status, evaluation.reason) == ("failed", "SystemExit: bad licence")
+
+
+def test_a_validation_that_is_not_finite_is_a_divergence() -> None:
+    """The last step breaks the weights: a class is predicted of NaN too, and would be scored."""
+    training = Training(epochs=1, batch_size=8, max_steps=1, device="cpu", precision="32-true")
+    evaluator = tiny_evaluator(training=training)
+    evaluation = evaluator.evaluate(lora(evaluator.backbone, learning_rate=1e37))
+    assert evaluation.status == "failed"
+    assert evaluation.reason is not None
+    assert re.fullmatch(r"diverged: validation_loss was (nan|inf) at step 1", evaluation.reason)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_was_not_finite_once_is_a_divergence(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = tiny_evaluator(training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"))
+    recorded = LearningCurve.on_validation_end
+
+    def spoilt(curve: LearningCurve, trainer: Any, module: Any) -> None:
+        recorded(curve, trainer, module)
+        if len({step for _, step, _ in curve.points}) == 1:
+            name, step, _ = curve.points[-1]
+            curve.points[-1] = (name, step, value)
+
+    monkeypatch.setattr(LearningCurve, "on_validation_end", spoilt)
+    evaluation = evaluator.evaluate(lora(evaluator.backbone))
+    assert evaluation.status == "failed"
+    assert f"was {value} at step" in str(evaluation.reason)
+
+
+def test_a_test_that_fails_leaves_no_trainer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = tiny_evaluator()
+    trained = evaluator.train(lora(evaluator.backbone))
+    assert trained.state is not None
+    dismantled: list[Any] = []
+    monkeypatch.setattr("autopeft.evaluation.evaluator.dismantle", dismantled.append)
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such file")
+
+    monkeypatch.setattr(type(evaluator.data), "test_dataloader", broken)
+    with pytest.raises(RuntimeError, match="no such file"):
+        evaluator.test(trained.evaluation.configuration, trained.state)
+    assert len(dismantled) == 1
 
 
 def test_a_configuration_the_backbone_cannot_carry_is_an_error() -> None:

@@ -41,16 +41,16 @@ def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path
         tmp_path / "base", dtype=HALF, num_labels=3, pad_token_id=0
     )
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
-    batch = search.evaluator.data.largest_batch()
+    batch = search.open().evaluator.data.largest_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     record = search.front().trial(front.best().number).record
-    checkpoint = search.evaluator.train(record.evaluation.configuration, record.evaluation.seed)
+    checkpoint = search.open().evaluator.train(record.evaluation.configuration, record.evaluation.seed)
     assert checkpoint.state is not None
-    with attach(search.backbone, record.evaluation.configuration) as attachment, torch.no_grad():
+    with attach(search.open().backbone, record.evaluation.configuration) as attachment, torch.no_grad():
         attachment.load_state_dict(checkpoint.state)
         assert {parameter.dtype for parameter in attachment.parameters.values()} == {torch.float32}
         with torch.autocast("cpu", HALF):
-            expected = search.backbone.model.eval()(**inputs).logits.float()
+            expected = search.open().backbone.model.eval()(**inputs).logits.float()
     assert difference(loaded, inputs, expected) < 0.05 * float(expected.max() - expected.min())
 
 

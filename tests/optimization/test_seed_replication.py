@@ -20,14 +20,13 @@ from torch import Tensor
 from autopeft import Search
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.replicates import FAILED_SEEDS, with_replicate
 from autopeft.core.seeding import training_seed
 from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.seed_replication import (
-    FAILED_SEEDS,
     cost_of_replicates,
     next_to_replicate,
     under_replicated,
-    with_replicate,
 )
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from autopeft.optimization.successive_halving import SuccessiveHalving
@@ -180,12 +179,12 @@ def test_seeds_are_a_number_of_trainings(seeds: object, tmp_path: Path) -> None:
 
 
 def search(folder: Path, **settings: object) -> Search:
-    return tiny_search(folder, **({"space": TWO_RATES, "seeds": 2, "score_check": False} | settings))
+    return tiny_search(folder, **({"space": TWO_RATES, "seeds": 2} | settings))
 
 
 @pytest.mark.parametrize("fidelity", [None, SuccessiveHalving(rungs=(1 / 3,))], ids=("whole", "rungs"))
 def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
-    one = search(tmp_path, fidelity=fidelity, tracking=f"sqlite:///{tmp_path}/mlflow.db")
+    one = search(tmp_path, halving=fidelity, tracking=f"sqlite:///{tmp_path}/mlflow.db")
     front = one.run(trials=8, progress=False)
     assert all(point.record.evaluation.trainings == 2 for point in front)
     for record in front.records:
@@ -193,7 +192,7 @@ def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None
         if evaluation.by_seed:
             seeds = [training_seed(0, record.number, training) for training in (0, 1)]
             assert list(evaluation.by_seed) == seeds
-            alone = [one.evaluator.evaluate(evaluation.configuration, seed) for seed in seeds]
+            alone = [one.open().evaluator.evaluate(evaluation.configuration, seed) for seed in seeds]
             assert [other.values["accuracy"] for other in alone] == [
                 values["accuracy"] for values in evaluation.by_seed.values()
             ]
@@ -243,13 +242,13 @@ def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
 def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
     """Every training is said to take a second; those that wait come before the last second is spent."""
     one = search(tmp_path, seeds=3, seed=4)
-    train = one.evaluator.train
+    train = one.open().evaluator.train
 
     def taking_a_second(*arguments: object, **options: object) -> object:
         trained = train(*arguments, **options)  # type: ignore[arg-type]
         return replace(trained, evaluation=replace(trained.evaluation, cost=Cost(cpu_seconds=1.0)))
 
-    one.evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
+    one.open().evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
     front, begun, waited = run_and_watch(one, cpu_seconds=20)
     assert any(one < 3 for one in waited)
     assert sum(record.evaluation.cost.cpu_seconds for record in front.records) <= 20
@@ -306,7 +305,7 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
     one = search(tmp_path / "cut")
     interrupts = iter((2, 4))
     due, count = next(interrupts), 0
-    repeat = one.evaluator.train
+    repeat = one.open().evaluator.train
 
     def interrupted(configuration: Configuration, seed: int, **options: object) -> object:
         nonlocal due, count
@@ -316,7 +315,7 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return repeat(configuration, seed, **options)  # type: ignore[arg-type]
 
-    one.evaluator.train = interrupted  # type: ignore[method-assign, assignment]
+    one.open().evaluator.train = interrupted  # type: ignore[method-assign, assignment]
     for _ in range(3):
         front = one.run(trials=6, progress=False)
     assert due == -1
@@ -327,7 +326,7 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
 
 def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
     one = search(tmp_path)
-    train = one.evaluator.train
+    train = one.open().evaluator.train
     failing: list[int] = []
 
     def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
@@ -338,8 +337,8 @@ def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
         failing[:] = [seed] if "paused" in options else []
         return train(configuration, seed, **options)  # type: ignore[arg-type]
 
-    handle = one.backbone.model.register_forward_hook(hook)
-    one.evaluator.train = second_fails  # type: ignore[method-assign, assignment]
+    handle = one.open().backbone.model.register_forward_hook(hook)
+    one.open().evaluator.train = second_fails  # type: ignore[method-assign, assignment]
     front = one.run(trials=5, progress=False)
     handle.remove()
     worst = one.task.trivial_score("accuracy")

@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_constraints, resolve_objectives
+from autopeft.core.replicates import with_replicate
 from autopeft.optimization.samplers import make_sampler
-from autopeft.optimization.seed_replication import with_replicate
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from tests.records import OBJECTIVES, completed, random_configuration, synthetic_records
 

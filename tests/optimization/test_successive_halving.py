@@ -42,7 +42,7 @@ TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 def halving_search(folder: Path, **settings: Any) -> Search:
     defaults: dict[str, Any] = {
-        "fidelity": SuccessiveHalving(rungs=(1 / 3, 2 / 3), reduction_factor=2),
+        "halving": SuccessiveHalving(rungs=(1 / 3, 2 / 3), reduction_factor=2),
         "training": TRAINING,
         "space": Uniform(ranks=(1, 16), learning_rate=(1e-4, 3e-2)),
         "baselines": False,
@@ -73,8 +73,8 @@ def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: P
     for point in front:
         state = states.load(point.number)
         assert state is not None
-        whole = halving_search(tmp_path / "alone", fidelity=None)
-        trained = whole.evaluator.train(point.configuration, point.record.evaluation.seed)
+        whole = halving_search(tmp_path / "alone", halving=None)
+        trained = whole.open().evaluator.train(point.configuration, point.record.evaluation.seed)
         assert trained.state is not None
         assert all(torch.equal(state[name], tensor) for name, tensor in trained.state.items())
 
@@ -101,7 +101,7 @@ def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
                 if passes == at:
                     signal.raise_signal(signal.SIGINT)
 
-        handle = search.backbone.model.register_forward_hook(hook)
+        handle = search.open().backbone.model.register_forward_hook(hook)
         cuts += len(run(search, 8).records) < 8
         handle.remove()
     assert cuts >= 2
@@ -110,8 +110,8 @@ def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
 
 def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
     halving = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=4)
-    search = halving_search(tmp_path, space=Uniform(ranks=(1, 4), learning_rate=1e-2), fidelity=halving)
-    train, failed = search.evaluator.train, list[Configuration]()
+    search = halving_search(tmp_path, space=Uniform(ranks=(1, 4), learning_rate=1e-2), halving=halving)
+    train, failed = search.open().evaluator.train, list[Configuration]()
 
     def failing_once(configuration: Configuration, *arguments: Any, **options: Any) -> Any:
         trained = train(configuration, *arguments, **options)
@@ -120,7 +120,7 @@ def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
         failed.append(configuration)
         return replace(trained, evaluation=replace(trained.evaluation, status="failed", reason="lost"))
 
-    search.evaluator.train = failing_once  # type: ignore[method-assign]
+    search.open().evaluator.train = failing_once  # type: ignore[method-assign]
     records = run(search, 8).records
     own = [one.evaluation for one in records if one.duplicate_of is None]
     again = [one.status for one in own if one.configuration == failed[0]]
@@ -169,7 +169,7 @@ def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
 
 
 def test_rungs_must_fit_the_training(tmp_path: Path) -> None:
-    search = halving_search(tmp_path, fidelity=SuccessiveHalving(rungs=(0.01,)))
+    search = halving_search(tmp_path, halving=SuccessiveHalving(rungs=(0.01,)))
     with pytest.raises(ValueError, match="expected increasing steps"):
         search.validate()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import resolve_objectives
-from autopeft.core.pareto import Axis
-from autopeft.reporting.front import ParetoFront, front_records
+from autopeft.core.pareto import Axis, front_records
+from autopeft.reporting.front import ParetoFront
 from tests.records import OBJECTIVES, front_of, random_configuration, synthetic_records
 
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
@@ -114,8 +115,14 @@ def test_among_equals_the_cheapest_is_best() -> None:
     assert ParetoFront(equal, OBJECTIVES, AXES).best().number == 1
 
 
-def test_the_knee_lies_between_the_ends(front: ParetoFront) -> None:
-    assert front.knee().number == 1
+def test_the_knee_gives_away_little_of_the_metric(front: ParetoFront) -> None:
+    """A tolerance is a share of the metric's axis, which is 0.8 long."""
+    assert front.knee().number == 2
+    assert front.knee(tolerance=0.11).number == 4
+    assert front.knee(tolerance=0.13).number == 1
+    assert front.knee(tolerance=1).number == 0
+    with pytest.raises(ValueError, match="tolerance is a share of the metric's axis"):
+        front.knee(tolerance=-0.1)
 
 
 def test_hypervolume_grows_with_the_front(front: ParetoFront) -> None:
@@ -157,6 +164,36 @@ def test_notebooks_get_a_table(front: ParetoFront) -> None:
     html = front._repr_html_()
     assert "<table" in html
     assert f"hypervolume {front.hypervolume:.4f}" in html
+    assert html.count("<tr>") == 1 + len(front)
+    for expected in ("0.9000", "400.0 k", "900.0 MiB", "learning rate"):
+        assert expected in html
+    for point in front:
+        assert point.configuration.key not in html
+    assert "NaN" not in html
+
+
+def test_notebooks_show_a_point_with_its_configuration(front: ParetoFront) -> None:
+    point = front.best()
+    html = point._repr_html_()
+    assert html.startswith("<p>trial 2: accuracy 0.9000, trainable_parameters 400.0 k")
+    assert "<pre>" in html
+    assert repr(point) == f"{point}\n{point.configuration.grid()}"
+    assert str(front.trial(5)) == "trial 5 (failed: diverged: loss is nan)"
+
+
+def test_a_front_is_read_from_a_study(front: ParetoFront) -> None:
+    attributes = {
+        "name": "mine",
+        "identity": {"search": {"objectives": "accuracy, trainable_parameters, peak_memory"}},
+        "metrics": ["accuracy", "f1"],
+        "axes": json.loads(json.dumps(front.stored_axes())),
+    }
+    stored = ParetoFront.stored(attributes, list(reversed(front.records)))
+    assert stored.members == front.members
+    assert stored.hypervolume == front.hypervolume
+    assert stored.records == front.records
+    with pytest.raises(ValueError, match="'mine' has no finished trial yet"):
+        ParetoFront.stored({"name": "mine"}, [])
 
 
 def test_a_plot_has_every_cost(front: ParetoFront) -> None:

@@ -20,7 +20,7 @@ def test_a_search_in_which_all_fails_alike_stops_and_says_why(tmp_path: Path) ->
         if module.training and type(output.logits) is torch.Tensor and not output.logits.is_meta:
             raise RuntimeError("no such kernel")
 
-    hook = search.backbone.model.register_forward_hook(fail)
+    hook = search.open().backbone.model.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match=r"All 5 candidates so far failed alike: .*no such kernel"):
         search.run(trials=100, progress=False)
     hook.remove()

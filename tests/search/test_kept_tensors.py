@@ -12,11 +12,13 @@ from torch import Tensor
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
+from autopeft.core.jobs import New
 from autopeft.core.seeding import training_seed
+from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.reporting.front import ParetoFront
+from autopeft.search_loop import FileCleanup
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.training_checkpoint import TrainingCheckpoints
-from autopeft.trial_runner import TrialRunner
 from tests.optimization.test_seed_replication import evaluated, search
 
 
@@ -45,19 +47,22 @@ def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) 
     assert names() == {f"trial-{number:05d}.safetensors" for number in front.members | repeated}
 
 
-def test_who_is_beaten_by_a_single_training_has_its_tensors_kept(tmp_path: Path) -> None:
+def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
+    """What is off the front is dropped afterwards, by who listens to the records."""
     one = search(tmp_path, baselines=False)
-    one.validate()
+    checkpoints = AdapterCheckpoints(tmp_path / "adapters")
+    paused = TrainingCheckpoints(tmp_path / "paused")
+    runner = TrialRunner(one.open().evaluator, checkpoints, paused, seed=0)
+    record = runner.run(New(number=1, configuration=Configuration({})))
+    assert checkpoints.seed(1) == training_seed(0, 1)
     values = {"accuracy": 1.0, "f1": 1.0, "trainable_parameters": 1.0, "peak_memory": 1.0}
-    lucky = TrialRecord(number=0, evaluation=replace(evaluated(1, 1.0), values=values))
-    front = ParetoFront([lucky], one.objectives, one.axes())
-    for seeds, kept_seed in ((1, None), (2, training_seed(0, 1))):
-        checkpoints = AdapterCheckpoints(tmp_path / f"adapters-{seeds}")
-        paused = TrainingCheckpoints(tmp_path / "paused")
-        training = TrialRunner(one.evaluator, checkpoints, paused, seed=0, seeds=seeds)
-        begun = training.begin({1: Configuration({})}, front, rung=None)[1]
-        assert begun.number not in front.with_trial(begun).members
-        assert checkpoints.seed(1) == kept_seed
+    best = TrialRecord(number=0, evaluation=replace(evaluated(1, 1.0), values=values))
+    front = ParetoFront([best, record], one.objectives, one.open().axes)
+    assert front.members == {0}
+    FileCleanup(checkpoints, paused, seeds=2)(record, front)
+    assert checkpoints.seed(1) is not None, "the member was trained once and may yet fall"
+    FileCleanup(checkpoints, paused, seeds=1)(record, front)
+    assert checkpoints.seed(1) is None
 
 
 def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
@@ -69,7 +74,9 @@ def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
         kept = AdapterCheckpoints(one.folder / "adapters").load(point.number)
         assert kept is not None
         same = [
-            seed for seed in trainings if _same(kept, one.evaluator.train(point.configuration, seed).state)
+            seed
+            for seed in trainings
+            if _same(kept, one.open().evaluator.train(point.configuration, seed).state)
         ]
         assert len(same) == 1
         assert AdapterCheckpoints(one.folder / "adapters").seed(point.number) == same[0]
@@ -82,7 +89,7 @@ def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
 def test_tensors_of_a_training_with_seed_0_are_kept_as_others_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autopeft.trial_runner.training_seed", _number_of_training)
+    monkeypatch.setattr("autopeft.evaluation.trial_runner.training_seed", _number_of_training)
     one = search(tmp_path)
     front = one.run(trials=8, progress=False)
     kept = AdapterCheckpoints(one.folder / "adapters")

@@ -32,7 +32,7 @@ search = Search(
     TextClassification(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
-    fidelity=halving if "rungs" in sys.argv[4] else None,
+    halving=halving if "rungs" in sys.argv[4] else None,
     warm_start=WarmStart() if "warm" in sys.argv[4] else None,
     sampler="tpe",
     seed=3,

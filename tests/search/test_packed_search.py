@@ -74,7 +74,7 @@ def test_trials_of_a_packed_search_are_what_they_are_alone(
         return train(trainer, configurations, *rest, **how)
 
     monkeypatch.setattr(PackedTrainer, "train", counted)
-    search = packed_search(tmp_path, fidelity=fidelity)
+    search = packed_search(tmp_path, halving=fidelity)
     front = search.run(trials=10, progress=False)
     assert packs == [4, 4, 2]
     seeds = [record.evaluation.seed for record in front.records]

@@ -54,8 +54,8 @@ def test_it_draws_then_chooses_by_gain_and_resumes_as_if_uninterrupted(
     found = [record.evaluation.configuration for record in front.records]
     assert len({*found}) > 10
     generator = random.Random("0:0")
-    assert found[0] == whole.space.draw(generator, whole.backbone)
-    encoded = [whole.space.encode(configuration, whole.backbone) for configuration in found]
+    assert found[0] == whole.space.draw(generator, whole.open().backbone)
+    encoded = [whole.space.encode(configuration, whole.open().backbone) for configuration in found]
     assert parameters_of(whole) == encoded
     tiny_search(tmp_path / "cut", **settings).run(trials=8, progress=False)
     resumed = tiny_search(tmp_path / "cut", **settings).run(trials=13, progress=False)
@@ -83,7 +83,7 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     assert f"({allocator})" in search.describe()
     assert ("temperature" in search.describe()) == (allocator == "proportional")
     generator = random.Random(0)
-    drawn = {search.space.draw(generator, search.backbone) for _ in range(6)}
+    drawn = {search.space.draw(generator, search.open().backbone) for _ in range(6)}
     assert len(drawn) > 3
     assert all(one.adapters for one in drawn)
 
@@ -107,7 +107,7 @@ def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_pat
     space = ScoreGuided(scores=("gradient_norm",), ranks=ranks, learning_rate=(1e-3, 1e-2))
     search = tiny_search(tmp_path, space=space)
     search.validate()
-    baselines = search.space.baselines(search.backbone)
+    baselines = search.space.baselines(search.open().backbone)
     sizes = [len(baseline.configuration) for baseline in baselines]
     assert sizes[0] == 0
     assert all(sizes[1:])
@@ -126,7 +126,7 @@ def test_the_sampler_is_told_what_paused_and_infeasible_trials_are_worth(tmp_pat
         tmp_path,
         space=ScoreGuided(scores=("gradient_norm",), ranks=(1, 8)),
         sampler=Watching(startup_trials=6),
-        fidelity=SuccessiveHalving(rungs=(0.5,)),
+        halving=SuccessiveHalving(rungs=(0.5,)),
         constraints={"trainable_parameters": "2k"},
     )
     records = search.run(trials=14, progress=False).records
@@ -160,9 +160,9 @@ def test_the_sampler_is_told_whether_hidden_states_are_really_served(
         score_check=False,
     )
     records = search.run(trials=8, progress=False).records
-    cuts = range(len(search.backbone.blocks) + 1)
+    cuts = range(len(search.open().backbone.blocks) + 1)
     served = {cut for cut in cuts if told[-1].are_states_served(cut)}
-    used = {use.cut for use in search.evaluator.prefixes.uses}
+    used = {use.cut for use in search.open().evaluator.prefixes.uses}
     possible = {record.evaluation.configuration.lowest_block for record in records}
     assert used == {len(cuts) - 1 if cut is None else cut for cut in possible} & served
     assert is_known or not served
@@ -177,10 +177,10 @@ def test_a_prior_leads_the_first_trials_to_the_best_sites(tmp_path: Path) -> Non
     whole = tiny_search(tmp_path / "whole", **settings)
     front = whole.run(trials=22, progress=False)
     space = whole.space
-    names = [baseline.name for baseline in space.baselines(whole.backbone)]
+    names = [baseline.name for baseline in space.baselines(whole.open().backbone)]
     assert sum("gradient_norm with" in name for name in names) >= 2
     assert isinstance(space, PerLayer)
-    slots = space.slots(whole.backbone)
+    slots = space.slots(whole.open().backbone)
     standing = rank_percentiles(slots, space.site_scores["gradient_norm"])
     generator = random.Random(0)
     drawn = [draw(slots, standing, generator) for _ in range(200)]
@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused_before_anything_is_scored(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="placement"):
         ScoreGuided(placement=(0.0, 1.0))
     with pytest.raises(ValueError, match="has no 'gora' scores yet"):
-        ScoreGuided(scores=("gora",)).baselines(search.backbone)
+        ScoreGuided(scores=("gora",)).baselines(search.open().backbone)
 
 
 def rising_scores() -> SiteScores:

@@ -60,16 +60,18 @@ def interrupt() -> None:
 @pytest.mark.parametrize("space", SPACES, ids=("PerLayer", "conditional", "Uniform", "AutoPEFTPaper"))
 def test_a_search_gives_a_front(space: SearchSpace, tmp_path: Path) -> None:
     search = tiny_search(tmp_path, space=space)
-    before = fingerprint(search.backbone.model)
+    before = fingerprint(search.open().backbone.model)
     front = run(search, 6)
     assert [record.number for record in front.records] == list(range(6))
     assert front.members == front_of(front.records, search.objectives)
     assert 0 <= front.hypervolume <= 1
     for point in front:
-        assert point.values["trainable_parameters"] == count_parameters(search.backbone, point.configuration)
+        assert point.values["trainable_parameters"] == count_parameters(
+            search.open().backbone, point.configuration
+        )
     kept = sorted((search.folder / "adapters").iterdir())
     assert [int(path.stem.removeprefix("trial-")) for path in kept] == sorted(front.members)
-    assert fingerprint(search.backbone.model) == before
+    assert fingerprint(search.open().backbone.model) == before
     assert search.front().members == front.members
 
 
@@ -83,9 +85,10 @@ def test_the_same_seed_gives_the_same_search_and_another_does_not(tmp_path: Path
     assert first != other
 
 
-def test_anchors_come_first_and_can_be_left_out(tmp_path: Path) -> None:
+def test_baselines_come_first_and_can_be_left_out(tmp_path: Path) -> None:
+    """At most a quarter of the budget's trials are baselines, but two at least."""
     search = tiny_search(tmp_path / "with")
-    baselines = [baseline.name for baseline in search.space.baselines(search.backbone)]
+    baselines = [baseline.name for baseline in search.space.baselines(search.open().backbone)]
     names = [record.baseline for record in run(search, 4 * len(baselines)).records]
     assert names[: len(baselines) + 1] == [*baselines, None]
     small = tiny_search(tmp_path / "small")
@@ -98,13 +101,13 @@ def test_duplicates_are_not_trained_twice(tmp_path: Path) -> None:
     space = Uniform(ranks=(1, 2), learning_rate=1e-2)
     search = tiny_search(tmp_path, space=space)
     trained: list[str] = []
-    train = search.evaluator.train
+    train = search.open().evaluator.train
 
     def counted(configuration: Any, *arguments: Any, **options: Any) -> Any:
         trained.append(configuration.key)
         return train(configuration, *arguments, **options)
 
-    search.evaluator.train = counted  # type: ignore[method-assign]
+    search.open().evaluator.train = counted  # type: ignore[method-assign]
     front = run(search, 6)
     assert len(trained) == len(set(trained)) == 2
     assert [record.duplicate_of is None for record in front.records].count(True) == 2
@@ -126,10 +129,11 @@ def test_a_budget_of_compute_ends_when_the_space_is_used_up(tmp_path: Path) -> N
 def test_candidates_that_break_a_constraint_are_not_trained(tmp_path: Path) -> None:
     space = Uniform(ranks=(1, 16))
     search = tiny_search(tmp_path, space=space)
-    small, large = space.extremes(search.backbone)
-    bound = count_parameters(search.backbone, large) // 3
-    assert count_parameters(search.backbone, small) < bound
-    search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
+    small, large = space.extremes(search.open().backbone)
+    bound = count_parameters(search.open().backbone, large) // 3
+    assert count_parameters(search.open().backbone, small) < bound
+    constraints = {"trainable_parameters": bound}
+    search = tiny_search(tmp_path, space=space, constraints=constraints, baselines=False, sampler="random")
     front = run(search, 4)
     infeasible = [record for record in front.records if record.evaluation.status == "infeasible"]
     assert infeasible
@@ -155,7 +159,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> No
     def act() -> None:
         raise RuntimeError("a bad day")
 
-    handle = act_in_training(search.backbone, lambda count: act if count in (2, 9) else None)
+    handle = act_in_training(search.open().backbone, lambda count: act if count in (2, 9) else None)
     try:
         front = run(search, 5)
     finally:
@@ -174,14 +178,14 @@ def test_after_ctrl_c_the_same_call_resumes(tmp_path: Path, sampler: str) -> Non
     settings = {"space": SPACES[0], "baselines": False, "sampler": sampler}
     whole = run(tiny_search(tmp_path / "whole", **settings), 13)
     search = tiny_search(tmp_path / "cut", **settings)
-    handle = act_in_training(search.backbone, lambda count: interrupt if count == 4 * 6 + 3 else None)
+    handle = act_in_training(search.open().backbone, lambda count: interrupt if count == 4 * 6 + 3 else None)
     front = run(search, 13)
     handle.remove()
     assert 0 < len(front.records) < 13
     assert outcomes(front.records) == outcomes(whole.records)[: len(front.records)]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # First in the same object, then, cut again, as a new process would.
-    handle = act_in_training(search.backbone, lambda count: interrupt if count == 4 * 6 + 2 else None)
+    handle = act_in_training(search.open().backbone, lambda count: interrupt if count == 4 * 6 + 2 else None)
     run(search, 13)
     handle.remove()
     resumed = tiny_search(tmp_path / "cut", **settings)
@@ -196,10 +200,10 @@ def test_after_ctrl_c_the_same_call_resumes(tmp_path: Path, sampler: str) -> Non
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
-def test_anchors_survive_an_interruption(tmp_path: Path) -> None:
+def test_baselines_survive_an_interruption(tmp_path: Path) -> None:
     whole = run(tiny_search(tmp_path / "whole"), 5)
     cut = tiny_search(tmp_path / "cut")
-    handle = act_in_training(cut.backbone, lambda count: interrupt if count == 6 + 1 else None)
+    handle = act_in_training(cut.open().backbone, lambda count: interrupt if count == 6 + 1 else None)
     run(cut, 5)
     handle.remove()
     assert outcomes(run(tiny_search(tmp_path / "cut"), 5).records) == outcomes(whole.records)
@@ -208,7 +212,7 @@ def test_anchors_survive_an_interruption(tmp_path: Path) -> None:
 def test_a_search_that_is_done_returns_its_front_at_once(tmp_path: Path) -> None:
     first = run(tiny_search(tmp_path), 3)
     search = tiny_search(tmp_path)
-    search.evaluator.train = None  # type: ignore[method-assign, assignment]
+    search.open().evaluator.train = None  # type: ignore[method-assign, assignment]
     again = run(search, 3)
     assert outcomes(again.records) == outcomes(first.records)
     assert again.members == first.members
@@ -304,7 +308,8 @@ def test_hypervolume_never_falls(tmp_path: Path) -> None:
     search = tiny_search(tmp_path, space=SPACES[0])
     front = run(search, 6)
     volumes = [
-        ParetoFront(front.records[:count], search.objectives, search.axes()).hypervolume for count in range(7)
+        ParetoFront(front.records[:count], search.objectives, search.open().axes).hypervolume
+        for count in range(7)
     ]
     assert volumes == sorted(volumes)
     assert volumes[0] == 0
@@ -318,7 +323,7 @@ def test_the_screen_shows_trials_and_front(tmp_path: Path, capsys: pytest.Captur
     assert "trial   1" in shown
     assert "Pareto front" in shown
     tiny_search(tmp_path).run(trials=3)
-    assert "Resuming with 2 finished trials" in capsys.readouterr().out
+    assert "Resuming with 2 trials: 2 complete." in capsys.readouterr().out
 
 
 def test_loaded_models_and_folders_are_backbones_too(tmp_path: Path) -> None:
@@ -336,16 +341,16 @@ def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> Non
     front = run(search, 3)
     bound = max(point.values["trainable_parameters"] for point in front)
     point = front.best(trainable_parameters=bound)
-    before = fingerprint(search.backbone.model)
+    before = fingerprint(search.open().backbone.model)
     report = point.export(tmp_path / "adapter")
-    assert fingerprint(search.backbone.model) == before
+    assert fingerprint(search.open().backbone.model) == before
     assert report.max_logit_difference is not None
     assert report.max_logit_difference <= 1e-5
     state = AdapterCheckpoints(search.folder / "adapters").load(point.number)
     assert state is not None
-    with attach(search.backbone, point.configuration) as attachment:
+    with attach(search.open().backbone, point.configuration) as attachment:
         attachment.load_state_dict(state)
-        expected = logits_of(search.backbone)
+        expected = logits_of(search.open().backbone)
     loaded = load_adapter(tiny_classifier("bert"), tmp_path / "adapter")
     with torch.no_grad():
         found = loaded(**tiny_batch()).logits
@@ -355,7 +360,7 @@ def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> Non
 def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
     space = Uniform(ranks=(1, 16))
     probe = tiny_search(tmp_path, space=space)
-    bound = count_parameters(probe.backbone, space.extremes(probe.backbone)[0])
+    bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
     search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
     front = run(search, 3)
     number = next(one.number for one in front.records if one.evaluation.status == "infeasible")
@@ -385,7 +390,7 @@ def test_a_second_run_of_a_running_search_is_refused(tmp_path: Path) -> None:
         except ValueError as error:
             messages.append(str(error))
 
-    handle = act_in_training(search.backbone, lambda count: act if count == 1 else None)
+    handle = act_in_training(search.open().backbone, lambda count: act if count == 1 else None)
     with suppress(KeyboardInterrupt):
         run(search, 1)
     handle.remove()

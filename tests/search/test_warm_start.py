@@ -146,10 +146,10 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
     assert any(warm_starts(records))
     assert list(search.front().to_frame(all_trials=True)["warm_start"]) == warm_starts(records)
     warm_alone = [record for record in records if record.evaluation.warm_start]
-    shown = repr(ParetoFront(warm_alone, search.objectives, search.axes(), search))
+    shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search))
     assert "initialised from" in shown
     assert "supernet" in shown
-    assert supernets_of(search).cost.steps == search.evaluator.plan.total_steps
+    assert supernets_of(search).cost.steps == search.open().evaluator.plan.total_steps
     assert "initialised from a supernet of 1 trainings" in search.describe()
     cold = warm_search(tmp_path, name="cold", warm_start=None).run(trials=10, progress=False)
     assert not any(warm_starts(list(cold.records)))
@@ -185,7 +185,7 @@ def test_a_space_without_lora_has_no_supernet(tmp_path: Path) -> None:
     search = warm_search(tmp_path, space=Uniform(methods=("series",), widths=(1, 4)))
     records = list(search.run(trials=3, progress=False).records)
     assert warm_starts(records) == [False] * 3
-    found = WarmStarts(WARM_START, search.evaluator, search.space, tmp_path / "none")
+    found = WarmStarts(WARM_START, search.open().evaluator, search.space, tmp_path / "none")
     assert found.supernet() is None
     assert found.obstacle == "the space has no configuration of LoRA alone"
     assert found.cost == Cost()
@@ -225,7 +225,7 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
 
 
 def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -> None:
-    settings = {"seeds": 2, "fidelity": SuccessiveHalving(rungs=(0.5,))}
+    settings = {"seeds": 2, "halving": SuccessiveHalving(rungs=(0.5,))}
     whole = list(warm_search(tmp_path, name="whole", **settings).run(trials=12, progress=False).records)
     assert any(one.evaluation.warm_start and one.evaluation.trainings == 2 for one in whole)
     for trials in (5, 9):
@@ -265,7 +265,7 @@ def trial_training(folder: Path) -> tuple[TrialRunner, WarmStarts]:
 
 def empty_front(folder: Path) -> ParetoFront:
     search = warm_search(folder)
-    return ParetoFront([], search.objectives, search.axes(), search)
+    return ParetoFront([], search.objectives, search.open().axes, search)
 
 
 def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
@@ -411,7 +411,7 @@ def test_training_again_for_an_export_begins_where_the_trial_did(tmp_path: Path)
 
 def test_what_warm_trainings_gain_is_not_expected_of_cold_ones(tmp_path: Path) -> None:
     search = warm_search(tmp_path)
-    backbone = search.backbone
+    backbone = search.open().backbone
     (point, *_) = (baseline.configuration for baseline in SPACE.baselines(backbone))
 
     def evaluation(early: float, late: float, *, warm: bool, whole: bool = True) -> Evaluation:
@@ -430,10 +430,10 @@ def test_what_warm_trainings_gain_is_not_expected_of_cold_ones(tmp_path: Path) -
 
     cold = [evaluation(0.2, 0.8, warm=False)] * 4
     warm = [evaluation(0.7, 0.8, warm=True)] * 4
-    made = Forecast([*cold, *warm], search.objectives, search.axes(), "accuracy")
+    made = Forecast([*cold, *warm], search.objectives, search.open().axes, "accuracy")
     expected, _ = made.beyond(evaluation(0.7, 0.7, warm=True, whole=False), 1, 0.7)
     assert expected == pytest.approx(0.8)
     expected, _ = made.beyond(evaluation(0.2, 0.2, warm=False, whole=False), 1, 0.2)
     assert expected == pytest.approx(0.8)
-    first = Forecast(cold, search.objectives, search.axes(), "accuracy")
+    first = Forecast(cold, search.objectives, search.open().axes, "accuracy")
     assert first.beyond(evaluation(0.7, 0.7, warm=True, whole=False), 1, 0.7) == (0.7, None)

@@ -1,0 +1,81 @@
+"""What an executor is asked to do, as plain data: it can be sent to another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import TrialRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class New:
+    """Train a new trial.
+
+    Attributes:
+        number: The trial's number.
+        configuration: What it tries.
+        baseline: The name of the baseline that it is; None where it is another configuration.
+        rung: Rung to pause at; None to train to the end.
+        failed: What became of an earlier attempt, whose cost is added; None where this is the first.
+    """
+
+    number: int
+    configuration: Configuration
+    baseline: str | None = None
+    rung: int | None = None
+    failed: TrialRecord | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Train a paused trial up to its next rung, or to the end.
+
+    Attributes:
+        record: The trial.
+        rung: Index of the rung; the last is the whole training.
+    """
+
+    record: TrialRecord
+    rung: int
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self.record.number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicate:
+    """Train a complete trial again with another seed.
+
+    Attributes:
+        record: The trial.
+        training: Index of the training, from 1.
+    """
+
+    record: TrialRecord
+    training: int
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self.record.number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicate:
+    """Record a trial whose configuration was tried before: nothing is trained.
+
+    Attributes:
+        number: The trial's number.
+        original: The earlier trial, whose outcome it takes over.
+        baseline: The name of the baseline that it is; None where it is another configuration.
+    """
+
+    number: int
+    original: TrialRecord
+    baseline: str | None = None
+
+
+Job = New | Resume | Replicate | Duplicate

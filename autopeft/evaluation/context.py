@@ -1,0 +1,160 @@
+"""What all evaluations of a search share: the resident backbone, the data, the settings, the counters."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.profiling import section
+from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
+from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
+from autopeft.methods import Attachment
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import Task
+from autopeft.tasks.batch import model_inputs
+from autopeft.training.module import FineTuning, Serve
+from autopeft.training.settings import Training
+from autopeft.training.trainer_state import check_states
+from autopeft.training.training_checkpoint import TrainingCheckpoint
+from autopeft.training.trial_callbacks import new_callbacks
+from autopeft.training.validation_schedule import ValidationSchedule
+
+_LATENCY_REPEATS = 10
+
+
+class EvaluationContext:
+    """What all evaluations of a search share.
+
+    Args:
+        backbone: Kept in memory; bit-identical between evaluations.
+        task: Gives data, loss and metrics.
+        training: What every candidate has in common.
+        objectives: What to measure; the first metric among them decides which weights are kept.
+        constraints: Bounds checked before training.
+        rungs: Shares of the training, in (0, 1), after which it may pause.
+        seed: Seed of initial weights, shuffling and dropout.
+        cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
+
+    Raises:
+        ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
+            a rung.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        training: Training,
+        objectives: Sequence[Objective],
+        constraints: Sequence[Constraint] = (),
+        *,
+        rungs: Sequence[float] = (),
+        seed: int = 0,
+        cache: Path | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.task = task
+        # Adapters are in float32 on any base: below that, autocast makes the two meet.
+        is_low = backbone.model.dtype.itemsize < 4
+        self.training = replace(training, precision="bf16-mixed") if is_low else training
+        self.objectives = tuple(objectives)
+        self.constraints = tuple(constraints)
+        self.seed = seed
+        self.monitor = next(objective.name for objective in objectives if objective.is_metric)
+        self.device = training.resolved_device()
+        nn.Module.to(backbone.model, self.device)
+        with section("tokenise"):
+            self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
+        self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)
+        if rungs:
+            check_states(new_callbacks(training.callbacks))
+        self._memory = MemoryCounter(backbone.model)
+        prefixes = None if cache is None else cache / "prefixes"
+        self.prefixes = HiddenStateCache(backbone, self.data, training, prefixes)
+
+    def needed(self) -> frozenset[str]:
+        """Names of the costs that an objective or a constraint asks for."""
+        wanted = (*self.objectives, *(constraint.objective for constraint in self.constraints))
+        return frozenset(objective.name for objective in wanted)
+
+    @section("count")
+    def attached_costs(self, attachment: Attachment) -> dict[str, float]:
+        """Return every cost that is exact before training, of what is attached now."""
+        parameters = attachment.trainable_parameters
+        values = {
+            "trainable_parameters": float(parameters),
+            "adapter_parameters": float(parameters - self.backbone.head_parameters),
+        }
+        needed = self.needed()
+        if "peak_memory" in needed:
+            values["peak_memory"] = float(self.peak_bytes(attachment))
+        if "forward_flops" in needed:
+            values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
+        return values
+
+    def peak_bytes(self, attachment: Attachment) -> int:
+        """Return the peak bytes of a training of what is attached now, counted."""
+        count = self._memory.count(
+            self.data.largest_batch(),
+            self.task.loss,
+            precision=self.training.resolved_precision(),
+            attached=attachment.structure,
+        )
+        return count.peak_bytes
+
+    def module(
+        self,
+        configuration: Configuration,
+        paused: TrainingCheckpoint | None = None,
+        serve: Serve = nullcontext,
+    ) -> FineTuning:
+        """Return the LightningModule that trains what is attached, from its start or from a pause on.
+
+        One at a time: they share the task's metrics. For `serve` see `FineTuning`.
+        """
+        return FineTuning(
+            self.backbone.model,
+            self.task,
+            learning_rate=configuration.learning_rate,
+            weight_decay=configuration.weight_decay,
+            warmup_share=self.training.warmup_share,
+            total_steps=self.plan.total_steps,
+            first_step=0 if paused is None else paused.step,
+            optimizer_state=None if paused is None else paused.state.optimizer,
+            serve=serve,
+            metrics=self._metrics,
+        )
+
+    @cached_property
+    def _metrics(self) -> MetricCollection:
+        """The task's metrics, made once: they take as long as the rest of a training's set-up."""
+        return self.task.metric_collection()
+
+    @section("evaluate")
+    def latency(self) -> float:
+        """Return the median seconds of a forward pass over the largest batch, as attached now."""
+        model = self.backbone.model
+        batch = {
+            name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
+        }
+        seconds = []
+        model.eval()
+        with torch.inference_mode():
+            for _ in range(_LATENCY_REPEATS + 1):
+                started = time.perf_counter()
+                model(**batch)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:])

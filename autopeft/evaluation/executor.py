@@ -1,0 +1,79 @@
+"""Where and how jobs run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.jobs import Job
+from autopeft.evaluation.trial_runner import TrialRunner
+
+
+class Executor(Protocol):
+    """Runs jobs; jobs and records are plain data, so that workers may be other processes.
+
+    Guarantees: every submitted job gives one record, in any order, and a failure is a record too; what a
+    training leaves (trained tensors, the checkpoint of a pause) is on disk before its record is returned.
+    """
+
+    @property
+    def free(self) -> int:
+        """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job; return at once."""
+
+    def wait(self) -> TrialRecord:
+        """Return the record of a job that has finished; block until there is one.
+
+        Raises:
+            KeyboardInterrupt: The user interrupted; jobs that have not finished leave no record.
+        """
+
+    def close(self) -> None:
+        """Stop the workers; jobs that have not finished leave no record."""
+
+
+ExecutorFactory = Callable[[TrialRunner], Executor]
+"""Makes an executor from what runs a job in this process."""
+
+
+class LocalExecutor:
+    """Runs one job at a time in this process, when it is waited for.
+
+    Args:
+        runner: Runs a job.
+    """
+
+    def __init__(self, runner: TrialRunner) -> None:
+        self._runner = runner
+        self._jobs: deque[Job] = deque()
+
+    @property
+    def free(self) -> int:
+        """One job may wait."""
+        return 1 - len(self._jobs)
+
+    def submit(self, job: Job) -> None:
+        """Take a job."""
+        self._jobs.append(job)
+
+    def wait(self) -> TrialRecord:
+        """Run the job, and return its record."""
+        return self._runner.run(self._jobs.popleft())
+
+    def close(self) -> None:
+        """Drop a job that was not begun."""
+        self._jobs.clear()
+
+
+def make_executor(executor: str | ExecutorFactory, runner: TrialRunner) -> Executor:
+    """Return an executor.
+
+    Args:
+        executor: "local", or what makes an executor.
+        runner: Runs a job in this process.
+    """
+    return LocalExecutor(runner) if isinstance(executor, str) else executor(runner)

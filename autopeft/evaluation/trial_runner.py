@@ -1,0 +1,152 @@
+"""Run one job: attach, count, check the constraints, train, measure, detach, and keep what is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
+from autopeft.core.replicates import with_replicate
+from autopeft.core.seeding import training_seed
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.run import InitialWeights, Trained
+from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
+
+
+class TrialRunner:
+    """Runs jobs on one resident backbone.
+
+    What a training leaves is on disk before its record is returned: a trial that is recorded is never
+    without its tensors.
+
+    Args:
+        evaluator: Trains a configuration.
+        checkpoints: Where trained tensors are kept.
+        paused: Where paused trainings are kept.
+        seed: The search's.
+        warm_starts: Supernets that LoRA trials are initialised from; None for random weights.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        checkpoints: AdapterCheckpoints,
+        paused: TrainingCheckpoints,
+        *,
+        seed: int,
+        warm_starts: WarmStarts | None = None,
+    ) -> None:
+        self.evaluator = evaluator
+        self._checkpoints = checkpoints
+        self._paused = paused
+        self._seed = seed
+        self._warm_starts = warm_starts
+
+    def run(self, job: Job) -> TrialRecord:
+        """Return the record of a job; whatever goes wrong in training is one too.
+
+        Raises:
+            KeyboardInterrupt: The user interrupted; nothing is left of the job.
+        """
+        match job:
+            case New():
+                trained = self.left_behind(job) or self.evaluator.train(
+                    job.configuration,
+                    self.seed(job),
+                    rung=job.rung,
+                    initial_weights=self.initial_weights(job),
+                )
+                return self.recorded(job, trained)
+            case Resume(record=record, rung=rung):
+                paused = self._paused.load(record.number)
+                return self._kept(record, self._trained(record.evaluation, rung=rung, paused=paused))
+            case Replicate():
+                return self._replicated(job)
+            case Duplicate(number=number, original=original, baseline=baseline):
+                return TrialRecord(
+                    number=number,
+                    evaluation=original.evaluation,
+                    duplicate_of=original.number,
+                    baseline=baseline,
+                )
+
+    def seed(self, job: New) -> int:
+        """Return the seed of a new trial's first training."""
+        return training_seed(self._seed, job.number)
+
+    def initial_weights(self, job: New) -> InitialWeights | None:
+        """Return a new trial's initial weights; None for random ones, which baselines always have."""
+        if self._warm_starts is None or job.baseline is not None:
+            return None
+        return self._warm_starts.for_new_trials({job.number: job.configuration}).get(job.number)
+
+    def left_behind(self, job: New) -> Trained | None:
+        """Return what a process left of a job that was killed before it could record it."""
+        paused = None if job.rung is None else self._paused.load(job.number)
+        if paused is None or paused.evaluation.configuration != job.configuration:
+            return None
+        return self.evaluator.train(job.configuration, paused.evaluation.seed, rung=job.rung, paused=paused)
+
+    def recorded(self, job: New, trained: Trained) -> TrialRecord:
+        """Keep what a new trial's training left, and return its record."""
+        if job.failed is not None:
+            trained = trained.with_added_cost(replace(job.failed.evaluation.cost, steps=0))
+        record = TrialRecord(number=job.number, evaluation=trained.evaluation, baseline=job.baseline)
+        return self._kept(record, trained)
+
+    def _kept(self, record: TrialRecord, trained: Trained) -> TrialRecord:
+        if trained.paused is not None:
+            self._paused.save(record.number, trained.paused)
+        if trained.state is not None:
+            self._checkpoints.save(record.number, trained.state, trained.evaluation.seed)
+        return replace(record, evaluation=trained.evaluation)
+
+    def _replicated(self, job: Replicate) -> TrialRecord:
+        """Train a trial again; of its trainings the tensors of the best are kept."""
+        record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
+        seed = training_seed(self._seed, record.number, job.training)
+        trained = self._trained(evaluation, seed=seed, training=job.training)
+        if trained.state is not None:
+            # A trial that was off the front for a while may have none.
+            kept_seed = self._checkpoints.seed(record.number)
+            kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
+            if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
+                self._checkpoints.save(record.number, trained.state, seed)
+        return replace(record, evaluation=with_replicate(evaluation, trained.evaluation, self._worst))
+
+    def _trained(
+        self,
+        evaluation: Evaluation,
+        *,
+        rung: int | None = None,
+        paused: TrainingCheckpoint | None = None,
+        seed: int | None = None,
+        training: int = 0,
+    ) -> Trained:
+        """Train a known trial on, or again from its initial weights; that these are gone is a failure."""
+        configuration = evaluation.configuration
+        seed = evaluation.seed if seed is None else seed
+        try:
+            # A checkpoint holds the weights; where its file is gone, the training starts anew.
+            weights = None if paused is not None else initial_weights(self._warm_starts, evaluation, training)
+        except WarmStartError as error:
+            spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
+            failed = Evaluation(
+                configuration=configuration,
+                status="failed",
+                reason=str(error),
+                cost=spent,
+                seed=seed,
+                fidelity=0.0,
+            )
+            return Trained(failed)
+        return self.evaluator.train(configuration, seed, rung=rung, paused=paused, initial_weights=weights)
+
+    @cached_property
+    def _worst(self) -> dict[str, float]:
+        """The metrics of a replicate that fails."""
+        task = self.evaluator.task
+        return {name: task.trivial_score(name) for name in task.metrics}

@@ -1,0 +1,133 @@
+"""A search that was opened: backbone and data are loaded, the sites are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from autopeft.core.cache_folder import cache_folder
+from autopeft.core.hypervolume_axes import fixed_axes
+from autopeft.core.pareto import Axis
+from autopeft.core.profiling import section
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.site_scoring import score_sites
+from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.models.backbone import Backbone
+from autopeft.models.loading import default_dtype
+from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
+from autopeft.search_identity import BackboneSource, SearchSettings
+from autopeft.search_spaces import SearchSpace
+from autopeft.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSearch:
+    """What a search works with.
+
+    Attributes:
+        backbone: The resident backbone.
+        evaluator: Trains and measures configurations on it; holds the data.
+        space: The search space with the scores it needs.
+        axes: The fixed axes of the hypervolume. A metric runs from its trivial score to its best value;
+            parameters, memory and FLOPs on a log scale from the space's largest to its smallest
+            configuration. Times are left out: what they can be is not known before training.
+    """
+
+    backbone: Backbone
+    evaluator: Evaluator
+    space: SearchSpace
+    axes: tuple[Axis, ...]
+
+    def validate(self) -> None:
+        """Find a constraint that no configuration can keep.
+
+        Raises:
+            ValueError: Says by how much the closest breaks it.
+        """
+        constraints = self.evaluator.constraints
+        if not constraints:
+            return
+        smallest, _ = self.space.extremes(self.backbone)
+        # What has the fewest parameters need not take the least memory.
+        points = [smallest, *(baseline.configuration for baseline in self.space.baselines(self.backbone))]
+        values = [self.evaluator.costs(configuration) for configuration in dict.fromkeys(points)]
+        for constraint in constraints:
+            closest = min(values, key=constraint.violation)
+            if constraint.violation(closest) > 0:
+                raise ValueError(
+                    "No candidate can keep the constraint: the closest of the space's smallest configuration "
+                    f"and its baselines already has {constraint.describe(closest)}."
+                )
+
+    def promoter(self, halving: SuccessiveHalving | None) -> AshaPromoter | None:
+        """Return what decides which paused trial goes on; None where trials do not pause."""
+        if halving is None:
+            return None
+        evaluator = self.evaluator
+        baselines = self.space.baselines(self.backbone)
+        references = [baseline.name for baseline in baselines if baseline.is_trained_whole]
+        return AshaPromoter(
+            halving, evaluator.plan.rungs, evaluator.objectives, self.axes, evaluator.monitor, references
+        )
+
+    def warm_starts(
+        self, settings: WarmStart | None, folder: Path, *, trains: bool = True
+    ) -> WarmStarts | None:
+        """Return the supernets that trials are initialised from; None without warm starts.
+
+        Args:
+            settings: The search's.
+            folder: The search's.
+            trains: Whether to train supernets that are not in the folder.
+        """
+        if settings is None:
+            return None
+        return WarmStarts(settings, self.evaluator, self.space, folder / "supernets", trains=trains)
+
+
+def open_search(
+    source: BackboneSource,
+    task: Task,
+    settings: SearchSettings,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    scores: Path,
+) -> OpenSearch:
+    """Load backbone and data, check that the space fits, and compute the scores that it needs.
+
+    Args:
+        source: Of the backbone.
+        task: Gives data, loss and metrics.
+        settings: The search's.
+        tokenizer: See `Backbone.load`.
+        scores: Folder where scores are kept.
+
+    Raises:
+        ValueError: Data, backbone, space or schedule are not valid.
+    """
+    with section("tokenise"):
+        task.validate()
+    with section("load"):
+        dtype = default_dtype(settings.training.resolved_device())
+        backbone = Backbone.load(source, task.head, tokenizer, dtype=dtype)
+    space = settings.space
+    space.validate(backbone)
+    evaluator = Evaluator(
+        backbone,
+        task,
+        settings.training,
+        settings.objectives,
+        settings.constraints,
+        rungs=() if settings.halving is None else settings.halving.rungs,
+        seed=settings.seed,
+        cache=cache_folder(),
+    )
+    if space.scores_needed:
+        space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
+    ends = [evaluator.costs(configuration) for configuration in space.extremes(backbone)]
+    bounds = {metric: task.bounds(metric) for metric in task.metrics}
+    axes = fixed_axes(evaluator.objectives, bounds, ends)
+    return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)

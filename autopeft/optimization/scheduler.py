@@ -1,0 +1,220 @@
+"""What is done next: a member of the front is trained again, a paused trial goes on, or a new one begins."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Protocol
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
+from autopeft.core.objectives import Objective
+from autopeft.core.pareto import front_records
+from autopeft.core.profiling import section
+from autopeft.optimization.budget import Budget, Spent
+from autopeft.optimization.proposer import Proposal
+from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
+from autopeft.optimization.stop_rules import is_exhausted
+from autopeft.optimization.successive_halving import AshaPromoter
+
+
+class Proposes(Protocol):
+    """Says what new trials try."""
+
+    def propose(
+        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
+    ) -> Proposal:
+        """Return what a trial is to try; the same arguments give the same."""
+
+
+class Overhead(Protocol):
+    """What a search spends beside its trials, as on supernets for warm starts."""
+
+    @property
+    def cost(self) -> Cost:
+        """What was spent."""
+
+    def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
+        """Return what is still to be spent when trials are trained with so many seeds."""
+
+
+class Scheduler:
+    """Decides what is done next, from the records and what is running.
+
+    In this order: failed trials are tried again, on request; members of the front are trained with further
+    seeds; promoted trials go on from their rung; new trials begin. Before a budget of compute ends, enough of
+    it is kept for the trainings that members of the front lack, and for paused trials that are expected to
+    come onto it; when all trials of a budget are begun, these are still trained.
+
+    The same records give the same jobs, if one job runs at a time.
+
+    Args:
+        proposer: Says what new trials try.
+        budget: When the search ends.
+        objectives: The search's.
+        seeds: Trainings that a member of the front is to have.
+        promoter: Says which paused trial goes on; None where trials do not pause.
+        overhead: What is spent beside the trials; None for nothing.
+        retried: Numbers of failed trials to try again.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposes,
+        budget: Budget,
+        objectives: Sequence[Objective],
+        *,
+        seeds: int = 1,
+        promoter: AshaPromoter | None = None,
+        overhead: Overhead | None = None,
+        retried: Iterable[int] = (),
+    ) -> None:
+        self.budget = budget
+        self.running: dict[int, Job] = {}
+        self._proposer = proposer
+        self._objectives = objectives
+        self._seeds = seeds
+        self._promoter = promoter
+        self._overhead = overhead
+        self._retried = sorted(retried)
+        self._proposals: dict[int, Proposal] = {}  # of new trials that are not over
+        self._held: list[int] = []  # numbers of those whose configuration is being trained by another trial
+
+    @section("ask")
+    def next(self, records: Sequence[TrialRecord], free: int) -> list[Job]:
+        """Return what to do now; nothing where the search is done, or has to wait for what is running.
+
+        Args:
+            records: All trials by number, finished and paused.
+            free: Jobs at most.
+        """
+        jobs: list[Job] = []
+        while len(jobs) < free and (job := self._next(records)) is not None:
+            self.running[job.number] = job
+            jobs.append(job)
+        return jobs
+
+    def finished(self, record: TrialRecord) -> Proposal | None:
+        """Note that a job is over.
+
+        Returns:
+            What was proposed for a trial that is new; None for one that was known.
+        """
+        self.running.pop(record.number, None)
+        return self._proposals.pop(record.number, None)
+
+    @property
+    def proposed(self) -> Collection[Proposal]:
+        """What was proposed for new trials that are not over."""
+        return self._proposals.values()
+
+    def spent(self, records: Sequence[TrialRecord]) -> Spent:
+        """Return what was spent, on the trials and beside them."""
+        return Spent.of(records, None if self._overhead is None else self._overhead.cost)
+
+    def share(self, records: Sequence[TrialRecord]) -> float:
+        """Return how much of the budget is spent."""
+        return self.budget.spent_share(self.spent(records))
+
+    def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Return the members of the front that were trained with fewer seeds than they are to be."""
+        return under_replicated(front_records(records, self._objectives), self._seeds)
+
+    def promising(self, records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, int]]:
+        """Return the paused trials that are expected to come onto the front, and the rungs they go to."""
+        return [] if self._promoter is None else self._promoter.promising(records, self.running)
+
+    def _next(self, records: Sequence[TrialRecord]) -> Job | None:
+        spent = self.spent(records)
+        spent = replace(spent, trials=spent.trials + len(self._proposals))
+        if self.budget.spent_share(replace(spent, trials=0)) >= 1:
+            return None
+        if (job := self._again(records)) is not None:
+            return job
+        begins = self.budget.spent_share(spent) < 1 and not is_exhausted(records, self.budget)
+        lacking = self.lacking(records)
+        reserved = cost_of_replicates(lacking, self._seeds)
+        if self._overhead is not None:
+            reserved += self._overhead.cost_to_come([one.evaluation for one in lacking], self._seeds)
+        may_wait = begins and self.budget.spent_share(spent, reserved) < 1
+        waiting = [record for record in lacking if record.number not in self.running]
+        latest = max([-1, *self.running, *(record.number for record in records[-1:])])
+        if (record := next_to_replicate(waiting, latest, may_wait=may_wait)) is not None:
+            return Replicate(record=record, training=record.evaluation.trainings)
+        if (promoted := self._promoted(records, spent, reserved, begins=begins)) is not None:
+            return Resume(record=promoted[0], rung=promoted[1])
+        return self._new(records) if begins else None
+
+    def _promoted(
+        self, records: Sequence[TrialRecord], spent: Spent, reserved: Cost, *, begins: bool
+    ) -> tuple[TrialRecord, int] | None:
+        """Return the trial to train on; promising ones once the budget is just enough for them."""
+        if self._promoter is None:
+            return None
+        promoted = self._promoter.next(records, self.running)
+        if promoted is not None or (begins and not self.budget.bounds_compute):
+            return promoted
+        promising = self.promising(records)
+        for record, _ in promising:
+            evaluation = record.evaluation
+            reserved += evaluation.cost.times(1 / evaluation.fidelity - 1)
+        may_wait = begins and self.budget.spent_share(spent, reserved) < 1
+        return None if may_wait or not promising else promising[0]
+
+    def _again(self, records: Sequence[TrialRecord]) -> Job | None:
+        """Return a trial that is to be tried again, or one whose original was being trained."""
+        by_number = {record.number: record for record in records} if self._retried or self._held else {}
+        while self._retried:
+            record = by_number[self._retried.pop(0)]
+            original = by_number.get(-1 if record.duplicate_of is None else record.duplicate_of)
+            if original is not None:
+                return Duplicate(number=record.number, original=original, baseline=record.baseline)
+            return New(
+                number=record.number,
+                configuration=record.evaluation.configuration,
+                baseline=record.baseline,
+                rung=self._first_rung,
+                failed=record,
+            )
+        for number in self._held:
+            job = self._of(number, self._proposals[number], records)
+            if job is not None:
+                self._held.remove(number)
+                return job
+        return None
+
+    @property
+    def _first_rung(self) -> int | None:
+        return None if self._promoter is None else 0
+
+    def _new(self, records: Sequence[TrialRecord]) -> Job | None:
+        """Begin a trial; None where what it tries is being trained by another."""
+        used = {record.number for record in records} | self.running.keys() | self._proposals.keys()
+        number = next(number for number in count() if number not in used)
+        pending = [proposal.configuration for proposal in self._proposals.values()]
+        proposal = self._proposer.propose(number, records, pending)
+        self._proposals[number] = proposal
+        job = self._of(number, proposal, records)
+        if job is None:
+            self._held.append(number)
+        return job
+
+    def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
+        """Return the job of a proposal: what was tried before is not trained again, unless it failed."""
+        key = proposal.configuration.key
+        if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
+            return None
+        known = [record for record in records if record.duplicate_of is None]
+        twin = next(
+            (record for record in reversed(known) if record.evaluation.configuration.key == key), None
+        )
+        if twin is not None and twin.evaluation.status in ("complete", "paused"):
+            return Duplicate(number=number, original=twin, baseline=proposal.baseline)
+        return New(
+            number=number,
+            configuration=proposal.configuration,
+            baseline=proposal.baseline,
+            rung=self._first_rung,
+        )

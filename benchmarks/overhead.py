@@ -105,6 +105,7 @@ class Overhead:
         self.trials = trials
         stopwatch = Stopwatch()
         work = Worker._work
+        last = 0.0, 0.0
 
         def note(record: TrialRecord, front: ParetoFront) -> None:
             nonlocal last
@@ -125,7 +126,8 @@ class Overhead:
             patch.object(Worker, "_work", timed_work),
             stopwatch.watching(PLACES),
         ):
-            wall, processor = last = clocks()
+            last = clocks()
+            wall, processor = last
             search.run(trials=trials, progress=False, callbacks=[note])
             ended = clocks()
         self.whole_wall, self.whole_processor = ended[0] - wall, ended[1] - processor

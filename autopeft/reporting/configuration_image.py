@@ -24,7 +24,7 @@ _BLACK_INK, _GREY_INK = 255, 187
 
 
 def configuration_image(configuration: Configuration) -> bytes:
-    """Return the picture as PNG, drawn in a few milliseconds: a search makes one a trial."""
+    """Return the picture as PNG, drawn in a few milliseconds, as a search makes one a trial."""
     cells = configuration.cells()
     roles = [role for role in ROLES if any(role == used for _, used in cells)]
     blocks = range(max((block for block, _ in cells), default=-1), -1, -1)
@@ -107,5 +107,5 @@ def _png(colours: Image.Image, inks: Image.Image) -> bytes:
 def _palette() -> bytes:
     """Return every colour in every shade, from itself to black."""
     shares = 1 - np.arange(_SHADES) / (_SHADES - 1)
-    colours = np.array([ImageColor.getrgb(one) for one in _COLOURS])
+    colours = np.array([ImageColor.getrgb(colour) for colour in _COLOURS])
     return np.rint(colours[:, None, :] * shares[:, None]).astype(np.uint8).tobytes()

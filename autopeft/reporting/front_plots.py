@@ -32,8 +32,8 @@ _LABEL_SIZE = (26, 16)
 
 def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
     """Return the (x, y) pairs to draw: the first metric upwards against each other objective."""
-    first = next((one for one in objectives if one.is_metric), objectives[0])
-    return [(one, first) for one in objectives if one.name != first.name]
+    first = next((objective for objective in objectives if objective.is_metric), objectives[0])
+    return [(objective, first) for objective in objectives if objective.name != first.name]
 
 
 def front_figure(
@@ -43,7 +43,7 @@ def front_figure(
 
     One panel for each pair of `projections`; with three objectives a panel in three dimensions too.
     Completed trials only. Pointing at a trial shows its number, values and configuration; a bar is the
-    standard deviation over the trainings of one that was trained again. The stairs join the members that
+    standard deviation over the trainings of a trial that was trained again. The stairs join the members that
     are best in the panel's own two objectives: with three objectives, a member above them is on the front
     by the third.
 
@@ -60,8 +60,8 @@ def front_figure(
         stairs = _stairs(front, x, y)
         figure.add_trace(
             go.Scatter(
-                x=[_shown(one, x) for one in stairs],
-                y=[_shown(one, y) for one in stairs],
+                x=[_shown(record, x) for record in stairs],
+                y=[_shown(record, y) for record in stairs],
                 mode="lines",
                 line={"shape": "hv", "color": FRONT_COLOUR, "width": 1.5},
                 hoverinfo="skip",
@@ -73,8 +73,8 @@ def front_figure(
         for name, group, marker in _groups(drawn, members):
             figure.add_trace(
                 go.Scatter(
-                    x=[_shown(one, x) for one in group],
-                    y=[_shown(one, y) for one in group],
+                    x=[_shown(record, x) for record in group],
+                    y=[_shown(record, y) for record in group],
                     error_y=_error_bars(group, y),
                     marker=marker,
                     **_common(name, group, objectives, shown_in_legend=column == 1),
@@ -120,9 +120,9 @@ def _drawable(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -
         for record in records
         if record.evaluation.status == "complete"
         and all(
-            math.isfinite(value := record.evaluation.values.get(one.name, math.nan))
-            and (value > 0 or not one.log_scale)
-            for one in objectives
+            math.isfinite(value := record.evaluation.values.get(objective.name, math.nan))
+            and (value > 0 or not objective.log_scale)
+            for objective in objectives
         )
     ]
 
@@ -133,7 +133,7 @@ def _stairs(front: Sequence[TrialRecord], x: Objective, y: Objective) -> list[Tr
     kept = [record for record, keep in zip(front, best, strict=True) if keep]
     return sorted(
         kept,
-        key=lambda one: one.evaluation.values[x.name],
+        key=lambda record: record.evaluation.values[x.name],
         reverse=x.direction == "maximize",
     )
 
@@ -147,8 +147,8 @@ def _shown(record: TrialRecord, objective: Objective) -> float:
 
 
 def _error_bars(group: Sequence[TrialRecord], y: Objective) -> dict[str, Any] | None:
-    deviations = [one.evaluation.deviation(y) for one in group]
-    known = any(one is not None for one in deviations)
+    deviations = [record.evaluation.deviation(y) for record in group]
+    known = any(deviation is not None for deviation in deviations)
     return {"array": deviations, "thickness": 1, "width": 0} if known else None
 
 
@@ -241,7 +241,7 @@ def _common(
 def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
     evaluation = record.evaluation
     name = f"trial {record.number}" + (f" · {record.baseline}" if record.baseline else "")
-    values = [f"{one.name} {evaluation.format(one)}" for one in objectives]
+    values = [f"{objective.name} {evaluation.format(objective)}" for objective in objectives]
     rest = f"learning_rate {evaluation.configuration.learning_rate:g}"
     grid = html.escape(evaluation.configuration.grid()).splitlines()
     lines = [f"<b>{html.escape(name)}</b>", *values, rest, "", *grid]
@@ -278,9 +278,9 @@ def _add_solid(
     for name, group, marker in _groups(drawn, members):
         figure.add_trace(
             go.Scatter3d(
-                x=[_shown(one, x) for one in group],
-                y=[_shown(one, y) for one in group],
-                z=[_shown(one, z) for one in group],
+                x=[_shown(record, x) for record in group],
+                y=[_shown(record, y) for record in group],
+                z=[_shown(record, z) for record in group],
                 marker=marker | {"size": marker["size"] / 2},
                 **_common(name, group, objectives, shown_in_legend=False),
             ),
@@ -306,10 +306,10 @@ def _draw_panel(
 ) -> None:
     for name, group, marker in _groups(drawn, members):
         for symbol in ("o", "D"):
-            some = [one for one in group if (one.baseline is None) == (symbol == "o")]
+            some = [record for record in group if (record.baseline is None) == (symbol == "o")]
             axes.scatter(
-                [_shown(one, x) for one in some],
-                [_shown(one, y) for one in some],
+                [_shown(record, x) for record in some],
+                [_shown(record, y) for record in some],
                 s=marker["size"] ** 2 * (0.7 if symbol == "D" else 1),
                 c=marker["color"],
                 marker=symbol,
@@ -319,19 +319,19 @@ def _draw_panel(
                 zorder=3 if name == "front" else 2,
                 label=name if (symbol == "D") == (name == "reference point") else None,
             )
-        repeated = [one for one in group if one.evaluation.deviation(y) is not None]
+        repeated = [record for record in group if record.evaluation.deviation(y) is not None]
         axes.errorbar(
-            [_shown(one, x) for one in repeated],
-            [_shown(one, y) for one in repeated],
-            yerr=[one.evaluation.deviation(y) or 0.0 for one in repeated],
+            [_shown(record, x) for record in repeated],
+            [_shown(record, y) for record in repeated],
+            yerr=[record.evaluation.deviation(y) or 0.0 for record in repeated],
             fmt="none",
             ecolor=marker["color"],
             elinewidth=0.8,
             capsize=2,
             alpha=marker.get("opacity", 1),
         )
-    stairs = _stairs([one for one in drawn if one.number in members], x, y)
-    points = [(_shown(one, x), _shown(one, y)) for one in stairs]
+    stairs = _stairs([record for record in drawn if record.number in members], x, y)
+    points = [(_shown(record, x), _shown(record, y)) for record in stairs]
     axes.step(*zip(*points, strict=True), where="post", color=FRONT_COLOUR, lw=1.2) if points else None
     axes.set(xlabel=_axis_title(x), ylabel=_axis_title(y))
     axes.margins(0.06)

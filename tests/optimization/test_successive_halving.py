@@ -160,7 +160,7 @@ def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
         found = by_number[record.number]
         assert found.info.status == statuses[record.evaluation.status]
         assert found.data.tags["autopeft.status"] == record.evaluation.status
-        assert float(found.data.tags["autopeft.optimization.successive_halving"]) == pytest.approx(
+        assert float(found.data.tags["autopeft.fidelity"]) == pytest.approx(
             record.evaluation.fidelity, abs=1e-3
         )
         history = client.get_metric_history(found.info.run_id, "curve/accuracy")

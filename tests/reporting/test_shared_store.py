@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from autopeft.reporting.mlflow.server import MlflowServer
 from tests.learnable import tiny_search
 
-TRIALS = 3
+TRIALS = 2
 
 
 @pytest.fixture(params=["sqlite", "http"])

@@ -92,7 +92,7 @@ def test_a_trial_is_a_run_with_everything(uri: str) -> None:
         assert run.data.params["configuration_key"] == evaluation.configuration.key
         assert run.data.tags["autopeft.pareto"] == str(record.number in (0, 3)).lower()
         assert run.data.tags.get("autopeft.reason") == evaluation.reason
-        names = {one.path for one in MlflowClient(tracking_uri=uri).list_artifacts(run.info.run_id)}
+        names = {file.path for file in MlflowClient(tracking_uri=uri).list_artifacts(run.info.run_id)}
         assert names == {"configuration.yaml", "configuration.png"}
 
 
@@ -116,12 +116,12 @@ def test_the_search_is_a_run_with_the_front(uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent = parent_run(uri)
     assert parent.info.status == "FINISHED"
-    names = {one.path for one in client.list_artifacts(parent.info.run_id, "pareto")}
+    names = {file.path for file in client.list_artifacts(parent.info.run_id, "pareto")}
     assert {"pareto/front.html", "pareto/front.png", "pareto/front.csv"} <= names
     assert "Pareto front: 2 of 12" in parent.data.tags["mlflow.note.content"]
     assert parent.data.params["backbone.name"] == IDENTITY["backbone"]["name"]
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
-    assert [one.step for one in history] == list(range(12))
+    assert [metric.step for metric in history] == list(range(12))
     assert parent.inputs is not None
     assert parent.inputs.dataset_inputs
 
@@ -360,7 +360,7 @@ def test_a_long_front_fits_the_note() -> None:
     text = front_markdown(records, {record.number for record in records}, OBJECTIVES)
     assert len(text) < 5000
     assert f"and {len(records) - 30} more" in text
-    best = max(records, key=lambda one: one.evaluation.values["accuracy"])
+    best = max(records, key=lambda record: record.evaluation.values["accuracy"])
     assert text.splitlines()[4].startswith(f"| {best.number} |")
     assert front_markdown([], front_of([]), OBJECTIVES).startswith("**Pareto front: 0 of 0 trials**")
 

@@ -85,8 +85,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
     ]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
-        # Any order but start time: that one nests children under the collapsed parent, which is then
-        # drawn alone.
+        # Any order but start time, which nests children under the collapsed parent and draws that alone.
         "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": False,
         "startTime": "ALL",

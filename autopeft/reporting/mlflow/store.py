@@ -25,7 +25,7 @@ def checked_store(uri: str) -> tuple[str, str | None]:
     another folder then finds them too. None leaves the place to the server.
 
     Raises:
-        ValueError: The store is a plain folder, lies in memory, cannot be written, or is another's.
+        ValueError: The store is a plain folder, lies in memory, cannot be written, or holds Optuna studies.
     """
     if uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         return uri, None
@@ -135,7 +135,7 @@ def _check_database(path: Path) -> None:
 
 
 def _make_database(uri: str) -> None:
-    """Make a local store that is not there, whole: MLflow cannot open one it was killed in making."""
+    """Make a local store in one piece: MLflow cannot open one that it was killed in making."""
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
         return

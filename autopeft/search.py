@@ -21,7 +21,6 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.pareto import Axis
 from autopeft.core.profiling import Profile, section
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
@@ -66,10 +65,7 @@ class Search:
         sampler: "ehvi" (see `EhviSampler`), "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna
             sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
-            (or pack) has a seed of its own, made from it.
-        pack_size: How many new candidates are trained together in one pass over the backbone;
-            1 trains each alone. It is meant for devices that one candidate leaves idle,
-            and pays where candidates share lower blocks whose hidden states are not kept.
+            has a seed of its own, made from it.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
         baselines: Whether to try the space's reference points first: what people do today.
@@ -100,7 +96,6 @@ class Search:
         sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
         seeds: int = 1,
-        pack_size: int = 1,
         baselines: bool = True,
         score_check: bool = True,
         name: str | None = None,
@@ -111,7 +106,6 @@ class Search:
     ) -> None:
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
-        check_whole("pack_size", pack_size, what="a number of candidates", least=1)
         self.task = task
         self.space = space
         self.objectives = resolve_objectives(objectives, task.metrics)
@@ -121,7 +115,6 @@ class Search:
         self.warm_start = warm_start
         self.seed = seed
         self.seeds = seeds
-        self.pack_size = pack_size
         self.baselines = baselines
         self.score_check = score_check
         self.experiment = experiment
@@ -199,14 +192,12 @@ class Search:
         return check_scores(self.front().records, self.sensitivity(scores).scores, metric)
 
     def validate(self) -> None:
-        """Find everything that can be wrong before training: data, backbone, space, constraints, packing.
+        """Find everything that can be wrong before training: data, backbone, space, constraints.
 
         Raises:
             ValueError: Says what was wrong, what was expected, and the nearest valid choice.
         """
-        smallest, largest = self.space.extremes(self.backbone)
-        if self.pack_size > 1:  # two of the largest: sharing a site is where a backbone may fail
-            PackedTrainer(self.evaluator).check([smallest, largest, largest])
+        smallest, _ = self.space.extremes(self.backbone)
         if not self.constraints:
             self.evaluator.costs(smallest)
             return
@@ -236,7 +227,6 @@ class Search:
             sampler=self.sampler_name,
             seed=self.seed,
             seeds=self.seeds,
-            pack_size=self.pack_size,
             baselines=self.baselines,
         )
 

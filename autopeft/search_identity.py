@@ -46,7 +46,6 @@ def search_identity(
     sampler: str,
     seed: int,
     seeds: int,
-    pack_size: int,
     baselines: bool,
 ) -> dict[str, dict[str, str]]:
     """Return every setting that decides what a search's trials are."""
@@ -63,7 +62,6 @@ def search_identity(
             "sampler": sampler,
             "seed": str(seed),
             **({} if seeds == 1 else {"seeds": str(seeds)}),
-            **({} if pack_size == 1 else {"pack_size": str(pack_size)}),
             "baselines": str(baselines),
         },
     }
@@ -86,8 +84,7 @@ def describe_search(search: Search) -> str:
             + ("" if search.fidelity is None else f"; {search.fidelity.describe()}")
             + ("" if search.warm_start is None else f"; {search.warm_start.describe()}"),
             f"sampler {search.sampler_name}, seed {search.seed}"
-            + ("" if search.seeds == 1 else f"; the front is trained with {search.seeds} seeds")
-            + ("" if search.pack_size == 1 else f"; up to {search.pack_size} candidates train together"),
+            + ("" if search.seeds == 1 else f"; the front is trained with {search.seeds} seeds"),
             search.space.describe(search.backbone),
         ]
     )

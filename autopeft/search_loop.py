@@ -235,7 +235,7 @@ class SearchLoop:
     def _begin(self, front: ParetoFront) -> ParetoFront:
         """Begin a trial, or as many as are trained together."""
         self._running = {}
-        for _ in range(self.budget.at_most(self.search.pack_size, self._spent)):
+        for _ in range(self.budget.at_most(1, self._spent)):
             pending = [proposal.configuration for proposal in self._running.values()]
             number = len(self.records) + len(pending)
             self._running[number] = self.proposer.propose(number, self.records, pending)
@@ -256,8 +256,7 @@ class SearchLoop:
         return self.store.sampler_view(self.search.sampler, expected=forecast, running=running)
 
     def _are_states_served(self, block: int) -> bool:
-        # A pack runs the blocks that its candidates share instead of reading what was kept of them.
-        return self.search.pack_size == 1 and self.search.evaluator.prefixes.is_served(block)
+        return self.search.evaluator.prefixes.is_served(block)
 
     def _train(self, asked: Mapping[int, Proposal], front: ParetoFront) -> list[TrialRecord]:
         """Train what was asked for, each configuration once; what was tried before is not trained again."""

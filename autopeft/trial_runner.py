@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -11,17 +10,12 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.memory.available import available_bytes
-from autopeft.evaluation.packing.trainer import PackedTrainer, PackingError
 from autopeft.evaluation.run import Trained
 from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
 from autopeft.optimization.seed_replication import under_replicated, with_replicate
 from autopeft.reporting.front import ParetoFront
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
-
-_logger = logging.getLogger(__name__)
 
 
 class TrialRunner:
@@ -47,7 +41,6 @@ class TrialRunner:
         warm_starts: WarmStarts | None = None,
     ) -> None:
         self._evaluator = evaluator
-        self._packed = PackedTrainer(evaluator, max_bytes=_room(evaluator))
         self._checkpoints = checkpoints
         self._paused = paused
         self._seed = seed
@@ -62,7 +55,7 @@ class TrialRunner:
         rung: int | None,
         references: Collection[int] = (),
     ) -> dict[int, TrialRecord]:
-        """Train new trials up to a rung, together where there are several.
+        """Train new trials up to a rung.
 
         Args:
             trials: Configurations by number.
@@ -93,26 +86,17 @@ class TrialRunner:
     def _from_the_start(
         self, trials: Mapping[int, Configuration], rung: int | None, references: Collection[int]
     ) -> dict[int, Trained]:
-        """Train alone, or in a pack: its candidates see the same batches, by the seed of the first."""
         if not trials:
             return {}
-        seeds = {number: training_seed(self._seed, number) for number in trials}
         sampled = {number: one for number, one in trials.items() if number not in references}
         weights = {} if self._warm_starts is None else self._warm_starts.for_new_trials(sampled)
-        meter, wasted = ComputeMeter(self._evaluator.device), Cost()
-        if len(trials) > 1:
-            try:
-                seed = next(iter(seeds.values()))
-                each = [weights.get(number) for number in trials]
-                trained = self._packed.train(list(trials.values()), seed, rung=rung, initial_weights=each)
-                return dict(zip(trials, trained, strict=True))
-            except PackingError as error:
-                _logger.warning("%s This is done for trials %s.", error, ", ".join(map(str, trials)))
-                wasted = meter.read().times(1 / len(trials))
         return {
             number: self._evaluator.train(
-                configuration, seeds[number], rung=rung, initial_weights=weights.get(number)
-            ).with_added_cost(wasted)
+                configuration,
+                training_seed(self._seed, number),
+                rung=rung,
+                initial_weights=weights.get(number),
+            )
             for number, configuration in trials.items()
         }
 
@@ -180,16 +164,3 @@ class TrialRunner:
             if is_member or under_replicated((point.record for point in front), self._seeds):
                 self._checkpoints.save(record.number, trained.state, record.evaluation.seed)
         return record
-
-
-def _room(evaluator: Evaluator) -> int | None:
-    """Return the bytes that a pack may take: the backbone and what is free, or less by a constraint.
-
-    None where a candidate's memory is not counted anyway.
-    """
-    if "peak_memory" not in evaluator.needed():
-        return None
-    model = evaluator.backbone.model
-    resident = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    bounds = (each.bound for each in evaluator.constraints if each.objective.name == "peak_memory")
-    return int(min([available_bytes(evaluator.device) + resident, *bounds]))

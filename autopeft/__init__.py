@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from autopeft.core.configuration import Adapter, Configuration, Site
     from autopeft.core.evaluation import Evaluation, TrialRecord
     from autopeft.evaluation.evaluator import Evaluator
+    from autopeft.evaluation.packing.executor import PackedExecutor
     from autopeft.evaluation.supernet.settings import WarmStart
     from autopeft.evaluation.supernet.supernet import LoraSupernet
     from autopeft.export.export import ExportReport, load_adapter
@@ -28,6 +29,7 @@ _HOMES = {
     "ExportReport": "export.export",
     "FrontPoint": "reporting.front",
     "LoraSupernet": "evaluation.supernet.supernet",
+    "PackedExecutor": "evaluation.packing.executor",
     "ParetoFront": "reporting.front",
     "Search": "search",
     "Site": "core.configuration",
@@ -49,6 +51,7 @@ __all__ = [
     "ExportReport",
     "FrontPoint",
     "LoraSupernet",
+    "PackedExecutor",
     "ParetoFront",
     "Search",
     "Site",

@@ -130,18 +130,18 @@ def correlations(measured: Measured) -> dict[str, float]:
     """Return how well each early sight tells what the other seeds' trainings from random weights reach."""
     outcomes = measured.outcomes
     at_end: dict[int, dict[int, float]] = {}
-    for one in outcomes:
-        if one.trial.arm == RANDOM:
-            at_end.setdefault(one.trial.seed, {})[one.trial.place] = one.thirds[-1]
+    for training in outcomes:
+        if training.trial.arm == RANDOM:
+            at_end.setdefault(training.trial.seed, {})[training.trial.place] = training.thirds[-1]
     found: dict[str, list[float]] = {}
     for seed in at_end:
         others = [values for other, values in at_end.items() if other != seed]
         target = [statistics.fmean(values[place] for values in others) for place in sorted(at_end[seed])]
         for arm in (RANDOM, WARM):
-            own = [one for one in outcomes if (one.trial.arm, one.trial.seed) == (arm, seed)]
-            own.sort(key=lambda one: one.trial.place)
+            own = [outcome for outcome in outcomes if (outcome.trial.arm, outcome.trial.seed) == (arm, seed)]
+            own.sort(key=lambda outcome: outcome.trial.place)
             for third in range(len(own[0].thirds)):
-                early = [one.thirds[third] for one in own]
+                early = [outcome.thirds[third] for outcome in own]
                 found.setdefault(f"{arm}, after {third + 1}/3", []).append(spearman(early, target))
     return {name: statistics.fmean(values) for name, values in found.items()}
 
@@ -152,11 +152,12 @@ def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
     for heading in ("", "after 1/3", "2/3", "whole", "test split", "CPU-seconds (median)"):
         table.add_column(heading, justify="right" if heading else "left")
     for arm in (RANDOM, WARM, LONGER):
-        own = [one for one in measured.outcomes if one.trial.arm == arm]
-        thirds = [statistics.fmean(values) for values in zip(*(one.thirds for one in own), strict=True)]
-        test = statistics.fmean(one.test for one in own)
-        seconds = statistics.median(one.cpu_seconds for one in own)
-        table.add_row(arm, *(f"{one:.3f}" for one in (*thirds, test)), f"{seconds:.1f}")
+        own = [training for training in measured.outcomes if training.trial.arm == arm]
+        by_third = zip(*(training.thirds for training in own), strict=True)
+        thirds = [statistics.fmean(values) for values in by_third]
+        test = statistics.fmean(training.test for training in own)
+        seconds = statistics.median(training.cpu_seconds for training in own)
+        table.add_row(arm, *(f"{value:.3f}" for value in (*thirds, test)), f"{seconds:.1f}")
     Console(width=110).print(table)
     print(f"A supernet took {statistics.fmean(measured.supernet_seconds):.1f} CPU-seconds.")
     table = Table(title=f"{dataset}: rank correlation with whole trainings from random weights, other seeds")
@@ -196,7 +197,7 @@ def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
                     outcome(longer, point, None, Trial(LONGER, place, seed)),
                 ]
                 found.outcomes += own
-                print(seed, place, repr(point), *(f"{one.thirds[-1]:.2f}" for one in own), flush=True)
+                print(seed, place, repr(point), *(f"{each.thirds[-1]:.2f}" for each in own), flush=True)
     return found
 
 
@@ -223,8 +224,8 @@ def main() -> None:
         "metric": setting.metric,
         "supernet_cpu_seconds": found.supernet_seconds,
         "correlations": ranked,
-        "outcomes": [{**asdict(one), "trial": one.trial._asdict()} for one in found.outcomes],
-        "configurations": [one.to_dict() for one in found.points],
+        "outcomes": [{**asdict(each), "trial": each.trial._asdict()} for each in found.outcomes],
+        "configurations": [configuration.to_dict() for configuration in found.points],
     }
     path = RESULTS / f"warm_start_{given.dataset}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -90,6 +90,11 @@ class TrialRunner:
             return None
         return self.evaluator.train(job.configuration, paused.evaluation.seed, rung=job.rung, paused=paused)
 
+    def has_left_behind(self, job: New) -> bool:
+        """Return whether a killed process left a paused training of a job."""
+        paused = None if job.rung is None else self._paused.load(job.number)
+        return paused is not None and paused.evaluation.configuration == job.configuration
+
     def recorded(self, job: New, trained: Trained) -> TrialRecord:
         """Keep what a new trial's training left, and return its record."""
         if job.failed is not None:

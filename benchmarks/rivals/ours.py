@@ -26,7 +26,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
     "autopeft, warm starts as well": {**_WHOLE, "warm_start": WarmStart()},
-    "autopeft, packs of four": {**_WHOLE, "pack_size": 4},
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {
         "space": per_layer(),
@@ -41,10 +40,10 @@ Each technique of the whole is switched off alone, or one added.
 
 
 def run(setting: Setting, variant: str) -> list[Entry]:
-    """Search with the options of one of `VARIANTS`; the log has those that were trained to the end.
+    """Run a search with one of `VARIANTS`; the log has its completed trials.
 
-    One that was trained again is there again, with its mean. Where the backbone is loaded again, it is
-    after every trial that ends or pauses, and goes unused: the candidates are those of the whole.
+    A replicated trial is there again with its mean. To measure what reloading costs, one variant loads the
+    backbone after every trial and does not use it.
     """
     log: list[Entry] = []
 

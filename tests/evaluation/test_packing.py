@@ -1,4 +1,4 @@
-"""Packed trials: several candidates in one pass, each with the outcome it has alone."""
+"""Packed trials: several configurations in one pass, each with the outcome it has alone."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from autopeft.core.configuration import Configuration, Site
-from autopeft.evaluation.packing.adapters import Member
-from autopeft.evaluation.packing.forward import PackedModel
+from autopeft.evaluation.frozen_blocks.block_skipping import Structure
+from autopeft.evaluation.packing.member import MemberRun
+from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.methods import attach
 from autopeft.training.settings import Training
 from tests.packed import (
-    BITFIT,
     LORAS,
-    MIXED,
+    OTHER_METHODS,
     assert_alike,
     compare,
     lora,
     minilm_evaluator,
     of,
-    packing_backbone,
     packing_evaluator,
 )
 from tests.tiny_models import draw_parameters, tiny_batch
@@ -37,52 +37,77 @@ def test_loras_of_other_ranks_sites_and_rates_train_as_they_do_alone(architectur
         with attach(evaluator.backbone, trained.evaluation.configuration, 3) as attachment:
             initial = attachment.state_dict()
         assert trained.state is not None
-        assert all(not torch.equal(trained.state[name], one) for name, one in initial.items())
-
-
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_mixed_methods_train_as_they_do_alone(architecture: str) -> None:
-    candidates = MIXED if architecture == "llama" else (*MIXED, BITFIT)  # Llama has no biases
-    compare(packing_evaluator(architecture), candidates)
+        assert all(not torch.equal(trained.state[name], tensor) for name, tensor in initial.items())
 
 
 @pytest.mark.parametrize("architecture", ["deberta-v2", "roberta"])
 def test_other_architectures_train_as_they_do_alone(architecture: str) -> None:
-    compare(packing_evaluator(architecture), (LORAS[0], LORAS[2], BITFIT))
+    compare(packing_evaluator(architecture), (LORAS[0], LORAS[2], LORAS[1]))
 
 
-@pytest.mark.parametrize("candidates", [(LORAS[0],), LORAS, MIXED, (LORAS[3], BITFIT, MIXED[2])])
-def test_logits_are_those_of_the_candidates_alone(candidates: tuple[Configuration, ...]) -> None:
-    """With every parameter drawn: right after attaching, most adapters change nothing."""
-    backbone, batch = packing_backbone(), tiny_batch()
-    members, alone = [], []
-    for seed, configuration in enumerate(candidates):
-        with attach(backbone, configuration, seed) as attachment, torch.no_grad():
-            draw_parameters(attachment.parameters.values(), 0.1, seed)
+def test_what_has_other_methods_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = packing_evaluator()
+    alone: list[Configuration] = []
+    train = evaluator.train
+
+    def counted(configuration: Configuration, *arguments: Any, **options: Any) -> Any:
+        alone.append(configuration)
+        return train(configuration, *arguments, **options)
+
+    monkeypatch.setattr(evaluator, "train", counted)
+    packed = PackedTrainer(evaluator).train((LORAS[0], *OTHER_METHODS, LORAS[2]))
+    assert alone == list(OTHER_METHODS)
+    for configuration, trained in zip((LORAS[0], *OTHER_METHODS, LORAS[2]), packed, strict=True):
+        assert_alike(trained, train(configuration))
+
+
+@pytest.mark.parametrize("shares_blocks", [False, True])
+@pytest.mark.parametrize("members", [(LORAS[0],), LORAS, (LORAS[3], LORAS[2], LORAS[1])])
+def test_logits_are_those_of_the_members_alone(
+    members: tuple[Configuration, ...], shares_blocks: bool
+) -> None:
+    """With random parameters: as they are initialised, adapters change nothing."""
+    evaluator, batch = packing_evaluator(), tiny_batch()
+    backbone = evaluator.backbone
+    runs = [MemberRun(evaluator, configuration, seed, 1, None) for seed, configuration in enumerate(members)]
+    runs.sort(key=lambda run: run.cut)
+    alone: list[Tensor] = []
+    for run in runs:
+        draw_parameters(run.parameters.values(), 0.1, run.seed)
+        with attach(backbone, run.configuration) as attachment, torch.no_grad():
+            attachment.load_state_dict(run.parameters)
             alone.append(backbone.model(**batch).logits)
-            members.append(Member(configuration, dict(attachment.parameters)))
-    with PackedModel(backbone, members) as model, torch.no_grad():
+    with torch.no_grad():
+        structure = Structure(backbone.model, backbone.blocks, batch) if shares_blocks else None
+        model = PackedModel(backbone, runs, structure)
         model.train(False)
         packed = model(batch)
-    frozen = backbone.model(**batch).logits
-    assert all(bool((one - frozen).abs().max() > 1e-3) for one in alone)
-    for one, other in zip(packed, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        model.remove()
+        frozen = backbone.model(**batch).logits
+    assert backbone.attached is None
+    for own, logits in zip(packed, alone, strict=True):
+        assert float((logits - frozen).abs().max()) > 1e-3
+        torch.testing.assert_close(own, logits, rtol=0, atol=1e-5)
 
 
-def test_blocks_below_the_cut_run_once_for_all() -> None:
-    backbone = packing_backbone()
-    rows: list[int] = []
-    query = backbone.model.get_submodule(backbone.sites[Site(0, "query")].module)
-    handle = query.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
-    members = []
-    for configuration in (LORAS[2], MIXED[5], MIXED[4]):
-        with attach(backbone, configuration) as attachment:
-            members.append(Member(configuration, dict(attachment.parameters)))
-    with PackedModel(backbone, members) as model:
-        model(tiny_batch(rows=3))
-    handle.remove()
-    assert rows == [3]
+def test_blocks_below_the_cuts_run_once_for_all() -> None:
+    evaluator = packing_evaluator()
+    backbone = evaluator.backbone
+    rows: dict[int, list[int]] = {}
+    for block in range(4):
+        query = backbone.model.get_submodule(backbone.sites[Site(block, "query")].module)
+        query.register_forward_hook(
+            lambda _module, inputs, _output, block=block: rows.setdefault(block, []).append(len(inputs[0]))
+        )
+    configurations = (lora("2.query"), lora("2.ffn_down", 4), lora("3.query", 1))
+    runs = [MemberRun(evaluator, configuration, 0, 1, None) for configuration in configurations]
+    with torch.no_grad():
+        structure = Structure(backbone.model, backbone.blocks, tiny_batch(rows=3))
+    rows.clear()
+    model = PackedModel(backbone, runs, structure)
+    model(tiny_batch(rows=3))
+    model.remove()
+    assert rows == {0: [3], 1: [3], 2: [3, 6], 3: [9]}
 
 
 @pytest.mark.slow
@@ -93,7 +118,7 @@ def test_a_real_model_trains_as_it_does_alone(minilm_folder: Path, questions_csv
         (
             lora("0-5.query 0-5.value", 8, 1e-3),
             lora("4-5.query 4-5.ffn_up", 3, 5e-3),
-            of({"3.ffn": {"method": "parallel", "size": 8}, "5.attention": {"method": "prefix", "size": 4}}),
+            of({}),
         ),
         tolerance=1e-4,  # a fiftieth of a step; with one thread or two, sums differ in their last digits
     )
@@ -115,11 +140,11 @@ def test_every_setting_of_a_training_holds(training: dict[str, Any]) -> None:
         training=Training(**{"batch_size": 8, "device": "cpu", "precision": "32-true", **training})
     )
     if training.get("precision") == "bf16-mixed":  # rounding to 8 bits: alike, not equal
-        several = (*LORAS[:2], BITFIT)
+        several = LORAS[:3]
         packed = PackedTrainer(evaluator).train(several)
         for configuration, trained in zip(several, packed, strict=True):
             assert_alike(trained, evaluator.train(configuration), tolerance=3e-2)
         return
     packed = compare(evaluator, LORAS)
     if "patience" in training:
-        assert len({one.evaluation.cost.steps for one in packed}) > 1
+        assert len({trained.evaluation.cost.steps for trained in packed}) > 1

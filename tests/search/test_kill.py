@@ -37,7 +37,6 @@ search = Search(
     sampler="tpe",
     seed=3,
     seeds=2,
-    pack_size=4 if "packs" in sys.argv[4] else 1,
     name="killed",
     folder=folder,
     tracking=f"sqlite:///{folder}/mlflow.db",
@@ -67,7 +66,7 @@ def run(
         place: Has model and data.
         folder: Of the search.
         trials: Trials.
-        fidelity: "rungs" or "whole", each also "in packs" and "with warm starts".
+        fidelity: "rungs" or "whole", each also "with warm starts".
         kill_at: Bytes of the study after which it is killed, and seconds from then on.
     """
     with (folder / "stderr.txt").open("w") as errors:
@@ -144,14 +143,12 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
 
 
 def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path) -> None:
-    check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity="rungs in packs")
+    check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity="rungs")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "fidelity", ["whole", "rungs", "whole in packs", "rungs in packs", "rungs in packs with warm starts"]
-)
+@pytest.mark.parametrize("fidelity", ["whole", "rungs", "rungs with warm starts"])
 def test_a_search_killed_ten_times_is_the_search_never_killed(
     place: Path, tmp_path: Path, fidelity: str
 ) -> None:

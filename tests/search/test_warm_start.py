@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from torch import Tensor
 from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
+from autopeft.core.jobs import New, Replicate, Resume
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
@@ -27,13 +28,13 @@ from autopeft.evaluation.supernet.warm_start import (
     initial_weights,
     largest_lora,
 )
+from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.methods import count_parameters
 from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.search_spaces import PerLayer, SearchSpace, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints
-from autopeft.trial_runner import TrialRunner
 from autopeft.yaml_config import build_config
 from tests.learnable import learner, outcomes, tiny_evaluator, tiny_search
 from tests.packed import assert_alike, packing_evaluator
@@ -62,17 +63,17 @@ def supernet_of(evaluator: Evaluator) -> LoraSupernet:
 
 def of_top_block(supernet: LoraSupernet, rate: float) -> Configuration:
     top = max(site.block for site in supernet.largest.adapters)
-    adapters = {site: one for site, one in supernet.largest.adapters.items() if site.block == top}
+    adapters = {site: several for site, several in supernet.largest.adapters.items() if site.block == top}
     return Configuration(adapters, learning_rate=rate)
 
 
-def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=tolerance)
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.0) -> None:
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=tolerance)
 
 
-def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+def distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def state_of(trained: Trained) -> Mapping[str, Tensor]:
@@ -80,7 +81,7 @@ def state_of(trained: Trained) -> Mapping[str, Tensor]:
     return trained.state
 
 
-def test_a_training_begins_from_the_tensors_it_is_given() -> None:
+def test_a_training_is_initialised_from_the_tensors_it_is_given() -> None:
     evaluator = tiny_evaluator()
     supernet = supernet_of(evaluator)
     still = of_top_block(supernet, rate=1e-9)
@@ -121,22 +122,20 @@ def test_what_pauses_goes_on_as_if_it_had_not() -> None:
 
 
 @pytest.mark.parametrize("rung", [None, 0])
-def test_a_pack_begins_from_them_as_each_would_alone(rung: int | None) -> None:
+def test_a_pack_is_initialised_from_them_as_each_trial_would_be_alone(rung: int | None) -> None:
     evaluator = packing_evaluator(training=TRAINING, rungs=(0.5,))
     supernet = supernet_of(evaluator)
     chosen = [of_top_block(supernet, rate) for rate in (1e-2, 3e-3)]
     weights = [supernet.state(chosen[0]), None]
     packed = PackedTrainer(evaluator).train(chosen, 5, rung=rung, initial_weights=weights)
-    assert [one.evaluation.warm_start for one in packed] == [True, False]
+    assert [trained.evaluation.warm_start for trained in packed] == [True, False]
     for configuration, own, trained in zip(chosen, weights, packed, strict=True):
         alone = evaluator.train(configuration, 5, rung=rung, initial_weights=own)
         assert_alike(trained, alone)
-    with pytest.raises(ValueError, match="0 initial weights for 2 configurations"):
-        PackedTrainer(evaluator).train(chosen, initial_weights=[])
 
 
 def warm_starts(records: list[TrialRecord]) -> list[bool]:
-    return [one.evaluation.warm_start for one in records]
+    return [record.evaluation.warm_start for record in records]
 
 
 def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) -> None:
@@ -157,7 +156,7 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
 
 
 def supernets_of(search: Search) -> WarmStarts:
-    found = search.warm_starts(trains=False)
+    found = search.open().warm_starts(search.settings.warm_start, search.folder, trains=False)
     assert found is not None
     return found
 
@@ -199,8 +198,8 @@ def test_the_supernet_covers_every_lora_configuration_of_the_space(space: Search
     largest = largest_lora(space, backbone)
     assert largest is not None
     supernet = LoraSupernet(largest=largest, tensors={}, cost=Cost())
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
-    drawn = [space.suggest(study.ask(), backbone) for _ in range(30)]
+    generator = random.Random(3)
+    drawn = [space.draw(generator, backbone) for _ in range(30)]
     lora = [configuration for configuration in drawn if set(configuration.methods) <= {"lora"}]
     assert lora
     assert all(supernet.obstacle(configuration) is None for configuration in lora)
@@ -219,7 +218,7 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
         "space": {"type": "PerLayer", "methods": ["lora"]},
         "warm_start": {"trainings": 2.0},
     }
-    assert build_config(settings).search.warm_start == WarmStart(trainings=2.0)
+    assert build_config(settings).search.settings.warm_start == WarmStart(trainings=2.0)
     with pytest.raises(ValueError, match="trainings"):
         build_config(settings | {"warm_start": {"training": 2}})
 
@@ -227,7 +226,7 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
 def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -> None:
     settings = {"seeds": 2, "halving": SuccessiveHalving(rungs=(0.5,))}
     whole = list(warm_search(tmp_path, name="whole", **settings).run(trials=12, progress=False).records)
-    assert any(one.evaluation.warm_start and one.evaluation.trainings == 2 for one in whole)
+    assert any(record.evaluation.warm_start and record.evaluation.trainings == 2 for record in whole)
     for trials in (5, 9):
         warm_search(tmp_path, name="parts", **settings).run(trials=trials, progress=False)
     (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").unlink()  # is trained again as before
@@ -241,31 +240,19 @@ def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -
         warm_search(tmp_path, name="parts", warm_start=WarmStart(trainings=2), **settings).run(trials=14)
 
 
-def test_in_packs_too_reference_points_begin_from_random_weights(tmp_path: Path) -> None:
-    records = list(warm_search(tmp_path, pack_size=4).run(trials=8, progress=False).records)
-    assert any(one.baseline for one in records)
-    assert warm_starts(records) == [one.baseline is None for one in records]
-
-
-def trial_training(folder: Path) -> tuple[TrialRunner, WarmStarts]:
+def runner_of(folder: Path) -> tuple[TrialRunner, WarmStarts]:
     evaluator = tiny_evaluator(
         training=TRAINING, rungs=(0.5,), objectives=("accuracy", "trainable_parameters")
     )
     weights = WarmStarts(WARM_START, evaluator, SPACE, folder / "supernets")
-    training = TrialRunner(
+    runner = TrialRunner(
         evaluator,
         AdapterCheckpoints(folder / "adapters"),
         TrainingCheckpoints(folder / "paused"),
         seed=0,
-        seeds=3,
         warm_starts=weights,
     )
-    return training, weights
-
-
-def empty_front(folder: Path) -> ParetoFront:
-    search = warm_search(folder)
-    return ParetoFront([], search.objectives, search.open().axes, search)
+    return runner, weights
 
 
 def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
@@ -275,18 +262,19 @@ def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
 
 
 def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_path: Path) -> None:
-    training, weights = trial_training(tmp_path)
+    runner, weights = runner_of(tmp_path)
     configuration = chosen_of(weights, rate=1e-9)
-    front = empty_front(tmp_path)
-    record = training.begin({7: configuration}, front, rung=None)[7]
+    record = runner.run(New(number=7, configuration=configuration, rung=None))
     assert record.evaluation.warm_start
-    again = training.repeat(training.repeat(record))
+    again = record
+    for number in (1, 2):
+        again = runner.run(Replicate(record=again, training=number))
     assert again.evaluation.trainings == 3
     states = [initial_weights(weights, record.evaluation, number) for number in range(3)]
     for number, state in enumerate(states):
         assert state is not None
         # A rate of next to nothing: what was trained is what it began from.
-        known = training._evaluator.train(configuration, 0, initial_weights=state).evaluation.values
+        known = runner.evaluator.train(configuration, 0, initial_weights=state).evaluation.values
         seed = training_seed(0, 7, number)
         assert again.evaluation.by_seed[seed]["accuracy"] == pytest.approx(known["accuracy"])
         assert again.evaluation.by_seed[seed]["validation_loss"] == pytest.approx(
@@ -296,30 +284,30 @@ def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_
     assert distance(states[1] or {}, states[2] or {}) > 1e-3
     files = sorted(path.name for path in (tmp_path / "supernets").iterdir())
     assert files == [f"supernet-{number}.safetensors" for number in range(3)]
-    read = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets")
+    read = WarmStarts(WARM_START, runner.evaluator, SPACE, tmp_path / "supernets")
     assert read.cost == weights.cost
-    assert read.cost.steps == 3 * training._evaluator.plan.total_steps
+    assert read.cost.steps == 3 * runner.evaluator.plan.total_steps
 
 
 def test_a_paused_trial_whose_file_is_gone_begins_anew_as_it_began(tmp_path: Path) -> None:
-    front = empty_front(tmp_path)
-    training, weights = trial_training(tmp_path)
-    paused = training.begin({3: chosen_of(weights)}, front, rung=0)[3]
+    runner, weights = runner_of(tmp_path)
+    paused = runner.run(New(number=3, configuration=chosen_of(weights), rung=0))
     assert paused.evaluation.status == "paused"
-    expected = training.go_on(paused, front, 1).evaluation
+    expected = runner.run(Resume(record=paused, rung=1)).evaluation
     for path in (tmp_path / "paused").iterdir():
         path.unlink()
-    found = training.go_on(paused, front, 1).evaluation
+    found = runner.run(Resume(record=paused, rung=1)).evaluation
     assert found.warm_start
     assert found.values["validation_loss"] == expected.values["validation_loss"]
 
 
 def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> None:
-    front = empty_front(tmp_path)
-    training, weights = trial_training(tmp_path)
+    runner, weights = runner_of(tmp_path)
     configuration = chosen_of(weights)
-    first = training.begin({3: configuration}, front, rung=0)[3].evaluation  # and was never recorded
-    again = training.begin({3: configuration}, front, rung=0)[3].evaluation
+    first = runner.run(
+        New(number=3, configuration=configuration, rung=0)
+    ).evaluation  # and was never recorded
+    again = runner.run(New(number=3, configuration=configuration, rung=0)).evaluation
     assert again.warm_start
     assert again.curves == first.curves
     assert again.cost == first.cost  # nothing was trained a second time
@@ -353,19 +341,18 @@ def test_a_supernet_whose_training_fails_is_not_trained_again(
 def test_if_a_further_supernet_fails_the_first_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    front = empty_front(tmp_path)
-    training, weights = trial_training(tmp_path)
-    record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
+    runner, weights = runner_of(tmp_path)
+    record = runner.run(New(number=3, configuration=chosen_of(weights), rung=None))
     assert weights.cost_to_come([record.evaluation], 3).steps == 2 * weights.cost.steps
     train = LoraSupernet.train
     monkeypatch.setattr(LoraSupernet, "train", lambda *_, **__: 1 / 0)
-    again = training.repeat(record)
+    again = runner.run(Replicate(record=record, training=1))
     assert again.evaluation.trainings == 2
     assert not again.evaluation.failures
     assert "ZeroDivisionError" in caplog.text
     monkeypatch.setattr(LoraSupernet, "train", train)
-    training.repeat(again)  # from the third supernet
-    resumed = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets")
+    runner.run(Replicate(record=again, training=2))  # from the third supernet
+    resumed = WarmStarts(WARM_START, runner.evaluator, SPACE, tmp_path / "supernets")
     assert resumed.cost == weights.cost
     assert sorted(resumed._supernets) == [0, 2]
     assert sorted(resumed._failures) == [1]
@@ -373,22 +360,21 @@ def test_if_a_further_supernet_fails_the_first_is_used(
 
 
 def test_a_trial_whose_supernet_is_gone_cannot_be_trained_again(tmp_path: Path) -> None:
-    front = empty_front(tmp_path)
-    training, weights = trial_training(tmp_path)
-    record = training.begin({3: chosen_of(weights)}, front, rung=None)[3]
+    runner, weights = runner_of(tmp_path)
+    record = runner.run(New(number=3, configuration=chosen_of(weights), rung=None))
     with pytest.raises(WarmStartError, match="give the search the warm_start="):
         initial_weights(None, record.evaluation)
     (tmp_path / "supernets" / "supernet-0.safetensors").unlink()
-    gone = WarmStarts(WARM_START, training._evaluator, SPACE, tmp_path / "supernets", trains=False)
+    gone = WarmStarts(WARM_START, runner.evaluator, SPACE, tmp_path / "supernets", trains=False)
     with pytest.raises(WarmStartError, match=r"there is no file supernet-0\.safetensors in"):
         initial_weights(gone, record.evaluation)
-    training._warm_starts = gone
-    again = training.repeat(record).evaluation
+    runner._warm_starts = gone
+    again = runner.run(Replicate(record=record, training=1)).evaluation
     (reason,) = again.failures.values()
     assert "The supernet that the trial was initialised from is gone" in reason
     assert again.values["accuracy"] < record.evaluation.values["accuracy"]
     paused = replace(record, evaluation=replace(record.evaluation, status="paused", reason="paused"))
-    lost = training.go_on(paused, front, 1).evaluation
+    lost = runner.run(Resume(record=paused, rung=1)).evaluation
     assert lost.status == "failed"
     assert lost.cost == record.evaluation.cost
 

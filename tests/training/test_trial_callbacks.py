@@ -207,9 +207,3 @@ def validated(
         module = evaluator.module(configuration).eval()
         (metrics,) = trainer.validate(module, evaluator.data.val_dataloader(), verbose=False)
     return metrics
-
-
-def test_packs_refuse_callbacks(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path, training=replace(ONE_EPOCH, callbacks=[Count]), pack_size=2)
-    with pytest.raises(ValueError, match="pack_size=1"):
-        search.validate()

@@ -11,7 +11,8 @@ all blocks: where the last one returns them). What is computed outside the block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -231,3 +232,35 @@ def _obstacle(given: Any, output: Any) -> str:
     if isinstance(output, tuple) and any(one is not None for one in output[1:]):
         return "returns more than hidden states, which later blocks may need"
     return ""
+
+
+def states_at(
+    cuts: Sequence[int], model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """Run a model as it is up to the last of some cuts, and return the hidden states at each.
+
+    Args:
+        cuts: Numbers of blocks below each cut, rising, from 1 to all.
+        model: A transformers model.
+        blocks: Its blocks, from the input to the output.
+        inputs: Its inputs.
+
+    Raises:
+        UnservableError: The forward pass does not come to the last cut.
+    """
+    found: dict[int, Tensor] = {}
+
+    def note(cut: int, _block: nn.Module, _inputs: Any, output: Any) -> None:
+        found[cut] = _hidden_of(output)
+        if cut == cuts[-1]:
+            raise _ReachedError
+
+    with ExitStack() as stack:
+        for cut in cuts:
+            hook = blocks[cut - 1].register_forward_hook(partial(note, cut))
+            stack.callback(hook.remove)
+        try:
+            model(**inputs)
+        except _ReachedError:
+            return found
+    raise UnservableError(f"the forward pass does not come to block {cuts[-1]}")

@@ -1,1 +1,1 @@
-"""Several candidates trained in one pass over the backbone."""
+"""Packed training: several LoRA trials in one pass over the resident backbone."""

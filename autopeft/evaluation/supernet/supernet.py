@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,13 +18,12 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import truncated_tensors
 from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Cost
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.evaluator import Evaluator
@@ -143,22 +141,22 @@ class LoraSupernet:
         return tensors | head
 
     def save(self, path: Path) -> None:
-        """Write the supernet to a safetensors file, atomically."""
+        """Write the supernet to a safetensors file.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         metadata = {"largest": self.largest.to_dict(), "cost": asdict(self.cost)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, unfinished, metadata={_METADATA_KEY: json.dumps(metadata)})
-        os.replace(unfinished, path)
+        save_tensors(path, self.tensors, {_METADATA_KEY: json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Read a supernet that `save` wrote; None if there is no such file."""
-        if not path.is_file():
+        """Read a supernet that `save` wrote; None if the file is missing or damaged."""
+        found = load_tensors(path)
+        if found is None:
             return None
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads(file.metadata()[_METADATA_KEY])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        tensors, texts = found
+        metadata = json.loads(texts[_METADATA_KEY])
         largest = Configuration.from_dict(metadata["largest"])
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import optuna
-
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.durable_files import load_json, save_json
 from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
@@ -122,7 +118,11 @@ class WarmStarts:
         Args:
             configurations: By the trial's number.
         """
-        covered = {number: one for number, one in configurations.items() if set(one.methods) <= {METHOD}}
+        covered = {
+            number: configuration
+            for number, configuration in configurations.items()
+            if set(configuration.methods) <= {METHOD}
+        }
         supernet = self.supernet() if covered else None
         if supernet is None:
             return {}
@@ -168,17 +168,13 @@ class WarmStarts:
 
     def _save_failures(self) -> None:
         """Keep failures: a resumed search must not train again what failed before."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._failures_path.with_suffix(".part")
         failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
-        unfinished.write_text(json.dumps(failures))
-        os.replace(unfinished, self._failures_path)
+        save_json(self._failures_path, failures)
 
     def _load(self) -> None:
-        if self._failures_path.is_file():
-            for number, failure in json.loads(self._failures_path.read_text()).items():
-                cost = Cost(**failure["cost"])
-                self._failures[int(number)] = _Failure(reason=failure["reason"], cost=cost)
+        for number, failure in (load_json(self._failures_path) or {}).items():
+            cost = Cost(**failure["cost"])
+            self._failures[int(number)] = _Failure(reason=failure["reason"], cost=cost)
         for path in self.folder.glob("supernet-*.safetensors"):
             supernet = LoraSupernet.load(path)
             if supernet is not None:
@@ -224,8 +220,9 @@ def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Confi
         backbone: Its backbone.
         seed: Seed of the draws.
     """
-    points = [*space.extremes(backbone), *(one.configuration for one in space.baselines(backbone))]
-    points += _draws(space, backbone, seed)
+    points = [*space.extremes(backbone), *(baseline.configuration for baseline in space.baselines(backbone))]
+    generator = random.Random(f"supernet:{seed}")
+    points += [space.draw(generator, backbone) for _ in range(_DRAWS)]
     largest: dict[Site, Adapter] = {}
     for configuration in points:
         for site, adapter in configuration:
@@ -234,21 +231,3 @@ def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Confi
                 if known is None or (adapter.size or 0) > (known.size or 0):
                     largest[site] = adapter
     return Configuration(largest, learning_rate=points[0].learning_rate) if largest else None
-
-
-def _draws(space: SearchSpace, backbone: Backbone, seed: int) -> Iterator[Configuration]:
-    sampler = optuna.samplers.RandomSampler(seed=random.Random(f"supernet:{seed}").getrandbits(32))
-    with _quiet_optuna():
-        study = optuna.create_study(sampler=sampler)
-    for _ in range(_DRAWS):
-        yield space.suggest(study.ask(), backbone)
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

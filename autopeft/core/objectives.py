@@ -61,8 +61,8 @@ def _with_prefix(value: float) -> str:
 
 
 COST_OBJECTIVES: Mapping[str, Objective] = {
-    one.name: one
-    for one in (
+    objective.name: objective
+    for objective in (
         Objective(
             name="trainable_parameters",
             direction="minimize",
@@ -122,7 +122,7 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Ob
             "for example ('accuracy', 'trainable_parameters')."
         )
     if not any(available[name].is_metric for name in wanted):
-        scores = ", ".join(name for name, one in available.items() if one.is_metric)
+        scores = ", ".join(name for name, objective in available.items() if objective.is_metric)
         raise ValueError(f"At least one objective must be a metric: {scores}.")
     return tuple(available[name] for name in wanted)
 

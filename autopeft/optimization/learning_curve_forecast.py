@@ -1,4 +1,4 @@
-"""What a candidate that is not trained to the end may reach: what whole trainings like it gained."""
+"""What a trial that is not trained to the end may reach: what whole trainings like it gained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Gains:
 
 
 class Forecast:
-    """What whole trainings tell of those that paused.
+    """What whole trainings tell of paused trials.
 
     Args:
         whole: The whole trainings, by number.
@@ -55,8 +55,8 @@ class Forecast:
     ) -> None:
         self.whole = tuple(whole)
         self.monitor = monitor
-        self._objectives = [one.name for one in objectives]
-        self._scores = [one.name for one in objectives if one.is_metric]
+        self._objectives = [objective.name for objective in objectives]
+        self._scores = [objective.name for objective in objectives if objective.is_metric]
         self._axes = [
             axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
         ]
@@ -70,10 +70,10 @@ class Forecast:
         for point in evaluation.curves:
             if point.step <= step:
                 known.setdefault(point.step, {})[point.metric] = point.value
-        validations = [one for one in known.values() if all(name in one for name in self._scores)]
+        validations = [scores for scores in known.values() if all(name in scores for name in self._scores)]
         if not validations:
             return None
-        best = max(validations, key=lambda one: one[self.monitor])
+        best = max(validations, key=lambda scores: scores[self.monitor])
         return {name: best[name] for name in self._scores}
 
     def loss_at(self, evaluation: Evaluation, step: int) -> float:
@@ -109,11 +109,11 @@ class Forecast:
 
     def _read(self, step: int, warm_start: bool) -> _Gains:
         gains, found = [], []
-        for one in self.whole:
-            scores = self.scores_at(one, step) if one.warm_start == warm_start else None
+        for evaluation in self.whole:
+            scores = self.scores_at(evaluation, step) if evaluation.warm_start == warm_start else None
             if scores is not None:
-                gains.append(one.values[self.monitor] - scores[self.monitor])
-                found.append(self._place(one, step))
+                gains.append(evaluation.values[self.monitor] - scores[self.monitor])
+                found.append(self._place(evaluation, step))
         places = np.array(found).reshape(len(found), len(self._axes) + 1)
         is_known = np.isfinite(places[:, -1])
         worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0

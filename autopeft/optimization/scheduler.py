@@ -137,7 +137,8 @@ class Scheduler:
         lacking = self.lacking(records)
         reserved = cost_of_replicates(lacking, self._seeds)
         if self._overhead is not None:
-            reserved += self._overhead.cost_to_come([one.evaluation for one in lacking], self._seeds)
+            evaluations = [record.evaluation for record in lacking]
+            reserved += self._overhead.cost_to_come(evaluations, self._seeds)
         may_wait = begins and self.budget.spent_share(spent, reserved) < 1
         waiting = [record for record in lacking if record.number not in self.running]
         latest = max([-1, *self.running, *(record.number for record in records[-1:])])

@@ -146,7 +146,8 @@ class AshaPromoter:
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records, running)
             waiting = [candidate for candidate in candidates if candidate.waits]
-            chosen = next((one for one in waiting if one.record.baseline in self._references), None)
+            references = (known for known in waiting if known.record.baseline in self._references)
+            chosen = next(references, None)
             if waiting and chosen is None:
                 chosen = self._choose(candidates, records)
             if chosen is not None:
@@ -164,9 +165,9 @@ class AshaPromoter:
         paused = []
         for rung in range(len(self.steps) - 1):
             candidates = self._at(rung, records, running)
-            paused += [(candidate, rung + 1) for candidate in candidates if candidate.waits]
-        expected = [{**one.values, self.monitor: one.expected} for one, _ in paused if not one.at_trivial]
-        paused = [(one, rung) for one, rung in paused if not one.at_trivial]
+            waiting = [known for known in candidates if known.waits and not known.at_trivial]
+            paused += [(candidate, rung + 1) for candidate in waiting]
+        expected = [{**candidate.values, self.monitor: candidate.expected} for candidate, _ in paused]
         members = [record.evaluation.values for record in front_records(records, self.objectives)]
         points = [*expected, *members]
         is_on_front = non_dominated(points, self.objectives)
@@ -243,8 +244,11 @@ class AshaPromoter:
     def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
         objectives = [_LOSS, *(objective for objective in self.objectives if not objective.is_metric)]
-        known = [one for one in candidates if math.isfinite(one.values[VALIDATION_LOSS])]
-        rest = [one for one in candidates if not math.isfinite(one.values[VALIDATION_LOSS])]
+        known: list[_Candidate] = []
+        rest: list[_Candidate] = []
+        for candidate in candidates:
+            is_known = math.isfinite(candidate.values[VALIDATION_LOSS])
+            (known if is_known else rest).append(candidate)
         known.sort(key=lambda candidate: candidate.values[VALIDATION_LOSS])
         layers = non_dominated_sort([candidate.values for candidate in known], objectives)
         return [known[index] for layer in layers for index in layer] + rest

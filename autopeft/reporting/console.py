@@ -74,14 +74,10 @@ class SearchProgress:
         if self.enabled:
             self._progress.console.print(table)
 
-    def running(self, numbers: Sequence[int]) -> None:
-        """Say which trials are being trained, one or several together."""
-        which = f"trial {numbers[0]}"
-        if len(numbers) > 1:
-            which = f"{len(numbers)} trials, {numbers[0]} to {numbers[-1]}"
-        task = self._progress.tasks[0]
-        summary = task.fields.get("summary", "")
-        self._progress.update(self._task, description=f"{which} · {summary}")
+    def running(self, number: int) -> None:
+        """Say which trial was begun last."""
+        summary = self._progress.tasks[0].fields.get("summary", "")
+        self._progress.update(self._task, description=f"trial {number} · {summary}")
 
     def finished(self, record: TrialRecord, *, on_front: bool) -> None:
         """Print a trial's line."""
@@ -110,7 +106,7 @@ def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front
     what = record.baseline or methods
     if evaluation.status != "complete":
         return f"trial {record.number:>3}    {evaluation.status}: {evaluation.reason}  [{what}]"
-    values = "  ".join(f"{one.name} {evaluation.format(one)}" for one in objectives)
+    values = "  ".join(f"{objective.name} {evaluation.format(objective)}" for objective in objectives)
     mark = "●" if on_front else " "
     tail = (
         f"as trial {record.duplicate_of}"

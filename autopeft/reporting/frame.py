@@ -23,8 +23,9 @@ def front_frame(
             trial has none. A metric has its standard deviation over the trainings beside it, where there
             were several.
     """
+    names = [objective.name for objective in objectives]
     rows = []
-    for record in sorted(records, key=lambda one: one.number):
+    for record in sorted(records, key=lambda record: record.number):
         evaluation = record.evaluation
         configuration = evaluation.configuration
         rows.append(
@@ -32,8 +33,8 @@ def front_frame(
                 "trial": record.number,
                 "front": record.number in members,
                 "status": evaluation.status,
-                **{one.name: evaluation.values.get(one.name, math.nan) for one in objectives},
-                **{deviation_of(one.name): _deviation(record, one) for one in objectives},
+                **{name: evaluation.values.get(name, math.nan) for name in names},
+                **{deviation_of(objective.name): _deviation(record, objective) for objective in objectives},
                 "methods": "+".join(configuration.methods),
                 "adapters": len(configuration),
                 "lowest_block": configuration.lowest_block,
@@ -61,8 +62,8 @@ def _deviation(record: TrialRecord, objective: Objective) -> float:
 
 def _columns(objectives: Sequence[Objective]) -> list[str]:
     return [
-        *("trial", "front", "status", *(one.name for one in objectives)),
-        *(deviation_of(one.name) for one in objectives if one.is_metric),
+        *("trial", "front", "status", *(objective.name for objective in objectives)),
+        *(deviation_of(objective.name) for objective in objectives if objective.is_metric),
         *("methods", "adapters", "lowest_block", "learning_rate", "weight_decay", "seed", "warm_start"),
         *("trainings", "wall_seconds", "reference", "duplicate_of", "reason", "configuration"),
     ]

@@ -90,7 +90,9 @@ class FrontPoint:
         evaluation = self.record.evaluation
         if evaluation.status != "complete":
             return f"trial {self.number} ({evaluation.status}: {evaluation.reason})"
-        values = ", ".join(f"{one.name} {evaluation.format(one)}" for one in self.objectives)
+        values = ", ".join(
+            f"{objective.name} {evaluation.format(objective)}" for objective in self.objectives
+        )
         return f"trial {self.number}: {values}"
 
     def __repr__(self) -> str:

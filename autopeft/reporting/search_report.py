@@ -108,7 +108,7 @@ class SearchReport:
         if isinstance(job, Duplicate):
             return
         configuration = job.configuration if isinstance(job, New) else job.record.evaluation.configuration
-        self.progress.running([job.number])
+        self.progress.running(job.number)
         if self.tracker is not None:
             self.tracker.trials_started({job.number: configuration})
 

@@ -1,4 +1,4 @@
-"""Promotion: of the trials that pause at a rung, who goes on."""
+"""Promotion: of the trials that pause at a rung, which go on."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_highest_rung_comes_first() -> None:
     assert next_of(records) == (0, 2)
 
 
-def test_who_is_beaten_beyond_the_noise_waits() -> None:
+def test_a_trial_beaten_beyond_the_noise_waits() -> None:
     # Three whole trainings gained 0.1, 0.2 and 0.3 after the first rung: noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     better = trial(3, 1e3, 0.50, 0.6, 0.7)
@@ -95,7 +95,7 @@ def test_who_is_beaten_beyond_the_noise_waits() -> None:
     assert promotion.next([*known, better, far]) is None
 
 
-def test_who_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
+def test_a_trial_that_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
     # Whole trainings gained 0.2 in the median after the first rung, with noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
@@ -115,7 +115,7 @@ def test_what_has_learned_nothing_is_not_tried_again() -> None:
     assert next_of([*known, *(trial(n, 1e2, 0.3) for n in range(3, 9)), other]) == (9, 1)
 
 
-def test_where_the_metric_tells_nobody_apart_the_loss_decides() -> None:
+def test_where_the_metric_tells_none_apart_the_loss_decides() -> None:
     # Also where the score that all have is not the majority's.
     known = [trial(n, 5e5, 0.3, 0.5, 0.6 + 0.1 * n, loss=0.6) for n in range(3)]
     waiting = [trial(3, 2e3, 0.3, loss=0.65), trial(4, 2e3, 0.3, loss=0.4), trial(5, 2e3, 0.3, loss=0.5)]
@@ -123,7 +123,7 @@ def test_where_the_metric_tells_nobody_apart_the_loss_decides() -> None:
     went_on = trial(4, 2e3, 0.3, 0.5, 0.6, loss=0.4)
     assert next_of([*known, waiting[0], went_on, waiting[2]]) == (5, 1)
     cheaper = trial(6, 1e3, 0.3, loss=0.6)
-    assert next_of([*known, waiting[0], went_on, cheaper]) == (6, 1), "nobody who costs less has a lower loss"
+    assert next_of([*known, waiting[0], went_on, cheaper]) == (6, 1), "none that costs less has a lower loss"
 
 
 def test_a_loss_that_is_not_known_comes_last() -> None:
@@ -144,16 +144,16 @@ def test_of_those_at_the_majoritys_score_one_of_the_factor_goes_on_by_loss() -> 
     lost = trial(5, 1e3, 0.0, 0.0, 0.0, loss=0.5)
     assert next_of([*known, went_on, lost, late[0], late[3]]) is None
     dearer = [trial(one.number, 6e5, 0.0, loss=0.4) for one in late]
-    assert next_of([*known, *dearer]) is None, "someone who costs less is as good as can be hoped for"
+    assert next_of([*known, *dearer]) is None, "one that costs less is as good as can be hoped for"
 
 
-def test_the_first_at_the_majoritys_score_goes_on_where_nobody_has_begun() -> None:
+def test_the_first_at_the_trivial_score_goes_on_where_none_has_begun() -> None:
     assert next_of([trial(0, 1e3, 0.0, loss=0.5)]) == (0, 1)
     assert next_of([trial(0, 1e3, 0.0, 0.0, loss=0.5)]) == (0, 2)
     assert next_of([trial(0, 1e3, 0.0, 0.0, loss=0.5), trial(1, 2e3, 0.4, 0.5)]) == (1, 2)
 
 
-def test_whoever_is_at_the_majoritys_score_keeps_nobody_waiting() -> None:
+def test_a_trial_at_the_trivial_score_keeps_none_waiting() -> None:
     # Late ones gained much, those that had begun little: a late one is expected to pass those.
     late = [trial(n, 5e5, 0.0, 0.4, 0.80 + 0.001 * n, loss=0.65) for n in range(5)]
     begun = [trial(n, 5e5, 0.5, 0.55, 0.60 + 0.001 * n, loss=0.2) for n in range(5, 10)]
@@ -215,7 +215,7 @@ def test_one_whole_training_tells_what_it_gained() -> None:
     assert forecast.values(trial(1, 5e3, 0.2, loss=2.0).evaluation)[0] == pytest.approx(0.6)
 
 
-def test_a_rung_at_which_nobody_has_learned_anything_stops_those_alone_who_cost_more_than_the_best() -> None:
+def test_a_rung_at_which_none_has_learned_anything_stops_those_alone_that_cost_more_than_the_best() -> None:
     # As with Matthews correlation, which is 0 until the rarer class is predicted at all.
     cheap = [trial(n, 1e2 * (n + 1), 0.0, 0.0, gained) for n, gained in enumerate((0.0, 0.8))]
     best = trial(2, 1e6, 0.0, 0.0, 0.9)

@@ -1,4 +1,4 @@
-"""Trained again with other seeds, what is on the front has the means of its trainings, or leaves it."""
+"""Trained again with other seeds, a member of the front has the means of its trainings, or leaves it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_repeats_that_are_due_are_kept_a_share_of_the_budget() -> None:
     assert Budget(trials=100).spent_share(spent, cost_of_replicates(waiting, 3)) == 0.03
 
 
-def test_whom_a_lucky_member_drove_off_comes_back() -> None:
+def test_trials_that_a_lucky_member_drove_off_come_back() -> None:
     records = synthetic_records(30)
     front = ParetoFront(records, OBJECTIVES, ())
     for number in [point.number for point in sorted(front, key=lambda one: -one.values["accuracy"])][:4]:

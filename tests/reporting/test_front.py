@@ -1,4 +1,4 @@
-"""ParetoFront: who is on it, choosing from it, and how it looks."""
+"""ParetoFront: its members, choosing from it, and how it looks."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_hypervolume_is_kept_only_while_the_front_is_the_same(front: ParetoFront
         assert grown.hypervolume != front.hypervolume
 
 
-def test_who_would_come_onto_the_front_is_on_it_afterwards() -> None:
+def test_a_trial_that_would_come_onto_the_front_is_on_it_afterwards() -> None:
     draw = random.Random(0)
     front, held = ParetoFront((), OBJECTIVES, AXES), 0
     for number in range(60):

@@ -48,7 +48,7 @@ def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) 
 
 
 def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
-    """What is off the front is dropped afterwards, by who listens to the records."""
+    """Tensors of trials off the front are dropped afterwards, by a listener."""
     one = search(tmp_path, baselines=False)
     checkpoints = AdapterCheckpoints(tmp_path / "adapters")
     paused = TrainingCheckpoints(tmp_path / "paused")

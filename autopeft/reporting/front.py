@@ -256,7 +256,7 @@ class ParetoFront(Sequence[FrontPoint]):
         Raises:
             ValueError: The front is empty, or the tolerance is not a share.
         """
-        check_share("tolerance", tolerance, of="the metric's axis")
+        check_share("tolerance", tolerance, of="metric's axis")
         self._require_points()
         return self._points[knee([point.values for point in self._points], self.axes, tolerance)]
 

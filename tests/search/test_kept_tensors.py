@@ -69,17 +69,17 @@ def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
     one = search(tmp_path, seeds=3, seed=1)
     front = one.run(trials=8, progress=False)
     best = []
-    for point in front:
-        trainings = point.record.evaluation.by_seed
-        kept = AdapterCheckpoints(one.folder / "adapters").load(point.number)
+    for record in front.records:
+        trainings, configuration = record.evaluation.by_seed, record.evaluation.configuration
+        if not trainings:
+            continue
+        kept = AdapterCheckpoints(one.folder / "adapters").load(record.number)
         assert kept is not None
         same = [
-            seed
-            for seed in trainings
-            if _same(kept, one.open().evaluator.train(point.configuration, seed).state)
+            seed for seed in trainings if _same(kept, one.open().evaluator.train(configuration, seed).state)
         ]
         assert len(same) == 1
-        assert AdapterCheckpoints(one.folder / "adapters").seed(point.number) == same[0]
+        assert AdapterCheckpoints(one.folder / "adapters").seed(record.number) == same[0]
         ranking = sorted(trainings, key=lambda one: -trainings[one]["accuracy"])  # the first of equals
         assert same[0] == ranking[0]
         best.append(ranking[0] != next(iter(trainings)))

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,10 @@ def test_what_is_promising_and_paused_is_named(tmp_path: Path, capsys: pytest.Ca
     search = tiny_search(
         tmp_path,
         baselines=False,
+        task=learnable_task(rows=96),
         space=Uniform(ranks=(1, 8), learning_rate=1e-2),
-        halving=SuccessiveHalving(rungs=(1 / 3,), reduction_factor=9),
-        training=TRAINING,
+        halving=SuccessiveHalving(rungs=(2 / 3,), reduction_factor=9),
+        training=replace(TRAINING, epochs=6),
     )
     front = search.run(cpu_seconds=1e-3)
     assert [record.evaluation.status for record in front.records] == ["paused"]

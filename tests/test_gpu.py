@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from autopeft import PackedExecutor
 from autopeft.core.configuration import Configuration
 from autopeft.methods import attach
 from autopeft.training.settings import Training
@@ -57,8 +59,9 @@ def test_costs_do_not_depend_on_the_device() -> None:
         assert on_gpu.costs(LORA)["forward_flops"] == on_cpu.costs(LORA)["forward_flops"]
 
 
-def test_a_search_on_the_gpu_gives_a_front_that_exports(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path, training=ON_GPU)
+@pytest.mark.parametrize("executor", ["local", PackedExecutor(size=4)])
+def test_a_search_on_the_gpu_gives_a_front_that_exports(executor: Any, tmp_path: Path) -> None:
+    search = tiny_search(tmp_path, training=ON_GPU, executor=executor)
     front = search.run(trials=4, progress=False)
     assert len(front) > 0
     report = front.best().export(tmp_path / "adapter")

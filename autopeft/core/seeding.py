@@ -40,7 +40,7 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
 def training_seed(seed: int, trial: int, training: int = 0) -> int:
     """Return the seed of one training of a search, in [0, 2³¹).
 
-    Every training, or pack of them, has a seed of its own: what one order of the batches and one set of
+    Every training has a seed of its own: what one order of the batches and one set of
     initial weights do to all candidates alike would otherwise be taken for what the candidates are worth.
 
     Args:

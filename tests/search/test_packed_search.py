@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autopeft import ParetoFront, Search, SuccessiveHalving
+from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
+from autopeft.reporting.search_profile import PROFILE_FOLDER
 from autopeft.search_spaces import PerLayer, ScoreGuided, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
@@ -111,3 +113,20 @@ def test_the_executor_is_part_of_what_a_search_is(tmp_path: Path) -> None:
     packed_search(tmp_path).run(trials=1, progress=False)
     with pytest.raises(ValueError, match="executor"):
         packed_search(tmp_path, executor="local").run(trials=2, progress=False)
+
+
+def test_baselines_in_packs_are_initialised_from_random_weights(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"space": PerLayer(methods=("lora",), ranks=(1, 8)), "warm_start": WarmStart()}
+    records = packed_search(tmp_path, **settings).run(trials=8, progress=False).records
+    assert {record.baseline is None for record in records} == {True, False}
+    for record in records:
+        assert record.evaluation.warm_start == (record.baseline is None)
+
+
+def test_a_profile_says_where_the_time_of_packs_went(tmp_path: Path) -> None:
+    search = packed_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)), halving=None, seeds=1)
+    search.run(trials=4, progress=False, profile=True)
+    profile = json.loads((search.folder / PROFILE_FOLDER / "profile.json").read_text())
+    calls = {name: values["calls"] for name, values in profile["sections"].items()}
+    assert all(calls[name] for name in ("data", "forward", "backward", "optimizer", "evaluate", "set-up"))
+    assert not calls["trainer"], "Lightning has trained some of them"

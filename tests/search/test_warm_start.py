@@ -31,6 +31,7 @@ from autopeft.evaluation.supernet.warm_start import (
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.methods import count_parameters
 from autopeft.optimization.learning_curve_forecast import Forecast
+from autopeft.search_loop import TrialListener
 from autopeft.search_spaces import PerLayer, SearchSpace, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
@@ -223,36 +224,44 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
         build_config(settings | {"warm_start": {"training": 2}})
 
 
-def test_a_search_that_is_resumed_begins_from_the_same_weights(tmp_path: Path) -> None:
+def test_a_search_that_is_resumed_uses_the_same_supernet(tmp_path: Path) -> None:
+    def stop_at(count: int) -> TrialListener:
+        def stop(record: TrialRecord, front: ParetoFront) -> None:
+            if len(front.records) == count:
+                raise KeyboardInterrupt
+
+        return stop
+
     settings = {"seeds": 2, "halving": SuccessiveHalving(rungs=(0.5,))}
     whole = list(warm_search(tmp_path, name="whole", **settings).run(trials=12, progress=False).records)
     assert any(record.evaluation.warm_start and record.evaluation.trainings == 2 for record in whole)
-    for trials in (5, 9):
-        warm_search(tmp_path, name="parts", **settings).run(trials=trials, progress=False)
-    (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").unlink()  # is trained again as before
+    for count in (5, 9):
+        search = warm_search(tmp_path, name="parts", **settings)
+        search.run(trials=12, progress=False, callbacks=[stop_at(count)])
+    path = tmp_path / "parts" / "supernets" / "supernet-0.safetensors"
+    path.unlink(missing_ok=True)  # is trained again as before
+    search = warm_search(tmp_path, name="parts", **settings)
+    search.run(trials=12, progress=False, callbacks=[stop_at(11)])
+    written = path.stat().st_mtime_ns
     parts = list(warm_search(tmp_path, name="parts", **settings).run(trials=12, progress=False).records)
+    assert path.stat().st_mtime_ns == written
     assert outcomes(parts) == outcomes(whole)
     assert warm_starts(parts) == warm_starts(whole)
-    written = (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").stat().st_mtime_ns
-    warm_search(tmp_path, name="parts", **settings).run(trials=13, progress=False)
-    assert (tmp_path / "parts" / "supernets" / "supernet-0.safetensors").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="warm_start"):
         warm_search(tmp_path, name="parts", warm_start=WarmStart(trainings=2), **settings).run(trials=14)
 
 
-def runner_of(folder: Path) -> tuple[TrialRunner, WarmStarts]:
+def warm_runner(folder: Path) -> tuple[TrialRunner, WarmStarts]:
     evaluator = tiny_evaluator(
         training=TRAINING, rungs=(0.5,), objectives=("accuracy", "trainable_parameters")
     )
     weights = WarmStarts(WARM_START, evaluator, SPACE, folder / "supernets")
-    runner = TrialRunner(
-        evaluator,
-        AdapterCheckpoints(folder / "adapters"),
-        TrainingCheckpoints(folder / "paused"),
-        seed=0,
-        warm_starts=weights,
-    )
-    return runner, weights
+    return runner_of(evaluator, folder, weights), weights
+
+
+def runner_of(evaluator: Evaluator, folder: Path, weights: WarmStarts) -> TrialRunner:
+    checkpoints, paused = AdapterCheckpoints(folder / "adapters"), TrainingCheckpoints(folder / "paused")
+    return TrialRunner(evaluator, checkpoints, paused, seed=0, warm_starts=weights)
 
 
 def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
@@ -262,13 +271,12 @@ def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
 
 
 def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_path: Path) -> None:
-    runner, weights = runner_of(tmp_path)
+    runner, weights = warm_runner(tmp_path)
     configuration = chosen_of(weights, rate=1e-9)
     record = runner.run(New(number=7, configuration=configuration, rung=None))
     assert record.evaluation.warm_start
-    again = record
-    for number in (1, 2):
-        again = runner.run(Replicate(record=again, training=number))
+    again = runner.run(Replicate(record=record, training=1))
+    again = runner.run(Replicate(record=again, training=2))
     assert again.evaluation.trainings == 3
     states = [initial_weights(weights, record.evaluation, number) for number in range(3)]
     for number, state in enumerate(states):
@@ -289,8 +297,8 @@ def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_
     assert read.cost.steps == 3 * runner.evaluator.plan.total_steps
 
 
-def test_a_paused_trial_whose_file_is_gone_begins_anew_as_it_began(tmp_path: Path) -> None:
-    runner, weights = runner_of(tmp_path)
+def test_a_paused_trial_whose_file_is_gone_starts_anew_from_the_same_weights(tmp_path: Path) -> None:
+    runner, weights = warm_runner(tmp_path)
     paused = runner.run(New(number=3, configuration=chosen_of(weights), rung=0))
     assert paused.evaluation.status == "paused"
     expected = runner.run(Resume(record=paused, rung=1)).evaluation
@@ -302,12 +310,11 @@ def test_a_paused_trial_whose_file_is_gone_begins_anew_as_it_began(tmp_path: Pat
 
 
 def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> None:
-    runner, weights = runner_of(tmp_path)
+    runner, weights = warm_runner(tmp_path)
     configuration = chosen_of(weights)
-    first = runner.run(
-        New(number=3, configuration=configuration, rung=0)
-    ).evaluation  # and was never recorded
-    again = runner.run(New(number=3, configuration=configuration, rung=0)).evaluation
+    job = New(number=3, configuration=configuration, rung=0)
+    first = runner.run(job).evaluation  # and was never recorded
+    again = runner.run(job).evaluation
     assert again.warm_start
     assert again.curves == first.curves
     assert again.cost == first.cost  # nothing was trained a second time
@@ -326,7 +333,12 @@ def test_a_supernet_whose_training_fails_is_not_trained_again(
     whole = warm_search(tmp_path, name="whole").run(trials=10, progress=False)
     assert not any(warm_starts(list(whole.records)))
     assert len(tried) == 1
-    warm_search(tmp_path, name="parts").run(trials=8, progress=False)
+
+    def stop(record: TrialRecord, front: ParetoFront) -> None:
+        if len(front.records) == 8:
+            raise KeyboardInterrupt
+
+    warm_search(tmp_path, name="parts").run(trials=10, progress=False, callbacks=[stop])
     assert len(tried) == 2
     monkeypatch.undo()  # there is room now, but trials of one search are to be of one kind
     search = warm_search(tmp_path, name="parts")
@@ -341,7 +353,7 @@ def test_a_supernet_whose_training_fails_is_not_trained_again(
 def test_if_a_further_supernet_fails_the_first_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner, weights = runner_of(tmp_path)
+    runner, weights = warm_runner(tmp_path)
     record = runner.run(New(number=3, configuration=chosen_of(weights), rung=None))
     assert weights.cost_to_come([record.evaluation], 3).steps == 2 * weights.cost.steps
     train = LoraSupernet.train
@@ -360,7 +372,7 @@ def test_if_a_further_supernet_fails_the_first_is_used(
 
 
 def test_a_trial_whose_supernet_is_gone_cannot_be_trained_again(tmp_path: Path) -> None:
-    runner, weights = runner_of(tmp_path)
+    runner, weights = warm_runner(tmp_path)
     record = runner.run(New(number=3, configuration=chosen_of(weights), rung=None))
     with pytest.raises(WarmStartError, match="give the search the warm_start="):
         initial_weights(None, record.evaluation)
@@ -368,21 +380,20 @@ def test_a_trial_whose_supernet_is_gone_cannot_be_trained_again(tmp_path: Path) 
     gone = WarmStarts(WARM_START, runner.evaluator, SPACE, tmp_path / "supernets", trains=False)
     with pytest.raises(WarmStartError, match=r"there is no file supernet-0\.safetensors in"):
         initial_weights(gone, record.evaluation)
-    runner._warm_starts = gone
-    again = runner.run(Replicate(record=record, training=1)).evaluation
+    again = runner_of(runner.evaluator, tmp_path, gone).run(Replicate(record=record, training=1)).evaluation
     (reason,) = again.failures.values()
     assert "The supernet that the trial was initialised from is gone" in reason
     assert again.values["accuracy"] < record.evaluation.values["accuracy"]
     paused = replace(record, evaluation=replace(record.evaluation, status="paused", reason="paused"))
-    lost = runner.run(Resume(record=paused, rung=1)).evaluation
+    lost = runner_of(runner.evaluator, tmp_path, gone).run(Resume(record=paused, rung=1)).evaluation
     assert lost.status == "failed"
     assert lost.cost == record.evaluation.cost
 
 
-def test_training_again_for_an_export_begins_where_the_trial_did(tmp_path: Path) -> None:
+def test_training_again_for_an_export_starts_from_the_same_weights(tmp_path: Path) -> None:
     search = warm_search(tmp_path, baselines=False)
     front = search.run(trials=4, progress=False)
-    number = front.best().number
+    number = next(point.number for point in front if len(point.configuration))
     assert front.trial(number).record.evaluation.warm_start
     search.export(number, tmp_path / "kept")
     search.export(number, tmp_path / "again", retrain=True)

@@ -9,6 +9,7 @@ from autopeft.core.errors import check_whole
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job, New
 from autopeft.evaluation.packing.trainer import PackedTrainer
+from autopeft.evaluation.run import Trained
 from autopeft.evaluation.trial_runner import TrialRunner
 
 
@@ -17,8 +18,8 @@ class PackedExecutor:
     """Trains new LoRA trials in one pass over the backbone, as in `Search(executor=PackedExecutor(size=8))`.
 
     Every other job runs alone: resumed and replicated trials, and configurations with other methods. The
-    trials of a pack see the same batches, by the seed of the first. It is meant for devices that one trial
-    leaves idle, and does not pay on a CPU (`python -m benchmarks.packing`).
+    trials of a pack have the seed of the first. It is meant for devices that one trial leaves idle, and does
+    not pay on a CPU (`python -m benchmarks.packing`).
 
     Attributes:
         size: Trials that are trained together at most.
@@ -32,66 +33,54 @@ class PackedExecutor:
     def __post_init__(self) -> None:
         check_whole("size", self.size, what="a number of trials", least=2)
 
-    def __call__(self, runner: TrialRunner) -> PackingExecutor:
-        """Return the executor of a search."""
-        return PackingExecutor(runner, self.size)
+    def __call__(self, runner: TrialRunner) -> _PackedJobs:
+        """Return an executor that runs jobs in this process."""
+        return _PackedJobs(runner, self.size)
 
 
-class PackingExecutor:
-    """The executor that a `PackedExecutor` makes; for its guarantees see `Executor`.
-
-    Args:
-        runner: Runs jobs alone, and keeps what trainings leave.
-        size: Trials that are trained together at most.
-    """
+class _PackedJobs:
+    """Runs jobs when they are waited for."""
 
     def __init__(self, runner: TrialRunner, size: int) -> None:
         self._runner = runner
-        self._size = size
         self._trainer = PackedTrainer(runner.evaluator)
+        self._size = size
         self._jobs: list[Job] = []
-        self._finished: deque[TrialRecord] = deque()
+        self._trained: deque[tuple[New, Trained]] = deque()
 
     @property
     def free(self) -> int:
-        """Jobs that fit into the next pack; 0 while finished trials are to be taken."""
-        return 0 if self._finished else self._size - len(self._jobs)
+        return 0 if self._trained else self._size - len(self._jobs)
 
     def submit(self, job: Job) -> None:
-        """Take a job."""
         self._jobs.append(job)
 
     def wait(self) -> TrialRecord:
-        """Return the record of a job, after a pack or a job alone was trained."""
-        if not self._finished:
-            self._train(self._jobs.pop(0))
-        return self._finished.popleft()
-
-    def _train(self, first: Job) -> None:
         runner = self._runner
-        if not isinstance(first, New) or not self._can_pack(first):
-            self._finished.append(runner.run(first))
-            return
-        pack = [first]
-        pack += [
-            job
-            for job in self._jobs
-            if isinstance(job, New) and job.rung == first.rung and self._can_pack(job)
-        ]
-        self._jobs = [job for job in self._jobs if job not in pack]
-        trained = self._trainer.train(
-            [job.configuration for job in pack],
-            runner.seed(first),
-            rung=first.rung,
-            initial_weights=[runner.initial_weights(job) for job in pack],
-        )
-        self._finished += [runner.recorded(job, own) for job, own in zip(pack, trained, strict=True)]
+        if not self._trained:
+            pack = self._pack()
+            if len(pack) < 2:
+                return runner.run(self._jobs.pop(0))
+            self._jobs = [job for job in self._jobs if job not in pack]
+            trained = self._trainer.train(
+                [job.configuration for job in pack],
+                runner.seed(pack[0]),
+                rung=pack[0].rung,
+                initial_weights=[runner.initial_weights(job) for job in pack],
+            )
+            self._trained.extend(zip(pack, trained, strict=True))
+        # Files are written with a trial's own record: the loop deletes those of trials that it does not know.
+        return runner.recorded(*self._trained.popleft())
+
+    def _pack(self) -> list[New]:
+        """Return the first job and all that can be trained together with it; none if it is to run alone."""
+        new = [job for job in self._jobs if isinstance(job, New) and self._can_pack(job)]
+        return [job for job in new if job.rung == new[0].rung] if self._jobs[0] in new else []
 
     def _can_pack(self, job: New) -> bool:
-        # What a killed process left of a trial is gone on from, alone.
+        # What a killed process has left of a trial is resumed alone.
         return self._trainer.can_pack(job.configuration) and not self._runner.has_left_behind(job)
 
     def close(self) -> None:
-        """Drop jobs that were not begun."""
         self._jobs.clear()
-        self._finished.clear()
+        self._trained.clear()

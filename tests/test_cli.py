@@ -64,7 +64,7 @@ def test_search_keeps_its_settings_and_resumes(place: Path) -> None:
     assert yaml.safe_load(kept.read_text()) == settings_of(place)
     result = call("search", place / "search.yaml")
     assert result.exit_code == 0
-    assert "Resuming with 3 finished trials" in result.output
+    assert "Resuming with 3 trials: " in result.output
     assert len(load_study(place / "runs" / "tiny")[1]) == 3
 
 
@@ -80,7 +80,7 @@ def test_search_with_other_settings_leaves_those_of_the_search_alone(place: Path
 def test_search_says_where_the_time_went(place: Path, tmp_path: Path) -> None:
     assert call("search", place / "search.yaml", f"folder={tmp_path}", "--profile").exit_code == 0
     kept = json.loads((tmp_path / "tiny" / "profile" / "profile.json").read_text())
-    assert kept["trainings"] == 3
+    assert kept["trainings"] >= 3
     assert all(kept["sections"][name]["seconds"] > 0 for name in ("load", "tokenise", "forward"))
 
 

@@ -117,9 +117,8 @@ def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:
 
 
 def test_defaults_are_those_of_python() -> None:
-    settings = {key: SETTINGS[key] for key in ("backbone", "space")} | {"task": {"dataset": "data.csv"}}
-    config = build_config(settings)
-    expected = Search("model", TextClassification(dataset="data.csv"), PerLayer())
+    config = build_config({"backbone": SETTINGS["backbone"], "task": {"dataset": "data.csv"}})
+    expected = Search("model", TextClassification(dataset="data.csv"))
     assert config.search.settings == expected.settings
     assert config.run == {}
 
@@ -259,7 +258,7 @@ def test_gpu_seconds_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         build_config(changed("run", {"gpu_seconds": 5}))
 
 
-@pytest.mark.parametrize("missing", ["backbone", "task", "space"])
+@pytest.mark.parametrize("missing", ["backbone", "task"])
 def test_what_is_needed_is_named(missing: str) -> None:
     settings = {key: value for key, value in SETTINGS.items() if key != missing}
     with pytest.raises(ValueError, match=f"settings need '{missing}'"):
@@ -271,7 +270,7 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     overrides = ("training.epochs=5", "space.ranks=[2, 4]", "name=again", "run.hours=null", "constraints={}")
     config = load_config(path, overrides)
     assert config.search.settings.training == Training(epochs=5, batch_size=16)
-    assert isinstance(config.search.space, PerLayer)
+    assert isinstance(config.search.space, ScoreGuided)
     assert config.search.space.ranks == (2, 4)
     assert config.search.settings.constraints == ()
     assert config.search.name == "again"
@@ -314,5 +313,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_the_demo_is_valid() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml")
-    assert isinstance(config.search.space, PerLayer)
+    assert isinstance(config.search.space, ScoreGuided)
     assert config.run

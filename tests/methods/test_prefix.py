@@ -261,5 +261,5 @@ def test_count_follows_the_key_heads(architecture: str, width: int) -> None:
 def test_follows_the_models_precision() -> None:
     backbone = tiny_backbone("llama")
     backbone.model.bfloat16()
-    with _drawn(backbone, {0: 3}):
+    with _drawn(backbone, {0: 3}), torch.autocast("cpu", torch.bfloat16):
         assert logits_of(backbone).dtype == torch.bfloat16

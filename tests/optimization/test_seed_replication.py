@@ -303,7 +303,7 @@ def _check_mlflow(folder: Path, records: list[TrialRecord]) -> None:
 def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
     uncut = search(tmp_path / "uncut").run(trials=6, progress=False)
     one = search(tmp_path / "cut")
-    interrupts = iter((2, 4))
+    interrupts = iter((1, 2))
     due, count = next(interrupts), 0
     repeat = one.open().evaluator.train
 

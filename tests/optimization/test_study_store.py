@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,71 +14,19 @@ import pytest
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from autopeft.core.evaluation import Evaluation, TrialRecord
-from autopeft.core.objectives import Objective, resolve_constraints, resolve_objectives
+from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.replicates import with_replicate
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
-from tests.records import OBJECTIVES, completed, random_configuration, synthetic_records
+from tests.records import OBJECTIVES, random_configuration, synthetic_records
+from tests.studies import filled, made_up, opened, opened_records, optunas, paused, saved, told, values_of
 
 TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
 RANKS: dict[str, BaseDistribution] = {"rank": IntDistribution(1, 64)}
 ROOT = Path(__file__).parents[2]
-
-
-def opened(folder: Path, objectives: Sequence[Objective] = OBJECTIVES, name: str = "questions") -> StudyStore:
-    return StudyStore(folder, name, objectives)
-
-
-def made_up(number: int, *, fails: bool = False) -> TrialRecord:
-    draw = random.Random(number)
-    configuration = random_configuration(draw)
-    if fails:
-        failed = Evaluation(configuration=configuration, status="failed", reason="diverged: loss is nan")
-        return TrialRecord(number=number, evaluation=failed)
-    return completed(number, configuration, draw, baseline="head only" if number % 2 else None)
-
-
-def told(store: StudyStore, number: int, *, fails: bool = False) -> TrialRecord:
-    """Tell a made-up trial."""
-    record = made_up(number, fails=fails)
-    assert store.tell(record, {"rank": 1 + number}, RANKS) == [record]
-    return record
-
-
-def filled(folder: Path, count: int = 4) -> list[TrialRecord]:
-    store = opened(folder)
-    store.check_identity({"search": {"seed": "0"}})
-    records = [told(store, number, fails=number == 1) for number in range(count)]
-    store.close()
-    return records
-
-
-def paused(record: TrialRecord) -> TrialRecord:
-    evaluation = replace(record.evaluation, status="paused", reason="half of it", fidelity=0.5)
-    return replace(record, evaluation=evaluation)
-
-
-def values_of(record: TrialRecord) -> list[float]:
-    return [record.evaluation.values[objective.name] for objective in OBJECTIVES]
-
-
-def optunas(folder: Path) -> Study:
-    """Open the file as any user of Optuna does."""
-    storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
-    return optuna.load_study(study_name=None, storage=storage)
-
-
-def saved(folder: Path, number: int) -> FrozenTrial:
-    """Return a trial as Optuna sees it, by the record's number."""
-    trials = optunas(folder).trials
-    return next(
-        trial for trial in trials if json.loads(trial.user_attrs["autopeft:record"])["number"] == number
-    )
 
 
 def test_what_was_told_is_there_again(tmp_path: Path) -> None:
@@ -127,12 +73,6 @@ def test_trials_may_be_told_in_any_order(tmp_path: Path) -> None:
         assert trial.values == (None if record.number == 6 else values_of(record))
 
 
-def opened_records(folder: Path) -> Sequence[TrialRecord]:
-    store = opened(folder)
-    store.close()
-    return store.records
-
-
 def test_a_study_has_an_id_of_its_own_that_stays(tmp_path: Path) -> None:
     stores = [opened(tmp_path / name) for name in "ab"]
     for store in stores:
@@ -141,79 +81,6 @@ def test_a_study_has_an_id_of_its_own_that_stays(tmp_path: Path) -> None:
     again = opened(tmp_path / "a")
     again.close()
     assert again.study_id == stores[0].study_id == load_study(tmp_path / "a")[0]["study_id"]
-
-
-@pytest.mark.parametrize("garbage", [b'{"op_code": 4, "wor', b"\0\0\0", b"{"])
-def test_half_a_line_is_cut_and_everything_before_kept(tmp_path: Path, garbage: bytes) -> None:
-    records = filled(tmp_path)
-    journal = tmp_path / STUDY_FILE
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + garbage)
-    assert load_study(tmp_path)[1] == records
-    assert journal.read_bytes() == whole + garbage, "reading changes nothing"
-    store = opened(tmp_path)
-    assert store.records == records
-    assert journal.read_bytes() == whole
-    records.append(told(store, 4))
-    store.close()
-    assert load_study(tmp_path)[1] == records
-    assert len(optunas(tmp_path).trials) == 5
-
-
-def test_a_lock_that_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
-    records = filled(tmp_path)
-    (tmp_path / f"{STUDY_FILE}.lock").write_text("of a process that was killed")
-    assert load_study(tmp_path)[1] == records
-    assert opened_records(tmp_path) == records
-    assert not (tmp_path / f"{STUDY_FILE}.lock").exists()
-
-
-@pytest.mark.parametrize("place", [0, 3, -1])
-def test_a_blank_line_is_harmless(tmp_path: Path, place: int) -> None:
-    records = filled(tmp_path)
-    journal = tmp_path / STUDY_FILE
-    lines = journal.read_bytes().splitlines(keepends=True)
-    lines.insert(place if place >= 0 else len(lines), b" \n\n")
-    journal.write_bytes(b"".join(lines))
-    assert load_study(tmp_path)[1] == records
-    store = opened(tmp_path)
-    assert store.records == records
-    told(store, 4)
-    store.close()
-    assert len(optunas(tmp_path).trials) == 5, "for plain Optuna too"
-
-
-@pytest.mark.parametrize("garbage", [b'{"op_code": 4, "wor\n', b"\0\xff\0\n", b"7\n"])
-def test_a_damaged_line_is_named_with_its_mend(tmp_path: Path, garbage: bytes) -> None:
-    records = filled(tmp_path)
-    journal = tmp_path / STUDY_FILE
-    lines = journal.read_bytes().splitlines(keepends=True)
-    damaged = b"".join([*lines[:-2], garbage, *lines[-1:]])
-    journal.write_bytes(damaged)
-    message = rf"Line {len(lines) - 1} of .*{STUDY_FILE} is damaged.*`head -n {len(lines) - 2} "
-    for read in (opened, load_study):
-        with pytest.raises(ValueError, match=message):
-            read(tmp_path)
-    assert journal.read_bytes() == damaged
-    mend = f"head -n {len(lines) - 2} {STUDY_FILE} > mended && mv mended {STUDY_FILE}"
-    subprocess.run(mend, shell=True, check=True, cwd=tmp_path)
-    assert opened_records(tmp_path) == records[:2]
-
-
-def test_a_journal_cut_anywhere_keeps_the_whole_trials(tmp_path: Path) -> None:
-    records = filled(tmp_path / "whole")
-    content = (tmp_path / "whole" / STUDY_FILE).read_bytes()
-    draw = random.Random(0)
-    for case in range(12):
-        folder = tmp_path / str(case)
-        folder.mkdir()
-        (folder / STUDY_FILE).write_bytes(content[: draw.randrange(len(content))])
-        store = opened(folder)
-        known = len(store.records)
-        assert store.records == records[:known]
-        told(store, known)
-        store.close()
-        assert len(load_study(folder)[1]) == known + 1
 
 
 def test_a_process_that_is_killed_loses_no_trial_it_was_told(tmp_path: Path) -> None:
@@ -240,41 +107,6 @@ def test_a_running_search_can_be_read(tmp_path: Path) -> None:
         handle.write(b'{"op_code": 4, "wor')  # a line being written
     assert load_study(tmp_path)[1] == [record]
     store.close()
-
-
-def test_a_second_process_is_refused_with_the_first_ones_id(tmp_path: Path) -> None:
-    script = "\n".join(
-        [
-            "import sys, time",
-            "from pathlib import Path",
-            "from tests.optimization.test_study_store import opened",
-            "store = opened(Path(sys.argv[1]))",
-            "print('open', flush=True)",
-            "sys.stdin.read()",
-        ]
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "open\n"
-        with pytest.raises(ValueError, match=f"'questions' is being run by process {other.pid}"):
-            opened(tmp_path)
-        other.kill()
-        other.wait()
-        opened(tmp_path).close()  # the lock dies with its process
-
-
-def test_a_store_that_could_not_be_opened_is_not_held(tmp_path: Path) -> None:
-    (tmp_path / STUDY_FILE).write_bytes(b"not a journal\n")
-    with pytest.raises(ValueError, match="Line 1 of"):
-        opened(tmp_path)
-    (tmp_path / STUDY_FILE).unlink()
-    opened(tmp_path).close()
 
 
 def test_another_identity_names_what_differs(tmp_path: Path) -> None:

@@ -11,14 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from autopeft.core.evaluation import CurvePoint, Evaluation, TrialRecord
 from autopeft.reporting.mlflow.run_content import front_markdown, shortened
-from autopeft.reporting.mlflow.store import checked_store
 from autopeft.reporting.mlflow.tracker import Tracker
 from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
 
@@ -382,46 +380,6 @@ def test_killed_while_the_store_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "mlflow.db").exists()
     start_search(uri)
     assert numbers(trial_runs(uri)) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "uri", ["./mlruns", "file:///somewhere/mlruns", "sqlite://", "sqlite:///", "sqlite:///:memory:"]
-)
-def test_a_store_of_files_or_in_memory_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"use a database such as 'sqlite:///mlflow\.db'"):
-        make(uri)
-
-
-def test_a_relative_store_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert checked_store("sqlite:///a/mlflow.db") == (
-        f"sqlite:///{tmp_path}/a/mlflow.db",
-        (tmp_path / "a" / "mlartifacts").as_uri(),
-    )
-    assert checked_store("http://127.0.0.1:5000") == ("http://127.0.0.1:5000", None)
-
-
-def test_a_file_that_is_no_store_of_mlflow_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.db").write_text("hello " * 10)
-    with pytest.raises(ValueError, match="no SQLite database"):
-        make(f"sqlite:///{tmp_path / 'text.db'}")
-    (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"x" * 4096)
-    with pytest.raises(ValueError, match="cannot be read"):
-        make(f"sqlite:///{tmp_path / 'broken.db'}")
-    (tmp_path / "folder.db").mkdir()
-    with pytest.raises(ValueError, match="cannot be written"):
-        make(f"sqlite:///{tmp_path / 'folder.db'}")
-    with pytest.raises(ValueError, match="which a URI cannot carry"):
-        make(f"sqlite:///{tmp_path / '100%' / 'mlflow.db'}")
-    optuna.create_study(storage=f"sqlite:///{tmp_path / 'optuna.db'}")
-    with pytest.raises(ValueError, match="holds Optuna studies"):
-        make(f"sqlite:///{tmp_path / 'optuna.db'}")
-
-
-def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot be written"):
-        make(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
 
 
 def test_shortened_says_so() -> None:

@@ -54,8 +54,8 @@ def test_it_draws_then_chooses_by_gain_and_resumes_as_if_uninterrupted(
     found = [record.evaluation.configuration for record in front.records]
     assert len({*found}) > 10
     generator = random.Random("0:0")
-    assert found[0] == whole.space.draw(generator, whole.open().backbone)
-    encoded = [whole.space.encode(configuration, whole.open().backbone) for configuration in found]
+    assert found[0] == whole.open().space.draw(generator, whole.open().backbone)
+    encoded = [whole.open().space.encode(configuration, whole.open().backbone) for configuration in found]
     assert parameters_of(whole) == encoded
     tiny_search(tmp_path / "cut", **settings).run(trials=8, progress=False)
     resumed = tiny_search(tmp_path / "cut", **settings).run(trials=13, progress=False)
@@ -83,7 +83,7 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     assert f"({allocator})" in search.describe()
     assert ("temperature" in search.describe()) == (allocator == "proportional")
     generator = random.Random(0)
-    drawn = {search.space.draw(generator, search.open().backbone) for _ in range(6)}
+    drawn = {search.open().space.draw(generator, search.open().backbone) for _ in range(6)}
     assert len(drawn) > 3
     assert all(one.adapters for one in drawn)
 
@@ -107,7 +107,7 @@ def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_pat
     space = ScoreGuided(scores=("gradient_norm",), ranks=ranks, learning_rate=(1e-3, 1e-2))
     search = tiny_search(tmp_path, space=space)
     search.validate()
-    baselines = search.space.baselines(search.open().backbone)
+    baselines = search.open().space.baselines(search.open().backbone)
     sizes = [len(baseline.configuration) for baseline in baselines]
     assert sizes[0] == 0
     assert all(sizes[1:])
@@ -176,7 +176,7 @@ def test_a_prior_leads_the_first_trials_to_the_best_sites(tmp_path: Path) -> Non
     }
     whole = tiny_search(tmp_path / "whole", **settings)
     front = whole.run(trials=22, progress=False)
-    space = whole.space
+    space = whole.open().space
     names = [baseline.name for baseline in space.baselines(whole.open().backbone)]
     assert sum("gradient_norm with" in name for name in names) >= 2
     assert isinstance(space, PerLayer)

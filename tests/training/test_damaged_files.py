@@ -27,7 +27,7 @@ def damage(folder: Path, kind: str) -> list[Path]:
 def test_a_search_goes_on_without_its_damaged_files(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"fidelity": SuccessiveHalving(rungs=(0.5,), reduction_factor=2), "seeds": 2}
+    settings = {"halving": SuccessiveHalving(rungs=(0.5,), reduction_factor=2), "seeds": 2}
     whole = tiny_search(tmp_path / "whole", **settings).run(trials=6, progress=False)
     search = tiny_search(tmp_path / "cut", **settings)
     search.run(trials=4, progress=False)

@@ -270,7 +270,7 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     overrides = ("training.epochs=5", "space.ranks=[2, 4]", "name=again", "run.hours=null", "constraints={}")
     config = load_config(path, overrides)
     assert config.search.settings.training == Training(epochs=5, batch_size=16)
-    assert isinstance(config.search.space, ScoreGuided)
+    assert isinstance(config.search.space, PerLayer)
     assert config.search.space.ranks == (2, 4)
     assert config.search.settings.constraints == ()
     assert config.search.name == "again"

@@ -130,7 +130,7 @@ def test_candidates_that_break_a_constraint_are_not_trained(tmp_path: Path) -> N
     space = Uniform(ranks=(1, 16))
     search = tiny_search(tmp_path, space=space)
     small, large = space.extremes(search.open().backbone)
-    bound = count_parameters(search.open().backbone, large) // 3
+    bound = count_parameters(search.open().backbone, large) // 6
     assert count_parameters(search.open().backbone, small) < bound
     constraints = {"trainable_parameters": bound}
     search = tiny_search(tmp_path, space=space, constraints=constraints, baselines=False, sampler="random")

@@ -58,8 +58,7 @@ class _PackedJobs:
     def wait(self) -> TrialRecord:
         runner = self._runner
         if not self._trained:
-            pack = self._pack()
-            if len(pack) < 2:
+            if len(pack := self._pack()) < 2:
                 return runner.run(self._jobs.pop(0))
             self._jobs = [job for job in self._jobs if job not in pack]
             trained = self._trainer.train(

@@ -143,7 +143,7 @@ def main() -> None:
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a training",
         **row,
     }
-    (RESULTS / f"lone_adapters_{dataset}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"single_adapter_probes_{dataset}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -85,15 +85,18 @@ class TrialRunner:
 
     def left_behind(self, job: New) -> Trained | None:
         """Return what a process left of a job that was killed before it could record it."""
-        paused = None if job.rung is None else self._paused.load(job.number)
-        if paused is None or paused.evaluation.configuration != job.configuration:
+        paused = self._paused_of(job)
+        if paused is None:
             return None
         return self.evaluator.train(job.configuration, paused.evaluation.seed, rung=job.rung, paused=paused)
 
     def has_left_behind(self, job: New) -> bool:
         """Return whether a killed process left a paused training of a job."""
+        return self._paused_of(job) is not None
+
+    def _paused_of(self, job: New) -> TrainingCheckpoint | None:
         paused = None if job.rung is None else self._paused.load(job.number)
-        return paused is not None and paused.evaluation.configuration == job.configuration
+        return None if paused is None or paused.evaluation.configuration != job.configuration else paused
 
     def recorded(self, job: New, trained: Trained) -> TrialRecord:
         """Keep what a new trial's training left, and return its record."""

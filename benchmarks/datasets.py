@@ -35,5 +35,7 @@ DATASETS: Mapping[str, BenchmarkData] = {
     "questions": BenchmarkData(asset="questions"),
     "movies": BenchmarkData(asset="movies"),
     "spam": BenchmarkData(asset="spam", metric="matthews"),
+    "snippets": BenchmarkData(asset="snippets"),
 }
-"""Question type (6 classes), movie sentiment (2, balanced), SMS spam (2, 1 in 8 is spam)."""
+"""Question type (6 classes), movie sentiment (2, balanced), SMS spam (2, 1 in 8 is spam), product
+reviews' sentences (2)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from assets import prepare as module
 from assets.prepare import ASSETS, assets_folder, prepare
@@ -79,6 +79,29 @@ def test_spam_is_distinct() -> None:
     rows = read_rows(prepare("spam") / "spam.csv")
     assert len(rows) == len({row["text"] for row in rows}) == 4522
     assert {row["label"] for row in rows} == {"ham", "spam"}
+
+
+def test_snippets_have_two_signs() -> None:
+    rows = read_rows(prepare("snippets") / "snippets.csv")
+    assert Counter(row["label"] for row in rows) == {"positive": 2042, "negative": 1404}
+    assert all((float(row["sentiment"]) > 0) == (row["label"] == "positive") for row in rows)
+
+
+def test_dialogue_has_prompts_and_completions() -> None:
+    lines = (prepare("dialogue") / "dialogue.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(set(lines)) == 63745
+    assert all(json.loads(line).keys() == {"prompt", "completion"} for line in lines[:1000])
+
+
+@pytest.mark.slow
+def test_smollm2_answers() -> None:
+    folder = prepare("smollm2")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert "Paris" in tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do_sample=False)[0])
 
 
 def test_source_is_written_beside_the_files(questions_csv: Path) -> None:

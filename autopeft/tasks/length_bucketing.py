@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from autopeft.tasks.batch import LABELS, rows_key
+from autopeft.tasks.batch import IGNORED, LABELS, POSITIONS, rows_key
 
 _BATCHES_A_POOL = 50
 
@@ -26,15 +26,17 @@ class TokenisedSplit(Dataset[int]):
     Attributes:
         tokens: Input name → all rows' values one after another (input_ids, token_type_ids …).
         offsets: Row i lies at offsets[i]:offsets[i + 1].
-        labels: Label of each row.
+        labels: Label of each row, or of each token.
+        token_labels: Whether there is a label a token.
     """
 
     tokens: dict[str, NDArray[np.int64]]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
+    token_labels: bool = False
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -42,7 +44,7 @@ class TokenisedSplit(Dataset[int]):
     def features(self, row: int) -> dict[str, list[int]]:
         """Return what the tokenizer gave for a row."""
         here = slice(self.offsets[row], self.offsets[row + 1])
-        found = {name: values[here].tolist() for name, values in self.tokens.items()}
+        found = {name: values[here].tolist() for name, values in self.tokens.items() if name != POSITIONS}
         return found | {"attention_mask": [1] * len(found["input_ids"])}
 
     @property
@@ -87,13 +89,29 @@ class Collator:
         return np.where((positions >= 0) & (positions < lengths[:, None]), positions, -1)
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return a batch: every input and attention_mask, of shape (rows, longest), and labels."""
+        """Return a batch: every input and attention_mask, of shape (rows, longest), and labels.
+
+        Rows with positions are packed: they have no attention_mask.
+        """
         pad = DataCollatorWithPadding(self.tokenizer)
         batch: dict[str, Tensor] = dict(pad([self.split.features(row) for row in rows]))
-        batch[LABELS] = torch.from_numpy(self.split.labels[rows])
+        if POSITIONS in self.split.tokens:
+            # Models tell packed rows from each other by their positions alone, without a mask.
+            del batch["attention_mask"]
+            batch[POSITIONS] = self._padded(self.split.tokens[POSITIONS], rows, fill=0)
+        if self.split.token_labels:
+            batch[LABELS] = self._padded(self.split.labels, rows, fill=IGNORED)
+        else:
+            batch[LABELS] = torch.from_numpy(self.split.labels[rows])
         if self.name is not None:
             batch[rows_key(self.name)] = torch.tensor(rows)
         return batch
+
+    def _padded(self, values: NDArray[np.int64], rows: Sequence[int], fill: int) -> Tensor:
+        """Return what the tokens of rows have, of shape (rows, longest)."""
+        positions = self.positions(rows)
+        found = values[np.maximum(self.split.offsets[rows][:, None] + positions, 0)]
+        return torch.from_numpy(np.where(positions >= 0, found, fill))
 
 
 class LengthGroupedBatches(Sampler[list[int]]):

@@ -234,8 +234,8 @@ class CausalLM(Task):
         """Raise ValueError for whatever is wrong with data or settings."""
         if self._generated and self.layout == "text":
             raise ValueError(
-                f"{', '.join(self._generated)} compares generated text with a reply, which plain text does not "
-                "have: give columns 'prompt' and 'completion', or 'messages'."
+                f"{', '.join(self._generated)} compares generated text with a reply, which plain text does "
+                "not have: give columns 'prompt' and 'completion', or 'messages'."
             )
         for name in _SPLITS:
             if not len(self._parts[name][1]):
@@ -279,13 +279,13 @@ class CausalLM(Task):
         if not rows:
             longest = max(len(row.tokens) for row in read)
             raise ValueError(
-                f"No row of the {name} split has a completion within max_length={self.max_length} tokens (the "
-                f"longest row has {longest}): raise max_length, or shorten the prompts."
+                f"No row of the {name} split has a completion within max_length={self.max_length} tokens "
+                f"(the longest row has {longest}): raise max_length, or shorten the prompts."
             )
         if shortened:
             _logger.warning(
-                "%s of the %s rows of the %s split are cut at %s tokens; %s have nothing left to learn and are "
-                "left out.",
+                "%s of the %s rows of the %s split are cut at %s tokens; %s have nothing left to learn and "
+                "are left out.",
                 f"{shortened:,}",
                 f"{len(read):,}",
                 name,
@@ -301,7 +301,12 @@ class CausalLM(Task):
         return model(**inputs, use_cache=False) if POSITIONS in inputs else model(**inputs)
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean cross entropy of the learnt tokens, a scalar, of logits (rows, tokens, vocabulary)."""
+        """Return the mean cross entropy of the learnt tokens, a scalar.
+
+        Args:
+            output: Has logits of shape (rows, tokens, vocabulary).
+            batch: Has labels of shape (rows, tokens).
+        """
         logits, labels = output.logits[:, :-1], batch[LABELS][:, 1:]
         total = functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"

@@ -20,8 +20,8 @@ _LAYOUTS: Mapping[Layout, tuple[str, ...]] = {
     "text": ("text",),
 }
 _ALPACA = (
-    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 
 
@@ -59,8 +59,8 @@ def layout_of(columns: Sequence[str]) -> Layout:
             return layout
     known = "; ".join(" and ".join(map(repr, needed)) for needed in _LAYOUTS.values())
     raise ValueError(
-        f"The columns {', '.join(map(repr, columns))} are no layout of a language model's data: expected {known}. "
-        "Rename columns with `datasets.Dataset.rename_column`."
+        f"The columns {', '.join(map(repr, columns))} are no layout of a language model's data: expected "
+        f"{known}. Rename columns with `datasets.Dataset.rename_column`."
     )
 
 
@@ -97,14 +97,14 @@ class RowReader:
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} does not say which characters a token stands for: expected a fast "
-                "tokenizer (one with a tokenizer.json)."
+                f"{type(tokenizer).__name__} does not say which characters a token stands for: expected a "
+                "fast tokenizer (one with a tokenizer.json)."
             )
         if layout == "messages" and tokenizer.chat_template is None:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path or 'this backbone'} has no chat template, which the "
-                "column 'messages' needs: set tokenizer.chat_template, take an instruction-tuned backbone, or give "
-                "columns 'prompt' and 'completion'."
+                f"The tokenizer of {tokenizer.name_or_path or 'this backbone'} has no chat template, which "
+                "the column 'messages' needs: set tokenizer.chat_template, take an instruction-tuned "
+                "backbone, or give columns 'prompt' and 'completion'."
             )
         self._tokenizer = tokenizer
         self._layout = layout
@@ -202,11 +202,9 @@ class RowReader:
                         "'completion'."
                     )
                 continue
-            parts += [
-                _Part(whole[position : len(before)], False),
-                _Part(whole[len(before) : len(through)], True),
-            ]
-            position = len(through)
+            reply = through[len(before) :].rstrip("\n")  # what a template writes behind the end token
+            parts += [_Part(whole[position : len(before)], False), _Part(reply, True)]
+            position = len(before) + len(reply)
         return [*parts, _Part(whole[position:], False)]
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:

@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -175,12 +176,40 @@ def tiny_classifier(architecture: str, *, seed: int = 0, **options: Any) -> PreT
     return _build(AutoModelForSequenceClassification, architecture, seed, {"num_labels": LABELS} | options)
 
 
+def tiny_language_model(architecture: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Return a fresh causal language model, in evaluation mode."""
+    return _build(AutoModelForCausalLM, architecture, seed, options)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of single words."""
     words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(VOCABULARY - 2))]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single words with an end token and, unless it is None, a chat template."""
+    special = ["[PAD]", "[UNK]", "<end>", "<user>", "<assistant>"]
+    words = [*special, *(f"w{index}" for index in range(VOCABULARY - len(special)))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="<end>",
+        additional_special_tokens=special[3:],
+    )
+    made.chat_template = template
+    return made
 
 
 def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:

@@ -39,6 +39,7 @@ _HOMES = {
     "WarmStart": "evaluation.supernet.settings",
     "attach": "methods",
     "count_parameters": "methods",
+    "estimate": "evaluation.estimate",
     "load_adapter": "export.export",
 }
 
@@ -61,6 +62,7 @@ __all__ = [
     "WarmStart",
     "attach",
     "count_parameters",
+    "estimate",
     "load_adapter",
     "search_spaces",
     "tasks",

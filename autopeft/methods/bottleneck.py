@@ -98,7 +98,7 @@ class _BottleneckMethod(Method):
                 host = model.get_submodule(shape.module)
                 like = next(host.parameters())
                 bottleneck = self.build(shape, adapter)
-                bottleneck.to(device=like.device, dtype=like.dtype).train(host.training)
+                bottleneck.to(device=like.device).train(host.training)
                 host.add_module(child, bottleneck)
                 hosts.append(host)
                 handles += self.connect(model, shape, bottleneck)

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.configuration import Configuration, Site
@@ -23,7 +25,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadSpec
-from autopeft.models.loading import Dtype, load_model
+from autopeft.models.loading import Dtype, empty_model, head_modules, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ class Backbone:
             and detached in place, and the head is trained in a copy.
         tokenizer: The tokenizer that belongs to it.
         name: How tables and runs call it.
-        head: Qualified names of the modules that are trained from scratch for the task.
+        head: Qualified names of the modules that are trained whole for the task; none where the model's own
+            head stays frozen.
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
@@ -95,9 +98,9 @@ class Backbone:
         self.attached: Configuration | None = None
         modules = dict(model.named_modules())
         missing = [name for name in self.head if name not in modules]
-        if missing or not self.head:
+        if missing:
             raise ValueError(
-                f"{type(model).__name__} has no head module {', '.join(missing) or 'at all'}: "
+                f"{type(model).__name__} has no head module {', '.join(missing)}: "
                 "pass a model with a task head, or the name of one that autopeft can load."
             )
         model.requires_grad_(False)
@@ -143,6 +146,22 @@ class Backbone:
             new_head=loaded.new_head,
             origin=loaded.origin,
         )
+
+    @classmethod
+    def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:
+        """Build a backbone from its config alone, on torch's meta device: it can be counted, not run.
+
+        Args:
+            source: Hub name, or a folder with a config.json.
+            head: The task's, as in `task.head`.
+            dtype: Of the weights.
+
+        Raises:
+            ValueError: There is no such config, or transformers has no such model for the task.
+        """
+        model, name = empty_model(source, head, dtype)
+        words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+        return cls(model, words, name=name, head=head_modules(model, head), origin=str(source))
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

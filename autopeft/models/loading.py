@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def load_model(
     for config in (model.config, model.config.get_text_config()):  # one and the same but for composite models
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    modules = _head_modules(model, missing)
+    modules = head_modules(model, head, missing)
     return LoadedModel(model, tokenizer, name, modules, new_head=bool(missing), origin=origin)
 
 
@@ -220,14 +220,49 @@ def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _head_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Return the modules outside the base model, and those inside it that were not pretrained."""
+def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """Build a model from its config on the meta device; return it with its name."""
+    place = _place(str(source))
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config.update(dict(head.config))
+        with torch.device("meta"):
+            model: PreTrainedModel = head.auto_class.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot build {place!r} from its config: {_first_line(error)}") from error
+    model.tie_weights()
+    return model, Path(place).name if Path(place).is_dir() else place
+
+
+def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the modules that a task trains whole: those outside the base model, and new ones inside it.
+
+    Args:
+        model: With its head.
+        head: The task's.
+        missing: Parameters that were not in the checkpoint.
+
+    Raises:
+        ValueError: A head that stays frozen was not in the checkpoint.
+    """
     prefix = model.base_model_prefix
     outside = [
         name
         for name, child in model.named_children()
         if name != prefix and any(True for _ in child.parameters())
     ]
+    if not head.is_trained:
+        if missing:
+            raise ValueError(
+                f"The checkpoint has no {sorted(missing)[0]}, which {type(model).__name__} needs and which is "
+                "not trained: load a checkpoint of the whole model."
+            )
+        return ()
+    if not outside:
+        raise ValueError(
+            f"{type(model).__name__} has no head at all: pass a model with a task head, or the name of one "
+            "that autopeft can load."
+        )
     inside = {
         key.rpartition(".")[0]
         for key in missing
@@ -236,6 +271,10 @@ def _head_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     if inside:
         _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(sorted(inside)))
     return (*outside, *sorted(inside))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _owner(model: nn.Module, key: str) -> nn.Module | None:

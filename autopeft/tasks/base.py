@@ -109,6 +109,15 @@ class Task(ABC):
             ValueError: Data and tokenizer do not go together.
         """
 
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of a shape, for counting what a training takes before there are data.
+
+        Args:
+            rows: Its rows.
+            length: What each of them has: tokens, for a text.
+        """
+        raise ValueError(f"{type(self).__name__} has no batches without data.")
+
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch."""
         return model(**model_inputs(batch))

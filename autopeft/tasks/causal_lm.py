@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import SplitName, Task, TaskData
+from autopeft.tasks.base import Batch, SplitName, Task, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS, POSITIONS, model_inputs
 from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
 from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
@@ -293,6 +294,11 @@ class CausalLM(Task):
                 f"{len(read) - len(rows):,}",
             )
         return rows
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: ids.clone()}
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch."""

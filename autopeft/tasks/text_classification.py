@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import SplitName, Task, TaskData
+from autopeft.tasks.base import Batch, SplitName, Task, TaskData
 from autopeft.tasks.batch import LABELS
 from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
 from autopeft.tasks.label_column import label_names, label_numbers, labelled_rows
@@ -269,6 +269,11 @@ class TextClassification(Task):
     @cached_property
     def _known_weights(self) -> tuple[float, ...] | None:
         return self._weights()
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: torch.zeros(rows, dtype=torch.int64)}
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross entropy, a scalar, of logits (rows, labels) and labels (rows,)."""

@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.peak import MemoryCount
 from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
-from autopeft.tasks.base import Loss
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
+from autopeft.tasks import Task
+from autopeft.tasks.batch import model_inputs
 
 _MOST_COUNTS = 4096
 
@@ -43,7 +44,7 @@ class MemoryCounter:
     def count(
         self,
         batch: Mapping[str, Tensor],
-        loss: Loss,
+        task: Task,
         *,
         precision: Precision = "32-true",
         attached: Hashable = None,
@@ -51,9 +52,8 @@ class MemoryCounter:
         """Count one candidate, as attached now. Model, gradients and random generators stay untouched.
 
         Args:
-            batch: The largest training batch, labels under "labels"; only its shapes matter.
-            loss: Maps logits (batch, labels) and labels (batch,) to a scalar. A count is kept by it: it must
-                be hashable, and equal from one call to the next.
+            batch: The largest training batch; only its shapes matter.
+            task: Gives the forward pass and the loss.
             precision: "bf16-mixed" counts under autocast.
             attached: What is attached, sizes included (`Attachment.structure`): a count of the same is
                 returned without another run. None to count in any case.
@@ -62,20 +62,20 @@ class MemoryCounter:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
         if attached is None:
-            return self._follow(batch, loss, precision)
+            return self._follow(batch, task, precision)
         shapes = frozenset((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         trained = tuple(name for name, each in self._model.named_parameters() if each.requires_grad)
-        case = (attached, trained, shapes, loss, precision)
+        case = (attached, trained, shapes, task, precision)
         if case not in self._counts:
-            self._counts[case] = self._follow(batch, loss, precision)
+            self._counts[case] = self._follow(batch, task, precision)
             if len(self._counts) > _MOST_COUNTS:
                 self._counts.popitem(last=False)
         return self._counts[case]
 
-    def _follow(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> MemoryCount:
+    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> MemoryCount:
         try:
-            with _in_training_mode(self._model):
-                return _follow_step(self._model, batch, loss, precision)
+            with _in_training_mode(self._model), with_packed_stand_ins(self._model):
+                return _follow_step(self._model, batch, task, precision)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
@@ -94,25 +94,38 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
         model.train(before)
 
 
+class _Step(nn.Module):
+    """A forward and a backward pass as a module, so that it can be run with other tensors than the model's."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Mapping[str, Tensor], counter: StorageCounter, precision: Precision) -> int:
+        """Return the peak of the forward pass; what is left in the counter is that of the backward pass."""
+        with autocast(precision, "cpu"):
+            loss = self.task.loss(self.task.forward(self.model, batch), batch)
+        forward_peak = counter.peak_bytes
+        counter.restart_peak()
+        loss.backward()
+        return forward_peak
+
+
 def _follow_step(
-    model: nn.Module, batch: Mapping[str, Tensor], loss: Loss, precision: Precision
+    model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision
 ) -> MemoryCount:
     """Run forward and backward once on fake tensors."""
     counter = StorageCounter()
+    step = _Step(model, task)
     with without_data() as fake:
-        parameters = fake.of_all(model.named_parameters())
-        buffers = fake.of_all(model.named_buffers())
-        inputs, labels = fake.of_all(model_inputs(batch).items()), fake.of(batch[LABELS])
-        batch_bytes = counter.exclude((*inputs.values(), labels))
+        parameters = fake.of_all(step.named_parameters())
+        buffers = fake.of_all(step.named_buffers())
+        inputs = fake.of_all(batch.items())
+        batch_bytes = counter.exclude(inputs.values())
         parameter_bytes = counter.exclude((*parameters.values(), *buffers.values()))
         with counter:
-            with autocast(precision, "cpu"):
-                output = functional_call(model, parameters | buffers, kwargs=inputs)
-                value = loss(output.logits, labels)
-                del output
-            forward_peak = counter.peak_bytes
-            counter.restart_peak()
-            value.backward()
+            forward_peak = functional_call(step, parameters | buffers, (inputs, counter, precision))
             backward_peak = counter.peak_bytes
     return MemoryCount.of_step(
         parameter_bytes=parameter_bytes,
@@ -139,7 +152,7 @@ def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 def measure_live_storage(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    loss: Loss,
+    task: Task,
     *,
     steps: int = 2,
     precision: Precision = "32-true",
@@ -148,14 +161,13 @@ def measure_live_storage(
 
     Trains the model's trainable parameters for `steps` steps.
     """
-    inputs = model_inputs(batch)
     optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
     counter = StorageCounter()
-    base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
+    base = counter.exclude((*batch.values(), *model.parameters(), *model.buffers()))
     with counter:
         for _ in range(steps):
             with autocast(precision, "cpu"):
-                value = loss(model(**inputs).logits, batch[LABELS])
+                value = task.loss(task.forward(model, batch), batch)
             optimizer.zero_grad()
             value.backward()
             del value

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
@@ -130,7 +129,7 @@ def estimate(
     if nf4:
         pack(backbone.model, (shape.module for shape in backbone.sites.values() if shape.kind == "linear"))
     if checkpointing:
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
     batch = task.example_batch(batch_size, length)
     counter = MemoryCounter(backbone.model)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
@@ -161,7 +161,20 @@ class Backbone:
         """
         model, name = empty_model(source, head, dtype)
         words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
-        return cls(model, words, name=name, head=head_modules(model, head), origin=str(source))
+        modules = head_modules(model, head)
+        return cls(model, words, name=name, head=modules, new_head=False, origin=str(source))
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: The model cannot.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(f"{type(self.model).__name__} cannot compute its activations again.")
+        # The second name is that of transformers before 5.20.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -254,8 +254,8 @@ def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str
     if not head.is_trained:
         if missing:
             raise ValueError(
-                f"The checkpoint has no {sorted(missing)[0]}, which {type(model).__name__} needs and which is "
-                "not trained: load a checkpoint of the whole model."
+                f"The checkpoint has no {sorted(missing)[0]}, which {type(model).__name__} needs and which "
+                "is not trained: load a checkpoint of the whole model."
             )
         return ()
     if not outside:

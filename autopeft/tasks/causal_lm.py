@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class LanguageData(RowData):
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class CausalLM(Task):
     """Fine-tune a language model on text, on prompts with completions, or on chats.
 
@@ -128,6 +128,7 @@ class CausalLM(Task):
     """
 
     dataset: Source = field(repr=False)
+    _: KW_ONLY
     subset: str | None = None
     max_length: int = 512
     all_tokens: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class _Matthews(MulticlassMatthewsCorrCoef):
         return value if all(several) else torch.zeros_like(value)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TextClassification(Task):
     """Classify texts, or pairs of texts.
 
@@ -90,6 +90,7 @@ class TextClassification(Task):
     """
 
     dataset: Source = field(repr=False)
+    _: KW_ONLY
     subset: str | None = None
     text: str | Sequence[str] = "text"
     label: str = "label"

@@ -21,9 +21,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.core.precision import Precision, autocast
+from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
 from autopeft.evaluation.memory.peak import MemoryCount
 from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
-from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 
@@ -95,7 +95,7 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Step(nn.Module):
-    """A forward and a backward pass as a module, so that it can be run with other tensors than the model's."""
+    """A forward and a backward pass as a module, which can be called with other tensors than its own."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()

@@ -1,15 +1,15 @@
 """Linear layers whose frozen weight lies packed in four bits, for counting alone.
 
-bitsandbytes' own layers keep part of their state outside their parameters, so that they do not run on tensors
-without data. These stand-ins hold as many bytes and make the same temporary: the weight of one layer, unpacked
-for a product and again for its backward pass (as in QLoRA, Dettmers et al., 2023).
+bitsandbytes' own layers keep part of their state outside their parameters, so that they do not run on
+tensors without data. These stand-ins hold as many bytes and make the same temporary: the weight of one layer,
+unpacked for a product and again for its backward pass (as in QLoRA, Dettmers et al., 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ class PackedLinear(nn.Linear):
         self.register_buffer("scales", empty(scales, torch.uint8))
         self.register_buffer("scales_of_scales", empty(-(-scales // _SCALES), torch.float32))
 
+    @classmethod
+    def like(cls, layer: nn.Linear) -> Self:
+        """Return a stand-in for a layer."""
+        return cls(layer.in_features, layer.out_features, layer.bias, layer.weight.device)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the product in bfloat16, in the type of the input."""
         found: Tensor = _Product.apply(input.to(torch.bfloat16), self.weight, self.out_features)
@@ -76,8 +81,7 @@ def with_packed_stand_ins(model: nn.Module) -> Iterator[None]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and hasattr(child.weight, "quant_state"):
                 replaced.append((parent, name, child))
-                stand_in = PackedLinear(child.in_features, child.out_features, child.bias, child.weight.device)
-                setattr(parent, name, stand_in)
+                setattr(parent, name, PackedLinear.like(child))
     try:
         yield
     finally:
@@ -85,7 +89,7 @@ def with_packed_stand_ins(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def pack(model: nn.Module, names: Iterator[str]) -> None:
+def pack(model: nn.Module, names: Iterable[str]) -> None:
     """Put stand-ins in place of a model's linear layers, for good.
 
     Args:
@@ -96,5 +100,4 @@ def pack(model: nn.Module, names: Iterator[str]) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             parent, _, local = name.rpartition(".")
-            stand_in = PackedLinear(layer.in_features, layer.out_features, layer.bias, layer.weight.device)
-            setattr(model.get_submodule(parent), local, stand_in)
+            setattr(model.get_submodule(parent), local, PackedLinear.like(layer))

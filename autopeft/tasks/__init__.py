@@ -2,6 +2,7 @@
 
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
+from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.text_classification import TextClassification
 
-__all__ = ["Batch", "CausalLM", "Task", "TaskData", "TextClassification"]
+__all__ = ["Batch", "CausalLM", "LoaderData", "Task", "TaskData", "TextClassification"]

@@ -74,9 +74,9 @@ class Task(ABC):
     prediction: str = "logits"
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """Short name for runs and folders."""
+        return type(self).__name__
 
     @property
     @abstractmethod
@@ -159,9 +159,9 @@ class Task(ABC):
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what a model that learnt nothing scores in validation."""
 
-    @abstractmethod
     def best_score(self, metric: str) -> float:
-        """Return the best value that a metric can take."""
+        """Return the best value that a metric can take: 1 of a score, 0 of what is better when smaller."""
+        return 1.0 if self.metric(metric).direction == "maximize" else 0.0
 
     def metric(self, name: str) -> Objective:
         """Return a metric by name.
@@ -178,6 +178,8 @@ class Task(ABC):
     def identity(self) -> Mapping[str, str]:
         """Return what tells this task from others, as text: data, content fingerprint, splits."""
 
-    @abstractmethod
     def validate(self) -> None:
-        """Raise ValueError for whatever is wrong with data or settings."""
+        """Raise ValueError for whatever is wrong with data or settings; here, metrics of one name."""
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Metrics need names of their own, got {', '.join(names)}.")

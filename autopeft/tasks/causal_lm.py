@@ -234,6 +234,7 @@ class CausalLM(Task):
 
     def validate(self) -> None:
         """Raise ValueError for whatever is wrong with data or settings."""
+        super().validate()
         if self._generated and self.layout == "text":
             raise ValueError(
                 f"{', '.join(self._generated)} compares generated text with a reply, which plain text does "

@@ -114,20 +114,20 @@ class Collator:
         return torch.from_numpy(np.where(positions >= 0, found, fill))
 
 
-class LengthGroupedBatches(Sampler[list[int]]):
-    """Batches of rows of like length, grouped as by transformers, in random order.
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of rows in random order.
 
-    Unlike its `LengthGroupedSampler` this draws any epoch again, for a training that goes on where it paused,
-    and does not begin each pool of 50 batches with the longest. Epochs count from 0 with every new sampler.
+    Any epoch can be drawn again, for a training that goes on where it paused. Epochs count from 0 with every
+    new sampler.
 
     Args:
-        lengths: Length of each row.
+        rows: Number of rows.
         batch_size: Rows a batch; one of them may have fewer.
         seed: Seed of the shuffling.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -137,17 +137,43 @@ class LengthGroupedBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         (seed,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
         self.epoch += 1
-        rows = get_length_grouped_indices(
-            self.lengths.tolist(), self.batch_size, mega_batch_mult=_BATCHES_A_POOL, generator=generator
-        )
+        rows = self.order(generator)
         for index in torch.randperm(len(self), generator=generator).tolist():
             yield rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return the rows in the order in which they are cut into batches."""
+        shuffled: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        return shuffled
+
+
+class LengthGroupedBatches(ShuffledBatches):
+    """Batches of rows of like length, grouped as by transformers, in random order.
+
+    Unlike those of its `LengthGroupedSampler`, pools of 50 batches do not begin with the longest.
+
+    Args:
+        lengths: Length of each row.
+        batch_size: Rows a batch; one of them may have fewer.
+        seed: Seed of the shuffling.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
+        super().__init__(len(lengths), batch_size, seed)
+        self.lengths = lengths
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return rows of like length beside each other."""
+        grouped: list[int] = get_length_grouped_indices(
+            self.lengths.tolist(), self.batch_size, mega_batch_mult=_BATCHES_A_POOL, generator=generator
+        )
+        return grouped
 
 
 def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from autopeft.core.configuration import Configuration
 from autopeft.methods.attachment import Attachment
+from autopeft.methods.base import swap
 from autopeft.models.backbone import Backbone
 
 
@@ -29,22 +30,14 @@ class FullFineTuning(Attachment):
         super().__init__(backbone, configuration, seed)
 
     def _attach_methods(self) -> None:
-        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
-
-        def restore() -> None:
-            for module, name, original in originals:
-                setattr(module, name, original)
-
-        self._undo.append(restore)
         heads = tuple(f"{head}." for head in self.backbone.head)
         for path, module in self.backbone.model.named_modules():
             if f"{path}.".startswith(heads):
                 continue
             for name, original in list(module.named_parameters(recurse=False)):
-                originals.append((module, name, original))
                 copy = copies.setdefault(id(original), nn.Parameter(original.detach().clone()))
-                setattr(module, name, copy)
+                swap(module, name, copy, self._undo)
                 self.parameters.setdefault(f"full.{path}.{name}", copy)
 
     @property
@@ -52,5 +45,7 @@ class FullFineTuning(Attachment):
         """None: nothing is frozen."""
         return None
 
-    def _expected_parameters(self) -> int:
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters of backbone and head."""
         return sum(parameter.numel() for parameter in set(self.parameters.values()))

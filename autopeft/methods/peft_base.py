@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 
 from peft import PeftConfig, inject_adapter_in_model
@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.methods.base import Attached, Method, Placement, replace_module
+from autopeft.methods.base import Method, Placement, Trainable, replace_module
 from autopeft.models.backbone import SiteShape
 
 
@@ -45,35 +45,27 @@ class PeftMethod(Method):
             for index, group in enumerate(grouped)
         }
 
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Inject the adapters; see `Method.attach`."""
         parameters: dict[Site, Mapping[str, nn.Parameter]] = {}
         originals = {shape.module: model.get_submodule(shape.module) for shape, _ in placement.values()}
-
-        def undo() -> None:
-            for name, module in originals.items():
-                replace_module(model, name, module)
-            if hasattr(model, "peft_config"):
-                del model.peft_config
-
+        for name, module in originals.items():
+            undo.callback(replace_module, model, name, module)
+        undo.callback(vars(model).pop, "peft_config", None)
         groups = self.groups(placement)
-        try:
-            with _quiet_peft():
-                for adapter_name, group in groups.items():
-                    inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+        with _quiet_peft():
             for adapter_name, group in groups.items():
-                for site, (shape, _) in group.items():
-                    layer = model.get_submodule(shape.module)
-                    if isinstance(layer, BaseTunerLayer):
-                        # Injecting a peft adapter makes it the active one of every layer, also of
-                        # those that carry another.
-                        layer.set_adapter(adapter_name)
-                        layer.train(originals[shape.module].training)
-                    parameters[site] = _adapter_parameters(layer, adapter_name)
-        except BaseException:
-            undo()
-            raise
-        return Attached(parameters=parameters, undo=undo)
+                inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+        for adapter_name, group in groups.items():
+            for site, (shape, _) in group.items():
+                layer = model.get_submodule(shape.module)
+                if isinstance(layer, BaseTunerLayer):
+                    # Injecting a peft adapter makes it the active one of every layer, also of those that
+                    # carry another.
+                    layer.set_adapter(adapter_name)
+                    layer.train(originals[shape.module].training)
+                parameters[site] = _adapter_parameters(layer, adapter_name)
+        return parameters
 
 
 @contextmanager

@@ -29,8 +29,7 @@ class ComputeMeter:
         """Return the compute since the latest reading, with the optimizer steps that were taken."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            # Where the work itself has failed on the device, waiting for it fails once more.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # work that failed on the device fails again here
                 torch.cuda.synchronize(self.device)
         wall, processor = time.perf_counter(), time.process_time()
         elapsed = wall - self.wall

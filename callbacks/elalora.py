@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from autopeft.callbacks.rank_gates import check_at_least
 from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
@@ -64,9 +63,7 @@ class ElaLoRA(SensitivityGates):
         return self.first_ranks(spread_evenly(self.budget, largest, self.minimum_rank))
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's sensitivities into the averages, before weights and gradients change."""
         for name, module in self._modules.items():
             for letter, weight in (("A", module.down.weight), ("B", module.up.weight)):

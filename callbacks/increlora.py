@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from autopeft.callbacks.rank_gates import check_at_least, refuse_loss_scaling
 from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
@@ -92,11 +92,7 @@ class IncreLoRA(SensitivityGates):
     def _watch_gradient(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         hidden = self._inputs.pop(name, None)
         if hidden is not None and output.requires_grad:
-
-            def add(gradient: Tensor) -> None:
-                self._add_sensitivity(name, hidden, gradient)
-
-            output.register_hook(add)
+            output.register_hook(partial(self._add_sensitivity, name, hidden))
 
     @torch.no_grad()
     def _add_sensitivity(self, name: str, hidden: Tensor, gradient: Tensor) -> None:
@@ -113,9 +109,7 @@ class IncreLoRA(SensitivityGates):
         """Count the backward passes of the step."""
         self._passes += 1
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's sensitivities into the averages."""
         if self._sums:
             means = torch.stack(list(self._sums.values())) / max(1, self._passes)

@@ -25,15 +25,10 @@ class LayerSampling(Callback):
 
     Under `DistributedDataParallel` the strategy has to look for unused parameters.
 
-    Args:
+    Attributes:
         every_n_steps: Optimizer steps between choices.
         seed: Seed of everything random, the same in every process.
-
-    Attributes:
         active: Names of the layers that are trained, from the latest choice.
-
-    Raises:
-        ValueError: An argument is out of range; when training starts: there are fewer than two layers.
     """
 
     every_n_steps: int
@@ -155,9 +150,7 @@ class LISA(LayerSampling):
         check_at_least(1, count=self.count)
         self._fewest_layers = max(2, self.count)
 
-    def choose(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> Collection[str]:
+    def choose(self, *_: Any) -> Collection[str]:
         """Draw layers."""
         order = torch.randperm(len(self.layers), generator=self._generator).tolist()
         return {self.layers[index] for index in order[: self.count]}

@@ -119,7 +119,8 @@ def has_lora(module: nn.Module) -> bool:
 def _trainable_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer, list[str]]]:
     """Yield each layer in which something is trained, after its name, with its active adapters."""
     for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer) and any(parameter.requires_grad for parameter in layer.parameters()):
+        parameters = layer.parameters()
+        if isinstance(layer, LoraLayer) and any(parameter.requires_grad for parameter in parameters):
             held = {*layer.lora_A, *layer.lora_embedding_A}
             if active := [adapter for adapter in layer.active_adapters if adapter in held]:
                 yield name, layer, active

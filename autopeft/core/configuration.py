@@ -16,7 +16,7 @@ import yaml
 from autopeft.core.adapter import Adapter, Site, parse_sites
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
-from autopeft.core.text_grid import adapter_label, text_grid
+from autopeft.core.text_grid import text_grid
 
 __all__ = ["Adapter", "Configuration", "Site"]
 
@@ -169,7 +169,7 @@ class Configuration:
         """Return the label of every occupied cell of the picture, by (block, role)."""
         return {
             (site.block, site.role): "+".join(
-                adapter_label(adapter.specification.symbol, adapter.size) for adapter in adapters
+                f"{adapter.specification.symbol}{adapter.size or ''}" for adapter in adapters
             )
             for site, adapters in self.adapters.items()
         }

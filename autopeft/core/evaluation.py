@@ -121,11 +121,7 @@ class Evaluation:
         return "supernet" if self.warm_start else "random weights"
 
     def describe_trainings(self, kept: int | None) -> str:
-        """Say how many trainings there were, what the values are of, and whose tensors were kept.
-
-        Args:
-            kept: The seed of that training.
-        """
+        """Say how many trainings there were, and of which, by its seed, the tensors were kept."""
         if not self.by_seed:
             return "1"
         which = [*self.by_seed].index(kept) + 1 if kept is not None and kept in self.by_seed else "one"
@@ -187,10 +183,7 @@ def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping
 
 
 def _means(trainings: Sequence[Mapping[str, float]], metrics: Collection[str]) -> dict[str, float]:
-    """Return the mean of every value over the trainings that have it, and deviations of the metrics.
-
-    What the allocator measured at most is the most of all trainings.
-    """
+    """Return the mean of every value (of peaks, the highest) over the trainings, and metrics' deviations."""
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for values in trainings for name in values):
         values = [training[name] for training in trainings if name in training]

@@ -99,7 +99,7 @@ def fixed_axes(
 
     Args:
         objectives: The search's.
-        metric_bounds: The trivial score and the best value of each metric among them.
+        metric_bounds: The trivial score and the best value of each metric.
         ends: What the space's smallest and its largest configuration cost.
     """
     axes = []

@@ -9,11 +9,6 @@ from autopeft.core.method_specs import METHOD_SPECS, ROLES
 EMPTY_CELL = "·"
 
 
-def adapter_label(symbol: str, size: int | None) -> str:
-    """Return a cell's label, as in "L8"."""
-    return symbol if size is None else f"{symbol}{size}"
-
-
 def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
     """Draw occupied cells, labels by (block, role), as a table of text, with a legend of the letters in use.
 

@@ -24,11 +24,7 @@ def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
 
 
 def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
-    """Return the exact number of trainable parameters, head included, before anything is built.
-
-    Raises:
-        ValueError: The configuration names a site the backbone does not have.
-    """
+    """Return the exact number of trainable parameters, head included, before anything is built."""
     adapters = sum(count_site(backbone, site, adapter) for site, adapter in configuration)
     return adapters + backbone.head_parameters
 

@@ -51,24 +51,16 @@ class Bottleneck(nn.Module):
 class _BottleneckMethod(Method):
     """What series and parallel adapters share: the module, where it is kept and how it is removed."""
 
+    reads_input: bool
+    """Whether it reads the sublayer's input, and not its output."""
+
     def in_features(self, shape: SiteShape) -> int:
         """Return the width of what the adapter reads."""
-        raise NotImplementedError
+        return shape.in_features if self.reads_input else shape.out_features
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Hook the adapter into the model's forward pass."""
         raise NotImplementedError
-
-    def build(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
-        """Return the adapter's module."""
-        assert adapter.size is not None
-        return Bottleneck(
-            self.in_features(shape),
-            shape.out_features,
-            adapter.size,
-            str(adapter.option("activation")),
-            float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
-        )
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return b·(d_in + d_out) weights and b + d_out biases."""
@@ -83,7 +75,14 @@ class _BottleneckMethod(Method):
         for site, (shape, adapter) in placement.items():
             host = model.get_submodule(shape.module)
             like = next(host.parameters())
-            bottleneck = self.build(shape, adapter)
+            assert adapter.size is not None
+            bottleneck = Bottleneck(
+                self.in_features(shape),
+                shape.out_features,
+                adapter.size,
+                str(adapter.option("activation")),
+                float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
+            )
             bottleneck.to(device=like.device, dtype=like.dtype).train(host.training)
             host.add_module(child, bottleneck)
             undo.callback(delattr, host, child)
@@ -101,10 +100,7 @@ class Series(_BottleneckMethod):
     """
 
     name = "series"
-
-    def in_features(self, shape: SiteShape) -> int:
-        """Return the width of the sublayer's output."""
-        return shape.out_features
+    reads_input = False
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Add f(y) to the output y of the projection."""
@@ -125,10 +121,7 @@ class Parallel(_BottleneckMethod):
     """
 
     name = "parallel"
-
-    def in_features(self, shape: SiteShape) -> int:
-        """Return the width of the sublayer's input."""
-        return shape.in_features
+    reads_input = True
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Remember x at the sublayer's first layer, and add s·f(x) to the output y of its last."""

@@ -11,17 +11,12 @@ from autopeft.models.backbone import Backbone
 
 
 class FullFineTuning(Attachment):
-    """Train every parameter, in a copy: afterwards the backbone is what it was.
+    """Train every parameter, in a copy: afterwards the backbone is what it was. See `Attachment`.
 
-    Takes as much memory again as the backbone has parameters. See `Attachment`.
-
-    Args:
-        backbone: The resident backbone.
-        configuration: Gives learning rate and weight decay; must have no adapters.
-        seed: Seed of a new head's initial weights.
+    Takes as much memory again as the backbone has parameters.
 
     Raises:
-        ValueError: The configuration has adapters.
+        ValueError: The configuration, which gives learning rate and weight decay, has adapters.
     """
 
     def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:

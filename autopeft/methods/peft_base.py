@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import cast
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -82,15 +83,11 @@ def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Par
     if not isinstance(layer, BaseTunerLayer):
         return {}
     found: dict[str, nn.Parameter] = {}
-    for holder_name in layer.adapter_layer_names:
-        holder = getattr(layer, holder_name)
-        if adapter_name not in holder:
-            continue
-        held = holder[adapter_name]
-        if isinstance(held, nn.Parameter):
-            found[holder_name] = held
-        else:
-            found |= {f"{holder_name}.{name}": parameter for name, parameter in held.named_parameters()}
+    for name, parameter in cast(nn.Module, layer).named_parameters():
+        holder, _, held = name.partition(".")
+        adapter, *local = held.split(".")
+        if holder in layer.adapter_layer_names and adapter == adapter_name:
+            found[".".join([holder, *local])] = parameter
     return found
 
 

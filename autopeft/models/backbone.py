@@ -242,8 +242,8 @@ class Backbone:
             "fingerprint": self.fingerprint,
         }
 
-    def table(self) -> Table:
-        """Return the summary as a rich table: a row a role, with shapes and the methods it takes."""
+    def summary(self) -> str:
+        """Return the roles as text, a row each, with blocks, shapes and the methods it takes."""
         headings = ("role", "kind", "blocks", "module", "shape", "methods")
         table = Table(*headings, title=repr(self), title_justify="left")
         for role in self.roles:
@@ -259,13 +259,9 @@ class Backbone:
                 ", ".join(sizes),
                 ", ".join(methods) or "–",
             )
-        return table
-
-    def summary(self) -> str:
-        """Return blocks, roles, shapes and possible methods as text."""
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
-            console.print(self.table())
+            console.print(table)
             left_out = sorted({leaf for block in self._block_modules for leaf in block.unrecognised})
             if left_out:
                 console.print(f"Linear layers without a role: {', '.join(left_out)}")

@@ -29,11 +29,7 @@ class CachedCasts:
 
     @contextmanager
     def in_place(self, precision: Precision) -> Iterator[None]:
-        """Put the copies in place of frozen single-precision tensors on the CPU; use it with autocast.
-
-        Args:
-            precision: What the model computes in; there is nothing to do for "32-true".
-        """
+        """Put the copies in place of frozen single-precision tensors on the CPU; nothing for "32-true"."""
         with ExitStack() as undo:
             for layer in self._layers if precision == "bf16-mixed" else ():
                 for name, original in list(layer.named_parameters(recurse=False)):

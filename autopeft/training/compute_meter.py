@@ -13,13 +13,7 @@ from autopeft.core.evaluation import Cost
 
 @dataclass
 class ComputeMeter:
-    """Compute since the latest reading, or since it was made.
-
-    Attributes:
-        device: Where the work is done.
-        wall: Elapsed time at the latest reading.
-        processor: Processor time at the latest reading.
-    """
+    """Compute on a device since the latest reading, whose times in seconds it holds, or since it was made."""
 
     device: torch.device
     wall: float = field(default_factory=time.perf_counter)

@@ -87,11 +87,7 @@ def restore_state(
     best: BestWeights,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Put everything back before a fit.
-
-    What is not put back here: the optimizer's tensors, which the module fills in when it makes the optimizer,
-    and the number of steps, which the Trainer is made with.
-    """
+    """Put everything back before a fit, but what module (optimizer) and Trainer (steps) are made with."""
     trainable = _trainable(module)
     with torch.no_grad():
         for name, parameter in trainable.items():

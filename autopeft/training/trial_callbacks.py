@@ -23,17 +23,15 @@ class Selective(Protocol):
 
 def check_sources(sources: object) -> tuple[CallbackSource, ...]:
     """Return what was passed as callbacks as a tuple; raise a ValueError where it is something else."""
-    if isinstance(sources, str) or not isinstance(sources, Sequence):
+    if (
+        isinstance(sources, str)
+        or not isinstance(sources, Sequence)
+        or not all(isinstance(source, Callback) or callable(source) for source in sources)
+    ):
         raise ValueError(
             "callbacks is a list of Lightning callbacks, or of functions that make one for each trial, got "
             f"{sources!r}."
         )
-    for source in sources:
-        if not isinstance(source, Callback) and not callable(source):
-            raise ValueError(
-                "Each of the callbacks is a lightning.pytorch.Callback or a function that makes one for each "
-                f"trial, got {source!r}."
-            )
     return tuple(sources)
 
 

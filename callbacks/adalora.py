@@ -32,8 +32,10 @@ class AdaLoRA(StepCallback):
             (target_r >= init_r); after a step without gradients.
     """
 
-    _model: AdaLoraModel | None = None
-    _restored: Mapping[str, Any] | None = None
+    def __init__(self) -> None:
+        self._model: AdaLoraModel | None = None
+        self._layers: dict[str, AdaLoraLayer] = {}
+        self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model and its layers."""

@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.cache_folder import cache_folder
-from autopeft.core.hypervolume_axes import fixed_axes
-from autopeft.core.pareto import Axis
+from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites

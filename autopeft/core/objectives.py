@@ -61,38 +61,16 @@ def _with_prefix(value: float) -> str:
 
 
 COST_OBJECTIVES: Mapping[str, Objective] = {
-    objective.name: objective
-    for objective in (
-        Objective(
-            name="trainable_parameters",
-            direction="minimize",
-            unit="parameters",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="adapter_parameters",
-            direction="minimize",
-            unit="parameters",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="peak_memory",
-            direction="minimize",
-            unit="bytes",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="forward_flops",
-            direction="minimize",
-            unit="FLOPs",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(name="training_seconds", direction="minimize", unit="seconds", log_scale=True),
-        Objective(name="inference_latency", direction="minimize", unit="seconds", log_scale=True),
+    name: Objective(
+        name=name, direction="minimize", unit=unit, before_training=before_training, log_scale=True
+    )
+    for name, unit, before_training in (
+        ("trainable_parameters", "parameters", True),
+        ("adapter_parameters", "parameters", True),
+        ("peak_memory", "bytes", True),
+        ("forward_flops", "FLOPs", True),
+        ("training_seconds", "seconds", False),
+        ("inference_latency", "seconds", False),
     )
 }
 """Objectives every task has. Adapter parameters are the trainable ones without the head's; forward FLOPs are
@@ -134,10 +112,6 @@ def _available(metrics: Iterable[str]) -> dict[str, Objective]:
 
 def parse_quantity(value: float | str, unit: str) -> float:
     """Read a bound: 2_000_000, "2M" (parameters), "12 GiB" (bytes), "1.5" (others).
-
-    Args:
-        value: A number in the objective's unit, or text with a unit behind it.
-        unit: The objective's unit.
 
     Raises:
         ValueError: The text is no number, its unit is unknown, or the value is not finite and positive.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
-from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
-from autopeft.core.replicates import with_replicate
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, Trained

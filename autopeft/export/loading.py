@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ def attach_tensors(
     """
     parameters: dict[str, nn.Parameter] = {}
     for method, placement in by_method.items():
-        attached = METHODS[method].attach(model, placement)
+        trainable = METHODS[method].attach(model, placement, ExitStack())  # they stay
         parameters |= {
             f"{site}.{method}.{local}": parameter
-            for site, found in attached.parameters.items()
+            for site, found in trainable.items()
             for local, parameter in found.items()
         }
     heads = [name for name in state if name.startswith("head.")]

@@ -113,9 +113,8 @@ class FineTuning(LightningModule):
         trainable = {
             name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad
         }
-        optimizer = torch.optim.AdamW(
-            trainable.values(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        decay = self.weight_decay
+        optimizer = torch.optim.AdamW(trainable.values(), lr=self.learning_rate, weight_decay=decay)
         for key, tensor in self.optimizer_state.items():
             name, _, entry = key.rpartition("|")
             parameter = trainable[name]
@@ -123,10 +122,7 @@ class FineTuning(LightningModule):
             device = tensor.device if entry == "step" else parameter.device
             optimizer.state[parameter][entry] = tensor.to(device, copy=True)
         scheduler = LambdaLR(optimizer, self._learning_rate_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _learning_rate_factor(self, step: int) -> float:
         step += self.first_step

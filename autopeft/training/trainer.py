@@ -17,11 +17,7 @@ from autopeft.training.settings import Training
 
 
 class ResidentStrategy(SingleDeviceStrategy):
-    """A single device on which the model stays when training ends.
-
-    Lightning moves the module to the CPU at every teardown, which for a resident backbone is a copy of
-    all pretrained weights back and forth a trial.
-    """
+    """A single device on which the model stays when training ends: Lightning would move it to the CPU."""
 
     def teardown(self) -> None:
         """Release what belongs to the training, and leave the module where it is."""
@@ -73,13 +69,12 @@ def build_trainer(
         monitor: Metric that early stopping watches (maximised).
         pieces: Passes over a loader that stops by itself (see `SegmentedBatches`), each followed by a
             validation; None for the training's epochs.
-        first_step: Optimizer steps taken before, where a training goes on from a pause.
-        total_steps: Optimizer steps of the whole training; None for what Lightning estimates.
+        first_step: See `PartTrainer`.
+        total_steps: See `PartTrainer`.
     """
     device = training.resolved_device()
-    stopping: list[Callback] = []
     if training.patience is not None:
-        stopping.append(EarlyStopping(monitor, mode="max", patience=training.patience))
+        callbacks = [*callbacks, EarlyStopping(monitor, mode="max", patience=training.patience)]
     return PartTrainer(
         first_step=first_step,
         total_steps=total_steps,
@@ -91,7 +86,7 @@ def build_trainer(
         max_steps=-1 if training.max_steps is None or pieces is not None else training.max_steps,
         check_val_every_n_epoch=training.validate_every if pieces is None else 1,
         gradient_clip_val=training.gradient_clip,
-        callbacks=[*callbacks, *stopping],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -104,11 +99,7 @@ def build_trainer(
 
 
 def dismantle(trainer: Trainer) -> None:
-    """Let go of gradients and optimizer state.
-
-    The parts of a Trainer refer to each other in circles: these tensors would stay until Python next looks
-    for circles, which may be many trials later.
-    """
+    """Let go of gradients and optimizer state, which the circles in a Trainer would keep for many trials."""
     for optimizer in trainer.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
@@ -121,12 +112,10 @@ def quiet_lightning() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
     try:
-        if before < logging.WARNING:  # changing a level clears every logger's cache
-            logger.setLevel(logging.WARNING)
+        logger.setLevel(max(before, logging.WARNING))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
             yield
     finally:
-        if logger.level != before:
-            logger.setLevel(before)
+        logger.setLevel(before)

@@ -16,9 +16,8 @@ from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.evaluation import Evaluation, TrialRecord, with_replicate
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
-from autopeft.core.replicates import with_replicate
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from tests.records import OBJECTIVES, random_configuration, synthetic_records

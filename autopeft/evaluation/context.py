@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
-from autopeft.training.module import FineTuning, Serve
+from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer_state import check_states
 from autopeft.training.training_checkpoint import TrainingCheckpoint
@@ -80,8 +79,8 @@ class EvaluationContext:
         if rungs:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
-        prefixes = None if cache is None else cache / "prefixes"
-        self.prefixes = HiddenStateCache(backbone, self.data, training, prefixes)
+        folder = None if cache is None else cache / "hidden_states"
+        self.hidden_states = HiddenStateCache(backbone, self.data, training, folder)
 
     def needed(self) -> frozenset[str]:
         """Names of the costs that an objective or a constraint asks for."""
@@ -105,23 +104,17 @@ class EvaluationContext:
 
     def peak_bytes(self, attachment: Attachment) -> int:
         """Return the peak bytes of a training of what is attached now, counted."""
-        count = self._memory.count(
+        return self._memory.count(
             self.data.largest_batch(),
             self.task.loss,
             precision=self.training.resolved_precision(),
             attached=attachment.structure,
         )
-        return count.peak_bytes
 
-    def module(
-        self,
-        configuration: Configuration,
-        paused: TrainingCheckpoint | None = None,
-        serve: Serve = nullcontext,
-    ) -> FineTuning:
+    def module(self, configuration: Configuration, paused: TrainingCheckpoint | None = None) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        One at a time: they share the task's metrics. For `serve` see `FineTuning`.
+        One at a time: they share the task's metrics.
         """
         return FineTuning(
             self.backbone.model,
@@ -132,7 +125,7 @@ class EvaluationContext:
             total_steps=self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
-            serve=serve,
+            serve=self.hidden_states.serve,
             metrics=self._metrics,
         )
 

@@ -25,7 +25,10 @@ class Evaluator(EvaluationContext):
 
     def costs(self, configuration: Configuration) -> dict[str, float]:
         """Return every cost that is exact before training."""
-        with attach(self.backbone, configuration, self.seed) as attachment, self.prefixes.below(attachment):
+        with (
+            attach(self.backbone, configuration, self.seed) as attachment,
+            self.hidden_states.below(attachment),
+        ):
             return self.attached_costs(attachment)
 
     def evaluate(self, configuration: Configuration, seed: int | None = None) -> Evaluation:

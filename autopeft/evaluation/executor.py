@@ -19,6 +19,10 @@ class Executor(Protocol):
     """
 
     @property
+    def serves_hidden_states(self) -> bool:
+        """Whether new trials are trained on hidden states from disk, in place of running frozen blocks."""
+
+    @property
     def free(self) -> int:
         """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken."""
 
@@ -46,6 +50,8 @@ class LocalExecutor:
     Args:
         runner: Runs a job.
     """
+
+    serves_hidden_states = True
 
     def __init__(self, runner: TrialRunner) -> None:
         self._runner = runner

@@ -28,7 +28,6 @@ from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
-from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
@@ -105,7 +104,7 @@ class EvaluationRun:
         evaluator = self.evaluator
         with (
             self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment,
-            evaluator.prefixes.below(attachment) as prefix,
+            evaluator.hidden_states.below(attachment),
         ):
             if self.before is None:
                 self.values |= evaluator.attached_costs(attachment)
@@ -118,15 +117,15 @@ class EvaluationRun:
                 if self.initial_weights is not None and self.before is None:
                     attachment.load_state_dict(self.initial_weights)
                     self.warm_start = True
-                prefix.open()
-                self._train(attachment, prefix)
+                evaluator.hidden_states.open()
+                self._train(attachment)
 
     @section("set-up")
-    def _train(self, attachment: Attachment, prefix: TrialHiddenStates) -> None:
+    def _train(self, attachment: Attachment) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
         best = BestWeights(evaluator.monitor, restore_at_end=False)
         memory = PeakMemory()
-        module = evaluator.module(self.configuration, self.before, prefix.serve)
+        module = evaluator.module(self.configuration, self.before)
         users = new_callbacks(evaluator.training.callbacks, module)
         callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, *users, best, memory]
         capture = CaptureState(best, users)

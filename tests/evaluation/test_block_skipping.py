@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from autopeft.evaluation.frozen_blocks.block_skipping import FrozenBlocks, Structure, UnservableError
+from autopeft.evaluation.frozen_blocks.block_skipping import (
+    Structure,
+    UnservableError,
+    evaluation_mode_below,
+    states_at,
+)
 from tests.tiny_models import HEADS, fingerprint, tiny_backbone, tiny_batch
 
 BLOCKS = 3
@@ -24,14 +29,23 @@ def parts_of(architecture: str, **options: Any) -> tuple[nn.Module, tuple[nn.Mod
     return backbone.model, backbone.blocks
 
 
+def hidden_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("cut", range(BLOCKS + 1))
 def test_dropout_is_off_below_the_cut_and_on_above(cut: int) -> None:
     dropout = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "classifier_dropout": 0.5}
     model, blocks = parts_of("bert", **dropout)
-    with FrozenBlocks(model, blocks, cut) as prefix, torch.no_grad():
-        below = prefix.states(BATCH)  # in evaluation mode
+    seen: list[torch.Tensor] = []
+    (blocks[cut - 1] if cut else blocks[0]).register_forward_hook(
+        lambda _block, inputs, output: seen.append(hidden_of(output) if cut else inputs[0])
+    )
+    with evaluation_mode_below(cut, model, blocks), torch.no_grad():
+        model(**BATCH)  # in evaluation mode
         model.train()
-        assert torch.equal(prefix.states(BATCH), below)
+        model(**BATCH)
+        assert torch.equal(*seen)
         first, second = model(**BATCH).logits, model(**BATCH).logits
         assert not torch.equal(first, second)
         assert all(module.training for module in model.modules())
@@ -46,16 +60,16 @@ def test_serving_gives_the_same_logits_and_runs_nothing_below(architecture: str,
     model, blocks = parts_of(architecture)
     before = fingerprint(model)
     ran: list[int] = []
-    with FrozenBlocks(model, blocks, cut) as prefix, torch.no_grad():
+    with evaluation_mode_below(cut, model, blocks), torch.no_grad():
         structure = Structure(model, blocks, BATCH)
         assert structure.obstacle(cut) is None
-        states, expected = prefix.states(BATCH), model(**BATCH).logits
+        states, expected = states_at([cut], model, blocks, BATCH)[cut], model(**BATCH).logits
         handles = [
             norm.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
             for index, block in enumerate(blocks)
             for norm in list(block.modules())[-1:]
         ]
-        with prefix.serving(states, structure):
+        with structure.serving(cut, states):
             served = model(**BATCH).logits
         for handle in handles:
             handle.remove()
@@ -63,7 +77,7 @@ def test_serving_gives_the_same_logits_and_runs_nothing_below(architecture: str,
         assert min(ran, default=BLOCKS) >= cut
         assert torch.equal(model(**BATCH).logits, expected)
         states[0] = torch.randn(states.shape[1:])
-        with prefix.serving(states, structure):  # the states are what is taken, not the tokens
+        with structure.serving(cut, states):  # the states are what is taken, not the tokens
             assert not torch.allclose(model(**BATCH).logits[0], expected[0])
     assert fingerprint(model) == before
 
@@ -75,9 +89,8 @@ def test_a_block_that_returns_more_cannot_be_left_out() -> None:
     assert structure.obstacle(0) is None
     assert "block 0 returns more than hidden states" in str(structure.obstacle(1))
     with (
-        FrozenBlocks(model, blocks, 1) as prefix,
         pytest.raises(UnservableError, match="block 0"),
-        prefix.serving(torch.zeros(3, 9, 32), structure),
+        structure.serving(1, torch.zeros(3, 9, 32)),
     ):
         raise AssertionError("served nevertheless")
 
@@ -103,12 +116,12 @@ def test_a_broken_pass_leaves_modes_and_blocks_as_they_were() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the wire came loose")
 
-    with FrozenBlocks(model, blocks, 2) as prefix:
+    with evaluation_mode_below(2, model, blocks):
         structure = Structure(model, blocks, BATCH)
-        states = prefix.states(BATCH)
+        states = states_at([2], model, blocks, BATCH)[2]
         for index in (0, 2):
             handle = blocks[index].register_forward_hook(fail)
-            for serving in (contextlib.nullcontext(), prefix.serving(states, structure)):
+            for serving in (contextlib.nullcontext(), structure.serving(2, states)):
                 with pytest.raises(RuntimeError, match="wire"), serving:
                     model(**BATCH)
                 assert all(module.training for module in model.modules())
@@ -118,14 +131,8 @@ def test_a_broken_pass_leaves_modes_and_blocks_as_they_were() -> None:
 
 def test_states_of_another_shape_are_refused() -> None:
     model, blocks = parts_of("bert")
-    with FrozenBlocks(model, blocks, 2) as prefix, torch.no_grad():
+    with torch.no_grad():
         structure = Structure(model, blocks, BATCH)
-        states = prefix.states(BATCH)[:, :-1]
-        with prefix.serving(states, structure), pytest.raises(RuntimeError, match="do not fit"):
+        states = states_at([2], model, blocks, BATCH)[2][:, :-1]
+        with structure.serving(2, states), pytest.raises(RuntimeError, match="do not fit"):
             model(**BATCH)
-
-
-def test_a_cut_lies_in_the_model() -> None:
-    model, blocks = parts_of("bert")
-    with pytest.raises(ValueError, match="between 0 and 3"):
-        FrozenBlocks(model, blocks, 4)

@@ -41,6 +41,8 @@ class PackedExecutor:
 class _PackedJobs:
     """Runs jobs when they are waited for."""
 
+    serves_hidden_states = False  # frozen blocks run once for all of a pack
+
     def __init__(self, runner: TrialRunner, size: int) -> None:
         self._runner = runner
         self._trainer = PackedTrainer(runner.evaluator)

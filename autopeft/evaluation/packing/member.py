@@ -47,7 +47,7 @@ class MemberRun(EvaluationRun):
             evaluator, configuration, seed, Attachment, end, paused=None, initial_weights=weights
         )
         backbone = evaluator.backbone
-        with attach(backbone, configuration, seed) as attachment, evaluator.prefixes.below(attachment):
+        with attach(backbone, configuration, seed) as attachment, evaluator.hidden_states.below(attachment):
             self.values |= evaluator.attached_costs(attachment)
             self.peak_bytes = evaluator.peak_bytes(attachment)
             if weights is not None:

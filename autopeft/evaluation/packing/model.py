@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autopeft.evaluation.frozen_blocks.block_skipping import FrozenBlocks, Structure, states_at
+from autopeft.evaluation.frozen_blocks.block_skipping import (
+    Structure,
+    evaluation_mode_below,
+    states_at,
+)
 from autopeft.evaluation.packing.lora import LoraWeights, PackedLora, RowGroups
 from autopeft.evaluation.packing.member import MemberRun
 from autopeft.models.backbone import Backbone
@@ -112,7 +116,7 @@ class PackedModel:
         model, blocks, cuts = self._backbone.model, self._backbone.blocks, sorted(set(self._cuts))
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
-            with torch.no_grad(), FrozenBlocks(model, blocks, cuts[-1]):
+            with torch.no_grad(), evaluation_mode_below(cuts[-1], model, blocks):
                 shared = states_at([cut for cut in cuts if cut], model, blocks, inputs)
         active: list[Tensor] = []
         for cut, following in pairwise(cuts):
@@ -134,7 +138,7 @@ class PackedModel:
         with ExitStack() as stack:
             if cut and self._structure is not None:
                 states = torch.cat([*active, *[shared[cut]] * self._cuts.count(cut)])
-                below = FrozenBlocks(self._backbone.model, self._backbone.blocks, cut)
-                stack.enter_context(below)
-                stack.enter_context(below.serving(states, self._structure))
+                model, blocks = self._backbone.model, self._backbone.blocks
+                stack.enter_context(evaluation_mode_below(cut, model, blocks))
+                stack.enter_context(self._structure.serving(cut, states))
             yield {name: torch.cat([tensor] * self._groups.count) for name, tensor in inputs.items()}

@@ -11,7 +11,7 @@ from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
 from autopeft.core.profiling import section
-from autopeft.evaluation.executor import make_executor
+from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
 from autopeft.optimization.budget import Budget
@@ -73,7 +73,8 @@ class SearchRun:
         checkpoints = AdapterCheckpoints(study.folder / "adapters")
         paused = TrainingCheckpoints(study.folder / "paused")
         runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
-        self.executor = make_executor(settings.executor, runner)
+        make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
+        self.executor: Executor = make_executor(runner)
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
         proposer = Proposer(

@@ -45,6 +45,9 @@ class EvaluationContext:
         seed: Seed of initial weights, shuffling and dropout.
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
 
+    Attributes:
+        needed: Names of the values that an objective or a constraint asks for.
+
     Raises:
         ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
             a rung.
@@ -69,6 +72,8 @@ class EvaluationContext:
         self.training = replace(training, precision="bf16-mixed") if is_low else training
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
+        wanted = (*objectives, *(constraint.objective for constraint in constraints))
+        self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
         self.monitor = next(objective.name for objective in objectives if objective.is_metric)
         self.device = training.resolved_device()
@@ -82,11 +87,6 @@ class EvaluationContext:
         folder = None if cache is None else cache / "hidden_states"
         self.hidden_states = HiddenStateCache(backbone, self.data, training, folder)
 
-    def needed(self) -> frozenset[str]:
-        """Names of the costs that an objective or a constraint asks for."""
-        wanted = (*self.objectives, *(constraint.objective for constraint in self.constraints))
-        return frozenset(objective.name for objective in wanted)
-
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
         """Return every cost that is exact before training, of what is attached now."""
@@ -95,10 +95,9 @@ class EvaluationContext:
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
         }
-        needed = self.needed()
-        if "peak_memory" in needed:
+        if "peak_memory" in self.needed:
             values["peak_memory"] = float(self.peak_bytes(attachment))
-        if "forward_flops" in needed:
+        if "forward_flops" in self.needed:
             values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
         return values
 
@@ -111,10 +110,16 @@ class EvaluationContext:
             attached=attachment.structure,
         )
 
-    def module(self, configuration: Configuration, paused: TrainingCheckpoint | None = None) -> FineTuning:
+    def module(
+        self,
+        configuration: Configuration,
+        paused: TrainingCheckpoint | None = None,
+        *,
+        total_steps: int | None = None,
+    ) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        One at a time: they share the task's metrics.
+        One at a time: they share the task's metrics. A training has the plan's steps by default.
         """
         return FineTuning(
             self.backbone.model,
@@ -122,7 +127,7 @@ class EvaluationContext:
             learning_rate=configuration.learning_rate,
             weight_decay=configuration.weight_decay,
             warmup_share=self.training.warmup_share,
-            total_steps=self.plan.total_steps,
+            total_steps=total_steps or self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
             serve=self.hidden_states.serve,

@@ -73,13 +73,3 @@ class LocalExecutor:
     def close(self) -> None:
         """Drop a job that was not begun."""
         self._jobs.clear()
-
-
-def make_executor(executor: str | ExecutorFactory, runner: TrialRunner) -> Executor:
-    """Return an executor.
-
-    Args:
-        executor: "local", or what makes an executor.
-        runner: Runs a job in this process.
-    """
-    return LocalExecutor(runner) if isinstance(executor, str) else executor(runner)

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autopeft.models.backbone import Backbone
+
 _HIDDEN = "hidden_states"
 
 
@@ -29,7 +31,7 @@ class _ReachedError(Exception):
 
 
 @contextmanager
-def evaluation_mode_below(cut: int, model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+def evaluation_mode_below(cut: int, backbone: Backbone) -> Iterator[None]:
     """Do whatever a forward pass does up to a cut in evaluation mode, in a `with` block.
 
     Modes are switched while the model runs, and are outside a forward pass what they were: a module below the
@@ -37,9 +39,9 @@ def evaluation_mode_below(cut: int, model: nn.Module, blocks: Sequence[nn.Module
 
     Args:
         cut: Number of blocks below the cut, from 0 to all.
-        model: A transformers model.
-        blocks: Its blocks, from the input to the output.
+        backbone: Its model, as it is by then, is watched.
     """
+    model, blocks = backbone.model, backbone.blocks
     modules = list(model.modules())
     switched: list[nn.Module] = []
 
@@ -64,15 +66,12 @@ def evaluation_mode_below(cut: int, model: nn.Module, blocks: Sequence[nn.Module
         yield
 
 
-def states_at(
-    cuts: Sequence[int], model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, Tensor]
-) -> dict[int, Tensor]:
-    """Run a model as it is up to the last of some cuts, and return the hidden states at each.
+def states_at(cuts: Sequence[int], backbone: Backbone, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Run a backbone as it is up to the last of some cuts, and return the hidden states at each.
 
     Args:
         cuts: Numbers of blocks below each cut, rising, from 1 to all.
-        model: A transformers model.
-        blocks: Its blocks, from the input to the output.
+        backbone: The backbone.
         inputs: Its inputs.
 
     Returns:
@@ -90,26 +89,25 @@ def states_at(
 
     with ExitStack() as stack:
         for cut in cuts:
-            hook = blocks[cut - 1].register_forward_hook(partial(note, cut))
+            hook = backbone.blocks[cut - 1].register_forward_hook(partial(note, cut))
             stack.callback(hook.remove)
         try:
-            model(**inputs)
+            backbone.model(**inputs)
         except _ReachedError:
             return found
     raise UnservableError(f"the forward pass does not come to block {cuts[-1]}")
 
 
 class Structure:
-    """What each block of a model returns, seen in one forward pass; tells how to leave blocks out.
+    """What each block of a backbone returns, seen in one forward pass; tells how to leave blocks out.
 
     Args:
-        model: A transformers model, in evaluation mode.
-        blocks: Its blocks, from the input to the output.
+        backbone: The backbone, in evaluation mode.
         inputs: Inputs to run it on.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, Tensor]) -> None:
-        self._blocks = tuple(blocks)
+    def __init__(self, backbone: Backbone, inputs: Mapping[str, Tensor]) -> None:
+        self._blocks = blocks = backbone.blocks
         self._lengths = [0] * len(blocks)  # of the tuple that a block returns; 0 where it returns a tensor
         self._obstacles = ["is not run"] * len(blocks)
         order: list[int] = []
@@ -123,7 +121,7 @@ class Structure:
             for index, block in enumerate(blocks):
                 hook = block.register_forward_hook(partial(look, index), with_kwargs=True)
                 stack.callback(hook.remove)
-            model(**inputs)
+            backbone.model(**inputs)
         if order != list(range(len(blocks))):
             self._obstacles = ["is not run once, after the one below it"] * len(blocks)
 

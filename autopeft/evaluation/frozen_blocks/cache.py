@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.tasks.batch import rows_of
+from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import Training
 
 _logger = logging.getLogger(__name__)
@@ -54,42 +54,44 @@ class HiddenStateUse:
     fill_seconds: float
 
 
+@dataclass(eq=False)
 class HiddenStateCache:
     """Hidden states of one backbone on one task's training and validation split.
 
-    Args:
+    Attributes:
         backbone: The resident backbone, with nothing attached.
         data: The task's splits.
         training: Says how the blocks below the cut are run, and how much may be kept.
         folder: Where files are kept; None to keep none.
-
-    Attributes:
         uses: The trainings that were served, in their order.
     """
 
-    def __init__(self, backbone: Backbone, data: TaskData, training: Training, folder: Path | None) -> None:
-        self.uses: list[HiddenStateUse] = []
-        self._backbone = backbone
-        self._data = data
-        self._training = training
-        self._device = training.resolved_device()
+    backbone: Backbone
+    data: TaskData
+    training: Training
+    folder: Path | None
+    uses: list[HiddenStateUse] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._device = self.training.resolved_device()
+        self._precision = self.training.resolved_precision()
         self._token_bytes: dict[int, int] = {}
         self._unservable: set[int] = set()
         self._verified: set[str] = set()
-        self._trainings = expected_trainings(None, len(backbone.blocks))
-        self._attached_cut: int | None = None
+        self._trainings = expected_trainings(None, len(self.backbone.blocks))
+        self._cut = 0  # of what is attached
         self._served: dict[str, tuple[RowIndex, Tensor]] = {}
         self._files: HiddenStateFiles | None = None
-        if training.frozen_blocks == "cached" and folder is not None:
-            self._files = HiddenStateFiles(folder, int(parse_quantity(training.hidden_state_cache, "bytes")))
+        if self.training.frozen_blocks == "cached" and self.folder is not None:
+            limit = int(parse_quantity(self.training.hidden_state_cache, "bytes"))
+            self._files = HiddenStateFiles(self.folder, limit)
             # Before anything is attached: a fingerprint of the adapters too would fit nothing else.
-            settings = backbone.model.config.to_json_string(use_diff=False)
-            place_and_precision = f"{self._device.type} {training.resolved_precision()}"
-            self._identity = f"{backbone.fingerprint} {settings} {place_and_precision}"
+            settings = self.backbone.model.config.to_json_string(use_diff=False)
+            self._identity = f"{self.backbone.fingerprint} {settings} {self._device.type} {self._precision}"
 
     def expect(self, trials: int | None) -> None:
         """Say how many trials the budget has, or None: hidden states are kept where they pay for so many."""
-        self._trainings = expected_trainings(trials, len(self._backbone.blocks))
+        self._trainings = expected_trainings(trials, len(self.backbone.blocks))
 
     def is_served(self, cut: int) -> bool:
         """Whether trainings with so many frozen blocks are served hidden states instead of running them."""
@@ -97,7 +99,7 @@ class HiddenStateCache:
 
     def describe(self) -> str | None:
         """Say where hidden states will be kept and how large they may become; None where none are kept."""
-        cuts = range(1, len(self._backbone.blocks) + 1)
+        cuts = range(1, len(self.backbone.blocks) + 1)
         sizes = [self._estimate(cut).bytes for cut in cuts if self.is_served(cut)]
         if self._files is None or not sizes:
             return None
@@ -112,29 +114,29 @@ class HiddenStateCache:
     def below(self, attachment: Attachment) -> Iterator[None]:
         """Run what lies below an attached configuration as the training settings say, in a `with` block."""
         with ExitStack() as stack:
-            if self._training.frozen_blocks != "train" and attachment.cut is not None:
-                self._attached_cut, backbone = attachment.cut, self._backbone
-                stack.enter_context(evaluation_mode_below(attachment.cut, backbone.model, backbone.blocks))
+            if self.training.frozen_blocks != "train" and attachment.cut is not None:
+                self._cut = attachment.cut
+                stack.enter_context(evaluation_mode_below(attachment.cut, self.backbone))
             try:
                 yield
             finally:
-                self._attached_cut, self._served = None, {}
+                self._cut, self._served = 0, {}
 
     def open(self) -> None:
         """Get the hidden states below what is attached, computed where they are missing.
 
         Where serving them does not pay, or is not possible, nothing is served; the log says why.
         """
-        cut, files = self._attached_cut, self._files
-        if cut is None or files is None or not self._may_serve(cut):
+        cut, files = self._cut, self._files
+        if files is None or not self._may_serve(cut):
             return
         try:
-            self._backbone.model.eval()
+            self.backbone.model.eval()
             with torch.no_grad():
                 self._open(cut, files)
         except UnservableError as error:
             self._unservable.add(cut)
-            _logger.warning("Hidden states of %s cannot be served: %s.", self._backbone.name, error)
+            _logger.warning("Hidden states of %s cannot be served: %s.", self.backbone.name, error)
         except OSError as error:
             _logger.warning("Hidden states cannot be kept in %s: %s.", files.folder, error)
 
@@ -147,15 +149,15 @@ class HiddenStateCache:
             return
         rows, stored = self._served[split]
         states = rows.gather(stored, numbers.tolist()).to(self._device)
-        with self._structure.serving(self.uses[-1].cut, states):
+        with self._structure.serving(self._cut, states):
             yield
 
     @cached_property
     def _rows(self) -> dict[str, RowIndex]:
         """The rows of both splits; none where a task does not say which rows a batch holds."""
-        collators = {name: self._data.collator(name) for name in _SPLITS}
+        collators = {name: self.data.collator(name) for name in _SPLITS}
         rows: dict[str, RowIndex] = {
-            name: RowIndex(collator, self._training.batch_size)
+            name: RowIndex(collator, self.training.batch_size)
             for name, collator in collators.items()
             if collator is not None
         }
@@ -164,8 +166,7 @@ class HiddenStateCache:
     @cached_property
     def _structure(self) -> Structure:
         rows = self._rows["train"]
-        inputs = rows.inputs(rows.probe(), self._device)
-        return Structure(self._backbone.model, self._backbone.blocks, inputs)
+        return Structure(self.backbone, rows.inputs(rows.probe(), self._device))
 
     def _may_serve(self, cut: int) -> bool:
         return self._files is not None and cut > 0 and cut not in self._unservable and bool(self._rows)
@@ -175,9 +176,9 @@ class HiddenStateCache:
         return fits and expected.pays(self._trainings)
 
     def _estimate(self, cut: int) -> Estimate:
-        backbone, steps = self._backbone, self._data.steps_per_epoch
-        epochs = self._training.total_steps(steps) / steps
-        times = {"train": epochs, "validation": max(1.0, epochs / self._training.validate_every)}
+        backbone, steps = self.backbone, self.data.steps_per_epoch
+        epochs = self.training.total_steps(steps) / steps
+        times = {"train": epochs, "validation": max(1.0, epochs / self.training.validate_every)}
         linear = [shape.parameters for shape in backbone.sites.values() if shape.kind == "linear"]
         passes = [
             Passes(
@@ -199,9 +200,9 @@ class HiddenStateCache:
 
     def _assumed_token_bytes(self) -> int:
         """Return the bytes of one token's hidden states, before any were computed."""
-        width = max(shape.in_features for shape in self._backbone.sites.values() if shape.kind != "ffn")
-        hidden = getattr(self._backbone.model.config, "hidden_size", None)
-        is_single = self._training.resolved_precision() == "32-true"
+        width = max(shape.in_features for shape in self.backbone.sites.values() if shape.kind != "ffn")
+        hidden = getattr(self.backbone.model.config, "hidden_size", None)
+        is_single = self._precision == "32-true"
         return (hidden if isinstance(hidden, int) else width) * (4 if is_single else 2)
 
     def _open(self, cut: int, files: HiddenStateFiles) -> None:
@@ -222,18 +223,18 @@ class HiddenStateCache:
                 size = rows.tokens * self._token_bytes[cut]
                 if not files.make_room(size, keys.values()):
                     raise OSError(f"there is no room for {size:,} bytes")
-                started = self._clock()
+                meter = ComputeMeter(self._device)
                 states = self._filled(cut, rows, key, files)
-                fill_seconds += self._clock() - started
+                cost = meter.read()
+                fill_seconds += cost.gpu_seconds or cost.cpu_seconds
             opened[name] = rows, states
         self._served = opened
         self.uses.append(HiddenStateUse(cut=cut, estimated_share=expected.share, fill_seconds=fill_seconds))
 
     def _filled(self, cut: int, rows: RowIndex, key: str, files: HiddenStateFiles) -> Tensor:
         """Compute a split's hidden states in one pass, and return them from their file."""
-        batches = (rows.inputs(batch, self._device) for batch in rows.batches)
-        with self._backbone.computing_in(self._training.resolved_precision()):
-            files.write(key, (self._states(cut, inputs)[_tokens(inputs)] for inputs in batches))
+        with self.backbone.computing_in(self._precision):
+            files.write(key, (self._states(cut, rows, batch) for batch in rows.batches))
         states = files.open(key)
         if states is None:
             raise OSError("a file that was just written is gone")
@@ -241,16 +242,14 @@ class HiddenStateCache:
             raise UnservableError("with them in place the model computes something else")
         return states
 
-    def _clock(self) -> float:
-        # On the CPU processor time: another process must not look like a cost.
-        return time.process_time() if self._device.type == "cpu" else time.perf_counter()
-
     def _key(self, name: str, cut: int) -> str:
         text = f"{self._identity} {self._rows[name].identity} {cut}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def _states(self, cut: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        return states_at([cut], self._backbone.model, self._backbone.blocks, inputs)[cut]
+    def _states(self, cut: int, rows: RowIndex, batch: Sequence[int]) -> Tensor:
+        """Return the hidden states at a batch's tokens, of shape (tokens, width)."""
+        inputs = rows.inputs(batch, self._device)
+        return states_at([cut], self.backbone, inputs)[cut][rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
         """Try serving on a few rows whose hidden states were computed alone, without padding.
@@ -263,7 +262,7 @@ class HiddenStateCache:
         if (obstacle := self._structure.obstacle(cut)) is not None:
             raise UnservableError(obstacle)
         rows = self._rows["train"]
-        alone = [self._states(cut, rows.inputs([row], self._device))[0] for row in rows.probe()]
+        alone = [self._states(cut, rows, [row]) for row in rows.probe()]
         states = rows.padded(alone)
         error = self._error(cut, rows, states)
         if not error <= _tolerance(states, "32-true"):
@@ -275,11 +274,10 @@ class HiddenStateCache:
     def _agrees(self, cut: int, rows: RowIndex, stored: Tensor, key: str) -> bool:
         """Whether a file holds this model's hidden states, by a few rows; asked once a process."""
         if key not in self._verified and len(stored) == rows.tokens:
-            precision = self._training.resolved_precision()
             states = rows.gather(stored, rows.probe()).to(self._device)
-            with self._backbone.computing_in(precision):
+            with self.backbone.computing_in(self._precision):
                 error = self._error(cut, rows, states)
-            if error <= _tolerance(states, precision):
+            if error <= _tolerance(states, self._precision):
                 self._verified.add(key)
         return key in self._verified
 
@@ -288,20 +286,16 @@ class HiddenStateCache:
 
         The largest difference of a token's states or of logits.
         """
-        inputs, model = rows.inputs(rows.probe(), self._device), self._backbone.model
-        inside = _tokens(inputs)
-        given, expected = states[inside].float(), self._states(cut, inputs)[inside].float()
+        model, probe = self.backbone.model, rows.probe()
+        inputs = rows.inputs(probe, self._device)
+        given = states[rows.inside(probe, self._device)].float()
+        expected = self._states(cut, rows, probe).float()
         plain = model(**inputs).logits.float()
         with self._structure.serving(cut, states):
             served = model(**inputs).logits.float()
         of_states = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
         of_logits = (served - plain).abs().max() / plain.abs().max()
         return float(torch.maximum(of_states.max(), of_logits))
-
-
-def _tokens(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return where a batch has tokens, of shape (rows, longest)."""
-    return inputs["attention_mask"].bool()
 
 
 def _tolerance(states: Tensor, precision: str) -> float:

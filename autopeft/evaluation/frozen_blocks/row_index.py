@@ -41,6 +41,10 @@ class RowIndex:
         """Return what a model is called with for these rows."""
         return {name: tensor.to(device) for name, tensor in model_inputs(self._collator(rows)).items()}
 
+    def inside(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Return where a batch of these rows has tokens, of shape (rows, longest)."""
+        return torch.from_numpy(self._collator.positions(rows) >= 0).to(device)
+
     def gather(self, states: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the hidden states of a batch, of shape (rows, longest, width), out of a file's."""
         return self.padded([states[self._starts[row] :][: self._lengths[row]] for row in rows])

@@ -11,10 +11,11 @@ from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
 from autopeft.core.profiling import section
-from autopeft.evaluation.executor import make_executor
+from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
 from autopeft.optimization.budget import Budget
+from autopeft.optimization.history import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
@@ -65,10 +66,17 @@ class SearchRun:
         self.study = study
         self.budget = budget
         self.exporter = exporter
-        evaluator.prefixes.expect(budget.trials)
+        evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
         self.sampler = sampler
+        checkpoints = AdapterCheckpoints(study.folder / "adapters")
+        paused = TrainingCheckpoints(study.folder / "paused")
+        runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
+        make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
+        self.executor: Executor = make_executor(runner)
+        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
+        served = evaluator.hidden_states.is_served
         proposer = Proposer(
             opened.space,
             opened.backbone,
@@ -79,7 +87,7 @@ class SearchRun:
             baselines=settings.baselines,
             trials=budget.trials,
             forecast=None if self.promoter is None else self.promoter.forecast,
-            are_states_served=evaluator.prefixes.is_served,
+            are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
             view=self._view,
         )
         failed = [record.number for record in study.records if record.evaluation.status == "failed"]
@@ -92,11 +100,6 @@ class SearchRun:
             overhead=self.warm_starts,
             retried=failed if retry_failed else (),
         )
-        checkpoints = AdapterCheckpoints(study.folder / "adapters")
-        paused = TrainingCheckpoints(study.folder / "paused")
-        runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
-        self.executor = make_executor(settings.executor, runner)
-        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
@@ -136,7 +139,7 @@ class SearchRun:
                 report.begin(
                     front, description=description, identity={**identity, "environment": environment()}
                 )
-                if (use := self.evaluator.prefixes.describe()) is not None:
+                if (use := self.evaluator.hidden_states.describe()) is not None:
                     report.say(use)
                 front = run_loop(
                     self.scheduler,

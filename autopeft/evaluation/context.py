@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
-from autopeft.training.module import FineTuning, Serve
+from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer_state import check_states
 from autopeft.training.training_checkpoint import TrainingCheckpoint
@@ -45,6 +44,9 @@ class EvaluationContext:
         rungs: Shares of the training, in (0, 1), after which it may pause.
         seed: Seed of initial weights, shuffling and dropout.
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
+
+    Attributes:
+        needed: Names of the values that an objective or a constraint asks for.
 
     Raises:
         ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
@@ -70,6 +72,8 @@ class EvaluationContext:
         self.training = replace(training, precision="bf16-mixed") if is_low else training
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
+        wanted = (*objectives, *(constraint.objective for constraint in constraints))
+        self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
         self.monitor = next(objective.name for objective in objectives if objective.is_metric)
         self.device = training.resolved_device()
@@ -80,13 +84,8 @@ class EvaluationContext:
         if rungs:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
-        prefixes = None if cache is None else cache / "prefixes"
-        self.prefixes = HiddenStateCache(backbone, self.data, training, prefixes)
-
-    def needed(self) -> frozenset[str]:
-        """Names of the costs that an objective or a constraint asks for."""
-        wanted = (*self.objectives, *(constraint.objective for constraint in self.constraints))
-        return frozenset(objective.name for objective in wanted)
+        folder = None if cache is None else cache / "hidden_states"
+        self.hidden_states = HiddenStateCache(backbone, self.data, training, folder)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -96,32 +95,31 @@ class EvaluationContext:
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
         }
-        needed = self.needed()
-        if "peak_memory" in needed:
+        if "peak_memory" in self.needed:
             values["peak_memory"] = float(self.peak_bytes(attachment))
-        if "forward_flops" in needed:
+        if "forward_flops" in self.needed:
             values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
         return values
 
     def peak_bytes(self, attachment: Attachment) -> int:
         """Return the peak bytes of a training of what is attached now, counted."""
-        count = self._memory.count(
+        return self._memory.count(
             self.data.largest_batch(),
             self.task.loss,
             precision=self.training.resolved_precision(),
             attached=attachment.structure,
         )
-        return count.peak_bytes
 
     def module(
         self,
         configuration: Configuration,
         paused: TrainingCheckpoint | None = None,
-        serve: Serve = nullcontext,
+        *,
+        total_steps: int | None = None,
     ) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        One at a time: they share the task's metrics. For `serve` see `FineTuning`.
+        One at a time: they share the task's metrics. A training has the plan's steps by default.
         """
         return FineTuning(
             self.backbone.model,
@@ -129,10 +127,10 @@ class EvaluationContext:
             learning_rate=configuration.learning_rate,
             weight_decay=configuration.weight_decay,
             warmup_share=self.training.warmup_share,
-            total_steps=self.plan.total_steps,
+            total_steps=total_steps or self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
-            serve=serve,
+            serve=self.hidden_states.serve,
             metrics=self._metrics,
         )
 

@@ -33,7 +33,7 @@ class FineTuning(LightningModule):
         total_steps: Steps after which the learning rate is 0.
         first_step: Steps already taken.
         optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
-        serve: Gives the context in which a batch's forward pass runs, as `TrialHiddenStates.serve` does.
+        serve: Gives the context in which a batch's forward pass runs, as `HiddenStateCache.serve` does.
         metrics: The task's, which are reset; None to make new ones.
     """
 

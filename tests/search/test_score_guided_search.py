@@ -16,6 +16,7 @@ from PIL import Image
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
+from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.history import History
 from autopeft.optimization.successive_halving import SuccessiveHalving
@@ -140,9 +141,15 @@ def test_the_sampler_is_told_what_paused_and_infeasible_trials_are_worth(tmp_pat
     assert sum(evaluation.status == "infeasible" for evaluation in chosen) <= len(chosen) / 3
 
 
-@pytest.mark.parametrize(("frozen_blocks", "is_known"), [("cached", True), ("eval", False)])
+@pytest.mark.parametrize(
+    ("frozen_blocks", "executor", "is_known"),
+    [("cached", "local", True), ("eval", "local", False), ("cached", PackedExecutor(size=2), False)],
+)
 def test_the_sampler_is_told_whether_hidden_states_are_really_served(
-    frozen_blocks: Literal["cached", "eval"], is_known: bool, tmp_path: Path
+    frozen_blocks: Literal["cached", "eval"],
+    executor: str | PackedExecutor,
+    is_known: bool,
+    tmp_path: Path,
 ) -> None:
     """Not by the setting: of rows as short as these, keeping hidden states does not pay."""
     told: list[History] = []
@@ -157,14 +164,16 @@ def test_the_sampler_is_told_whether_hidden_states_are_really_served(
         space=ScoreGuided(scores=("gradient_norm",), ranks=(1, 8)),
         sampler=Watching(startup_trials=2),
         training=replace(TRAINING, frozen_blocks=frozen_blocks),
+        executor=executor,
         score_check=False,
     )
     records = search.run(trials=8, progress=False).records
     cuts = range(len(search.open().backbone.blocks) + 1)
     served = {cut for cut in cuts if told[-1].are_states_served(cut)}
-    used = {use.cut for use in search.open().evaluator.prefixes.uses}
+    used = {use.cut for use in search.open().evaluator.hidden_states.uses}
     possible = {record.evaluation.configuration.lowest_block for record in records}
-    assert used == {len(cuts) - 1 if cut is None else cut for cut in possible} & served
+    if executor == "local":
+        assert used == {len(cuts) - 1 if cut is None else cut for cut in possible} & served
     assert is_known or not served
 
 

@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.precision import Precision
-from autopeft.evaluation.memory.counter import measure_live_storage
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.sensitivity.weight_scores import absolute_parameters
+from benchmarks.memory import measure_live_storage
 from tests.sensitivity.references import labelled_batches, scored
 from tests.tiny_models import fingerprint, tiny_backbone, tiny_batch
 

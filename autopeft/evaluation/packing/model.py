@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autopeft.evaluation.frozen_blocks.block_skipping import FrozenBlocks, Structure, states_at
+from autopeft.evaluation.frozen_blocks.block_skipping import (
+    Structure,
+    evaluation_mode_below,
+    states_at,
+)
 from autopeft.evaluation.packing.lora import LoraWeights, PackedLora, RowGroups
 from autopeft.evaluation.packing.member import MemberRun
 from autopeft.models.backbone import Backbone
@@ -47,6 +51,7 @@ class PackedModel:
             self._attach_loras()
             for name in backbone.head:
                 self._replace_head(name)
+            self.train(True)
         except BaseException:
             self.remove()
             raise
@@ -103,23 +108,22 @@ class PackedModel:
         inputs = model_inputs(batch)
         self._groups.rows, self._groups.tokens = next(iter(inputs.values())).shape[:2]
         try:
-            logits = self._logits(inputs)
+            return list(self._logits(inputs).unflatten(0, (len(self._members), -1)).unbind())
         finally:
             self._groups.count = 0
-        return list(logits.unflatten(0, (len(self._members), -1)).unbind())
 
     def _logits(self, inputs: Batch) -> Tensor:
-        model, blocks, cuts = self._backbone.model, self._backbone.blocks, sorted(set(self._cuts))
+        backbone, cuts = self._backbone, sorted(set(self._cuts))
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
-            with torch.no_grad(), FrozenBlocks(model, blocks, cuts[-1]):
-                shared = states_at([cut for cut in cuts if cut], model, blocks, inputs)
+            with torch.no_grad(), evaluation_mode_below(cuts[-1], backbone):
+                shared = states_at([cut for cut in cuts if cut], backbone, inputs)
         active: list[Tensor] = []
         for cut, following in pairwise(cuts):
             with self._from(cut, inputs, shared, active) as repeated:
-                active = [states_at([following], model, blocks, repeated)[following]]
+                active = [states_at([following], backbone, repeated)[following]]
         with self._from(cuts[-1], inputs, shared, active) as repeated:
-            logits: Tensor = model(**repeated).logits
+            logits: Tensor = backbone.model(**repeated).logits
         return logits
 
     @contextmanager
@@ -134,7 +138,6 @@ class PackedModel:
         with ExitStack() as stack:
             if cut and self._structure is not None:
                 states = torch.cat([*active, *[shared[cut]] * self._cuts.count(cut)])
-                below = FrozenBlocks(self._backbone.model, self._backbone.blocks, cut)
-                stack.enter_context(below)
-                stack.enter_context(below.serving(states, self._structure))
+                stack.enter_context(evaluation_mode_below(cut, self._backbone))
+                stack.enter_context(self._structure.serving(cut, states))
             yield {name: torch.cat([tensor] * self._groups.count) for name, tensor in inputs.items()}

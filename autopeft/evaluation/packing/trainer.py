@@ -78,7 +78,7 @@ class PackedTrainer:
                 # What fails here is the outcome of a training alone, and so is what breaks a constraint.
                 with section("set-up"), suppress(Exception):
                     member = MemberRun(evaluator, configuration, seed, end, own)
-                    if all(bound.violation(member.values) <= 0 for bound in evaluator.constraints):
+                    if not member.violations:
                         members[place] = member
         outcomes: dict[int, Trained] = {}
         for pack in self._packs(members):
@@ -134,13 +134,13 @@ class PackedTrainer:
     @cached_property
     def _structure(self) -> Structure | None:
         """What blocks return, to share frozen ones; None where they have dropout or cannot be left out."""
-        evaluator, blocks = self._evaluator, self._evaluator.backbone.blocks
+        evaluator, backbone = self._evaluator, self._evaluator.backbone
         if evaluator.training.frozen_blocks == "train":
             return None
-        evaluator.backbone.model.eval()
+        backbone.model.eval()
         with torch.no_grad():
-            structure = Structure(evaluator.backbone.model, blocks, self._probe)
-        return None if structure.obstacle(len(blocks)) else structure
+            structure = Structure(backbone, self._probe)
+        return None if structure.obstacle(len(backbone.blocks)) else structure
 
 
 @dataclass
@@ -163,7 +163,7 @@ class _PackedTraining:
         evaluator, plan = self.evaluator, self.evaluator.plan
         loader = evaluator.data.train_dataloader(seed)
         batches = SegmentedBatches(loader, plan, evaluator.data.steps_per_epoch)
-        self._model = self._pack()
+        self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
         try:
             for _ in range(plan.pieces(0, self.members[0].end)):
                 for batch in batches:
@@ -184,11 +184,6 @@ class _PackedTraining:
             if member.reason is None:
                 member.verify(self.probe, own)
         self._charge(training=False)
-
-    def _pack(self) -> PackedModel:
-        model = PackedModel(self.evaluator.backbone, self.members, self.structure)
-        model.train(True)
-        return model
 
     @section("data")
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,7 +208,7 @@ class _PackedTraining:
             self._model.remove()
             self.members = [member for member in self.members if member.reason is None]
             if self.members:
-                self._model = self._pack()
+                self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
 
     @section("evaluate")
     def _validate(self) -> None:

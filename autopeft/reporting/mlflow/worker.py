@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from autopeft.core.profiling import TimeSpan
+from autopeft.core.profiling import TimeSpan, now
 
 Job = Callable[[], object]
 
@@ -54,9 +54,11 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._is_given_up:
+            start = now()
             try:
-                with self.worked.running():
-                    job()
+                job()
             except Exception as error:
                 self._on_failure(error)
+            self.worked.add_since(start)
+            self.worked.calls += 1
             self._last_end = time.monotonic()

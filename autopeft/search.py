@@ -105,6 +105,7 @@ class Search:
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
         if isinstance(executor, str) and executor != "local":
@@ -117,7 +118,7 @@ class Search:
             constraints=resolve_constraints(constraints or {}, task.metrics),
             halving=halving,
             warm_start=warm_start,
-            sampler=sampler if isinstance(sampler, str) else type(sampler).__name__,
+            sampler=sampler,
             seed=seed,
             seeds=seeds,
             executor=executor,
@@ -125,7 +126,6 @@ class Search:
         )
         self.space = self.settings.space
         self.objectives = self.settings.objectives
-        self.sampler = make_sampler(sampler, seed)
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
@@ -264,9 +264,7 @@ class Search:
             constraints = self.settings.constraints
             with closing(StudyStore(self.folder, self.name, self.objectives, constraints)) as study:
                 study.check_identity(identity)
-                run = SearchRun(
-                    opened, self.settings, study, budget, self.sampler, self, retry_failed=retry_failed
-                )
+                run = SearchRun(opened, self.settings, study, budget, self, retry_failed=retry_failed)
                 return run.run(
                     description=self.describe(),
                     identity=identity,

@@ -9,10 +9,12 @@ import json
 import platform
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.samplers import BaseSampler
 from transformers import PreTrainedModel
 
 from autopeft.core.objectives import Constraint, Objective
@@ -55,7 +57,7 @@ class SearchSettings:
         constraints: Bounds checked before training.
         halving: How trials pause; None to train each to the end.
         warm_start: How LoRA trials are initialised; None for random weights.
-        sampler: Name of the sampler.
+        sampler: Name of the sampler, or the sampler.
         seed: Seed of everything drawn.
         seeds: Trainings that a member of the front is to have.
         executor: "local", or what makes an executor.
@@ -68,7 +70,7 @@ class SearchSettings:
     constraints: tuple[Constraint, ...]
     halving: SuccessiveHalving | None
     warm_start: WarmStart | None
-    sampler: str
+    sampler: str | BaseSampler
     seed: int
     seeds: int
     executor: str | ExecutorFactory
@@ -92,7 +94,7 @@ class SearchSettings:
             "search": {
                 "objectives": ", ".join(objective.name for objective in self.objectives),
                 "constraints": ", ".join(bounds),
-                "sampler": self.sampler,
+                "sampler": describe_sampler(self.sampler),
                 "seed": str(self.seed),
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
                 **({} if self.executor == "local" else {"executor": str(self.executor)}),
@@ -136,7 +138,7 @@ class SearchSettings:
                 f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.halving is None else f"; {self.halving.describe()}")
                 + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
-                f"sampler {self.sampler}, seed {self.seed}"
+                f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"
                 + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
                 + ("" if self.executor == "local" else f"; trials are trained by {self.executor}"),
                 space.describe(backbone),
@@ -175,6 +177,33 @@ def _without_folder(text: str) -> str:
         return Path(text).resolve().name if Path(text).exists() else text
     except OSError:  # no path
         return text
+
+
+def describe_sampler(sampler: str | BaseSampler) -> str:
+    """Return a sampler's name; of a user's own its import path and what can be read of its arguments.
+
+    An argument is read from the attribute of its name, with or without an underscore before it. Of functions
+    and objects there stands the import path.
+    """
+    if isinstance(sampler, str):
+        return sampler
+    known = vars(sampler)
+    arguments = {
+        name: known.get(name, known.get(f"_{name}", ...)) for name in signature(type(sampler)).parameters
+    }
+    texts = [f"{name}={_described(value)}" for name, value in arguments.items() if value is not ...]
+    return f"{_import_path(type(sampler))}({', '.join(texts)})"
+
+
+def _described(value: Any) -> str:
+    if callable(value):
+        return _import_path(value if hasattr(value, "__qualname__") else type(value))
+    text = repr(value)
+    return _import_path(type(value)) if " at 0x" in text else text
+
+
+def _import_path(named: Any) -> str:
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def environment() -> dict[str, str]:

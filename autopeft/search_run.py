@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
@@ -43,7 +42,6 @@ class SearchRun:
         settings: The search's.
         study: The study, held by this process.
         budget: When the search ends.
-        sampler: Chooses configurations.
         exporter: Writes adapters of the front.
         retry_failed: Whether failed trials are tried again.
     """
@@ -54,7 +52,6 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        sampler: BaseSampler,
         exporter: Exporter,
         *,
         retry_failed: bool = False,
@@ -68,23 +65,23 @@ class SearchRun:
         evaluator.prefixes.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
-        self.sampler = sampler
         proposer = Proposer(
             opened.space,
             opened.backbone,
-            sampler,
+            settings.sampler,
             objectives=evaluator.objectives,
             axes=opened.axes,
+            view=self._view,
+            seed=settings.seed,
             constraints=evaluator.constraints,
             baselines=settings.baselines,
             trials=budget.trials,
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=evaluator.prefixes.is_served,
-            view=self._view,
         )
         failed = [record.number for record in study.records if record.evaluation.status == "failed"]
         self.scheduler = Scheduler(
-            proposer,
+            proposer.propose,
             budget,
             evaluator.objectives,
             seeds=settings.seeds,
@@ -197,12 +194,8 @@ class SearchRun:
 
     def _view(self) -> Study:
         """Return the study that an Optuna sampler is asked from."""
-        records = self.study.records
-        return self.study.sampler_view(
-            self.sampler,
-            expected=None if self.promoter is None else self.promoter.forecast(records).values,
-            running=self.scheduler.proposed,
-        )
+        expected = None if self.promoter is None else self.promoter.forecast(self.study.records).values
+        return self.study.view(expected=expected, running=self.scheduler.proposed)
 
     def _check_scores(self, report: SearchReport, check_scores: ScoreChecks) -> None:
         """Say how well the scores would have ranked the trials; a search never fails by it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Protocol
@@ -14,19 +14,14 @@ from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
 from autopeft.optimization.budget import Budget, Spent
-from autopeft.optimization.proposer import Proposal
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
 from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.successive_halving import AshaPromoter
 
-
-class Proposes(Protocol):
-    """Says what new trials try."""
-
-    def propose(
-        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
-    ) -> Proposal:
-        """Return what a trial is to try; the same arguments give the same."""
+Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Proposal]
+"""Says what a new trial tries, from its number, all records and what is being trained for the first time; the
+same arguments give the same."""
 
 
 class Overhead(Protocol):
@@ -51,7 +46,7 @@ class Scheduler:
     The same records give the same jobs, if one job runs at a time.
 
     Args:
-        proposer: Says what new trials try.
+        propose: Says what new trials try.
         budget: When the search ends.
         objectives: The search's.
         seeds: Trainings that a member of the front is to have.
@@ -62,7 +57,7 @@ class Scheduler:
 
     def __init__(
         self,
-        proposer: Proposes,
+        propose: Propose,
         budget: Budget,
         objectives: Sequence[Objective],
         *,
@@ -73,7 +68,7 @@ class Scheduler:
     ) -> None:
         self.budget = budget
         self.running: dict[int, Job] = {}
-        self._proposer = proposer
+        self._propose = propose
         self._objectives = objectives
         self._seeds = seeds
         self._promoter = promoter
@@ -195,7 +190,7 @@ class Scheduler:
         used = {record.number for record in records} | self.running.keys() | self._proposals.keys()
         number = next(number for number in count() if number not in used)
         pending = [proposal.configuration for proposal in self._proposals.values()]
-        proposal = self._proposer.propose(number, records, pending)
+        proposal = self._propose(number, records, pending)
         self._proposals[number] = proposal
         job = self._of(number, proposal, records)
         if job is None:

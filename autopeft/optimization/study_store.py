@@ -20,18 +20,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autopeft.core.evaluation import Evaluation, Status, TrialRecord
-from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.objectives import Constraint, Direction, Objective
 from autopeft.core.profiling import section
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_file import StudyLock, open_journal, read_journal
 
 STUDY_FILE = "study.log"
@@ -48,22 +48,6 @@ STATES: Mapping[Status, TrialState] = MappingProxyType(
     }
 )
 """Optuna's state of a trial of each status."""
-
-
-class Suggested(Protocol):
-    """What was suggested for a trial."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The values, by name."""
-
-    @property
-    def distributions(self) -> Mapping[str, BaseDistribution]:
-        """What the parameters are from."""
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """What the sampler noted of the trial, such as its generation."""
 
 
 class StudyStore:
@@ -91,8 +75,6 @@ class StudyStore:
         self._name = name
         self._objectives = tuple(objectives)
         self._constraints = tuple(constraints)
-        self._records: list[TrialRecord] = []
-        self._places: dict[int, int] = {}  # in the file: Optuna's numbers
         self._lock = StudyLock(folder, name)
         try:
             self._open()
@@ -110,21 +92,20 @@ class StudyStore:
             if known:
                 study = optuna.load_study(study_name=self._name, storage=self._storage)
             else:
-                directions = [objective.direction for objective in self._objectives]
                 study = optuna.create_study(
-                    study_name=self._name, storage=self._storage, directions=directions
+                    study_name=self._name, storage=self._storage, directions=self._directions
                 )
-            if study.metric_names is not None and study.metric_names != names:
-                there = ", ".join(study.metric_names)
-                raise self._other_search([f"objectives: {there} there, {', '.join(names)} here"])
-            if study.metric_names is None:
+            there = study.metric_names or []
+            if there and there != names:
+                raise self._other_search([f"objectives: {', '.join(there)} there, {', '.join(names)} here"])
+            if not there:
                 study.set_metric_names(names)
         self._study = self._storage.get_study_id_from_name(self._name)
         if _STUDY_ID not in self._attributes():
             self._storage.set_study_user_attr(self._study, _STUDY_ID, uuid.uuid4().hex)
         self.study_id: str = self._attributes()[_STUDY_ID]
         found = _records_of(self._storage, self._study)
-        self._places = {record.number: place for place, record in enumerate(found)}
+        self._places = {record.number: place for place, record in enumerate(found)}  # Optuna's numbers
         self._records = sorted(found, key=_number)
         self._finish(self._records)  # what a killed process did not get to
         self._end_duplicates()
@@ -153,50 +134,33 @@ class StudyStore:
             self._storage.set_study_user_attr(self._study, f"{_PREFIX}{name}", value)
 
     @section("record")
-    def tell(
-        self,
-        record: TrialRecord,
-        parameters: Mapping[str, Any] | None = None,
-        distributions: Mapping[str, BaseDistribution] | None = None,
-        attributes: Mapping[str, Any] | None = None,
-    ) -> list[TrialRecord]:
+    def tell(self, record: TrialRecord, proposal: Proposal | None = None) -> list[TrialRecord]:
         """Write a finished or paused trial, or what became of one; after this it survives anything.
 
         Args:
             record: The trial. One with a known number takes the place of what was known of it.
-            parameters: Of a new trial: what was suggested for it.
-            distributions: Of a new trial: what the parameters are from.
-            attributes: Of a new trial: what its sampler noted of it.
+            proposal: What was proposed for a new trial; None for one that is known.
 
         Returns:
             The trial, and its duplicates that were paused with it and have now the same outcome.
         """
-        if record.number not in self._places:
-            self._add(record, parameters or {}, distributions or {}, attributes or {})
-            return [record]
-        self._update(record)
-        return [record, *self._end_duplicates()]
-
-    def _add(
-        self,
-        record: TrialRecord,
-        parameters: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-        attributes: Mapping[str, Any],
-    ) -> None:
+        if proposal is None:
+            self._update(record)
+            return [record, *self._end_duplicates()]
         evaluation = record.evaluation
         trial = create_trial(
             state=STATES[evaluation.status],
             values=self._first_values(evaluation),
-            params=dict(parameters),
-            distributions=dict(distributions),
+            params=dict(proposal.parameters),
+            distributions=dict(proposal.distributions),
             user_attrs={_RECORD: _encode(record)},
-            system_attrs=dict(attributes),
+            system_attrs=dict(proposal.attributes),
             constraints=self._violations(evaluation),
         )
         trial_id = self._storage.create_new_trial(self._study, trial)
         self._places[record.number] = self._storage.get_trial_number_from_id(trial_id)
         bisect.insort(self._records, record, key=_number)
+        return [record]
 
     def _update(self, record: TrialRecord) -> None:
         if self._saved()[self._places[record.number]].state.is_finished():
@@ -235,44 +199,45 @@ class StudyStore:
                 known[record.number] = known.get(record.duplicate_of, record.evaluation)
         return known
 
-    def sampler_view(
+    def view(
         self,
-        sampler: BaseSampler,
         *,
         expected: Callable[[Evaluation], Sequence[float]] | None = None,
-        running: Iterable[Suggested] = (),
+        running: Iterable[Proposal] = (),
     ) -> Study:
-        """Return a study in memory for a sampler to read; it is derived from the records and kept nowhere.
+        """Return a study in memory for samplers to read; it is derived from the records and kept nowhere.
 
         A trial that was trained several times has its means, a duplicate what its original has. Optuna copies
         each trial that it is given: 1,000 trials of 121 parameters take 2 seconds.
 
         Args:
-            sampler: The study's sampler.
             expected: Returns the objectives that a paused trial is expected to reach. By default paused
                 trials are running ones.
-            running: What was suggested for trials that are not over.
+            running: What was proposed for trials that are not over.
         """
-        with quiet_optuna():
-            study = optuna.create_study(
-                sampler=sampler, directions=[objective.direction for objective in self._objectives]
-            )
-        saved = self._saved()
+        saved, trials = self._saved(), []
         for number, evaluation in self._outcomes().items():
             trial = saved[self._places[number]]
             values = self._values(evaluation.values) if evaluation.status == "complete" else None
             if evaluation.status == "paused" and expected is not None:
                 values = list(expected(evaluation))
             state = STATES[evaluation.status] if values is None else TrialState.COMPLETE
-            study.add_trial(_trial(state, values, trial.params, trial.distributions, trial.system_attrs))
-        for suggested in running:
-            parameters, distributions = suggested.parameters, suggested.distributions
-            study.add_trial(_trial(TrialState.RUNNING, None, parameters, distributions, suggested.attributes))
+            trials.append(_trial(state, values, trial.params, trial.distributions, trial.system_attrs))
+        for proposal in running:
+            suggested = proposal.parameters, proposal.distributions, proposal.attributes
+            trials.append(_trial(TrialState.RUNNING, None, *suggested))
+        with quiet_optuna():
+            study = optuna.create_study(directions=self._directions)
+        study.add_trials(trials)
         return study
 
     def close(self) -> None:
         """Let another process run this search."""
         self._lock.release()
+
+    @property
+    def _directions(self) -> list[Direction]:
+        return [objective.direction for objective in self._objectives]
 
     def _attributes(self) -> Mapping[str, Any]:
         return self._storage.get_study_user_attrs(self._study)

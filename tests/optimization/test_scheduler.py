@@ -13,7 +13,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.optimization.budget import Budget
-from autopeft.optimization.proposer import Proposal
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.successive_halving import AshaPromoter
 from tests.optimization.test_promotion import AXES, HALVING, OBJECTIVES, RUNGS, trial
@@ -30,7 +30,7 @@ class Ranks:
         self.ranks = ranks
         self.pending: list[int] = []
 
-    def propose(
+    def __call__(
         self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
     ) -> Proposal:
         self.pending.append(len(pending))

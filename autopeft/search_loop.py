@@ -12,9 +12,9 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job
 from autopeft.core.profiling import section
 from autopeft.evaluation.executor import Executor
+from autopeft.optimization.budget import raise_if_hopeless
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import under_replicated
-from autopeft.optimization.stop_rules import raise_if_hopeless
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import ParetoFront
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints

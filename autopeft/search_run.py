@@ -13,11 +13,10 @@ from autopeft.core.profiling import section
 from autopeft.evaluation.executor import make_executor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
-from autopeft.optimization.budget import Budget
+from autopeft.optimization.budget import Budget, is_exhausted
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
-from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import Exporter, ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck

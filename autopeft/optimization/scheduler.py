@@ -5,34 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Protocol
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
-from autopeft.optimization.budget import Budget, Spent
+from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.optimization.budget import Budget, Spent, is_exhausted
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
-from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.successive_halving import AshaPromoter
 
 Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Proposal]
 """Says what a new trial tries, from its number, all records and what is being trained for the first time; the
 same arguments give the same."""
-
-
-class Overhead(Protocol):
-    """What a search spends beside its trials, as on supernets for warm starts."""
-
-    @property
-    def cost(self) -> Cost:
-        """What was spent."""
-
-    def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
-        """Return what is still to be spent when trials are trained with so many seeds."""
 
 
 class Scheduler:
@@ -51,7 +39,7 @@ class Scheduler:
         objectives: The search's.
         seeds: Trainings that a member of the front is to have.
         promoter: Says which paused trial goes on; None where trials do not pause.
-        overhead: What is spent beside the trials; None for nothing.
+        overhead: Supernets, which take compute beside the trials; None for none.
         retried: Numbers of failed trials to try again.
     """
 
@@ -63,7 +51,7 @@ class Scheduler:
         *,
         seeds: int = 1,
         promoter: AshaPromoter | None = None,
-        overhead: Overhead | None = None,
+        overhead: WarmStarts | None = None,
         retried: Iterable[int] = (),
     ) -> None:
         self.budget = budget
@@ -108,10 +96,6 @@ class Scheduler:
     def spent(self, records: Sequence[TrialRecord]) -> Spent:
         """Return what was spent, on the trials and beside them."""
         return Spent.of(records, None if self._overhead is None else self._overhead.cost)
-
-    def share(self, records: Sequence[TrialRecord]) -> float:
-        """Return how much of the budget is spent."""
-        return self.budget.spent_share(self.spent(records))
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the members of the front that were trained with fewer seeds than they are to be."""

@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -121,12 +120,10 @@ class StudyStore:
         Raises:
             ValueError: The folder holds a search with other settings; the message says which differ.
         """
-        known = self._attributes().get(_IDENTITY)
         new = json.loads(json.dumps(dict(identity)))
-        if known is None:
-            self._storage.set_study_user_attr(self._study, _IDENTITY, new)
-        elif differing := _differences(known, new):
+        if differing := _differences(self._attributes().get(_IDENTITY, new), new):
             raise self._other_search(differing)
+        self.set_attribute("identity", new)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
@@ -151,11 +148,9 @@ class StudyStore:
         trial = create_trial(
             state=STATES[evaluation.status],
             values=self._first_values(evaluation),
-            params=dict(proposal.parameters),
-            distributions=dict(proposal.distributions),
             user_attrs={_RECORD: _encode(record)},
-            system_attrs=dict(proposal.attributes),
             constraints=self._violations(evaluation),
+            **_suggested(proposal),
         )
         trial_id = self._storage.create_new_trial(self._study, trial)
         self._places[record.number] = self._storage.get_trial_number_from_id(trial_id)
@@ -217,15 +212,14 @@ class StudyStore:
         """
         saved, trials = self._saved(), []
         for number, evaluation in self._outcomes().items():
-            trial = saved[self._places[number]]
-            values = self._values(evaluation.values) if evaluation.status == "complete" else None
-            if evaluation.status == "paused" and expected is not None:
+            trial, values = saved[self._places[number]], None
+            if evaluation.status == "complete":
+                values = self._values(evaluation.values)
+            elif evaluation.status == "paused" and expected is not None:
                 values = list(expected(evaluation))
             state = STATES[evaluation.status] if values is None else TrialState.COMPLETE
-            trials.append(_trial(state, values, trial.params, trial.distributions, trial.system_attrs))
-        for proposal in running:
-            suggested = proposal.parameters, proposal.distributions, proposal.attributes
-            trials.append(_trial(TrialState.RUNNING, None, *suggested))
+            trials.append(create_trial(state=state, values=values, **_suggested(trial)))
+        trials += [create_trial(state=TrialState.RUNNING, **_suggested(proposal)) for proposal in running]
         with quiet_optuna():
             study = optuna.create_study(directions=self._directions)
         study.add_trials(trials)
@@ -264,10 +258,8 @@ class StudyStore:
         A trial that is infeasible has no objectives: by these alone do samplers learn where not to go.
         """
         known = evaluation.values
-        names = {constraint.objective.name: constraint for constraint in self._constraints}
-        return {
-            name: constraint.violation(known) if name in known else 0.0 for name, constraint in names.items()
-        }
+        named = ((constraint.objective.name, constraint) for constraint in self._constraints)
+        return {name: constraint.violation(known) if name in known else 0.0 for name, constraint in named}
 
     def _other_search(self, differing: Sequence[str]) -> ValueError:
         return ValueError(
@@ -323,20 +315,17 @@ def _differences(known: Any, new: Any, path: str = "") -> list[str]:
     return [] if known == new else [f"{path}: {known!r} there, {new!r} here"]
 
 
-def _trial(
-    state: TrialState,
-    values: Sequence[float] | None,
-    parameters: Mapping[str, Any],
-    distributions: Mapping[str, BaseDistribution],
-    attributes: Mapping[str, Any],
-) -> FrozenTrial:
-    return create_trial(
-        state=state,
-        values=values,
-        params=dict(parameters),
-        distributions=dict(distributions),
-        system_attrs=dict(attributes),
-    )
+def _suggested(trial: Proposal | FrozenTrial) -> dict[str, Any]:
+    """Return what was suggested for a trial, as `create_trial` takes it."""
+    if isinstance(trial, Proposal):
+        parameters, attributes = trial.parameters, trial.attributes
+    else:
+        parameters, attributes = trial.params, trial.system_attrs
+    return {
+        "params": dict(parameters),
+        "distributions": dict(trial.distributions),
+        "system_attrs": dict(attributes),
+    }
 
 
 def _number(record: TrialRecord) -> int:

@@ -199,4 +199,4 @@ def test_a_search_that_is_done_has_no_jobs(budget: Budget) -> None:
     cost = Cost(cpu_seconds=1, steps=90)
     records = [replace(record, evaluation=replace(record.evaluation, cost=cost)) for record in records]
     assert made.next(records, 3) == []
-    assert made.share(records) >= 1
+    assert budget.spent_share(made.spent(records)) >= 1

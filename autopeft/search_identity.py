@@ -48,21 +48,7 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """The settings that decide what the trials of a search are.
-
-    Attributes:
-        space: What to choose from.
-        training: What every candidate has in common.
-        objectives: What to trade off.
-        constraints: Bounds checked before training.
-        halving: How trials pause; None to train each to the end.
-        warm_start: How LoRA trials are initialised; None for random weights.
-        sampler: Name of the sampler, or the sampler.
-        seed: Seed of everything drawn.
-        seeds: Trainings that a member of the front is to have.
-        executor: "local", or what makes an executor.
-        baselines: Whether the space's baselines come first.
-    """
+    """The settings that decide what the trials of a search are; see `Search`."""
 
     space: SearchSpace
     training: Training
@@ -75,6 +61,15 @@ class SearchSettings:
     seeds: int
     executor: str | ExecutorFactory
     baselines: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as `Search` takes them."""
+        bounds = {constraint.objective.name: constraint.bound for constraint in self.constraints}
+        return {
+            **vars(self),
+            "objectives": [objective.name for objective in self.objectives],
+            "constraints": bounds,
+        }
 
     def identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
         """Return the settings as text.
@@ -192,17 +187,17 @@ def describe_sampler(sampler: str | BaseSampler) -> str:
         name: known.get(name, known.get(f"_{name}", ...)) for name in signature(type(sampler)).parameters
     }
     texts = [f"{name}={_described(value)}" for name, value in arguments.items() if value is not ...]
-    return f"{_import_path(type(sampler))}({', '.join(texts)})"
+    return f"{import_path(sampler)}({', '.join(texts)})"
 
 
 def _described(value: Any) -> str:
-    if callable(value):
-        return _import_path(value if hasattr(value, "__qualname__") else type(value))
     text = repr(value)
-    return _import_path(type(value)) if " at 0x" in text else text
+    return import_path(value) if callable(value) or " at 0x" in text else text
 
 
-def _import_path(named: Any) -> str:
+def import_path(value: Any) -> str:
+    """Return where a class or a function is found, or the class of another object."""
+    named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 

@@ -66,13 +66,11 @@ class Budget:
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
-        names = ("trials", "hours", "gpu_seconds", "cpu_seconds")
-        bounds = {name: bound for name in names if (bound := getattr(self, name)) is not None}
-        if not bounds:
+        if not self.bounds:
             raise ValueError(
                 "A search needs a budget: trials=..., hours=..., gpu_seconds=... or cpu_seconds=..."
             )
-        for name, bound in bounds.items():
+        for name, bound in self.bounds.items():
             if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
                 raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
         if self.trials is not None and not float(self.trials).is_integer():
@@ -81,9 +79,15 @@ class Budget:
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are given, by name."""
+        names = ("trials", "hours", "gpu_seconds", "cpu_seconds")
+        return {name: bound for name in names if (bound := getattr(self, name)) is not None}
+
+    @property
     def bounds_compute(self) -> bool:
         """Whether there is a bound besides that of trials."""
-        return (self.hours, self.gpu_seconds, self.cpu_seconds) != (None, None, None)
+        return self.bounds.keys() != {"trials"}
 
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.

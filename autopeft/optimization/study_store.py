@@ -34,6 +34,7 @@ from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_file import StudyLock, open_journal, read_journal
 
 STUDY_FILE = "study.log"
+SETTINGS_FILE = "search.yaml"
 _PREFIX = "autopeft:"
 _RECORD = f"{_PREFIX}record"
 _IDENTITY = f"{_PREFIX}identity"

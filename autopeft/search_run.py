@@ -56,11 +56,8 @@ class SearchRun:
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
-        self.evaluator = evaluator
-        self.axes = opened.axes
-        self.study = study
-        self.budget = budget
-        self.exporter = exporter
+        self.evaluator, self.axes, self.study = evaluator, opened.axes, study
+        self.budget, self.exporter = budget, exporter
         evaluator.prefixes.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -126,6 +123,7 @@ class SearchRun:
         self.cleanup.keep(front)
         before = self._evaluations()
         report = self._report(tracking, experiment, before, progress=progress)
+        timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
             with report, quiet_lightning():
@@ -140,7 +138,7 @@ class SearchRun:
                     self.study,
                     front,
                     started=[report.started],
-                    listeners=[self.cleanup, report.finished, *map(_timed, callbacks)],
+                    listeners=[self.cleanup, report.finished, *timed],
                 )
             if check_scores is not None and report.evaluations > before:
                 self._check_scores(report, check_scores)
@@ -230,7 +228,3 @@ class SearchRun:
             are = "trial is" if len(promising) == 1 else "trials are"
             report.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
         report.say_link()
-
-
-def _timed(callback: TrialListener) -> TrialListener:
-    return section("callbacks")(callback)

@@ -40,9 +40,8 @@ class Features:
 
     Of both: the number of parameters on a log scale, and the share of each method but the first. Of what it
     costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
-    what it reaches, which metrics say: the summed learning rate on a log scale, and its placement, one number
-    a site. All lie in [0, 1] but the summed rate, which is 1 for one adapter at the highest rate.
-    `benchmarks/surrogate.py` compares them with others.
+    what it reaches: the summed learning rate on a log scale, and its placement, one number a site. All lie in
+    [0, 1] but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
 
     Attributes:
         backbone: Counts blocks and parameters.

@@ -105,12 +105,12 @@ class Forecast:
             if scores is not None:
                 gains.append(evaluation.values[self.monitor] - scores[self.monitor])
                 found.append(self._place(evaluation, step))
-        places = np.array(found).reshape(len(found), len(self._axes) + 1)
+        if not gains:
+            return _Gains((), np.empty((0, 0)), np.empty(0), 0.0)
+        places = np.array(found)
         is_known = np.isfinite(places[:, -1])
         worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0
         places[~is_known, -1] = worst_loss
-        if not gains:
-            return _Gains((), places, np.empty(0), worst_loss)
         spread = np.where(np.ptp(places, axis=0) > _ALIKE, places.std(axis=0), np.inf)
         return _Gains(gains, places, spread, worst_loss)
 

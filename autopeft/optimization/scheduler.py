@@ -27,10 +27,8 @@ class Scheduler:
     """Decides what is done next, from the records and what is running.
 
     In this order: failed trials are tried again, on request; members of the front are trained with further
-    seeds; promoted trials go on from their rung; new trials begin. Before a budget of compute ends, enough of
-    it is kept for the trainings that members of the front lack, and for paused trials that are expected to
-    come onto it; when all trials of a budget are begun, these are still trained.
-
+    seeds; promoted trials go on from their rung; new trials begin. Before a budget ends, enough of it is kept
+    for the trainings that members of the front lack, and for paused trials that are expected to come onto it.
     The same records give the same jobs, if one job runs at a time.
 
     Args:
@@ -159,8 +157,7 @@ class Scheduler:
                 failed=record,
             )
         for number in self._held:
-            job = self._of(number, self._proposals[number], records)
-            if job is not None:
+            if (job := self._of(number, self._proposals[number], records)) is not None:
                 self._held.remove(number)
                 return job
         return None
@@ -183,18 +180,14 @@ class Scheduler:
 
     def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
         """Return the job of a proposal: what was tried before is not trained again, unless it failed."""
-        key = proposal.configuration.key
+        key, baseline = proposal.configuration.key, proposal.baseline
         if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
             return None
-        known = [record for record in records if record.duplicate_of is None]
-        twin = next(
-            (record for record in reversed(known) if record.evaluation.configuration.key == key), None
-        )
-        if twin is not None and twin.evaluation.status in ("complete", "paused"):
-            return Duplicate(number=number, original=twin, baseline=proposal.baseline)
-        return New(
-            number=number,
-            configuration=proposal.configuration,
-            baseline=proposal.baseline,
-            rung=self._first_rung,
-        )
+        for record in reversed(records):
+            evaluation = record.evaluation
+            if record.duplicate_of is None and evaluation.configuration.key == key:
+                if evaluation.status in ("complete", "paused"):
+                    return Duplicate(number=number, original=record, baseline=baseline)
+                break
+        configuration, rung = proposal.configuration, self._first_rung
+        return New(number=number, configuration=configuration, baseline=baseline, rung=rung)

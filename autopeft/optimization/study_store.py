@@ -1,12 +1,9 @@
 """A search's study on disk: one writer, nothing lost by kill -9, and any Optuna tool opens it.
 
-The records are the truth. Each is kept with its trial in an Optuna journal, so that optuna-dashboard and
-`optuna.load_study` open the file. Trials may finish in any order: a record has its own number, and Optuna's
-is the trial's place in the file. A paused trial is a running one there. A trial that was trained again has
-the values of its first training there, as Optuna changes no finished trial, and its record in the study's
-attributes.
-
-Optuna's samplers read a study in memory, which is derived from the records each time one is asked.
+The records are the truth, each kept with its trial in an Optuna journal. Trials may finish in any order: a
+record has its own number, and Optuna's is the trial's place in the file. A paused trial is a running one
+there. A trial that was trained again has the values of its first training there, as Optuna changes no
+finished trial, and its record in the study's attributes. Samplers read a study in memory, derived from these.
 """
 
 from __future__ import annotations
@@ -170,10 +167,10 @@ class StudyStore:
         """Finish trials of the file that are over."""
         saved = self._saved()
         for record in records:
-            evaluation = record.evaluation
-            if evaluation.status != "paused" and not saved[self._places[record.number]].state.is_finished():
-                state, values = STATES[evaluation.status], self._first_values(evaluation)
-                self._storage.set_trial_state_values(self._trial_id(record), state, values)
+            status = record.evaluation.status
+            if status != "paused" and not saved[self._places[record.number]].state.is_finished():
+                values = self._first_values(record.evaluation)
+                self._storage.set_trial_state_values(self._trial_id(record), STATES[status], values)
 
     def _end_duplicates(self) -> list[TrialRecord]:
         """Give duplicates that are paused the outcome of their originals that are not, and return them."""
@@ -254,10 +251,7 @@ class StudyStore:
         return self._values(next(iter(evaluation.each_training().values())))
 
     def _violations(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the constraints' violations; what is not known yet violates nothing.
-
-        A trial that is infeasible has no objectives: by these alone do samplers learn where not to go.
-        """
+        """Return the constraints' violations; what is not known yet violates nothing."""
         known = evaluation.values
         named = ((constraint.objective.name, constraint) for constraint in self._constraints)
         return {name: constraint.violation(known) if name in known else 0.0 for name, constraint in named}

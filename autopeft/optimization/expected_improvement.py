@@ -206,20 +206,19 @@ class ExpectedImprovement:
         left to gain (Picheny, Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy
         optimization", 2013).
         """
-        axes = self._history.axes
-        positions = [[axis.position(value) for value in self._reached(axis.objective)] for axis in axes]
+        axes, positions = self._history.axes, []
+        for axis in axes:
+            name = axis.objective.name
+            reached = [self._history.trials[place][1][name] for place in self._placed]
+            if not axis.objective.before_training:
+                mean, _ = self._models[name].predict(self._inputs(self._placed, axis.objective))
+                reached = mean.tolist()
+            positions.append([axis.position(value) for value in reached])
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
         for position in zip(*positions, strict=True):
             free &= (cells > position).any(axis=1)
         return cells[free]
-
-    def _reached(self, objective: Objective) -> list[float]:
-        """Return what trials on all axes reached: exact costs, and the rest as the model has it."""
-        if objective.before_training:
-            return [self._history.trials[place][1][objective.name] for place in self._placed]
-        mean, _ = self._models[objective.name].predict(self._inputs(self._placed, objective))
-        return [float(value) for value in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""

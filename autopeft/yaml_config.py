@@ -39,12 +39,10 @@ class SearchConfig:
     Attributes:
         search: The search.
         run: Its budget, and whether failed trials are tried again: arguments of `Search.run`.
-        settings: The settings as read, overrides included.
     """
 
     search: Search
     run: Mapping[str, Any]
-    settings: Mapping[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,7 +90,7 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     for section, settings_class in SECTIONS.items():
         if arguments.get(section) is not None:
             arguments[section] = _build(settings_class, arguments[section], section)
-    return SearchConfig(search=_build(Search, arguments), run=run, settings=settings)
+    return SearchConfig(search=_build(Search, arguments), run=run)
 
 
 def _checked_run(run: Any) -> Mapping[str, Any]:

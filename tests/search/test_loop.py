@@ -232,7 +232,7 @@ def test_the_scores_are_checked_on_request_and_within_the_budget(
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr("autopeft.search_run.FEWEST_TRIALS", 1)
-    monkeypatch.setattr(Search, "_checked_scores", lambda search: calls.append(1))
+    monkeypatch.setattr(Search, "sensitivity", lambda search: calls.append(1))
     tiny_search(tmp_path, name="off").run(trials=1, progress=False)
     assert not calls
     tiny_search(tmp_path, name="spent", score_check=True).run(cpu_seconds=1e-3)

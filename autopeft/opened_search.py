@@ -65,8 +65,7 @@ class OpenSearch:
         """Return what decides which paused trial goes on; None where trials do not pause."""
         if halving is None:
             return None
-        evaluator = self.evaluator
-        baselines = self.space.baselines(self.backbone)
+        evaluator, baselines = self.evaluator, self.space.baselines(self.backbone)
         references = [baseline.name for baseline in baselines if baseline.is_trained_whole]
         return AshaPromoter(
             halving, evaluator.plan.rungs, evaluator.objectives, self.axes, evaluator.monitor, references
@@ -79,8 +78,8 @@ class OpenSearch:
 
         Args:
             settings: The search's.
-            folder: The search's.
-            trains: Whether to train supernets that are not in the folder.
+            folder: The search's, in which supernets are kept.
+            trains: Whether to train supernets that are not there.
         """
         if settings is None:
             return None

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
@@ -14,12 +13,11 @@ from autopeft.core.profiling import section
 from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
-from autopeft.optimization.budget import Budget
+from autopeft.optimization.budget import Budget, is_exhausted
 from autopeft.optimization.history import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
-from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import Exporter, ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
@@ -44,7 +42,6 @@ class SearchRun:
         settings: The search's.
         study: The study, held by this process.
         budget: When the search ends.
-        sampler: Chooses configurations.
         exporter: Writes adapters of the front.
         retry_failed: Whether failed trials are tried again.
     """
@@ -55,21 +52,16 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        sampler: BaseSampler,
         exporter: Exporter,
         *,
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
-        self.evaluator = evaluator
-        self.axes = opened.axes
-        self.study = study
-        self.budget = budget
-        self.exporter = exporter
+        self.evaluator, self.axes, self.study = evaluator, opened.axes, study
+        self.budget, self.exporter = budget, exporter
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
-        self.sampler = sampler
         checkpoints = AdapterCheckpoints(study.folder / "adapters")
         paused = TrainingCheckpoints(study.folder / "paused")
         runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
@@ -80,19 +72,20 @@ class SearchRun:
         proposer = Proposer(
             opened.space,
             opened.backbone,
-            sampler,
+            settings.sampler,
             objectives=evaluator.objectives,
             axes=opened.axes,
+            view=self._view,
+            seed=settings.seed,
             constraints=evaluator.constraints,
             baselines=settings.baselines,
             trials=budget.trials,
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
-            view=self._view,
         )
         failed = [record.number for record in study.records if record.evaluation.status == "failed"]
         self.scheduler = Scheduler(
-            proposer,
+            proposer.propose,
             budget,
             evaluator.objectives,
             seeds=settings.seeds,
@@ -133,6 +126,7 @@ class SearchRun:
         self.cleanup.keep(front)
         before = self._evaluations()
         report = self._report(tracking, experiment, before, progress=progress)
+        timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
             with report, quiet_lightning():
@@ -147,7 +141,7 @@ class SearchRun:
                     self.study,
                     front,
                     started=[report.started],
-                    listeners=[self.cleanup, report.finished, *map(_timed, callbacks)],
+                    listeners=[self.cleanup, report.finished, *timed],
                 )
             if check_scores is not None and report.evaluations > before:
                 self._check_scores(report, check_scores)
@@ -200,12 +194,8 @@ class SearchRun:
 
     def _view(self) -> Study:
         """Return the study that an Optuna sampler is asked from."""
-        records = self.study.records
-        return self.study.sampler_view(
-            self.sampler,
-            expected=None if self.promoter is None else self.promoter.forecast(records).values,
-            running=self.scheduler.proposed,
-        )
+        expected = None if self.promoter is None else self.promoter.forecast(self.study.records).values
+        return self.study.view(expected=expected, running=self.scheduler.proposed)
 
     def _check_scores(self, report: SearchReport, check_scores: ScoreChecks) -> None:
         """Say how well the scores would have ranked the trials; a search never fails by it."""
@@ -241,7 +231,3 @@ class SearchRun:
             are = "trial is" if len(promising) == 1 else "trials are"
             report.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
         report.say_link()
-
-
-def _timed(callback: TrialListener) -> TrialListener:
-    return section("callbacks")(callback)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +19,17 @@ _NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candid
 _ALIKE = 1e-9  # what differs by less differs by rounding alone
 
 
-@dataclass(frozen=True)
-class _Gains:
-    """What whole trainings gained after a step, and where they were then.
-
-    Attributes:
-        gains: Of the metric, one a training.
-        places: (trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss.
-        spread: Standard deviation of each column; infinite where nothing differs.
-        worst_loss: Logarithm of the highest loss known.
-    """
+class _Gains(NamedTuple):
+    """What whole trainings gained after a step, and where they were then."""
 
     gains: Sequence[float]
+    """Of the metric, one a training."""
     places: NDArray[np.float64]
+    """(trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss."""
     spread: NDArray[np.float64]
+    """Standard deviation of each column; infinite where nothing differs."""
     worst_loss: float
+    """Logarithm of the highest loss known."""
 
 
 class Forecast:
@@ -78,22 +74,17 @@ class Forecast:
 
     def loss_at(self, evaluation: Evaluation, step: int) -> float:
         """Return the loss of the latest validation up to a step; infinity where none is known."""
-        losses = [
-            point.value
-            for point in evaluation.curves
-            if point.metric == VALIDATION_LOSS and point.step <= step
-        ]
-        return losses[-1] if losses else math.inf
+        losses = (point for point in reversed(evaluation.curves) if point.metric == VALIDATION_LOSS)
+        return next((point.value for point in losses if point.step <= step), math.inf)
 
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
         """Return what whole trainings gained after a step: those that were most like this one there.
 
-        A gain is up to the mean where there were several trainings: what another seed would give, not what
-        the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
-        gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
-        loss at that step, each by how much it differs between the whole trainings. A loss that is not known
-        is the highest that is. Trainings that are initialised from a supernet and those that are not
-        are never taken for like each other: the former have begun to learn before their first step.
+        A gain is up to the mean where there were several trainings: what another seed would give. What is
+        small learns less, and what has not begun to learn may not begin. So likeness is in the costs and in
+        the validation loss at that step, each by how much it differs between the whole trainings; a loss that
+        is not known is the highest that is. Trainings that are initialised from a supernet and those that are
+        not are never alike: the former have begun to learn before their first step.
         """
         kind = step, evaluation.warm_start
         if kind not in self._known:
@@ -114,12 +105,12 @@ class Forecast:
             if scores is not None:
                 gains.append(evaluation.values[self.monitor] - scores[self.monitor])
                 found.append(self._place(evaluation, step))
-        places = np.array(found).reshape(len(found), len(self._axes) + 1)
+        if not gains:
+            return _Gains((), np.empty((0, 0)), np.empty(0), 0.0)
+        places = np.array(found)
         is_known = np.isfinite(places[:, -1])
         worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0
         places[~is_known, -1] = worst_loss
-        if not gains:
-            return _Gains((), places, np.empty(0), worst_loss)
         spread = np.where(np.ptp(places, axis=0) > _ALIKE, places.std(axis=0), np.inf)
         return _Gains(gains, places, spread, worst_loss)
 

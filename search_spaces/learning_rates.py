@@ -70,22 +70,10 @@ def encode_training(configuration: Configuration, learning_rate: LearningRate) -
     return {"learning_rate": value}
 
 
-def middle_learning_rate(learning_rate: LearningRate) -> float:
-    """Return the geometric middle of the range: what a baseline is trained with."""
-    return learning_rate_at(0.5, learning_rate)
-
-
 def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
     """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
     low, high = learning_rate_bounds(learning_rate)
     return low if low == high else min(max(float(f"{low * (high / low) ** place:.2g}"), low), high)
-
-
-def describe_learning_rate(learning_rate: LearningRate) -> str:
-    """Say how the learning rate is chosen."""
-    if isinstance(learning_rate, float):
-        return f"fixed at {learning_rate:g}"
-    return f"log-uniform in [{learning_rate[0]:g}, {learning_rate[1]:g}]"
 
 
 def log_place(value: float, low: float, high: float) -> float:

@@ -31,6 +31,12 @@ class MethodChoice:
         return tuple(self.of_size(size) for size in self.sizes or (1,))
 
     @property
+    def three_adapters(self) -> tuple[Adapter, Adapter, Adapter]:
+        """The adapters of the smallest, the middle and the largest size."""
+        adapters = self.adapters
+        return adapters[0], adapters[len(adapters) // 2], adapters[-1]
+
+    @property
     def smallest(self) -> Adapter:
         """The adapter of the smallest size."""
         return self.of_size(1)
@@ -39,6 +45,9 @@ class MethodChoice:
     def largest(self) -> Adapter:
         """The adapter of the largest size."""
         return self.of_size(self.sizes[-1] if self.sizes else 1)
+
+    def __str__(self) -> str:
+        return f"{self.method} {'|'.join(map(str, self.sizes))}".rstrip()
 
     def of_size(self, size: int) -> Adapter:
         """Return the adapter of a size, or of the nearest there is on a log scale."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.search_spaces.score_allocation import site_values
-from autopeft.search_spaces.site_groups import Slot
+from autopeft.search_spaces.slots import Slot
 from autopeft.sensitivity import SiteScores
 
 # That a slot gets an adapter: a score is a prior, so the lowest is tried at times, the highest not always.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -141,7 +142,7 @@ class TestSpace:
     ) -> None:
         _, configuration = _sampled(space, backbone, seed)
         backbone.check(configuration)
-        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in space.extremes(backbone))
         assert low <= count_parameters(backbone, configuration) <= high
 
     @settings(max_examples=8, deadline=None)
@@ -202,7 +203,7 @@ class TestSpace:
             assert space.baselines(backbone, trials) == every[: max(2, trials // 4)]
         methods = {method for baseline in every for method in baseline.configuration.methods}
         first = [baseline.configuration for baseline in every if baseline.configuration.adapters]
-        assert {method for one in first[: len(methods)] for method in one.methods} == methods
+        assert {method for point in first[: len(methods)] for method in point.methods} == methods
 
     def test_baselines_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
         baselines = space.baselines(backbone)
@@ -225,7 +226,8 @@ class TestSpace:
     def test_the_largest_point_can_be_attached(self, space: SearchSpace, backbone: Backbone) -> None:
         _, largest = space.extremes(backbone)
         with attach(backbone, largest):
-            trained = sum(one.numel() for one in backbone.model.parameters() if one.requires_grad)
+            parameters = backbone.model.parameters()
+            trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         assert trained == count_parameters(backbone, largest)
 
     def test_other_points_have_no_encoding(self, space: SearchSpace, backbone: Backbone) -> None:
@@ -248,7 +250,7 @@ class TestSpace:
 
     def test_description(self, space: SearchSpace, backbone: Backbone) -> None:
         text = space.describe(backbone)
-        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in space.extremes(backbone))
         assert text.startswith(type(space).__name__)
         assert f"{low:,} to {high:,} trainable parameters" in text
         assert "learning rate" in text
@@ -274,6 +276,17 @@ def test_count_is_the_number_of_different_points(name: str, architecture: str) -
     assert max(sizes) == count_parameters(backbone, largest)
     for point in points:
         assert space.suggest(FixedTrial(space.encode(point, backbone)), backbone) == point
+
+
+@pytest.mark.parametrize("space", [PerLayer(), ScoreGuided(scores=("random",))])
+def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchSpace) -> None:
+    deep = tiny_backbone("bert", num_hidden_layers=80)
+    count = space.count(deep)
+    assert count > 10**400
+    described = re.search(r"(\d\.\d\d)e\+(\d+) configurations", space.describe(deep))
+    assert described is not None
+    digits = int(described[2])
+    assert abs(count // 10 ** (digits - 2) - 100 * float(described[1])) <= 1
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,7 @@ from optuna.trial import FixedTrial
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import PerLayer
-from autopeft.search_spaces.base import size_ladder
-from autopeft.search_spaces.learning_rates import checked_learning_rate, middle_learning_rate
+from autopeft.search_spaces.method_space import size_ladder
 from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
@@ -128,7 +127,7 @@ class TestLadders:
         ("given", "middle"), [((1e-4, 1e-2), 1e-3), ((3e-4, 1e-2), 1.7e-3), (5e-4, 5e-4)]
     )
     def test_the_middle_learning_rate_is_geometric(self, given: Any, middle: float) -> None:
-        assert middle_learning_rate(checked_learning_rate(given)) == pytest.approx(middle)
+        assert PerLayer(learning_rate=given).point().learning_rate == pytest.approx(middle)
 
 
 class TestGroups:

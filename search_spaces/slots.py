@@ -1,10 +1,9 @@
-"""A slot: one choice a per-layer space makes, for one role in one group of blocks."""
+"""A slot: one choice a space makes, for one role in one block or group of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, Literal
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -14,7 +13,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
-OFF = "off"
+_OFF = "off"
 Encoding = Literal["fixed", "conditional"]
 
 
@@ -23,19 +22,14 @@ class Slot:
     """One role in one group of blocks: no adapter, or a method and its size.
 
     Attributes:
-        group: Name of the group of blocks, as in "0-1".
+        name: What the names of its parameters begin with, as in "0-1.query".
         sites: The sites that get the same adapter.
         choices: The methods to choose from, by name.
     """
 
-    group: str
+    name: str
     sites: tuple[Site, ...]
     choices: Mapping[str, MethodChoice]
-
-    @cached_property
-    def name(self) -> str:
-        """What the names of the slot's parameters begin with, as in "0-1.query"."""
-        return f"{self.group}.{self.sites[0].role}"
 
     @property
     def count(self) -> int:
@@ -49,15 +43,13 @@ class Slot:
         that model parameters jointly one space of constant shape; "conditional" asks for the size of
         the chosen method alone.
         """
-        method = trial.suggest_categorical(f"{self.name}.method", (OFF, *self.choices))
-        chosen: Adapter | None = None
-        for candidate, choice in self.choices.items():
-            size = choice.sizes[0] if choice.sizes else 1
-            if len(choice.sizes) > 1 and (encoding == "fixed" or candidate == method):
-                size = trial.suggest_categorical(f"{self.name}.{_size_name(candidate)}", choice.sizes)
-            if candidate == method:
-                chosen = choice.of_size(size)
-        return chosen
+        method = trial.suggest_categorical(f"{self.name}.method", (_OFF, *self.choices))
+        asked = {
+            candidate: self._suggest_size(trial, choice)
+            for candidate, choice in self.choices.items()
+            if encoding == "fixed" or candidate == method
+        }
+        return asked.get(method)
 
     def encode(self, adapter: Adapter | None, encoding: Encoding) -> dict[str, Any]:
         """Return the parameters that `suggest` decodes to `adapter`.
@@ -65,19 +57,16 @@ class Slot:
         Raises:
             ValueError: The adapter is none of the slot's choices.
         """
-        parameters: dict[str, Any] = {
-            f"{self.name}.{_size_name(candidate)}": choice.sizes[0]
-            for candidate, choice in self.choices.items()
-            if len(choice.sizes) > 1 and encoding == "fixed"
-        }
-        if adapter is None:
-            return {f"{self.name}.method": OFF, **parameters}
-        chosen = self.choices.get(adapter.method)
-        if chosen is None or adapter != chosen.of_size(adapter.size or 1):
+        method, size = (_OFF, None) if adapter is None else (adapter.method, adapter.size)
+        if adapter is not None and (
+            method not in self.choices or adapter != self.choices[method].of_size(size or 1)
+        ):
             raise ValueError(f"{adapter} is none of the choices for {self.name}.")
-        parameters[f"{self.name}.method"] = adapter.method
-        if len(chosen.sizes) > 1:
-            parameters[f"{self.name}.{_size_name(adapter.method)}"] = adapter.size
+        parameters: dict[str, Any] = {f"{self.name}.method": method}
+        for candidate, choice in self.choices.items():
+            name = self._size_parameter(choice)
+            if name is not None and (encoding == "fixed" or candidate == method):
+                parameters[name] = size if candidate == method else choice.sizes[0]
         return parameters
 
     def largest(self, backbone: Backbone) -> Adapter:
@@ -99,9 +88,23 @@ class Slot:
             raise ValueError(f"{self.name} takes one adapter, the same in all its blocks.")
         return several[0] if several else None
 
+    def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> Adapter:
+        name, sizes = self._size_parameter(choice), choice.sizes
+        if name is None:
+            return choice.smallest
+        if isinstance(sizes, range):
+            return choice.of_size(trial.suggest_int(name, sizes[0], sizes[-1], log=True))
+        return choice.of_size(trial.suggest_categorical(name, sizes))
 
-@cache
-def _size_name(method: str) -> str:
-    size_name = METHOD_SPECS[method].size_name
-    assert size_name is not None
-    return f"{method}_{size_name.replace(' ', '_')}"
+    def _size_parameter(self, choice: MethodChoice) -> str | None:
+        """Return the name of the parameter of a method's size, or None where there is nothing to ask."""
+        if isinstance(choice.sizes, range):
+            return f"{self.name}.{choice.method}_size"
+        if len(choice.sizes) < 2:
+            return None
+        return f"{self.name}.{choice.method}_{METHOD_SPECS[choice.method].size_name}".replace(" ", "_")
+
+
+def placed(adapter: Adapter, slots: Iterable[Slot]) -> dict[Site, Adapter]:
+    """Put an adapter into all slots that can take it."""
+    return {site: adapter for slot in slots if adapter.method in slot.choices for site in slot.sites}

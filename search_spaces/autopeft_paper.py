@@ -25,12 +25,6 @@ class AutoPEFTPaper(SearchSpace):
     Zhou et al., "AutoPEFT: Automatic Configuration Search for Parameter-Efficient Fine-Tuning", TACL
     2024. A size is the hidden width divided by 2^k for k = 0 … 9, or 0 (none): for a width of 768,
     that is 768, 384, …, 3, 1, 0. The paper fixes the learning rate; a range searches it too.
-
-    Attributes:
-        learning_rate: A number, or (lowest, highest) to search it on a log scale.
-
-    Raises:
-        ValueError: The learning rate is not valid.
     """
 
     learning_rate: LearningRate = 1e-4
@@ -99,17 +93,13 @@ class AutoPEFTPaper(SearchSpace):
 
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations: those without any adapter count once."""
-        sizes: int = len(self.sizes(backbone)) ** len(_ROLES)
-        patterns: int = 2 ** len(backbone.blocks) - 1
-        return (sizes - 1) * patterns + 1
+        sizes, patterns = len(self.sizes(backbone)) ** len(_ROLES), 2 ** len(backbone.blocks)
+        return int((sizes - 1) * (patterns - 1) + 1)
 
     def summary(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.summary`."""
-        ladder = "|".join(str(size) for size in self.sizes(backbone))
-        return (
-            f"global sizes of series, parallel and prefix, each of {ladder}; "
-            f"{len(backbone.blocks)} blocks on or off"
-        )
+        ladder, blocks = "|".join(map(str, self.sizes(backbone))), len(backbone.blocks)
+        return f"global sizes of series, parallel and prefix, each of {ladder}; {blocks} blocks on or off"
 
 
 def _adapters(sizes: Mapping[str, int], blocks: Iterable[int]) -> dict[Site, tuple[Adapter, ...]]:

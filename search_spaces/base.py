@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial, wraps
-from typing import Any, Self, TypeVar
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import Any, Self
 
 from autopeft.core.configuration import AdapterLike, Configuration, Site
 from autopeft.methods import count_parameters
@@ -27,25 +27,8 @@ from autopeft.search_spaces.mutation import Mutator, ParameterMutator
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
 
-_KEPT = "_of_backbones"
 _LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
 _FEWEST = 2  # the head alone says what adapters add, the smallest one that they add anything
-Space = TypeVar("Space", bound="SearchSpace")
-Found = TypeVar("Found")
-
-
-def once_a_backbone(method: Callable[[Space, Backbone], Found]) -> Callable[[Space, Backbone], Found]:
-    """Keep what a method of a space returns for a backbone, as long as both live."""
-
-    @wraps(method)
-    def kept(space: Space, backbone: Backbone) -> Found:
-        known = vars(space).setdefault(_KEPT, WeakKeyDictionary()).setdefault(backbone, {})
-        if method.__name__ not in known:
-            known[method.__name__] = method(space, backbone)
-        found: Found = known[method.__name__]
-        return found
-
-    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +76,6 @@ class SearchSpace(ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but what hangs on a backbone of this process."""
-        return {name: value for name, value in vars(self).items() if name != _KEPT}
-
     @property
     def scores_needed(self) -> tuple[str, ...]:
         """Names of the sensitivity scores that a search has to compute before it can use the space."""
@@ -131,7 +110,7 @@ class SearchSpace(ABC):
 
     @abstractmethod
     def all_baselines(self, backbone: Backbone) -> Iterable[Baseline]:
-        """Return what people do today, points that may be equal included.
+        """Return what people do today; points may be equal.
 
         The cheapest and most informative come first, and each method once before any at another size.
         """
@@ -163,12 +142,7 @@ class SearchSpace(ABC):
         return adapters | encode_training(configuration, self.learning_rate)
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
-        """Return a point drawn by chance; by default every parameter is drawn evenly.
-
-        Args:
-            generator: The only source of chance.
-            backbone: The backbone.
-        """
+        """Return a point drawn by the generator alone; by default every parameter is drawn evenly."""
         return self.suggest(DrawnTrial(generator), backbone)
 
     def mutator(self, backbone: Backbone) -> Mutator:
@@ -180,12 +154,7 @@ class SearchSpace(ABC):
         )
 
     def point(self, adapters: Mapping[Site, AdapterLike] | None = None, place: float = 0.5) -> Configuration:
-        """Return adapters (none: the head alone) with the learning rate at a place of its range.
-
-        Args:
-            adapters: The adapters.
-            place: On the range's log scale, from 0 (lowest) to 1.
-        """
+        """Return adapters, or the head alone, with the learning rate at a place, from 0 (lowest) to 1."""
         return Configuration(adapters, learning_rate=learning_rate_at(place, self.learning_rate))
 
     def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
@@ -194,7 +163,7 @@ class SearchSpace(ABC):
         Args:
             backbone: The backbone.
             trials: Trials of the search's budget, of which at most a quarter are baselines, but two at least;
-                None where it is not known, for all of them.
+                None for all of them.
         """
         found: dict[Configuration, Baseline] = {}
         for baseline in self.all_baselines(backbone):
@@ -207,14 +176,11 @@ class SearchSpace(ABC):
         lowest, highest = learning_rate_bounds(self.learning_rate)
         rate = f"fixed at {lowest:g}" if lowest == highest else f"log-uniform in [{lowest:g}, {highest:g}]"
         fewest, most = (count_parameters(backbone, end) for end in self.extremes(backbone))
-        count = self.count(backbone)
-        number = (
-            count if count < 1e300 else Decimal(count)
-        )  # deep backbones have more points than floats reach
-        return "\n".join(
-            [
-                f"{type(self).__name__}: {self.summary(backbone)}",
-                f"learning rate {rate}",
-                f"{number:.3g} configurations, {fewest:,} to {most:,} trainable parameters",
-            ]
+        count: int | Decimal = self.count(backbone)
+        if count > sys.float_info.max:  # as of deep backbones
+            count = Decimal(count)
+        return (
+            f"{type(self).__name__}: {self.summary(backbone)}\n"
+            f"learning rate {rate}\n"
+            f"{count:.3g} configurations, {fewest:,} to {most:,} trainable parameters"
         )

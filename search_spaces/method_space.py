@@ -7,20 +7,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS, ROLES
+from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import SearchSpace, once_a_backbone
+from autopeft.search_spaces.base import SearchSpace
 from autopeft.search_spaces.learning_rates import learning_rate_bounds
-from autopeft.search_spaces.method_choice import MethodChoice
+from autopeft.search_spaces.method_choice import MethodChoice, Slot, placed
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.search_spaces.score_allocation import site_values
-from autopeft.search_spaces.slots import Slot
 from autopeft.sensitivity import SiteScores
 
 _logger = logging.getLogger(__name__)
+_KEPT = "_slots_of_backbones"
 _DEFAULT_METHODS = ("lora", "series", "parallel", "prefix")
 _BOUNDS = {"rank": "ranks", "bottleneck width": "widths", "prefix length": "prefix_lengths"}
 """The setting that bounds a size, by what the size means."""
@@ -80,9 +82,19 @@ class MethodSpace(SearchSpace):
         """Return the groups of blocks that share their choices; here each block is one."""
         return tuple((block,) for block in range(len(backbone.blocks)))
 
-    @once_a_backbone
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the slots on backbones of this process."""
+        return {name: value for name, value in vars(self).items() if name != _KEPT}
+
     def groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
-        """Return every group's slots by its name, as in "0-1"."""
+        """Return every group's slots by its name, as in "0-1"; made once, as proposing asks often."""
+        known: WeakKeyDictionary[Backbone, dict[str, tuple[Slot, ...]]]
+        known = vars(self).setdefault(_KEPT, WeakKeyDictionary())
+        if backbone not in known:
+            known[backbone] = self._groups_of_slots(backbone)
+        return known[backbone]
+
+    def _groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
         choices = [self.choice_of(method) for method in self._offered]
         groups: dict[str, tuple[Slot, ...]] = {}
         for blocks in self.block_groups(backbone):
@@ -121,9 +133,7 @@ class MethodSpace(SearchSpace):
             if role not in backbone.roles:
                 raise unknown_choice(f"role in {backbone.name}", role, backbone.roles)
         possible = self.methods_on(backbone)
-        for method in self._offered:
-            if method in possible:
-                continue
+        for method in (method for method in self._offered if method not in possible):
             obstacle = f"{method!r} can sit on none of the roles {', '.join(self._roles(backbone))} of "
             if self.methods is not None or not possible:
                 raise ValueError(
@@ -147,15 +157,8 @@ class SlotSpace(MethodSpace):
     site_scores: Mapping[str, SiteScores] = field(default_factory=dict, repr=False, compare=False)
 
     def with_scores(self, scores: Mapping[str, SiteScores]) -> Self:
-        """Return the space with the scores it needs.
-
-        Raises:
-            ValueError: One of them is missing.
-        """
-        for name in self.scores_needed:
-            if name not in scores:
-                raise unknown_choice("score among those computed", name, scores)
-        return replace(self, site_scores={name: scores[name] for name in self.scores_needed})
+        """Return the space with scores."""
+        return replace(self, site_scores=scores)
 
     def scores_of(self, name: str) -> SiteScores:
         """Return the scores of a name.
@@ -170,22 +173,16 @@ class SlotSpace(MethodSpace):
             )
         return self.site_scores[name]
 
-    def in_slots(
-        self, configuration: Configuration, backbone: Backbone
-    ) -> dict[str, list[tuple[Slot, Adapter | None]]]:
-        """Return every group's slots with what a configuration has in them.
+    def cost_everywhere(self, adapter: Adapter, backbone: Backbone) -> int:
+        """Return the number of parameters of an adapter at all sites that can take it."""
+        return sum(count_site(backbone, site, adapter) for site in placed(adapter, self.slots(backbone)))
 
-        Raises:
-            ValueError: It has a site that no slot has, or sites of a slot differ.
-        """
-        outside = set(configuration.adapters)
-        outside -= {site for slot in self.slots(backbone) for site in slot.sites}
-        if outside:
+    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        """Return the parameters of a configuration; see `SearchSpace.encode`."""
+        known = {site for slot in self.slots(backbone) for site in slot.sites}
+        if outside := configuration.adapters.keys() - known:
             raise ValueError(f"{min(outside)} is no site of this space.")
-        return {
-            group: [(slot, slot.of(configuration)) for slot in slots]
-            for group, slots in self.groups_of_slots(backbone).items()
-        }
+        return super().encode(configuration, backbone)
 
     def mutator(self, backbone: Backbone) -> SiteMutator:
         """Return moves by slot, role or block, led by the first score; see `SearchSpace.mutator`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -11,24 +11,26 @@ from typing import Any, get_args
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.learning_rates import suggest_learning_rate
+from autopeft.search_spaces.method_choice import Encoding, Slot, placed
 from autopeft.search_spaces.method_space import SlotSpace, checked_names
-from autopeft.search_spaces.score_allocation import Allocation
-from autopeft.search_spaces.score_prior import allocated_to_slots, draw, rank_percentiles
-from autopeft.search_spaces.slots import Encoding, placed
+from autopeft.search_spaces.score_allocation import Allocation, site_values
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
-from autopeft.sensitivity import SCORES
+from autopeft.sensitivity import SCORES, SiteScores
+
+# That a slot gets an adapter: a score is a prior, so the lowest is tried at times, the highest not always.
+_LOWEST_PROBABILITY, _HIGHEST_PROBABILITY = 0.15, 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayer(SlotSpace):
     """Every block, or group of blocks, chooses for each role a method and a size, or none.
 
+    Further arguments, and the errors raised, are those of `MethodSpace`.
+
     Attributes:
-        methods: As all arguments that are not named here, see `MethodSpace`.
         groups: Number of groups of consecutive blocks that share their choices; None for one group a
             block.
         encoding: How choices are laid before an Optuna sampler: "fixed" asks for every parameter every time,
@@ -37,9 +39,6 @@ class PerLayer(SlotSpace):
         prior: A score of `autopeft.sensitivity.SCORES` that says where drawn configurations put adapters: the
             baselines are joined by an allocation of the first method at three budgets, and draws are biased
             towards the best sites in place of even. None for no prior.
-
-    Raises:
-        ValueError: A method, role, option or bound is not valid.
     """
 
     groups: int | None = None
@@ -88,11 +87,11 @@ class PerLayer(SlotSpace):
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return on/off a group, and every slot's parameters; see `SearchSpace.encode_adapters`."""
         parameters: dict[str, Any] = {}
-        for group, chosen in self.in_slots(configuration, backbone).items():
-            on = any(adapter is not None for _, adapter in chosen)
+        for group, slots in self.groups_of_slots(backbone).items():
+            on = any(site in configuration.adapters for slot in slots for site in slot.sites)
             parameters[f"{group}.on"] = on
-            for slot, adapter in chosen if on or self.encoding == "fixed" else ():
-                parameters |= slot.encode(adapter, self.encoding)
+            for slot in slots if on or self.encoding == "fixed" else ():
+                parameters |= slot.encode(configuration, self.encoding)
         return parameters
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
@@ -122,18 +121,12 @@ class PerLayer(SlotSpace):
         for adapter, where, slots in candidates:
             yield Baseline(name=f"{adapter} {where}", configuration=self.point(placed(adapter, slots)))
         for adapter in first.three_adapters if self.prior is not None else ():
-            sites = placed(adapter, everywhere)
-            allocation = Allocation(
-                budget=max(1, sum(count_site(backbone, site, adapter) for site in sites) // 2),
-                method=adapter.method,
-                largest=first.largest.size or 1,
-                roles=self.roles,
-                options=dict(adapter.options),
-            )
+            budget = max(1, self.cost_everywhere(adapter, backbone) // 2)
+            allocation = Allocation(budget=budget, choice=first, roles=self.roles)
             allocated = allocation.adapters(backbone, self.scores_of(*self.scores_needed))
             yield Baseline(
-                name=f"{self.prior} with {allocation.budget:,} parameters",
-                configuration=self.point(allocated_to_slots(everywhere, adapter.method, allocated)),
+                name=f"{self.prior} with {budget:,} parameters",
+                configuration=self.point(_brought_to_slots(allocated, everywhere, adapter.method)),
             )
 
     def summary(self, backbone: Backbone) -> str:
@@ -143,3 +136,48 @@ class PerLayer(SlotSpace):
         for slot in list(groups.values())[-1]:
             lines.append(f"  {slot.sites[0].role}: off, {', '.join(map(str, slot.choices.values()))}")
         return "\n".join(lines)
+
+
+def rank_percentiles(slots: Iterable[Slot], scores: SiteScores) -> dict[str, float]:
+    """Return where each slot stands among all by its score a site: 0 for the lowest, 1 for the highest."""
+    several = list(slots)
+    values = site_values(scores, [site for slot in several for site in slot.sites])
+    by_slot = {slot.name: sum(values[site] for site in slot.sites) / len(slot.sites) for slot in several}
+    ranking = sorted(by_slot, key=lambda name: (by_slot[name], name))
+    return {name: place / max(1, len(ranking) - 1) for place, name in enumerate(ranking)}
+
+
+def draw(
+    slots: Iterable[Slot], standing: Mapping[str, float], generator: random.Random
+) -> dict[Site, Adapter]:
+    """Draw adapters, more often and larger where the score is higher.
+
+    A slot gets an adapter with a probability from 0.15 to 0.85, by its standing; the method is drawn
+    evenly, and the place of its size among the sizes is the better of two draws where the standing is
+    above a draw, else the worse of two.
+    """
+    adapters: dict[Site, Adapter] = {}
+    for slot in slots:
+        share = standing[slot.name]
+        if generator.random() >= _LOWEST_PROBABILITY + (_HIGHEST_PROBABILITY - _LOWEST_PROBABILITY) * share:
+            continue
+        sizes = generator.choice(list(slot.choices.values())).adapters
+        places = [generator.randrange(len(sizes)) for _ in range(2)]
+        place = max(places) if generator.random() < share else min(places)
+        adapters |= dict.fromkeys(slot.sites, sizes[place])
+    return adapters
+
+
+def _brought_to_slots(
+    sizes: Mapping[Site, Adapter], slots: Iterable[Slot], method: str
+) -> dict[Site, Adapter]:
+    """Bring an allocation into slots: the mean size over a slot's sites, as the nearest size it offers."""
+    adapters: dict[Site, Adapter] = {}
+    for slot in slots:
+        given = [sizes[site].size or 0 for site in slot.sites if site in sizes]
+        mean = sum(given) / len(slot.sites)
+        if method not in slot.choices or mean < 0.5:
+            continue
+        nearest = min(slot.choices[method].adapters, key=lambda adapter: abs((adapter.size or 0) - mean))
+        adapters |= dict.fromkeys(slot.sites, nearest)
+    return adapters

@@ -6,17 +6,15 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import Baseline, once_a_backbone
-from autopeft.search_spaces.method_choice import MethodChoice
+from autopeft.search_spaces.base import Baseline
+from autopeft.search_spaces.method_choice import MethodChoice, placed
 from autopeft.search_spaces.method_space import SlotSpace, checked_names
 from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, SCORES_WITH_SPECTRA, Allocation
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
@@ -55,22 +53,19 @@ class ScoreGuided(SlotSpace):
     Six or seven dimensions whatever the number of blocks: budget, temperature, placement, lowest block,
     learning rate, and score and method where there are several. These are the guided configurations, which
     `draw` gives. The space has every other placement of its methods and sizes too, so that a sampler can
-    change single sites, roles or blocks of what proved good (resize, drop, add, cross over).
+    change single sites, roles or blocks of what proved good (resize, drop, add, cross over). Further
+    arguments, and the errors raised, are those of `MethodSpace`; all sizes between bounds are searched.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
         methods: Methods with a size to choose from: lora, series, parallel, prefix. A guided configuration
-            has one of them, another may mix them. The arguments not named here are those of `MethodSpace`;
-            every size between the bounds is searched.
+            has one of them, another may mix them.
         allocator: How the sites share a budget, of `autopeft.sensitivity.allocation.ALLOCATORS`:
             "proportional", "gora", "fisher" or "top_k"; or "explained_variance" or "water_filling", which
             read the spectra that the scores "gradient_spectrum" and "explained_variance" have.
         temperature: (lowest, highest) power of the scores, of the allocator "proportional": 0 is the same
             size everywhere.
         placement: (smallest, largest) share of the sites that may carry an adapter.
-
-    Raises:
-        ValueError: A score, method, role, allocator, option or bound is not valid.
     """
 
     scores: Sequence[str] = ("gradient_norm", "gora", "explained_variance")
@@ -106,20 +101,16 @@ class ScoreGuided(SlotSpace):
         ladder = super().choice_of(method)
         return replace(ladder, sizes=range(ladder.sizes[0], ladder.sizes[-1] + 1))
 
-    @once_a_backbone
     def budgets(self, backbone: Backbone) -> tuple[int, int]:
         """Return the smallest and the largest budget.
 
         The smallest pays for the smallest adapter at an eighth of the sites: below it almost nothing is
         left to place. The largest pays for the largest adapter everywhere.
         """
-        smallest = dict.fromkeys(self.methods, 0)
-        largest = dict.fromkeys(self.methods, 0)
-        for site, methods in self.choices(backbone).items():
-            for method, choice in methods.items():
-                smallest[method] += count_site(backbone, site, choice.smallest)
-                largest[method] += count_site(backbone, site, choice.largest)
-        return max(1, min(smallest.values()) // _FEWEST_SITES_SHARE), max(largest.values())
+        choices = [self.choice_of(method) for method in self.methods]
+        smallest = min(self.cost_everywhere(choice.smallest, backbone) for choice in choices)
+        largest = max(self.cost_everywhere(choice.largest, backbone) for choice in choices)
+        return max(1, smallest // _FEWEST_SITES_SHARE), largest
 
     def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
         """Ask for the few numbers, or for every site; see `SearchSpace.suggest_adapters`."""
@@ -128,10 +119,10 @@ class ScoreGuided(SlotSpace):
             asked = {slot.sites[0]: slot.suggest(trial, "conditional") for slot in slots}
             return {site: adapter for site, adapter in asked.items() if adapter is not None}
         low, high = self.budgets(backbone)
-        return self._allocated(
+        return self._guided(
             backbone,
             trial.suggest_categorical("score", tuple(self.scores)),
-            method=trial.suggest_categorical("method", tuple(self.methods)),
+            trial.suggest_categorical("method", tuple(self.methods)),
             budget=trial.suggest_int("budget", low, high, log=True),
             temperature=trial.suggest_float(_TEMPERATURE, *self.temperature) if self._is_heated else 0.0,
             placement=trial.suggest_float("placement", *self.placement),
@@ -142,35 +133,31 @@ class ScoreGuided(SlotSpace):
     def _is_heated(self) -> bool:
         return _TEMPERATURE in find_allocator(self.allocator).options
 
-    @once_a_backbone
     def _highest_block(self, backbone: Backbone) -> int:
         """Return the highest block in which every method finds a site."""
-        choices = self.choices(backbone)
-        return min(
-            max(site.block for site, methods in choices.items() if name in methods) for name in self.methods
-        )
+        slots = self.slots(backbone)
+        sites = [placed(self.choice_of(method).smallest, slots) for method in self.methods]
+        return min(max(site.block for site in of_method) for of_method in sites)
 
-    def _allocated(
-        self, backbone: Backbone, score: str, *, method: str, temperature: float, **allocation: Any
+    def _guided(
+        self, backbone: Backbone, score: str, method: str, *, temperature: float, **numbers: Any
     ) -> dict[Site, Adapter]:
         choice = self.choice_of(method)
-        adapters = Allocation(
-            method=method,
+        allocation = Allocation(
+            choice=choice,
             allocator=self.allocator,
-            largest=choice.sizes[-1],
             roles=self.roles,
             allocator_options={_TEMPERATURE: temperature} if self._is_heated else {},
-            options=choice.options,
-            **allocation,
-        ).adapters(backbone, self.scores_of(score))
+            **numbers,
+        )
+        adapters = allocation.adapters(backbone, self.scores_of(score))
         return {site: adapter for site, adapter in adapters.items() if (adapter.size or 0) >= choice.sizes[0]}
 
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters of every site; see `SearchSpace.encode_adapters`."""
         parameters: dict[str, Any] = {"stage": _PLACED}
-        for chosen in self.in_slots(configuration, backbone).values():
-            for slot, adapter in chosen:
-                parameters |= slot.encode(adapter, "conditional")
+        for slot in self.slots(backbone):
+            parameters |= slot.encode(configuration, "conditional")
         return parameters
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
@@ -183,21 +170,20 @@ class ScoreGuided(SlotSpace):
         low, high = self.budgets(backbone)
         blocks = self._highest_block(backbone) + 1
         score, first = self.scores[0], self.methods[0]
+        temperature = min(max(0.5, self.temperature[0]), self.temperature[1])
         small, *others = _ANCHORS
         anchors = [(small, method) for method in self.methods] + [(anchor, first) for anchor in others]
         for anchor, method in anchors:
             budget = round(low * (high / low) ** anchor.budget)
             lowest_block = min(round(anchor.lowest_block * blocks), blocks - 1)
-            allocated = partial(
-                self._allocated,
-                backbone,
-                score,
-                method=method,
-                temperature=min(max(0.5, self.temperature[0]), self.temperature[1]),
-                placement=self.placement[1],
-                lowest_block=lowest_block,
-            )
-            while not (adapters := allocated(budget=budget)) and budget < high:
+            numbers = {
+                "temperature": temperature,
+                "placement": self.placement[1],
+                "lowest_block": lowest_block,
+            }
+            while not (adapters := self._guided(backbone, score, method, budget=budget, **numbers)):
+                if budget >= high:
+                    break
                 budget *= 2  # no site's share was the smallest size
             point = self.point(adapters, anchor.rate)
             yield Baseline(
@@ -210,16 +196,13 @@ class ScoreGuided(SlotSpace):
     def summary(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.summary`."""
         (cheap, dear), top = self.budgets(backbone), self._highest_block(backbone)
-        heat = f"{_TEMPERATURE} {_range(self.temperature)}, " if self._is_heated else ""
+        coldest, hottest, fewest, most = *self.temperature, *self.placement
+        heat = f"{_TEMPERATURE} {coldest:g} to {hottest:g}, " if self._is_heated else ""
         return (
             f"{', '.join(self.scores)} place {', '.join(self.methods)} ({self.allocator}); "
-            f"budget {cheap:,} to {dear:,} parameters, {heat}placement {_range(self.placement)}, "
+            f"budget {cheap:,} to {dear:,} parameters, {heat}placement {fewest:g} to {most:g}, "
             f"lowest block 0 to {top}; any other placement near those"
         )
-
-
-def _range(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:g} to {bounds[1]:g}"
 
 
 def _check_range(name: str, bounds: Any, low: float, high: float) -> None:

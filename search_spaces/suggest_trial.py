@@ -41,25 +41,24 @@ class DrawnTrial:
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
         """Return a whole number within bounds, both included."""
-        value: int = self._asked(name, lambda: self._whole(low, high, log=log))
-        return value
+
+        def draw() -> int:
+            if not log:
+                return self._generator.randint(low, high)
+            return min(max(round(self._log_uniform(low - 0.5, high + 0.5)), low), high)
+
+        return int(self._asked(name, draw))
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Return a number within bounds."""
-        value: float = self._asked(name, lambda: self._number(low, high, log=log))
-        return value
+        draw = self._log_uniform if log else self._generator.uniform
+        return float(self._asked(name, lambda: draw(low, high)))
 
     def _asked(self, name: str, draw: Callable[[], Any]) -> Any:
         if name not in self.params:
             self.params[name] = draw()
         return self.params[name]
 
-    def _whole(self, low: int, high: int, *, log: bool) -> int:
-        if not log:
-            return self._generator.randint(low, high)
-        return min(max(round(self._number(low - 0.5, high + 0.5, log=True)), low), high)
-
-    def _number(self, low: float, high: float, *, log: bool) -> float:
-        if not log:
-            return self._generator.uniform(low, high)
-        return min(max(math.exp(self._generator.uniform(math.log(low), math.log(high))), low), high)
+    def _log_uniform(self, low: float, high: float) -> float:
+        drawn = math.exp(self._generator.uniform(math.log(low), math.log(high)))
+        return min(max(drawn, low), high)

@@ -11,8 +11,8 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
+from autopeft.search_spaces.method_choice import placed
 from autopeft.search_spaces.method_space import MethodSpace
-from autopeft.search_spaces.slots import placed
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 
@@ -20,11 +20,7 @@ from autopeft.search_spaces.suggest_trial import SuggestTrial
 class Uniform(MethodSpace):
     """One method, one size, on every site of the chosen roles that can take it: a global rank sweep.
 
-    Attributes:
-        methods: The methods to choose from; the other arguments are those of `MethodSpace`.
-
-    Raises:
-        ValueError: A method, role, option or bound is not valid.
+    The arguments, and the errors raised, are those of `MethodSpace`.
     """
 
     methods: Sequence[str] = ("lora",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,16 @@ from torch.nn.functional import cross_entropy
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
+from autopeft.search_spaces import (
+    AutoPEFTPaper,
+    Baseline,
+    PerLayer,
+    ScoreGuided,
+    SearchSpace,
+    SlotSpace,
+    Uniform,
+)
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
 from tests.tiny_models import tiny_backbone
 
@@ -31,6 +41,29 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
         "modernbert": tiny_backbone("modernbert", num_hidden_layers=3),
     }
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EverySlot(SlotSpace):
+    """A space as users write one: all that `SlotSpace` leaves to do."""
+
+    def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
+        adapters: dict[Site, Adapter] = {}
+        for slot in self.slots(backbone):
+            if (adapter := slot.suggest(trial, "fixed")) is not None:
+                adapters |= dict.fromkeys(slot.sites, adapter)
+        return adapters
+
+    def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        encoded = (slot.encode(configuration, "fixed") for slot in self.slots(backbone))
+        return {name: value for parameters in encoded for name, value in parameters.items()}
+
+    def all_baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
+        return (Baseline(name="head alone", configuration=self.point()),)
+
+    def summary(self, backbone: Backbone) -> str:
+        return "every slot for itself"
+
 
 SPACES: Mapping[str, SearchSpace] = MappingProxyType(
     {
@@ -50,6 +83,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "uniform-several": Uniform(methods=("lora", "prefix", "ia3"), ranks=(3, 9), learning_rate=1e-3),
         "paper": AutoPEFTPaper(),
         "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
+        "own": EverySlot(methods=("lora", "ia3"), ranks=(2, 4)),
     }
 )
 

@@ -55,18 +55,9 @@ class AutoPEFTPaper(SearchSpace):
 
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the sizes and the blocks that are on; see `SearchSpace.encode_adapters`."""
-        sizes = dict.fromkeys(_ROLES, 0)
-        sizes |= {adapter.method: adapter.size or 0 for _, adapter in configuration}
+        sizes = {f"{adapter.method}.size": adapter.size for _, adapter in configuration}
         on = {site.block for site in configuration.adapters}
-        blocks = range(len(backbone.blocks))
-        is_known = sizes.keys() == _ROLES.keys() and set(sizes.values()) <= {*self.sizes(backbone)}
-        decoded = self.point(_adapters(sizes, on) if is_known and on <= {*blocks} else None)
-        if decoded.adapters != configuration.adapters:
-            raise ValueError(f"{configuration!r} does not have one global size each of {', '.join(_ROLES)}.")
-        return {
-            **{f"{method}.size": size for method, size in sizes.items()},
-            **{f"{block}.on": block in on for block in blocks},
-        }
+        return sizes | {f"{block}.on": block in on for block in range(len(backbone.blocks))}
 
     def choices(self, backbone: Backbone) -> dict[Site, dict[str, MethodChoice]]:
         """Return the three methods at the two sublayers of every block; see `SearchSpace.choices`."""

@@ -17,7 +17,6 @@ from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import (
     LearningRate,
     checked_learning_rate,
-    encode_training,
     learning_rate_at,
     learning_rate_bounds,
     suggest_learning_rate,
@@ -28,6 +27,7 @@ from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
 
 _LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
+_DIFFERENCES_SHOWN = 4  # in an error, of a configuration to a point
 _FEWEST = 2  # the head alone says what adapters add, the smallest one that they add anything
 
 
@@ -97,8 +97,8 @@ class SearchSpace(ABC):
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters that `suggest_adapters` decodes to a configuration's adapters.
 
-        Raises:
-            ValueError: The adapters are those of no point of the space.
+        It may take any configuration for a point, as `encode` decodes what it returns. Of parameters that it
+        leaves out, which then do not matter, `encode` takes the first choice.
         """
 
     @abstractmethod
@@ -136,10 +136,17 @@ class SearchSpace(ABC):
         """Return the parameters that `suggest` decodes to a configuration.
 
         Raises:
-            ValueError: The configuration is no point of the space.
+            ValueError: The configuration is no point of the space; says how a point near it differs.
         """
-        adapters = self.encode_adapters(configuration, backbone)
-        return adapters | encode_training(configuration, self.learning_rate)
+        known = self.encode_adapters(configuration, backbone)
+        trial = DrawnTrial(None, known | {"learning_rate": configuration.learning_rate})
+        differences = configuration.diff(self.suggest(trial, backbone)).splitlines()
+        if differences:
+            shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
+            raise ValueError(
+                f"{configuration!r} is no point of {type(self).__name__}; one near it has {shown}."
+            )
+        return trial.params
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
         """Return a point drawn by the generator alone; by default every parameter is drawn evenly."""

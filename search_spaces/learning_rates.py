@@ -47,26 +47,6 @@ def readable_learning_rate(value: float, low: float, high: float) -> float:
     return min(max(readable, low), high)
 
 
-def encode_training(configuration: Configuration, learning_rate: LearningRate) -> dict[str, float]:
-    """Return the parameters of how a configuration is trained, as `suggest_learning_rate` decodes them.
-
-    Raises:
-        ValueError: The learning rate is none of the space's, or there is weight decay, which no space has.
-    """
-    low, high = learning_rate_bounds(learning_rate)
-    value = configuration.learning_rate
-    readable = readable_learning_rate(value, low, high)
-    if configuration.weight_decay:
-        raise ValueError(f"The space has no weight decay, got {configuration.weight_decay:g}.")
-    if value != readable and low == high:
-        raise ValueError(f"The space fixes the learning rate at {low:g}, not {value:g}.")
-    if not low <= value <= high:
-        raise ValueError(f"The learning rate {value:g} is outside [{low:g}, {high:g}].")
-    if value != readable:
-        raise ValueError(f"The space has learning rates of three digits such as {readable:g}, not {value!r}.")
-    return {} if low == high else {"learning_rate": value}
-
-
 def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
     """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
     low, high = learning_rate_bounds(learning_rate)

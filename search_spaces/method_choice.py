@@ -104,32 +104,21 @@ class Slot:
         the chosen method alone.
         """
         method = trial.suggest_categorical(f"{self.name}.method", (_OFF, *self.choices))
-        asked = {
+        sizes = {
             candidate: self._suggest_size(trial, choice)
             for candidate, choice in self.choices.items()
             if encoding == "fixed" or candidate == method
         }
-        return asked.get(method)
+        return self.choices[method].of_size(sizes[method]) if method in sizes else None
 
-    def encode(self, configuration: Configuration, encoding: Encoding) -> dict[str, Any]:
-        """Return the parameters that `suggest` decodes to what a configuration has at the sites.
-
-        Raises:
-            ValueError: The sites differ, carry several adapters, or one that is none of the choices.
-        """
-        found = {configuration.adapters.get(site, ()) for site in self.sites}
-        several = next(iter(found))
-        if len(found) > 1 or len(several) > 1:
-            raise ValueError(f"{self.name} takes one adapter, the same in all its blocks.")
-        method, size = (several[0].method, several[0].size) if several else (_OFF, None)
-        if several and (method not in self.choices or several[0] != self.choices[method].of_size(size or 1)):
-            raise ValueError(f"{several[0]} is none of the choices for {self.name}.")
-        parameters: dict[str, Any] = {f"{self.name}.method": method}
-        for candidate, choice in self.choices.items():
-            name = self._size_parameter(choice)
-            if name is not None and (encoding == "fixed" or candidate == method):
-                parameters[name] = size if candidate == method else choice.sizes[0]
-        return parameters
+    def encode(self, configuration: Configuration) -> dict[str, Any]:
+        """Return the parameters that `suggest` decodes to what a configuration has at the first site."""
+        several = configuration.adapters.get(self.sites[0], ())
+        if not several or several[0].method not in self.choices:
+            return {f"{self.name}.method": _OFF}
+        method, size = several[0].method, several[0].size
+        parameter = self._size_parameter(self.choices[method])
+        return {f"{self.name}.method": method} | ({} if parameter is None else {parameter: size})
 
     def largest(self, backbone: Backbone) -> Adapter:
         """Return the choice with the most trainable parameters."""
@@ -138,13 +127,13 @@ class Slot:
             key=lambda adapter: sum(count_site(backbone, site, adapter) for site in self.sites),
         )
 
-    def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> Adapter:
+    def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> int:
         name, sizes = self._size_parameter(choice), choice.sizes
         if name is None:
-            return choice.smallest
+            return 1  # which `of_size` makes the only one
         if isinstance(sizes, range):
-            return choice.of_size(trial.suggest_int(name, sizes[0], sizes[-1], log=True))
-        return choice.of_size(trial.suggest_categorical(name, sizes))
+            return trial.suggest_int(name, sizes[0], sizes[-1], log=True)
+        return int(trial.suggest_categorical(name, sizes))
 
     def _size_parameter(self, choice: MethodChoice) -> str | None:
         """Return the name of the parameter of a method's size, or None where there is nothing to ask."""

@@ -177,13 +177,6 @@ class SlotSpace(MethodSpace):
         """Return the number of parameters of an adapter at all sites that can take it."""
         return sum(count_site(backbone, site, adapter) for site in placed(adapter, self.slots(backbone)))
 
-    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
-        """Return the parameters of a configuration; see `SearchSpace.encode`."""
-        known = {site for slot in self.slots(backbone) for site in slot.sites}
-        if outside := configuration.adapters.keys() - known:
-            raise ValueError(f"{min(outside)} is no site of this space.")
-        return super().encode(configuration, backbone)
-
     def mutator(self, backbone: Backbone) -> SiteMutator:
         """Return moves by slot, role or block, led by the first score; see `SearchSpace.mutator`."""
         choices, leading = self.choices(backbone), self.scores_needed[:1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -90,8 +90,8 @@ class PerLayer(SlotSpace):
         for group, slots in self.groups_of_slots(backbone).items():
             on = any(site in configuration.adapters for slot in slots for site in slot.sites)
             parameters[f"{group}.on"] = on
-            for slot in slots if on or self.encoding == "fixed" else ():
-                parameters |= slot.encode(configuration, self.encoding)
+            for slot in slots:
+                parameters |= slot.encode(configuration)
         return parameters
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
@@ -138,11 +138,10 @@ class PerLayer(SlotSpace):
         return "\n".join(lines)
 
 
-def rank_percentiles(slots: Iterable[Slot], scores: SiteScores) -> dict[str, float]:
+def rank_percentiles(slots: Sequence[Slot], scores: SiteScores) -> dict[str, float]:
     """Return where each slot stands among all by its score a site: 0 for the lowest, 1 for the highest."""
-    several = list(slots)
-    values = site_values(scores, [site for slot in several for site in slot.sites])
-    by_slot = {slot.name: sum(values[site] for site in slot.sites) / len(slot.sites) for slot in several}
+    values = site_values(scores, [site for slot in slots for site in slot.sites])
+    by_slot = {slot.name: sum(values[site] for site in slot.sites) / len(slot.sites) for slot in slots}
     ranking = sorted(by_slot, key=lambda name: (by_slot[name], name))
     return {name: place / max(1, len(ranking) - 1) for place, name in enumerate(ranking)}
 

@@ -157,7 +157,7 @@ class ScoreGuided(SlotSpace):
         """Return the parameters of every site; see `SearchSpace.encode_adapters`."""
         parameters: dict[str, Any] = {"stage": _PLACED}
         for slot in self.slots(backbone):
-            parameters |= slot.encode(configuration, "conditional")
+            parameters |= slot.encode(configuration)
         return parameters
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:

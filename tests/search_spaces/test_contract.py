@@ -55,7 +55,7 @@ class EverySlot(SlotSpace):
         return adapters
 
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
-        encoded = (slot.encode(configuration, "fixed") for slot in self.slots(backbone))
+        encoded = (slot.encode(configuration) for slot in self.slots(backbone))
         return {name: value for parameters in encoded for name, value in parameters.items()}
 
     def all_baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:

@@ -100,7 +100,7 @@ class MethodSpace(SearchSpace):
         for blocks in self.block_groups(backbone):
             group = "-".join(str(block) for block in dict.fromkeys((blocks[0], blocks[-1])))
             slots = []
-            for role in self._roles(backbone):
+            for role in self.roles or backbone.roles:
                 sites = tuple(site for block in blocks if (site := Site(block, role)) in backbone.sites)
                 possible = {
                     choice.method: choice
@@ -116,9 +116,6 @@ class MethodSpace(SearchSpace):
         """Return the slots of all groups."""
         return [slot for slots in self.groups_of_slots(backbone).values() for slot in slots]
 
-    def _roles(self, backbone: Backbone) -> Sequence[str]:
-        return backbone.roles if self.roles is None else self.roles
-
     def methods_on(self, backbone: Backbone) -> tuple[str, ...]:
         """Return the methods that some site of a backbone can take."""
         used = {method for slot in self.slots(backbone) for method in slot.choices}
@@ -132,9 +129,9 @@ class MethodSpace(SearchSpace):
         for role in self.roles or ():
             if role not in backbone.roles:
                 raise unknown_choice(f"role in {backbone.name}", role, backbone.roles)
-        possible = self.methods_on(backbone)
+        possible, roles = self.methods_on(backbone), ", ".join(self.roles or backbone.roles)
         for method in (method for method in self._offered if method not in possible):
-            obstacle = f"{method!r} can sit on none of the roles {', '.join(self._roles(backbone))} of "
+            obstacle = f"{method!r} can sit on none of the roles {roles} of "
             if self.methods is not None or not possible:
                 raise ValueError(
                     f"{obstacle}{backbone.name}: leave it out of methods, or add a role that takes it."
@@ -161,11 +158,7 @@ class SlotSpace(MethodSpace):
         return replace(self, site_scores=scores)
 
     def scores_of(self, name: str) -> SiteScores:
-        """Return the scores of a name.
-
-        Raises:
-            ValueError: They have not been given to the space.
-        """
+        """Return the scores of a name; raise ValueError where they have not been given to the space."""
         if name not in self.site_scores:
             raise ValueError(
                 f"The space has no {name!r} scores yet: use it in a Search, which computes them, or call "

@@ -68,9 +68,7 @@ class Allocation:
         costs = {
             site: count_site(backbone, site, double) - count_site(backbone, site, unit) for site in chosen
         }
-        evidence: Mapping[Site, object] = values
-        if rule.evidence == "spectra":
-            evidence = scores.spectra
+        evidence: Mapping[Site, object] = scores.spectra if rule.evidence == "spectra" else values
         sizes = rule(
             {site: evidence.get(site, ()) for site in chosen},
             RankBudget(total=self.budget, costs=costs, largest=self.choice.largest.size or 1),

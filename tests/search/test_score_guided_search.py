@@ -24,8 +24,8 @@ from autopeft.search import Search
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
+from autopeft.search_spaces.per_layer import draw, rank_percentiles
 from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, Allocation, site_values
-from autopeft.search_spaces.score_prior import draw, rank_percentiles
 from autopeft.sensitivity import SiteScores, cached_scores
 from autopeft.sensitivity.allocation import find_allocator
 from tests.learnable import TRAINING, outcomes, tiny_search

@@ -62,11 +62,6 @@ def by_largest_remainder(
     For shares that add up to the budget and lie within the bounds, this is the method of the largest
     remainder (Hamilton's). Otherwise what the bounds leave or take is spread evenly over the other sites.
     Sites of weight 0 come last.
-
-    Args:
-        shares: The wanted ranks, not yet whole.
-        weights: What the shares were made from.
-        budget: What may be spent.
     """
     return greedy_allocate(
         shares, budget, lambda site, rank: (weights[site] > 0, round(shares[site] - rank, DECIMALS))
@@ -88,9 +83,8 @@ def bounded_shares(weights: Mapping[Site, float], budget: RankBudget) -> dict[Si
     levels = np.unique(np.concatenate((budget.smallest / positive, budget.largest / positive)))
     bounded = np.clip(np.outer(levels, relative), budget.smallest, budget.largest)
     level = np.interp(budget.total, bounded @ costs, levels)
-    return dict(
-        zip(weights, np.clip(level * relative, budget.smallest, budget.largest).tolist(), strict=True)
-    )
+    shares = np.clip(level * relative, budget.smallest, budget.largest)
+    return dict(zip(weights, shares.tolist(), strict=True))
 
 
 def fill_evenly(chosen: Collection[Site], scores: Mapping[Site, float], budget: RankBudget) -> Ranks:

@@ -28,12 +28,11 @@ def uniform_scores(sites: Iterable[Site]) -> SiteScores:
 def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None, rank: int) -> SiteScores:
     """Return the validation score after training LoRA on one site alone, for every site.
 
-    As NASPEFT does with layers. Costs one training a site: a reference to check the cheap scores against.
+    Costs one training a site: a reference to check the cheap scores against.
 
     Args:
         sites: The sites.
-        train_one: Trains a configuration and returns its validation score, better when larger (return the
-            negative of a loss).
+        train_one: See `TrainOne`.
         rank: Rank of the LoRA adapter.
 
     Raises:
@@ -44,7 +43,5 @@ def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None
             "The score 'leave_one_out' trains each site alone: pass train_one, a function that trains a "
             "Configuration and returns its validation score (better when larger)."
         )
-    values: dict[Site, float] = {}
-    for matrix in sites:
-        values[matrix.site] = train_one(Configuration({matrix.site: Adapter("lora", rank)}))
+    values = {matrix.site: train_one(Configuration({matrix.site: Adapter("lora", rank)})) for matrix in sites}
     return SiteScores(name="leave_one_out", values=values)

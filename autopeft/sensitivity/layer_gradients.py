@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,10 +26,11 @@ _BLOCK_ENTRIES = 2**16
 _WORTH_DROPPING = 0.8
 
 
+@dataclass(frozen=True, eq=False)
 class LayerGradient:
     """The gradient of a loss with respect to one site's weight.
 
-    Args:
+    Attributes:
         site: The site.
         products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
             forward pass: one, or more where blocks share their weights.
@@ -37,18 +39,18 @@ class LayerGradient:
             what is better.
     """
 
-    def __init__(
-        self, site: MatrixSite, products: Sequence[_Product], rows: int, dtype: torch.dtype | None = None
-    ) -> None:
-        self.site = site
-        self._products = products
-        self._rows = rows
-        self._dtype = dtype
+    site: MatrixSite
+    products: Sequence[_Product]
+    rows: int
+    dtype: torch.dtype | None = None
 
     @cached_property
     def gradient(self) -> Tensor:
         """G, (out, in), in single precision or what is better."""
-        return _sum([_outer(*product, self._dtype) for product in self._products])
+        first, *others = [_outer(*product, self.dtype) for product in self.products]
+        for other in others:
+            first += other
+        return first
 
     @cached_property
     def norm(self) -> Tensor:
@@ -75,40 +77,31 @@ class LayerGradient:
         Raises:
             ValueError: The layer's input does not keep the rows apart.
         """
-        by_row = [tuple(map(self._apart, product)) for product in self._products]
-        for row in range(self._rows):
+        by_row = [tuple(map(self._apart, product)) for product in self.products]
+        for row in range(self.rows):
             products = [(output_gradient[row], given[row]) for output_gradient, given in by_row]
-            total = _sum([_outer(*product, self._dtype) for product in products])
-            yield total.mul_(self._rows)
+            yield LayerGradient(self.site, products, 1, self.dtype).gradient.mul_(self.rows)
 
     def _apart(self, tensor: Tensor) -> Tensor:
-        if tensor.shape[0] % self._rows:
+        if tensor.shape[0] % self.rows:
             raise ValueError(
-                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self._rows} rows of "
+                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self.rows} rows of "
                 f"the batch (its shape is {tuple(tensor.shape)}): use the batch version of 'fisher'."
             )
         # Some models flatten (rows, tokens) into one dimension, row after row.
-        return tensor.reshape(self._rows, -1, tensor.shape[-1])
+        return tensor.reshape(self.rows, -1, tensor.shape[-1])
 
 
 def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return δᵀ x, without the tokens whose δ is 0: padding, and in a last block all that is not pooled."""
     precise = torch.promote_types(given.dtype, torch.float32)
-    factors = precise if dtype is None else dtype
     left = output_gradient.reshape(-1, output_gradient.shape[-1])
     right = given.reshape(-1, given.shape[-1])
     if left.device.type == "cpu":  # elsewhere, to look at the numbers is to wait for them
         used = left.any(dim=1)
         if int(used.sum()) < _WORTH_DROPPING * len(left):
             left, right = left[used], right[used]
-    return (left.to(factors).mT @ right.to(factors)).to(precise)
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
+    return (left.to(dtype or precise).mT @ right.to(dtype or precise)).to(precise)
 
 
 @contextmanager

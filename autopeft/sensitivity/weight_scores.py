@@ -14,8 +14,6 @@ from autopeft.sensitivity.scored_matrices import MatrixSite, Subject
 from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
 
-_BLOCK_ENTRIES = 2**18
-
 
 def condition_number_scores(sites: Sequence[MatrixSite]) -> SiteScores:
     """Return 1 / κ(W) = σ_min(W) / σ_1(W): KappaTune adapts the best conditioned weights first.
@@ -34,9 +32,9 @@ def synflow_scores(subject: Subject) -> SiteScores:
     """Return Σ |W ⊙ ∂R/∂W|: how much of the synaptic flow R goes through a weight.
 
     R is the sum of the logits of the model with every parameter replaced by its absolute value and every
-    token's embedding by ones (SynFlow, Tanaka et al., NeurIPS 2020, arXiv:2006.05467; norms are kept, as in
-    SPEFT; so are activation functions). Of the batches only the first row's shape and mask are used.
-    Attention over tokens that are alike does not depend on the queries and keys: they score next to nothing.
+    token's embedding by ones; norms are kept, as in SPEFT, and so are activation functions. Of the batches
+    only the first row's shape and mask are used. Attention over tokens that are alike does not depend on the
+    queries and keys: they score next to nothing.
     """
     values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
 
@@ -57,27 +55,26 @@ def synflow_scores(subject: Subject) -> SiteScores:
 def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] = ()) -> Iterator[None]:
     """Replace every parameter by its absolute value in place; put the signs back afterwards, bit for bit.
 
-    The signs are kept in main memory, one byte an entry, and put back a few rows at a time.
+    The signs are kept in main memory, one byte an entry.
 
     Args:
         model: The model.
         except_for: Parameters to leave as they are: nobody has to pay for what is not used.
     """
     left_out = set(map(id, except_for))
-    signs: list[tuple[nn.Parameter, Tensor]] = []
+    signs: list[tuple[Tensor, Tensor]] = []
     try:
         for parameter in model.parameters():
             if id(parameter) not in left_out:
-                signs.append((parameter, torch.signbit(parameter.detach()).cpu()))
-                parameter.detach().abs_()
+                values = parameter.detach()
+                signs.append((values, (1 - 2 * values.signbit().to(torch.int8)).cpu()))
+                values.abs_()
         yield
     finally:
-        for parameter, negative in signs:
-            values = torch.atleast_1d(parameter.detach())
-            rows = max(1, len(values) * _BLOCK_ENTRIES // max(1, values.numel()))
-            for part, flags in zip(values.split(rows), torch.atleast_1d(negative).split(rows), strict=True):
-                # Of zeros too; a second parameter on the same memory, all positive by then, changes nothing.
-                part.copy_(torch.where(flags.to(part.device), -part.abs(), part))
+        for values, sign in reversed(
+            signs
+        ):  # of two on the same memory, the first one's signs are the true ones
+            values.copysign_(sign.to(values.device))
 
 
 def _only_in_embeddings(model: nn.Module) -> list[nn.Parameter]:
@@ -85,16 +82,11 @@ def _only_in_embeddings(model: nn.Module) -> list[nn.Parameter]:
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     within = set(embeddings.modules())
     elsewhere = {
-        parameter.untyped_storage().data_ptr()
-        for module in model.modules()
-        if module not in within
+        parameter.data_ptr()
+        for module in set(model.modules()) - within
         for parameter in module.parameters(recurse=False)
     }
-    return [
-        parameter
-        for parameter in embeddings.parameters()
-        if parameter.untyped_storage().data_ptr() not in elsewhere
-    ]
+    return [parameter for parameter in embeddings.parameters() if parameter.data_ptr() not in elsewhere]
 
 
 @contextmanager

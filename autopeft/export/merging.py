@@ -34,7 +34,7 @@ def check_mergeable(configuration: Configuration) -> None:
     others = [
         f"{site} ({adapter.method})" for site, adapter in configuration if adapter.method not in MERGEABLE
     ]
-    if not is_mergeable(configuration):
+    if others:
         raise ValueError(
             f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
             "Export with merged=False."
@@ -57,13 +57,12 @@ def merged_model(
 
     Args:
         backbone: A backbone that carries nothing.
-        configuration: What was trained.
+        configuration: What was trained; see `check_mergeable`.
         state: The trained tensors, as `Attachment.state_dict` names them.
 
     Raises:
-        ValueError: An adapter cannot be merged, or the tensors do not belong to the configuration.
+        ValueError: The tensors do not belong to the configuration.
     """
-    check_mergeable(configuration)
     model = shared_copy(backbone.model)
     for site in configuration.adapters:
         module = model.get_submodule(backbone.shape(site).module)

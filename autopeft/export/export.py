@@ -26,7 +26,7 @@ from autopeft.export.folder_format import (
     write_adapters,
 )
 from autopeft.export.loading import load_adapter
-from autopeft.export.merging import check_mergeable, merged_model
+from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
 from autopeft.export.model_card import describe_layout, how_to_load, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.models.backbone import Backbone
@@ -112,8 +112,12 @@ def export_adapter(
     """
     target = Path(folder).expanduser()
     _check_target(target, overwrite)
-    if merged:
-        check_mergeable(configuration)
+    others = unmergeable(configuration)
+    if merged and others:
+        raise ValueError(
+            f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
+            "Export with merged=False."
+        )
     by_method = placements(configuration, backbone.sites)
     manifest = Manifest(
         layout="merged" if merged else adapter_layout(by_method),

@@ -134,16 +134,10 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder."""
-        sites = {
-            str(site): {name: value for name, value in vars(shape).items() if name != "site"}
-            for site, shape in self.sites.items()
-        }
-        data = {
-            "format_version": FORMAT_VERSION,
-            **vars(self),
-            "head": asdict(self.head),
-            "sites": sites,
-        }
+        sites = {str(site): asdict(shape) for site, shape in self.sites.items()}
+        for shape in sites.values():
+            del shape["site"]
+        data = {"format_version": FORMAT_VERSION, **vars(self), "head": asdict(self.head), "sites": sites}
         (folder / MANIFEST_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -166,13 +160,10 @@ class Manifest:
                 f"{file} has the format version {version}, this autopeft reads {FORMAT_VERSION}: "
                 f"it was written by autopeft {data['versions']['autopeft']}."
             )
-        sites = [(Site.parse(text), shape) for text, shape in data.pop("sites").items()]
         head |= {key: tuple(head[key]) for key in ("modules", "labels")}
-        return cls(
-            **data,
-            head=TaskHead(**head),
-            sites={site: SiteShape(site=site, **shape) for site, shape in sites},
-        )
+        shapes = {Site.parse(text): shape for text, shape in data.pop("sites").items()}
+        sites = {site: SiteShape(site=site, **shape) for site, shape in shapes.items()}
+        return cls(**data, head=TaskHead(**head), sites=sites)
 
 
 def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
@@ -204,16 +195,16 @@ def adapter_layout(by_method: Mapping[str, Placement]) -> Layout:
 
 def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str]]:
     """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
-    is_plain = adapter_layout(by_method) == "peft"
-    files = {} if is_plain else {HEAD_FILE: {"": _HEAD_PREFIX}}
-    for folder, (method, group) in peft_groups(by_method).items():
-        prefixes = {
+    files = {
+        f"{folder}/{PEFT_FILE}": {
             f"{_PEFT_PREFIX}{shape.module}.": f"{site}.{method.name}." for site, (shape, _) in group.items()
         }
-        if is_plain:
-            files[PEFT_FILE] = prefixes | {_PEFT_PREFIX: _HEAD_PREFIX}
-        else:
-            files[f"{folder}/{PEFT_FILE}"] = prefixes
+        for folder, (method, group) in peft_groups(by_method).items()
+    }
+    if adapter_layout(by_method) == "peft":
+        (prefixes,) = files.values()
+        return {PEFT_FILE: prefixes | {_PEFT_PREFIX: _HEAD_PREFIX}}
+    files[HEAD_FILE] = {"": _HEAD_PREFIX}
     for name, placement in by_method.items():
         if not isinstance(METHODS[name], PeftMethod):
             files[f"{name}/{OWN_METHOD_FILE}"] = {f"{site}.": f"{site}.{name}." for site in placement}

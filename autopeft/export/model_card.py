@@ -13,7 +13,7 @@ import yaml
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.export.folder_format import Manifest, peft_groups, placements
-from autopeft.export.merging import is_mergeable
+from autopeft.export.merging import unmergeable
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
@@ -91,7 +91,7 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
         else "None as it is: load it with autopeft.load_adapter."
     )
     text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
-    if is_mergeable(configuration):
+    if not unmergeable(configuration):
         text += " Export it with merged=True for a model that needs no support for adapters."
     return text
 
@@ -134,12 +134,12 @@ def model_card(
     Args:
         manifest: What was exported.
         configuration: What was trained.
-        values: Figures by name; those of the test split begin with "test_".
-        details: Task, data set, search, trial and so on, by name.
+        values: See `export_adapter`.
+        details: See `export_adapter`.
         folder: Name of the folder, as snippets call it.
         options: What the base model has to be told; see `verification.base_options`.
         check: How the export was checked.
-        trainings: Number of trainings behind the figures, each with a seed of its own.
+        trainings: See `export_adapter`.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
     name = _escaped(Path(manifest.base).name or "base model")

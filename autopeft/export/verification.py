@@ -103,7 +103,7 @@ def check_export(
         manifest: Its manifest.
         backbone: The backbone it was trained on.
         probe: A batch, without labels.
-        expected: Logits of the trained model on it, in float32.
+        expected: What `trained_logits` gave for it.
 
     Raises:
         RuntimeError: The folder does not load, or the logits differ by more than rounding.
@@ -153,8 +153,7 @@ def base_options(manifest: Manifest, origin: str) -> dict[str, object]:
         return options
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     if headed and config.num_labels != len(head.labels):
-        # The stored head may be one of other labels; all of the head comes from the export.
-        options["ignore_mismatched_sizes"] = True
+        options["ignore_mismatched_sizes"] = True  # all of the head comes from the export
     if head.pad_token_id != getattr(config, "pad_token_id", None):
         options["pad_token_id"] = head.pad_token_id
     if str(config.dtype or torch.float32).removeprefix("torch.") != head.dtype:

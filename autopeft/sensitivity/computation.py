@@ -166,9 +166,10 @@ def compute_scores(
     watched = variance if "explained_variance" in names else None
     with undisturbed(backbone.model, seed):
         if groups:
-            parts = [score_means(groups[0], receivers, watched)]
-            parts += [score_means(group, (), None) for group in groups[1:]]
-            scores = {name: SiteScores.merged([part[name] for part in parts]) for name in asked_of_means}
+            scores = score_means(groups[0], receivers, watched)
+            for group in groups[1:]:
+                further = score_means(group, (), None)
+                scores = {name: scores[name] | further[name] for name in asked_of_means}
         else:
             run_pass(receivers, watched)
         scores |= {score.name: score.scores(places) for score in of_batches}

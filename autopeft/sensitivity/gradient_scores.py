@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,29 +45,30 @@ BATCH_SCORES: Mapping[str, BatchFormula] = {
 }
 
 
+@dataclass(frozen=True)
 class BatchScore:
     """The mean over the batches of a formula of a layer's gradient.
 
-    Args:
+    Attributes:
         name: The score.
         formula: The formula.
         count: What its sum over all batches is divided by.
+        sums: The sum so far of each site with influence on the loss.
     """
 
-    def __init__(self, name: str, formula: BatchFormula, count: int) -> None:
-        self.name = name
-        self._formula = formula
-        self._count = count
-        self._sums: dict[Site, Tensor | float] = {}
+    name: str
+    formula: BatchFormula
+    count: int
+    sums: dict[Site, Tensor] = field(default_factory=dict)
 
     def add(self, layer: LayerGradient) -> None:
         """Add the gradient of one layer on one batch."""
         site = layer.site.site
-        self._sums[site] = self._sums.get(site, 0.0) + self._formula(layer).double()
+        self.sums[site] = self.formula(layer).double() + self.sums.get(site, 0.0)
 
     def scores(self, sites: Iterable[Site]) -> SiteScores:
         """Return the scores; 0 for sites without influence on the loss."""
-        values = {site: float(self._sums.get(site, 0.0)) / self._count for site in sites}
+        values = {site: float(self.sums.get(site, 0.0)) / self.count for site in sites}
         return SiteScores(name=self.name, values=values)
 
 

@@ -7,7 +7,7 @@ pass reaches the next layer.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from autopeft.core.adapter import Site
 from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 
 _Product = tuple[Tensor, Tensor]
@@ -123,42 +122,33 @@ def layer_gradients(
         rows: Number of rows of the batch.
         dtype: See `LayerGradient`.
     """
-    waiting: dict[Site, int] = defaultdict(int)
-    products: dict[Site, list[_Product]] = defaultdict(list)
-    matrices = {matrix.site: matrix for matrix in sites}
+    calls: Counter[MatrixSite] = Counter()
+    products: dict[MatrixSite, list[_Product]] = defaultdict(list)
 
-    def hand_over(site: Site) -> None:
-        receive(LayerGradient(matrices[site], products.pop(site), rows, dtype))
+    def hand_over(matrix: MatrixSite) -> None:
+        receive(LayerGradient(matrix, products.pop(matrix), rows, dtype))
 
-    def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor | None:
-        site = matrix.site
-        watched = output if output.requires_grad else _with_graph(output)
+    def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            # The same numbers as the beginning of a graph: backpropagation has to come down to here. Not
+            # `requires_grad_`: an in-place operation on a leaf, as some models have, would raise.
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         # In a list, so that the input can be let go of while the graph still holds the hook.
         held = [given.detach()]
-        waiting[site] += 1
+        calls[matrix] += 1
 
         def arrived(output_gradient: Tensor) -> None:
-            products[site].append((output_gradient.detach(), held.pop()))
-            waiting[site] -= 1
-            if not waiting[site]:
-                hand_over(site)
+            products[matrix].append((output_gradient.detach(), held.pop()))
+            if len(products[matrix]) == calls[matrix]:
+                hand_over(matrix)
 
-        watched.register_hook(arrived)
-        return watched
+        output.register_hook(arrived)
+        return output
 
     def run_backward(value: Tensor) -> None:
         value.backward()
-        for site in list(products):  # a module with a call that had no influence
-            hand_over(site)
-        waiting.clear()
+        for matrix in list(products):  # a module with a call that had no influence
+            hand_over(matrix)
 
     with forward_hooks(sites, watch):
         yield run_backward
-
-
-def _with_graph(output: Tensor) -> Tensor:
-    """Return the same numbers as the beginning of a graph: backpropagation has to come down to here.
-
-    Not `requires_grad_`: an in-place operation on a leaf, as some models have, would raise.
-    """
-    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -158,9 +158,7 @@ def forward_hooks(
     def bind(site: MatrixSite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         return lambda _, arguments, output: hook(site, arguments[0], output)
 
-    handles = [site.module.register_forward_hook(bind(site)) for site in sites]
-    try:
+    with ExitStack() as handles:
+        for site in sites:
+            handles.enter_context(site.module.register_forward_hook(bind(site)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -41,10 +41,11 @@ def synflow_scores(subject: Subject) -> SiteScores:
     def add(layer: LayerGradient) -> None:
         values[layer.site.site] = layer.weighted_norms[0].item()
 
+    embeddings: nn.Module = subject.model.get_input_embeddings()  # type: ignore[operator]
     row = {name: tensor[:1] for name, tensor in subject.inputs(0).items()}
     with (
-        absolute_parameters(subject.model, except_for=_only_in_embeddings(subject.model)),
-        _embeddings_of_ones(subject.model),
+        absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
+        embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
         layer_gradients(subject.sites, add, rows=1) as run_backward,
     ):
         run_backward(subject.model(**row).logits.sum())
@@ -77,23 +78,11 @@ def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] =
             values.copysign_(sign.to(values.device))
 
 
-def _only_in_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters whose memory nothing but the input embeddings uses, often half of a model."""
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    within = set(embeddings.modules())
+def _only_in(part: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters whose memory nothing but a part uses; embeddings are often half of a model."""
     elsewhere = {
         parameter.data_ptr()
-        for module in set(model.modules()) - within
+        for module in set(model.modules()) - set(part.modules())
         for parameter in module.parameters(recurse=False)
     }
-    return [parameter for parameter in embeddings.parameters() if parameter.data_ptr() not in elsewhere]
-
-
-@contextmanager
-def _embeddings_of_ones(model: nn.Module) -> Iterator[None]:
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return [parameter for parameter in part.parameters() if parameter.data_ptr() not in elsewhere]

@@ -89,11 +89,6 @@ class TaskHead:
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
-    @property
-    def has_numbered_labels(self) -> bool:
-        """Whether the labels have the names that transformers gives to labels without a name."""
-        return self.labels == tuple(f"LABEL_{index}" for index in range(len(self.labels)))
-
     def config_options(self) -> dict[str, Any]:
         """Return what to set in the base model's config."""
         return {

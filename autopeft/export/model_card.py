@@ -20,16 +20,12 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _AUTO = "AutoModelForSequenceClassification"
 _TEST = "test_"
 _OF_NO_SPLIT = ("examples_per_second",)
-_LAYOUTS = {
+LAYOUTS = {
     "peft": "a plain PEFT folder, classification head included",
     "mixed": "a folder of autopeft: one folder a method, the classification head beside them",
     "merged": "a whole transformers model, the adapters merged into its weights",
 }
-
-
-def describe_layout(manifest: Manifest) -> str:
-    """Say what kind of folder an export is."""
-    return _LAYOUTS[manifest.layout]
+"""What kind of folder each layout is, as a phrase."""
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
@@ -59,10 +55,10 @@ def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) 
 
 
 def _load_base(manifest: Manifest, options: Mapping[str, object]) -> str:
-    """Return the lines that load the base model of a plain PEFT folder, with the names of the labels."""
+    """Return the lines that load the base model of a plain PEFT folder, with labels where they have names."""
     arguments = [repr(manifest.base), *(f"{name}={value!r}" for name, value in options.items())]
     labels = ""
-    if not manifest.head.has_numbered_labels:
+    if manifest.head.labels != tuple(f"LABEL_{index}" for index in range(len(manifest.head.labels))):
         labels = f"labels = {list(manifest.head.labels)!r}\n"
         arguments.append("id2label=dict(enumerate(labels))")
         arguments.append("label2id={label: index for index, label in enumerate(labels)}")
@@ -153,7 +149,7 @@ def model_card(
     details = {key: Path(text).name if _is_local(text) else text for key, text in details.items()}
     sections = [
         f"# {name}, fine-tuned with {methods}",
-        f"Found by autopeft. This is {describe_layout(manifest)}. Base model: {base}.",
+        f"Found by autopeft. This is {LAYOUTS[manifest.layout]}. Base model: {base}.",
         "## Figures",
         _figures(values),
         "## Configuration",

@@ -51,17 +51,15 @@ class ScoreOptions:
             `explained_variance` carries along (if more, up to the rank that is scored).
         convergence: `explained_variance` ignores a site's further inputs once each of the `rank` leading
             components has a cosine similarity above this to itself a batch before; None to use all batches.
-            Small batches move components little, converged or not, and the fewer inputs, the higher the
-            ratios: EVA's 0.99 was off by up to a tenth after 64 batches of 16 questions, 0.999 by a fortieth.
-            Inputs up to 8 times as wide as `components` are always all used: their covariances cost less.
+            EVA's 0.99 was off by up to a tenth after 64 batches of 16 questions, 0.999 by a fortieth. Inputs
+            up to 8 times as wide as `components` are always all used: their covariances cost less.
         mean_gradient_budget: Bytes that mean gradients (gora, gradient_spectrum, grasp) may take in a
             temporary file, 4 a scored weight, where they do not fit on the GPU. Beyond it the sites are
-            scored in groups, each with a pass over the batches of its own; grasp needs all at once and is
-            refused.
+            scored in groups, each with a pass of its own; grasp needs all at once and is refused.
         precision: "bf16-mixed" runs the passes that first-order scores and `explained_variance` share under
-            autocast, and multiplies the weights' gradients in bfloat16 too, with sums in single precision:
-            MiniLM's scores move by less than a hundredth, and in order next to nothing. "32-true": in the
-            model's own precision, or single where that is less. Other scores always do the latter.
+            autocast, and multiplies the weights' gradients in bfloat16 too: MiniLM's scores move by less than
+            a hundredth. "32-true": in the model's own precision, or single where that is less, as all other
+            scores.
 
     Raises:
         ValueError: A count is below 1, `convergence` is not between 0 and 1, or the precision is unknown.
@@ -98,11 +96,10 @@ def compute_scores(
     """Score every site of a backbone that is one weight matrix, before anything is trained.
 
     All first-order scores share one forward and backward pass a batch, in evaluation mode, in which the
-    weights stay frozen and the gradient of one weight at a time is alive. Scores of the mean gradient (gora,
-    gradient_spectrum, grasp) keep it on the GPU or in a temporary file, and take more passes where that would
-    be too large (see `ScoreOptions.mean_gradient_budget`). synflow takes one more pass over one row; grasp
-    and hessian one twice differentiated pass a batch (and a probe), with the memory that takes; leave_one_out
-    one training a site. Afterwards parameters, flags and torch's random generators are what they were.
+    weights stay frozen and the gradient of one weight at a time is alive; see also
+    `ScoreOptions.mean_gradient_budget`. synflow takes one more pass over one row; grasp and hessian one twice
+    differentiated pass a batch (and a probe), with the memory that takes; leave_one_out one training a site.
+    Afterwards parameters, flags and torch's random generators are what they were.
 
     Args:
         backbone: The backbone, with nothing attached; its head takes part as it is.

@@ -16,8 +16,8 @@ from torch.linalg import vector_norm
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.layer_gradients import LayerGradient
 from autopeft.sensitivity.mean_gradients import MeanGradients
-from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
+from autopeft.sensitivity.weight_scores import singular_values
 
 BatchFormula = Callable[[LayerGradient], Tensor]
 """Maps the gradient of one layer on one batch to a scalar."""

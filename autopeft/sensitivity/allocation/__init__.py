@@ -17,11 +17,11 @@ from autopeft.sensitivity.allocation.rules import (
     fisher,
     gora,
     proportional,
+    sensitive_counts,
     structured,
     top_k,
     water_filling,
 )
-from autopeft.sensitivity.allocation.spt import sensitive_counts
 
 __all__ = [
     "ALLOCATORS",

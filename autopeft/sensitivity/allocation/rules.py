@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from autopeft.core.adapter import Site
 from autopeft.core.errors import check_whole
-from autopeft.sensitivity.allocation.greedy import (
+from autopeft.sensitivity.allocation.rank_budget import (
     DECIMALS,
     Priority,
+    RankBudget,
+    Ranks,
     bounded_shares,
     by_largest_remainder,
     fill_evenly,
     greedy_allocate,
 )
-from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
 from autopeft.sensitivity.allocation.registry import allocator
 
 _Scores = Mapping[Site, float]
@@ -115,6 +119,34 @@ def structured(counts: _Scores, budget: RankBudget, alpha: float = 5.0, rank: in
     check_whole("The rank of a structured adapter", rank, least=1)
     chosen = {site for site, count in counts.items() if count * alpha >= rank * budget.costs[site]}
     return fill_evenly(chosen, counts, budget)
+
+
+def sensitive_counts(sensitivities: Mapping[Site, ArrayLike], count: int) -> dict[Site, int]:
+    """Count how many of the globally most sensitive weights lie at each site.
+
+    SPT (He et al., ICCV 2023, arXiv:2303.08566): a weight's sensitivity is Σ g² over batches, and the τ
+    weights with the highest are selected. Equal sensitivities go to the earlier site.
+
+    Args:
+        sensitivities: The sensitivity of each weight of a site, of any shape and in any order. The `count`
+            highest of each site are enough.
+        count: τ, how many weights to select, at least 0; all of them where there are fewer.
+
+    Raises:
+        ValueError: There are no weights, the count is negative, or a sensitivity is not a number.
+    """
+    check_whole("The count of sensitive weights", count, least=0)
+    flat = {site: np.asarray(sensitivities[site], dtype=float).ravel() for site in sorted(sensitivities)}
+    sizes = [len(values) for values in flat.values()]
+    if not sum(sizes):
+        raise ValueError("No weights to select from: expected the sensitivities of at least one site.")
+    for site, values in flat.items():
+        if np.isnan(values).any():
+            raise ValueError(f"A sensitivity at {site} is not a number (NaN).")
+    highest = np.argsort(-np.concatenate(list(flat.values())), kind="stable")[:count]
+    site_of_weight = np.repeat(np.arange(len(flat)), sizes)
+    counts = np.bincount(site_of_weight[highest], minlength=len(flat))
+    return dict(zip(flat, counts.tolist(), strict=True))
 
 
 @allocator("spectra")

@@ -171,7 +171,7 @@ def compute_scores(
             run_pass(receivers, watched)
         scores |= {score.name: score.scores(places) for score in of_batches}
         scores |= {name: others[name]() for name in names if name in others}
-    if "leave_one_out" in names:
+    if train_one is not None and "leave_one_out" in names:
         scores["leave_one_out"] = leave_one_out_scores(sites, train_one, rank)
     return {name: scores[name] for name in names}
 
@@ -233,7 +233,10 @@ def _check(
     if backbone.attached is not None:
         raise ValueError(f"{backbone.name} carries {backbone.attached!r}: detach it before scoring sites.")
     if "leave_one_out" in names and train_one is None:
-        leave_one_out_scores((), None, rank)  # before hours of work, not after
+        raise ValueError(
+            "The score 'leave_one_out' trains each site alone: pass train_one, a function that trains a "
+            "Configuration and returns its validation score (better when larger)."
+        )
     of_batches = [name for name in names if SCORES[name].needs_batches]
     if of_batches and not len(batches):
         raise ValueError(f"The score {of_batches[0]!r} needs at least one batch of training data, got none.")

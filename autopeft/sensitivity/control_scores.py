@@ -25,23 +25,10 @@ def uniform_scores(sites: Iterable[Site]) -> SiteScores:
     return SiteScores(name="uniform", values={site: 1.0 for site in sites})
 
 
-def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None, rank: int) -> SiteScores:
-    """Return the validation score after training LoRA on one site alone, for every site.
+def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne, rank: int) -> SiteScores:
+    """Return the validation score after training LoRA of a rank on one site alone, for every site.
 
     Costs one training a site: a reference to check the cheap scores against.
-
-    Args:
-        sites: The sites.
-        train_one: See `TrainOne`.
-        rank: Rank of the LoRA adapter.
-
-    Raises:
-        ValueError: `train_one` is missing, or a training returned a number that is not finite.
     """
-    if train_one is None:
-        raise ValueError(
-            "The score 'leave_one_out' trains each site alone: pass train_one, a function that trains a "
-            "Configuration and returns its validation score (better when larger)."
-        )
     values = {matrix.site: train_one(Configuration({matrix.site: Adapter("lora", rank)})) for matrix in sites}
     return SiteScores(name="leave_one_out", values=values)

@@ -84,8 +84,8 @@ def sensitivity(
     to: Annotated[Path, typer.Option(help="Folder for heat maps, table and scores.")] = Path("sensitivity"),
 ) -> None:
     """Score the sites of the backbone on the task, without training anything."""
+    from autopeft.evaluation.site_scoring import SCORE_BATCHES
     from autopeft.sensitivity import CHEAP_SCORES
-    from autopeft.sensitivity.cached_scores import SCORE_BATCHES
     from autopeft.yaml_config import load_config
 
     search = load_config(config, overrides or ()).search

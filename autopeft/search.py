@@ -17,7 +17,7 @@ from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.executor import ExecutorFactory
-from autopeft.evaluation.site_scoring import score_sites
+from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
@@ -36,7 +36,6 @@ from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints

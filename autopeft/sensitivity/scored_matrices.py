@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
+from autopeft.core.precision import Precision, autocast
+from autopeft.core.seeding import seeded
 from autopeft.models.backbone import Backbone, SiteShape
 from autopeft.tasks.base import Loss
 from autopeft.tasks.batch import model_inputs
 
-_MASK = "attention_mask"
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
 
 
@@ -47,6 +48,7 @@ class Subject:
         batches: Training batches, labels under "labels".
         loss: Maps logits and labels to a scalar, the mean over the batch's rows.
         seed: Seed of whatever a score draws.
+        precision: What the model computes in, under autocast; "32-true" for its own precision.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Subject:
     batches: Sequence[Mapping[str, Tensor]]
     loss: Loss
     seed: int
+    precision: Precision = "32-true"
 
     @property
     def device(self) -> torch.device:
@@ -69,40 +72,29 @@ class Subject:
         """Return the number of rows of a batch with labels."""
         return len(self.batches[index]["labels"])
 
-    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
-        """Return the context in which the model computes in a dtype; in its own for None."""
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the model computes."""
+        return autocast(self.precision, self.device.type)
 
-    def _quick_attention(
-        self, inputs: Mapping[str, Tensor], dtype: torch.dtype | None
-    ) -> AbstractContextManager[None]:
-        """Return the context in which attention takes the kernel whose backward pass is quick.
+    def logits(self, index: int) -> Tensor:
+        """Return the model's logits for a batch."""
+        inputs = self.inputs(index)
+        mask = inputs.get("attention_mask")
+        # The CPU's flash kernel goes backwards through short rows in bfloat16 up to ten times more slowly
+        # than attention step by step, which is what training with dropout takes anyway.
+        is_short = mask is not None and mask.shape[-1] <= _SHORT and torch.is_grad_enabled()
+        step_by_step = is_short and self.precision == "bf16-mixed" and self.device.type == "cpu"
+        with self.autocast(), sdpa_kernel(SDPBackend.MATH) if step_by_step else nullcontext():
+            logits: Tensor = self.model(**inputs).logits
+        return logits if self.precision == "32-true" else logits.float()
 
-        The CPU's flash kernel goes backwards through short rows in bfloat16 up to ten times more slowly than
-        attention step by step, which is what training with dropout takes anyway.
-        """
-        mask = inputs.get(_MASK)
-        short = mask is not None and mask.shape[-1] <= _SHORT
-        if dtype is None or self.device.type != "cpu" or not short:
-            return nullcontext()
-        context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-        return context
-
-    def forward_loss(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+    def forward_loss(self, index: int) -> Tensor:
         """Return the loss of a batch, a scalar with its graph.
-
-        Args:
-            index: The batch.
-            dtype: What the model computes in, under autocast; the loss is of single precision logits.
 
         Raises:
             ValueError: The loss is not finite.
         """
-        inputs = self.inputs(index)
-        with self.autocast(dtype), self._quick_attention(inputs, dtype):
-            logits = self.model(**inputs).logits
-        logits = logits if dtype is None else logits.float()
-        value = self.loss(logits, self.batches[index]["labels"].to(self.device))
+        value = self.loss(self.logits(index), self.batches[index]["labels"].to(self.device))
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"The loss of batch {index} is {value.item()}: scores need a finite one. "
@@ -117,43 +109,35 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     Raises:
         ValueError: There is none, or a weight is not stored as a plain matrix of floating-point numbers.
     """
-    found = tuple(
-        _matrix_site(site, shape, backbone.model.get_submodule(shape.module))
-        for site, shape in sorted(backbone.sites.items())
-        if shape.kind == "linear"
-    )
-    if not found:
-        raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
-    for matrix in found:
-        weight, expected = matrix.weight, (matrix.shape.out_features, matrix.shape.in_features)
+    found = []
+    for site, shape in sorted(backbone.sites.items()):
+        if shape.kind != "linear":
+            continue
+        module = backbone.model.get_submodule(shape.module)
+        weight = module.get_parameter("weight").detach()
+        weight = weight.mT if shape.transposed else weight
+        expected = (shape.out_features, shape.in_features)
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             raise ValueError(
-                f"The weight of {matrix.site} ({matrix.shape.module}) is {tuple(weight.shape)} of "
-                f"{weight.dtype}, expected {expected} of floating-point numbers: load the model without "
-                "quantisation."
+                f"The weight of {site} ({shape.module}) is {tuple(weight.shape)} of {weight.dtype}, expected "
+                f"{expected} of floating-point numbers: load the model without quantisation."
             )
-    return found
-
-
-def _matrix_site(site: Site, shape: SiteShape, module: nn.Module) -> MatrixSite:
-    weight = module.get_parameter("weight").detach()
-    return MatrixSite(site, shape, module, weight.mT if shape.transposed else weight)
+        found.append(MatrixSite(site, shape, module, weight))
+    if not found:
+        raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
+    return tuple(found)
 
 
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Put a model in evaluation mode with every parameter frozen; leave all as it was.
 
-    Inside, torch's random generators of the CPU and of the model's devices start from `seed`; outside
+    Inside, torch's random generators of the CPU and of the model's device start from `seed`; outside
     they go on where they were. Gradients that parameters carry are not touched.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({parameter.device.index for parameter, _ in flags if parameter.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+    with seeded(seed, flags[0][0].device), torch.enable_grad():
         try:
             model.eval()
             model.requires_grad_(False)
@@ -174,9 +158,7 @@ def forward_hooks(
     def bind(site: MatrixSite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         return lambda _, arguments, output: hook(site, arguments[0], output)
 
-    handles = [site.module.register_forward_hook(bind(site)) for site in sites]
-    try:
+    with ExitStack() as handles:
+        for site in sites:
+            handles.enter_context(site.module.register_forward_hook(bind(site)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

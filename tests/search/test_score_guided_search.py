@@ -16,6 +16,7 @@ from PIL import Image
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
+from autopeft.evaluation import site_scoring
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.history import History
@@ -26,7 +27,7 @@ from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.search_spaces.per_layer import draw, rank_percentiles
 from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, Allocation, site_values
-from autopeft.sensitivity import SiteScores, cached_scores
+from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.allocation import find_allocator
 from tests.learnable import TRAINING, outcomes, tiny_search
 from tests.tiny_models import tiny_backbone
@@ -210,7 +211,7 @@ def test_scores_are_computed_once_and_reported(tmp_path: Path, monkeypatch: pyte
     again = search.sensitivity(("uniform", "gradient_norm", "random"), batches=2)
     assert again.scores["gradient_norm"].values == report.scores["gradient_norm"].values
     with monkeypatch.context() as patch:
-        patch.setattr(cached_scores, "compute_scores", None)  # nothing is missing
+        patch.setattr(site_scoring, "compute_scores", None)  # nothing is missing
         assert search.sensitivity(("random",), batches=2).scores["random"] == again.scores["random"]
     frame = report.to_frame()
     assert list(frame.columns) == ["block", "role", "gradient_norm", "uniform"]

@@ -301,9 +301,9 @@ def test_other_refusals() -> None:
         compute_scores(backbone, batches, cross_entropy, ["snip", "leave_one_out"])
     with pytest.raises(ValueError, match=r"leave_one_out' of 0\.query is not finite"):
         compute_scores(backbone, [], cross_entropy, ["leave_one_out"], train_one=lambda _: float("nan"))
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank is a whole number from 1 up, got 0"):
         compute_scores(backbone, batches, cross_entropy, rank=0)
-    with pytest.raises(ValueError, match="hessian_probes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="hessian_probes is a whole number from 1 up, got 0"):
         ScoreOptions(hessian_probes=0)
     with pytest.raises(ValueError, match=r"convergence must be between 0 and 1, or None, got 1\.5"):
         ScoreOptions(convergence=1.5)

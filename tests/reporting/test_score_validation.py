@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from PIL import Image
 from scipy import stats
 
 from autopeft.core.adapter import Adapter, Site
@@ -138,7 +137,8 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     assert experiment is not None
     parents = client.search_runs([experiment.experiment_id], "tags.`autopeft.search` = 'tiny'")
     paths = {one.path for one in client.list_artifacts(parents[0].info.run_id, "sensitivity")}
-    assert {"sensitivity/heatmap.html", "sensitivity/score_check.png", "sensitivity/score_check.csv"} <= paths
+    names = ("heatmap.html", "scores.csv", "score_check.html", "score_check.csv")
+    assert paths >= {f"sensitivity/{name}" for name in names}
     check = search.check_scores(("gora", "uniform"))
     assert {each.score for each in check.correlations} == {
         "gora",
@@ -149,8 +149,6 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     assert "95 % intervals" in repr(check)
     saved = check.save(tmp_path / "check")
     assert "gora" in saved[0].read_text(encoding="utf-8")
-    with Image.open(saved[1]) as picture:
-        assert picture.format == "PNG"
 
 
 def test_what_goes_wrong_in_it_does_not_end_a_search(

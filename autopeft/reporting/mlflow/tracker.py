@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -13,33 +12,24 @@ from pathlib import Path
 from typing import Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Run
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import TimeSpan, section
-from autopeft.reporting.mlflow.run_content import (
-    STUDY_TAG,
-    TRIAL_TAG,
-    front_markdown,
-    shortened,
-    write_dataset,
-    write_front,
-    write_table,
-)
-from autopeft.reporting.mlflow.run_writer import RunWriter, log_metrics
+from autopeft.reporting.frame import front_frame
+from autopeft.reporting.front_plots import front_figure, static_front_figure
+from autopeft.reporting.html_page import html_page
+from autopeft.reporting.mlflow import run_content as content
+from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
-from autopeft.reporting.mlflow.store import check_server, checked_store, open_experiment
+from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from autopeft.reporting.mlflow.worker import Job, Worker
 
 _logger = logging.getLogger(__name__)
-SEARCH_TAG = "autopeft.search"
-VIEW_TAG = "autopeft.view"
-_LONGEST_PARAM = 5000
-_PAGE = 1000
-_BATCH = 100
+_MOST_RUNS = 50_000  # MLflow's limit
 _FRONT_EVERY_SECONDS = 60.0
 _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 _PATIENCE_SECONDS = 60.0
@@ -83,14 +73,13 @@ class Tracker:
         self.study_id = study_id
         self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
-        is_server = self._uri.startswith("http")
-        self._ui_url = ui_url or (redact(self._uri) if is_server else "http://127.0.0.1:5000")
+        self._is_server = self._uri.startswith("http")
+        self.link = ui_url or (redact(self._uri) if self._is_server else "http://127.0.0.1:5000")
+        """Opens the UI; once the search has begun, on the scatter charts of its trials."""
         self._client: MlflowClient
         self._runs: RunWriter
-        self._experiment_id = ""
         self._parent = ""
         self._note = ""
-        self._view: str | None = None
         self._members: frozenset[int] = frozenset()  # of the front
         self._waiting: list[Metric] = []
         self._front_put = -math.inf  # when; the first trial is to be seen at once
@@ -102,11 +91,6 @@ class Tracker:
     def worked(self) -> TimeSpan:
         """The time of the thread that writes."""
         return self._worker.worked
-
-    @property
-    def link(self) -> str:
-        """The link that opens the UI on the scatter charts of this search's trials."""
-        return view_link(self._ui_url, self._experiment_id, self._view) if self._parent else self._ui_url
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
@@ -152,68 +136,49 @@ class Tracker:
     def _open(
         self, note: str, identity: Mapping[str, Mapping[str, str]], records: Sequence[TrialRecord]
     ) -> None:
-        if self._uri.startswith("http"):
+        if self._is_server:
             check_server(self._uri)  # MLflow's client would try again for minutes
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
-        self._client, self._experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
-        runs = self._search_runs()
-        parents = [run for run in runs if SEARCH_TAG in run.data.tags]
-        parent = self._open_parent(parents[0] if parents else None, note, identity)
-        self._runs = RunWriter(self._client, self._experiment_id, parent, self.study_id, self.objectives)
-        trials = [run for run in runs if TRIAL_TAG in run.data.tags]
+        self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
+        of_this_study = f"tags.`{content.STUDY_TAG}` = '{self.study_id}'"
+        runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
+        parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
+        self._parent = self._open_parent(experiment_id, parent, note, identity)
+        self._runs = RunWriter(self._client, experiment_id, self._parent, self.study_id, self.objectives)
+        trials = [run for run in runs if content.TRIAL_TAG in run.data.tags]
         if foreign := self._runs.adopt(trials, records):
             _logger.warning(
                 "MLflow has %d finished runs of %r that its study does not know; they stay as they are.",
                 foreign,
                 self.search_name,
             )
-        self._view = save_view(self._client, self._experiment_id, view_state(parent, self.objectives))
-        if self._view is not None:
-            self._client.set_tag(parent, VIEW_TAG, self._view)
-        self._parent = parent  # from here on there is something to write to
+        view = save_view(self._client, experiment_id, view_state(self._parent, self.objectives))
+        if view is not None:
+            self._client.set_tag(self._parent, content.VIEW_TAG, view)
+        self.link = view_link(self.link, experiment_id, view)
 
-    def _search_runs(self) -> list[Run]:
-        """Return all runs of this study."""
-        runs: list[Run] = []
-        token: str | None = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment_id],
-                f"tags.`{STUDY_TAG}` = '{self.study_id}'",
-                max_results=_PAGE,
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                return runs
-
-    def _open_parent(self, known: Run | None, note: str, identity: Mapping[str, Mapping[str, str]]) -> str:
-        settings = {key: group for key, group in identity.items() if key != "environment"}
-        if known is not None:
-            parent = str(known.info.run_id)
-            self._client.update_run(parent, status="RUNNING")
-        else:
-            tags = {SEARCH_TAG: self.search_name, STUDY_TAG: self.study_id}
-            run = self._client.create_run(self._experiment_id, run_name=self.search_name, tags=tags)
-            parent = str(run.info.run_id)
-        if known is None or not known.data.params:
-            params = [
-                Param(valid_key(f"{group}.{key}"), shortened(value, _LONGEST_PARAM) or "none")
-                for group, fields in settings.items()
-                for key, value in fields.items()
-            ]
-            for start in range(0, len(params), _BATCH):
-                self._client.log_batch(parent, params=params[start : start + _BATCH])
-            write_dataset(self._client, parent, settings.get("task", {}))
-        tags = {
-            valid_key(f"environment.{key}"): shortened(value, _LONGEST_PARAM)
-            for key, value in identity.get("environment", {}).items()
-        }
-        self._note = f"```\n{shortened(note, _LONGEST_PARAM // 2)}\n```"
-        tags["mlflow.note.content"] = self._note
-        self._client.log_batch(parent, tags=[RunTag(name, value) for name, value in tags.items()])
-        self._client.log_dict(parent, {key: dict(group) for key, group in identity.items()}, "identity.json")
+    def _open_parent(
+        self,
+        experiment_id: str,
+        known: Run | None,
+        note: str,
+        identity: Mapping[str, Mapping[str, str]],
+    ) -> str:
+        if known is None:
+            tags = {content.SEARCH_TAG: self.search_name, content.STUDY_TAG: self.study_id}
+            known = self._client.create_run(experiment_id, run_name=self.search_name, tags=tags)
+        parent = str(known.info.run_id)
+        self._client.update_run(parent, status="RUNNING")
+        settings = {group: fields for group, fields in identity.items() if group != "environment"}
+        if not known.data.params:
+            log_in_batches(self._client, parent, params=content.search_params(settings))
+            data = DatasetInput(dataset=content.dataset(settings.get("task", {})), tags=[])
+            self._client.log_inputs(parent, datasets=[data])
+        self._note = f"```\n{content.shortened(note, content.LONGEST_TEXT // 2)}\n```"
+        environment = content.search_params({"environment": identity.get("environment", {})})
+        log_in_batches(self._client, parent, tags={**environment, content.NOTE_TAG: self._note})
+        everything = {group: dict(fields) for group, fields in identity.items()}
+        self._client.log_dict(parent, everything, "identity.json")
         return parent
 
     def _put(self, job: Job) -> None:
@@ -251,8 +216,8 @@ class Tracker:
 
     def _write_progress(self) -> None:
         waiting = list(self._waiting)
-        log_metrics(self._client, self._parent, waiting)
-        del self._waiting[: len(waiting)]
+        log_in_batches(self._client, self._parent, metrics=waiting)
+        del self._waiting[: len(waiting)]  # what failed is written with the next
 
     @property
     def is_front_due(self) -> bool:
@@ -267,19 +232,29 @@ class Tracker:
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
         started = time.monotonic()
-        write_front(self._client, self._parent, records, members, self.objectives)
+        shown = records, members, self.objectives
+        page = html_page(front_figure(*shown), title="Pareto front")
+        frame = front_frame(*shown)
+        front = frame[frame["front"]].drop(columns="front")
+        self._client.log_text(self._parent, page, "pareto/front.html")
+        self._client.log_figure(self._parent, static_front_figure(*shown), "pareto/front.png")
+        self._client.log_text(self._parent, front.to_csv(index=False), "pareto/front.csv")
+        self._client.log_text(self._parent, frame.to_csv(index=False), "pareto/trials.csv")
         self._front_seconds = time.monotonic() - started
-        note = f"{self._note}\n\n{front_markdown(records, members, self.objectives)}\n"
-        self._client.set_tag(self._parent, "mlflow.note.content", note)
+        note = f"{self._note}\n\n{content.front_markdown(*shown)}\n"
+        self._client.set_tag(self._parent, content.NOTE_TAG, note)
+
+    def _write_table(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
+        """Write the table of all trials, which MLflow's UI can compare between searches."""
+        # log_table appends to a file that is there: a file a number of trials, written once.
+        again = sum(record.evaluation.trainings - 1 for record in records)
+        path = f"pareto/trials_{len(records):05d}{f'_and_{again}_again' if again else ''}.json"
+        if path not in {file.path for file in self._client.list_artifacts(self._parent, "pareto")}:
+            self._client.log_table(self._parent, front_frame(records, members, self.objectives), path)
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder to the search's run, below `place`."""
-        self._put(partial(self._write_report, save, place))
-
-    def _write_report(self, save: Callable[[Path], object], place: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            self._client.log_artifacts(self._parent, folder, place)
+        self._put(lambda: log_folder(self._client, self._parent, save, place))
 
     @section("log")
     def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
@@ -295,15 +270,15 @@ class Tracker:
                 self.trial_finished(record)
             self._put(self._runs.end_unfinished)
             if records:
-                trials, members = tuple(records), self._members
-                table = partial(write_table, self._client, self._parent, trials, members, self.objectives)
-                self._put(table)
+                self._put(partial(self._write_table, tuple(records), self._members))
             self._put(partial(self._client.set_terminated, self._parent, status=status))
-        if not self._worker.stop(_PATIENCE_SECONDS) or self._runs.behind(records):
+        is_done = self._worker.stop(_PATIENCE_SECONDS)
+        missing = len(self._runs.behind(records))
+        if missing or not is_done:
             _logger.warning(
                 "%d trials could not be written to MLflow; the study has them all, and the next call of the "
                 "search writes them.",
-                len(self._runs.behind(records)),
+                missing,
             )
 
     @section("log")

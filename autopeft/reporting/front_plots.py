@@ -25,8 +25,7 @@ OTHER_COLOUR = "#7F7F7F"
 
 _MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 _tick_label = EngFormatter(sep="")
-_LABEL_SIZE = (26, 16)
-"""Width and height of a trial's number in the static picture, in pixels."""
+_LABEL_PIXELS = (26, 16)  # width and height of a trial's number in the static picture
 
 
 def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Objective]]:
@@ -207,10 +206,11 @@ def _draw_panel(
             axis.set_major_locator(FixedLocator(_log_ticks(objective, drawn)))
             axis.set_major_formatter(_tick_label)
             axis.set_minor_locator(NullLocator())
+    width, height = _LABEL_PIXELS
     taken: list[tuple[float, float]] = []
     for record, point in reversed(list(zip(stairs, points, strict=True))):
         left, below = axes.transData.transform(point)
-        if all(abs(left - x) > _LABEL_SIZE[0] or abs(below - y) > _LABEL_SIZE[1] for x, y in taken):
+        if all(abs(left - other[0]) > width or abs(below - other[1]) > height for other in taken):
             taken.append((left, below))
             axes.annotate(
                 str(record.number), point, (0, 7), textcoords="offset points", ha="center", fontsize=8

@@ -38,15 +38,12 @@ class Correlation:
         score: Name of the score; "trainable_parameters" is the number of parameters itself.
         control: Whether it is what the scores have to beat.
         spearman: Spearman's rank correlation.
-        spearman_low: Lower end of its 95 % interval (Bonett and Wright, Psychometrika 2000).
-        spearman_high: Upper end.
+        spearman_low, spearman_high: Its 95 % interval (Bonett and Wright, Psychometrika 2000).
         partial: Spearman's rank correlation given the number of trainable parameters: what the score knows
             beyond it. 0 for the number itself.
-        partial_low: Lower end of its 95 % interval.
-        partial_high: Upper end.
+        partial_low, partial_high: Its 95 % interval.
         kendall: Kendall's τ-b.
-        kendall_low: Lower end of its 95 % interval (Fieller, Hartley and Pearson, Biometrika 1957).
-        kendall_high: Upper end.
+        kendall_low, kendall_high: Its 95 % interval (Fieller, Hartley and Pearson, Biometrika 1957).
     """
 
     score: str

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from autopeft.core import profiling
 from autopeft.core.profiling import SECTIONS, Profile, TimeSpan, current_profile, section
-from autopeft.reporting.search_profile import PROFILE_FOLDER
+from autopeft.reporting.search_report import PROFILE_FOLDER
 from autopeft.training.lightning_profiler import section_of, training_profiler
 from autopeft.training.settings import Training
 from tests.learnable import outcomes, tiny_evaluator, tiny_search

@@ -38,18 +38,17 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
             search_name="shown",
             study_id="a",
             objectives=OBJECTIVES,
-            ui_url=server.url,
         )
         tracker.start(note="a search", identity=IDENTITY, records=())
         for record in records:
-            tracker.trials_started({record.number: record.evaluation.configuration})
+            tracker.trial_started(record.number, record.evaluation.configuration)
             tracker.trial_finished(record)
         tracker.front_changed(members)
         tracker.publish_front(records, members)
         tracker.finish("FINISHED", records)
         assert tracker.failures == 0
 
-        browser.get(tracker.link)
+        browser.get(tracker.link.replace("http://127.0.0.1:5000", server.url))
         costs = {"log10_trainable_parameters", "log10_peak_memory"}
         charts = wait_for(
             browser,

@@ -17,7 +17,7 @@ from mlflow.entities import DatasetInput, Metric, Run
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.core.profiling import TimeSpan, section
+from autopeft.core.profiling import section
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
 from autopeft.reporting.html_page import html_page
@@ -33,7 +33,6 @@ _MOST_RUNS = 50_000  # MLflow's limit
 _FRONT_EVERY_SECONDS = 60.0
 _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 _PATIENCE_SECONDS = 60.0
-RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class Tracker:
@@ -49,10 +48,11 @@ class Tracker:
         search_name: Name of the search, which others may share.
         study_id: A random id of the study, kept with it.
         objectives: The search's objectives.
-        ui_url: Where the UI is (or will be) served, for the link; default: the store's server, or port 5000.
 
     Attributes:
         failures: How often something could not be written.
+        link: Opens the UI, of the store's server or on port 5000; once begun, on the charts of the trials.
+        worked: The time of the thread that writes.
 
     Raises:
         ValueError: The store cannot be written, or is a plain folder, which MLflow 3 refuses.
@@ -66,7 +66,6 @@ class Tracker:
         search_name: str,
         study_id: str,
         objectives: Sequence[Objective],
-        ui_url: str | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
         self.search_name = search_name
@@ -74,8 +73,7 @@ class Tracker:
         self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
         self._is_server = self._uri.startswith("http")
-        self.link = ui_url or (redact(self._uri) if self._is_server else "http://127.0.0.1:5000")
-        """Opens the UI; once the search has begun, on the scatter charts of its trials."""
+        self.link = redact(self._uri) if self._is_server else "http://127.0.0.1:5000"
         self._client: MlflowClient
         self._runs: RunWriter
         self._parent = ""
@@ -86,11 +84,7 @@ class Tracker:
         self._front_seconds = 0.0  # that writing it took
         self.failures = 0
         self._worker = Worker(self._on_failure)
-
-    @property
-    def worked(self) -> TimeSpan:
-        """The time of the thread that writes."""
-        return self._worker.worked
+        self.worked = self._worker.worked
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
@@ -185,17 +179,10 @@ class Tracker:
         if self._worker.is_alive():
             self._worker.put(job)
 
-    def trials_started(self, trials: Mapping[int, Configuration]) -> None:
-        """Show trials as running.
-
-        Args:
-            trials: Configurations by number, of those that are trained together.
-        """
-        self._put(partial(self._start_runs, dict(trials), _milliseconds()))
-
-    def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
-        for number, configuration in trials.items():
-            self._runs.start(number, configuration, started)
+    def trial_started(self, number: int, configuration: Configuration) -> None:
+        """Show a trial as running."""
+        now = _milliseconds()
+        self._put(lambda: self._runs.start(number, configuration, now))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
@@ -257,7 +244,9 @@ class Tracker:
         self._put(lambda: log_folder(self._client, self._parent, save, place))
 
     @section("log")
-    def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
+    def finish(
+        self, status: Literal["FINISHED", "KILLED", "FAILED"], records: Sequence[TrialRecord] = ()
+    ) -> None:
         """Write what is waiting, log the table of all trials, and end the search's run.
 
         What is still missing is tried once more. A store that has stopped answering is given up once nothing

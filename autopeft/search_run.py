@@ -173,7 +173,6 @@ class SearchRun:
                 objectives=self.evaluator.objectives,
             )
         return SearchReport(
-            self.evaluator.objectives,
             self._spent,
             evaluations=evaluations,
             progress=progress,

@@ -25,15 +25,13 @@ def wide_console() -> Console:
 
 
 class SearchProgress:
-    """A line a finished trial, and below them a bar with front size, hypervolume and time left.
+    """Lines and tables, and below them a bar with front size, hypervolume and time left.
 
     Args:
-        objectives: What each line shows.
         enabled: False prints nothing.
     """
 
-    def __init__(self, objectives: Sequence[Objective], *, enabled: bool = True) -> None:
-        self.objectives = tuple(objectives)
+    def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._progress = Progress(
             TextColumn("[bold]search"),
@@ -67,10 +65,6 @@ class SearchProgress:
         summary = self._progress.tasks[0].fields.get("summary", "")
         self._progress.update(self._task, description=f"trial {number} · {summary}")
 
-    def finished(self, record: TrialRecord, *, on_front: bool) -> None:
-        """Print a trial's line."""
-        self.say(_trial_line(record, self.objectives, on_front=on_front))
-
     def update(
         self, share: float, *, front_size: int, hypervolume: float, seconds_left: float | None
     ) -> None:
@@ -87,7 +81,7 @@ class SearchProgress:
         self._progress.update(self._task, completed=min(1.0, share), description=summary, summary=summary)
 
 
-def _trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front: bool) -> str:
+def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front: bool) -> str:
     """Write a finished trial as one line."""
     evaluation = record.evaluation
     what = record.baseline or methods_label(evaluation.configuration)

@@ -36,15 +36,7 @@ def projections(objectives: Sequence[Objective]) -> list[tuple[Objective, Object
 
 @dataclass(frozen=True)
 class _Group:
-    """Trials that are drawn alike.
-
-    Attributes:
-        name: What the legend calls them.
-        records: The trials.
-        colour: Of their markers.
-        size: Of their markers, in pixels or points.
-        opacity: Of their markers.
-    """
+    """Trials that are drawn alike, with markers of a size in pixels (a browser's) or points (a file's)."""
 
     name: str
     records: list[TrialRecord]

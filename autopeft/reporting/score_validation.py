@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,59 +30,34 @@ _AXIS = "Spearman's rank correlation given the number of parameters, 95 % interv
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
-class Correlation:
-    """How one score's ranking of the trials agrees with the trained one.
-
-    Attributes:
-        score: Name of the score; "trainable_parameters" is the number of parameters itself.
-        control: Whether it is what the scores have to beat.
-        spearman: Spearman's rank correlation.
-        spearman_low, spearman_high: Its 95 % interval (Bonett and Wright, Psychometrika 2000).
-        partial: Spearman's rank correlation given the number of trainable parameters: what the score knows
-            beyond it. 0 for the number itself.
-        partial_low, partial_high: Its 95 % interval.
-        kendall: Kendall's τ-b.
-        kendall_low, kendall_high: Its 95 % interval (Fieller, Hartley and Pearson, Biometrika 1957).
-    """
-
-    score: str
-    control: bool
-    spearman: float
-    spearman_low: float
-    spearman_high: float
-    partial: float
-    partial_low: float
-    partial_high: float
-    kendall: float
-    kendall_low: float
-    kendall_high: float
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ScoreCheck(Tabular):
-    """The rank correlation of every score with the trained metric, best first.
+    """How every score's ranking of the trials agrees with the trained one.
 
     Attributes:
         metric: The metric that was trained for.
         trials: Number of trials compared.
-        correlations: One entry a score; controls (uniform, random, the number of parameters) are marked.
+        frame: A row a score, the best first: its name (`score`); whether it is what the scores have to beat
+            (`control`: uniform, random, the number of parameters); `spearman`, Spearman's rank correlation,
+            with the 95 % interval of Bonett and Wright (Psychometrika 2000); `partial`, the same given the
+            number of trainable parameters: what the score knows beyond it; `kendall`, Kendall's τ-b with the
+            interval of Fieller, Hartley and Pearson (Biometrika 1957). Intervals end in `_low` and `_high`.
     """
 
     metric: str
     trials: int
-    correlations: tuple[Correlation, ...]
+    frame: pd.DataFrame
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a row a score."""
-        return pd.DataFrame([asdict(correlation) for correlation in self.correlations])
+        """Return a row a score; see `frame`."""
+        return self.frame.copy()
 
     def table(self) -> Table:
         """Return a rich table."""
         table = Table(title=self._title, title_justify="left")
         for heading in ("score", "Spearman", "given parameters", "Kendall"):
             table.add_column(heading, justify="left" if heading == "score" else "right")
-        for row in self.to_frame().to_dict("records"):
+        for row in self.frame.to_dict("records"):
             intervals = (
                 f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"
                 for name in ("spearman", "partial", "kendall")
@@ -96,7 +71,7 @@ class ScoreCheck(Tabular):
 
     def plot(self) -> go.Figure:
         """Return a plotly figure: every score's rank correlation given the number of parameters."""
-        frame = self.to_frame()[::-1]  # plotly counts upwards
+        frame = self.frame[::-1]  # plotly counts upwards
         bars = go.Scatter(
             x=frame["partial"],
             y=frame["score"].map(_label),
@@ -123,7 +98,7 @@ class ScoreCheck(Tabular):
         folder.mkdir(parents=True, exist_ok=True)
         page, table = folder / "score_check.html", folder / "score_check.csv"
         page.write_text(html_page(self.plot(), title=_TITLE), encoding="utf-8")
-        self.to_frame().to_csv(table, index=False)
+        self.frame.to_csv(table, index=False)
         return page, table
 
 
@@ -175,17 +150,15 @@ def check_scores(
         for name, each in {**controls, **scores}.items()
     }
     implied[PARAMETERS] = parameters
-    found = [_correlation(name, values, trained, parameters) for name, values in implied.items()]
-    return ScoreCheck(
-        metric=metric.name,
-        trials=len(usable),
-        correlations=tuple(sorted(found, key=lambda correlation: -correlation.spearman)),
-    )
+    rows = [_agreement(name, values, trained, parameters) for name, values in implied.items()]
+    frame = pd.DataFrame(rows).sort_values("spearman", ascending=False, kind="stable", ignore_index=True)
+    return ScoreCheck(metric=metric.name, trials=len(usable), frame=frame)
 
 
-def _correlation(
+def _agreement(
     name: str, implied: Sequence[float], trained: Sequence[float], parameters: Sequence[float]
-) -> Correlation:
+) -> dict[str, object]:
+    """Return a row of a check's frame."""
     count = len(trained)
     with np.errstate(invalid="ignore"):  # what is constant correlates with nothing
         ranked = np.corrcoef(stats.rankdata([implied, trained, parameters], axis=1))
@@ -193,13 +166,13 @@ def _correlation(
     left = (1 - first**2) * (1 - second**2)
     partial = 0.0 if left < _ROUNDING else (spearman - first * second) / math.sqrt(left)
     kendall = float(np.nan_to_num(stats.kendalltau(implied, trained).statistic))
-    return Correlation(
-        score=name,
-        control=name in CONTROLS,
+    return {
+        "score": name,
+        "control": name in CONTROLS,
         **_estimate("spearman", spearman, (1 + spearman**2 / 2) / (count - 3)),
         **_estimate("partial", partial, (1 + partial**2 / 2) / (count - 4)),
         **_estimate("kendall", kendall, 0.437 / (count - 4)),
-    )
+    }
 
 
 def _estimate(name: str, correlation: float, variance: float) -> dict[str, float]:

@@ -7,14 +7,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
-from autopeft.core.objectives import COST_OBJECTIVES, Objective
+from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.profiling import current_profile, section
-from autopeft.reporting.console import SearchProgress
+from autopeft.reporting.console import SearchProgress, trial_line
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.mlflow.tracking_uri import redact
 
@@ -30,7 +31,6 @@ class SearchReport:
     """Listens to the jobs and records of a search, and shows them.
 
     Args:
-        objectives: The search's.
         spent: Returns the share of the budget that is spent, and the compute.
         evaluations: Evaluations of earlier calls.
         progress: Whether to print.
@@ -43,7 +43,6 @@ class SearchReport:
 
     def __init__(
         self,
-        objectives: Sequence[Objective],
         spent: Callable[[], tuple[float, Cost]],
         *,
         evaluations: int = 0,
@@ -53,13 +52,12 @@ class SearchReport:
     ) -> None:
         self.tracker = tracker
         self.evaluations = evaluations
-        self.progress = SearchProgress(objectives, enabled=progress)
+        self.progress = SearchProgress(enabled=progress)
         self._spent = spent
         self._tracking = tracking
         self._started = time.monotonic()
         self._share_at_start, _ = spent()
-        self._members: frozenset[int] = frozenset()
-        self._says_memory = any(objective.name == "peak_memory" for objective in objectives)
+        self._says_memory = True
 
     def begin(
         self, front: ParetoFront, *, description: str, identity: Mapping[str, Mapping[str, str]]
@@ -71,7 +69,6 @@ class SearchReport:
             description: What is searched for and how.
             identity: Groups of settings.
         """
-        self._members = front.members
         if self.tracker is not None:
             self.tracker.start(
                 note=description, identity=identity, records=front.records, members=front.members
@@ -94,13 +91,14 @@ class SearchReport:
     def finished(self, record: TrialRecord, front: ParetoFront) -> None:
         """Show what became of a trial."""
         self.evaluations += 1
-        self.progress.finished(record, on_front=record.number in front.members)
-        if self._says_memory and record.evaluation.cost.steps:
+        on_front = record.number in front.members
+        self.progress.say(trial_line(record, front.objectives, on_front=on_front))
+        is_counted = any(objective.name == "peak_memory" for objective in front.objectives)
+        if self._says_memory and is_counted and record.evaluation.cost.steps:
             self._says_memory = False
             self.progress.say(_resident_memory())
         self._update(front)
         self._track(record, front)
-        self._members = front.members
 
     @section("other")
     def _update(self, front: ParetoFront) -> None:
@@ -118,18 +116,11 @@ class SearchReport:
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
         if self.tracker is None:
             return
-        if front.members != self._members:
-            self.tracker.front_changed(front.members)
+        self.tracker.front_changed(front.members)
         self.tracker.trial_finished(record)
         _, cost = self._spent()
-        figures = {
-            "hypervolume": front.hypervolume,
-            "front_size": float(len(front)),
-            "cost/wall_seconds": cost.wall_seconds,
-            "cost/cpu_seconds": cost.cpu_seconds,
-            "cost/gpu_seconds": cost.gpu_seconds,
-            "cost/steps": float(cost.steps),
-        }
+        figures = {f"cost/{name}": float(value) for name, value in asdict(cost).items()}
+        figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
         self.tracker.progress(figures, step=self.evaluations - 1)
         if self.tracker.is_front_due:
             self.tracker.publish_front(front.records, front.members)

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.table import Table
@@ -56,18 +54,11 @@ class SensitivityReport(Tabular):
             ]
         )
 
-    def grid(self, name: str) -> tuple[list[int], list[str], NDArray[np.float64]]:
-        """Return blocks, roles, and a score relative to its largest as (blocks, roles); NaN where none."""
-        values = self._relative(name)
-        blocks = sorted({site.block for site in values})
-        roles = [role for role in ROLES if any(site.role == role for site in values)]
-        cells = [[values.get(Site(block, role), math.nan) for role in roles] for block in blocks]
-        return blocks, roles, np.array(cells)
-
-    def _relative(self, name: str) -> dict[Site, float]:
-        values = self.scores[name].values
-        largest = max(map(abs, values.values())) or 1.0
-        return {site: value / largest for site, value in values.items()}
+    def _relative(self) -> pd.DataFrame:
+        """Return `to_frame` with each score relative to its largest."""
+        frame, names = self.to_frame(), list(self.scores)
+        frame[names] /= frame[names].abs().max().replace(0.0, 1.0)
+        return frame
 
     def table(self) -> Table:
         """Return a rich table: the sites by block and role, each score relative to its largest."""
@@ -76,24 +67,25 @@ class SensitivityReport(Tabular):
             table.add_column(heading)
         for name in self.scores:
             table.add_column(name, justify="right", overflow="fold")
-        columns = [self._relative(name) for name in self.scores]
-        for site in self.sites:
-            cells = (f"{values[site]:.2f}" if site in values else "" for values in columns)
-            table.add_row(str(site.block), site.role, *cells)
+        for block, role, *values in self._relative().itertuples(index=False):
+            table.add_row(
+                str(block), role, *("" if math.isnan(value) else f"{value:.2f}" for value in values)
+            )
         return table
 
     def plot(self) -> go.Figure:
         """Return a plotly figure: a heat map of block and role for every score."""
-        names = list(self.scores)
+        names, relative = list(self.scores), self._relative()
         rows = math.ceil(len(names) / _COLUMNS)
         figure = make_subplots(rows=rows, cols=min(_COLUMNS, len(names)), subplot_titles=names)
         for index, name in enumerate(names):
-            blocks, roles, cells = self.grid(name)
+            cells = relative.dropna(subset=name).pivot(index="block", columns="role", values=name)
+            cells = cells.reindex(columns=[role for role in ROLES if role in cells])
             figure.add_heatmap(
                 z=cells,
-                x=roles,
-                y=[f"block {block}" for block in blocks],
-                zmin=min(0.0, float(np.nanmin(cells))),
+                x=list(cells.columns),
+                y=[f"block {block}" for block in cells.index],
+                zmin=min(0.0, relative[name].min()),
                 zmax=1.0,
                 colorscale="Viridis",
                 showscale=index == 0,

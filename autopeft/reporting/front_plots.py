@@ -24,7 +24,7 @@ REFERENCE_COLOUR = "#0072B2"
 OTHER_COLOUR = "#7F7F7F"
 
 _MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
-_tick_label = EngFormatter(sep="")
+_with_prefix = EngFormatter(sep="")
 _LABEL_PIXELS = (26, 16)  # width and height of a trial's number in the static picture
 
 
@@ -266,6 +266,10 @@ def _log_ticks(objective: Objective, drawn: Sequence[TrialRecord]) -> list[float
     subdivisions = (1, 2, 5) if high < 1e4 * low else (1,)
     locator = MaxNLocator(6) if high < 10 * low else LogLocator(subs=subdivisions)
     return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+
+
+def _tick_label(value: float, position: object = None) -> str:
+    return _with_prefix(value) if value >= 1000 else f"{value:g}"
 
 
 def _axis_title(objective: Objective) -> str:

@@ -21,7 +21,6 @@ from autopeft.optimization.seed_replication import evaluations_of
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import Exporter, ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
-from autopeft.reporting.search_profile import record_profile
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.search_identity import SearchSettings, environment
@@ -129,12 +128,12 @@ class SearchRun:
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
-            with report, quiet_lightning():
+            with report.progress, quiet_lightning():
                 report.begin(
                     front, description=description, identity={**identity, "environment": environment()}
                 )
                 if (use := self.evaluator.hidden_states.describe()) is not None:
-                    report.say(use)
+                    report.progress.say(use)
                 front = run_loop(
                     self.scheduler,
                     self.executor,
@@ -148,16 +147,11 @@ class SearchRun:
             status = "FINISHED"
         except KeyboardInterrupt:
             status, front = "KILLED", self.front()
-            report.say("Interrupted: finished trials are kept, the same call resumes.")
+            report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             self.executor.close()
             front = self.front() if status == "FAILED" else front
-            try:
-                report.publish(front)
-                done = report.evaluations - before
-                record_profile(self.study.folder, done, report.tracker, report.progress)
-            finally:
-                report.end(status, front)
+            report.end(status, front, self.study.folder, report.evaluations - before)
         self._close(report, front)
         return front
 
@@ -176,7 +170,6 @@ class SearchRun:
                 objectives=self.evaluator.objectives,
             )
         return SearchReport(
-            self.evaluator.objectives,
             self._spent,
             evaluations=evaluations,
             progress=progress,
@@ -199,35 +192,36 @@ class SearchRun:
 
     def _check_scores(self, report: SearchReport, check_scores: ScoreChecks) -> None:
         """Say how well the scores would have ranked the trials; a search never fails by it."""
+        progress = report.progress
         records = [record for record in self.study.records if record.duplicate_of is None]
         if sum(record.evaluation.status == "complete" for record in records) < FEWEST_TRIALS:
             return
         spent = replace(self.scheduler.spent(records), trials=0)
         if self.budget.spent_share(spent) >= 1:
-            report.say("The budget is spent: the scores are not checked; search.check_scores() does it.")
+            progress.say("The budget is spent: the scores are not checked; search.check_scores() does it.")
             return
         try:
             scores, check = check_scores()
         except Exception:
             _logger.warning("The scores of the sites could not be checked.", exc_info=True)
             return
-        report.show(check.table())
+        progress.show(check.table())
         if report.tracker is not None:
             report.tracker.log_report(scores.save, "sensitivity")
             report.tracker.log_report(check.save, "sensitivity")
 
     def _close(self, report: SearchReport, front: ParetoFront) -> None:
         """Say what came out, and what is left to do."""
-        records, scheduler = self.study.records, self.scheduler
+        records, scheduler, progress = self.study.records, self.scheduler, report.progress
         if self.warm_starts is not None and self.warm_starts.obstacle is not None:
-            report.say(f"There were no warm starts: {self.warm_starts.obstacle}.")
+            progress.say(f"There were no warm starts: {self.warm_starts.obstacle}.")
         if is_exhausted(records, self.budget):
-            report.say("The latest candidates had all been tried: the search ends.")
-        report.show(front.table())
+            progress.say("The latest candidates had all been tried: the search ends.")
+        progress.show(front.table())
         if lacking := scheduler.lacking(records):
-            report.say(f"{len(lacking)} of these lack trainings with further seeds: run more to add them.")
+            progress.say(f"{len(lacking)} of these lack trainings with further seeds: run more to add them.")
         if promising := scheduler.promising(records):
             numbers = ", ".join(str(record.number) for record, _ in promising)
             are = "trial is" if len(promising) == 1 else "trials are"
-            report.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
+            progress.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
         report.say_link()

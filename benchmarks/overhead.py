@@ -104,7 +104,7 @@ class Overhead:
         self.processor: list[float] = []
         self.trials = trials
         stopwatch = Stopwatch()
-        work = Worker._work
+        work = Worker.run
         last = 0.0, 0.0
 
         def note(record: TrialRecord, front: ParetoFront) -> None:
@@ -123,7 +123,7 @@ class Overhead:
             stopwatch.seconds[WRITE] = time.thread_time()
 
         with (
-            patch.object(Worker, "_work", timed_work),
+            patch.object(Worker, "run", timed_work),
             stopwatch.watching(PLACES),
         ):
             last = clocks()

@@ -140,13 +140,23 @@ class SearchSpace(ABC):
         """
         known = self.encode_adapters(configuration, backbone)
         trial = DrawnTrial(None, known | {"learning_rate": configuration.learning_rate})
-        differences = configuration.diff(self.suggest(trial, backbone)).splitlines()
-        if differences:
-            shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
-            raise ValueError(
-                f"{configuration!r} is no point of {type(self).__name__}; one near it has {shown}."
-            )
-        return trial.params
+        near = self.suggest(trial, backbone)
+        if near == configuration:
+            return trial.params
+        here, there = (
+            {str(site): " + ".join(map(str, several)) for site, several in each.adapters.items()}
+            | {"learning_rate": f"{each.learning_rate:g}"}
+            for each in (configuration, near)
+        )
+        shown = [
+            f"{name}: {here.get(name, 'nothing')} → {there.get(name, 'nothing')}"
+            for name in {**here, **there}
+            if here.get(name) != there.get(name)
+        ]
+        raise ValueError(
+            f"{configuration!r} is no point of {type(self).__name__}; one near it has "
+            f"{'; '.join(shown[:_DIFFERENCES_SHOWN])}."
+        )
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
         """Return a point drawn by the generator alone; by default every parameter is drawn evenly."""

@@ -121,7 +121,6 @@ def test_sensitivity_scores_without_training(place: Path) -> None:
     assert "ffn_up" in result.output
     assert {path.name for path in report.iterdir()} == {
         "heatmap.html",
-        "heatmap.png",
         "scores.csv",
         "scores.json",
     }

@@ -278,7 +278,6 @@ def test_a_tracker_that_does_not_start_leaves_the_search_closed(
     monkeypatch.setattr(Tracker, "start", interrupted)
     monkeypatch.setattr(Tracker, "publish_front", lambda self, *arguments: None)
     monkeypatch.setattr(Tracker, "finish", lambda self, status, records: ended.append(status))
-    monkeypatch.setattr(Tracker, "link", "")
     front = tiny_search(tmp_path, tracking=f"sqlite:///{tmp_path}/mlflow.db").run(trials=1, progress=False)
     assert len(front.records) == 0
     assert ended == ["KILLED"]

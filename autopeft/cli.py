@@ -8,19 +8,15 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from autopeft.core.errors import unknown_choice
-from autopeft.optimization.study_store import STUDY_FILE, load_study
+from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.mlflow.tracking_uri import redact
-
-if TYPE_CHECKING:
-    from autopeft.yaml_config import SearchConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find the PEFT configurations that trade accuracy, parameters and memory best.",
 )
-_SETTINGS_FILE = "search.yaml"
+_NOT_FOR_EXPORT = ("sampler", "executor")  # they choose and train trials; an adapter does without
 _INTERRUPTED = 130  # what a shell makes of Ctrl-C: a command after && is not run
 
 Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
@@ -42,6 +38,9 @@ def search(
     config: Config,
     overrides: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try failed trials again, each once.")
+    ] = False,
 ) -> None:
     """Run a search, or resume it. After Ctrl-C the exit code is 130."""
     from autopeft.core.profiling import Profile
@@ -51,11 +50,12 @@ def search(
     loaded = load_config(config, overrides or ())
     if not loaded.run:
         raise ValueError("The settings have no budget: add for example run.trials=50.")
+    bounds = dict(loaded.run)
+    retry_failed |= bounds.pop("retry_failed", False)
     with Profile() if profile else nullcontext():  # here, so that it also has what is loaded for the name
         loaded.search.validate()
-        _remember(loaded)
-        budget = Budget(**loaded.run)  # before the search's own, whose hours are then over where these are
-        front = loaded.search.run(**loaded.run)
+        budget = Budget(**bounds)  # before the search's own, whose hours are then over where these are
+        front = loaded.search.run(**bounds, retry_failed=retry_failed)
     # Without a bound of trials a search also ends, its budget unspent, when it finds nothing new.
     if budget.trials is not None and budget.spent_share(Spent.of(front.records)) < 1:
         raise typer.Exit(_INTERRUPTED)
@@ -84,8 +84,8 @@ def sensitivity(
     to: Annotated[Path, typer.Option(help="Folder for heat maps, table and scores.")] = Path("sensitivity"),
 ) -> None:
     """Score the sites of the backbone on the task, without training anything."""
+    from autopeft.evaluation.site_scoring import SCORE_BATCHES
     from autopeft.sensitivity import CHEAP_SCORES
-    from autopeft.sensitivity.cached_scores import SCORE_BATCHES
     from autopeft.yaml_config import load_config
 
     search = load_config(config, overrides or ()).search
@@ -162,17 +162,20 @@ def export(
     elif knee:
         trial = found.knee().number
     assert trial is not None
-    settings = place / _SETTINGS_FILE
-    if not settings.is_file():
+    kept = place / SETTINGS_FILE
+    if not kept.is_file():
         raise ValueError(
-            f"{place} has no {_SETTINGS_FILE}: the search was launched from Python, where "
-            "search.export(number, folder) writes its adapters."
+            f"{place} has no {SETTINGS_FILE}, as of a search from Python by an earlier version: make the "
+            "search again there, where search.export(number, folder) writes its adapters."
         )
+    from autopeft.search_document import LOST
     from autopeft.yaml_config import build_config
 
+    settings = yaml.safe_load(kept.read_text())
+    lost = {name: given for name, given in settings.pop(LOST, {}).items() if name not in _NOT_FOR_EXPORT}
     # The folder may have been moved, and a name made from the data's content may come out another today.
-    found_here = {"folder": str(place.parent), "name": place.name}
-    loaded = build_config({**yaml.safe_load(settings.read_text()), **found_here})
+    found_here = {"folder": str(place.parent), "name": place.name, LOST: lost}
+    loaded = build_config({**settings, **found_here})
     print(loaded.search.export(trial, to, merged=merged, retrain=retrain, overwrite=overwrite))
 
 
@@ -194,25 +197,6 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _remember(loaded: SearchConfig) -> None:
-    """Keep the settings with the search, so that `export` can make it again.
-
-    Those of a search that was started stay: others would not be its own, and are refused afterwards.
-    """
-    place = loaded.search.folder
-    if (place / _SETTINGS_FILE).is_file() and (place / STUDY_FILE).is_file():
-        return
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        settings = dict(loaded.settings)
-        if settings.get("tracking") is not None:  # nothing that is made from this file needs its password
-            settings["tracking"] = redact(settings["tracking"])
-        text = yaml.safe_dump(settings, sort_keys=False)
-        (place / _SETTINGS_FILE).write_text(text)
-    except OSError as error:
-        raise ValueError(f"The search cannot be kept in {place}: {error.strerror}.") from error
 
 
 def _search_folder(folder: Path, name: str | None) -> Path:

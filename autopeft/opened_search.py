@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.cache_folder import cache_folder
-from autopeft.core.hypervolume_axes import fixed_axes
-from autopeft.core.pareto import Axis
+from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
@@ -66,8 +65,7 @@ class OpenSearch:
         """Return what decides which paused trial goes on; None where trials do not pause."""
         if halving is None:
             return None
-        evaluator = self.evaluator
-        baselines = self.space.baselines(self.backbone)
+        evaluator, baselines = self.evaluator, self.space.baselines(self.backbone)
         references = [baseline.name for baseline in baselines if baseline.is_trained_whole]
         return AshaPromoter(
             halving, evaluator.plan.rungs, evaluator.objectives, self.axes, evaluator.monitor, references
@@ -80,8 +78,8 @@ class OpenSearch:
 
         Args:
             settings: The search's.
-            folder: The search's.
-            trains: Whether to train supernets that are not in the folder.
+            folder: The search's, in which supernets are kept.
+            trains: Whether to train supernets that are not there.
         """
         if settings is None:
             return None
@@ -128,6 +126,10 @@ def open_search(
     if space.scores_needed:
         space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
     ends = [evaluator.costs(configuration) for configuration in space.extremes(backbone)]
-    bounds = {metric: task.bounds(metric) for metric in task.metrics}
+    bounds = {
+        metric.name: (task.trivial_score(metric.name, evaluator.data), task.best_score(metric.name))
+        for metric in evaluator.objectives
+        if metric.is_metric
+    }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
     return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)

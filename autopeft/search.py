@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 from optuna.samplers import BaseSampler
 from torch import Tensor
@@ -16,24 +17,25 @@ from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.executor import ExecutorFactory
-from autopeft.evaluation.site_scoring import score_sites
+from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.samplers import make_sampler
-from autopeft.optimization.study_store import StudyStore, load_study
+from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
+from autopeft.search_document import save_document
 from autopeft.search_identity import BackboneSource, SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -105,6 +107,7 @@ class Search:
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
         if isinstance(executor, str) and executor != "local":
@@ -117,7 +120,7 @@ class Search:
             constraints=resolve_constraints(constraints or {}, task.metrics),
             halving=halving,
             warm_start=warm_start,
-            sampler=sampler if isinstance(sampler, str) else type(sampler).__name__,
+            sampler=sampler,
             seed=seed,
             seeds=seeds,
             executor=executor,
@@ -125,7 +128,6 @@ class Search:
         )
         self.space = self.settings.space
         self.objectives = self.settings.objectives
-        self.sampler = make_sampler(sampler, seed)
         self.score_check = score_check
         self.experiment = experiment
         self.tracking = tracking
@@ -264,9 +266,8 @@ class Search:
             constraints = self.settings.constraints
             with closing(StudyStore(self.folder, self.name, self.objectives, constraints)) as study:
                 study.check_identity(identity)
-                run = SearchRun(
-                    opened, self.settings, study, budget, self.sampler, self, retry_failed=retry_failed
-                )
+                save_document(self.folder / SETTINGS_FILE, {**self._arguments(), "run": budget.bounds})
+                run = SearchRun(opened, self.settings, study, budget, self, retry_failed=retry_failed)
                 return run.run(
                     description=self.describe(),
                     identity=identity,
@@ -274,11 +275,24 @@ class Search:
                     experiment=self.experiment,
                     progress=progress,
                     callbacks=callbacks,
-                    check_scores=self._checked_scores if self.score_check else None,
+                    check_scores=(lambda: (self.sensitivity(), self.check_scores()))
+                    if self.score_check
+                    else None,
                 )
 
-    def _checked_scores(self) -> tuple[SensitivityReport, ScoreCheck]:
-        return self.sensitivity(), self.check_scores()
+    def _arguments(self) -> dict[str, Any]:
+        """Return what this search was made from; nothing that is made from that needs a password."""
+        return {
+            "backbone": self._source,
+            "task": self.task,
+            **self.settings.arguments(),
+            "score_check": self.score_check,
+            "name": self.name,
+            "folder": self._root,
+            "tracking": None if self.tracking is None else redact(self.tracking),
+            "experiment": self.experiment,
+            "tokenizer": self._tokenizer,
+        }
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.

@@ -9,10 +9,12 @@ import json
 import platform
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.samplers import BaseSampler
 from transformers import PreTrainedModel
 
 from autopeft.core.objectives import Constraint, Objective
@@ -46,21 +48,7 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """The settings that decide what the trials of a search are.
-
-    Attributes:
-        space: What to choose from.
-        training: What every candidate has in common.
-        objectives: What to trade off.
-        constraints: Bounds checked before training.
-        halving: How trials pause; None to train each to the end.
-        warm_start: How LoRA trials are initialised; None for random weights.
-        sampler: Name of the sampler.
-        seed: Seed of everything drawn.
-        seeds: Trainings that a member of the front is to have.
-        executor: "local", or what makes an executor.
-        baselines: Whether the space's baselines come first.
-    """
+    """The settings that decide what the trials of a search are; see `Search`."""
 
     space: SearchSpace
     training: Training
@@ -68,11 +56,20 @@ class SearchSettings:
     constraints: tuple[Constraint, ...]
     halving: SuccessiveHalving | None
     warm_start: WarmStart | None
-    sampler: str
+    sampler: str | BaseSampler
     seed: int
     seeds: int
     executor: str | ExecutorFactory
     baselines: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as `Search` takes them."""
+        bounds = {constraint.objective.name: constraint.bound for constraint in self.constraints}
+        return {
+            **vars(self),
+            "objectives": [objective.name for objective in self.objectives],
+            "constraints": bounds,
+        }
 
     def identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
         """Return the settings as text.
@@ -92,7 +89,7 @@ class SearchSettings:
             "search": {
                 "objectives": ", ".join(objective.name for objective in self.objectives),
                 "constraints": ", ".join(bounds),
-                "sampler": self.sampler,
+                "sampler": describe_sampler(self.sampler),
                 "seed": str(self.seed),
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
                 **({} if self.executor == "local" else {"executor": str(self.executor)}),
@@ -136,7 +133,7 @@ class SearchSettings:
                 f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.halving is None else f"; {self.halving.describe()}")
                 + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
-                f"sampler {self.sampler}, seed {self.seed}"
+                f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"
                 + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
                 + ("" if self.executor == "local" else f"; trials are trained by {self.executor}"),
                 space.describe(backbone),
@@ -175,6 +172,33 @@ def _without_folder(text: str) -> str:
         return Path(text).resolve().name if Path(text).exists() else text
     except OSError:  # no path
         return text
+
+
+def describe_sampler(sampler: str | BaseSampler) -> str:
+    """Return a sampler's name; of a user's own its import path and what can be read of its arguments.
+
+    An argument is read from the attribute of its name, with or without an underscore before it. Of functions
+    and objects there stands the import path.
+    """
+    if isinstance(sampler, str):
+        return sampler
+    known = vars(sampler)
+    arguments = {
+        name: known.get(name, known.get(f"_{name}", ...)) for name in signature(type(sampler)).parameters
+    }
+    texts = [f"{name}={_described(value)}" for name, value in arguments.items() if value is not ...]
+    return f"{import_path(sampler)}({', '.join(texts)})"
+
+
+def _described(value: Any) -> str:
+    text = repr(value)
+    return import_path(value) if callable(value) or " at 0x" in text else text
+
+
+def import_path(value: Any) -> str:
+    """Return where a class or a function is found, or the class of another object."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def environment() -> dict[str, str]:

@@ -12,10 +12,9 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job
 from autopeft.core.profiling import section
 from autopeft.evaluation.executor import Executor
-from autopeft.optimization.proposer import Proposal
+from autopeft.optimization.budget import raise_if_hopeless
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import under_replicated
-from autopeft.optimization.stop_rules import raise_if_hopeless
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import ParetoFront
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -64,21 +63,13 @@ def run_loop(
             if not scheduler.running:
                 return front
             finished = executor.wait()
-            proposal = scheduler.finished(finished)
-            for record in _tell(study, finished, proposal):
+            for record in study.tell(finished, scheduler.finished(finished)):
                 with section("record"):
                     front = front.with_trial(record)
                 for listener in listeners:
                     listener(record, front)
             raise_if_hopeless(study.records)
             raise_if_interrupted()
-
-
-def _tell(study: StudyStore, record: TrialRecord, proposal: Proposal | None) -> Sequence[TrialRecord]:
-    """Keep a record; return it, and its duplicates that were paused as it was."""
-    if proposal is None:
-        return study.tell(record)
-    return study.tell(record, proposal.parameters, proposal.distributions, proposal.attributes)
 
 
 class FileCleanup:

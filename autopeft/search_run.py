@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
 from autopeft.core.profiling import section
-from autopeft.evaluation.executor import make_executor
+from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
-from autopeft.optimization.budget import Budget
+from autopeft.optimization.budget import Budget, is_exhausted
+from autopeft.optimization.history import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
-from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import Exporter, ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
-from autopeft.reporting.search_profile import record_profile
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.search_identity import SearchSettings, environment
@@ -43,7 +41,6 @@ class SearchRun:
         settings: The search's.
         study: The study, held by this process.
         budget: When the search ends.
-        sampler: Chooses configurations.
         exporter: Writes adapters of the front.
         retry_failed: Whether failed trials are tried again.
     """
@@ -54,37 +51,40 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        sampler: BaseSampler,
         exporter: Exporter,
         *,
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
-        self.evaluator = evaluator
-        self.axes = opened.axes
-        self.study = study
-        self.budget = budget
-        self.exporter = exporter
-        evaluator.prefixes.expect(budget.trials)
+        self.evaluator, self.axes, self.study = evaluator, opened.axes, study
+        self.budget, self.exporter = budget, exporter
+        evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
-        self.sampler = sampler
+        checkpoints = AdapterCheckpoints(study.folder / "adapters")
+        paused = TrainingCheckpoints(study.folder / "paused")
+        runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
+        make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
+        self.executor: Executor = make_executor(runner)
+        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
+        served = evaluator.hidden_states.is_served
         proposer = Proposer(
             opened.space,
             opened.backbone,
-            sampler,
+            settings.sampler,
             objectives=evaluator.objectives,
             axes=opened.axes,
+            view=self._view,
+            seed=settings.seed,
             constraints=evaluator.constraints,
             baselines=settings.baselines,
             trials=budget.trials,
             forecast=None if self.promoter is None else self.promoter.forecast,
-            are_states_served=evaluator.prefixes.is_served,
-            view=self._view,
+            are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
         failed = [record.number for record in study.records if record.evaluation.status == "failed"]
         self.scheduler = Scheduler(
-            proposer,
+            proposer.propose,
             budget,
             evaluator.objectives,
             seeds=settings.seeds,
@@ -92,11 +92,6 @@ class SearchRun:
             overhead=self.warm_starts,
             retried=failed if retry_failed else (),
         )
-        checkpoints = AdapterCheckpoints(study.folder / "adapters")
-        paused = TrainingCheckpoints(study.folder / "paused")
-        runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
-        self.executor = make_executor(settings.executor, runner)
-        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
@@ -125,42 +120,38 @@ class SearchRun:
             check_scores: Scores the sites and says how well the scores rank the trials; None for not.
         """
         front = self.front()
-        self.study.set_attribute("metrics", list(self.evaluator.task.metrics))
+        self.study.set_attribute("metrics", [asdict(metric) for metric in self.evaluator.task.metrics])
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.keep(front)
         before = self._evaluations()
         report = self._report(tracking, experiment, before, progress=progress)
+        timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
-            with report, quiet_lightning():
+            with report.progress, quiet_lightning():
                 report.begin(
                     front, description=description, identity={**identity, "environment": environment()}
                 )
-                if (use := self.evaluator.prefixes.describe()) is not None:
-                    report.say(use)
+                if (use := self.evaluator.hidden_states.describe()) is not None:
+                    report.progress.say(use)
                 front = run_loop(
                     self.scheduler,
                     self.executor,
                     self.study,
                     front,
                     started=[report.started],
-                    listeners=[self.cleanup, report.finished, *map(_timed, callbacks)],
+                    listeners=[self.cleanup, report.finished, *timed],
                 )
             if check_scores is not None and report.evaluations > before:
                 self._check_scores(report, check_scores)
             status = "FINISHED"
         except KeyboardInterrupt:
             status, front = "KILLED", self.front()
-            report.say("Interrupted: finished trials are kept, the same call resumes.")
+            report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             self.executor.close()
             front = self.front() if status == "FAILED" else front
-            try:
-                report.publish(front)
-                done = report.evaluations - before
-                record_profile(self.study.folder, done, report.tracker, report.progress)
-            finally:
-                report.end(status, front)
+            report.end(status, front, self.study.folder, report.evaluations - before)
         self._close(report, front)
         return front
 
@@ -179,7 +170,6 @@ class SearchRun:
                 objectives=self.evaluator.objectives,
             )
         return SearchReport(
-            self.evaluator.objectives,
             self._spent,
             evaluations=evaluations,
             progress=progress,
@@ -197,48 +187,41 @@ class SearchRun:
 
     def _view(self) -> Study:
         """Return the study that an Optuna sampler is asked from."""
-        records = self.study.records
-        return self.study.sampler_view(
-            self.sampler,
-            expected=None if self.promoter is None else self.promoter.forecast(records).values,
-            running=self.scheduler.proposed,
-        )
+        expected = None if self.promoter is None else self.promoter.forecast(self.study.records).values
+        return self.study.view(expected=expected, running=self.scheduler.proposed)
 
     def _check_scores(self, report: SearchReport, check_scores: ScoreChecks) -> None:
         """Say how well the scores would have ranked the trials; a search never fails by it."""
+        progress = report.progress
         records = [record for record in self.study.records if record.duplicate_of is None]
         if sum(record.evaluation.status == "complete" for record in records) < FEWEST_TRIALS:
             return
         spent = replace(self.scheduler.spent(records), trials=0)
         if self.budget.spent_share(spent) >= 1:
-            report.say("The budget is spent: the scores are not checked; search.check_scores() does it.")
+            progress.say("The budget is spent: the scores are not checked; search.check_scores() does it.")
             return
         try:
             scores, check = check_scores()
         except Exception:
             _logger.warning("The scores of the sites could not be checked.", exc_info=True)
             return
-        report.show(check.table())
+        progress.show(check.table())
         if report.tracker is not None:
             report.tracker.log_report(scores.save, "sensitivity")
             report.tracker.log_report(check.save, "sensitivity")
 
     def _close(self, report: SearchReport, front: ParetoFront) -> None:
         """Say what came out, and what is left to do."""
-        records, scheduler = self.study.records, self.scheduler
+        records, scheduler, progress = self.study.records, self.scheduler, report.progress
         if self.warm_starts is not None and self.warm_starts.obstacle is not None:
-            report.say(f"There were no warm starts: {self.warm_starts.obstacle}.")
+            progress.say(f"There were no warm starts: {self.warm_starts.obstacle}.")
         if is_exhausted(records, self.budget):
-            report.say("The latest candidates had all been tried: the search ends.")
-        report.show(front.table())
+            progress.say("The latest candidates had all been tried: the search ends.")
+        progress.show(front.table())
         if lacking := scheduler.lacking(records):
-            report.say(f"{len(lacking)} of these lack trainings with further seeds: run more to add them.")
+            progress.say(f"{len(lacking)} of these lack trainings with further seeds: run more to add them.")
         if promising := scheduler.promising(records):
             numbers = ", ".join(str(record.number) for record, _ in promising)
             are = "trial is" if len(promising) == 1 else "trials are"
-            report.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
+            progress.say(f"{len(promising)} promising {are} paused ({numbers}): run more to train on.")
         report.say_link()
-
-
-def _timed(callback: TrialListener) -> TrialListener:
-    return section("callbacks")(callback)

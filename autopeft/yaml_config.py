@@ -14,34 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from autopeft.core.errors import unknown_choice
-from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.optimization.budget import Budget
-from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search import Search
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
-from autopeft.tasks import TextClassification
-from autopeft.training.settings import Training
+from autopeft.search_document import LOST, ONLY_IN_PYTHON, SECTIONS, TYPES, check_expressed
 
-_CHOICES: Mapping[str, Mapping[str, type[Any]]] = {
-    "task": {"TextClassification": TextClassification},
-    "space": {
-        "PerLayer": PerLayer,
-        "ScoreGuided": ScoreGuided,
-        "Uniform": Uniform,
-        "AutoPEFTPaper": AutoPEFTPaper,
-    },
-}
-"""Sections whose class stands under "type"."""
-_SECTIONS: Mapping[str, type[Any]] = {
-    "training": Training,
-    "halving": SuccessiveHalving,
-    "warm_start": WarmStart,
-}
-"""Sections of one class each."""
-_RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds")
-_ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores", "callbacks"})
-"""Arguments that take a loaded object, or that a search fills in: YAML has nothing to give them."""
-
+_RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds", "retry_failed")
 
 _PLAIN = {
     "a valid integer": "a whole number",
@@ -61,13 +38,11 @@ class SearchConfig:
 
     Attributes:
         search: The search.
-        run: Its budget: arguments of `Search.run`.
-        settings: The settings as read, overrides included.
+        run: Its budget, and whether failed trials are tried again: arguments of `Search.run`.
     """
 
     search: Search
     run: Mapping[str, Any]
-    settings: Mapping[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
@@ -107,24 +82,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
 def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     """Make a search from settings; see `load_config`."""
     arguments = dict(settings)
-    run = arguments.pop("run", None) or {}
+    check_expressed(arguments.pop(LOST, {}))
+    run = _checked_run(arguments.pop("run", None) or {})
+    for section, types in TYPES.items():
+        if arguments.get(section) is not None:
+            arguments[section] = _choose(section, arguments[section], {made.__name__: made for made in types})
+    for section, settings_class in SECTIONS.items():
+        if arguments.get(section) is not None:
+            arguments[section] = _build(settings_class, arguments[section], section)
+    return SearchConfig(search=_build(Search, arguments), run=run)
+
+
+def _checked_run(run: Any) -> Mapping[str, Any]:
+    """Return the arguments of `Search.run`: what is wrong with them shows before anything is loaded."""
     if not isinstance(run, Mapping):
         raise ValueError(f"'run' is a mapping with a budget such as trials: 50, got {run!r}.")
     for key in run:
         if key not in _RUN_KEYS:
             raise unknown_choice("key of 'run'", str(key), _RUN_KEYS)
+    bounds = dict(run)
+    retry_failed = bounds.pop("retry_failed", False)
+    if not isinstance(retry_failed, bool):
+        raise ValueError(f"run.retry_failed should be true or false, got {retry_failed!r}.")
     if run:
         try:
-            Budget(**run)  # a wrong budget shows before anything is loaded
+            Budget(**bounds)
         except ValueError as error:
             raise ValueError(f"'run': {error}") from error
-    for section, choices in _CHOICES.items():
-        if arguments.get(section) is not None:
-            arguments[section] = _choose(section, arguments[section], choices)
-    for section, settings_class in _SECTIONS.items():
-        if arguments.get(section) is not None:
-            arguments[section] = _build(settings_class, arguments[section], section)
-    return SearchConfig(search=_build(Search, arguments), run=run, settings=settings)
+    return run
 
 
 def _choose(section: str, given: Any, choices: Mapping[str, type[Any]]) -> Any:
@@ -164,7 +149,7 @@ def _schema(made: type[Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
         for name, parameter in inspect.signature(made).parameters.items()
-        if name not in _ONLY_IN_PYTHON
+        if name not in ONLY_IN_PYTHON
     }
     strict = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
     return create_model(made.__name__, __config__=strict, **fields)

@@ -1,13 +1,13 @@
-"""What leaving the frozen prefix out of training steps saves: hidden states served against computed.
+"""What leaving the frozen blocks out of training steps saves: hidden states served against computed.
 
     python -m benchmarks.hidden_states [--steps 80] [--threads 1] [--parts steps trials scores]
 
 MiniLM on question classification, LoRA of rank 8 on query and value of all blocks from the cut up. First the
-training step: on each batch one step with the prefix run in evaluation mode and one with its hidden states
-served, in turn, in one process; medians of CPU seconds. With L blocks and the cut k a step takes 2L - k
-passes of a block, served 2(L - k): the ratio of the two is the theoretical speed-up. Then whole trials,
-validations and Lightning included: one that computes the hidden states first, and one that finds them. Last
-what leaving out the dropout below the cut does to the accuracy.
+training step: on each batch one step with the frozen blocks run in evaluation mode and one with hidden
+states served, in turn, in one process; medians of CPU seconds. With L blocks and the cut k a step takes
+2L - k passes of a block, served 2(L - k): the ratio of the two is the theoretical speed-up. Then whole
+trials, validations and Lightning included: one that computes the hidden states first, and one that finds
+them. Last what leaving out the dropout below the cut does to the accuracy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from assets.prepare import prepare
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
+from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.training.module import Serve
@@ -101,10 +101,10 @@ def step_times(evaluator: Evaluator, cut: int, steps: int) -> dict[str, Any]:
     gather: list[float] = []
     with (
         attach(evaluator.backbone, configuration) as attachment,
-        evaluator.prefixes.below(attachment) as prefix,
+        evaluator.hidden_states.below(attachment),
     ):
-        prefix.open()
-        ways: dict[str, Serve] = {"computed": contextlib.nullcontext, "served": prefix.serve}
+        evaluator.hidden_states.open()
+        ways: dict[str, Serve] = {"computed": contextlib.nullcontext, "served": evaluator.hidden_states.serve}
         module = evaluator.module(configuration)
         module.train()
         optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], lr=1e-3)
@@ -116,7 +116,7 @@ def step_times(evaluator: Evaluator, cut: int, steps: int) -> dict[str, Any]:
                 taken = timed(partial(step, module, batch, optimizer))
                 if index >= WARM_UP:
                     seconds[name].append(taken)
-            gather.append(timed(partial(enter, prefix, batch)))
+            gather.append(timed(partial(enter, evaluator.hidden_states, batch)))
         evaluator.backbone.model.eval()
     medians = {name: statistics.median(one) for name, one in seconds.items()}
     theory = (2 * blocks - cut) / (2 * (blocks - cut))
@@ -140,9 +140,9 @@ def step(module: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer
     optimizer.step()
 
 
-def enter(prefix: TrialHiddenStates, batch: dict[str, Tensor]) -> None:
+def enter(hidden_states: HiddenStateCache, batch: dict[str, Tensor]) -> None:
     """Get a batch's hidden states in place, and run nothing."""
-    with prefix.serve(batch):
+    with hidden_states.serve(batch):
         pass
 
 
@@ -163,12 +163,12 @@ def trial_times(evaluators: Mapping[FrozenBlocksMode, Evaluator], folder: Path, 
         cached = evaluators["cached"]
         for name, evaluator in (("computed", evaluators["eval"]), ("filling", cached), ("served", cached)):
             if name == "filling":
-                shutil.rmtree(folder / "prefixes", ignore_errors=True)
+                shutil.rmtree(folder / "hidden_states", ignore_errors=True)
             evaluation = evaluator.evaluate(configuration)
             assert evaluation.status == "complete", evaluation.reason
             seconds[name].append(evaluation.cost.cpu_seconds)
             if name == "served":
-                gains.append(cached.prefixes.uses[-1])
+                gains.append(cached.hidden_states.uses[-1])
     medians = {name: statistics.median(one) for name, one in seconds.items()}
     return {
         "cut": cut,

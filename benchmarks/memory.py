@@ -24,8 +24,11 @@ from torch.nn import functional
 from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
 from autopeft.core.precision import Precision, autocast
-from autopeft.evaluation.memory.counter import MemoryCounter, measure_live_storage
+from autopeft.evaluation.memory.counter import MemoryCounter
+from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.tasks import TextClassification
+from autopeft.tasks.base import Loss
+from autopeft.tasks.batch import LABELS, model_inputs
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"method": "lora", "size": 8}
@@ -97,13 +100,40 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Preci
     return peak
 
 
+def measure_live_storage(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    steps: int = 2,
+    precision: Precision = "32-true",
+) -> int:
+    """Return the peak live bytes of real optimizer steps on the CPU: what `MemoryCounter` predicts.
+
+    Trains the model's trainable parameters for `steps` steps.
+    """
+    inputs = model_inputs(batch)
+    optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
+    counter = StorageCounter()
+    base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
+    with counter:
+        for _ in range(steps):
+            with autocast(precision, "cpu"):
+                value = loss(model(**inputs).logits, batch[LABELS])
+            optimizer.zero_grad()
+            value.backward()
+            del value
+            optimizer.step()
+    return base + counter.peak_bytes
+
+
 def timed_count(
     counter: MemoryCounter, batch: Mapping[str, Tensor], precision: Precision
 ) -> tuple[int, float]:
     """Return the counted bytes, and milliseconds of a count."""
     started = time.perf_counter()
     count = counter.count(batch, functional.cross_entropy, precision=precision)
-    return count.peak_bytes, 1000 * (time.perf_counter() - started)
+    return count, 1000 * (time.perf_counter() - started)
 
 
 def main() -> None:

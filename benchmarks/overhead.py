@@ -6,7 +6,7 @@ Runs a real search (real backbone and data, journal on disk, MLflow on SQLite) i
 that returns a seeded score. Times are the whole run's, what MLflow is behind with at its end included: wall
 time, and processor time of the whole process, which depends less on what else the machine does. The parts
 are the main thread's processor time, and "write runs" that of the thread that writes to MLflow. Computing the
-hidden states of a frozen prefix, once a cut, is forward passes that training is spared: it is shown, and not
+hidden states of frozen blocks, once a cut, is forward passes that training is spared: it is shown, and not
 part of the figures. The rival is asking and telling alone, with Optuna's own SQLite storage written parameter
 by parameter, as a hand-written loop has it.
 """
@@ -55,8 +55,8 @@ PLACES: Places = (
     ("ask", Scheduler, "next"),
     ("attach", Attachment, "__init__"),
     ("attach", Attachment, "detach"),
-    ("open prefix", HiddenStateCache, "open"),
-    ("compute prefixes", HiddenStateCache, "_filled"),
+    ("open hidden states", HiddenStateCache, "open"),
+    ("compute hidden states", HiddenStateCache, "_filled"),
     ("count", MemoryCounter, "count"),
     ("set training up", autopeft.evaluation.run.EvaluationRun, "_train"),
     ("tell", StudyStore, "tell"),
@@ -65,7 +65,7 @@ PLACES: Places = (
     ("track", SearchReport, "_track"),
 )
 WRITE = "write runs"
-SPARED = "compute prefixes"
+SPARED = "compute hidden states"
 
 
 def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWeights, seed: int) -> None:
@@ -79,11 +79,11 @@ class Overhead:
     """A search of so many trials, and what each of them cost.
 
     Attributes:
-        wall: Seconds of each trial; like the others without the computing of prefixes.
+        wall: Seconds of each trial; like the others without the computing of hidden states.
         processor: Processor seconds of the whole process during each trial.
         whole_wall: Seconds of the whole run.
         whole_processor: Processor seconds of the whole run.
-        parts: Processor seconds by part of the whole run, the computing of prefixes among them.
+        parts: Processor seconds by part of the whole run, the computing of hidden states among them.
     """
 
     def __init__(self, folder: Path, trials: int, sampler: str) -> None:
@@ -104,7 +104,7 @@ class Overhead:
         self.processor: list[float] = []
         self.trials = trials
         stopwatch = Stopwatch()
-        work = Worker._work
+        work = Worker.run
         last = 0.0, 0.0
 
         def note(record: TrialRecord, front: ParetoFront) -> None:
@@ -123,7 +123,7 @@ class Overhead:
             stopwatch.seconds[WRITE] = time.thread_time()
 
         with (
-            patch.object(Worker, "_work", timed_work),
+            patch.object(Worker, "run", timed_work),
             stopwatch.watching(PLACES),
         ):
             last = clocks()

@@ -21,9 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from autopeft.evaluation.site_scoring import score_sites
+from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.sensitivity import CHEAP_SCORES, SiteScores
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.setting import Setting
 from benchmarks.scoring import agreement

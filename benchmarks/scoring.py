@@ -32,7 +32,6 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.precision import Precision
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.memory.counter import measure_live_storage
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
@@ -42,6 +41,7 @@ from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.memory import measure_live_storage
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
 BATCH_SIZE = 16

@@ -29,7 +29,7 @@ from autopeft.core.errors import check_whole
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.methods import count_parameters
-from autopeft.optimization.single_adapter_probes import single_adapter_probes
+from autopeft.optimization.candidates import single_adapter_probes
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.score_allocation import site_values
 from benchmarks.datasets import DATASETS

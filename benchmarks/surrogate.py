@@ -32,6 +32,7 @@ from scipy.stats import spearmanr
 from sklearn.ensemble import RandomForestRegressor
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Objective
 from autopeft.optimization.expected_improvement import Features
 from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
 from autopeft.search_spaces.learning_rates import log_place
@@ -43,6 +44,7 @@ RESULTS = Path(__file__).parent / "results" / "surrogate.json"
 RUNS = RESULTS.with_name("search_cost_runs.jsonl.gz")
 SIZES = {"few adapters (1 to 4)": range(1, 5), "many adapters": range(5, 100)}
 OURS = "autopeft"
+SCORE = Objective(name="accuracy", direction="maximize", unit="score")
 Logs = Mapping[tuple[str, int], Sequence[Entry]]
 Model = Callable[[Inputs, Array, Array, Inputs], Array]
 
@@ -157,10 +159,10 @@ def figures(
     tried = set(known.configurations)
     others = [one for one in truth if one not in tried and len(one)]
     foretold = model(
-        features.metric_inputs(known.configurations),
+        features.inputs(known.configurations, SCORE),
         known.scores,
         known.trainings,
-        features.metric_inputs(others),
+        features.inputs(others, SCORE),
     )
     true = np.array([truth[one] for one in others])
     found = {}

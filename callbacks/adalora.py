@@ -22,9 +22,9 @@ class AdaLoRA(StepCallback):
     triplets (λ, column of B, row of A) those with the highest s(λ) + mean s(A) + mean s(B) are kept, s
     being `SmoothedSensitivity` of |θ·∇θ|. peft does it all, but leaves the call to the training loop.
 
-    It is called at the end of the batch, where the weights have been updated (the optimizer would undo a
-    mask set before) and the gradients, which peft reads, are still there (Lightning clears them in the
-    next step). Steps are counted from 1, so that the target budget is set also where tfinal is 0.
+    It is called at the end of the batch: the weights have been updated (the optimizer would undo a mask set
+    before) and the gradients, which peft reads, are still there. Steps are counted from 1, so that the target
+    budget is set also where tfinal is 0.
 
     Raises:
         ValueError: When training starts and the module holds no AdaLoRA model or several, total_step is
@@ -33,13 +33,9 @@ class AdaLoRA(StepCallback):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._model: AdaLoraModel | None = None
         self._layers: dict[str, AdaLoraLayer] = {}
-        # peft's patterns name the layers as the inner model does.
-        self._inner_names: dict[str, str] = {}
-        self._patterns: dict[str, list[bool]] = {}
-        self._restored: dict[str, Any] = {}
+        self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the model and its layers."""
@@ -54,13 +50,14 @@ class AdaLoRA(StepCallback):
                 "peft.get_peft_model(model, AdaLoraConfig(...))."
             )
         ((prefix, self._model),) = models.items()
-        inner = f"{prefix}.model." if prefix else "model."
+        self._adapter = str(self._model.trainable_adapter_name)
+        # peft's rank pattern names the layers as the inner model does.
+        self._inner = f"{prefix}.model." if prefix else "model."
         self._layers = {
             name: layer
             for name, layer in pl_module.named_modules()
-            if isinstance(layer, AdaLoraLayer) and name.startswith(inner)
+            if isinstance(layer, AdaLoraLayer) and name.startswith(self._inner)
         }
-        self._inner_names = {name: name.removeprefix(inner) for name in self._layers}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare peft's schedule with the trainer's."""
@@ -90,7 +87,6 @@ class AdaLoRA(StepCallback):
                     "module clears its gradients after the optimizer step."
                 )
         self._model.update_and_allocate(step)
-        self._remember_patterns()
 
     @property
     def _config(self) -> AdaLoraConfig:
@@ -99,22 +95,13 @@ class AdaLoRA(StepCallback):
         assert isinstance(config, AdaLoraConfig)
         return config
 
-    @property
-    def _adapter(self) -> str:
-        assert self._model is not None
-        return str(self._model.trainable_adapter_name)
-
-    def _remember_patterns(self) -> None:
-        pattern = self._config.rank_pattern or {}
-        for name, inner in self._inner_names.items():
-            key = f"{inner}.lora_E.{self._adapter}"
-            if key in pattern:  # absent before the first allocation
-                self._patterns[name] = list(pattern[key])
-
     def _kept(self, name: str) -> Tensor:
         """Return which ranks of a module are kept, of shape (rank,)."""
+        pattern = self._config.rank_pattern or {}  # empty before the first allocation
+        key = f"{name.removeprefix(self._inner)}.lora_E"
         everything = [True] * int(self._layers[name].r[self._adapter])
-        return torch.tensor(self._patterns.get(name, everything))
+        # Saving with peft takes the adapter's name off the keys.
+        return torch.tensor(pattern.get(f"{key}.{self._adapter}", pattern.get(key, everything)))
 
     def ranks(self) -> Mapping[str, int]:
         """Return the rank of every module, by its qualified name in the LightningModule."""
@@ -143,10 +130,10 @@ class AdaLoRA(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return which ranks are kept, and peft's averages of sensitivity and uncertainty."""
         if self._model is None:
-            return self._restored
+            return dict(self._restored or {})
         allocator = self._model.rankallocator
         return {
-            "patterns": dict(self._patterns),
+            "pattern": dict(self._config.rank_pattern or {}),
             "means": dict(allocator.exp_avg_ipt),
             "uncertainties": dict(allocator.exp_avg_unc),
         }
@@ -159,16 +146,11 @@ class AdaLoRA(StepCallback):
         if not self._restored:
             return
         assert self._model is not None
-        self._patterns = dict(self._restored["patterns"])
-        if self._patterns:
-            self._config.rank_pattern = {
-                f"{self._inner_names[name]}.lora_E.{self._adapter}": kept
-                for name, kept in self._patterns.items()
-            }
+        self._config.rank_pattern = dict(self._restored["pattern"]) or None
         allocator, parameters = self._model.rankallocator, dict(self._model.model.named_parameters())
         for name, mean in self._restored["means"].items():
             allocator.exp_avg_ipt[name] = mean.to(parameters[name].device)
             allocator.exp_avg_unc[name] = self._restored["uncertainties"][name].to(parameters[name].device)
             # Overwritten before it is read; peft takes its absence for the first step.
             allocator.ipt[name] = allocator.exp_avg_ipt[name]
-        self._restored = {}
+        self._restored = None

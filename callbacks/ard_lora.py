@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from autopeft.callbacks.proximal_gates import ProximalGates
 from autopeft.callbacks.rank_gates import check_at_least
+from autopeft.callbacks.sora import SoRA
 
 Granularity = Literal["rank", "module"]
 
 
-class ARDLoRA(ProximalGates):
+@dataclass(eq=False, kw_only=True)
+class ARDLoRA(SoRA):
     """Learn a scale for every rank or every module, sparse and smooth over the depth of the network.
 
     Shinwari and Usama, "ARD-LoRA: Dynamic Rank Allocation for Parameter-Efficient Fine-Tuning of
     Foundation Models with Heterogeneous Adaptation Needs", 2025. Minimised is
     L + λ·Σ|α| + μ·Σ|α_l − α_(l+1)|: the loss, an L1 penalty, and the total variation between the same
-    module of one block and the next. The L1 penalty is a proximal step (see `ProximalGates`), so that
-    scales become exactly 0 and their ranks can be dropped; the total variation enters by its
-    subgradient. Scales start at 1. The paper has one scale an attention head; peft's LoRA knows no heads.
+    module of one block and the next. The L1 penalty is a proximal step (see `SoRA`), so that scales become
+    exactly 0 and their ranks can be dropped; the total variation enters by its subgradient. Scales start
+    at 1. The paper has one scale an attention head; peft's LoRA knows no heads.
 
     Args:
         penalty: λ ≥ 0.
@@ -32,23 +34,17 @@ class ARDLoRA(ProximalGates):
         learning_rate: η > 0 of the scales.
 
     Raises:
-        ValueError: An argument is out of range; see `ProximalGates` and `RankGates`.
+        ValueError: An argument is out of range; see `SoRA`.
     """
 
-    def __init__(
-        self,
-        penalty: float,
-        *,
-        total_variation: float = 0.0,
-        granularity: Granularity = "rank",
-        learning_rate: float = 0.1,
-    ) -> None:
-        super().__init__(penalty, learning_rate=learning_rate)
-        check_at_least("total_variation", total_variation, 0)
-        if granularity not in get_args(Granularity):
-            raise ValueError(f"granularity is 'rank' or 'module', got {granularity!r}.")
-        self.total_variation = total_variation
-        self.granularity = granularity
+    total_variation: float = 0.0
+    granularity: Granularity = "rank"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, total_variation=self.total_variation)
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"granularity is 'rank' or 'module', got {self.granularity!r}.")
 
     def initial_gates(self) -> dict[str, Tensor]:
         """Return ones, of shape (rank,) or (1,)."""
@@ -58,8 +54,7 @@ class ARDLoRA(ProximalGates):
 
     def factors(self, name: str) -> Tensor:
         """Return the scale of each rank of a module, of shape (rank,)."""
-        gate = self._gates[name]
-        return gate if self.granularity == "rank" else gate.expand(self._modules[name].rank)
+        return self._gates[name].expand(self._modules[name].rank)
 
     def scales(self) -> dict[str, Tensor]:
         """Return copies of the learned scales, by module, of shape (rank,) or (1,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from autopeft.callbacks.rank_gates import RankGates
 
 
+@dataclass(eq=False)
 class BestWeights(Callback):
     """Restore the best validation's weights when training ends.
 
@@ -20,7 +22,7 @@ class BestWeights(Callback):
     folded in: it computes what was validated.
 
     Args:
-        monitor: Metric to watch, as logged.
+        monitor: Name of the metric to watch, as logged.
         mode: Whether more ("max") or less ("min") is better.
         restore_at_end: Whether to put the weights back when a fit ends. Steps after the last validation
             are then lost; False leaves it to the caller, who may validate once more before `restore`.
@@ -31,12 +33,12 @@ class BestWeights(Callback):
         weights: The weights that are kept, by the module's names; empty before the first validation.
     """
 
-    def __init__(
-        self, monitor: str, mode: Literal["max", "min"] = "max", *, restore_at_end: bool = True
-    ) -> None:
-        self.monitor = monitor
-        self.mode = mode
-        self.restore_at_end = restore_at_end
+    monitor: str
+    mode: Literal["max", "min"] = "max"
+    _: KW_ONLY
+    restore_at_end: bool = True
+
+    def __post_init__(self) -> None:
         self.best = math.nan
         self.metrics: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}
@@ -68,14 +70,11 @@ class BestWeights(Callback):
                 gates.fold()  # before the weights that already have them
             self.restore(pl_module)
 
+    @torch.no_grad()
     def restore(self, pl_module: LightningModule) -> None:
         """Put the best weights back and let go of them."""
-        if not self.weights:
-            return  # there is a walk through all names below
-        with torch.no_grad():
-            for name, parameter in pl_module.named_parameters():
-                if name in self.weights:
-                    parameter.copy_(self.weights[name])
+        for name, weights in self.weights.items():
+            pl_module.get_parameter(name).copy_(weights)
         self.weights = {}
 
 

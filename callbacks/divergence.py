@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from autopeft.callbacks.rank_gates import check_at_least
+
 
 class DivergenceError(RuntimeError):
     """The training loss is not finite, or beyond any use."""
 
 
+@dataclass(eq=False)
 class StopOnDivergence(Callback):
     """Raise `DivergenceError` once the training loss is NaN, infinite, or above a limit.
 
@@ -22,19 +26,14 @@ class StopOnDivergence(Callback):
         every_n_steps: How often to look; each look waits for the device.
     """
 
-    def __init__(self, loss_limit: float = 1e3, every_n_steps: int = 1) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
-        self.loss_limit = loss_limit
-        self.every_n_steps = every_n_steps
+    loss_limit: float = 1e3
+    every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_at_least(1, every_n_steps=self.every_n_steps)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the loss of this step."""
         if trainer.global_step % self.every_n_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from autopeft.callbacks.rank_gates import RankGates, check_at_least
 
 
+@dataclass(eq=False, kw_only=True)
 class DyLoRA(RankGates):
     """Draw a rank b at each optimizer step, and train with the first b ranks of every module.
 
     Valipour et al., "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free
     Low-Rank Adaptation", 2023: y = W·x + s(b)·B[:, :b]·A[:b]·x, with b uniform and s(b) the scaling a LoRA
-    of rank b has. So the first ranks learn to do without the others, and `truncated_state(b)` is a LoRA
-    of rank b as it was trained, for every b. Modules of a lower rank than b use all they have.
-    Validation, and the fitted model, use every rank.
+    of rank b has. `truncated_state(b)` is a LoRA of rank b as it was trained, for every b. Modules of a lower
+    rank than b use all they have. Validation, and the fitted model, use every rank.
 
     Args:
         minimum_rank: Lowest rank that is drawn.
@@ -29,15 +30,16 @@ class DyLoRA(RankGates):
         ValueError: An argument is out of range, also of the module's ranks when a fit starts.
     """
 
-    def __init__(self, *, minimum_rank: int = 1, maximum_rank: int | None = None, seed: int = 0) -> None:
-        super().__init__()
-        check_at_least("minimum_rank", minimum_rank, 1)
-        if maximum_rank is not None:
-            check_at_least("maximum_rank", maximum_rank, minimum_rank)
-        self.minimum_rank = minimum_rank
-        self.maximum_rank = maximum_rank
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+    minimum_rank: int = 1
+    maximum_rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, minimum_rank=self.minimum_rank)
+        if self.maximum_rank is not None:
+            check_at_least(self.minimum_rank, maximum_rank=self.maximum_rank)
+        self._generator = torch.Generator().manual_seed(self.seed)
         self._drawn: tuple[int, int] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,9 +61,7 @@ class DyLoRA(RankGates):
         """The rank of the latest optimizer step; None before the first."""
         return None if self._drawn is None else self._drawn[1]
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Draw a rank where an optimizer step begins, and use it."""
         if self._drawn is None or self._drawn[0] != trainer.global_step:
             high = self.maximum_rank or self._highest_rank
@@ -73,14 +73,12 @@ class DyLoRA(RankGates):
         """Use every rank; in a fit the next batch turns back to the drawn one."""
         self._use(None)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Use every rank."""
-        self._use(None)
+    on_train_end = on_validation_start
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def fold(self) -> None:
         """Use every rank, and take the gates off."""
         self._use(None)
-        super().on_exception(trainer, pl_module, exception)
+        super().fold()
 
     def _use(self, rank: int | None) -> None:
         for name, gate in self._gates.items():
@@ -88,29 +86,20 @@ class DyLoRA(RankGates):
 
     def _factors_of(self, name: str, rank: int | None) -> Tensor:
         module = self._modules[name]
-        device = module.down.weight.device
-        if rank is None or rank >= module.rank:
-            return torch.ones(module.rank, device=device)
+        rank = min(rank or module.rank, module.rank)
         # The layer multiplies by the scaling of its full rank.
         rescaling = module.scaling(rank) / module.scaling(module.rank)
-        return (torch.arange(module.rank, device=device) < rank) * rescaling
+        return (torch.arange(module.rank, device=module.down.weight.device) < rank) * rescaling
 
     def truncated_state(self, rank: int | None = None) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA of the first ranks; see `RankGates.truncated_state`.
 
         Args:
-            rank: How many ranks to keep, at most as many as a module has; None for all.
-
-        Raises:
-            ValueError: The rank is below 1.
+            rank: How many ranks to keep, from 1 (else a ValueError) to what a module has; None for all.
         """
         if rank is not None:
-            check_at_least("rank", rank, 1)
-        state: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, module in self._modules.items():
-                state |= module.truncated(self._factors_of(name, rank))
-        return state
+            check_at_least(1, rank=rank)
+        return self._truncated(lambda name: self._factors_of(name, rank))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the latest draw and the generator's state; the gates follow from them."""

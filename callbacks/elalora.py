@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
-from autopeft.callbacks.lora_modules import LoraModule
-from autopeft.callbacks.rank_gates import RankGates, check_at_least
-from autopeft.callbacks.smoothed_sensitivity import SmoothedSensitivity
+from autopeft.callbacks.rank_gates import check_at_least
+from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
 
 Move = tuple[str, int, str]
 """A rank that is moved: (module it leaves, its index there, module that gains one)."""
 
 
-class ElaLoRA(RankGates):
+@dataclass(eq=False, kw_only=True)
+class ElaLoRA(SensitivityGates):
     """Keep a budget of ranks, and every few steps prune the least important and expand elsewhere.
 
     Chang et al., "ElaLoRA: Elastic & Learnable Low-Rank Adaptation for Efficient Model Fine-Tuning",
@@ -36,79 +36,52 @@ class ElaLoRA(RankGates):
         every_n_steps: Optimizer steps between reallocations.
         moves: Most ranks that move at one reallocation.
         minimum_rank: Rank no module falls below.
-        warmup_steps: Optimizer steps before the first reallocation.
         stop_step: Optimizer step after which the ranks stay as they are; None for no bound.
-        betas: Decay of the averages of sensitivity and uncertainty.
         seed: Seed of the rows of A that are drawn anew.
+        warmup_steps, betas: See `SensitivityGates`.
 
     Raises:
         ValueError: An argument is out of range; when a fit starts: the layers cannot hold the budget.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        *,
-        every_n_steps: int,
-        moves: int,
-        minimum_rank: int = 1,
-        warmup_steps: int = 0,
-        stop_step: int | None = None,
-        betas: tuple[float, float] = (0.85, 0.85),
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        check_at_least("budget", budget, 1)
-        check_at_least("every_n_steps", every_n_steps, 1)
-        check_at_least("moves", moves, 1)
-        check_at_least("minimum_rank", minimum_rank, 1)
-        check_at_least("warmup_steps", warmup_steps, 0)
-        if stop_step is not None:
-            check_at_least("stop_step", stop_step, warmup_steps)
-        self.budget = budget
-        self.every_n_steps = every_n_steps
-        self.moves = moves
-        self.minimum_rank = minimum_rank
-        self.warmup_steps = warmup_steps
-        self.stop_step = stop_step
-        self.betas = betas
-        self.seed = seed
-        self._averages = SmoothedSensitivity(betas)
-        self._generator = torch.Generator().manual_seed(seed)
+    moves: int
+    minimum_rank: int = 1
+    stop_step: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, moves=self.moves, minimum_rank=self.minimum_rank)
+        if self.stop_step is not None:
+            check_at_least(self.warmup_steps, stop_step=self.stop_step)
+        self._generator = torch.Generator().manual_seed(self.seed)
         self._added: list[tuple[str, int]] = []
 
     def initial_gates(self) -> dict[str, Tensor]:
         """Return gates that spread the budget evenly."""
-        ranks = spread_evenly(
-            self.budget, {name: module.rank for name, module in self._modules.items()}, self.minimum_rank
-        )
-        return {
-            name: (torch.arange(module.rank) < ranks[name]).float() for name, module in self._modules.items()
-        }
+        largest = {name: module.rank for name, module in self._modules.items()}
+        return self.first_ranks(spread_evenly(self.budget, largest, self.minimum_rank))
 
     @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's sensitivities into the averages, before weights and gradients change."""
         for name, module in self._modules.items():
-            for key, weight in _weights(name, module).items():
+            for letter, weight in (("A", module.down.weight), ("B", module.up.weight)):
                 if weight.grad is not None:
-                    self._averages.update(key, (weight * weight.grad).abs().float())
+                    self._averages.update(f"{name}.lora_{letter}", (weight * weight.grad).abs().float())
 
     def importance(self) -> dict[str, Tensor]:
         """Return the importance of every rank, by module, each of shape (rank,)."""
-        importance: dict[str, Tensor] = {}
-        for name, module in self._modules.items():
-            down, up = _weights(name, module)
-            if down in self._averages and up in self._averages:
-                importance[name] = self._averages.score(down).mean(1) + self._averages.score(up).mean(0)
-        return importance
+        return {
+            name: self._averages.score(f"{name}.lora_A").mean(1)
+            + self._averages.score(f"{name}.lora_B").mean(0)
+            for name in self._modules
+            if {f"{name}.lora_A", f"{name}.lora_B"} <= self._averages.means.keys()
+        }
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Reallocate, where it is time."""
-        stopped = self.stop_step is not None and step > self.stop_step
-        if stopped or step <= self.warmup_steps or step % self.every_n_steps:
+        if not self.is_due(step) or (self.stop_step is not None and step > self.stop_step):
             return
         masks = {name: gate.bool().cpu() for name, gate in self._gates.items()}
         importance = {name: scores.cpu() for name, scores in self.importance().items()}
@@ -130,32 +103,22 @@ class ElaLoRA(RankGates):
         row = torch.empty(down.shape[1]).uniform_(-bound, bound, generator=self._generator)
         down[index] = row.to(down)
         up[:, index] = 0
-        down_key, up_key = _weights(name, module)
-        self._averages.forget(down_key, (index,))
-        self._averages.forget(up_key, (slice(None), index))
+        for averages in (self._averages.means, self._averages.uncertainties):  # a new rank has no history
+            averages[f"{name}.lora_A"][index] = 0
+            averages[f"{name}.lora_B"][:, index] = 0
         self._gates[name][index] = 1
         self._added.append((name, index))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gates, the averages, what was just added and the generator's state."""
-        return {
-            **super().state_dict(),
-            "averages": self._averages.state_dict(),
-            "added": list(self._added),
-            "generator": self._generator.get_state(),
-        }
+        own = {"added": list(self._added), "generator": self._generator.get_state()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state."""
         super().load_state_dict(state_dict)
-        self._averages.load_state_dict(state_dict["averages"])
         self._added = list(state_dict["added"])
         self._generator.set_state(state_dict["generator"])
-
-
-def _weights(name: str, module: LoraModule) -> dict[str, Tensor]:
-    """Return A and B, in this order, under their names in the averages."""
-    return {f"{name}.lora_A": module.down.weight, f"{name}.lora_B": module.up.weight}
 
 
 def spread_evenly(budget: int, most: Mapping[str, int], least: int) -> dict[str, int]:
@@ -163,11 +126,8 @@ def spread_evenly(budget: int, most: Mapping[str, int], least: int) -> dict[str,
 
     Args:
         budget: The sum.
-        most: Largest rank of every module.
+        most: Largest rank of every module; a ValueError is raised where they cannot hold the budget.
         least: Smallest rank of every module.
-
-    Raises:
-        ValueError: There are no such ranks.
     """
     if least > min(most.values()) or not least * len(most) <= budget <= sum(most.values()):
         raise ValueError(
@@ -212,26 +172,18 @@ def choose_moves(
     )
     takers = sorted((name for name in importance if not masks[name].all()), key=means.__getitem__)
     moves: list[Move] = []
-    givers: set[str] = set()
-    taken: set[str] = set()
     while takers and len(moves) < most:
         taker = takers.pop()
-        if taker in givers:
+        if any(giver == taker for giver, _, _ in moves):
             continue
+        served = {taker, *(earlier for _, _, earlier in moves)}
         found = next(
-            (
-                (score, name, index)
-                for score, name, index in ranked
-                if name != taker and name not in taken and left[name] > minimum_rank
-            ),
-            None,
+            (rank for rank in ranked if rank[1] not in served and left[rank[1]] > minimum_rank), None
         )
         if found is None or found[0] >= means[taker]:
             break
         _, giver, index = found
         ranked.remove(found)
         left[giver] -= 1
-        givers.add(giver)
-        taken.add(taker)
         moves.append((giver, index, taker))
     return moves

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from autopeft.callbacks.rank_gates import RankGates, check_at_least, refuse_loss_scaling
-from autopeft.callbacks.smoothed_sensitivity import SmoothedSensitivity
+from autopeft.callbacks.rank_gates import check_at_least, refuse_loss_scaling
+from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
 
 
-class IncreLoRA(RankGates):
+@dataclass(eq=False, kw_only=True)
+class IncreLoRA(SensitivityGates):
     """Let LoRA layers grow from a low rank: every few steps the most sensitive modules gain one.
 
     Zhang et al., "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient
@@ -31,37 +33,19 @@ class IncreLoRA(RankGates):
         every_n_steps: Optimizer steps between growths.
         modules_per_growth: Modules that gain a rank at each growth (the paper's h).
         initial_rank: Rank every module starts with, at least 1: without a rank there is no sensitivity.
-        warmup_steps: Optimizer steps before the first growth.
-        betas: Decay of the averages of sensitivity and uncertainty.
+        warmup_steps, betas: See `SensitivityGates`.
 
     Raises:
         ValueError: An argument is out of range; when a fit starts: the layers cannot hold the budget,
             they start beyond it, or the trainer takes too few steps to reach it.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        *,
-        every_n_steps: int,
-        modules_per_growth: int,
-        initial_rank: int = 1,
-        warmup_steps: int = 0,
-        betas: tuple[float, float] = (0.85, 0.85),
-    ) -> None:
-        super().__init__()
-        check_at_least("budget", budget, 1)
-        check_at_least("every_n_steps", every_n_steps, 1)
-        check_at_least("modules_per_growth", modules_per_growth, 1)
-        check_at_least("initial_rank", initial_rank, 1)
-        check_at_least("warmup_steps", warmup_steps, 0)
-        self.budget = budget
-        self.every_n_steps = every_n_steps
-        self.modules_per_growth = modules_per_growth
-        self.initial_rank = initial_rank
-        self.warmup_steps = warmup_steps
-        self.betas = betas
-        self._averages = SmoothedSensitivity(betas)
+    modules_per_growth: int
+    initial_rank: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, modules_per_growth=self.modules_per_growth, initial_rank=self.initial_rank)
         self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
@@ -76,10 +60,7 @@ class IncreLoRA(RankGates):
                 f"{len(ranks)} LoRA layers of ranks up to {min(ranks)}..{max(ranks)}, {high} together, "
                 f"cannot start at {self.initial_rank} and reach a budget of {self.budget}."
             )
-        return {
-            name: (torch.arange(module.rank) < self.initial_rank).float()
-            for name, module in self._modules.items()
-        }
+        return self.first_ranks(dict.fromkeys(self._modules, self.initial_rank))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the gates on, and watch ∇ΔW."""
@@ -111,11 +92,7 @@ class IncreLoRA(RankGates):
     def _watch_gradient(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         hidden = self._inputs.pop(name, None)
         if hidden is not None and output.requires_grad:
-
-            def add(gradient: Tensor) -> None:
-                self._add_sensitivity(name, hidden, gradient)
-
-            output.register_hook(add)
+            output.register_hook(partial(self._add_sensitivity, name, hidden))
 
     @torch.no_grad()
     def _add_sensitivity(self, name: str, hidden: Tensor, gradient: Tensor) -> None:
@@ -123,8 +100,7 @@ class IncreLoRA(RankGates):
 
         The gradient is that of B's output, s times that of the module's: the s that ΔW has and B·A lacks.
         """
-        module = self._modules[name]
-        update = (module.up.weight * self.factors(name).to(module.up.weight)) @ module.down.weight
+        update = self._folded(name) @ self._modules[name].down.weight
         slope = gradient.flatten(0, -2).float().T @ hidden.flatten(0, -2).float()
         sensitivity = (update.float() * slope).abs().sum() / math.sqrt(update.numel())
         self._sums[name] = self._sums.get(name, torch.zeros_like(sensitivity)) + sensitivity
@@ -133,16 +109,13 @@ class IncreLoRA(RankGates):
         """Count the backward passes of the step."""
         self._passes += 1
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take the step's sensitivities into the averages."""
-        names = list(self._sums)
-        if names:
-            means = torch.stack([self._sums[name] for name in names]) / max(1, self._passes)
+        if self._sums:
+            means = torch.stack(list(self._sums.values())) / max(1, self._passes)
             # Every process must grow the same modules.
             means = trainer.strategy.reduce(means, reduce_op="mean")
-            for name, mean in zip(names, means, strict=True):
+            for name, mean in zip(self._sums, means, strict=True):
                 self._averages.update(name, mean)
         self._sums, self._passes = {}, 0
 
@@ -151,26 +124,16 @@ class IncreLoRA(RankGates):
 
     def scores(self) -> dict[str, float]:
         """Return the score of every module that took part in a loss so far."""
-        return {name: float(self._averages.score(name)) for name in self._gates if name in self._averages}
+        means = self._averages.means
+        return {name: float(self._averages.score(name)) for name in self._gates if name in means}
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Grow, where it is time."""
-        if self._growing and step > self.warmup_steps and step % self.every_n_steps == 0:
-            self._grow()
-            self._growing = self._missing_ranks() > 0
-
-    def _grow(self) -> None:
+        if not self._growing or not self.is_due(step):
+            return
         ranks, scores = self.ranks(), self.scores()
         free = [name for name in scores if ranks[name] < self._modules[name].rank]
         count = min(self.modules_per_growth, self._missing_ranks())
         for name in sorted(free, key=scores.__getitem__, reverse=True)[:count]:
             self._gates[name][ranks[name]] = 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the gates and the averages."""
-        return {**super().state_dict(), "averages": self._averages.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over gates and averages."""
-        super().load_state_dict(state_dict)
-        self._averages.load_state_dict(state_dict["averages"])
+        self._growing = self._missing_ranks() > 0

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
 from autopeft.callbacks.lisa import LayerSampling, find_layers
-from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules, has_lora
-from autopeft.callbacks.rank_gates import check_at_least
+from autopeft.callbacks.lora_modules import find_lora_modules, has_lora
+from autopeft.callbacks.rank_gates import check_above_zero, check_at_least
 
 
+@dataclass(eq=False, kw_only=True)
 class IST(LayerSampling):
     """Train a quarter of the layers, drawn anew at each step by an importance that is learned.
 
@@ -44,61 +47,42 @@ class IST(LayerSampling):
             LoRA, or one is none whose scaling can be changed (see `find_lora_modules`).
     """
 
-    def __init__(
-        self,
-        *,
-        trained_share: float = 0.25,
-        suppressed_share: float = 0.5,
-        suppression: float = 0.25,
-        trials: int = 3,
-        every_n_steps: int = 10,
-        learning_rate: float = 10.0,
-        seed: int = 0,
-    ) -> None:
-        # Layers are drawn at every step, scores updated less often.
-        super().__init__(every_n_steps=1, seed=seed)
-        check_at_least("trials", trials, 2)
-        check_at_least("every_n_steps", every_n_steps, 1)
-        if not 0 < trained_share <= 1 or not 0 < suppressed_share < 1:
-            raise ValueError(
-                f"trained_share lies in (0, 1] and suppressed_share in (0, 1), got {trained_share!r} and "
-                f"{suppressed_share!r}."
-            )
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {learning_rate!r}.")
-        self.trained_share = trained_share
-        self.suppressed_share = suppressed_share
-        self.suppression = suppression
-        self.trials = trials
-        self.update_every_n_steps = every_n_steps
-        self.learning_rate = learning_rate
+    trained_share: float = 0.25
+    suppressed_share: float = 0.5
+    suppression: float = 0.25
+    trials: int = 3
+    every_n_steps: int = 10
+    learning_rate: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(2, trials=self.trials)
+        check_above_zero(learning_rate=self.learning_rate)
+        shares = self.trained_share, self.suppressed_share
+        if not 0 < shares[0] <= 1 or not 0 < shares[1] < 1:
+            raise ValueError(f"trained_share lies in (0, 1] and suppressed_share in (0, 1), got {shares}.")
+        self._choose_every = 1  # layers are drawn at every step, scores updated less often
         self._scores = torch.zeros(0)
-        self._lora: dict[str, list[LoraModule]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers and their LoRA modules."""
+        """Find the layers, and see whether each has LoRA."""
         super().on_train_start(trainer, pl_module)
-        modules = find_lora_modules(pl_module).values()
-        self._lora = {
-            layer: [module for module in modules if module.name.startswith(f"{layer}.")]
-            for layer in self.layers
-        }
-        bare = [layer for layer, inside in self._lora.items() if not inside]
-        if bare:
-            raise ValueError(f"{bare[0]} has trainable parameters but no LoRA layer to suppress.")
-        if len(self._scores) not in (0, len(self.layers)):
+        modules = find_lora_modules(pl_module)
+        for layer in self.layers:
+            if not any(name.startswith(f"{layer}.") for name in modules):
+                raise ValueError(f"{layer} has trainable parameters but no LoRA layer to suppress.")
+        if not len(self._scores):
+            self._scores = torch.zeros(len(self.layers))
+        if len(self._scores) != len(self.layers):
             raise ValueError(
                 f"The scores in the callback's state are of {len(self._scores)} layers, this model has "
                 f"{len(self.layers)}."
             )
-        if not len(self._scores):
-            self._scores = torch.zeros(len(self.layers))
 
     def applies_to(self, module: nn.Module) -> bool:
         """Return whether there are enough layers with trainable parameters, and LoRA in each of them."""
-        layers = find_layers(module)
-        with_lora = {name for name, part in module.named_modules() if name in layers and has_lora(part)}
-        return len(layers) >= 2 and len(with_lora) == len(layers)
+        layers = map(module.get_submodule, find_layers(module))
+        return super().applies_to(module) and all(map(has_lora, layers))
 
     def importance(self) -> dict[str, float]:
         """Return sigmoid(−s) of every layer: the weight with which it is drawn for training."""
@@ -109,7 +93,7 @@ class IST(LayerSampling):
     ) -> Collection[str]:
         """Update the scores where it is time, and draw layers to train."""
         step = trainer.global_step
-        if step and step % self.update_every_n_steps == 0:
+        if step and step % self.every_n_steps == 0:
             draws = [self._draw(self._scores, self.suppressed_share) for _ in range(self.trials)]
             losses = [self._loss(trainer, pl_module, batch, batch_idx, draw) for draw in draws]
             self._scores += score_change(self._scores, draws, losses, learning_rate=self.learning_rate)
@@ -124,13 +108,13 @@ class IST(LayerSampling):
     def _loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, draw: list[int]
     ) -> float:
-        modules = [module for index in draw for module in self._lora[self.layers[index]]]
-        with (
-            torch.no_grad(),
-            trainer.precision_plugin.train_step_context(),
-            _suppressed(modules, self.suppression),
-            _evaluating(pl_module),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            stack.enter_context(_evaluating(pl_module))
+            for index in draw:
+                layer = pl_module.get_submodule(self.layers[index])
+                stack.enter_context(rescale_adapter_scale(layer, self.suppression))
             output = pl_module.training_step(batch, batch_idx)
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
@@ -153,13 +137,9 @@ class IST(LayerSampling):
 def score_change(
     scores: Tensor, draws: list[list[int]], losses: list[float], *, learning_rate: float
 ) -> Tensor:
-    """Return by how much each layer's score changes: Σ over trials of η·R·p·(1 − p), where suppressed.
+    """Return by how much each layer's score s changes: Σ over trials of η·R·p·(1 − p), where suppressed.
 
-    Args:
-        scores: s, of shape (layers,).
-        draws: Indices of the layers that each trial suppressed.
-        losses: Loss of each trial.
-        learning_rate: η.
+    A trial has the indices of the layers that it suppressed, and its loss. Shapes are (layers,).
     """
     rewards = [math.exp(-loss) for loss in losses]
     mean = sum(rewards) / len(rewards)
@@ -169,18 +149,6 @@ def score_change(
     for draw, reward in zip(draws, rewards, strict=True):
         change[draw] += (reward - mean) * slopes[draw]
     return change
-
-
-@contextmanager
-def _suppressed(modules: list[LoraModule], factor: float) -> Iterator[None]:
-    before = [module.layer.scaling[module.adapter] for module in modules]
-    try:
-        for module in modules:
-            module.layer.scaling[module.adapter] *= factor
-        yield
-    finally:
-        for module, scaling in zip(modules, before, strict=True):
-            module.layer.scaling[module.adapter] = scaling
 
 
 @contextmanager

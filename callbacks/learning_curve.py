@@ -21,12 +21,7 @@ class LearningCurve(Callback):
         self._batches = 0
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the loss on its device, without waiting for it."""
         loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from autopeft.callbacks.rank_gates import check_at_least
 
 
+@dataclass(eq=False, kw_only=True)
 class LayerSampling(Callback):
     """Freeze all layers but those that a subclass chooses, before an optimizer step.
 
@@ -23,23 +25,21 @@ class LayerSampling(Callback):
 
     Under `DistributedDataParallel` the strategy has to look for unused parameters.
 
-    Args:
+    Attributes:
         every_n_steps: Optimizer steps between choices.
         seed: Seed of everything random, the same in every process.
-
-    Attributes:
         active: Names of the layers that are trained, from the latest choice.
-
-    Raises:
-        ValueError: An argument is out of range; when training starts: there are fewer than two layers.
     """
 
-    def __init__(self, *, every_n_steps: int, seed: int = 0) -> None:
-        check_at_least("every_n_steps", every_n_steps, 1)
-        self.every_n_steps = every_n_steps
-        self.seed = seed
+    every_n_steps: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, every_n_steps=self.every_n_steps)
         self.active: tuple[str, ...] = ()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._choose_every = self.every_n_steps
+        self._fewest_layers = 2
+        self._generator = torch.Generator().manual_seed(self.seed)
         self._layers: dict[str, list[nn.Parameter]] = {}
         self._chosen_at: int | None = None
 
@@ -50,21 +50,21 @@ class LayerSampling(Callback):
 
     def applies_to(self, module: nn.Module) -> bool:
         """Return whether a model has enough layers to sample from."""
-        return len(find_layers(module)) >= 2
+        return len(find_layers(module)) >= self._fewest_layers
 
     def choose(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> Collection[str]:
-        """Return the layers to train from this optimizer step on; called every `every_n_steps`."""
+        """Return the layers to train from this optimizer step on."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers."""
         self._layers = find_layers(pl_module)
-        if len(self._layers) < 2:
+        if len(self._layers) < self._fewest_layers:
             raise ValueError(
                 f"{type(pl_module).__name__} has {len(self._layers)} layers with trainable parameters "
-                "(entries of an nn.ModuleList): there is nothing to sample from."
+                f"(entries of an nn.ModuleList), expected at least {self._fewest_layers} to draw from."
             )
 
     def on_train_batch_start(
@@ -73,7 +73,7 @@ class LayerSampling(Callback):
         """Choose where it is time, and freeze the others."""
         step = trainer.global_step
         # Several batches may make one optimizer step.
-        if step != self._chosen_at and (step % self.every_n_steps == 0 or not self.active):
+        if step != self._chosen_at and (step % self._choose_every == 0 or not self.active):
             chosen = self.choose(trainer, pl_module, batch, batch_idx)
             self.active = tuple(name for name in self._layers if name in chosen)
             self._chosen_at = step
@@ -85,20 +85,15 @@ class LayerSampling(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make everything trainable; the next training batch freezes again."""
-        self._thaw()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make everything trainable."""
-        self._thaw()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Make everything trainable: an exception must not leave layers frozen."""
-        self._thaw()
-
-    def _thaw(self) -> None:
         for parameters in self._layers.values():
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    on_train_end = on_validation_start
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make everything trainable: an exception must not leave layers frozen."""
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the latest choice and the generator's state."""
@@ -130,6 +125,7 @@ def find_layers(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return layers
 
 
+@dataclass(eq=False)
 class LISA(LayerSampling):
     """Train a few layers drawn at random, and others after every few steps.
 
@@ -147,24 +143,14 @@ class LISA(LayerSampling):
         ValueError: An argument is out of range; when training starts: there are fewer layers than `count`.
     """
 
-    def __init__(self, count: int, *, every_n_steps: int, seed: int = 0) -> None:
-        super().__init__(every_n_steps=every_n_steps, seed=seed)
-        check_at_least("count", count, 1)
-        self.count = count
+    count: int
 
-    def applies_to(self, module: nn.Module) -> bool:
-        """Return whether a model has enough layers to draw from."""
-        return len(find_layers(module)) >= max(2, self.count)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, count=self.count)
+        self._fewest_layers = max(2, self.count)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers, and see whether there are enough."""
-        super().on_train_start(trainer, pl_module)
-        if self.count > len(self.layers):
-            raise ValueError(f"{self.count} layers cannot be drawn from {len(self.layers)}.")
-
-    def choose(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> Collection[str]:
+    def choose(self, *_: Any) -> Collection[str]:
         """Draw layers."""
         order = torch.randperm(len(self.layers), generator=self._generator).tolist()
         return {self.layers[index] for index in order[: self.count]}

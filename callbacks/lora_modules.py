@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,32 +55,28 @@ class LoraModule:
             factors: What each rank is multiplied by, of shape (rank,); ranks with 0 are dropped.
 
         Returns:
-            Copies under "<name>.lora_A.weight" and "<name>.lora_B.weight", for a LoRA of as many ranks
-            as there are factors other than 0, with the same α and the same rule of scaling; empty
-            where every factor is 0.
+            Copies under "<name>.lora_A.weight" and "<name>.lora_B.weight", for the same α and rule of
+            scaling; empty where every factor is 0.
         """
+        count = max(1, int(torch.count_nonzero(factors)))
         return truncated_tensors(
             self.name,
             down=self.down.weight,
             up=self.up.weight * factors.to(self.up.weight),
             keep=factors != 0,
-            rescale=float(self.layer.scaling[self.adapter]) / self.scaling(_count(factors)),
+            rescale=float(self.layer.scaling[self.adapter]) / self.scaling(count),
         )
-
-
-def _count(factors: Tensor) -> int:
-    return max(1, int(torch.count_nonzero(factors)))
 
 
 def truncated_tensors(
     name: str, *, down: Tensor, up: Tensor, keep: Tensor, rescale: float
 ) -> dict[str, Tensor]:
-    """Return copies of a LoRA's tensors with some ranks only.
+    """Return copies of A (rank, inputs) and B (outputs, rank) of a module's LoRA with some ranks only.
 
     Args:
         name: Qualified name of the module; begins the tensors' names.
-        down: A, of shape (rank, inputs).
-        up: B, of shape (outputs, rank).
+        down: A.
+        up: B.
         keep: Which ranks to keep, of shape (rank,), boolean.
         rescale: What B is multiplied by: the scaling it was trained with over the new one.
     """
@@ -101,12 +98,7 @@ def find_lora_modules(module: nn.Module) -> dict[str, LoraModule]:
             embedding, `nn.MultiheadAttention` or a bare parameter.
     """
     found: dict[str, LoraModule] = {}
-    for name, layer in module.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        active = _trainable_adapters(layer)
-        if not active:
-            continue
+    for name, layer, active in _trainable_layers(module):
         obstacle = _obstacle(layer, active)
         if obstacle is not None:
             raise ValueError(f"The ranks of {name} cannot be switched one by one: {obstacle}.")
@@ -121,15 +113,17 @@ def find_lora_modules(module: nn.Module) -> dict[str, LoraModule]:
 
 def has_lora(module: nn.Module) -> bool:
     """Return whether there is a trainable LoRA layer inside a module."""
-    return any(isinstance(layer, LoraLayer) and _trainable_adapters(layer) for layer in module.modules())
+    return any(True for _ in _trainable_layers(module))
 
 
-def _trainable_adapters(layer: LoraLayer) -> list[str]:
-    """Return the active adapters of a layer; none where nothing in it is trained."""
-    if not any(parameter.requires_grad for parameter in cast(nn.Module, layer).parameters()):
-        return []
-    holders = (layer.lora_A, layer.lora_embedding_A)
-    return [name for name in layer.active_adapters if any(name in holder for holder in holders)]
+def _trainable_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer, list[str]]]:
+    """Yield each layer in which something is trained, after its name, with its active adapters."""
+    for name, layer in module.named_modules():
+        parameters = layer.parameters()
+        if isinstance(layer, LoraLayer) and any(parameter.requires_grad for parameter in parameters):
+            held = {*layer.lora_A, *layer.lora_embedding_A}
+            if active := [adapter for adapter in layer.active_adapters if adapter in held]:
+                yield name, layer, active
 
 
 def _obstacle(layer: LoraLayer, active: list[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,40 +18,33 @@ from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules, has_l
 class StepCallback(Callback):
     """A callback that does something after each optimizer step, whatever the gradient accumulation."""
 
-    def __init__(self) -> None:
-        self._last_step = 0
+    _last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the training starts: a resumed one not at 0."""
         self._last_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Call `after_step` where this batch ended with an optimizer step."""
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
             self.after_step(trainer, pl_module, trainer.global_step)
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Act after the step-th optimizer step, counted from 1.
-
-        Under automatic optimization the gradients of the step are still there.
-        """
+        """Act after the step-th optimizer step, counted from 1; its gradients are still there."""
 
 
+@dataclass(eq=False)
 class RankGates(StepCallback):
     """Multiply every rank of every trainable LoRA layer by a gate: y = W·x + s·B·(g ⊙ A·x).
 
     The gates act while the model is fitted, in validation too. A rank whose gate is 0 contributes
-    exactly nothing and its row of A and column of B get a gradient of exactly 0, while the parameters
-    stay the ones the optimizer knows. When the fit ends (also by an exception) the gates are folded into
-    B and the gates that were not 0 become 1, so that the model computes the same without the callback
-    and can be merged, saved, or fitted on. Layers that are frozen when the fit starts are left alone.
+    exactly nothing and its row of A and column of B get a gradient of exactly 0. When the fit ends (also
+    by an exception) the gates are folded into B and those that were not 0 become 1: the model computes the
+    same without the callback. Layers that are frozen when the fit starts are left alone.
 
-    A checkpoint written during training holds weights without gates and, in the callback's state, the
-    gates: they belong together. A callback that puts back weights of an earlier step alone has to take those
-    of `folded_weights`, as `BestWeights` does.
+    A checkpoint written during training holds weights without gates, which are in the callback's state. A
+    callback that puts back weights of an earlier step alone takes those of `folded_weights`.
 
     Guarantees (tested for every subclass): `ranks()` and `truncated_state()` describe a LoRA of
     different ranks that computes what the fitted model does.
@@ -60,8 +54,7 @@ class RankGates(StepCallback):
             (see `find_lora_modules`), or other ones than the gates in the callback's state belong to.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __post_init__(self) -> None:
         self._modules: dict[str, LoraModule] = {}
         self._gates: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -85,21 +78,29 @@ class RankGates(StepCallback):
     @torch.no_grad()
     def folded_weights(self) -> dict[str, Tensor]:
         """Return copies of every B times its gates, under the parameters' names in the LightningModule."""
-        folded = {}
-        for name, module in self._modules.items() if self._handles else ():
-            up = module.up.weight
-            folded[f"{name}.lora_B.{module.adapter}.weight"] = up * self.factors(name).to(up)
-        return folded
+        return {
+            f"{name}.lora_B.{module.adapter}.weight": self._folded(name)
+            for name, module in self._modules.items()
+            if self._handles
+        }
+
+    def _folded(self, name: str) -> Tensor:
+        """Return B times its gates."""
+        up = self._modules[name].up.weight
+        return up * self.factors(name).to(up)
 
     def truncated_state(self) -> dict[str, Tensor]:
-        """Return the tensors of an ordinary LoRA with the effective ranks; see `LoraModule.truncated`.
+        """Return the tensors of an ordinary LoRA with the effective ranks, modules of rank 0 left out.
 
-        Modules whose rank is 0 are left out.
+        Names are those of `LoraModule.truncated`.
         """
+        return self._truncated(self.factors)
+
+    @torch.no_grad()
+    def _truncated(self, factors: Callable[[str], Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, module in self._modules.items():
-                state |= module.truncated(self.factors(name))
+        for name, module in self._modules.items():
+            state |= module.truncated(factors(name))
         return state
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,10 +124,8 @@ class RankGates(StepCallback):
     def _check_gates(self) -> None:
         shapes = {name: gate.shape for name, gate in self._gates.items()}
         expected = {name: gate.shape for name, gate in self.initial_gates().items()}
-        if shapes != expected:
-            differing = sorted(
-                name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)
-            )
+        differing = sorted({name for name, _ in shapes.items() ^ expected.items()})
+        if differing:
             raise ValueError(
                 f"The gates in the callback's state belong to other LoRA layers: {len(differing)} differ, "
                 f"the first is {differing[0]}. Use a new {type(self).__name__} for another model."
@@ -153,7 +152,7 @@ class RankGates(StepCallback):
         while self._handles:
             self._handles.pop().remove()
         for name, module in self._modules.items():
-            module.up.weight.mul_(self.factors(name).to(module.up.weight))
+            module.up.weight.copy_(self._folded(name))
             self._gates[name] = (self._gates[name] != 0).float()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,22 +160,14 @@ class RankGates(StepCallback):
         return {"gates": {name: gate.detach().clone() for name, gate in self._gates.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over gates.
-
-        Raises:
-            ValueError: They belong to other layers than the model being fitted has.
-        """
+        """Take over gates; raise a ValueError where they belong to other layers than those being fitted."""
         self._gates = {name: gate.clone() for name, gate in state_dict["gates"].items()}
         if self._modules:
             self._check_gates()
 
 
 def refuse_loss_scaling(trainer: Trainer, callback: Callback) -> None:
-    """Raise where the loss is scaled, as in 16-mixed: gradients are then no gradients of the loss.
-
-    Raises:
-        ValueError: The trainer's precision scales the loss.
-    """
+    """Raise a ValueError where the loss is scaled, as in 16-mixed: gradients are then no gradients of it."""
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ValueError(
             f"{type(callback).__name__} reads gradients during the backward pass, which precision "
@@ -184,11 +175,15 @@ def refuse_loss_scaling(trainer: Trainer, callback: Callback) -> None:
         )
 
 
-def check_at_least(name: str, value: float, minimum: float) -> None:
-    """Raise where an argument is below its minimum.
+def check_at_least(minimum: float, **arguments: float) -> None:
+    """Raise a ValueError where an argument is below a minimum, or NaN."""
+    for name, value in arguments.items():
+        if not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}.")
 
-    Raises:
-        ValueError: It is, or it is NaN.
-    """
-    if not value >= minimum:
-        raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}.")
+
+def check_above_zero(**arguments: float) -> None:
+    """Raise a ValueError where an argument is not above 0."""
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value!r}.")

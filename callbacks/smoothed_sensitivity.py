@@ -1,11 +1,15 @@
-"""The smoothed sensitivity by which AdaLoRA and its successors compare what is trained."""
+"""Ranks that are switched on and off, within a budget, by a smoothed sensitivity."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autopeft.callbacks.rank_gates import RankGates, check_at_least
 
 
 class SmoothedSensitivity:
@@ -17,6 +21,10 @@ class SmoothedSensitivity:
     Args:
         betas: β₁ and β₂, each in (0, 1).
 
+    Attributes:
+        means: Ī, by name.
+        uncertainties: U, by name.
+
     Raises:
         ValueError: A beta is out of its range.
     """
@@ -25,37 +33,70 @@ class SmoothedSensitivity:
         if not all(0 < beta < 1 for beta in betas):
             raise ValueError(f"Both betas lie in (0, 1), got {betas!r}.")
         self.betas = betas
-        self._means: dict[str, Tensor] = {}
-        self._uncertainties: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self.uncertainties: dict[str, Tensor] = {}
 
     def update(self, name: str, sensitivity: Tensor) -> None:
         """Take in the sensitivity I of one step, of any shape."""
-        mean = self._means.get(name, torch.zeros_like(sensitivity)).to(sensitivity)
-        uncertainty = self._uncertainties.get(name, torch.zeros_like(sensitivity)).to(sensitivity)
+        zeros = torch.zeros_like(sensitivity)
+        mean = self.means.get(name, zeros).to(sensitivity)
+        uncertainty = self.uncertainties.get(name, zeros).to(sensitivity)
         mean = self.betas[0] * mean + (1 - self.betas[0]) * sensitivity
         deviation = (sensitivity - mean).abs()
-        self._means[name] = mean
-        self._uncertainties[name] = self.betas[1] * uncertainty + (1 - self.betas[1]) * deviation
+        self.means[name] = mean
+        self.uncertainties[name] = self.betas[1] * uncertainty + (1 - self.betas[1]) * deviation
 
     def score(self, name: str) -> Tensor:
         """Return s, of the shape of what was taken in."""
-        return self._means[name] * self._uncertainties[name]
+        return self.means[name] * self.uncertainties[name]
 
-    def forget(self, name: str, index: tuple[slice | int, ...]) -> None:
-        """Start anew for a part of one tensor."""
-        self._means[name][index] = 0
-        self._uncertainties[name][index] = 0
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._means
+@dataclass(eq=False)
+class SensitivityGates(RankGates):
+    """What IncreLoRA and ElaLoRA share: a budget of ranks, steps at which they change, averages of scores.
+
+    Args:
+        budget: Ranks of all modules together.
+        every_n_steps: Optimizer steps between changes of the ranks.
+        warmup_steps: Optimizer steps before the first change.
+        betas: Decay of the averages of sensitivity and uncertainty.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    budget: int
+    _: KW_ONLY
+    every_n_steps: int
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.85, 0.85)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, budget=self.budget, every_n_steps=self.every_n_steps)
+        check_at_least(0, warmup_steps=self.warmup_steps)
+        self._averages = SmoothedSensitivity(self.betas)
+
+    def first_ranks(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return gates that are 1 for so many first ranks of each module."""
+        return {
+            name: (torch.arange(module.rank) < counts[name]).float() for name, module in self._modules.items()
+        }
+
+    def is_due(self, step: int) -> bool:
+        """Return whether ranks change after an optimizer step."""
+        return step > self.warmup_steps and step % self.every_n_steps == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
-        return {"means": dict(self._means), "uncertainties": dict(self._uncertainties)}
+        """Return the gates and the averages."""
+        averages = {
+            "means": dict(self._averages.means),
+            "uncertainties": dict(self._averages.uncertainties),
+        }
+        return {**super().state_dict(), "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over averages."""
-        self._means = {name: mean.clone() for name, mean in state_dict["means"].items()}
-        self._uncertainties = {
-            name: uncertainty.clone() for name, uncertainty in state_dict["uncertainties"].items()
-        }
+        """Take over gates and averages."""
+        super().load_state_dict(state_dict)
+        for name, averages in state_dict["averages"].items():
+            setattr(self._averages, name, {key: average.clone() for key, average in averages.items()})

@@ -34,12 +34,7 @@ class Throughput(Callback):
         self._started = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; the time up to here is training."""
         first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]

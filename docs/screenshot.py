@@ -13,7 +13,7 @@ from pathlib import Path
 from selenium.webdriver.common.by import By
 
 from autopeft.reporting.mlflow.saved_view import view_link
-from autopeft.reporting.mlflow.server import MlflowServer, find_fronts
+from autopeft.reporting.mlflow.server import find_fronts, mlflow_server
 from autopeft.reporting.mlflow.store import checked_store
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
 
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     uri, _ = checked_store(arguments.tracking)
     name, experiment_id, key = find_fronts(uri)[0]
-    with tempfile.TemporaryDirectory() as profile, MlflowServer(uri, 5137) as server:
+    with tempfile.TemporaryDirectory() as profile, mlflow_server(uri, 5137) as server:
         browser = open_chromium(Path(profile))
         try:
             browser.get(view_link(server.url, experiment_id, key))

@@ -7,18 +7,70 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from autopeft import ParetoFront, Search
-from autopeft.evaluation.baselines import Baseline, full_fine_tuning, head_alone
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Evaluation
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.methods import Attachment, FullFineTuning
 from autopeft.optimization.budget import Spent
 from autopeft.reporting.console import wide_console
 from autopeft.yaml_config import load_config
 
 CONFIG = Path("configs/demo.yaml")
 EXPORT = Path("exports/demo")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline's best evaluation over its learning rates.
+
+    Attributes:
+        name: "full fine-tuning" or "head alone".
+        evaluation: The evaluation with the best metric in validation.
+        tried: Number of learning rates tried.
+    """
+
+    name: str
+    evaluation: Evaluation
+    tried: int
+
+
+def full_fine_tuning(evaluator: Evaluator, learning_rates: Sequence[float]) -> Baseline:
+    """Train every weight under the search's training settings, once a learning rate.
+
+    Raises:
+        RuntimeError: Not one of the trainings completed.
+    """
+    return _best("full fine-tuning", evaluator, learning_rates, FullFineTuning)
+
+
+def head_alone(evaluator: Evaluator, learning_rates: Sequence[float]) -> Baseline:
+    """Train the head on the frozen backbone under the search's settings, once a learning rate.
+
+    Raises:
+        RuntimeError: Not one of the trainings completed.
+    """
+    return _best("head alone", evaluator, learning_rates, Attachment)
+
+
+def _best(
+    name: str, evaluator: Evaluator, learning_rates: Sequence[float], attachment: type[Attachment]
+) -> Baseline:
+    evaluations = [
+        evaluator.train(Configuration(learning_rate=rate), attachment=attachment).evaluation
+        for rate in learning_rates
+    ]
+    complete = [evaluation for evaluation in evaluations if evaluation.status == "complete"]
+    if not complete:
+        raise RuntimeError(f"The baseline {name} failed: {evaluations[-1].reason}.")
+    best = max(complete, key=lambda evaluation: evaluation.values[evaluator.monitor])
+    return Baseline(name, best, len(evaluations))
 
 
 def compare(search: Search, front: ParetoFront, baselines: list[Baseline]) -> Table:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import SearchSpace
-from autopeft.search_spaces.baselines import Baseline, chosen_baselines
-from autopeft.search_spaces.learning_rates import (
-    LearningRate,
-    checked_learning_rate,
-    describe_learning_rate,
-    encode_training,
-    middle_learning_rate,
-    suggest_learning_rate,
-)
+from autopeft.search_spaces.base import Baseline, SearchSpace
+from autopeft.search_spaces.learning_rates import LearningRate
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
-_SITES: Mapping[str, str] = {"series": "ffn", "parallel": "ffn", "prefix": "attention"}
+_ROLES: Mapping[str, str] = {"series": "ffn", "parallel": "ffn", "prefix": "attention"}
+"""Where each method sits."""
 _HALVINGS = 10  # of the hidden width, itself included: the paper's k = 0 … 9
 
 
@@ -33,23 +25,14 @@ class AutoPEFTPaper(SearchSpace):
     Zhou et al., "AutoPEFT: Automatic Configuration Search for Parameter-Efficient Fine-Tuning", TACL
     2024. A size is the hidden width divided by 2^k for k = 0 … 9, or 0 (none): for a width of 768,
     that is 768, 384, …, 3, 1, 0. The paper fixes the learning rate; a range searches it too.
-
-    Attributes:
-        learning_rate: A number, or (lowest, highest) to search it on a log scale.
-
-    Raises:
-        ValueError: The learning rate is not valid.
     """
 
     learning_rate: LearningRate = 1e-4
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
-
     def validate(self, backbone: Backbone) -> None:
         """Raise ValueError where a block cannot carry one of the three methods."""
         for block in range(len(backbone.blocks)):
-            for method, role in _SITES.items():
+            for method, role in _ROLES.items():
                 obstacle = backbone.obstacle(backbone.shape(Site(block, role)), method)
                 if obstacle is not None:
                     raise ValueError(
@@ -60,94 +43,62 @@ class AutoPEFTPaper(SearchSpace):
     def sizes(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the sizes, rising from 0 to the hidden width."""
         hidden = backbone.shape(Site(0, "ffn")).out_features
-        halvings = {hidden // 2**k for k in range(_HALVINGS)}
-        return tuple(sorted(halvings | {0}))
+        return tuple(sorted({0, *(hidden // 2**halvings for halvings in range(_HALVINGS))}))
 
-    def _decode(self, sizes: Mapping[str, int], blocks: list[int], rate: float) -> Configuration:
-        adapters: dict[Site, tuple[Adapter, ...]] = {}
-        for block in blocks:
-            for method, role in _SITES.items():
-                if sizes[method]:
-                    site = Site(block, role)
-                    adapters[site] = (*adapters.get(site, ()), Adapter(method, sizes[method]))
-        return Configuration(adapters, learning_rate=rate)
-
-    def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
-        """Ask for three sizes and for each block; see `SearchSpace.suggest`."""
+    def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, tuple[Adapter, ...]]:
+        """Ask for three sizes and for each block; see `SearchSpace.suggest_adapters`."""
         ladder = self.sizes(backbone)
-        sizes = {method: trial.suggest_categorical(f"{method}.size", ladder) for method in _SITES}
-        blocks = [
-            block
-            for block in range(len(backbone.blocks))
-            if trial.suggest_categorical(f"{block}.on", (True, False))
-        ]
-        rate = suggest_learning_rate(trial, self.learning_rate)
-        return self._decode(sizes, blocks, rate)
+        sizes = {method: trial.suggest_categorical(f"{method}.size", ladder) for method in _ROLES}
+        blocks = range(len(backbone.blocks))
+        on = [block for block in blocks if trial.suggest_categorical(f"{block}.on", (True, False))]
+        return _adapters(sizes, on)
 
-    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
-        """Return the parameters of a configuration; see `SearchSpace.encode`."""
-        ladder = self.sizes(backbone)
-        sizes = dict.fromkeys(_SITES, 0)
-        sizes |= {adapter.method: adapter.size or 0 for _, adapter in configuration}
-        blocks = sorted({site.block for site in configuration.adapters})
-        rate = configuration.learning_rate
-        present = set(blocks) <= set(range(len(backbone.blocks)))
-        known = sizes.keys() == _SITES.keys() and set(sizes.values()) <= set(ladder)
-        if not present or not known or self._decode(sizes, blocks, rate) != configuration:
-            raise ValueError(f"{configuration!r} does not have one global size each of {', '.join(_SITES)}.")
-        return {
-            **{f"{method}.size": size for method, size in sizes.items()},
-            **{f"{block}.on": block in blocks for block in range(len(backbone.blocks))},
-            **encode_training(configuration, self.learning_rate),
-        }
+    def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        """Return the sizes and the blocks that are on; see `SearchSpace.encode_adapters`."""
+        sizes = {f"{adapter.method}.size": adapter.size for _, adapter in configuration}
+        on = {site.block for site in configuration.adapters}
+        return sizes | {f"{block}.on": block in on for block in range(len(backbone.blocks))}
 
     def choices(self, backbone: Backbone) -> dict[Site, dict[str, MethodChoice]]:
         """Return the three methods at the two sublayers of every block; see `SearchSpace.choices`."""
         sizes = self.sizes(backbone)[1:]
         found: dict[Site, dict[str, MethodChoice]] = {}
         for block in range(len(backbone.blocks)):
-            for method, role in _SITES.items():
+            for method, role in _ROLES.items():
                 found.setdefault(Site(block, role), {})[method] = MethodChoice(method=method, sizes=sizes)
         return dict(sorted(found.items()))
 
-    def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
-        """Return the head alone and each method alone, everywhere, at a middle size."""
-        rate = middle_learning_rate(self.learning_rate)
-        blocks = list(range(len(backbone.blocks)))
+    def all_baselines(self, backbone: Backbone) -> Iterator[Baseline]:
+        """Yield the head alone and each method alone, everywhere, at a middle size."""
         ladder = self.sizes(backbone)
-        found = [Baseline(name="head alone", configuration=Configuration(learning_rate=rate))]
-        for method in _SITES:
-            sizes = dict.fromkeys(_SITES, 0) | {method: ladder[len(ladder) // 2]}
-            found.append(
-                Baseline(
-                    name=f"{method}({sizes[method]}) everywhere",
-                    configuration=self._decode(sizes, blocks, rate),
-                )
-            )
-        return chosen_baselines(found, trials)
+        size = ladder[len(ladder) // 2]
+        yield Baseline(name="head alone", configuration=self.point())
+        for method in _ROLES:
+            adapters = _adapters({method: size}, range(len(backbone.blocks)))
+            yield Baseline(name=f"{method}({size}) everywhere", configuration=self.point(adapters))
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the head alone, and all three methods at the hidden width in every block."""
-        rate = middle_learning_rate(self.learning_rate)
-        sizes = dict.fromkeys(_SITES, self.sizes(backbone)[-1])
-        blocks = list(range(len(backbone.blocks)))
-        return Configuration(learning_rate=rate), self._decode(sizes, blocks, rate)
+        sizes = dict.fromkeys(_ROLES, self.sizes(backbone)[-1])
+        return self.point(), self.point(_adapters(sizes, range(len(backbone.blocks))))
 
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations: those without any adapter count once."""
-        sizes: int = len(self.sizes(backbone)) ** len(_SITES)
-        patterns: int = 2 ** len(backbone.blocks) - 1
-        return (sizes - 1) * patterns + 1
+        sizes, patterns = len(self.sizes(backbone)) ** len(_ROLES), 2 ** len(backbone.blocks)
+        return int((sizes - 1) * (patterns - 1) + 1)
 
-    def describe(self, backbone: Backbone) -> str:
-        """Say what is searched; see `SearchSpace.describe`."""
-        ladder = "|".join(str(size) for size in self.sizes(backbone))
-        low, high = (count_parameters(backbone, end) for end in self.extremes(backbone))
-        return "\n".join(
-            [
-                f"AutoPEFTPaper: global sizes of series, parallel and prefix, each of {ladder}; "
-                f"{len(backbone.blocks)} blocks on or off",
-                f"learning rate {describe_learning_rate(self.learning_rate)}",
-                f"{self.count(backbone):.3g} configurations, {low:,} to {high:,} trainable parameters",
-            ]
-        )
+    def summary(self, backbone: Backbone) -> str:
+        """Say what is searched; see `SearchSpace.summary`."""
+        ladder, blocks = "|".join(map(str, self.sizes(backbone))), len(backbone.blocks)
+        return f"global sizes of series, parallel and prefix, each of {ladder}; {blocks} blocks on or off"
+
+
+def _adapters(sizes: Mapping[str, int], blocks: Iterable[int]) -> dict[Site, tuple[Adapter, ...]]:
+    """Return the methods whose size is above 0 in all of the blocks."""
+    adapters: dict[Site, tuple[Adapter, ...]] = {}
+    for block in blocks:
+        for method, size in sizes.items():
+            site = Site(block, _ROLES[method])
+            if size:
+                adapters[site] = (*adapters.get(site, ()), Adapter(method, size))
+    return adapters

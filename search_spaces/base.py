@@ -1,43 +1,52 @@
-"""What a search space promises, and how its settings are checked."""
+"""What a search space promises, and what every space does in the same way."""
 
 from __future__ import annotations
 
 import random
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from typing import Any, Self
 
-from autopeft.core.configuration import Configuration
-from autopeft.core.errors import unknown_choice
+from autopeft.core.configuration import AdapterLike, Configuration, Site
+from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.baselines import Baseline
-from autopeft.search_spaces.learning_rates import LearningRate, learning_rate_bounds
+from autopeft.search_spaces.learning_rates import (
+    LearningRate,
+    checked_learning_rate,
+    learning_rate_at,
+    learning_rate_bounds,
+    suggest_learning_rate,
+)
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.mutation import Mutator, ParameterMutator
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
 
-_KEPT = "_of_backbones"
-Space = TypeVar("Space", bound="SearchSpace")
-Found = TypeVar("Found")
+_LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
+_DIFFERENCES_SHOWN = 4  # in an error, of a configuration to a point
+_FEWEST = 2  # the head alone says what adapters add, the smallest one that they add anything
 
 
-def once_a_backbone(method: Callable[[Space, Backbone], Found]) -> Callable[[Space, Backbone], Found]:
-    """Keep what a method of a space returns for a backbone, as long as both live."""
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A point of a space that a search tries before it samples.
 
-    @wraps(method)
-    def kept(space: Space, backbone: Backbone) -> Found:
-        known = vars(space).setdefault(_KEPT, WeakKeyDictionary()).setdefault(backbone, {})
-        if method.__name__ not in known:
-            known[method.__name__] = method(space, backbone)
-        found: Found = known[method.__name__]
-        return found
+    Attributes:
+        name: What it stands for, as in "lora(8) everywhere".
+        configuration: The point.
+        is_trained_whole: Whether rungs train it to the end whatever it promises there.
+    """
 
-    return kept
+    name: str
+    configuration: Configuration
+    is_trained_whole: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
 class SearchSpace(ABC):
     """Which configurations there are: turns a trial's parameters into a configuration, and back.
 
@@ -51,20 +60,28 @@ class SearchSpace(ABC):
     * `baselines` and both ends of `extremes` are points of the space, and no point has fewer trainable
       parameters than the first end or more than the second;
     * `count` is the number of different configurations, learning rates apart.
+
+    A space of one's own is a frozen data class. Derived from `MethodSpace`, it needs `suggest_adapters`,
+    `encode_adapters`, `all_baselines`, `summary`, `extremes` and `count`; `SlotSpace` has the last two.
+
+    Attributes:
+        learning_rate: A number, or (lowest, highest) to search it on a log scale.
+
+    Raises:
+        ValueError: The learning rate is not valid.
     """
 
-    learning_rate: LearningRate
+    learning_rate: LearningRate = (3e-4, 1e-2)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but what hangs on a backbone of this process."""
-        return {name: value for name, value in vars(self).items() if name != _KEPT}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
 
     @property
     def scores_needed(self) -> tuple[str, ...]:
         """Names of the sensitivity scores that a search has to compute before it can use the space."""
         return ()
 
-    def with_scores(self, scores: Mapping[str, SiteScores]) -> SearchSpace:
+    def with_scores(self, scores: Mapping[str, SiteScores]) -> Self:
         """Return the space with the scores it needs."""
         return self
 
@@ -73,51 +90,29 @@ class SearchSpace(ABC):
         """Raise ValueError where the space does not fit the backbone."""
 
     @abstractmethod
-    def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
-        """Ask the trial for its parameters and decode them."""
+    def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> Mapping[Site, AdapterLike]:
+        """Ask the trial for all parameters but the learning rate, and decode them."""
 
     @abstractmethod
-    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
-        """Return the parameters that `suggest` decodes to a configuration.
+    def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        """Return the parameters that `suggest_adapters` decodes to a configuration's adapters.
 
-        Raises:
-            ValueError: The configuration is no point of the space.
+        It may take any configuration for a point, as `encode` decodes what it returns. Of parameters that it
+        leaves out, which then do not matter, `encode` takes the first choice.
         """
-
-    def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
-        """Return a point drawn by chance; by default every parameter is drawn evenly.
-
-        Args:
-            generator: The only source of chance.
-            backbone: The backbone.
-        """
-        return self.suggest(DrawnTrial(generator), backbone)
-
-    def mutator(self, backbone: Backbone) -> Mutator:
-        """Return what makes points near given ones; by default some parameters are drawn anew."""
-        return ParameterMutator(
-            learning_rate=learning_rate_bounds(self.learning_rate),
-            encode=lambda configuration: self.encode(configuration, backbone),
-            decode=lambda trial: self.suggest(trial, backbone),
-        )
 
     @abstractmethod
     def choices(self, backbone: Backbone) -> Choices:
-        """Return the methods that each site may carry.
+        """Return the methods that each site may carry, in the order of the sites.
 
         Where several sites carry the same, the first of them stands for all.
         """
 
     @abstractmethod
-    def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
-        """Return the points to try first: what people do today.
+    def all_baselines(self, backbone: Backbone) -> Iterable[Baseline]:
+        """Return what people do today; points may be equal.
 
         The cheapest and most informative come first, and each method once before any at another size.
-
-        Args:
-            backbone: The backbone.
-            trials: Trials of the search's budget, of which at most a quarter are baselines, but two at least;
-                None where it is not known, for all of them.
         """
 
     @abstractmethod
@@ -129,70 +124,80 @@ class SearchSpace(ABC):
         """Return the number of different configurations, learning rates apart."""
 
     @abstractmethod
+    def summary(self, backbone: Backbone) -> str:
+        """Say what is searched on this backbone, learning rate and number of points apart."""
+
+    def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
+        """Ask the trial for its parameters and decode them."""
+        adapters = self.suggest_adapters(trial, backbone)
+        return Configuration(adapters, learning_rate=suggest_learning_rate(trial, self.learning_rate))
+
+    def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        """Return the parameters that `suggest` decodes to a configuration.
+
+        Raises:
+            ValueError: The configuration is no point of the space; says how a point near it differs.
+        """
+        known = self.encode_adapters(configuration, backbone)
+        trial = DrawnTrial(None, known | {"learning_rate": configuration.learning_rate})
+        near = self.suggest(trial, backbone)
+        if near == configuration:
+            return trial.params
+        here, there = (
+            {str(site): " + ".join(map(str, several)) for site, several in each.adapters.items()}
+            | {"learning_rate": f"{each.learning_rate:g}"}
+            for each in (configuration, near)
+        )
+        shown = [
+            f"{name}: {here.get(name, 'nothing')} → {there.get(name, 'nothing')}"
+            for name in {**here, **there}
+            if here.get(name) != there.get(name)
+        ]
+        raise ValueError(
+            f"{configuration!r} is no point of {type(self).__name__}; one near it has "
+            f"{'; '.join(shown[:_DIFFERENCES_SHOWN])}."
+        )
+
+    def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
+        """Return a point drawn by the generator alone; by default every parameter is drawn evenly."""
+        return self.suggest(DrawnTrial(generator), backbone)
+
+    def mutator(self, backbone: Backbone) -> Mutator:
+        """Return what makes points near given ones; by default some parameters are drawn anew."""
+        return ParameterMutator(
+            learning_rate=learning_rate_bounds(self.learning_rate),
+            encode=partial(self.encode, backbone=backbone),
+            decode=partial(self.suggest, backbone=backbone),
+        )
+
+    def point(self, adapters: Mapping[Site, AdapterLike] | None = None, place: float = 0.5) -> Configuration:
+        """Return adapters, or the head alone, with the learning rate at a place, from 0 (lowest) to 1."""
+        return Configuration(adapters, learning_rate=learning_rate_at(place, self.learning_rate))
+
+    def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
+        """Return the points to try first, each once; see `all_baselines`.
+
+        Args:
+            backbone: The backbone.
+            trials: Trials of the search's budget, of which at most a quarter are baselines, but two at least;
+                None for all of them.
+        """
+        found: dict[Configuration, Baseline] = {}
+        for baseline in self.all_baselines(backbone):
+            found.setdefault(baseline.configuration, baseline)
+        room = len(found) if trials is None else max(_FEWEST, trials // _LARGEST_SHARE)
+        return tuple(found.values())[:room]
+
     def describe(self, backbone: Backbone) -> str:
         """Say what is searched on this backbone, and how many points there are."""
-
-
-def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
-    """Return names (or the only one) as a tuple.
-
-    Raises:
-        ValueError: There is none, or one is not valid or given twice.
-    """
-    given = (names,) if isinstance(names, str) else tuple(names)
-    choices = tuple(valid)
-    if not given:
-        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
-    for name in given:
-        if name not in choices:
-            raise unknown_choice(kind, name, choices)
-    if len(set(given)) != len(given):
-        raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
-    return given
-
-
-def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
-    """Return the powers of two within (smallest, largest), both ends included.
-
-    Raises:
-        ValueError: The bounds are not two whole numbers in rising order, at least 1.
-    """
-    whole = (
-        isinstance(bounds, tuple | list)
-        and len(bounds) == 2
-        and all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
-    )
-    if not whole or not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(
-            f"{name} is (smallest, largest), two whole numbers from 1 up, got {bounds!r}; "
-            "to have no adapter at a site is always possible and needs no size 0."
+        lowest, highest = learning_rate_bounds(self.learning_rate)
+        rate = f"fixed at {lowest:g}" if lowest == highest else f"log-uniform in [{lowest:g}, {highest:g}]"
+        fewest, most = (count_parameters(backbone, end) for end in self.extremes(backbone))
+        count: int | Decimal = self.count(backbone)
+        if count > sys.float_info.max:  # as of deep backbones
+            count = Decimal(count)
+        return (
+            f"{type(self).__name__}: {self.summary(backbone)}\n"
+            f"learning rate {rate}\n"
+            f"{count:.3g} configurations, {fewest:,} to {most:,} trainable parameters"
         )
-    low, high = bounds
-    powers = (2**exponent for exponent in range(high.bit_length()))
-    return tuple(sorted({low, *(power for power in powers if low < power < high), high}))
-
-
-def scores_of(site_scores: Mapping[str, SiteScores], name: str) -> SiteScores:
-    """Return the scores of a name.
-
-    Raises:
-        ValueError: They have not been given to the space.
-    """
-    if name not in site_scores:
-        raise ValueError(
-            f"The space has no {name!r} scores yet: use it in a Search, which computes them, or call "
-            "with_scores(autopeft.sensitivity.compute_scores(...))."
-        )
-    return site_scores[name]
-
-
-def describe_range(bounds: Iterable[float]) -> str:
-    """Say from where to where bounds go."""
-    return " to ".join(f"{bound:g}" for bound in bounds)
-
-
-def check_range(name: str, bounds: Any, low: float, high: float) -> None:
-    """Raise ValueError where bounds are not (lowest, highest) between two numbers."""
-    numbers = isinstance(bounds, tuple | list) and len(bounds) == 2
-    if not numbers or not low <= bounds[0] <= bounds[1] <= high:
-        raise ValueError(f"{name} is (lowest, highest), two numbers in [{low:g}, {high:g}], got {bounds!r}.")

@@ -18,15 +18,14 @@ def checked_learning_rate(learning_rate: Any) -> LearningRate:
     Raises:
         ValueError: Not a positive number nor two of them in rising order.
     """
-    if isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool):
-        bounds: tuple[float, ...] = (float(learning_rate),)
-    elif isinstance(learning_rate, tuple | list) and len(learning_rate) == 2:
-        bounds = tuple(float(bound) for bound in learning_rate)
-    else:
+    bounds = learning_rate if isinstance(learning_rate, tuple | list) else (learning_rate, learning_rate)
+    numbers = [bound for bound in bounds if isinstance(bound, int | float) and not isinstance(bound, bool)]
+    if len(numbers) != 2 or len(bounds) != 2:
         raise ValueError(f"learning_rate is a number, or (lowest, highest), got {learning_rate!r}.")
-    if any(not math.isfinite(bound) or bound <= 0 for bound in bounds) or bounds[0] > bounds[-1]:
+    low, high = map(float, numbers)
+    if not 0 < low <= high < math.inf:
         raise ValueError(f"learning_rate must be above 0 with the lowest first, got {learning_rate!r}.")
-    return bounds[0] if len(bounds) == 1 or bounds[0] == bounds[1] else (bounds[0], bounds[1])
+    return low if low == high else (low, high)
 
 
 def learning_rate_bounds(learning_rate: LearningRate) -> tuple[float, float]:
@@ -48,44 +47,10 @@ def readable_learning_rate(value: float, low: float, high: float) -> float:
     return min(max(readable, low), high)
 
 
-def encode_training(configuration: Configuration, learning_rate: LearningRate) -> dict[str, float]:
-    """Return the parameters of how a configuration is trained, as `suggest_learning_rate` decodes them.
-
-    Raises:
-        ValueError: The learning rate is none of the space's, or there is weight decay, which no space has.
-    """
-    if configuration.weight_decay:
-        raise ValueError(f"The space has no weight decay, got {configuration.weight_decay:g}.")
-    value = configuration.learning_rate
-    if isinstance(learning_rate, float):
-        if value != learning_rate:
-            raise ValueError(f"The space fixes the learning rate at {learning_rate:g}, not {value:g}.")
-        return {}
-    low, high = learning_rate
-    if not low <= value <= high:
-        raise ValueError(f"The learning rate {value:g} is outside [{low:g}, {high:g}].")
-    readable = readable_learning_rate(value, low, high)
-    if value != readable:
-        raise ValueError(f"The space has learning rates of three digits such as {readable:g}, not {value!r}.")
-    return {"learning_rate": value}
-
-
-def middle_learning_rate(learning_rate: LearningRate) -> float:
-    """Return the geometric middle of the range: what a baseline is trained with."""
-    return learning_rate_at(0.5, learning_rate)
-
-
 def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
     """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
     low, high = learning_rate_bounds(learning_rate)
     return low if low == high else min(max(float(f"{low * (high / low) ** place:.2g}"), low), high)
-
-
-def describe_learning_rate(learning_rate: LearningRate) -> str:
-    """Say how the learning rate is chosen."""
-    if isinstance(learning_rate, float):
-        return f"fixed at {learning_rate:g}"
-    return f"log-uniform in [{learning_rate[0]:g}, {learning_rate[1]:g}]"
 
 
 def log_place(value: float, low: float, high: float) -> float:
@@ -96,9 +61,7 @@ def log_place(value: float, low: float, high: float) -> float:
 def summed_learning_rate(configuration: Configuration) -> float:
     """Return the learning rate times the number of adapters, or of the head alone the learning rate.
 
-    Adam divides gradients by their size, so a step moves every weight by about the learning rate, however
-    many there are, and what adapters change in the model's output adds up: several learn at a rate at which
-    one learns next to nothing. The sum foretells better what a configuration reaches (`python -m
-    benchmarks.surrogate`).
+    A step of Adam moves every weight by about the learning rate, and what adapters change in the model's
+    output adds up: several learn at a rate at which one learns next to nothing (`benchmarks.surrogate`).
     """
     return configuration.learning_rate * max(1, len(configuration))

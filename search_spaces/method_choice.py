@@ -1,14 +1,21 @@
-"""What a site may carry: a method with the sizes it may have there."""
+"""What sites may carry: a method with its sizes, and a slot of sites that choose together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from autopeft.core.adapter import Adapter, Site
-from autopeft.core.method_specs import OptionValue
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import METHOD_SPECS, OptionValue
+from autopeft.methods import count_site
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import log_place
+from autopeft.search_spaces.suggest_trial import SuggestTrial
+
+_OFF = "off"
+Encoding = Literal["fixed", "conditional"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,12 @@ class MethodChoice:
         return tuple(self.of_size(size) for size in self.sizes or (1,))
 
     @property
+    def three_adapters(self) -> tuple[Adapter, Adapter, Adapter]:
+        """The adapters of the smallest, the middle and the largest size."""
+        adapters = self.adapters
+        return adapters[0], adapters[len(adapters) // 2], adapters[-1]
+
+    @property
     def smallest(self) -> Adapter:
         """The adapter of the smallest size."""
         return self.of_size(1)
@@ -40,14 +53,17 @@ class MethodChoice:
         """The adapter of the largest size."""
         return self.of_size(self.sizes[-1] if self.sizes else 1)
 
+    def __str__(self) -> str:
+        return f"{self.method} {'|'.join(map(str, self.sizes))}".rstrip()
+
     def of_size(self, size: int) -> Adapter:
         """Return the adapter of a size, or of the nearest there is on a log scale."""
         if not self.sizes:
-            return Adapter(self.method, None, dict(self.options))
+            return Adapter(self.method, None, self.options)
         size = min(max(size, self.sizes[0]), self.sizes[-1])
         if size not in self.sizes:
             size = min(self.sizes, key=lambda known: abs(math.log(known / size)))
-        return Adapter(self.method, size, dict(self.options))
+        return Adapter(self.method, size, self.options)
 
     def place(self, adapter: Adapter) -> float:
         """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest)."""
@@ -59,3 +75,75 @@ class MethodChoice:
 
 Choices = Mapping[Site, Mapping[str, MethodChoice]]
 """The methods that each site may carry, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One role in one block or group of blocks: no adapter, or a method and its size.
+
+    Attributes:
+        name: What the names of its parameters begin with, as in "0-1.query".
+        sites: The sites that get the same adapter.
+        choices: The methods to choose from, by name.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    choices: Mapping[str, MethodChoice]
+
+    @property
+    def count(self) -> int:
+        """Number of choices, having no adapter included."""
+        return 1 + sum(max(1, len(choice.sizes)) for choice in self.choices.values())
+
+    def suggest(self, trial: SuggestTrial, encoding: Encoding) -> Adapter | None:
+        """Ask for the method and its size.
+
+        The "fixed" encoding asks for every method's size whether chosen or not, which gives samplers
+        that model parameters jointly one space of constant shape; "conditional" asks for the size of
+        the chosen method alone.
+        """
+        method = trial.suggest_categorical(f"{self.name}.method", (_OFF, *self.choices))
+        sizes = {
+            candidate: self._suggest_size(trial, choice)
+            for candidate, choice in self.choices.items()
+            if encoding == "fixed" or candidate == method
+        }
+        return self.choices[method].of_size(sizes[method]) if method in sizes else None
+
+    def encode(self, configuration: Configuration) -> dict[str, Any]:
+        """Return the parameters that `suggest` decodes to what a configuration has at the first site."""
+        several = configuration.adapters.get(self.sites[0], ())
+        if not several or several[0].method not in self.choices:
+            return {f"{self.name}.method": _OFF}
+        method, size = several[0].method, several[0].size
+        parameter = self._size_parameter(self.choices[method])
+        return {f"{self.name}.method": method} | ({} if parameter is None else {parameter: size})
+
+    def largest(self, backbone: Backbone) -> Adapter:
+        """Return the choice with the most trainable parameters."""
+        return max(
+            (choice.largest for choice in self.choices.values()),
+            key=lambda adapter: sum(count_site(backbone, site, adapter) for site in self.sites),
+        )
+
+    def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> int:
+        name, sizes = self._size_parameter(choice), choice.sizes
+        if name is None:
+            return 1  # which `of_size` makes the only one
+        if isinstance(sizes, range):
+            return trial.suggest_int(name, sizes[0], sizes[-1], log=True)
+        return int(trial.suggest_categorical(name, sizes))
+
+    def _size_parameter(self, choice: MethodChoice) -> str | None:
+        """Return the name of the parameter of a method's size, or None where there is nothing to ask."""
+        if isinstance(choice.sizes, range):
+            return f"{self.name}.{choice.method}_size"
+        if len(choice.sizes) < 2:
+            return None
+        return f"{self.name}.{choice.method}_{METHOD_SPECS[choice.method].size_name}".replace(" ", "_")
+
+
+def placed(adapter: Adapter, slots: Iterable[Slot]) -> dict[Site, Adapter]:
+    """Put an adapter into all slots that can take it."""
+    return {site: adapter for slot in slots if adapter.method in slot.choices for site in slot.sites}

@@ -27,11 +27,7 @@ _RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Mutator(ABC):
-    """Makes children of configurations, in a space.
-
-    Attributes:
-        learning_rate: (lowest, highest) of the learning rate; equal where it is fixed.
-    """
+    """Makes children of configurations; `learning_rate` has the range's ends, equal where it is fixed."""
 
     learning_rate: tuple[float, float]
 
@@ -42,8 +38,7 @@ class Mutator(ABC):
 
         Args:
             parents: Points of the space, and what each is worth, at least 0 (of the front, what it adds to
-                the hypervolume): the more, the more often it is a parent. The head alone is one only where
-                there is no other.
+                the hypervolume). The head alone is a parent only where there is no other.
             generator: Decides everything.
         """
         adapted = {parent: share for parent, share in parents.items() if parent.adapters} or parents
@@ -55,17 +50,14 @@ class Mutator(ABC):
         rate = parent.learning_rate
         if count and len(parent) and generator.random() < _SUM_KEPT_SHARE:
             rate = summed_learning_rate(parent) / count
-        return Configuration(adapters, learning_rate=self._rate(rate, generator))
+        low, high = self.learning_rate
+        if low < high and generator.random() < _RATE_CHANGED_SHARE:
+            rate *= math.exp(generator.gauss(0, _RATE_SPREAD))
+        return Configuration(adapters, learning_rate=readable_learning_rate(rate, low, high))
 
     @abstractmethod
     def changed(self, parent: Configuration, other: Configuration, generator: random.Random) -> Placed:
         """Return a parent's adapters, changed a little or crossed with another's (which may be the same)."""
-
-    def _rate(self, rate: float, generator: random.Random) -> float:
-        low, high = self.learning_rate
-        if low < high and generator.random() < _RATE_CHANGED_SHARE:
-            rate *= math.exp(generator.gauss(0, _RATE_SPREAD))
-        return readable_learning_rate(rate, low, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +107,8 @@ class SiteMutator(Mutator):
         adapters = self._chosen(parent)
         for _ in range(1 + (generator.random() < _SECOND_MOVE_SHARE)):
             adapters = generator.choice(moves)(adapters, generator)
-        return {
-            place: (adapters[site],)
-            for site in self.choices
-            if site in adapters
-            for place in self.tied.get(site, (site,))
-        }
+        carrying = [site for site in self.choices if site in adapters]
+        return {place: (adapters[site],) for site in carrying for place in self.tied.get(site, (site,))}
 
     def _chosen(self, configuration: Configuration) -> Adapters:
         return {site: several[0] for site, several in configuration.adapters.items() if site in self.choices}
@@ -138,12 +126,12 @@ class SiteMutator(Mutator):
         """Take adapters out: the lowest block, which saves memory; where least is promised; or anywhere."""
         if not adapters:
             return adapters
-        choice = generator.randrange(3)
-        if choice == 0:
+        what = generator.choice(("lowest block", "anywhere", "least promising"))
+        if what == "lowest block":
             lowest = min(site.block for site in adapters)
             return {site: adapter for site, adapter in adapters.items() if site.block != lowest}
         order = sorted((site for site in self.choices if site in adapters), key=self.values.__getitem__)
-        if choice == 1:
+        if what == "anywhere":
             generator.shuffle(order)
         count = generator.randint(1, max(1, len(order) // 4))
         return {site: adapters[site] for site in order[count:]}
@@ -180,13 +168,8 @@ class SiteMutator(Mutator):
         """Return one of the sites, its role, its block, or all of them."""
         if not sites:
             return []
-        chosen = generator.choice(list(sites))
-        scope = generator.choice(("site", "role", "block", "all"))
+        chosen = generator.choice(sites)
+        shared = generator.choice((("block", "role"), ("role",), ("block",), ()))
         return [
-            site
-            for site in sites
-            if scope == "all"
-            or (scope == "site" and site == chosen)
-            or (scope == "role" and site.role == chosen.role)
-            or (scope == "block" and site.block == chosen.block)
+            site for site in sites if all(getattr(site, name) == getattr(chosen, name) for name in shared)
         ]

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopeft.core.adapter import Adapter, Site
-from autopeft.core.method_specs import KIND_OF_ROLE, OptionValue
+from autopeft.core.method_specs import KIND_OF_ROLE
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.allocation import ALLOCATORS, RankBudget, find_allocator
 
 _FFN = "ffn"
+_LORA = MethodChoice(method="lora", sizes=range(1, 65))
 SCORE_ALLOCATORS = tuple(name for name, rule in ALLOCATORS.items() if rule.evidence != "counts")
 """Allocators that read the scores of sites; the others read counts of sensitive weights."""
 SCORES_WITH_SPECTRA = ("gradient_spectrum", "explained_variance")
@@ -26,25 +28,21 @@ class Allocation:
 
     Attributes:
         budget: Trainable parameters of all adapters together (the head not counted).
-        method: A method with a size: "lora", "series", "parallel" or "prefix".
+        choice: A method with sizes, of which the largest bounds an adapter's, and its options.
         allocator: One of `SCORE_ALLOCATORS`.
         placement: Share of the sites that may carry an adapter, the best first, in (0, 1].
         lowest_block: Blocks below it carry none, which is what saves memory.
-        largest: Largest size of an adapter.
         roles: Roles that may carry an adapter; None for all that the method can sit on.
         allocator_options: Options of the allocator, as `{"temperature": 0.5}`.
-        options: Options of the adapters, as `{"alpha": 16}`.
     """
 
     budget: int
-    method: str = "lora"
+    choice: MethodChoice = _LORA
     allocator: str = "proportional"
     placement: float = 1.0
     lowest_block: int = 0
-    largest: int = 64
     roles: Sequence[str] | None = None
     allocator_options: Mapping[str, float] = field(default_factory=dict)
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def adapters(self, backbone: Backbone, scores: SiteScores) -> dict[Site, Adapter]:
         """Return the adapters that the score's best sites get; a site may get none.
@@ -56,41 +54,36 @@ class Allocation:
                 have, or a number is out of range.
         """
         rule = find_allocator(self.allocator)
-        unit = Adapter(self.method, 1, self.options)
+        method, options = self.choice.method, self.choice.options
         sites = [site for site in self.candidates(backbone) if site.block >= self.lowest_block]
         if not sites:
             raise ValueError(
-                f"{self.method!r} can sit on no site of {backbone.name} in the blocks from "
+                f"{method!r} can sit on no site of {backbone.name} in the blocks from "
                 f"{self.lowest_block} up" + (f" in the roles {', '.join(self.roles)}." if self.roles else ".")
             )
         values = site_values(scores, sites)
         ranking = sorted(sites, key=lambda site: (-values[site], site))
         chosen = ranking[: max(1, math.ceil(self.placement * len(ranking)))]
-        budget = RankBudget(
-            total=self.budget,
-            costs={site: _unit_cost(backbone, site, unit) for site in chosen},
-            largest=self.largest,
+        unit, double = (Adapter(method, size, options) for size in (1, 2))
+        costs = {
+            site: count_site(backbone, site, double) - count_site(backbone, site, unit) for site in chosen
+        }
+        evidence: Mapping[Site, object] = scores.spectra if rule.evidence == "spectra" else values
+        sizes = rule(
+            {site: evidence.get(site, ()) for site in chosen},
+            RankBudget(total=self.budget, costs=costs, largest=self.choice.largest.size or 1),
+            **self.allocator_options,
         )
-        if rule.evidence == "spectra":
-            evidence: Mapping[Site, object] = {site: scores.spectra.get(site, ()) for site in chosen}
-        else:
-            evidence = {site: values[site] for site in chosen}
-        sizes = rule(evidence, budget, **self.allocator_options)
-        return {site: Adapter(self.method, sizes[site], self.options) for site in chosen if sizes[site]}
+        return {site: Adapter(method, sizes[site], options) for site in chosen if sizes[site]}
 
     def candidates(self, backbone: Backbone) -> list[Site]:
         """Return the sites that the method can sit on, in the chosen roles."""
         return [
             site
             for site, shape in backbone.sites.items()
-            if (self.roles is None or site.role in self.roles) and not backbone.obstacle(shape, self.method)
+            if (self.roles is None or site.role in self.roles)
+            and not backbone.obstacle(shape, self.choice.method)
         ]
-
-
-def _unit_cost(backbone: Backbone, site: Site, unit: Adapter) -> int:
-    """Return what one more unit of size costs at a site, in parameters."""
-    double = Adapter(unit.method, 2, dict(unit.options))
-    return count_site(backbone, site, double) - count_site(backbone, site, unit)
 
 
 def site_values(scores: SiteScores, sites: Iterable[Site]) -> dict[Site, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial
 
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore
 from tests.records import OBJECTIVES, completed, random_configuration
 
@@ -38,10 +40,20 @@ def made_up(number: int, *, fails: bool = False) -> TrialRecord:
     return completed(number, configuration, draw, baseline="head only" if number % 2 else None)
 
 
+def proposed(record: TrialRecord, rank: int, attributes: Mapping[str, Any] | None = None) -> Proposal:
+    """Return what was proposed for a made-up trial."""
+    return Proposal(
+        configuration=record.evaluation.configuration,
+        parameters={"rank": rank},
+        distributions=RANKS,
+        attributes=attributes or {},
+    )
+
+
 def told(store: StudyStore, number: int, *, fails: bool = False) -> TrialRecord:
     """Tell a made-up trial."""
     record = made_up(number, fails=fails)
-    assert store.tell(record, {"rank": 1 + number}, RANKS) == [record]
+    assert store.tell(record, proposed(record, 1 + number)) == [record]
     return record
 
 

@@ -6,20 +6,27 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from optuna.samplers import RandomSampler
 from typer.testing import CliRunner, Result
 
+from autopeft import Search
+from autopeft.callbacks import Throughput
 from autopeft.cli import app, main
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import Trained
 from autopeft.optimization.study_store import StudyStore, load_study
-from tests.learnable import save_learnable_csv, save_tiny_model, tiny_search
+from autopeft.reporting.front import ParetoFront
+from autopeft.tasks import TextClassification
+from autopeft.yaml_config import build_config, load_config
+from tests.learnable import TRAINING, learner, save_learnable_csv, save_tiny_model, tiny_search
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -61,7 +68,9 @@ def error(*arguments: str | Path) -> str:
 
 def test_search_keeps_its_settings_and_resumes(place: Path) -> None:
     kept = place / "runs" / "tiny" / "search.yaml"
-    assert yaml.safe_load(kept.read_text()) == settings_of(place)
+    again, first = load_config(kept), load_config(place / "search.yaml")
+    assert again.search.identity() == first.search.identity()
+    assert (again.search.folder, again.run) == (first.search.folder, {"trials": 3})
     result = call("search", place / "search.yaml")
     assert result.exit_code == 0
     assert "Resuming with 3 trials: " in result.output
@@ -112,7 +121,6 @@ def test_sensitivity_scores_without_training(place: Path) -> None:
     assert "ffn_up" in result.output
     assert {path.name for path in report.iterdir()} == {
         "heatmap.html",
-        "heatmap.png",
         "scores.csv",
         "scores.json",
     }
@@ -240,10 +248,67 @@ def test_export_says_what_is_wrong(arguments: list[str], message: str, place: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_from_python_is_exported_from_python(tmp_path: Path) -> None:
-    tiny_search(tmp_path).run(trials=1, progress=False)
+def python_search(place: Path, folder: Path, **changes: Any) -> Search:
+    """Return the search of the settings, as made from Python."""
+    task = TextClassification(dataset=place / "data.csv", test_share=0.2, validation_share=0.2)
+    settings: dict[str, Any] = {"backbone": place / "model", "task": task}
+    return tiny_search(folder, **(settings | changes))
+
+
+def test_a_search_from_python_is_exported_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    search = python_search(
+        place, tmp_path, sampler=RandomSampler(seed=1), seeds=2, constraints={"peak_memory": "1 GiB"}
+    )
+    search.run(trials=1, progress=False)
+    kept = yaml.safe_load((tmp_path / "tiny" / "search.yaml").read_text())
+    assert kept.pop("only_in_python") == {"sampler": "optuna.samplers._random.RandomSampler"}
+    again = build_config(kept)
+    assert again.run == {"trials": 1}
+    assert replace(again.search.settings, sampler=search.settings.sampler) == search.settings
+    result = call("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+class OwnTask(TextClassification):
+    """A user's task."""
+
+
+def test_what_only_python_has_is_named_at_the_export(place: Path, tmp_path: Path) -> None:
+    search = python_search(
+        place,
+        tmp_path,
+        backbone=learner(),
+        task=OwnTask(dataset=place / "data.csv"),
+        training=replace(TRAINING, callbacks=(Throughput(),)),
+    )
+    search.run(trials=1, progress=False)
     assert call("front", "--folder", tmp_path).exit_code == 0
-    assert "launched from Python" in error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+    message = error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+    parts = (
+        "backbone (autopeft.models.backbone.Backbone)",
+        f"task ({__name__}.OwnTask)",
+        "training.callbacks (autopeft.callbacks.throughput.Throughput)",
+    )
+    assert all(part in message for part in parts)
+    assert "search.export(number, folder)" in message
+    (tmp_path / "tiny" / "search.yaml").unlink()
+    assert "earlier version" in error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+
+
+def test_failed_trials_are_tried_again_where_the_settings_or_the_option_say_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def run(search: Search, *, retry_failed: bool, **bounds: Any) -> ParetoFront:
+        asked.append(retry_failed)
+        return search.front()
+
+    monkeypatch.setattr(Search, "run", run)
+    for arguments in ([], ["run.retry_failed=true"], ["--retry-failed"]):
+        assert call("search", place / "search.yaml", *arguments).exit_code == 0
+    assert asked == [False, True, True]
 
 
 def test_errors_are_one_line_and_exit_code_two(

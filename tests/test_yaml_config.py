@@ -86,7 +86,6 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
     assert (found.settings.seed, found.tracking) == (3, None)
     assert repr(found) == repr(expected)
     assert config.run == {"trials": 8, "hours": 0.5}
-    assert config.settings == SETTINGS
 
 
 def test_yaml_gives_the_same_search_on_disk(tmp_path: Path) -> None:
@@ -165,6 +164,9 @@ def test_an_unknown_key_names_the_nearest(path: str, message: str) -> None:
         ("seed", -1, r"seed is a whole number"),
         ("run.trials", 0, r"'run': trials must be a number above 0, got 0"),
         ("run.trials", "abc", r"'run': trials must be a number above 0, got 'abc'"),
+        ("run", {"retry_failed": True}, r"'run': A search needs a budget"),
+        ("run.retry_failed", 1, r"run\.retry_failed should be true or false, got 1"),
+        ("only_in_python", {"task": "own.Task"}, r"cannot hold: task \(own\.Task\)"),
     ],
 )
 def test_a_wrong_value_says_what_was_expected(path: str, value: Any, message: str) -> None:

@@ -11,7 +11,6 @@ def cache_folder() -> Path:
 
     By default it is `autopeft` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
     """
-    named = os.environ.get("AUTOPEFT_CACHE")
-    if named:
+    if named := os.environ.get("AUTOPEFT_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autopeft"

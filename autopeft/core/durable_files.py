@@ -1,7 +1,6 @@
 """Files that survive a crash, and whose damage is noticed: written whole or not at all, with a checksum.
 
-A file is written beside its place, flushed to the disk, and moved there; then the folder is flushed, too. A
-file that is empty, truncated or altered is moved aside when it is read and counts as missing.
+A file that is empty, truncated or altered is moved aside when it is read and counts as missing.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,38 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autopeft.core.atomic_files import replacing
+
 CHECKSUM = "sha256"
 """Key of the checksum in a file's metadata."""
 
 _DAMAGED = ".damaged"
 _Content = TypeVar("_Content")
 _logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, and put what was written into its place at the end of the block.
-
-    The folder is made. Where the block raises, what was there before stays.
-
-    Args:
-        path: The file to write or to replace.
-
-    Raises:
-        OSError: The disk is full or the folder cannot be written to; the message names the file.
-    """
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -139,12 +113,3 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or what a folder holds, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from autopeft.core.configuration import Configuration
@@ -12,6 +13,10 @@ from autopeft.core.objectives import Objective
 Status = Literal["complete", "paused", "failed", "infeasible"]
 VALIDATION_LOSS = "validation_loss"
 """Name of the validation split's loss: in curves, and in values that of the best validation."""
+
+
+FAILED_SEEDS = "failed_seeds"
+_PEAK_MEASURED = "peak_memory_measured"
 
 
 def deviation_of(metric: str) -> str:
@@ -41,12 +46,7 @@ class Cost:
         return Cost(**seconds, steps=self.steps)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            wall_seconds=self.wall_seconds + other.wall_seconds,
-            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
-            gpu_seconds=self.gpu_seconds + other.gpu_seconds,
-            steps=self.steps + other.steps,
-        )
+        return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,7 @@ class Evaluation:
         values: Metrics and objectives by name. Memory in bytes, times in seconds.
         curves: Learning curves, in the order in which they were recorded.
         cost: Compute spent.
-        seed: Seed of initialisation, shuffling and dropout, of the first training. A training that is
-            initialised from a supernet draws no initial weights; the supernet has its own seed.
+        seed: Seed of initialisation, shuffling and dropout, of the first training.
         by_seed: The values of each training, by its seed, where there were several; `values` has the means.
         failures: Why a training failed, by its seed, of those after the first.
         warm_start: Whether its trainings were initialised from given weights instead of random ones: in a
@@ -122,11 +121,7 @@ class Evaluation:
         return "supernet" if self.warm_start else "random weights"
 
     def describe_trainings(self, kept: int | None) -> str:
-        """Say how many trainings there were, what the values are of, and whose tensors were kept.
-
-        Args:
-            kept: The seed of that training.
-        """
+        """Say how many trainings there were, and of which, by its seed, the tensors were kept."""
         if not self.by_seed:
             return "1"
         which = [*self.by_seed].index(kept) + 1 if kept is not None and kept in self.by_seed else "one"
@@ -135,38 +130,67 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as plain data (for JSON)."""
         return {
+            **vars(self),
             "configuration": self.configuration.to_dict(),
-            "status": self.status,
-            "reason": self.reason,
             "values": dict(self.values),
             "curves": [[point.metric, point.step, point.value] for point in self.curves],
             "cost": asdict(self.cost),
-            "seed": self.seed,
-            "fidelity": self.fidelity,
             "by_seed": {str(seed): dict(values) for seed, values in self.by_seed.items()},
             "failures": {str(seed): reason for seed, reason in self.failures.items()},
-            "warm_start": self.warm_start,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """Read what `to_dict` gave."""
-        return cls(
-            configuration=Configuration.from_dict(data["configuration"]),
-            status=data["status"],
-            reason=data["reason"],
-            values=data["values"],
-            curves=tuple(
+        read = {
+            "configuration": Configuration.from_dict(data["configuration"]),
+            "curves": tuple(
                 CurvePoint(metric=metric, step=step, value=value) for metric, step, value in data["curves"]
             ),
-            cost=Cost(**data["cost"]),
-            seed=data["seed"],
-            # Not in the oldest records.
-            fidelity=data.get("fidelity", 1.0),
-            by_seed={int(seed): values for seed, values in data.get("by_seed", {}).items()},
-            failures={int(seed): reason for seed, reason in data.get("failures", {}).items()},
-            warm_start=data.get("warm_start", False),
-        )
+            "cost": Cost(**data["cost"]),
+            # Not in the oldest records, as fidelity and warm start.
+            "by_seed": {int(seed): values for seed, values in data.get("by_seed", {}).items()},
+            "failures": {int(seed): reason for seed, reason in data.get("failures", {}).items()},
+        }
+        return cls(**{**data, **read})
+
+
+def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping[str, float]) -> Evaluation:
+    """Return a whole training's evaluation together with that of another training of the same configuration.
+
+    Metrics, times and losses become the means over the trainings, and each metric has its standard deviation
+    beside it. A training that failed is a result: its metrics are the worst there are, as in `worst`. The new
+    training's curves stand after those there are, under names that say which training it is.
+    """
+    by_seed = evaluation.each_training()
+    number = len(by_seed) + 1
+    failures = dict(evaluation.failures)
+    outcome = dict(replicate.values)
+    if replicate.status != "complete":
+        failures[replicate.seed] = str(replicate.reason)
+        outcome |= worst
+    by_seed[replicate.seed] = outcome
+    values = _means(list(by_seed.values()), worst)
+    curves = [replace(point, metric=f"{point.metric}/training_{number}") for point in replicate.curves]
+    return replace(
+        evaluation,
+        values=values | ({FAILED_SEEDS: float(len(failures))} if failures else {}),
+        by_seed=by_seed,
+        failures=failures,
+        curves=(*evaluation.curves, *curves),
+        cost=evaluation.cost + replicate.cost,
+    )
+
+
+def _means(trainings: Sequence[Mapping[str, float]], metrics: Collection[str]) -> dict[str, float]:
+    """Return the mean of every value (of peaks, the highest) over the trainings, and metrics' deviations."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in trainings for name in values):
+        values = [training[name] for training in trainings if name in training]
+        found[name] = max(values) if name == _PEAK_MEASURED else statistics.fmean(values)
+        if name in metrics and len(values) > 1:
+            found[deviation_of(name)] = statistics.stdev(values)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,15 +212,9 @@ class TrialRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data (for JSON)."""
-        return {
-            "number": self.number,
-            "evaluation": self.evaluation.to_dict(),
-            "duplicate_of": self.duplicate_of,
-            "baseline": self.baseline,
-        }
+        return {**vars(self), "evaluation": self.evaluation.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
         """Read what `to_dict` gave."""
-        evaluation = Evaluation.from_dict(data["evaluation"])
-        return cls(**{**data, "evaluation": evaluation})
+        return cls(**{**data, "evaluation": Evaluation.from_dict(data["evaluation"])})

@@ -28,16 +28,14 @@ class New:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resume:
-    """Train a paused trial up to its next rung, or to the end.
+class TrialJob:
+    """A job on a trial that was trained before.
 
     Attributes:
         record: The trial.
-        rung: Index of the rung; the last is the whole training.
     """
 
     record: TrialRecord
-    rung: int
 
     @property
     def number(self) -> int:
@@ -46,21 +44,25 @@ class Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replicate:
+class Resume(TrialJob):
+    """Train a paused trial up to its next rung, or to the end.
+
+    Attributes:
+        rung: Index of the rung; the last is the whole training.
+    """
+
+    rung: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicate(TrialJob):
     """Train a complete trial again with another seed.
 
     Attributes:
-        record: The trial.
         training: Index of the training, from 1.
     """
 
-    record: TrialRecord
     training: int
-
-    @property
-    def number(self) -> int:
-        """The trial's number."""
-        return self.record.number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class MethodSpec:
     name: str
     symbol: str
     kinds: frozenset[Kind]
-    size_name: str | None
+    size_name: str | None = None
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     minimums: Mapping[str, float] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -96,25 +96,12 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             minimums={"alpha": 0.0},
             excludes=frozenset({"ia3"}),
         ),
-        MethodSpec(
-            name="ia3",
-            symbol="I",
-            kinds=_LINEAR,
-            size_name=None,
-            excludes=frozenset({"lora"}),
-        ),
-        MethodSpec(
-            name="layernorm",
-            symbol="N",
-            kinds=frozenset({"norm"}),
-            size_name=None,
-            excludes=frozenset({"bitfit"}),
-        ),
+        MethodSpec(name="ia3", symbol="I", kinds=_LINEAR, excludes=frozenset({"lora"})),
+        MethodSpec(name="layernorm", symbol="N", kinds=frozenset({"norm"}), excludes=frozenset({"bitfit"})),
         MethodSpec(
             name="bitfit",
             symbol="B",
             kinds=frozenset({"linear", "norm"}),
-            size_name=None,
             excludes=frozenset({"layernorm"}),
             needs_bias=True,
         ),

@@ -49,6 +49,10 @@ class Objective:
         """1 where more of it is better, -1 where less is."""
         return 1 if self.direction == "maximize" else -1
 
+    def best(self, values: Iterable[float]) -> float:
+        """Return the best of several values."""
+        return max(values, key=lambda value: self.sign * value)
+
     def is_better(self, value: float, other: float) -> bool:
         """Return whether a value is better than another."""
         return self.sign * value > self.sign * other
@@ -74,38 +78,16 @@ def _with_prefix(value: float) -> str:
 
 
 COST_OBJECTIVES: Mapping[str, Objective] = {
-    objective.name: objective
-    for objective in (
-        Objective(
-            name="trainable_parameters",
-            direction="minimize",
-            unit="parameters",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="adapter_parameters",
-            direction="minimize",
-            unit="parameters",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="peak_memory",
-            direction="minimize",
-            unit="bytes",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(
-            name="forward_flops",
-            direction="minimize",
-            unit="FLOPs",
-            before_training=True,
-            log_scale=True,
-        ),
-        Objective(name="training_seconds", direction="minimize", unit="seconds", log_scale=True),
-        Objective(name="inference_latency", direction="minimize", unit="seconds", log_scale=True),
+    name: Objective(
+        name=name, direction="minimize", unit=unit, before_training=before_training, log_scale=True
+    )
+    for name, unit, before_training in (
+        ("trainable_parameters", "parameters", True),
+        ("adapter_parameters", "parameters", True),
+        ("peak_memory", "bytes", True),
+        ("forward_flops", "FLOPs", True),
+        ("training_seconds", "seconds", False),
+        ("inference_latency", "seconds", False),
     )
 }
 """Objectives every task has. Adapter parameters are the trainable ones without the head's; forward FLOPs are
@@ -134,9 +116,11 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tu
             f"A front needs at least two objectives, got {wanted}; "
             "for example ('accuracy', 'trainable_parameters')."
         )
-    if not any(available[name].is_metric for name in wanted):
-        scores = ", ".join(name for name, objective in available.items() if objective.is_metric)
-        raise ValueError(f"At least one objective must be a metric: {scores}.")
+    monitors = [name for name, objective in available.items() if objective.is_metric and not objective.at_end]
+    if not set(monitors) & set(wanted):
+        raise ValueError(
+            f"At least one objective must be a metric that every validation measures: {', '.join(monitors)}."
+        )
     return tuple(available[name] for name in wanted)
 
 
@@ -146,10 +130,6 @@ def _available(metrics: Iterable[Objective]) -> dict[str, Objective]:
 
 def parse_quantity(value: float | str, unit: str) -> float:
     """Read a bound: 2_000_000, "2M" (parameters), "12 GiB" (bytes), "1.5" (others).
-
-    Args:
-        value: A number in the objective's unit, or text with a unit behind it.
-        unit: The objective's unit.
 
     Raises:
         ValueError: The text is no number, its unit is unknown, or the value is not finite and positive.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import moocore
 import numpy as np
@@ -48,16 +49,12 @@ def front_records(records: Sequence[TrialRecord], objectives: Sequence[Objective
         record for record in records if record.evaluation.status == "complete" and record.duplicate_of is None
     ]
     flags = non_dominated([record.evaluation.values for record in complete], objectives)
-    return [record for record, is_on_front in zip(complete, flags, strict=True) if is_on_front]
+    return list(compress(complete, flags))
 
 
 def _losses(points: Sequence[Values], objectives: Sequence[Objective]) -> NDArray[np.float64]:
-    signs = np.array([-1.0 if objective.direction == "maximize" else 1.0 for objective in objectives])
-    values = np.array(
-        [[point[objective.name] for objective in objectives] for point in points], dtype=np.float64
-    )
-    losses: NDArray[np.float64] = values * signs
-    return losses
+    signs = [(objective.name, -1.0 if objective.direction == "maximize" else 1.0) for objective in objectives]
+    return np.array([[sign * point[name] for name, sign in signs] for point in points], dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +90,47 @@ class Axis:
         return min(1.0, max(0.0, (value - worst) / (best - worst)))
 
 
+def fixed_axes(
+    objectives: Sequence[Objective],
+    metric_bounds: Mapping[str, tuple[float, float]],
+    ends: Sequence[Mapping[str, float]],
+) -> tuple[Axis, ...]:
+    """Return an axis for each objective whose ends are known before training.
+
+    Args:
+        objectives: The search's.
+        metric_bounds: The trivial score and the best value of each metric.
+        ends: What the space's smallest and its largest configuration cost.
+    """
+    axes = []
+    for objective in objectives:
+        if objective.is_metric:
+            worst, best = metric_bounds[objective.name]
+            axes.append(Axis(objective=objective, worst=worst, best=best))
+        elif objective.before_training:
+            best, worst = sorted(end[objective.name] for end in ends)
+            if objective.log_scale:
+                best = max(best, 1.0)  # the head alone has no adapter parameters
+            if best < worst:
+                axes.append(Axis(objective=objective, worst=worst, best=best))
+    return tuple(axes)
+
+
+def _axis_losses(points: Sequence[Values], axes: Sequence[Axis]) -> list[list[float]]:
+    return [[1.0 - axis.position(point[axis.objective.name]) for axis in axes] for point in points]
+
+
 def hypervolume(points: Sequence[Values], axes: Sequence[Axis]) -> float:
     """Return the share of the unit cube that the points dominate, in [0, 1].
 
-    The axes do not move while a search runs, so the figure of one trial can be compared with that of
-    another, and with that of another search over the same space. Points with NaN are left out.
-    Computed by moocore (Fonseca, Paquete and López-Ibáñez, "An Improved Dimension-Sweep Algorithm for
-    the Hypervolume Indicator", 2006).
+    The axes are fixed, so figures can be compared between trials and searches over the same space. Points
+    with NaN are left out. Computed by moocore (Fonseca, Paquete and López-Ibáñez, "An Improved
+    Dimension-Sweep Algorithm for the Hypervolume Indicator", 2006).
     """
     usable = [p for p in points if all(math.isfinite(p[a.objective.name]) for a in axes)]
     if not usable:
         return 0.0
-    losses = np.array(
-        [[1.0 - axis.position(point[axis.objective.name]) for axis in axes] for point in usable]
-    )
-    return float(moocore.hypervolume(losses, ref=np.ones(len(axes))))
+    return float(moocore.hypervolume(np.array(_axis_losses(usable, axes)), ref=np.ones(len(axes))))
 
 
 def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]:
@@ -118,7 +141,7 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
     """
     if not points:
         return []
-    losses = [[1.0 - axis.position(point[axis.objective.name]) for axis in axes] for point in points]
+    losses = _axis_losses(points, axes)
     if len(axes) == 1:
         losses = [[loss, 0.0] for (loss,) in losses]  # moocore takes two objectives or more
     return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(losses[0])))]
@@ -128,16 +151,12 @@ def knee(points: Sequence[Values], axes: Sequence[Axis], tolerance: float = 0.05
     """Return the index of the point to take where costs matter, but the metric more.
 
     Of the points whose metric is almost the best, it is the one closest to the best corner of the unit cube
-    (Euclidean, the metric left out). Without the tolerance a point that is cheapest on all other axes would
-    be chosen however bad it is.
+    (Euclidean, the metric left out).
 
     Args:
-        points: Values by objective's name.
+        points: Values by objective's name; a ValueError is raised where there are none.
         axes: The axes; the metric is the first metric among them. Without a metric all points are candidates.
         tolerance: How far below the best a metric may lie, as a share of its axis.
-
-    Raises:
-        ValueError: There are no points.
     """
     if not points:
         raise ValueError("An empty front has no knee point.")

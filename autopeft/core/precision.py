@@ -13,10 +13,7 @@ def quickest_precision(device: torch.device) -> Precision:
     """Return bf16-mixed where a device multiplies bfloat16 in hardware, else 32-true.
 
     On x86 those are processors with AVX512-BF16 or AMX. Weights, adapters and the optimizer's state stay in
-    single precision either way; frozen weights have copies in bfloat16 beside them (`CachedCasts`).
-
-    Args:
-        device: Where the model computes.
+    single precision either way.
     """
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
@@ -26,10 +23,5 @@ def quickest_precision(device: torch.device) -> Precision:
 
 
 def autocast(precision: Precision, device_type: str) -> torch.autocast:
-    """Return the context, for a `with` block, in which a model computes in a precision.
-
-    Args:
-        precision: What to compute in.
-        device_type: "cpu" or "cuda".
-    """
+    """Return the context in which a model computes in a precision on "cpu" or "cuda"."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ContextDecorator, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
-SECTIONS: Mapping[str, str] = {
+SECTIONS = {
     "load": "read the backbone",
     "tokenise": "read and tokenise the data",
     "score": "score the sites without training",
@@ -35,8 +29,6 @@ SECTIONS: Mapping[str, str] = {
 }
 """What the time of a search is split into, and what each section is."""
 
-_SHORTEST = 0.005
-
 
 @dataclass
 class TimeSpan:
@@ -46,20 +38,17 @@ class TimeSpan:
     processor_seconds: float = 0.0
     calls: int = 0
 
-    def add(self, seconds: float, processor_seconds: float) -> None:
-        """Add time."""
-        self.seconds += seconds
-        self.processor_seconds += processor_seconds
+    def add_since(self, start: tuple[float, float]) -> tuple[float, float]:
+        """Add the time of this thread since a moment that `now` gave; return the moment up to which."""
+        wall, processor = now()
+        self.seconds += wall - start[0]
+        self.processor_seconds += processor - start[1]
+        return wall, processor
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time until the end of the block, in this thread."""
-        wall, processor = time.perf_counter(), time.thread_time()
-        try:
-            yield
-        finally:
-            self.add(time.perf_counter() - wall, time.thread_time() - processor)
-            self.calls += 1
+
+def now() -> tuple[float, float]:
+    """Return the wall time and this thread's processor time."""
+    return time.perf_counter(), time.thread_time()
 
 
 class Profile:
@@ -72,48 +61,39 @@ class Profile:
 
     def __init__(self) -> None:
         self.spans = {name: TimeSpan() for name in SECTIONS}
-        self._stack: list[tuple[object, TimeSpan]] = []
-        self._wall = self._processor = 0.0
+        self._stack: list[TimeSpan] = []
+        self._since = now()
 
     def __enter__(self) -> Profile:
         if current_profile() is not None:
             raise RuntimeError("This thread is being profiled already.")
         self._token = _current.set(self)
-        self.enter(self, "other")
+        self.enter("other")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.leave(self)
+        self.leave(0)
         _current.reset(self._token)
 
-    def enter(self, key: object, name: str) -> None:
-        """Count to a section from now on, until `leave` is called with the same key."""
-        self._count()
+    def enter(self, name: str) -> int:
+        """Count to a section from now on; return the depth with which `leave` ends it."""
+        self.count()
         self.spans[name].calls += 1
-        self._stack.append((key, self.spans[name]))
+        self._stack.append(self.spans[name])
+        return len(self._stack) - 1
 
-    def leave(self, key: object) -> None:
-        """End what was entered with a key, and whatever was entered since and not ended."""
-        self._count()
-        keys = [entered for entered, _ in self._stack]
-        if key in keys:
-            del self._stack[len(keys) - 1 - keys[::-1].index(key) :]
+    def leave(self, depth: int) -> None:
+        """End the section of a depth, and whatever was entered since and not ended."""
+        self.count()
+        del self._stack[depth:]
 
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Bring the spans up to now."""
         import torch  # here, so that reading a search's front does without it
 
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        wall, processor = time.perf_counter(), time.thread_time()
-        if self._stack:
-            self._stack[-1][1].add(wall - self._wall, processor - self._processor)
-        self._wall, self._processor = wall, processor
-
-    def report(self, *, trainings: int, mlflow: TimeSpan | None = None) -> ProfileReport:
-        """Return what was counted up to now; see `ProfileReport`."""
-        self._count()
-        sections = {name: TimeSpan(**asdict(span)) for name, span in self.spans.items()}
-        return ProfileReport(sections=sections, trainings=trainings, mlflow=mlflow)
+        self._since = self._stack[-1].add_since(self._since) if self._stack else now()
 
 
 _current: ContextVar[Profile | None] = ContextVar("autopeft_profile", default=None)
@@ -124,70 +104,15 @@ def current_profile() -> Profile | None:
     return _current.get()
 
 
-class section(ContextDecorator):  # noqa: N801 - reads as a statement, as contextlib's own do
-    """Count a block, or the calls of a function, to a section of the running profile, if there is one.
-
-    Raises:
-        ValueError: The name is none of `SECTIONS`.
-    """
-
-    def __init__(self, name: str) -> None:
-        if name not in SECTIONS:
-            raise ValueError(f"There is no section {name!r}: expected one of {', '.join(SECTIONS)}.")
-        self._name = name
-
-    def __enter__(self) -> None:
-        if profile := current_profile():
-            profile.enter(self, self._name)
-
-    def __exit__(self, *error: object) -> None:
-        if profile := current_profile():
-            profile.leave(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileReport:
-    """Where the time of one call of `Search.run` went.
-
-    Attributes:
-        sections: Time of the main thread, by name of `SECTIONS`; none is counted twice.
-        trainings: How many there were, parts of trainings between two rungs among them.
-        mlflow: Time of the thread that writes to MLflow while trials are trained; None without one.
-    """
-
-    sections: Mapping[str, TimeSpan]
-    trainings: int
-    mlflow: TimeSpan | None
-
-    @property
-    def seconds(self) -> float:
-        """Wall seconds of the call, up to the report."""
-        return sum(span.seconds for span in self.sections.values())
-
-    def table(self) -> Table:
-        """Return the sections that took time, in the order of a search, and the MLflow thread beside them."""
-        title = f"Where {self.seconds:.1f} s went: {self.trainings} trainings"
-        table = Table(title=title, title_justify="left")
-        for heading in ("section", "share", "seconds", "ms a training", "processor", "calls", "what"):
-            table.add_column(heading, justify="left" if heading in ("section", "what") else "right")
-        rows = [(name, span, SECTIONS[name]) for name, span in self.sections.items()]
-        if self.mlflow is not None:
-            rows.append(("MLflow", self.mlflow, "its thread, beside"))
-        for name, span, what in rows:
-            if span.seconds >= _SHORTEST:
-                share = f"{span.seconds / self.seconds:.1%}" if name in SECTIONS else ""
-                each = f"{1000 * span.seconds / max(1, self.trainings):.1f}"
-                seconds, processor = f"{span.seconds:.2f}", f"{span.processor_seconds:.2f}"
-                table.add_row(name, share, seconds, each, processor, str(span.calls), what)
-        return table
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write profile.json and profile.txt into a folder, in place of earlier ones; return the paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        screen = io.StringIO()
-        Console(width=130, file=screen).print(self.table())
-        plain = json.dumps({"seconds": self.seconds, **asdict(self)}, indent=1)
-        paths = [folder / "profile.json", folder / "profile.txt"]
-        for path, text in zip(paths, (plain + "\n", screen.getvalue()), strict=True):
-            path.write_text(text, encoding="utf-8")
-        return paths
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Count a block, or the calls of a function, to one of `SECTIONS` in the running profile, if any."""
+    assert name in SECTIONS, name
+    if (profile := current_profile()) is None:
+        yield
+        return
+    depth = profile.enter(name)
+    try:
+        yield
+    finally:
+        profile.leave(depth)

@@ -13,18 +13,13 @@ import torch
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the CPU's generator, and that of a CUDA device, until the end of the block.
 
-    `torch.manual_seed` seeds every kind of device; where CUDA is there and not used, it keeps each call, with
-    where it came from, until CUDA is.
-
-    Args:
-        seed: The seed.
-        device: The device that draws besides the CPU.
+    Not `torch.manual_seed`: where CUDA is there and not used, it keeps each call until CUDA is.
     """
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
-        for one in cuda:
-            with torch.cuda.device(one):
+        for gpu in cuda:
+            with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
 
@@ -40,13 +35,8 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
 def training_seed(seed: int, trial: int, training: int = 0) -> int:
     """Return the seed of one training of a search, in [0, 2³¹).
 
-    Every training has a seed of its own: what one order of the batches and one set of
-    initial weights do to all candidates alike would otherwise be taken for what the candidates are worth.
-
-    Args:
-        seed: The search's.
-        trial: The trial's number.
-        training: Which of its trainings, from 0.
+    Each has its own, so that the luck of one order of batches is not taken for what candidates are worth:
+    it follows from the search's seed, the trial's number, and which of its trainings it is.
     """
     digest = hashlib.sha256(f"{seed}:{trial}:{training}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

@@ -9,20 +9,10 @@ from autopeft.core.method_specs import METHOD_SPECS, ROLES
 EMPTY_CELL = "·"
 
 
-def adapter_label(symbol: str, size: int | None) -> str:
-    """Return a cell's label, as in "L8"."""
-    return symbol if size is None else f"{symbol}{size}"
-
-
 def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
-    """Draw occupied cells as a table of text.
+    """Draw occupied cells, labels by (block, role), as a table of text, with a legend of the letters in use.
 
-    Args:
-        cells: Label by (block, role).
-
-    Returns:
-        One line a block from the highest occupied one down to block 0 (the output on top, as
-        networks are drawn), a heading, and a legend of the letters in use.
+    There is a line a block, from the highest occupied one down to block 0: the output is on top.
     """
     if not cells:
         return "(no adapters: the head alone is trained)"

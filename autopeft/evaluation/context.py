@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,8 @@ from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
-from autopeft.tasks.batch import model_inputs
-from autopeft.training.module import FineTuning, Serve
+from autopeft.tasks.base import SplitName
+from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer_state import check_states
 from autopeft.training.training_checkpoint import TrainingCheckpoint
@@ -45,6 +44,10 @@ class EvaluationContext:
         rungs: Shares of the training, in (0, 1), after which it may pause.
         seed: Seed of initial weights, shuffling and dropout.
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
+
+    Attributes:
+        monitor: The metric that decides which weights are kept.
+        needed: Names of the values that an objective or a constraint asks for.
 
     Raises:
         ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
@@ -70,8 +73,10 @@ class EvaluationContext:
         self.training = replace(training, precision="bf16-mixed") if is_low else training
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
+        wanted = (*objectives, *(constraint.objective for constraint in constraints))
+        self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
-        self.monitor = next(objective.name for objective in objectives if objective.is_metric)
+        self.monitor = next(each for each in objectives if each.is_metric and not each.at_end)
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
         with section("tokenise"):
@@ -80,13 +85,8 @@ class EvaluationContext:
         if rungs:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
-        prefixes = None if cache is None else cache / "prefixes"
-        self.prefixes = HiddenStateCache(backbone, self.data, training, prefixes)
-
-    def needed(self) -> frozenset[str]:
-        """Names of the costs that an objective or a constraint asks for."""
-        wanted = (*self.objectives, *(constraint.objective for constraint in self.constraints))
-        return frozenset(objective.name for objective in wanted)
+        folder = None if cache is None else cache / "hidden_states"
+        self.hidden_states = HiddenStateCache(backbone, task, self.data, training, folder)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -96,32 +96,33 @@ class EvaluationContext:
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
         }
-        needed = self.needed()
-        if "peak_memory" in needed:
+        if "peak_memory" in self.needed:
             values["peak_memory"] = float(self.peak_bytes(attachment))
-        if "forward_flops" in needed:
-            values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
+        if "forward_flops" in self.needed:
+            values["forward_flops"] = float(
+                count_flops(self.backbone.model, self.data.largest_batch(), self.task)
+            )
         return values
 
     def peak_bytes(self, attachment: Attachment) -> int:
         """Return the peak bytes of a training of what is attached now, counted."""
-        count = self._memory.count(
+        return self._memory.count(
             self.data.largest_batch(),
-            self.task.loss,
+            self.task,
             precision=self.training.resolved_precision(),
             attached=attachment.structure,
         )
-        return count.peak_bytes
 
     def module(
         self,
         configuration: Configuration,
         paused: TrainingCheckpoint | None = None,
-        serve: Serve = nullcontext,
+        *,
+        total_steps: int | None = None,
     ) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        One at a time: they share the task's metrics. For `serve` see `FineTuning`.
+        One at a time: they share the task's metrics. A training has the plan's steps by default.
         """
         return FineTuning(
             self.backbone.model,
@@ -129,10 +130,10 @@ class EvaluationContext:
             learning_rate=configuration.learning_rate,
             weight_decay=configuration.weight_decay,
             warmup_share=self.training.warmup_share,
-            total_steps=self.plan.total_steps,
+            total_steps=total_steps or self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
-            serve=serve,
+            serve=self.hidden_states.serve,
             metrics=self._metrics,
         )
 
@@ -142,18 +143,26 @@ class EvaluationContext:
         return self.task.metric_collection()
 
     @section("evaluate")
+    def measured_at_end(self, split: SplitName) -> dict[str, float]:
+        """Return the metrics that are measured when a training has ended, of what is attached now."""
+        if not any(metric.at_end and metric.name in self.needed for metric in self.task.metrics):
+            return {}
+        model = self.backbone.model
+        model.eval()
+        with torch.inference_mode(), self.backbone.computing_in(self.training.resolved_precision()):
+            return self.task.measure_at_end(model, self.data, split)
+
+    @section("evaluate")
     def latency(self) -> float:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
-        batch = {
-            name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
-        }
+        batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
         seconds = []
         model.eval()
         with torch.inference_mode():
             for _ in range(_LATENCY_REPEATS + 1):
                 started = time.perf_counter()
-                model(**batch)
+                self.task.forward(model, batch)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)

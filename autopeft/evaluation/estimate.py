@@ -140,14 +140,14 @@ def estimate(
             if not len(configuration):
                 continue
             with attach(backbone, configuration) as attachment:
-                count = counter.count(batch, task, precision="bf16-mixed")
+                peak = counter.count(batch, task, precision="bf16-mixed")
                 specification = METHOD_SPECS[method]
                 rows.append(
                     Estimate(
                         method=f"{method}({rank})" if specification.size_name else method,
                         placement=placement,
                         trainable_parameters=attachment.trainable_parameters,
-                        peak_memory=count.peak_bytes,
+                        peak_memory=peak,
                     )
                 )
     return Estimates(

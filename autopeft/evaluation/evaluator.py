@@ -25,7 +25,10 @@ class Evaluator(EvaluationContext):
 
     def costs(self, configuration: Configuration) -> dict[str, float]:
         """Return every cost that is exact before training."""
-        with attach(self.backbone, configuration, self.seed) as attachment, self.prefixes.below(attachment):
+        with (
+            attach(self.backbone, configuration, self.seed) as attachment,
+            self.hidden_states.below(attachment),
+        ):
             return self.attached_costs(attachment)
 
     def evaluate(self, configuration: Configuration, seed: int | None = None) -> Evaluation:
@@ -65,9 +68,7 @@ class Evaluator(EvaluationContext):
         if paused is not None and paused.step >= end:
             return Trained(paused.evaluation, paused=paused)
         seed = self.seed if seed is None else seed
-        run = EvaluationRun(
-            self, configuration, seed, attachment, end, paused=paused, initial_weights=initial_weights
-        )
+        run = EvaluationRun(self, configuration, seed, attachment, end, paused, initial_weights)
         reason = reason_of_failure(run.attempt)
         # Outside the except block on purpose: the traceback would keep the tensors alive.
         if reason is not None and self.device.type == "cuda":
@@ -93,4 +94,5 @@ class Evaluator(EvaluationContext):
                     (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
                 finally:
                     dismantle(trainer)
-        return {name: float(value) for name, value in metrics.items()}
+            at_end = self.measured_at_end("test")
+        return {name: float(value) for name, value in metrics.items()} | at_end

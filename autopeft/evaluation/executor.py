@@ -19,6 +19,10 @@ class Executor(Protocol):
     """
 
     @property
+    def serves_hidden_states(self) -> bool:
+        """Whether new trials are trained on hidden states from disk, in place of running frozen blocks."""
+
+    @property
     def free(self) -> int:
         """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken."""
 
@@ -47,6 +51,8 @@ class LocalExecutor:
         runner: Runs a job.
     """
 
+    serves_hidden_states = True
+
     def __init__(self, runner: TrialRunner) -> None:
         self._runner = runner
         self._jobs: deque[Job] = deque()
@@ -67,13 +73,3 @@ class LocalExecutor:
     def close(self) -> None:
         """Drop a job that was not begun."""
         self._jobs.clear()
-
-
-def make_executor(executor: str | ExecutorFactory, runner: TrialRunner) -> Executor:
-    """Return an executor.
-
-    Args:
-        executor: "local", or what makes an executor.
-        runner: Runs a job in this process.
-    """
-    return LocalExecutor(runner) if isinstance(executor, str) else executor(runner)

@@ -25,10 +25,10 @@ from autopeft.callbacks import (
 )
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
-from autopeft.evaluation.frozen_blocks.cache import TrialHiddenStates
 from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
@@ -65,71 +65,68 @@ class Trained:
         return replace(self, evaluation=evaluation, paused=paused)
 
 
+@dataclass(eq=False)
 class EvaluationRun:
     """One evaluation on its way: what is known of it at any point, also when it fails."""
 
-    def __init__(
-        self,
-        evaluator: EvaluationContext,
-        configuration: Configuration,
-        seed: int,
-        attachment: type[Attachment],
-        end: int,
-        *,
-        paused: TrainingCheckpoint | None,
-        initial_weights: InitialWeights | None,
-    ) -> None:
-        self.evaluator = evaluator
-        self.attachment = attachment
-        self.configuration = configuration
-        self.seed = seed
-        self.end = end
-        self.before = paused
-        self.initial_weights = initial_weights
-        self.warm_start = paused is not None and paused.evaluation.warm_start
+    evaluator: EvaluationContext
+    configuration: Configuration
+    seed: int
+    attachment: type[Attachment]
+    end: int
+    before: TrainingCheckpoint | None = None
+    initial_weights: InitialWeights | None = None
+
+    def __post_init__(self) -> None:
+        self.warm_start = False
         self.values: dict[str, float] = {}
         self.violations: list[str] = []
         self.curve = LearningCurve()
         self.throughput = Throughput()
+        self.memory = PeakMemory()
         self.state: Mapping[str, Tensor] | None = None
         self.pause: TrainingState | None = None
-        self._meter = ComputeMeter(evaluator.device)
-        if paused is not None:
-            self.values |= paused.evaluation.values
-            self.curve.points = [
-                (point.metric, point.step, point.value) for point in paused.evaluation.curves
-            ]
+        self._meter = ComputeMeter(self.evaluator.device)
+        if self.before is not None:
+            earlier = self.before.evaluation
+            self.warm_start = earlier.warm_start
+            self.values |= earlier.values
+            self.curve.points = [(point.metric, point.step, point.value) for point in earlier.curves]
 
     def attempt(self) -> None:
         """Cost, check, train, measure."""
         evaluator = self.evaluator
         with (
             self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment,
-            evaluator.prefixes.below(attachment) as prefix,
+            evaluator.hidden_states.below(attachment),
         ):
             if self.before is None:
-                self.values |= evaluator.attached_costs(attachment)
-                self.violations = [
-                    constraint.describe(self.values)
-                    for constraint in evaluator.constraints
-                    if constraint.violation(self.values) > 0
-                ]
+                self._begin(attachment)
             if not self.violations:
-                if self.initial_weights is not None and self.before is None:
-                    attachment.load_state_dict(self.initial_weights)
-                    self.warm_start = True
-                prefix.open()
-                self._train(attachment, prefix)
+                evaluator.hidden_states.open()
+                self._train(attachment)
+
+    def _begin(self, attachment: Attachment) -> None:
+        """Note the costs and the constraints that they violate, and load the initial weights."""
+        self.values |= self.evaluator.attached_costs(attachment)
+        self.violations = [
+            constraint.describe(self.values)
+            for constraint in self.evaluator.constraints
+            if constraint.violation(self.values) > 0
+        ]
+        if self.initial_weights is not None and not self.violations:
+            attachment.load_state_dict(self.initial_weights)
+            self.warm_start = True
 
     @section("set-up")
-    def _train(self, attachment: Attachment, prefix: TrialHiddenStates) -> None:
+    def _train(self, attachment: Attachment) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
-        best = BestWeights(evaluator.monitor, restore_at_end=False)
-        memory = PeakMemory()
-        module = evaluator.module(self.configuration, self.before, prefix.serve)
+        best = best_weights(evaluator.monitor)
+        module = evaluator.module(self.configuration, self.before)
         users = new_callbacks(evaluator.training.callbacks, module)
-        callbacks: list[Callback] = [StopOnDivergence(), self.throughput, self.curve, *users, best, memory]
         capture = CaptureState(best, users)
+        watching = (StopOnDivergence(), self.throughput, self.curve)
+        callbacks: list[Callback] = [*watching, *users, best, self.memory]
         if self.end < plan.total_steps:
             callbacks.append(capture)
         module.train()
@@ -154,11 +151,11 @@ class EvaluationRun:
                 self.pause = capture.state
             best.restore(module)
         self.values |= best.metrics
-        self._measure(memory)
+        self._measure()
         if self.pause is None:
             self.state = attachment.state_dict()
 
-    def _measure(self, memory: PeakMemory) -> None:
+    def _measure(self) -> None:
         """Note time, memory and latency; raise where a validation or an objective is not finite."""
         evaluator = self.evaluator
         speed = self.throughput.examples_per_second
@@ -167,11 +164,13 @@ class EvaluationRun:
             speed = (speed * seconds + self.values["examples_per_second"] * earlier) / (seconds + earlier)
         self.values["training_seconds"] = seconds + earlier
         self.values["examples_per_second"] = speed
-        if memory.peak_bytes is not None:
+        if self.memory.peak_bytes is not None:
             peak = self.values.get("peak_memory_measured", 0.0)
-            self.values["peak_memory_measured"] = max(peak, float(memory.peak_bytes))
-        if "inference_latency" in evaluator.needed():
+            self.values["peak_memory_measured"] = max(peak, float(self.memory.peak_bytes))
+        if "inference_latency" in evaluator.needed:
             self.values["inference_latency"] = evaluator.latency()
+        if self.pause is None:
+            self.values |= evaluator.measured_at_end("validation")
         for metric, step, value in self.curve.points:
             if not math.isfinite(value):  # a class is predicted of NaN as well, and scored
                 raise DivergenceError(f"{metric} was {value} at step {step}")
@@ -186,11 +185,13 @@ class EvaluationRun:
         if self.before is not None:
             cost += self.before.evaluation.cost
         status: Status = "complete"
-        if reason is not None or self.violations:
-            reason = reason or "; ".join(self.violations)
-            status = "infeasible" if self.violations else "failed"
-        pause = self.pause if status == "complete" else None
-        whole = status == "complete" and pause is None
+        if self.violations:
+            status, reason = "infeasible", reason or "; ".join(self.violations)
+        elif reason is not None:
+            status = "failed"
+        elif self.pause is not None:
+            monitor = evaluator.monitor.name
+            status, reason = "paused", f"{monitor} {self.values[monitor]:.4f} after {cost.steps} steps"
         evaluation = Evaluation(
             configuration=self.configuration,
             status=status,
@@ -204,18 +205,16 @@ class EvaluationRun:
             cost=cost,
             seed=self.seed,
             warm_start=self.warm_start,
-            fidelity=1.0 if whole else cost.steps / evaluator.plan.total_steps,
+            fidelity=1.0 if status == "complete" else cost.steps / evaluator.plan.total_steps,
         )
-        if pause is not None:
-            return at_pause(evaluation, pause, evaluator.monitor)
-        return Trained(evaluation, self.state if whole else None)
+        if status == "paused" and self.pause is not None:
+            return Trained(evaluation, paused=TrainingCheckpoint(evaluation=evaluation, state=self.pause))
+        return Trained(evaluation, self.state if status == "complete" else None)
 
 
-def at_pause(evaluation: Evaluation, state: TrainingState, monitor: str) -> Trained:
-    """Return the outcome of a training that pauses with what it has come to."""
-    reason = f"{monitor} {evaluation.values[monitor]:.4f} after {evaluation.cost.steps} steps"
-    evaluation = replace(evaluation, status="paused", reason=reason)
-    return Trained(evaluation, paused=TrainingCheckpoint(evaluation=evaluation, state=state))
+def best_weights(monitor: Objective) -> BestWeights:
+    """Return what keeps the weights of a training's best validation."""
+    return BestWeights(monitor.name, "max" if monitor.sign > 0 else "min", restore_at_end=False)
 
 
 def reason_of_failure(attempt: Callable[[], None]) -> str | None:

@@ -1,16 +1,27 @@
-"""Score the sites of an evaluator's backbone on its task, before anything is trained."""
+"""Score the sites of an evaluator's backbone on its task, once: what was computed is kept on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
+import torch
+
 from autopeft.core.configuration import Configuration
+from autopeft.core.durable_files import load_json, save_json
+from autopeft.core.errors import check_whole
+from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.cached_scores import SCORE_BATCHES, cached_scores
+from autopeft.sensitivity import SCORES, ScoreOptions, SiteScores, compute_scores
+
+SCORE_BATCHES = 4
+"""Unless told otherwise: more move the ranking of the sites little (`benchmarks/score_batches.py`)."""
 
 
+@section("score")
 def score_sites(
     evaluator: Evaluator,
     names: Sequence[str],
@@ -18,7 +29,16 @@ def score_sites(
     batches: int = SCORE_BATCHES,
     folder: Path | None = None,
 ) -> dict[str, SiteScores]:
-    """Return scores of every site by name; see `cached_scores`.
+    """Return scores of every site by name, from the first batches of the training split.
+
+    A new head is random, by the evaluator's seed. Validation and test split are not read, but by
+    `leave_one_out`, which trains a configuration a site and scores it on the validation split.
+
+    Args:
+        evaluator: Has the backbone, with nothing attached, the task and its data.
+        names: Scores of `autopeft.sensitivity.SCORES`.
+        batches: Training batches to use; fewer where the training split has fewer.
+        folder: Where scores of all these settings are kept; None to keep none.
 
     Raises:
         ValueError: A score is unknown, batches is below 1, or a training for `leave_one_out` failed.
@@ -28,17 +48,35 @@ def score_sites(
         trained = evaluator.evaluate(configuration)
         if trained.status != "complete":
             raise ValueError(f"Training {configuration!r} alone failed: {trained.reason}")
-        return trained.values[evaluator.monitor]
+        return evaluator.monitor.sign * trained.values[evaluator.monitor.name]
 
-    return cached_scores(
-        evaluator.backbone,
-        evaluator.task,
-        evaluator.data,
-        names,
-        seed=evaluator.seed,
-        precision=evaluator.training.resolved_precision(),
-        batch_size=evaluator.training.batch_size,
-        batches=batches,
-        train_one=train_one,
-        folder=folder,
-    )
+    check_whole("batches", batches, what="a number of training batches", least=1)
+    options = ScoreOptions(precision=evaluator.training.resolved_precision())
+    identity = {
+        "backbone": evaluator.backbone.identity(),
+        "task": dict(evaluator.task.identity()),
+        "seed": evaluator.seed,
+        "batch_size": evaluator.training.batch_size,
+        "batches": batches,
+        "precision": options.precision,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = None if folder is None else folder / f"{digest}.json"
+    kept = () if path is None else load_json(path) or ()
+    known = {each["name"]: SiteScores.from_dict(each) for each in kept if each["name"] in SCORES}
+    missing = [name for name in names if name not in known]
+    if missing:
+        with torch.random.fork_rng(devices=[]):
+            first = list(islice(evaluator.data.train_dataloader(), batches))
+        known |= compute_scores(
+            evaluator.backbone,
+            first,
+            evaluator.task,
+            missing,
+            seed=evaluator.seed,
+            train_one=train_one,
+            options=options,
+        )
+        if path is not None:
+            save_json(path, [scores.to_dict() for scores in known.values()])
+    return {name: known[name] for name in names}

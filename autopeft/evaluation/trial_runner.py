@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
-from autopeft.core.replicates import with_replicate
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, Trained
@@ -16,13 +15,14 @@ from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
 
 
+@dataclass(frozen=True, eq=False)
 class TrialRunner:
     """Runs jobs on one resident backbone.
 
     What a training leaves is on disk before its record is returned: a trial that is recorded is never
     without its tensors.
 
-    Args:
+    Attributes:
         evaluator: Trains a configuration.
         checkpoints: Where trained tensors are kept.
         paused: Where paused trainings are kept.
@@ -30,20 +30,11 @@ class TrialRunner:
         warm_starts: Supernets that LoRA trials are initialised from; None for random weights.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        checkpoints: AdapterCheckpoints,
-        paused: TrainingCheckpoints,
-        *,
-        seed: int,
-        warm_starts: WarmStarts | None = None,
-    ) -> None:
-        self.evaluator = evaluator
-        self._checkpoints = checkpoints
-        self._paused = paused
-        self._seed = seed
-        self._warm_starts = warm_starts
+    evaluator: Evaluator
+    checkpoints: AdapterCheckpoints
+    paused: TrainingCheckpoints
+    seed: int
+    warm_starts: WarmStarts | None = None
 
     def run(self, job: Job) -> TrialRecord:
         """Return the record of a job; whatever goes wrong in training is one too.
@@ -53,15 +44,17 @@ class TrialRunner:
         """
         match job:
             case New():
-                trained = self.left_behind(job) or self.evaluator.train(
+                paused = self.left_behind(job)
+                trained = self.evaluator.train(
                     job.configuration,
-                    self.seed(job),
+                    self.seed_of(job) if paused is None else paused.evaluation.seed,
                     rung=job.rung,
-                    initial_weights=self.initial_weights(job),
+                    paused=paused,
+                    initial_weights=self.initial_weights(job) if paused is None else None,
                 )
                 return self.recorded(job, trained)
             case Resume(record=record, rung=rung):
-                paused = self._paused.load(record.number)
+                paused = self.paused.load(record.number)
                 return self._kept(record, self._trained(record.evaluation, rung=rung, paused=paused))
             case Replicate():
                 return self._replicated(job)
@@ -73,29 +66,19 @@ class TrialRunner:
                     baseline=baseline,
                 )
 
-    def seed(self, job: New) -> int:
+    def seed_of(self, job: New) -> int:
         """Return the seed of a new trial's first training."""
-        return training_seed(self._seed, job.number)
+        return training_seed(self.seed, job.number)
 
     def initial_weights(self, job: New) -> InitialWeights | None:
         """Return a new trial's initial weights; None for random ones, which baselines always have."""
-        if self._warm_starts is None or job.baseline is not None:
+        if self.warm_starts is None or job.baseline is not None:
             return None
-        return self._warm_starts.for_new_trials({job.number: job.configuration}).get(job.number)
+        return self.warm_starts.for_new_trial(job.configuration)
 
-    def left_behind(self, job: New) -> Trained | None:
+    def left_behind(self, job: New) -> TrainingCheckpoint | None:
         """Return what a process left of a job that was killed before it could record it."""
-        paused = self._paused_of(job)
-        if paused is None:
-            return None
-        return self.evaluator.train(job.configuration, paused.evaluation.seed, rung=job.rung, paused=paused)
-
-    def has_left_behind(self, job: New) -> bool:
-        """Return whether a killed process left a paused training of a job."""
-        return self._paused_of(job) is not None
-
-    def _paused_of(self, job: New) -> TrainingCheckpoint | None:
-        paused = None if job.rung is None else self._paused.load(job.number)
+        paused = None if job.rung is None else self.paused.load(job.number)
         return None if paused is None or paused.evaluation.configuration != job.configuration else paused
 
     def recorded(self, job: New, trained: Trained) -> TrialRecord:
@@ -107,22 +90,22 @@ class TrialRunner:
 
     def _kept(self, record: TrialRecord, trained: Trained) -> TrialRecord:
         if trained.paused is not None:
-            self._paused.save(record.number, trained.paused)
+            self.paused.save(record.number, trained.paused)
         if trained.state is not None:
-            self._checkpoints.save(record.number, trained.state, trained.evaluation.seed)
+            self.checkpoints.save(record.number, trained.state, trained.evaluation.seed)
         return replace(record, evaluation=trained.evaluation)
 
     def _replicated(self, job: Replicate) -> TrialRecord:
         """Train a trial again; of its trainings the tensors of the best are kept."""
         record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
-        seed = training_seed(self._seed, record.number, job.training)
+        seed = training_seed(self.seed, record.number, job.training)
         trained = self._trained(evaluation, seed=seed, training=job.training)
         if trained.state is not None:
             # A trial that was off the front for a while may have none.
-            kept_seed = self._checkpoints.seed(record.number)
+            kept_seed = self.checkpoints.seed(record.number)
             kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
-            if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
-                self._checkpoints.save(record.number, trained.state, seed)
+            if kept is None or monitor.is_better(trained.evaluation.values[monitor.name], kept[monitor.name]):
+                self.checkpoints.save(record.number, trained.state, seed)
         return replace(record, evaluation=with_replicate(evaluation, trained.evaluation, self._worst))
 
     def _trained(
@@ -139,7 +122,7 @@ class TrialRunner:
         seed = evaluation.seed if seed is None else seed
         try:
             # A checkpoint holds the weights; where its file is gone, the training starts anew.
-            weights = None if paused is not None else initial_weights(self._warm_starts, evaluation, training)
+            weights = None if paused is not None else initial_weights(self.warm_starts, evaluation, training)
         except WarmStartError as error:
             spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
             failed = Evaluation(
@@ -156,5 +139,5 @@ class TrialRunner:
     @cached_property
     def _worst(self) -> dict[str, float]:
         """The metrics of a replicate that fails."""
-        task = self.evaluator.task
-        return {name: task.trivial_score(name) for name in task.metrics}
+        task, data = self.evaluator.task, self.evaluator.data
+        return {metric.name: task.trivial_score(metric.name, data) for metric in task.metrics}

@@ -26,8 +26,8 @@ from autopeft.export.folder_format import (
     write_adapters,
 )
 from autopeft.export.loading import load_adapter
-from autopeft.export.merging import check_mergeable, merged_model
-from autopeft.export.model_card import describe_layout, how_to_load, model_card, servers
+from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
+from autopeft.export.model_card import LAYOUTS, how_to_load, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.models.backbone import Backbone
 
@@ -112,24 +112,37 @@ def export_adapter(
     """
     target = Path(folder).expanduser()
     _check_target(target, overwrite)
-    if merged:
-        check_mergeable(configuration)
-    head = TaskHead.of(backbone)
+    others = unmergeable(configuration)
+    if merged and others:
+        raise ValueError(
+            f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
+            "Export with merged=False."
+        )
+    by_method = placements(configuration, backbone.sites)
+    manifest = Manifest(
+        layout="merged" if merged else adapter_layout(by_method),
+        base=backbone.origin if base is None else base,
+        base_fingerprint=backbone.fingerprint,
+        head=TaskHead.of(backbone),
+        sites={site: backbone.shape(site) for site in configuration.adapters},
+    )
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
     expected = trained_logits(backbone, configuration, state, probe)
-    manifest = Manifest.of(
-        backbone,
-        configuration,
-        layout="merged" if merged else adapter_layout(placements(configuration, backbone.sites)),
-        base=backbone.origin if base is None else base,
-        head=head,
-    )
     options = base_options(manifest, backbone.origin)
-    with _workshop(target) as unfinished:
-        try:
-            _write(unfinished, backbone, configuration, state, manifest)
-        except OSError as error:
-            raise _unwritable(target.parent, error) from error
+    with _names_folder(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    with workshop:
+        unfinished = Path(workshop.name, "export")
+        with _names_folder(target.parent):
+            unfinished.mkdir()  # with the user's own permissions: the workshop is private
+            if merged:
+                _write_merged(unfinished, merged_model(backbone, configuration, state))
+            else:
+                write_adapters(unfinished, by_method, state, base=manifest.base, head=manifest.head)
+            backbone.tokenizer.save_pretrained(unfinished)
+            configuration.save(unfinished / CONFIGURATION_FILE)
+            manifest.save(unfinished)
         check = check_export(unfinished, manifest, backbone, probe, expected) if verify else None
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
@@ -143,12 +156,15 @@ def export_adapter(
             trainings=trainings,
         )
         (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
-        _put_in_place(unfinished, target)
+        if target.exists():
+            # Out of the way first: a folder is only moved onto an empty one.
+            os.replace(target, unfinished.with_name("replaced"))
+        os.replace(unfinished, target)
     _logger.info("Exported %r to %s", configuration, target)
     files = sorted(file for file in target.rglob("*") if file.is_file())
     return ExportReport(
         folder=target,
-        kind=describe_layout(manifest),
+        kind=LAYOUTS[manifest.layout],
         files=tuple(str(file.relative_to(target)) for file in files),
         bytes=sum(file.stat().st_size for file in files),
         max_logit_difference=None if check is None else check.difference,
@@ -156,23 +172,6 @@ def export_adapter(
         servers=servers(manifest, configuration),
         how_to_load=how_to_load(manifest, str(target), options),
     )
-
-
-def _write(
-    folder: Path,
-    backbone: Backbone,
-    configuration: Configuration,
-    state: Mapping[str, Tensor],
-    manifest: Manifest,
-) -> None:
-    if manifest.layout == "merged":
-        _write_merged(folder, merged_model(backbone, configuration, state))
-    else:
-        by_method = placements(configuration, backbone.sites)
-        write_adapters(folder, by_method, state, base=manifest.base, head=manifest.head)
-    backbone.tokenizer.save_pretrained(folder)
-    configuration.save(folder / CONFIGURATION_FILE)
-    manifest.save(folder)
 
 
 def _write_merged(folder: Path, model: PreTrainedModel) -> None:
@@ -199,29 +198,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    """Give an empty folder on the target's disk to write in; it is gone afterwards."""
+def _names_folder(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a ValueError that names the folder."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield
     except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    try:
-        unfinished = workshop / "export"
-        unfinished.mkdir()  # with the user's own permissions: mkdtemp's folder is private
-        yield unfinished
-    finally:
-        shutil.rmtree(workshop)
-
-
-def _unwritable(folder: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"Cannot write in {folder}: {error.strerror}. Make room there, or choose another folder."
-    )
-
-
-def _put_in_place(unfinished: Path, target: Path) -> None:
-    if target.exists():
-        # Out of the way first: a folder is only moved onto an empty one.
-        os.replace(target, unfinished.with_name("replaced"))
-    os.replace(unfinished, target)
+        raise ValueError(
+            f"Cannot write in {folder}: {error.strerror}. Make room there, or choose another folder."
+        ) from error

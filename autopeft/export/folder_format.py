@@ -14,10 +14,11 @@ Every layout has the tokenizer, the configuration (`autopeft_configuration.yaml`
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
+_HEAD_PREFIX = "head."
 _TASK_TYPE = "SEQ_CLS"
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
@@ -87,11 +89,6 @@ class TaskHead:
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
-    @property
-    def has_numbered_labels(self) -> bool:
-        """Whether the labels have the names that transformers gives to labels without a name."""
-        return self.labels == tuple(f"LABEL_{index}" for index in range(len(self.labels)))
-
     def config_options(self) -> dict[str, Any]:
         """Return what to set in the base model's config."""
         return {
@@ -100,6 +97,14 @@ class TaskHead:
             "problem_type": self.problem_type,
             "pad_token_id": self.pad_token_id,
         }
+
+
+def _versions() -> dict[str, str]:
+    versions = dict.fromkeys(_PACKAGES, "not installed")  # autopeft itself, run from a clone
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,39 +125,14 @@ class Manifest:
     base_fingerprint: str
     head: TaskHead
     sites: Mapping[Site, SiteShape]
-    versions: Mapping[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        backbone: Backbone,
-        configuration: Configuration,
-        *,
-        layout: Layout,
-        base: str,
-        head: TaskHead,
-    ) -> Manifest:
-        """Describe an export."""
-        return cls(
-            layout=layout,
-            base=base,
-            base_fingerprint=backbone.fingerprint,
-            head=head,
-            sites={site: backbone.shape(site) for site in configuration.adapters},
-            versions={package: _version(package) for package in _PACKAGES},
-        )
+    versions: Mapping[str, str] = field(default_factory=_versions)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder."""
-        data = {
-            "format_version": FORMAT_VERSION,
-            **vars(self),
-            "head": asdict(self.head),
-            "sites": {
-                str(site): {name: value for name, value in vars(shape).items() if name != "site"}
-                for site, shape in self.sites.items()
-            },
-        }
+        sites = {str(site): asdict(shape) for site, shape in self.sites.items()}
+        for shape in sites.values():
+            del shape["site"]
+        data = {"format_version": FORMAT_VERSION, **vars(self), "head": asdict(self.head), "sites": sites}
         (folder / MANIFEST_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -169,27 +149,16 @@ class Manifest:
                 "A PEFT folder from elsewhere loads with peft.PeftModel.from_pretrained."
             )
         data = json.loads(file.read_text(encoding="utf-8"))
-        version = data.pop("format_version")
+        version, head = data.pop("format_version"), data.pop("head")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{file} has the format version {version}, this autopeft reads {FORMAT_VERSION}: "
                 f"it was written by autopeft {data['versions']['autopeft']}."
             )
-        head = data.pop("head")
-        sites = {
-            site: SiteShape(site=site, **shape)
-            for text, shape in data.pop("sites").items()
-            for site in [Site.parse(text)]
-        }
-        names = {key: tuple(head[key]) for key in ("modules", "labels")}
-        return cls(**data, head=TaskHead(**{**head, **names}), sites=sites)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # autopeft itself, run from a clone
+        head |= {key: tuple(head[key]) for key in ("modules", "labels")}
+        shapes = {Site.parse(text): shape for text, shape in data.pop("sites").items()}
+        sites = {site: SiteShape(site=site, **shape) for site, shape in shapes.items()}
+        return cls(**data, head=TaskHead(**head), sites=sites)
 
 
 def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
@@ -219,6 +188,24 @@ def adapter_layout(by_method: Mapping[str, Placement]) -> Layout:
     return "peft" if len(groups) == 1 and held == everything else "mixed"
 
 
+def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str]]:
+    """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
+    files = {
+        f"{folder}/{PEFT_FILE}": {
+            f"{_PEFT_PREFIX}{shape.module}.": f"{site}.{method.name}." for site, (shape, _) in group.items()
+        }
+        for folder, (method, group) in peft_groups(by_method).items()
+    }
+    if adapter_layout(by_method) == "peft":
+        (prefixes,) = files.values()
+        return {PEFT_FILE: prefixes | {_PEFT_PREFIX: _HEAD_PREFIX}}
+    files[HEAD_FILE] = {"": _HEAD_PREFIX}
+    for name, placement in by_method.items():
+        if not isinstance(METHODS[name], PeftMethod):
+            files[f"{name}/{OWN_METHOD_FILE}"] = {f"{site}.": f"{site}.{name}." for site in placement}
+    return files
+
+
 def write_adapters(
     folder: Path,
     by_method: Mapping[str, Placement],
@@ -236,111 +223,55 @@ def write_adapters(
         base: What peft's configs say of the base model; may be empty.
         head: The head.
     """
-    groups = peft_groups(by_method)
-    head_tensors = {
-        name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")
-    }
-    if adapter_layout(by_method) == "peft":
-        ((method, group),) = groups.values()
-        _write_peft(folder, method, group, state, base, head.modules, head_tensors)
-        return
-    for name, (method, group) in groups.items():
-        _write_peft(folder / name, method, group, state, base, (), {})
-    for name, placement in by_method.items():
-        if not isinstance(METHODS[name], PeftMethod):
-            tensors = {
-                f"{site}.{local}": tensor
-                for site in placement
-                for local, tensor in _local_tensors(state, site, name)
-            }
-            _save(tensors, folder / name / OWN_METHOD_FILE)
-    _save(head_tensors, folder / HEAD_FILE)
+    # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
+    # resident model. What was written is then loaded by peft itself and compared, see verification.py.
+    for file, prefixes in _tensor_files(by_method).items():
+        tensors = {
+            stored + name.removeprefix(trained): tensor.contiguous()
+            for stored, trained in prefixes.items()
+            for name, tensor in state.items()
+            if name.startswith(trained)
+        }
+        (folder / file).parent.mkdir(exist_ok=True)
+        # Not save_file, which makes files that only their owner can read: a server may be someone else.
+        (folder / file).write_bytes(save(tensors, {"format": "pt"}))
+    is_plain = adapter_layout(by_method) == "peft"
+    for name, (method, group) in peft_groups(by_method).items():
+        config: Any = method.peft_config(group)
+        config.base_model_name_or_path = base or None
+        config.inference_mode = True
+        for option in ("target_modules", "feedforward_modules"):
+            if isinstance(getattr(config, option, None), set):
+                setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
+        if is_plain and head.modules:
+            config.task_type = _TASK_TYPE
+            config.modules_to_save = list(head.modules)
+        config.save_pretrained(str(folder if is_plain else folder / name))
 
 
 def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str, Tensor]:
     """Read what `write_adapters` wrote in the layout "mixed", under the names it was given.
 
     Raises:
-        ValueError: A file is missing.
+        ValueError: A file is missing, damaged, or holds what the configuration does not name.
     """
-    state = {f"head.{name}": tensor for name, tensor in _load(folder / HEAD_FILE).items()}
-    for name, (method, group) in peft_groups(by_method).items():
-        modules = {
-            f"{_PEFT_PREFIX}{shape.module}.": f"{site}.{method.name}." for site, (shape, _) in group.items()
-        }
-        for key, tensor in _load(folder / name / PEFT_FILE).items():
-            module = next((module for module in modules if key.startswith(module)), None)
-            if module is None:
-                raise ValueError(f"{folder / name} holds {key}, which the configuration does not name.")
-            state[modules[module] + key.removeprefix(module)] = tensor
-    for name in by_method:
-        if not isinstance(METHODS[name], PeftMethod):
-            for key, tensor in _load(folder / name / OWN_METHOD_FILE).items():
-                block, role, local = key.split(".", 2)
-                state[f"{block}.{role}.{name}.{local}"] = tensor
+    state = {}
+    for name, prefixes in _tensor_files(by_method).items():
+        file = folder / name
+        require_file(file)
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): export it again.") from error
+        for key, tensor in tensors.items():
+            stored = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+            if stored is None:
+                raise ValueError(f"{file} holds {key}, which the configuration does not name.")
+            state[prefixes[stored] + key.removeprefix(stored)] = tensor
     return state
 
 
-def _write_peft(
-    folder: Path,
-    method: PeftMethod,
-    group: Placement,
-    state: Mapping[str, Tensor],
-    base: str,
-    head: Iterable[str],
-    head_tensors: Mapping[str, Tensor],
-) -> None:
-    # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
-    # resident model. What was written is then loaded by peft itself and compared, see verification.py.
-    config: Any = method.peft_config(group)
-    config.base_model_name_or_path = base or None
-    config.inference_mode = True
-    for name in ("target_modules", "feedforward_modules"):
-        if isinstance(getattr(config, name, None), set):
-            setattr(config, name, sorted(getattr(config, name)))  # a set's order differs between runs
-    modules = list(head)
-    if modules:
-        config.task_type = _TASK_TYPE
-        config.modules_to_save = modules
-    tensors = {
-        f"{_PEFT_PREFIX}{shape.module}.{local}": tensor
-        for site, (shape, _) in group.items()
-        for local, tensor in _local_tensors(state, site, method.name)
-    }
-    tensors |= {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in head_tensors.items()}
-    _save(tensors, folder / PEFT_FILE)
-    config.save_pretrained(str(folder))
-
-
-def _local_tensors(state: Mapping[str, Tensor], site: Site, method: str) -> Iterable[tuple[str, Tensor]]:
-    start = f"{site}.{method}."
-    return [(name.removeprefix(start), tensor) for name, tensor in state.items() if name.startswith(start)]
-
-
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Not save_file, which makes files that only their owner can read: a server may be someone else.
-    file.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-
-
-def check_peft_folder(folder: Path) -> None:
-    """Raise where a PEFT folder lacks a file: peft would ask the hub for it, under the folder's name.
-
-    Raises:
-        ValueError: Names the file.
-    """
-    for name in (PEFT_CONFIG_FILE, PEFT_FILE):
-        _require(folder / name)
-
-
-def _require(file: Path) -> None:
+def require_file(file: Path) -> None:
+    """Raise a ValueError where a file of an exported folder is missing."""
     if not file.is_file():
         raise ValueError(f"{file} is missing: the exported folder is not complete.")
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    _require(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): export it again.") from error

@@ -34,14 +34,13 @@ def load(job: dict[str, Any]) -> Any:
     return model
 
 
-def main(file: Path) -> None:
-    """Do the job written in a JSON file."""
-    job = json.loads(file.read_text(encoding="utf-8"))
+def main(scratch: Path) -> None:
+    """Do the job that lies in a folder, and put the logits beside it."""
+    job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
-    model = load(job).eval()
     with torch.no_grad():
-        logits = model(**load_file(job["probe"])).logits
-    save_file({"logits": logits.float().cpu().contiguous()}, job["logits"])
+        logits = load(job).eval()(**load_file(scratch / "probe.safetensors")).logits
+    save_file({"logits": logits.float().cpu().contiguous()}, scratch / "logits.safetensors")
 
 
 if __name__ == "__main__":

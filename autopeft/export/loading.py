@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from autopeft.core.configuration import Configuration
 from autopeft.export.folder_format import (
     CONFIGURATION_FILE,
+    PEFT_CONFIG_FILE,
+    PEFT_FILE,
     Manifest,
     TaskHead,
-    check_peft_folder,
     placements,
     read_adapters,
+    require_file,
 )
 from autopeft.methods import METHODS, Placement, carries_adapters
 
@@ -55,7 +58,8 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
             # peft's LayerNorm tuning says so of every norm.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             if manifest.layout == "peft":
-                check_peft_folder(folder)
+                for file in (PEFT_CONFIG_FILE, PEFT_FILE):
+                    require_file(folder / file)  # peft would ask the hub for it, under the folder's name
                 loaded = PeftModel.from_pretrained(model, str(folder.absolute()), local_files_only=True)
                 loaded.eval()
                 return loaded
@@ -81,19 +85,19 @@ def attach_tensors(
     """
     parameters: dict[str, nn.Parameter] = {}
     for method, placement in by_method.items():
-        attached = METHODS[method].attach(model, placement)
+        trainable = METHODS[method].attach(model, placement, ExitStack())  # they stay
         parameters |= {
             f"{site}.{method}.{local}": parameter
-            for site, found in attached.parameters.items()
+            for site, found in trainable.items()
             for local, parameter in found.items()
         }
-    heads = [name for name in state if name.startswith("head.")]
-    for name in heads:
-        module = _require_module(model, name.removeprefix("head.").rpartition(".")[0])
-        local = name.rpartition(".")[2]
-        # A new parameter: the one that is there may belong to another model as well.
-        parameters[name] = nn.Parameter(getattr(module, local).detach().clone())
-        setattr(module, local, parameters[name])
+    for name in state:
+        if name.startswith("head."):
+            module_name, _, local = name.removeprefix("head.").rpartition(".")
+            module = _require_module(model, module_name)
+            # A new parameter: the one that is there may belong to another model as well.
+            parameters[name] = nn.Parameter(getattr(module, local).detach().clone())
+            setattr(module, local, parameters[name])
     if parameters.keys() != state.keys():
         difference = sorted(parameters.keys() ^ state.keys())
         raise ValueError(
@@ -120,16 +124,15 @@ def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
 
 
 def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrainedModel:
+    if isinstance(base, str | Path):
+        return _from_pretrained(str(base), head)
     if not isinstance(base, PreTrainedModel):
-        if not isinstance(base, str | Path):
-            raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
-        # transformers knows no "~"; a hub name never starts with one.
-        name = str(base)
-        return _from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name, head)
+        raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
     if carries_adapters(base):
         raise ValueError(f"{type(base).__name__} already carries adapters: load the base model again.")
-    config = _config_of(base, head)
     if base.base_model is base:
+        config = type(base.config).from_dict({**base.config.to_dict(), **head.config_options()})
+        config.name_or_path = base.config.name_or_path
         headed: Any = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
         headed.to(base.device)
         setattr(headed, headed.base_model_prefix, base)
@@ -146,6 +149,8 @@ def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrained
 
 
 def _from_pretrained(base: str, head: TaskHead) -> PreTrainedModel:
+    if base.startswith("~"):  # which transformers does not know; a hub name never starts with it
+        base = str(Path(base).expanduser())
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             base,
@@ -160,9 +165,3 @@ def _from_pretrained(base: str, head: TaskHead) -> PreTrainedModel:
         raise ValueError(f"Cannot load the base model {base!r}: {error}") from error
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _config_of(model: PreTrainedModel, head: TaskHead) -> Any:
-    config = type(model.config).from_dict({**model.config.to_dict(), **head.config_options()})
-    config.name_or_path = model.config.name_or_path
-    return config

@@ -20,25 +20,11 @@ MERGEABLE = ("lora", "ia3", "layernorm", "bitfit")
 """Methods whose adapters are an update of weights; the others add computation of their own."""
 
 
-def is_mergeable(configuration: Configuration) -> bool:
-    """Say whether weights can take in every adapter of a configuration."""
-    return set(configuration.methods) <= set(MERGEABLE)
-
-
-def check_mergeable(configuration: Configuration) -> None:
-    """Raise where a configuration has adapters that no weight can take in.
-
-    Raises:
-        ValueError: Names the sites.
-    """
-    others = [
+def unmergeable(configuration: Configuration) -> list[str]:
+    """Return the adapters that no weight can take in, by site and method."""
+    return [
         f"{site} ({adapter.method})" for site, adapter in configuration if adapter.method not in MERGEABLE
     ]
-    if not is_mergeable(configuration):
-        raise ValueError(
-            f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
-            "Export with merged=False."
-        )
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -57,13 +43,12 @@ def merged_model(
 
     Args:
         backbone: A backbone that carries nothing.
-        configuration: What was trained.
+        configuration: What was trained, with nothing in it `unmergeable`.
         state: The trained tensors, as `Attachment.state_dict` names them.
 
     Raises:
-        ValueError: An adapter cannot be merged, or the tensors do not belong to the configuration.
+        ValueError: The tensors do not belong to the configuration.
     """
-    check_mergeable(configuration)
     model = shared_copy(backbone.model)
     for site in configuration.adapters:
         module = model.get_submodule(backbone.shape(site).module)

@@ -13,22 +13,19 @@ import yaml
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.export.folder_format import Manifest, peft_groups, placements
-from autopeft.export.merging import is_mergeable
+from autopeft.export.merging import unmergeable
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
+_AUTO = "AutoModelForSequenceClassification"
 _TEST = "test_"
 _OF_NO_SPLIT = ("examples_per_second",)
-_LAYOUTS = {
+LAYOUTS = {
     "peft": "a plain PEFT folder, classification head included",
     "mixed": "a folder of autopeft: one folder a method, the classification head beside them",
     "merged": "a whole transformers model, the adapters merged into its weights",
 }
-
-
-def describe_layout(manifest: Manifest) -> str:
-    """Say what kind of folder an export is."""
-    return _LAYOUTS[manifest.layout]
+"""What kind of folder each layout is, as a phrase."""
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
@@ -39,48 +36,33 @@ def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) 
         folder: The folder, as it is to be written in the snippet.
         options: What the base model has to be told; see `verification.base_options`.
     """
-    auto = "AutoModelForSequenceClassification"
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    imported = f"{_AUTO}, AutoTokenizer"
+    base = "# base: the model that was in memory, loaded again"
     if manifest.layout == "merged":
-        return (
-            f"from transformers import {auto}, AutoTokenizer\n\n"
-            f"model = {auto}.from_pretrained({folder!r})\n{tokenizer}"
-        )
-    unnamed = "# base: the model that was in memory, loaded again"
-    if manifest.layout == "mixed":
-        first = f"base = {manifest.base!r}" if manifest.base else unnamed
-        return (
-            f"import autopeft\nfrom transformers import AutoTokenizer\n\n{first}\n"
-            f"model = autopeft.load_adapter(base, {folder!r})\n{tokenizer}"
-        )
-    imported = f"{auto}, AutoTokenizer" if manifest.base else "AutoTokenizer"
-    first = _load_base(manifest, auto, options) if manifest.base else unnamed
-    return (
-        f"from peft import PeftModel\nfrom transformers import {imported}\n\n{first}\n"
-        f"model = PeftModel.from_pretrained(base, {folder!r}).eval()\n{tokenizer}"
-    )
+        lines = [f"from transformers import {imported}\n", f"model = {_AUTO}.from_pretrained({folder!r})"]
+    elif manifest.layout == "mixed":
+        base = f"base = {manifest.base!r}" if manifest.base else base
+        lines = ["import autopeft", "from transformers import AutoTokenizer\n", base]
+        lines.append(f"model = autopeft.load_adapter(base, {folder!r})")
+    else:
+        if manifest.base:
+            base = _load_base(manifest, options)
+        else:
+            imported = "AutoTokenizer"
+        lines = ["from peft import PeftModel", f"from transformers import {imported}\n", base]
+        lines.append(f"model = PeftModel.from_pretrained(base, {folder!r}).eval()")
+    return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"])
 
 
-def _load_base(manifest: Manifest, auto: str, options: Mapping[str, object]) -> str:
-    """Return the lines that load the base model of a plain PEFT folder, with the names of the labels."""
-    arguments = {name: repr(value) for name, value in options.items()}
+def _load_base(manifest: Manifest, options: Mapping[str, object]) -> str:
+    """Return the lines that load the base model of a plain PEFT folder, with labels where they have names."""
+    arguments = [repr(manifest.base), *(f"{name}={value!r}" for name, value in options.items())]
     labels = ""
-    if not manifest.head.has_numbered_labels:
+    if manifest.head.labels != tuple(f"LABEL_{index}" for index in range(len(manifest.head.labels))):
         labels = f"labels = {list(manifest.head.labels)!r}\n"
-        arguments |= {
-            "id2label": "dict(enumerate(labels))",
-            "label2id": "{label: index for index, label in enumerate(labels)}",
-        }
-    lines = [repr(manifest.base), *(f"{name}={value}" for name, value in arguments.items())]
-    return f"{labels}base = {auto}.from_pretrained(\n    " + ",\n    ".join(lines) + ",\n)"
-
-
-def _autopeft_snippet(manifest: Manifest, folder: str) -> list[str]:
-    """Return the other way to load a plain PEFT folder."""
-    if manifest.layout != "peft":
-        return []
-    base = repr(manifest.base) if manifest.base else "base"
-    return ["Or, with autopeft:", f"```python\nmodel = autopeft.load_adapter({base}, {folder!r})\n```"]
+        arguments.append("id2label=dict(enumerate(labels))")
+        arguments.append("label2id={label: index for index, label in enumerate(labels)}")
+    return f"{labels}base = {_AUTO}.from_pretrained(\n    " + ",\n    ".join(arguments) + ",\n)"
 
 
 def servers(manifest: Manifest, configuration: Configuration) -> str:
@@ -94,18 +76,18 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
             "Whatever runs transformers models of this architecture; in vLLM as a pooling model where "
             "it has the architecture."
         )
-    reasons = [f"it takes no classification head ({', '.join(manifest.head.modules)}) with an adapter"]
+    obstacles = [f"it takes no classification head ({', '.join(manifest.head.modules)}) with an adapter"]
     if configuration.methods != ("lora",):
-        reasons.append(f"it takes LoRA alone, not {', '.join(configuration.methods) or 'a head alone'}")
+        obstacles.append(f"it takes LoRA alone, not {', '.join(configuration.methods) or 'a head alone'}")
     else:
-        reasons += _lora_obstacles(manifest, configuration)
-    here = (
+        obstacles += _lora_obstacles(manifest, configuration)
+    text = (
         "Whatever loads adapters with peft."
         if manifest.layout == "peft"
         else "None as it is: load it with autopeft.load_adapter."
     )
-    text = f"{here} vLLM cannot take the adapter: {'; '.join(reasons)}."
-    if is_mergeable(configuration):
+    text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
+    if not unmergeable(configuration):
         text += " Export it with merged=True for a model that needs no support for adapters."
     return text
 
@@ -113,18 +95,18 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
 def _lora_obstacles(manifest: Manifest, configuration: Configuration) -> list[str]:
     obstacles = []
     ranks = sorted({adapter.size for _, adapter in configuration if adapter.size is not None})
-    room = next((rank for rank in VLLM_RANKS if rank >= ranks[-1]), None)
     scalings = {
         (adapter.size, adapter.option("alpha"), adapter.option("rslora")) for _, adapter in configuration
     }
     if len(peft_groups(placements(configuration, manifest.sites))) > 1:
         obstacles.append("it takes one LoRA config, not several")
-    if len(scalings) > 1:
+    if len(ranks) > 1:
         obstacles.append(
             f"it scales all modules by one rank and alpha, these have ranks {ranks[0]} to {ranks[-1]}"
-            if len(ranks) > 1
-            else "it scales all modules by one alpha"
         )
+    elif len(scalings) > 1:
+        obstacles.append("it scales all modules by one alpha")
+    room = next((rank for rank in VLLM_RANKS if rank >= ranks[-1]), None)
     if room is None:
         obstacles.append(f"its largest rank is {VLLM_RANKS[-1]}, this has {ranks[-1]}")
     else:
@@ -148,25 +130,26 @@ def model_card(
     Args:
         manifest: What was exported.
         configuration: What was trained.
-        values: Figures by name; those of the test split begin with "test_".
-        details: Task, data set, search, trial and so on, by name.
+        values: See `export_adapter`.
+        details: See `export_adapter`.
         folder: Name of the folder, as snippets call it.
         options: What the base model has to be told; see `verification.base_options`.
         check: How the export was checked.
-        trainings: Number of trainings behind the figures, each with a seed of its own.
+        trainings: See `export_adapter`.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
     name = _escaped(Path(manifest.base).name or "base model")
-    base, source = "a model that was in memory", manifest
-    if manifest.base:
-        base = name if _is_local(manifest.base) else _escaped(manifest.base)
-    if manifest.base and _is_local(manifest.base):  # a card is published: no path of this machine
-        base += ", a local folder"
-        source = dataclasses.replace(manifest, base=f"path/to/{Path(manifest.base).name}")
+    base, source = _escaped(manifest.base) or "a model that was in memory", manifest.base
+    if _is_local(manifest.base):  # a card is published: no path of this machine
+        base, source = f"{name}, a local folder", f"path/to/{Path(manifest.base).name}"
+    snippet = how_to_load(dataclasses.replace(manifest, base=source), folder, options)
+    if manifest.layout == "peft":
+        load = f"autopeft.load_adapter({repr(source) if source else 'base'}, {folder!r})"
+        snippet += f"\n```\n\nOr, with autopeft:\n\n```python\nmodel = {load}"
     details = {key: Path(text).name if _is_local(text) else text for key, text in details.items()}
     sections = [
         f"# {name}, fine-tuned with {methods}",
-        f"Found by autopeft. This is {describe_layout(manifest)}. Base model: {base}.",
+        f"Found by autopeft. This is {LAYOUTS[manifest.layout]}. Base model: {base}.",
         "## Figures",
         _figures(values),
         "## Configuration",
@@ -174,8 +157,7 @@ def model_card(
         f"{len(configuration)} adapters. Blocks down, roles across:",
         f"```\n{configuration.grid()}\n```",
         "## How to load it",
-        f"```python\n{how_to_load(source, folder, options)}\n```",
-        *_autopeft_snippet(source, folder),
+        f"```python\n{snippet}\n```",
         f"Labels in the order of the logits: {', '.join(map(_escaped, manifest.head.labels))}.",
         check,
         "## Servers",
@@ -208,30 +190,24 @@ def _figures(values: Mapping[str, float]) -> str:
     rows = []
     for name, value in sorted(values.items(), key=lambda item: item[0].startswith(_TEST)):
         cost = COST_OBJECTIVES.get(name)
+        split = "test" if name.startswith(_TEST) else "validation"
+        if cost is not None or name in _OF_NO_SPLIT:
+            split = "–"
         text = f"{value:.4f}" if cost is None else cost.format(value)
-        split = (
-            "–"
-            if cost is not None or name in _OF_NO_SPLIT
-            else "test"
-            if name.startswith(_TEST)
-            else "validation"
-        )
         rows.append((name.removeprefix(_TEST), split, text))
     return _table(("figure", "split", "value"), rows)
 
 
 def _limits(values: Mapping[str, float], trainings: int) -> str:
+    is_tested = any(name.startswith(_TEST) for name in values)
     lines = [
         "Figures on the validation split are those the search chose by: they are optimistic.",
+        "The test split was not used in the search." if is_tested else "It was not scored on a test split.",
         "Figures are those of one training with one seed; another seed gives other ones."
         if trainings == 1
         else f"Validation figures are means over {trainings} trainings, each with a seed of its own.",
         "Use it with the very base model named above: nothing checks that at loading.",
     ]
-    if any(name.startswith(_TEST) for name in values):
-        lines.insert(1, "The test split was not used in the search.")
-    else:
-        lines.insert(1, "It was not scored on a test split.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -78,15 +78,12 @@ def trained_logits(
     model = backbone.model
     training = model.training
     precision: Precision = "32-true" if model.dtype.itemsize >= 4 else "bf16-mixed"
-    with attach(backbone, configuration) as attachment, torch.no_grad():
+    with attach(backbone, configuration) as attachment, autocast(precision, model.device.type):
         attachment.load_state_dict(state)
-        model.eval()
         try:
-            with autocast(precision, model.device.type):
-                logits: Tensor = model(**_on_device(probe, model.device)).logits
+            return _logits(model.eval(), probe)
         finally:
             model.train(training)
-    return logits.float().cpu()
 
 
 def check_export(
@@ -106,21 +103,17 @@ def check_export(
         manifest: Its manifest.
         backbone: The backbone it was trained on.
         probe: A batch, without labels.
-        expected: Logits of the trained model on it, in float32.
+        expected: What `trained_logits` gave for it.
 
     Raises:
         RuntimeError: The folder does not load, or the logits differ by more than rounding.
     """
     if manifest.layout == "merged" or stored_config(backbone.origin) is not None:
-        how = "in a fresh process"
-        if manifest.layout != "mixed":
-            how += " that never imported autopeft"
+        how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")
         found = _logits_of_fresh_process(folder, manifest, backbone, probe)
     else:
         how = "in this process, on a copy of the base model, which cannot be loaded from anywhere"
-        loaded = load_adapter(shared_copy(backbone.model), folder)
-        with torch.no_grad():
-            found = loaded(**_on_device(probe, backbone.model.device)).logits.float().cpu()
+        found = _logits(load_adapter(shared_copy(backbone.model), folder), probe)
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)
     if not difference <= check.tolerance:  # so that NaN is an error
@@ -133,12 +126,16 @@ def check_export(
     return check
 
 
+@torch.no_grad()
+def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+    return logits.float().cpu()
+
+
 def stored_config(origin: str) -> Any:
     """Return the config a base model is stored with, or None where it cannot be loaded from anywhere."""
-    if not origin:
-        return None
     try:
-        return AutoConfig.from_pretrained(origin, trust_remote_code=False)
+        return AutoConfig.from_pretrained(origin, trust_remote_code=False) if origin else None
     except (OSError, ValueError):
         return None
 
@@ -156,8 +153,7 @@ def base_options(manifest: Manifest, origin: str) -> dict[str, object]:
         return options
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     if headed and config.num_labels != len(head.labels):
-        # The stored head may be one of other labels; all of the head comes from the export.
-        options["ignore_mismatched_sizes"] = True
+        options["ignore_mismatched_sizes"] = True  # all of the head comes from the export
     if head.pad_token_id != getattr(config, "pad_token_id", None):
         options["pad_token_id"] = head.pad_token_id
     if str(config.dtype or torch.float32).removeprefix("torch.") != head.dtype:
@@ -179,26 +175,23 @@ def _logits_of_fresh_process(
     folder: Path, manifest: Manifest, backbone: Backbone, probe: Mapping[str, Tensor]
 ) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="autopeft-check-") as scratch:
-        probe_file, logits_file = Path(scratch, "probe.safetensors"), Path(scratch, "logits.safetensors")
         job = {
             "layout": manifest.layout,
             "base": backbone.origin,
             "folder": str(folder.resolve()),
             "options": base_options(manifest, backbone.origin) if manifest.layout == "peft" else {},
-            "probe": str(probe_file),
-            "logits": str(logits_file),
             "threads": torch.get_num_threads(),
         }
-        save_file({name: tensor.cpu().contiguous() for name, tensor in probe.items()}, probe_file)
-        file = Path(scratch, "job.json")
-        file.write_text(json.dumps(job), encoding="utf-8")
+        Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in probe.items()}
+        save_file(tensors, Path(scratch, "probe.safetensors"))
         environment = dict(os.environ)
         if manifest.layout == "mixed":  # this very autopeft, installed or not
             paths = [str(_SCRIPT.parents[2]), environment.get("PYTHONPATH", "")]
-            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        # -P: else the script's folder would be searched first, and our module names found there.
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(
-            [sys.executable, "-P", str(_SCRIPT), str(file)],
+            # -P: else the script's folder would be searched first, and our module names found there.
+            [sys.executable, "-P", str(_SCRIPT), scratch],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -208,8 +201,4 @@ def _logits_of_fresh_process(
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise RuntimeError(f"The export does not load in a fresh process:\n{last}")
-        return load_file(logits_file)["logits"]
-
-
-def _on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+        return load_file(Path(scratch, "logits.safetensors"))["logits"]

@@ -7,14 +7,13 @@ from autopeft.methods.attachment import (
     count_site,
     placement_of,
 )
-from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod
 from autopeft.methods.registry import METHODS, carries_adapters
 
 __all__ = [
     "METHODS",
-    "Attached",
     "Attachment",
     "FullFineTuning",
     "Method",

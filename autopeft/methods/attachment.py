@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from types import TracebackType
+from collections.abc import Hashable, Mapping
+from contextlib import ExitStack
 from typing import Self
 
 import torch
@@ -24,11 +24,7 @@ def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
 
 
 def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
-    """Return the exact number of trainable parameters, head included, before anything is built.
-
-    Raises:
-        ValueError: The configuration names a site the backbone does not have.
-    """
+    """Return the exact number of trainable parameters, head included, before anything is built."""
     adapters = sum(count_site(backbone, site, adapter) for site, adapter in configuration)
     return adapters + backbone.head_parameters
 
@@ -63,13 +59,13 @@ class Attachment:
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._detached = False
+        self._undo = ExitStack()
+        self._undo.callback(self._release)
         backbone.attached = configuration
         try:
             with seeded(seed):
                 self._attach_methods()
-                self._attach_head()
+                self.parameters |= copy_head(backbone, self._undo)
             for parameter in self.parameters.values():
                 if parameter.dtype.itemsize < torch.float32.itemsize:
                     parameter.data = parameter.data.float()  # as peft trains and loads adapters on any base
@@ -81,10 +77,9 @@ class Attachment:
     def _attach_methods(self) -> None:
         for name in self.configuration.methods:
             placement = placement_of(self.backbone, self.configuration, name)
-            attached = METHODS[name].attach(self.backbone.model, placement)
-            self._undo.append(attached.undo)
+            trainable = METHODS[name].attach(self.backbone.model, placement, self._undo)
             for site, (shape, adapter) in placement.items():
-                parameters = attached.parameters.get(site, {})
+                parameters = trainable.get(site, {})
                 expected = METHODS[name].count(shape, adapter)
                 found = sum(parameter.numel() for parameter in parameters.values())
                 if found != expected:
@@ -96,36 +91,21 @@ class Attachment:
                     f"{site}.{name}.{local}": parameter for local, parameter in parameters.items()
                 }
 
-    def _attach_head(self) -> None:
-        trained, originals = copy_head(self.backbone)
-        self.parameters |= trained
-
-        def restore() -> None:
-            for module, name, original in reversed(originals):
-                setattr(module, name, original)
-
-        self._undo.append(restore)
-
     def _select_trainable(self) -> None:
-        parameters = list(self.backbone.model.parameters())
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        model = self.backbone.model.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        found = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        expected = self._expected_parameters()
+        found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        expected = self.trainable_parameters
         if found != expected:
             raise RuntimeError(
                 f"{found} parameters require gradients after attaching, the configuration has {expected}."
             )
 
-    def _expected_parameters(self) -> int:
-        return count_parameters(self.backbone, self.configuration)
-
     @property
     def trainable_parameters(self) -> int:
         """Number of parameters that are trained: adapters and head."""
-        return self._expected_parameters()
+        return count_parameters(self.backbone, self.configuration)
 
     @property
     def structure(self) -> Hashable:
@@ -166,24 +146,16 @@ class Attachment:
     @section("attach")
     def detach(self) -> None:
         """Take everything out; the backbone is then what it was, bit for bit. Safe to call again."""
-        if self._detached:  # another configuration may be attached by now
-            return
-        self._detached = True
-        while self._undo:
-            self._undo.pop()()
-        for parameter in list(self.backbone.model.parameters()):
-            parameter.requires_grad_(False)
+        self._undo.close()
+
+    def _release(self) -> None:
+        self.backbone.model.requires_grad_(False)
         self.backbone.attached = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 from torch import nn
 
@@ -15,17 +15,8 @@ Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 """The adapters of one method to attach: site → (what the backbone has there, the adapter)."""
 
 
-@dataclass(frozen=True)
-class Attached:
-    """What a method put into a model.
-
-    Attributes:
-        parameters: The trainable parameters at each site, under names that are stable across runs.
-        undo: Takes everything out again.
-    """
-
-    parameters: Mapping[Site, Mapping[str, nn.Parameter]]
-    undo: Callable[[], None]
+Trainable = Mapping[Site, Mapping[str, nn.Parameter]]
+"""The trainable parameters at each site, under names that are stable across runs."""
 
 
 class Method(ABC):
@@ -34,9 +25,8 @@ class Method(ABC):
     Guarantees (checked for every method by `tests/methods/test_contract.py`):
 
     * `count` equals the number of parameters that `attach` makes trainable at the site;
-    * right after `attach` the model computes what it computed before (prefix, which adds positions
-      to attend to, changes it slightly: its values start near 0);
-    * `undo` leaves the very module and parameter objects that were there before, bit-identical;
+    * right after `attach` the model computes what it computed before (prefix changes it slightly);
+    * closing `undo` leaves the very module and parameter objects that were there before, bit-identical;
     * methods can be attached to one model one after another, wrapping ones first.
     """
 
@@ -48,8 +38,17 @@ class Method(ABC):
         """Return the exact number of trainable parameters of an adapter at a site."""
 
     @abstractmethod
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
-        """Put adapters into a model in place. Weights are drawn from torch's global generator."""
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
+        """Put adapters into a model in place. Weights are drawn from torch's global generator.
+
+        As they are put in, `undo` is given what takes them out again; the caller closes it, after errors too.
+        """
+
+
+def swap(module: nn.Module, name: str, value: nn.Module | nn.Parameter, undo: ExitStack) -> None:
+    """Put a module or a parameter in the place of the one that a module has under a name."""
+    undo.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, value)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -6,13 +6,14 @@ takes any module with a bias, GPT-2's Conv1D and norms included.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.base import Method, Placement, Trainable, swap
 from autopeft.models.backbone import SiteShape
 
 
@@ -29,21 +30,14 @@ class BitFit(Method):
         """Return the number of biases."""
         return shape.bias
 
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put trainable copies of the biases in place; see `Method.attach`."""
         parameters = {}
-        originals: list[tuple[nn.Module, nn.Parameter]] = []
         for site, (shape, _) in placement.items():
             module = model.get_submodule(shape.module)
             if isinstance(module, BaseTunerLayer):  # LoRA or IA3 on the same layer
                 module = module.get_base_layer()
-            original = cast(nn.Parameter, module.bias)
-            originals.append((module, original))
-            module.bias = nn.Parameter(original.detach().clone())
-            parameters[site] = {"bias": module.bias}
-
-        def undo() -> None:
-            for module, original in originals:
-                module.bias = original
-
-        return Attached(parameters=parameters, undo=undo)
+            bias = nn.Parameter(cast(nn.Parameter, module.bias).detach().clone())
+            swap(module, "bias", bias, undo)
+            parameters[site] = {"bias": bias}
+        return parameters

@@ -6,14 +6,14 @@ held in place by hooks, so that they work on any architecture whose sublayers ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.base import Method, Placement, Trainable
 from autopeft.models.backbone import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -51,28 +51,16 @@ class Bottleneck(nn.Module):
 class _BottleneckMethod(Method):
     """What series and parallel adapters share: the module, where it is kept and how it is removed."""
 
+    reads_input: bool
+    """Whether it reads the sublayer's input, and not its output."""
+
     def in_features(self, shape: SiteShape) -> int:
         """Return the width of what the adapter reads."""
-        raise NotImplementedError
-
-    def scaling(self, adapter: Adapter) -> float:
-        """Return the factor on the adapter's output."""
-        raise NotImplementedError
+        return shape.in_features if self.reads_input else shape.out_features
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Hook the adapter into the model's forward pass."""
         raise NotImplementedError
-
-    def build(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
-        """Return the adapter's module."""
-        assert adapter.size is not None
-        return Bottleneck(
-            self.in_features(shape),
-            shape.out_features,
-            adapter.size,
-            str(adapter.option("activation")),
-            self.scaling(adapter),
-        )
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return b·(d_in + d_out) weights and b + d_out biases."""
@@ -80,33 +68,28 @@ class _BottleneckMethod(Method):
         width = self.in_features(shape) + shape.out_features
         return adapter.size * width + adapter.size + shape.out_features
 
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in; see `Method.attach`."""
         child = f"autopeft_{self.name}"
         parameters = {}
-        hosts: list[nn.Module] = []
-        handles: list[RemovableHandle] = []
-
-        def undo() -> None:
-            for handle in handles:
-                handle.remove()
-            for host in hosts:
-                delattr(host, child)
-
-        try:
-            for site, (shape, adapter) in placement.items():
-                host = model.get_submodule(shape.module)
-                like = next(host.parameters())
-                bottleneck = self.build(shape, adapter)
-                bottleneck.to(device=like.device).train(host.training)
-                host.add_module(child, bottleneck)
-                hosts.append(host)
-                handles += self.connect(model, shape, bottleneck)
-                parameters[site] = dict(bottleneck.named_parameters())
-        except BaseException:
-            undo()
-            raise
-        return Attached(parameters=parameters, undo=undo)
+        for site, (shape, adapter) in placement.items():
+            host = model.get_submodule(shape.module)
+            like = next(host.parameters())
+            assert adapter.size is not None
+            bottleneck = Bottleneck(
+                self.in_features(shape),
+                shape.out_features,
+                adapter.size,
+                str(adapter.option("activation")),
+                float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
+            )
+            bottleneck.to(device=like.device).train(host.training)
+            host.add_module(child, bottleneck)
+            undo.callback(delattr, host, child)
+            for handle in self.connect(model, shape, bottleneck):
+                undo.callback(handle.remove)
+            parameters[site] = dict(bottleneck.named_parameters())
+        return parameters
 
 
 class Series(_BottleneckMethod):
@@ -117,14 +100,7 @@ class Series(_BottleneckMethod):
     """
 
     name = "series"
-
-    def in_features(self, shape: SiteShape) -> int:
-        """Return the width of the sublayer's output."""
-        return shape.out_features
-
-    def scaling(self, adapter: Adapter) -> float:
-        """Return 1: the output is not scaled."""
-        return 1.0
+    reads_input = False
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Add f(y) to the output y of the projection."""
@@ -145,47 +121,27 @@ class Parallel(_BottleneckMethod):
     """
 
     name = "parallel"
-
-    def in_features(self, shape: SiteShape) -> int:
-        """Return the width of the sublayer's input."""
-        return shape.in_features
-
-    def scaling(self, adapter: Adapter) -> float:
-        """Return s."""
-        return float(adapter.option("scaling"))
+    reads_input = True
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
-        """Add s·f(x) to the output y of the sublayer."""
+        """Remember x at the sublayer's first layer, and add s·f(x) to the output y of its last."""
+        seen: list[Tensor] = []
 
-        def add(given: Tensor, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(given)
+        def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+            seen.clear()  # of a pass that was broken off
+
+        def remember(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # The first call alone: DeBERTa's query layer is given relative positions afterwards.
+            if not seen:
+                seen.append(inputs[0])
+
+        def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            update: Tensor = bottleneck(seen.pop())
             return output + update
 
-        return beside_sublayer(model, shape, add)
-
-
-def beside_sublayer(
-    model: nn.Module, shape: SiteShape, combine: Callable[[Tensor, Tensor], Tensor]
-) -> list[RemovableHandle]:
-    """Remember a sublayer's input x at its first layer; at its last, put combine(x, y) for the output y."""
-    seen: list[Tensor] = []
-
-    def forget(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        seen.clear()  # of a pass that was broken off
-
-    def remember(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # The first call alone: DeBERTa's query layer is given relative positions afterwards.
-        if not seen:
-            seen.append(inputs[0])
-
-    def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return combine(seen.pop(), output)
-
-    start = model.get_submodule(shape.attention_module or shape.input_module)
-    first = model.get_submodule(shape.input_module)
-    last = model.get_submodule(shape.module)
-    return [
-        start.register_forward_pre_hook(forget),
-        first.register_forward_pre_hook(remember),
-        last.register_forward_hook(replace),
-    ]
+        start = model.get_submodule(shape.attention_module or shape.input_module)
+        return [
+            start.register_forward_pre_hook(forget),
+            model.get_submodule(shape.input_module).register_forward_pre_hook(remember),
+            model.get_submodule(shape.module).register_forward_hook(add),
+        ]

@@ -6,21 +6,17 @@ from torch import nn
 
 from autopeft.core.configuration import Configuration
 from autopeft.methods.attachment import Attachment
+from autopeft.methods.base import swap
 from autopeft.models.backbone import Backbone
 
 
 class FullFineTuning(Attachment):
-    """Train every parameter, in a copy: afterwards the backbone is what it was.
+    """Train every parameter, in a copy: afterwards the backbone is what it was. See `Attachment`.
 
-    Takes as much memory again as the backbone has parameters. See `Attachment`.
-
-    Args:
-        backbone: The resident backbone.
-        configuration: Gives learning rate and weight decay; must have no adapters.
-        seed: Seed of a new head's initial weights.
+    Takes as much memory again as the backbone has parameters.
 
     Raises:
-        ValueError: The configuration has adapters.
+        ValueError: The configuration, which gives learning rate and weight decay, has adapters.
     """
 
     def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:
@@ -29,22 +25,14 @@ class FullFineTuning(Attachment):
         super().__init__(backbone, configuration, seed)
 
     def _attach_methods(self) -> None:
-        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         copies: dict[int, nn.Parameter] = {}  # tied weights stay tied
-
-        def restore() -> None:
-            for module, name, original in originals:
-                setattr(module, name, original)
-
-        self._undo.append(restore)
         heads = tuple(f"{head}." for head in self.backbone.head)
         for path, module in self.backbone.model.named_modules():
             if f"{path}.".startswith(heads):
                 continue
             for name, original in list(module.named_parameters(recurse=False)):
-                originals.append((module, name, original))
                 copy = copies.setdefault(id(original), nn.Parameter(original.detach().clone()))
-                setattr(module, name, copy)
+                swap(module, name, copy, self._undo)
                 self.parameters.setdefault(f"full.{path}.{name}", copy)
 
     @property
@@ -52,5 +40,7 @@ class FullFineTuning(Attachment):
         """None: nothing is frozen."""
         return None
 
-    def _expected_parameters(self) -> int:
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters of backbone and head."""
         return sum(parameter.numel() for parameter in set(self.parameters.values()))

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from autopeft.methods.base import swap
 from autopeft.models.backbone import Backbone
 
 _NORMAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
 
-Original = tuple[nn.Module, str, nn.Parameter]
 
-
-def copy_head(backbone: Backbone) -> tuple[dict[str, nn.Parameter], list[Original]]:
+def copy_head(backbone: Backbone, undo: ExitStack) -> dict[str, nn.Parameter]:
     """Put trainable copies in the place of the head's parameters, drawn anew where the head is a new one.
 
     Weights are drawn on the CPU from torch's global generator, wherever the head lies: a seed means the same
-    weights on every device.
-
-    Returns:
-        The copies under "head.<module>.<parameter>", and what stood in their place.
+    weights on every device. The copies are returned under "head.<module>.<parameter>", and `undo` is given
+    what puts the head's own parameters back.
     """
     trained: dict[str, nn.Parameter] = {}
-    originals: list[Original] = []
     std = float(getattr(backbone.model.config, "initializer_range", None) or 0.02)
     for head in backbone.head:
         for path, module in backbone.model.get_submodule(head).named_modules(prefix=head):
             own = dict(module.named_parameters(recurse=False))
             values: dict[str, Tensor] = _drawn(module, own, std) if backbone.new_head else {**own}
             for local, original in own.items():
-                originals.append((module, local, original))
                 copied = nn.Parameter(values[local].detach().to(original.device, copy=True))
-                setattr(module, local, copied)
+                swap(module, local, copied, undo)
                 trained[f"head.{path}.{local}"] = copied
-    return trained, originals
+    return trained
 
 
 def _drawn(module: nn.Module, own: dict[str, nn.Parameter], std: float) -> dict[str, Tensor]:

@@ -38,14 +38,9 @@ class Lora(PeftMethod):
         # module name matches itself alone.
         ranks = {shape.module: adapter.size for shape, adapter in placement.values()}
         alphas = {shape.module: adapter.option("alpha") for shape, adapter in placement.values()}
-        common: dict[str, Any] = {
-            "r": adapter.size,
-            "lora_alpha": adapter.option("alpha"),
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-        }
+        patterns: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
         return LoraConfig(
-            **common,
+            **patterns,
             target_modules=module_names(placement),
             use_rslora=bool(adapter.option("rslora")),
             lora_dropout=float(adapter.option("dropout")),

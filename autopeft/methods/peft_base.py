@@ -10,15 +10,16 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import cast
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.methods.base import Attached, Method, Placement, replace_module
+from autopeft.methods.base import Method, Placement, Trainable, replace_module
 from autopeft.models.backbone import SiteShape
 
 
@@ -45,35 +46,27 @@ class PeftMethod(Method):
             for index, group in enumerate(grouped)
         }
 
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Inject the adapters; see `Method.attach`."""
         parameters: dict[Site, Mapping[str, nn.Parameter]] = {}
         originals = {shape.module: model.get_submodule(shape.module) for shape, _ in placement.values()}
-
-        def undo() -> None:
-            for name, module in originals.items():
-                replace_module(model, name, module)
-            if hasattr(model, "peft_config"):
-                del model.peft_config
-
+        for name, module in originals.items():
+            undo.callback(replace_module, model, name, module)
+        undo.callback(vars(model).pop, "peft_config", None)
         groups = self.groups(placement)
-        try:
-            with _quiet_peft():
-                for adapter_name, group in groups.items():
-                    inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+        with _quiet_peft():
             for adapter_name, group in groups.items():
-                for site, (shape, _) in group.items():
-                    layer = model.get_submodule(shape.module)
-                    if isinstance(layer, BaseTunerLayer):
-                        # Injecting a peft adapter makes it the active one of every layer, also of
-                        # those that carry another.
-                        layer.set_adapter(adapter_name)
-                        layer.train(originals[shape.module].training)
-                    parameters[site] = _adapter_parameters(layer, adapter_name)
-        except BaseException:
-            undo()
-            raise
-        return Attached(parameters=parameters, undo=undo)
+                inject_adapter_in_model(self.peft_config(group), model, adapter_name)
+        for adapter_name, group in groups.items():
+            for site, (shape, _) in group.items():
+                layer = model.get_submodule(shape.module)
+                if isinstance(layer, BaseTunerLayer):
+                    # Injecting a peft adapter makes it the active one of every layer, also of those that
+                    # carry another.
+                    layer.set_adapter(adapter_name)
+                    layer.train(originals[shape.module].training)
+                parameters[site] = _adapter_parameters(layer, adapter_name)
+        return parameters
 
 
 @contextmanager
@@ -90,15 +83,11 @@ def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Par
     if not isinstance(layer, BaseTunerLayer):
         return {}
     found: dict[str, nn.Parameter] = {}
-    for holder_name in layer.adapter_layer_names:
-        holder = getattr(layer, holder_name)
-        if adapter_name not in holder:
-            continue
-        held = holder[adapter_name]
-        if isinstance(held, nn.Parameter):
-            found[holder_name] = held
-        else:
-            found |= {f"{holder_name}.{name}": parameter for name, parameter in held.named_parameters()}
+    for name, parameter in cast(nn.Module, layer).named_parameters():
+        holder, _, held = name.partition(".")
+        adapter, *local = held.split(".")
+        if holder in layer.adapter_layer_names and adapter == adapter_name:
+            found[".".join([holder, *local])] = parameter
     return found
 
 

@@ -6,6 +6,7 @@ goes through transformers' attention interface, the documented place to change h
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Attached, Method, Placement
+from autopeft.methods.base import Method, Placement, Trainable
 from autopeft.models.backbone import SiteShape
 
 _IMPLEMENTATION = "autopeft_prefix"
@@ -60,21 +61,7 @@ def prefix_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute SDPA attention, with the module's prefix in front of keys and values if it has one."""
-    prefix = getattr(module, _CHILD, None)
-    return attend_behind(prefix, module, query, key, value, attention_mask, is_causal, **kwargs)
-
-
-def attend_behind(
-    prefix: Prefix | None,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute SDPA attention, with a prefix in front of keys and values."""
+    prefix: Prefix | None = getattr(module, _CHILD, None)
     if prefix is not None:
         tokens = query.shape[2]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -114,30 +101,18 @@ class PrefixTuning(Method):
         assert adapter.size is not None
         return 2 * adapter.size * shape.key_value_features
 
-    def attach(self, model: nn.Module, placement: Placement) -> Attached:
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
         assert isinstance(model, PreTrainedModel)
         parameters = {}
-        hosts: list[nn.Module] = []
-        before = model.config._attn_implementation
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(_IMPLEMENTATION)
-
-        def undo() -> None:
-            for host in hosts:
-                delattr(host, _CHILD)
-            model.set_attn_implementation(before)
-
-        try:
-            for site, (shape, adapter) in placement.items():
-                assert adapter.size is not None
-                host = model.get_submodule(shape.attention_module)
-                std = float(adapter.option("initial_std"))
-                prefix = Prefix(adapter.size, shape.key_value_features, std)
-                prefix.to(next(host.parameters()).device).train(host.training)
-                host.add_module(_CHILD, prefix)
-                hosts.append(host)
-                parameters[site] = dict(prefix.named_parameters())
-        except BaseException:
-            undo()
-            raise
-        return Attached(parameters=parameters, undo=undo)
+        for site, (shape, adapter) in placement.items():
+            assert adapter.size is not None
+            host = model.get_submodule(shape.attention_module)
+            prefix = Prefix(adapter.size, shape.key_value_features, float(adapter.option("initial_std")))
+            prefix.to(next(host.parameters()).device).train(host.training)
+            host.add_module(_CHILD, prefix)
+            undo.callback(delattr, host, _CHILD)
+            parameters[site] = dict(prefix.named_parameters())
+        return parameters

@@ -17,9 +17,8 @@ def configuration_from_ranks(
 ) -> Configuration:
     """Return a configuration with other LoRA ranks and everything else alike.
 
-    α, rsLoRA and dropout of each LoRA stay, so a new rank r means the scaling α/√r or α/r of an ordinary
-    LoRA of that rank; the tensors of a callback's `truncated_state()` are made for it. LoRA at sites
-    that are not named stays as it is, and so do adapters of other methods and the hyper-parameters.
+    α, rsLoRA and dropout of each LoRA stay: the tensors of a callback's `truncated_state()` are made for it.
+    LoRA at sites that are not named, other methods and hyper-parameters stay as they are.
 
     Args:
         backbone: The backbone the configuration is for.
@@ -41,30 +40,22 @@ def configuration_from_ranks(
         if not any(adapter.method == "lora" for adapter in configuration.adapters.get(site, ())):
             raise ValueError(f"{name} is the site {site}, where the configuration has no LoRA.")
         learned[site] = rank
-    adapters = {
-        site: tuple(
-            _resized(adapter, learned[site]) if adapter.method == "lora" and site in learned else adapter
-            for adapter in several
-            if adapter.method != "lora" or learned.get(site) != 0
-        )
-        for site, several in configuration.adapters.items()
-    }
+    adapters = dict(configuration.adapters)
+    for site, rank in learned.items():
+        lora = [
+            Adapter("lora", rank, dict(adapter.options))
+            for adapter in adapters[site]
+            if adapter.method == "lora" and rank
+        ]
+        others = [adapter for adapter in adapters[site] if adapter.method != "lora"]
+        adapters[site] = (*lora, *others)
     return configuration.replace(adapters=adapters)
-
-
-def _resized(adapter: Adapter, rank: int) -> Adapter:
-    return Adapter(adapter.method, rank, dict(adapter.options))
 
 
 def attachment_tensors(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a callback's truncated tensors under the names an `Attachment` has for them.
 
-    Args:
-        backbone: The backbone the tensors are for.
-        tensors: By "<module>.lora_A.weight" and "<module>.lora_B.weight".
-
-    Raises:
-        ValueError: A name is that of no linear module in a block.
+    A name that is that of no linear module in a block raises a ValueError.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -74,14 +65,9 @@ def attachment_tensors(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dic
 
 
 def site_of_module(backbone: Backbone, name: str) -> Site:
-    """Return the site of a linear module.
+    """Return the site of a linear module, by its name in the backbone, which any prefix may precede.
 
-    Args:
-        backbone: Where to look.
-        name: The backbone's name of the module, which any prefix may precede.
-
-    Raises:
-        ValueError: There is no such module; the message names the nearest one.
+    Where there is no such module, a ValueError names the nearest one.
     """
     modules = {
         shape.module: site for site, shape in backbone.sites.items() if KIND_OF_ROLE[site.role] == "linear"

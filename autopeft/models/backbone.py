@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,7 @@ class Backbone:
             for shape in _shapes(model, index, block)
         }
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
-        # Of the layers themselves, before anything is put around them.
-        self.cached_casts = CachedCasts(map(model.get_submodule, names))
+        self.cached_casts = CachedCasts(map(model.get_submodule, names))  # before anything is put around them
 
     @classmethod
     def load(
@@ -137,15 +136,7 @@ class Backbone:
         """
         if isinstance(source, Backbone):
             return source
-        loaded = load_model(source, head, tokenizer, dtype)
-        return cls(
-            loaded.model,
-            loaded.tokenizer,
-            name=loaded.name,
-            head=loaded.head,
-            new_head=loaded.new_head,
-            origin=loaded.origin,
-        )
+        return cls(**vars(load_model(source, head, tokenizer, dtype)))
 
     @classmethod
     def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:
@@ -197,12 +188,8 @@ class Backbone:
     @cached_property
     def head_parameters(self) -> int:
         """Number of parameters of the head; trained with every configuration."""
-        names = {
-            name
-            for head in self.head
-            for name, _ in self.model.get_submodule(head).named_parameters(prefix=head)
-        }
-        return sum(self.model.get_parameter(name).numel() for name in names)
+        heads = map(self.model.get_submodule, self.head)
+        return sum(parameter.numel() for parameter in {own for head in heads for own in head.parameters()})
 
     @cached_property
     def parameters(self) -> int:
@@ -254,11 +241,7 @@ class Backbone:
         return None
 
     def check(self, configuration: Configuration) -> None:
-        """Raise where a configuration names a site or a method this backbone cannot carry.
-
-        Raises:
-            ValueError: The first such site, with what the backbone has instead.
-        """
+        """Raise a ValueError where a configuration names a site or a method this backbone cannot carry."""
         for site, adapter in configuration:
             obstacle = self.obstacle(self.shape(site), adapter.method)
             if obstacle is not None:
@@ -266,10 +249,9 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the architecture and every weight: tells backbones apart.
+        """SHA-256 (hex) over the architecture and every weight: tells backbones apart, in about 1 s a GB.
 
-        About 1 s a GB, once a process. The head is left out: it is trained anyway, and one that transformers
-        made for a loaded model is random, so that the same call would find another backbone in every process.
+        The head is left out: it is trained anyway, and a new one would differ from process to process.
         """
         digest = hashlib.sha256(type(self.model).__name__.encode())
         heads = tuple(f"{head}." for head in self.head)
@@ -292,11 +274,10 @@ class Backbone:
             "fingerprint": self.fingerprint,
         }
 
-    def table(self) -> Table:
-        """Return the summary as a rich table: a row a role, with shapes and the methods it takes."""
-        table = Table(title=repr(self), title_justify="left")
-        for heading in ("role", "kind", "blocks", "module", "shape", "methods"):
-            table.add_column(heading)
+    def summary(self) -> str:
+        """Return the roles as text, a row each, with blocks, shapes and the methods it takes."""
+        headings = ("role", "kind", "blocks", "module", "shape", "methods")
+        table = Table(*headings, title=repr(self), title_justify="left")
         for role in self.roles:
             shapes = [shape for site, shape in self.sites.items() if site.role == role]
             first = shapes[0]
@@ -310,13 +291,9 @@ class Backbone:
                 ", ".join(sizes),
                 ", ".join(methods) or "–",
             )
-        return table
-
-    def summary(self) -> str:
-        """Return blocks, roles, shapes and possible methods as text."""
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
-            console.print(self.table())
+            console.print(table)
             left_out = sorted({leaf for block in self._block_modules for leaf in block.unrecognised})
             if left_out:
                 console.print(f"Linear layers without a role: {', '.join(left_out)}")
@@ -366,15 +343,13 @@ def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:
 
 
 def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any) -> SiteShape:
-    return SiteShape(
+    return replace(
+        output,
         site=site,
-        kind="attention" if site.role == "attention" else "ffn",
-        module=output.module,
+        kind=KIND_OF_ROLE[site.role],
         input_module=first.module,
         in_features=first.in_features,
-        out_features=output.out_features,
-        parameters=output.parameters,
-        bias=output.bias,
+        transposed=False,
         **attention,
     )
 

@@ -27,6 +27,12 @@ _LEAF_ROLES = (
     ("value", re.compile(r"w?v(alue)?(_(proj|lin))?", re.IGNORECASE)),
 )
 _POSITION = re.compile(r"(^|_)pos(_|$)", re.IGNORECASE)
+_NORM_ORDER: Mapping[int, tuple[str, ...]] = {
+    2: ("attention_norm", "ffn_norm"),
+    3: ("attention_norm", "cross_attention_norm", "ffn_norm"),
+    4: ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm"),
+}
+"""Roles of a block's norms in order, by how many it has; three where it attends to an encoder."""
 _GATE = re.compile(r"gate|wi_0|w1", re.IGNORECASE)
 
 
@@ -178,12 +184,6 @@ def _norm_roles(block: nn.Module, crossed: bool) -> dict[str, str]:
     if len(plain) == 1:
         is_ffn = re.search(r"mlp|ffn|feed", plain[0], re.IGNORECASE)
         roles["ffn_norm" if is_ffn else "attention_norm"] = plain[0]
-    elif len(plain) == 2:
-        roles |= dict(zip(("attention_norm", "ffn_norm"), plain, strict=True))
-    elif len(plain) == 3 and crossed:
-        three = ("attention_norm", "cross_attention_norm", "ffn_norm")
-        roles |= dict(zip(three, plain, strict=True))
-    elif len(plain) == 4:
-        four = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
-        roles |= dict(zip(four, plain, strict=True))
+    elif len(plain) != 3 or crossed:
+        roles |= zip(_NORM_ORDER.get(len(plain), ()), plain, strict=False)
     return roles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,10 @@ from autopeft.core.precision import Precision
 class CachedCasts:
     """bfloat16 copies of the weights and biases of linear layers that stay frozen.
 
-    Autocast keeps the casts of weights that require gradients alone, and forgets them after a pass: a frozen
-    weight is read, cast and written in each forward pass, which for a small model on a CPU takes as long as
-    multiplying by it. With the copies in place there is nothing left to cast. The same numbers are
-    multiplied, so that results are those of autocast alone, bit for bit.
-
-    The copies live as long as the `with` block, and take half as many bytes again as these layers do. On
-    other devices, where memory is scarce and a cast takes next to no time, the weights are left as they are.
+    Autocast casts a frozen weight in each forward pass, which for a small model on a CPU takes as long as
+    multiplying by it. With the copies in place the same numbers are multiplied: results are those of autocast
+    alone, bit for bit. The copies live as long as the `with` block, and take half as many bytes again as
+    these layers do. On other devices a cast takes next to no time, and weights are left as they are.
 
     Args:
         layers: The layers, `nn.Linear` or transformers' Conv1D. What is put around them later (a LoRA layer)
@@ -32,22 +29,14 @@ class CachedCasts:
 
     @contextmanager
     def in_place(self, precision: Precision) -> Iterator[None]:
-        """Put the copies in place of frozen single-precision tensors on the CPU; use it with autocast.
-
-        Args:
-            precision: What the model computes in; there is nothing to do for "32-true".
-        """
-        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
-        try:
+        """Put the copies in place of frozen single-precision tensors on the CPU; nothing for "32-true"."""
+        with ExitStack() as undo:
             for layer in self._layers if precision == "bf16-mixed" else ():
                 for name, original in list(layer.named_parameters(recurse=False)):
                     if _is_castable(original):
-                        originals.append((layer, name, original))
+                        undo.callback(setattr, layer, name, original)
                         setattr(layer, name, _cast(original))
             yield
-        finally:
-            for layer, name, original in originals:
-                setattr(layer, name, original)
 
 
 def _is_castable(tensor: Tensor) -> bool:

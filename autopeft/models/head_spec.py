@@ -23,12 +23,7 @@ class HeadSpec:
 
     @classmethod
     def of_labels(cls, auto_class: Any, labels: Sequence[str]) -> Self:
-        """Return the head of a classifier.
-
-        Args:
-            auto_class: See `HeadSpec`.
-            labels: Their names, in the order of the logits.
-        """
+        """Return the head of a classifier whose labels have these names, in the order of the logits."""
         names = dict(enumerate(labels))
         label2id = {name: index for index, name in names.items()}
         return cls(

@@ -208,8 +208,7 @@ def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"No tokenizer was found for the backbone {origin!r}: pass one as tokenizer=..."
         ) from error
-    if not isinstance(loaded, PreTrainedTokenizerBase):
-        raise TypeError(f"{origin!r} loads a {type(loaded).__name__}, expected a tokenizer.")
+    assert isinstance(loaded, PreTrainedTokenizerBase)
     # Where there is no vocabulary, transformers hands out a tokenizer of special tokens (and a blank
     # or two), for which every text reads alike.
     if len(loaded) - len(loaded.all_special_tokens) < _FEWEST_WORDS:
@@ -263,22 +262,13 @@ def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str
             f"{type(model).__name__} has no head at all: pass a model with a task head, or the name of one "
             "that autopeft can load."
         )
-    inside = {
-        key.rpartition(".")[0]
-        for key in missing
-        if key.startswith(f"{prefix}.") and isinstance(_owner(model, key), nn.Module)
-    }
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {key.rpartition(".")[0] for key in missing if key.startswith(f"{prefix}.")}
+    inside = sorted(owners & modules.keys())
     if inside:
-        _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(sorted(inside)))
-    return (*outside, *sorted(inside))
+        _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(inside))
+    return (*outside, *inside)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _owner(model: nn.Module, key: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(key.rpartition(".")[0])
-    except AttributeError:
-        return None

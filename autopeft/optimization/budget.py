@@ -1,15 +1,19 @@
-"""When a search is done."""
+"""When a search is done, and when going on with it finds nothing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 
 from autopeft.core.evaluation import Cost, TrialRecord
+
+_MOST_INFEASIBLE = 500
+_MOST_DUPLICATES = 100
+_MOST_ALIKE_FAILURES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +66,12 @@ class Budget:
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
-        bounds = (self.trials, self.hours, self.gpu_seconds, self.cpu_seconds)
-        if all(bound is None for bound in bounds):
+        if not self.bounds:
             raise ValueError(
                 "A search needs a budget: trials=..., hours=..., gpu_seconds=... or cpu_seconds=..."
             )
-        for name in ("trials", "hours", "gpu_seconds", "cpu_seconds"):
-            bound = getattr(self, name)
-            number = isinstance(bound, int | float) and not isinstance(bound, bool)
-            if bound is not None and not (number and bound > 0):
+        for name, bound in self.bounds.items():
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
                 raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
         if self.trials is not None and not float(self.trials).is_integer():
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
@@ -78,9 +79,15 @@ class Budget:
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are given, by name."""
+        names = ("trials", "hours", "gpu_seconds", "cpu_seconds")
+        return {name: bound for name in names if (bound := getattr(self, name)) is not None}
+
+    @property
     def bounds_compute(self) -> bool:
         """Whether there is a bound besides that of trials."""
-        return (self.hours, self.gpu_seconds, self.cpu_seconds) != (None, None, None)
+        return self.bounds.keys() != {"trials"}
 
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.
@@ -98,3 +105,38 @@ class Budget:
             (spent.cost.cpu_seconds + more.cpu_seconds, self.cpu_seconds),
         )
         return max(amount / bound for amount, bound in shares if bound is not None)
+
+
+def is_exhausted(records: Sequence[TrialRecord], budget: Budget) -> bool:
+    """Say whether nothing new is found; duplicates spend no compute, and the search would never end."""
+    latest = records[-_MOST_DUPLICATES:]
+    return (
+        budget.trials is None
+        and len(latest) == _MOST_DUPLICATES
+        and all(record.duplicate_of is not None for record in latest)
+    )
+
+
+def raise_if_hopeless(records: Sequence[TrialRecord]) -> None:
+    """Raise where it is plain that going on finds nothing: what was recorded stays.
+
+    Raises:
+        RuntimeError: All candidates failed, and alike.
+        ValueError: No candidate has kept the constraints for long.
+    """
+    own = (record.evaluation for record in records if record.duplicate_of is None)
+    evaluated = [evaluation for evaluation in own if evaluation.status != "infeasible"]
+    outcomes = {(evaluation.status, evaluation.reason) for evaluation in evaluated}
+    alike = len(outcomes) == 1 and evaluated[0].status == "failed"
+    if alike and len(evaluated) >= _MOST_ALIKE_FAILURES:
+        raise RuntimeError(
+            f"All {len(evaluated)} candidates so far failed alike: {evaluated[0].reason}. Mend that, and "
+            "try them again with run(..., retry_failed=True)."
+        )
+    latest = records[-_MOST_INFEASIBLE:]
+    infeasible = all(record.evaluation.status == "infeasible" for record in reversed(latest))
+    if len(latest) == _MOST_INFEASIBLE and infeasible:
+        raise ValueError(
+            f"{_MOST_INFEASIBLE} candidates in a row broke a constraint (the last: "
+            f"{latest[-1].evaluation.reason}): relax the constraints, or make the space smaller."
+        )

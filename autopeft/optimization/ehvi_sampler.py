@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -14,17 +13,11 @@ from optuna.trial import FixedTrial, FrozenTrial
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_share, check_whole
 from autopeft.models.backbone import Backbone
+from autopeft.optimization.candidates import Candidates
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
 from autopeft.optimization.history import History
-from autopeft.optimization.learning_rate_prior import LearningRatePrior
-from autopeft.optimization.local_search import local_search
-from autopeft.optimization.single_adapter_probes import single_adapter_probes
 from autopeft.search_spaces import SearchSpace
-from autopeft.search_spaces.learning_rates import learning_rate_at
-from autopeft.search_spaces.mutation import Mutator
 
-_DRAWN_CANDIDATES = 32  # of a pool: what is unlike the front is seldom best, but is not to be missed
-_MUTATED_CANDIDATES = 128  # of a pool: most of what is best is near the front
 _MOST_PARENTS = 64  # of the front, those that add most: choosing a parent takes time for each
 _DRAWS_FOR_A_NEW_METHOD = 8  # before a first trial does without a method that was not tried
 
@@ -32,24 +25,13 @@ _DRAWS_FOR_A_NEW_METHOD = 8  # before a first trial does without a method that w
 class EhviSampler(BaseSampler):
     """Tries the candidate with the largest expected hypervolume improvement for its compute.
 
-    The candidates are a pool (points drawn by the space, points near the front) and what a local search leads
-    to from the best of them. What a training reaches is modelled by a Gaussian process whose kernel compares
-    placements (`GaussianProcess`); trainable parameters are counted, and other costs that are exact before
-    training are modelled without noise. The gain is integrated over the part of the objectives' unit cube
-    that no trial dominates, and divided by what a training step takes. See `ExpectedImprovement`.
-
+    What a candidate gains is worked out by `ExpectedImprovement`; the candidates are those of `Candidates`.
     Some trials are single-adapter probes: the best of the smallest adapters alone at one site, while there
     are sites where none was tried and the space has such points. The first trials, and a few later ones, are
     drawn by the space.
 
     It works with every `SearchSpace`, and depends on the seed, the trial's number and the history alone. A
-    search hands it the history (`learn`); as an Optuna sampler it may then be asked from any study.
-
-    Sources: Emmerich, Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization
-    Assisted by Gaussian Random Field Metamodels" (2006); Snoek, Larochelle and Adams, "Practical Bayesian
-    Optimization of Machine Learning Algorithms" (2012), for the gain for compute; Hutter, Hoos and
-    Leyton-Brown, "Sequential Model-Based Optimization for General Algorithm Configuration" (2011), for the
-    local search.
+    search hands the history to `choose`; after `learn` it may be asked from any Optuna study.
 
     Args:
         seed: With the trial's number, the only source of chance.
@@ -102,17 +84,15 @@ class EhviSampler(BaseSampler):
             return space.draw(generator, backbone)
         best = sorted(history.front.items(), key=lambda item: -item[1])[:_MOST_PARENTS]
         gain = ExpectedImprovement(history, self.features(space, backbone))
-        candidates = _Candidates(space, backbone, dict(best), generator)
+        candidates = Candidates(space, backbone, dict(best), generator)
         if self.probe_share and generator.random() < self.probe_share:
             # By themselves: models seldom think much of what is unlike the front.
-            probes = candidates.probes(history)
+            probes = candidates.probes(configuration for configuration, _ in history.trials)
             worth = gain.per_compute(probes)
             probes = [probe for probe, share in zip(probes, worth, strict=True) if share > 0]
             if (first := gain.best(probes)) is not None:
                 return probes[first]
-        pool = candidates.pool()
-        if pool:
-            pool += local_search(pool, gain.per_compute, candidates.mutator, generator)
+        pool = candidates.pool(gain.per_compute)
         first = gain.best(pool)
         return space.draw(generator, backbone) if first is None else pool[first]
 
@@ -168,62 +148,3 @@ def _unlike(
     tried = {method for configuration, _ in history.trials for method in configuration.methods}
     drawn = [space.draw(generator, backbone) for _ in range(_DRAWS_FOR_A_NEW_METHOD)]
     return max(drawn, key=lambda configuration: len(set(configuration.methods) - tried))
-
-
-class _Candidates:
-    """What one trial may try.
-
-    Args:
-        space: What to choose from.
-        backbone: The backbone.
-        front: Configurations of the front, each with what it adds to the hypervolume.
-        generator: The trial's.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        backbone: Backbone,
-        front: Mapping[Configuration, float],
-        generator: random.Random,
-    ) -> None:
-        self._space, self._backbone, self._generator = space, backbone, generator
-        self._front = front
-        self.mutator: Mutator = space.mutator(backbone)
-        rate = space.learning_rate
-        self._rates = None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate)
-
-    def pool(self) -> list[Configuration]:
-        """Return drawn points and points near the front.
-
-        Each stands there with two learning rates, its own and one of a sum near what the front has. The head
-        alone is not among them: it is a baseline, and would often be tried again for the noise in its
-        metric.
-        """
-        found = [self._space.draw(self._generator, self._backbone) for _ in range(_DRAWN_CANDIDATES)]
-        found += [self.mutator(self._front, self._generator) for _ in range(_MUTATED_CANDIDATES)]
-        found = [candidate for candidate in found if candidate.adapters]
-        return found + (self._with_near_rates(found) if self._rates is not None else [])
-
-    def probes(self, history: History) -> list[Configuration]:
-        """Return single adapters where none was tried, with learning rates of a sum near the front's."""
-        rate = learning_rate_at(1.0, self._space.learning_rate)
-        tried = (configuration for configuration, _ in history.trials)
-        probes = single_adapter_probes(self._space.choices(self._backbone), tried, rate)
-        return self._with_near_rates([probe for probe in probes if self._is_point(probe)])
-
-    def _with_near_rates(self, candidates: Sequence[Configuration]) -> list[Configuration]:
-        rates = self._rates
-        if rates is None:
-            return list(candidates)
-        return [
-            candidate.replace(learning_rate=rates.draw(candidate, self._generator))
-            for candidate in candidates
-        ]
-
-    def _is_point(self, configuration: Configuration) -> bool:
-        try:
-            self._space.encode(configuration, self._backbone)
-        except ValueError:
-            return False
-        return True

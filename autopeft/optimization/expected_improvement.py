@@ -15,7 +15,7 @@ from scipy.stats import qmc
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.objectives import Objective
 from autopeft.core.pareto import non_dominated
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
@@ -40,9 +40,8 @@ class Features:
 
     Of both: the number of parameters on a log scale, and the share of each method but the first. Of what it
     costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
-    what it reaches, which metrics say: the summed learning rate on a log scale, and its placement, one number
-    a site. All lie in [0, 1] but the summed rate, which is 1 for one adapter at the highest rate.
-    `benchmarks/surrogate.py` compares them with others.
+    what it reaches: the summed learning rate on a log scale, and its placement, one number a site. All lie in
+    [0, 1] but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
 
     Attributes:
         backbone: Counts blocks and parameters.
@@ -83,14 +82,9 @@ class Features:
         return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
 
     def _of_both(self, configuration: Configuration) -> list[float]:
-        adapters = max(1, len(configuration))
-        return [
-            log_place(self.count(configuration), *self.parameters),
-            *(
-                sum(adapter.method == name for _, adapter in configuration) / adapters
-                for name in self.methods[1:]
-            ),
-        ]
+        methods = [adapter.method for _, adapter in configuration]
+        shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
+        return [log_place(self.count(configuration), *self.parameters), *shares]
 
     def count(self, configuration: Configuration) -> int:
         """Return a configuration's trainable parameters, counted once."""
@@ -139,16 +133,10 @@ class Features:
     def inputs(self, configurations: Sequence[Configuration], objective: Objective) -> Inputs:
         """Return what a model of a metric or of a cost is given."""
         if objective.is_metric:
-            return self.metric_inputs(configurations)
+            features = np.array([self.of_metric(configuration) for configuration in configurations])
+            return Inputs(features, np.array([self.placement(each) for each in configurations]))
         costs = np.array([self.of_cost(configuration) for configuration in configurations])
         return Inputs(costs, placements=np.empty((len(configurations), 0)))
-
-    def metric_inputs(self, configurations: Sequence[Configuration]) -> Inputs:
-        """Return what a model of a metric is given."""
-        return Inputs(
-            np.array([self.of_metric(configuration) for configuration in configurations]),
-            np.array([self.placement(configuration) for configuration in configurations]),
-        )
 
 
 class ExpectedImprovement:
@@ -171,7 +159,8 @@ class ExpectedImprovement:
         self._tried = [configuration for configuration, _ in history.trials]
         self._trainings = np.array(history.trainings or [1] * len(self._tried), dtype=np.float64)
         objectives = [axis.objective for axis in history.axes]
-        placed = self._on_all_axes()
+        names, trials = [objective.name for objective in objectives], enumerate(history.trials)
+        placed = [place for place, (_, values) in trials if all(name in values for name in names)]
         flags = non_dominated([history.trials[place][1] for place in placed], objectives)
         self._front = frozenset(place for place, flag in zip(placed, flags, strict=True) if flag)
         self._placed = sorted(self._front.union(self._learned_from(placed)))
@@ -210,12 +199,6 @@ class ExpectedImprovement:
         room = _LEARNED_TRIALS - len(kept)
         return sorted([*kept, *(others[-room:] if room else [])])
 
-    def _on_all_axes(self) -> list[int]:
-        """Return the trials that have a value on every axis."""
-        names = [axis.objective.name for axis in self._history.axes]
-        trials = enumerate(self._history.trials)
-        return [place for place, (_, values) in trials if all(name in values for name in names)]
-
     def _not_dominated(self) -> Array:
         """Return points spread evenly over the part of the unit cube that no trial dominates.
 
@@ -223,20 +206,19 @@ class ExpectedImprovement:
         left to gain (Picheny, Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy
         optimization", 2013).
         """
-        axes = self._history.axes
-        positions = [[axis.position(value) for value in self._reached(axis.objective)] for axis in axes]
+        axes, positions = self._history.axes, []
+        for axis in axes:
+            name = axis.objective.name
+            reached = [self._history.trials[place][1][name] for place in self._placed]
+            if not axis.objective.before_training:
+                mean, _ = self._models[name].predict(self._inputs(self._placed, axis.objective))
+                reached = mean.tolist()
+            positions.append([axis.position(value) for value in reached])
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
         for position in zip(*positions, strict=True):
             free &= (cells > position).any(axis=1)
         return cells[free]
-
-    def _reached(self, objective: Objective) -> list[float]:
-        """Return what trials on all axes reached: exact costs, and the rest as the model has it."""
-        if objective.before_training:
-            return [self._history.trials[place][1][objective.name] for place in self._placed]
-        mean, _ = self._models[objective.name].predict(self._inputs(self._placed, objective))
-        return [float(value) for value in mean]
 
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
@@ -248,7 +230,9 @@ class ExpectedImprovement:
             reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds)
         gain: Array = reached.sum(axis=1) / _CELLS
         for constraint in self._history.constraints:
-            gain *= self._feasible(constraint, candidates)
+            mean, deviation = self._predicted(constraint.objective, candidates)
+            bound = np.array(_scaled(constraint.objective, constraint.bound))
+            gain *= _kept(constraint.objective, mean, deviation, bound)
         return gain
 
     def per_compute(self, candidates: Sequence[Configuration]) -> Array:
@@ -279,11 +263,6 @@ class ExpectedImprovement:
             if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
                 return int(index)
         return None
-
-    def _feasible(self, constraint: Constraint, candidates: Sequence[Configuration]) -> Array:
-        objective = constraint.objective
-        mean, deviation = self._predicted(objective, candidates)
-        return _kept(objective, mean, deviation, np.array(_scaled(objective, constraint.bound)))
 
     def _predicted(self, objective: Objective, candidates: Sequence[Configuration]) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class _HyperParameters(NamedTuple):
     placement_share: Array
     placement_length: Array
 
-    def select(self, draws: NDArray[np.intp]) -> _HyperParameters:
+    def select(self, draws: Indices) -> _HyperParameters:
         """Return some of the draws."""
         return _HyperParameters(*(numbers[draws] for numbers in self))
 
@@ -59,8 +59,7 @@ class GaussianProcess:
     """Regression with a Matérn-5/2 kernel, a linear one beside it where asked for, and noise.
 
     A share of the Matérn kernel is multiplied by a Gaussian one of how much placements differ: features do
-    not tell which sites carry adapters. The hyper-parameters (a length a feature and that of placements, the
-    shares of the linear part, of placement and of the noise) are not fitted but averaged over: draws from a
+    not tell which sites carry adapters. The hyper-parameters are not fitted but averaged over: draws from a
     prior, weighted by the likelihood of the data. With ten trials the likeliest single setting is often a
     wrong one. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2, 4 and 5.
 
@@ -91,11 +90,11 @@ class GaussianProcess:
             self._drawn = self._drawn._replace(noise=np.full_like(self._drawn.noise, 1e-4))
         if not linear:
             self._drawn = self._drawn._replace(linear_weight=np.zeros_like(self._drawn.linear_weight))
-        covariance = self._own_covariance(inputs)
+        covariance = self._covariance(inputs, inputs)
         share = np.ones(len(values)) if repeats is None else 1 / repeats
         covariance += (self._drawn.noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
         root = np.linalg.cholesky(covariance)
-        white = np.stack([solve_triangular(factor, standard, lower=True) for factor in root])[:, :, None]
+        white = _solved(root, np.broadcast_to(standard[:, None], (len(root), len(values), 1)))
         diagonal = np.diagonal(root, axis1=1, axis2=2)
         likelihood = -0.5 * (white**2).sum(axis=(1, 2)) - np.log(diagonal).sum(axis=1)
         best = np.argsort(-likelihood, kind="stable")[:_KEPT_HYPER_PARAMETERS]
@@ -107,41 +106,23 @@ class GaussianProcess:
 
     def _covariance(self, first: Inputs, second: Inputs) -> Array:
         """Return (draws, first, second) covariances."""
-        pairs = np.indices((len(first.features), len(second.features))).reshape(2, -1)
-        found = self._of_pairs(first, second, *pairs)
-        return found.reshape(len(found), len(first.features), len(second.features))
-
-    def _own_covariance(self, inputs: Inputs) -> Array:
-        """Return (draws, inputs, inputs) covariances, of which half are computed."""
-        count = len(inputs.features)
-        rows, columns = np.triu_indices(count)
-        half = self._of_pairs(inputs, inputs, rows, columns)
-        found = np.empty((len(half), count, count))
-        found[:, rows, columns] = half
-        found[:, columns, rows] = half
-        return found
-
-    def _of_pairs(self, first: Inputs, second: Inputs, rows: Indices, columns: Indices) -> Array:
-        """Return (draws, pairs) covariances of the first's rows with the second's."""
-        drawn = self._drawn
-        squares = (first.features[rows] - second.features[columns]) ** 2
-        distance = np.sqrt(5 * drawn.lengths**-2.0 @ squares.T)
+        drawn, shape = self._drawn, (-1, len(first.features), len(second.features))
+        squares = (first.features[:, None] - second.features) ** 2
+        scaled = drawn.lengths**-2.0 @ squares.reshape(-1, squares.shape[-1]).T
+        distance = np.sqrt(5 * scaled).reshape(shape)
         covariance: Array = np.exp(-distance)
         covariance *= 1 + distance * (1 + distance / 3)
-        apart = _squared_distances(first.placements, second.placements)[rows, columns]
-        alike = np.exp(-0.5 * drawn.placement_length[:, None] ** -2.0 * apart)
-        alike -= 1
-        covariance *= 1 + drawn.placement_share[:, None] * alike
-        linear = ((first.features - 0.5) @ (second.features - 0.5).T)[rows, columns]
-        covariance += drawn.linear_weight[:, None] * linear
+        apart = _squared_distances(first.placements, second.placements)
+        alike = np.exp(-0.5 * drawn.placement_length[:, None, None] ** -2.0 * apart)
+        covariance *= 1 + drawn.placement_share[:, None, None] * (alike - 1)
+        covariance += drawn.linear_weight[:, None, None] * (
+            (first.features - 0.5) @ (second.features - 0.5).T
+        )
         return covariance
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:
         """Return the mean and the standard deviation (noise left out) at some points."""
-        covariances = zip(self._root, self._covariance(self._inputs, inputs), strict=True)
-        across = np.stack(
-            [solve_triangular(root, covariance, lower=True) for root, covariance in covariances]
-        )
+        across = _solved(self._root, self._covariance(self._inputs, inputs))
         means = (across * self._white).sum(axis=1)
         linear = ((inputs.features - 0.5) ** 2).sum(axis=1)
         own = 1 + self._drawn.linear_weight[:, None] * linear
@@ -151,13 +132,18 @@ class GaussianProcess:
         return self._mean + self._scale * mean, self._scale * np.sqrt(np.maximum(variance, 0.0))
 
 
+def _solved(roots: NDArray[Any], sides: Array) -> Array:
+    """Solve one lower triangular system a draw."""
+    systems = zip(roots, sides, strict=True)
+    return np.stack([solve_triangular(root, side, lower=True) for root, side in systems])
+
+
 def _squared_distances(first: Array, second: Array) -> Array:
     """Return (first, second) squared distances of placements, in [0, 1]: 1 for those that share no site.
 
-    It is the squared difference divided by the sum of both squares: one adapter at another site is another
-    configuration, one of thirty is nearly the same. Empty placements are the same, and share nothing with
-    others. A Gaussian of it is a kernel: the exponential of a product of two kernels, the scalar product and
-    the reciprocal of a sum (a Cauchy matrix).
+    It is the squared difference divided by the sum of both squares; empty placements are the same, and share
+    nothing with others. A Gaussian of it is a kernel: the exponential of a product of two kernels, the scalar
+    product and the reciprocal of a sum (a Cauchy matrix).
     """
     both = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1)
     alike = np.divide(2 * first @ second.T, both, out=np.ones_like(both), where=both > 0)

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import TrialRecord
-from autopeft.core.objectives import Constraint, Objective
-from autopeft.core.pareto import Axis, contributions, non_dominated
-from autopeft.optimization.learning_curve_forecast import Forecast
+from autopeft.core.objectives import Constraint
+from autopeft.core.pareto import Axis
 
 
 def nothing_is_served(block: int) -> bool:
@@ -40,49 +38,3 @@ class History:
     constraints: Sequence[Constraint] = ()
     trainings: Sequence[int] = ()
     are_states_served: Callable[[int], bool] = nothing_is_served
-
-
-def history_of(
-    records: Sequence[TrialRecord],
-    objectives: Sequence[Objective],
-    axes: Sequence[Axis],
-    constraints: Sequence[Constraint],
-    *,
-    forecast: Forecast | None = None,
-    are_states_served: Callable[[int], bool] = nothing_is_served,
-    pending: Sequence[Configuration] = (),
-) -> History:
-    """Return every trial with the values known of it; a failed training has the worst of the metrics.
-
-    Args:
-        records: All finished and paused trials.
-        objectives: The search's.
-        axes: Of the hypervolume; they say what is worst.
-        constraints: The search's.
-        forecast: Says what paused trials are expected to reach; None where trials do not pause.
-        are_states_served: See `History`.
-        pending: What is being trained: tried, and nothing is known of it.
-    """
-    worst = {axis.objective.name: axis.worst for axis in axes if not axis.objective.before_training}
-    names = [objective.name for objective in objectives]
-    evaluations = [record.evaluation for record in records if record.duplicate_of is None]
-    trials: list[tuple[Configuration, Mapping[str, float]]] = []
-    for evaluation in evaluations:
-        values = dict(evaluation.values)
-        if evaluation.status == "failed":
-            values |= worst
-        elif evaluation.status == "paused" and forecast is not None:
-            values |= dict(zip(names, forecast.values(evaluation), strict=True))
-        trials.append((evaluation.configuration, values))
-    complete = [evaluation for evaluation in evaluations if evaluation.status == "complete"]
-    flags = non_dominated([evaluation.values for evaluation in complete], objectives)
-    members = [evaluation for evaluation, flag in zip(complete, flags, strict=True) if flag]
-    shares = contributions([member.values for member in members], axes)
-    return History(
-        trials=[*trials, *((configuration, {}) for configuration in pending)],
-        axes=axes,
-        front={member.configuration: share for member, share in zip(members, shares, strict=True)},
-        constraints=constraints,
-        trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
-        are_states_served=are_states_served,
-    )

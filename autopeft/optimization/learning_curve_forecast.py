@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +19,17 @@ _NEAREST = 5  # whole trainings, whose gains after a rung are taken for a candid
 _ALIKE = 1e-9  # what differs by less differs by rounding alone
 
 
-@dataclass(frozen=True)
-class _Gains:
-    """What whole trainings gained after a step, and where they were then.
-
-    Attributes:
-        gains: Of the metric, one a training.
-        places: (trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss.
-        spread: Standard deviation of each column; infinite where nothing differs.
-        worst_loss: Logarithm of the highest loss known.
-    """
+class _Gains(NamedTuple):
+    """What whole trainings gained after a step, and where they were then."""
 
     gains: Sequence[float]
+    """Of the metric, one a training."""
     places: NDArray[np.float64]
+    """(trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss."""
     spread: NDArray[np.float64]
+    """Standard deviation of each column; infinite where nothing differs."""
     worst_loss: float
+    """Logarithm of the highest loss known."""
 
 
 class Forecast:
@@ -51,12 +47,13 @@ class Forecast:
         whole: Sequence[Evaluation],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        monitor: str,
+        monitor: Objective,
     ) -> None:
         self.whole = tuple(whole)
         self.monitor = monitor
-        self._objectives = [objective.name for objective in objectives]
-        self._scores = [objective.name for objective in objectives if objective.is_metric]
+        self._objectives = tuple(objectives)
+        self._scores = [each.name for each in objectives if each.is_metric and not each.at_end]
+        self._worst = {axis.objective.name: axis.worst for axis in axes}
         self._axes = [
             axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
         ]
@@ -73,27 +70,22 @@ class Forecast:
         validations = [scores for scores in known.values() if all(name in scores for name in self._scores)]
         if not validations:
             return None
-        best = max(validations, key=lambda scores: scores[self.monitor])
+        best = max(validations, key=lambda scores: self.monitor.sign * scores[self.monitor.name])
         return {name: best[name] for name in self._scores}
 
     def loss_at(self, evaluation: Evaluation, step: int) -> float:
         """Return the loss of the latest validation up to a step; infinity where none is known."""
-        losses = [
-            point.value
-            for point in evaluation.curves
-            if point.metric == VALIDATION_LOSS and point.step <= step
-        ]
-        return losses[-1] if losses else math.inf
+        losses = (point for point in reversed(evaluation.curves) if point.metric == VALIDATION_LOSS)
+        return next((point.value for point in losses if point.step <= step), math.inf)
 
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
         """Return what whole trainings gained after a step: those that were most like this one there.
 
-        A gain is up to the mean where there were several trainings: what another seed would give, not what
-        the lucky first one did. What is small learns less, and what has not begun to learn may not begin: the
-        gains of others would promise it what it cannot keep. Likeness is in the costs and in the validation
-        loss at that step, each by how much it differs between the whole trainings. A loss that is not known
-        is the highest that is. Trainings that are initialised from a supernet and those that are not
-        are never taken for like each other: the former have begun to learn before their first step.
+        A gain is up to the mean where there were several trainings: what another seed would give. What is
+        small learns less, and what has not begun to learn may not begin. So likeness is in the costs and in
+        the validation loss at that step, each by how much it differs between the whole trainings; a loss that
+        is not known is the highest that is. Trainings that are initialised from a supernet and those that are
+        not are never alike: the former have begun to learn before their first step.
         """
         kind = step, evaluation.warm_start
         if kind not in self._known:
@@ -112,14 +104,14 @@ class Forecast:
         for evaluation in self.whole:
             scores = self.scores_at(evaluation, step) if evaluation.warm_start == warm_start else None
             if scores is not None:
-                gains.append(evaluation.values[self.monitor] - scores[self.monitor])
+                gains.append(evaluation.values[self.monitor.name] - scores[self.monitor.name])
                 found.append(self._place(evaluation, step))
-        places = np.array(found).reshape(len(found), len(self._axes) + 1)
+        if not gains:
+            return _Gains((), np.empty((0, 0)), np.empty(0), 0.0)
+        places = np.array(found)
         is_known = np.isfinite(places[:, -1])
         worst_loss = float(places[is_known, -1].max()) if is_known.any() else 0.0
         places[~is_known, -1] = worst_loss
-        if not gains:
-            return _Gains((), places, np.empty(0), worst_loss)
         spread = np.where(np.ptp(places, axis=0) > _ALIKE, places.std(axis=0), np.inf)
         return _Gains(gains, places, spread, worst_loss)
 
@@ -147,13 +139,22 @@ class Forecast:
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
 
-        The median of what whole trainings like it gained from that step on is added to its metric.
+        The median of what whole trainings like it gained from that step on is added to its metric. What is only
+        measured at the end is expected to be the median of the whole trainings.
         """
         gains = self.gains(evaluation, evaluation.cost.steps)
         gain = statistics.median(gains) if gains else 0.0
         values: Mapping[str, float] = {
+            **self._at_end(),
             **evaluation.values,
-            self.monitor: evaluation.values[self.monitor] + gain,
+            self.monitor.name: evaluation.values[self.monitor.name] + gain,
             "training_seconds": evaluation.values["training_seconds"] / evaluation.fidelity,
         }
-        return [values[name] for name in self._objectives]
+        return [values[objective.name] for objective in self._objectives]
+
+    def _at_end(self) -> dict[str, float]:
+        found = {}
+        for name in (objective.name for objective in self._objectives if objective.at_end):
+            known = [evaluation.values[name] for evaluation in self.whole]
+            found[name] = statistics.median(known) if known else self._worst[name]
+        return found

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Constraint, Objective
-from autopeft.core.pareto import Axis
+from autopeft.core.pareto import Axis, contributions, front_records
 from autopeft.core.profiling import section
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
-from autopeft.optimization.history import history_of, nothing_is_served
+from autopeft.optimization.history import History, nothing_is_served
 from autopeft.optimization.learning_curve_forecast import Forecast
+from autopeft.optimization.proposal import Proposal
+from autopeft.optimization.samplers import make_sampler
 from autopeft.search_spaces import SearchSpace
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """A trial that is to begin.
-
-    Attributes:
-        configuration: What it tries.
-        parameters: The same, as the space's parameters.
-        distributions: What the parameters are from.
-        baseline: The name of the baseline that it is; None where it is another configuration.
-        attributes: What an Optuna sampler noted of the trial, as genetic ones note its generation; they look
-            for it when they are asked again.
-    """
-
-    configuration: Configuration
-    parameters: Mapping[str, Any]
-    distributions: Mapping[str, BaseDistribution]
-    baseline: str | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Proposer:
@@ -48,94 +27,67 @@ class Proposer:
     Args:
         space: What to choose from.
         backbone: The backbone.
-        sampler: An `EhviSampler`, which is handed the history, or a sampler that reads an Optuna study.
+        sampler: See `make_sampler`. An `EhviSampler` is handed the history, others read an Optuna study.
         objectives: The search's.
         axes: The axes of the hypervolume.
+        view: Returns a study with every trial so far, running ones included; it is asked for one trial.
+        seed: The search's.
         constraints: The search's.
         baselines: Whether the space's baselines come first.
         trials: Trials of the budget, by which the number of baselines goes; None where it has no such bound.
         forecast: Returns what trials that paused are expected to reach; None where trials do not pause.
         are_states_served: Whether trainings read kept hidden states; see `History`.
-        view: Returns a study with the sampler and every trial so far, running ones included. It is asked for
-            one trial. Needed for an Optuna sampler.
     """
 
     def __init__(
         self,
         space: SearchSpace,
         backbone: Backbone,
-        sampler: BaseSampler,
+        sampler: str | BaseSampler,
         *,
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
+        view: Callable[[], Study],
+        seed: int = 0,
         constraints: Sequence[Constraint] = (),
         baselines: bool = True,
         trials: int | None = None,
         forecast: Callable[[Sequence[TrialRecord]], Forecast] | None = None,
         are_states_served: Callable[[int], bool] = nothing_is_served,
-        view: Callable[[], Study] | None = None,
     ) -> None:
         self._space = space
         self._backbone = backbone
         self._sampler = sampler
         self._objectives = objectives
         self._axes = axes
+        self._view = view
+        self._seed = seed
         self._constraints = constraints
         self._baselines = space.baselines(backbone, trials) if baselines else ()
         self._forecast = forecast
         self._are_states_served = are_states_served
-        self._view = view
 
     @section("ask")
     def propose(
         self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
     ) -> Proposal:
-        """Return what a trial is to try.
+        """Return what a trial is to try: the next baseline that was not tried, or what the sampler chooses.
 
         Args:
             number: The trial's number.
             records: Every finished and paused trial.
             pending: What is being trained for the first time.
         """
-        return self._baseline(records, pending) or self._sampled(number, records, pending)
-
-    def _baseline(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> Proposal | None:
-        """Return the next baseline that was not tried; None where there is none left."""
         tried = {record.baseline for record in records}
         for baseline in self._baselines:
             if baseline.name not in tried and baseline.configuration not in pending:
-                parameters, distributions = encoded(self._space, baseline.configuration, self._backbone)
-                return Proposal(
-                    configuration=baseline.configuration,
-                    parameters=parameters,
-                    distributions=distributions,
-                    baseline=baseline.name,
-                )
-        return None
-
-    def _sampled(
-        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration]
-    ) -> Proposal:
-        if not isinstance(self._sampler, EhviSampler):
-            return self._asked()
-        history = history_of(
-            records,
-            self._objectives,
-            self._axes,
-            self._constraints,
-            forecast=None if self._forecast is None else self._forecast(records),
-            are_states_served=self._are_states_served,
-            pending=pending,
-        )
-        configuration = self._sampler.choose(number, self._space, self._backbone, history)
-        parameters, distributions = encoded(self._space, configuration, self._backbone)
-        return Proposal(configuration=configuration, parameters=parameters, distributions=distributions)
-
-    def _asked(self) -> Proposal:
-        """Ask a sampler that reads an Optuna study."""
-        if self._view is None:
-            raise ValueError(f"The sampler {self._sampler!r} reads an Optuna study: pass view=....")
+                return self._encoded(baseline.configuration, baseline.name)
+        sampler = make_sampler(self._sampler, self._seed, number)
+        if isinstance(sampler, EhviSampler):
+            history = self._history(records, pending)
+            return self._encoded(sampler.choose(number, self._space, self._backbone, history))
         study = self._view()
+        study.sampler = sampler
         trial = study.ask()
         configuration = self._space.suggest(trial, self._backbone)
         (frozen,) = (known for known in study.get_trials(deepcopy=False) if known.number == trial.number)
@@ -144,4 +96,38 @@ class Proposer:
             parameters=trial.params,
             distributions=trial.distributions,
             attributes=frozen.system_attrs,
+        )
+
+    def _encoded(self, configuration: Configuration, baseline: str | None = None) -> Proposal:
+        parameters, distributions = encoded(self._space, configuration, self._backbone)
+        return Proposal(
+            configuration=configuration,
+            parameters=parameters,
+            distributions=distributions,
+            baseline=baseline,
+        )
+
+    def _history(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> History:
+        """Return every trial with the values known of it; a failed training has the worst of the metrics."""
+        forecast = None if self._forecast is None else self._forecast(records)
+        worst = {axis.objective.name: axis.worst for axis in self._axes if not axis.objective.before_training}
+        names = [objective.name for objective in self._objectives]
+        evaluations = [record.evaluation for record in records if record.duplicate_of is None]
+        trials: list[tuple[Configuration, Mapping[str, float]]] = []
+        for evaluation in evaluations:
+            values = dict(evaluation.values)
+            if evaluation.status == "failed":
+                values |= worst
+            elif evaluation.status == "paused" and forecast is not None:
+                values |= dict(zip(names, forecast.values(evaluation), strict=True))
+            trials.append((evaluation.configuration, values))
+        members = [record.evaluation for record in front_records(records, self._objectives)]
+        shares = contributions([member.values for member in members], self._axes)
+        return History(
+            trials=[*trials, *((configuration, {}) for configuration in pending)],
+            axes=self._axes,
+            front={member.configuration: share for member, share in zip(members, shares, strict=True)},
+            constraints=self._constraints,
+            trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
+            are_states_served=self._are_states_served,
         )

@@ -2,78 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Protocol
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
-from autopeft.optimization.budget import Budget, Spent
-from autopeft.optimization.proposer import Proposal
+from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.optimization.budget import Budget, Spent, is_exhausted
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
-from autopeft.optimization.stop_rules import is_exhausted
 from autopeft.optimization.successive_halving import AshaPromoter
 
-
-class Proposes(Protocol):
-    """Says what new trials try."""
-
-    def propose(
-        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
-    ) -> Proposal:
-        """Return what a trial is to try; the same arguments give the same."""
-
-
-class Overhead(Protocol):
-    """What a search spends beside its trials, as on supernets for warm starts."""
-
-    @property
-    def cost(self) -> Cost:
-        """What was spent."""
-
-    def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
-        """Return what is still to be spent when trials are trained with so many seeds."""
+Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Proposal]
+"""Says what a new trial tries, from its number, all records and what is being trained for the first time; the
+same arguments give the same."""
 
 
 class Scheduler:
     """Decides what is done next, from the records and what is running.
 
     In this order: failed trials are tried again, on request; members of the front are trained with further
-    seeds; promoted trials go on from their rung; new trials begin. Before a budget of compute ends, enough of
-    it is kept for the trainings that members of the front lack, and for paused trials that are expected to
-    come onto it; when all trials of a budget are begun, these are still trained.
-
+    seeds; promoted trials go on from their rung; new trials begin. Before a budget ends, enough of it is kept
+    for the trainings that members of the front lack, and for paused trials that are expected to come onto it.
     The same records give the same jobs, if one job runs at a time.
 
     Args:
-        proposer: Says what new trials try.
+        propose: Says what new trials try.
         budget: When the search ends.
         objectives: The search's.
         seeds: Trainings that a member of the front is to have.
         promoter: Says which paused trial goes on; None where trials do not pause.
-        overhead: What is spent beside the trials; None for nothing.
+        overhead: Supernets, which take compute beside the trials; None for none.
         retried: Numbers of failed trials to try again.
     """
 
     def __init__(
         self,
-        proposer: Proposes,
+        propose: Propose,
         budget: Budget,
         objectives: Sequence[Objective],
         *,
         seeds: int = 1,
         promoter: AshaPromoter | None = None,
-        overhead: Overhead | None = None,
+        overhead: WarmStarts | None = None,
         retried: Iterable[int] = (),
     ) -> None:
         self.budget = budget
         self.running: dict[int, Job] = {}
-        self._proposer = proposer
+        self._propose = propose
         self._objectives = objectives
         self._seeds = seeds
         self._promoter = promoter
@@ -113,10 +94,6 @@ class Scheduler:
     def spent(self, records: Sequence[TrialRecord]) -> Spent:
         """Return what was spent, on the trials and beside them."""
         return Spent.of(records, None if self._overhead is None else self._overhead.cost)
-
-    def share(self, records: Sequence[TrialRecord]) -> float:
-        """Return how much of the budget is spent."""
-        return self.budget.spent_share(self.spent(records))
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the members of the front that were trained with fewer seeds than they are to be."""
@@ -180,8 +157,7 @@ class Scheduler:
                 failed=record,
             )
         for number in self._held:
-            job = self._of(number, self._proposals[number], records)
-            if job is not None:
+            if (job := self._of(number, self._proposals[number], records)) is not None:
                 self._held.remove(number)
                 return job
         return None
@@ -195,7 +171,7 @@ class Scheduler:
         used = {record.number for record in records} | self.running.keys() | self._proposals.keys()
         number = next(number for number in count() if number not in used)
         pending = [proposal.configuration for proposal in self._proposals.values()]
-        proposal = self._proposer.propose(number, records, pending)
+        proposal = self._propose(number, records, pending)
         self._proposals[number] = proposal
         job = self._of(number, proposal, records)
         if job is None:
@@ -204,18 +180,14 @@ class Scheduler:
 
     def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
         """Return the job of a proposal: what was tried before is not trained again, unless it failed."""
-        key = proposal.configuration.key
+        key, baseline = proposal.configuration.key, proposal.baseline
         if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
             return None
-        known = [record for record in records if record.duplicate_of is None]
-        twin = next(
-            (record for record in reversed(known) if record.evaluation.configuration.key == key), None
-        )
-        if twin is not None and twin.evaluation.status in ("complete", "paused"):
-            return Duplicate(number=number, original=twin, baseline=proposal.baseline)
-        return New(
-            number=number,
-            configuration=proposal.configuration,
-            baseline=proposal.baseline,
-            rung=self._first_rung,
-        )
+        for record in reversed(records):
+            evaluation = record.evaluation
+            if record.duplicate_of is None and evaluation.configuration.key == key:
+                if evaluation.status in ("complete", "paused"):
+                    return Duplicate(number=number, original=record, baseline=baseline)
+                break
+        configuration, rung = proposal.configuration, self._first_rung
+        return New(number=number, configuration=configuration, baseline=baseline, rung=rung)

@@ -1,11 +1,10 @@
 """Training members of the front again, with other seeds: a front of lucky trainings disappoints.
 
-A front is made of the best values seen, so it has more than its share of lucky trainings. Each member is
-therefore trained again until it has been trained with a given number of seeds; its values are the means, and
-where these do not hold it leaves the front. While a search is young much is on its front for a moment only: a
-member is trained again when a few trials with higher numbers have begun, and a third time after many. This is
-the intensification of SMAC (Hutter, Hoos and Leyton-Brown, "Sequential Model-Based Optimization for General
-Algorithm Configuration", 2011), with a front in place of the one incumbent.
+Each member is trained again until it has been trained with a given number of seeds; its values are the means,
+and where these do not hold it leaves the front. While a search is young much is on its front for a moment
+only: a member is trained again when a few trials with higher numbers have begun, and a third time after many.
+This is the intensification of SMAC (Hutter, Hoos and Leyton-Brown, "Sequential Model-Based Optimization for
+General Algorithm Configuration", 2011), with a front in place of the one incumbent.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ def next_to_replicate(waiting: Sequence[TrialRecord], latest: int, *, may_wait: 
         latest: Number of the latest trial.
         may_wait: Whether trials may still be begun: a member waits for some that come after it.
     """
-
-    def is_due(record: TrialRecord) -> bool:
-        return not may_wait or latest - record.number >= replication_delay(record.evaluation.trainings)
-
-    due = filter(is_due, waiting)
+    due = (
+        record
+        for record in waiting
+        if not may_wait or latest - record.number >= replication_delay(record.evaluation.trainings)
+    )
     return min(due, key=lambda record: (record.evaluation.trainings, record.number), default=None)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
+from autopeft.core.atomic_files import replacing
+
 _STALE_SECONDS = 3  # after which a lock of Optuna's was left by a killed process: a write takes milliseconds
 
 
@@ -70,7 +72,8 @@ def open_journal(path: Path) -> JournalStorage:
             _parsed(path, content)
             whole = b"".join(line + b"\n" for line in _whole_lines(content) if line.strip())
             if whole != content:
-                _replace(path, whole)
+                with replacing(path) as partial:
+                    partial.write_bytes(whole)
         finally:
             lock.release()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
@@ -125,13 +128,3 @@ def _damaged(path: Path, number: int) -> ValueError:
         f"from a copy, or keep the lines before it (`head -n {number - 1} {path} > mended`, then "
         f"`mv mended {path}`): the trials there are kept, later ones are run again."
     )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file, so that there is the old content or the new one whatever happens."""
-    new = path.with_suffix(".mended")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)

@@ -1,12 +1,9 @@
 """A search's study on disk: one writer, nothing lost by kill -9, and any Optuna tool opens it.
 
-The records are the truth. Each is kept with its trial in an Optuna journal, so that optuna-dashboard and
-`optuna.load_study` open the file. Trials may finish in any order: a record has its own number, and Optuna's
-is the trial's place in the file. A paused trial is a running one there. A trial that was trained again has
-the values of its first training there, as Optuna changes no finished trial, and its record in the study's
-attributes.
-
-Optuna's samplers read a study in memory, which is derived from the records each time one is asked.
+The records are the truth, each kept with its trial in an Optuna journal. Trials may finish in any order: a
+record has its own number, and Optuna's is the trial's place in the file. A paused trial is a running one
+there. A trial that was trained again has the values of its first training there, as Optuna changes no
+finished trial, and its record in the study's attributes. Samplers read a study in memory, derived from these.
 """
 
 from __future__ import annotations
@@ -20,21 +17,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autopeft.core.evaluation import Evaluation, Status, TrialRecord
-from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.objectives import Constraint, Direction, Objective
 from autopeft.core.profiling import section
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_file import StudyLock, open_journal, read_journal
 
 STUDY_FILE = "study.log"
+SETTINGS_FILE = "search.yaml"
 _PREFIX = "autopeft:"
 _RECORD = f"{_PREFIX}record"
 _IDENTITY = f"{_PREFIX}identity"
@@ -48,22 +45,6 @@ STATES: Mapping[Status, TrialState] = MappingProxyType(
     }
 )
 """Optuna's state of a trial of each status."""
-
-
-class Suggested(Protocol):
-    """What was suggested for a trial."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The values, by name."""
-
-    @property
-    def distributions(self) -> Mapping[str, BaseDistribution]:
-        """What the parameters are from."""
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """What the sampler noted of the trial, such as its generation."""
 
 
 class StudyStore:
@@ -91,8 +72,6 @@ class StudyStore:
         self._name = name
         self._objectives = tuple(objectives)
         self._constraints = tuple(constraints)
-        self._records: list[TrialRecord] = []
-        self._places: dict[int, int] = {}  # in the file: Optuna's numbers
         self._lock = StudyLock(folder, name)
         try:
             self._open()
@@ -110,21 +89,20 @@ class StudyStore:
             if known:
                 study = optuna.load_study(study_name=self._name, storage=self._storage)
             else:
-                directions = [objective.direction for objective in self._objectives]
                 study = optuna.create_study(
-                    study_name=self._name, storage=self._storage, directions=directions
+                    study_name=self._name, storage=self._storage, directions=self._directions
                 )
-            if study.metric_names is not None and study.metric_names != names:
-                there = ", ".join(study.metric_names)
-                raise self._other_search([f"objectives: {there} there, {', '.join(names)} here"])
-            if study.metric_names is None:
+            there = study.metric_names or []
+            if there and there != names:
+                raise self._other_search([f"objectives: {', '.join(there)} there, {', '.join(names)} here"])
+            if not there:
                 study.set_metric_names(names)
         self._study = self._storage.get_study_id_from_name(self._name)
         if _STUDY_ID not in self._attributes():
             self._storage.set_study_user_attr(self._study, _STUDY_ID, uuid.uuid4().hex)
         self.study_id: str = self._attributes()[_STUDY_ID]
         found = _records_of(self._storage, self._study)
-        self._places = {record.number: place for place, record in enumerate(found)}
+        self._places = {record.number: place for place, record in enumerate(found)}  # Optuna's numbers
         self._records = sorted(found, key=_number)
         self._finish(self._records)  # what a killed process did not get to
         self._end_duplicates()
@@ -140,12 +118,10 @@ class StudyStore:
         Raises:
             ValueError: The folder holds a search with other settings; the message says which differ.
         """
-        known = self._attributes().get(_IDENTITY)
         new = json.loads(json.dumps(dict(identity)))
-        if known is None:
-            self._storage.set_study_user_attr(self._study, _IDENTITY, new)
-        elif differing := _differences(known, new):
+        if differing := _differences(self._attributes().get(_IDENTITY, new), new):
             raise self._other_search(differing)
+        self.set_attribute("identity", new)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
@@ -153,50 +129,31 @@ class StudyStore:
             self._storage.set_study_user_attr(self._study, f"{_PREFIX}{name}", value)
 
     @section("record")
-    def tell(
-        self,
-        record: TrialRecord,
-        parameters: Mapping[str, Any] | None = None,
-        distributions: Mapping[str, BaseDistribution] | None = None,
-        attributes: Mapping[str, Any] | None = None,
-    ) -> list[TrialRecord]:
+    def tell(self, record: TrialRecord, proposal: Proposal | None = None) -> list[TrialRecord]:
         """Write a finished or paused trial, or what became of one; after this it survives anything.
 
         Args:
             record: The trial. One with a known number takes the place of what was known of it.
-            parameters: Of a new trial: what was suggested for it.
-            distributions: Of a new trial: what the parameters are from.
-            attributes: Of a new trial: what its sampler noted of it.
+            proposal: What was proposed for a new trial; None for one that is known.
 
         Returns:
             The trial, and its duplicates that were paused with it and have now the same outcome.
         """
-        if record.number not in self._places:
-            self._add(record, parameters or {}, distributions or {}, attributes or {})
-            return [record]
-        self._update(record)
-        return [record, *self._end_duplicates()]
-
-    def _add(
-        self,
-        record: TrialRecord,
-        parameters: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-        attributes: Mapping[str, Any],
-    ) -> None:
+        if proposal is None:
+            self._update(record)
+            return [record, *self._end_duplicates()]
         evaluation = record.evaluation
         trial = create_trial(
             state=STATES[evaluation.status],
             values=self._first_values(evaluation),
-            params=dict(parameters),
-            distributions=dict(distributions),
             user_attrs={_RECORD: _encode(record)},
-            system_attrs=dict(attributes),
             constraints=self._violations(evaluation),
+            **_suggested(proposal),
         )
         trial_id = self._storage.create_new_trial(self._study, trial)
         self._places[record.number] = self._storage.get_trial_number_from_id(trial_id)
         bisect.insort(self._records, record, key=_number)
+        return [record]
 
     def _update(self, record: TrialRecord) -> None:
         if self._saved()[self._places[record.number]].state.is_finished():
@@ -210,10 +167,10 @@ class StudyStore:
         """Finish trials of the file that are over."""
         saved = self._saved()
         for record in records:
-            evaluation = record.evaluation
-            if evaluation.status != "paused" and not saved[self._places[record.number]].state.is_finished():
-                state, values = STATES[evaluation.status], self._first_values(evaluation)
-                self._storage.set_trial_state_values(self._trial_id(record), state, values)
+            status = record.evaluation.status
+            if status != "paused" and not saved[self._places[record.number]].state.is_finished():
+                values = self._first_values(record.evaluation)
+                self._storage.set_trial_state_values(self._trial_id(record), STATES[status], values)
 
     def _end_duplicates(self) -> list[TrialRecord]:
         """Give duplicates that are paused the outcome of their originals that are not, and return them."""
@@ -235,44 +192,44 @@ class StudyStore:
                 known[record.number] = known.get(record.duplicate_of, record.evaluation)
         return known
 
-    def sampler_view(
+    def view(
         self,
-        sampler: BaseSampler,
         *,
         expected: Callable[[Evaluation], Sequence[float]] | None = None,
-        running: Iterable[Suggested] = (),
+        running: Iterable[Proposal] = (),
     ) -> Study:
-        """Return a study in memory for a sampler to read; it is derived from the records and kept nowhere.
+        """Return a study in memory for samplers to read; it is derived from the records and kept nowhere.
 
         A trial that was trained several times has its means, a duplicate what its original has. Optuna copies
         each trial that it is given: 1,000 trials of 121 parameters take 2 seconds.
 
         Args:
-            sampler: The study's sampler.
             expected: Returns the objectives that a paused trial is expected to reach. By default paused
                 trials are running ones.
-            running: What was suggested for trials that are not over.
+            running: What was proposed for trials that are not over.
         """
-        with quiet_optuna():
-            study = optuna.create_study(
-                sampler=sampler, directions=[objective.direction for objective in self._objectives]
-            )
-        saved = self._saved()
+        saved, trials = self._saved(), []
         for number, evaluation in self._outcomes().items():
-            trial = saved[self._places[number]]
-            values = self._values(evaluation.values) if evaluation.status == "complete" else None
-            if evaluation.status == "paused" and expected is not None:
+            trial, values = saved[self._places[number]], None
+            if evaluation.status == "complete":
+                values = self._values(evaluation.values)
+            elif evaluation.status == "paused" and expected is not None:
                 values = list(expected(evaluation))
             state = STATES[evaluation.status] if values is None else TrialState.COMPLETE
-            study.add_trial(_trial(state, values, trial.params, trial.distributions, trial.system_attrs))
-        for suggested in running:
-            parameters, distributions = suggested.parameters, suggested.distributions
-            study.add_trial(_trial(TrialState.RUNNING, None, parameters, distributions, suggested.attributes))
+            trials.append(create_trial(state=state, values=values, **_suggested(trial)))
+        trials += [create_trial(state=TrialState.RUNNING, **_suggested(proposal)) for proposal in running]
+        with quiet_optuna():
+            study = optuna.create_study(directions=self._directions)
+        study.add_trials(trials)
         return study
 
     def close(self) -> None:
         """Let another process run this search."""
         self._lock.release()
+
+    @property
+    def _directions(self) -> list[Direction]:
+        return [objective.direction for objective in self._objectives]
 
     def _attributes(self) -> Mapping[str, Any]:
         return self._storage.get_study_user_attrs(self._study)
@@ -294,15 +251,10 @@ class StudyStore:
         return self._values(next(iter(evaluation.each_training().values())))
 
     def _violations(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the constraints' violations; what is not known yet violates nothing.
-
-        A trial that is infeasible has no objectives: by these alone do samplers learn where not to go.
-        """
+        """Return the constraints' violations; what is not known yet violates nothing."""
         known = evaluation.values
-        names = {constraint.objective.name: constraint for constraint in self._constraints}
-        return {
-            name: constraint.violation(known) if name in known else 0.0 for name, constraint in names.items()
-        }
+        named = ((constraint.objective.name, constraint) for constraint in self._constraints)
+        return {name: constraint.violation(known) if name in known else 0.0 for name, constraint in named}
 
     def _other_search(self, differing: Sequence[str]) -> ValueError:
         return ValueError(
@@ -358,20 +310,17 @@ def _differences(known: Any, new: Any, path: str = "") -> list[str]:
     return [] if known == new else [f"{path}: {known!r} there, {new!r} here"]
 
 
-def _trial(
-    state: TrialState,
-    values: Sequence[float] | None,
-    parameters: Mapping[str, Any],
-    distributions: Mapping[str, BaseDistribution],
-    attributes: Mapping[str, Any],
-) -> FrozenTrial:
-    return create_trial(
-        state=state,
-        values=values,
-        params=dict(parameters),
-        distributions=dict(distributions),
-        system_attrs=dict(attributes),
-    )
+def _suggested(trial: Proposal | FrozenTrial) -> dict[str, Any]:
+    """Return what was suggested for a trial, as `create_trial` takes it."""
+    if isinstance(trial, Proposal):
+        parameters, attributes = trial.parameters, trial.attributes
+    else:
+        parameters, attributes = trial.params, trial.system_attrs
+    return {
+        "params": dict(parameters),
+        "distributions": dict(trial.distributions),
+        "system_attrs": dict(attributes),
+    }
 
 
 def _number(record: TrialRecord) -> int:

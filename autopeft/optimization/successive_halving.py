@@ -11,13 +11,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from autopeft.core.evaluation import VALIDATION_LOSS, TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, contributions, front_records, non_dominated, non_dominated_sort
 from autopeft.optimization.learning_curve_forecast import Forecast
 
-_LOSS = Objective(name=VALIDATION_LOSS, direction="minimize", unit="score")
+_LOSS = Objective(name=VALIDATION_LOSS, direction="minimize", unit="nats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class SuccessiveHalving:
         return f"one in {self.reduction_factor:g} goes on after {shares} of it"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Candidate:
     """A trial at a rung.
 
@@ -64,7 +65,7 @@ class _Candidate:
         waits: Whether it is paused there and not running.
         expected: The metric it reached beyond the rung, or is expected to reach.
         noise: Of what is expected; None where it is not known.
-        at_trivial: Whether its metric there was no better than that of always predicting the majority.
+        at_trivial: Whether its metric there was no better than that of a model that learnt nothing.
     """
 
     record: TrialRecord
@@ -75,9 +76,13 @@ class _Candidate:
     noise: float | None
     at_trivial: bool
 
+    @property
+    def loss(self) -> float:
+        """Validation loss at the rung; infinity where it is not known."""
+        return self.values[VALIDATION_LOSS]
 
-@dataclass(frozen=True)
-class _Threshold:
+
+class _Threshold(NamedTuple):
     """What a trial costs, and reached in a whole training, or is expected to reach."""
 
     costs: Mapping[str, float]
@@ -107,7 +112,7 @@ class AshaPromoter:
         steps: Sequence[int],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        monitor: str,
+        monitor: Objective,
         references: Collection[str] = (),
     ) -> None:
         self.halving = halving
@@ -115,11 +120,13 @@ class AshaPromoter:
         self.monitor = monitor
         self._references = frozenset(references)
         self.objectives = [
-            objective for objective in objectives if objective.is_metric or objective.before_training
+            objective
+            for objective in objectives
+            if objective.before_training or (objective.is_metric and not objective.at_end)
         ]
         self._costs = [objective.name for objective in self.objectives if not objective.is_metric]
-        self._axes = axes
-        self._trivial_score = next(axis.worst for axis in axes if axis.objective.name == monitor)
+        self._axes = [axis for axis in axes if axis.objective in self.objectives]
+        self._trivial_score = next(axis.worst for axis in axes if axis.objective == monitor)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
 
@@ -147,10 +154,7 @@ class AshaPromoter:
             candidates = self._at(rung, records, running)
             waiting = [candidate for candidate in candidates if candidate.waits]
             references = (known for known in waiting if known.record.baseline in self._references)
-            chosen = next(references, None)
-            if waiting and chosen is None:
-                chosen = self._choose(candidates, records)
-            if chosen is not None:
+            if waiting and (chosen := next(references, None) or self._choose(candidates, records)):
                 return chosen.record, rung + 1
         return None
 
@@ -162,12 +166,13 @@ class AshaPromoter:
         These are what a search that ends would leave behind: the reduction factor let others go first. What
         is expected to add most to the hypervolume comes first.
         """
-        paused = []
-        for rung in range(len(self.steps) - 1):
-            candidates = self._at(rung, records, running)
-            waiting = [known for known in candidates if known.waits and not known.at_trivial]
-            paused += [(candidate, rung + 1) for candidate in waiting]
-        expected = [{**candidate.values, self.monitor: candidate.expected} for candidate, _ in paused]
+        paused = [
+            (candidate, rung + 1)
+            for rung in range(len(self.steps) - 1)
+            for candidate in self._at(rung, records, running)
+            if candidate.waits and not candidate.at_trivial
+        ]
+        expected = [{**candidate.values, self.monitor.name: candidate.expected} for candidate, _ in paused]
         members = [record.evaluation.values for record in front_records(records, self.objectives)]
         points = [*expected, *members]
         is_on_front = non_dominated(points, self.objectives)
@@ -178,91 +183,71 @@ class AshaPromoter:
 
     def _at(self, rung: int, records: Sequence[TrialRecord], running: Collection[int]) -> list[_Candidate]:
         """Return every trial that has reached a rung, with the scores it had there."""
-        forecast = self.forecast(records)
-        found = []
+        step, forecast, found = self.steps[rung], self.forecast(records), []
         for record in records:
-            if record.duplicate_of is None and record.evaluation.status in ("complete", "paused"):
-                scores = forecast.scores_at(record.evaluation, self.steps[rung])
-                if scores is not None:
-                    is_running = record.number in running
-                    found.append(
-                        self._candidate(record, scores, self.steps[rung], forecast, is_running=is_running)
-                    )
+            evaluation = record.evaluation
+            if record.duplicate_of is not None or evaluation.status not in ("complete", "paused"):
+                continue
+            scores = forecast.scores_at(evaluation, step)
+            if scores is None:
+                continue
+            costs = {name: evaluation.values[name] for name in self._costs}
+            is_paused = evaluation.status == "paused" and evaluation.cost.steps == step
+            expected, noise = evaluation.values[self.monitor.name], None
+            if is_paused:
+                expected, noise = forecast.beyond(evaluation, step, scores[self.monitor.name])
+            found.append(
+                _Candidate(
+                    record=record,
+                    values={**costs, **scores, VALIDATION_LOSS: forecast.loss_at(evaluation, step)},
+                    is_paused=is_paused,
+                    waits=is_paused and record.number not in running,
+                    expected=expected,
+                    noise=noise,
+                    at_trivial=not self.monitor.is_better(scores[self.monitor.name], self._trivial_score),
+                )
+            )
         return found
-
-    def _candidate(
-        self,
-        record: TrialRecord,
-        scores: Mapping[str, float],
-        step: int,
-        forecast: Forecast,
-        *,
-        is_running: bool,
-    ) -> _Candidate:
-        evaluation = record.evaluation
-        values = {**{name: evaluation.values[name] for name in self._costs}, **scores}
-        values[VALIDATION_LOSS] = forecast.loss_at(evaluation, step)
-        is_paused = evaluation.status == "paused" and evaluation.cost.steps == step
-        expected, noise = evaluation.values[self.monitor], None
-        if is_paused:
-            expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
-        at_trivial = scores[self.monitor] <= self._trivial_score
-        waits = is_paused and not is_running
-        return _Candidate(record, values, is_paused, waits, expected, noise, at_trivial)
 
     def _choose(self, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]) -> _Candidate | None:
         begun = [candidate for candidate in candidates if not candidate.at_trivial]
         others = [candidate for candidate in candidates if candidate.at_trivial]
-        best = self._by_metric(begun)
+        best = self._by_metric(begun)[: self._quota(begun, least=1)]
         best += self._by_loss(others)[: self._quota(others, least=0 if begun else 1)]
+        paused = [candidate for candidate in begun if candidate.is_paused]
+        whole = [record.evaluation.values for record in filter(_is_whole, records)]
         bars = [
-            _Threshold(candidate.values, candidate.expected, whole=False)
-            for candidate in begun
-            if candidate.is_paused
+            *(_Threshold(candidate.values, candidate.expected, whole=False) for candidate in paused),
+            *(_Threshold(values, values[self.monitor.name], whole=True) for values in whole),
         ]
-        for record in filter(_is_whole, records):
-            values = record.evaluation.values
-            bars.append(_Threshold(values, values[self.monitor], whole=True))
-        return next(
-            (candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, bars)),
-            None,
-        )
+        going = (candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, bars))
+        return next(going, None)
 
     def _quota(self, candidates: Sequence[_Candidate], *, least: int) -> int:
         return max(least, math.floor(len(candidates) / self.halving.reduction_factor))
 
     def _by_metric(self, begun: Sequence[_Candidate]) -> list[_Candidate]:
-        """Return the best of those whose metric has begun to rise."""
-        quota = self._quota(begun, least=1)
-        waiting = [candidate for candidate in begun if candidate.waits]
-        if len(waiting) > 1 and len({candidate.values[self.monitor] for candidate in waiting}) == 1:
+        """Sort those whose metric has begun to rise by dominance, within a layer by their hypervolume."""
+        waiting = {candidate.values[self.monitor.name] for candidate in begun if candidate.waits}
+        if len(waiting) == 1 < sum(candidate.waits for candidate in begun):
             # The metric does not tell them apart: by costs alone none but the cheapest would go on.
-            return self._by_loss(begun)[:quota]
-        points = [{**candidate.values, self.monitor: candidate.expected} for candidate in begun]
-        return [begun[index] for index in self._best(points, quota)]
+            return self._by_loss(begun)
+        points = [{**candidate.values, self.monitor.name: candidate.expected} for candidate in begun]
+        order: list[_Candidate] = []
+        for layer in non_dominated_sort(points, self.objectives):
+            shares = contributions([points[index] for index in layer], self._axes)
+            ranked = sorted(zip(shares, layer, strict=True), key=lambda share: -share[0])
+            order += [begun[index] for _, index in ranked]
+        return order
 
     def _by_loss(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort candidates by dominance in loss and costs, within a layer by loss; those without one last."""
         objectives = [_LOSS, *(objective for objective in self.objectives if not objective.is_metric)]
-        known: list[_Candidate] = []
-        rest: list[_Candidate] = []
-        for candidate in candidates:
-            is_known = math.isfinite(candidate.values[VALIDATION_LOSS])
-            (known if is_known else rest).append(candidate)
-        known.sort(key=lambda candidate: candidate.values[VALIDATION_LOSS])
+        known = [candidate for candidate in candidates if math.isfinite(candidate.loss)]
+        known.sort(key=lambda candidate: candidate.loss)
         layers = non_dominated_sort([candidate.values for candidate in known], objectives)
+        rest = [candidate for candidate in candidates if not math.isfinite(candidate.loss)]
         return [known[index] for layer in layers for index in layer] + rest
-
-    def _best(self, points: Sequence[Mapping[str, float]], count: int) -> list[int]:
-        """Return the first points by non-dominated sorting; a layer's by what they add to the hypervolume."""
-        order: list[int] = []
-        for layer in non_dominated_sort(points, self.objectives):
-            shares = contributions([points[index] for index in layer], self._axes)
-            ranked = sorted(zip(shares, layer, strict=True), key=lambda share: -share[0])
-            order += [index for _, index in ranked]
-            if len(order) >= count:  # layers further down are not looked at
-                break
-        return order[:count]
 
     def _is_stopped(self, candidate: _Candidate, bars: Sequence[_Threshold]) -> bool:
         """Whether a trial that costs no more is better than this one can be hoped to become.
@@ -273,14 +258,15 @@ class AshaPromoter:
         values = candidate.values
         rivals = [bar for bar in bars if all(values[name] >= bar.costs[name] for name in self._costs)]
         if candidate.at_trivial:
-            best = max((bar.score for bar in bars if bar.whole), default=math.inf)
-            return any(bar.whole and bar.score == best > self._trivial_score for bar in rivals)
+            scores = [bar.score for bar in bars if bar.whole]
+            best = self.monitor.best([*scores, self._trivial_score])
+            return best != self._trivial_score and any(bar.whole and bar.score == best for bar in rivals)
         noise = candidate.noise
-        hoped = candidate.expected + (noise or 0.0)
+        hoped = candidate.expected + self.monitor.sign * (noise or 0.0)
         for bar in rivals:
             is_dearer = any(values[name] > bar.costs[name] for name in self._costs)
             if bar.whole and (noise is None or (noise == 0 and is_dearer)):
                 continue  # none has gained, or all alike: what dearer ones gain is not known
-            if hoped < bar.score or (bar.whole and hoped == bar.score):
+            if self.monitor.is_better(bar.score, hoped) or (bar.whole and hoped == bar.score):
                 return True
         return False

@@ -2,110 +2,52 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import partial
 
-import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS, ROLES
+from autopeft.reporting.tables import methods_label
 
-_CELL_HEIGHT = 30
-_MARGIN = 14
 # Okabe and Ito's palette, which people with any colour vision can tell apart, lightened for black text.
 _METHOD_COLOURS = ("#8FC7E8", "#F5C26B", "#7FD1B9", "#F4E98C", "#E9A37A", "#9BB7D9", "#E0A8C8")
-
-_COLOURS = (*_METHOD_COLOURS, "#F4F4F4", "#FFFFFF")
-_EMPTY, _WHITE = len(_METHOD_COLOURS), len(_METHOD_COLOURS) + 1
-_SHADES = 16
-_BLACK_INK, _GREY_INK = 255, 187
+_EMPTY_COLOUR = "#F4F4F4"
+_LETTER_INCHES, _ROW_INCHES, _LEFT_INCHES = 0.08, 0.3, 0.8
 
 
-def configuration_image(configuration: Configuration) -> bytes:
-    """Return the picture as PNG, drawn in a few milliseconds, as a search makes one a trial."""
+def configuration_figure(configuration: Configuration) -> Figure:
+    """Draw a configuration."""
     cells = configuration.cells()
     roles = [role for role in ROLES if any(role == used for _, used in cells)]
-    blocks = range(max((block for block, _ in cells), default=-1), -1, -1)
-    labels = [*roles, *cells.values()]
-    cell_width = max((_lettering(label, _BLACK_INK, "mm").width for label in labels), default=0) + 18
-    left = _MARGIN + 60
-    title = (
-        f"{'+'.join(configuration.methods) or 'head alone'} · learning rate {configuration.learning_rate:g}"
-    )
-    heading = _lettering(title, _BLACK_INK, "la")
-    width = max(left + cell_width * len(roles), heading.width + _MARGIN) + _MARGIN
-    top = 2 * _MARGIN + _CELL_HEIGHT
-    size = (width, top + _CELL_HEIGHT * (len(blocks) + 1) + _MARGIN)
-    # Colours and the ink of text apart, to be put together as a palette: a third of the bytes to compress.
-    colours, inks = Image.new("L", size, _WHITE), Image.new("L", size)
-    ground = ImageDraw.Draw(colours)
-    heading.write(inks, _MARGIN, _MARGIN)
+    blocks = 1 + max((block for block, _ in cells), default=-1)
+    title = f"{methods_label(configuration)} · learning rate {configuration.learning_rate:g}"
+    column_inches = _LETTER_INCHES * (2 + max(map(len, (*roles, *cells.values())), default=0))
+    width = max(_LEFT_INCHES + column_inches * len(roles), _LETTER_INCHES * (2 + len(title)))
+    figure = Figure(figsize=(width, _ROW_INCHES * (blocks + 3)))
+    # A unit is a cell; the names of the blocks stand left of 0, roles and title above the last block.
+    left, right = -_LEFT_INCHES / column_inches, (width - _LEFT_INCHES) / column_inches
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(-0.5, blocks + 2.5))
+    axes.set_axis_off()
+    write = partial(axes.text, ha="center", va="center", fontsize=10)
+    write(0.9 * left, blocks + 1.7, title, ha="left")
     for column, role in enumerate(roles):
-        centre = left + cell_width * column + cell_width // 2
-        _lettering(role, _GREY_INK, "mm").write(inks, centre, top + _CELL_HEIGHT // 2)
-    for row, block in enumerate(blocks):
-        y = top + _CELL_HEIGHT * (row + 1)
-        middle = y + _CELL_HEIGHT // 2
-        _lettering(f"block {block}", _GREY_INK, "lm").write(inks, _MARGIN, middle)
-        for column, role in enumerate(roles):
-            x = left + cell_width * column
-            label = cells.get((block, role))
-            box = (x + 1, y + 1, x + cell_width - 1, y + _CELL_HEIGHT - 1)
-            ground.rectangle(box, fill=_EMPTY if label is None else _colour(label))
-            if label is not None:
-                _lettering(label, _BLACK_INK, "mm").write(inks, x + cell_width // 2, middle)
-    return _png(colours, inks)
+        write(column + 0.5, blocks + 0.3, role, color="#444444")
+    for block in range(blocks):
+        write(0.1 * left, block + 0.5, f"block {block}", color="#444444", ha="right")
+    for (block, role), label in cells.items():
+        write(roles.index(role) + 0.5, block + 0.5, label)
+    if cells:
+        colours = [[_colour(cells.get((block, role))) for role in roles] for block in range(blocks)]
+        axes.pcolormesh(colours, edgecolors="white", linewidth=2)
+    return figure
 
 
-@dataclass(frozen=True)
-class _Lettering:
-    """A text, drawn once: a search's pictures have the same few.
-
-    Attributes:
-        width: Its length in whole pixels.
-        ink: The drawn text.
-        offset: Of the drawing from where the text is written.
-    """
-
-    width: int
-    ink: Image.Image
-    offset: tuple[int, int]
-
-    def write(self, image: Image.Image, x: int, y: int) -> None:
-        """Put the text into an image, over nothing."""
-        image.paste(self.ink, (x + self.offset[0], y + self.offset[1]))
-
-
-@lru_cache(maxsize=1000)
-def _lettering(text: str, ink: int, baseline: str) -> _Lettering:
-    font = ImageFont.load_default(size=14)
-    left, top, right, bottom = map(int, font.getbbox(text, anchor=baseline))
-    image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), text, fill=ink, font=font, baseline=baseline)
-    return _Lettering(int(font.getlength(text)), image, (left, top))
-
-
-def _colour(label: str) -> int:
-    """Return the number of the colour of a cell's (first) method."""
+def _colour(label: str | None) -> tuple[float, float, float]:
+    """Return the colour of a cell's (first) method."""
+    if label is None:
+        return to_rgb(_EMPTY_COLOUR)
     symbols = [specification.symbol for specification in METHOD_SPECS.values()]
-    return symbols.index(label.split("+")[0].rstrip("0123456789")) % len(_METHOD_COLOURS)
-
-
-def _png(colours: Image.Image, inks: Image.Image) -> bytes:
-    """Return as PNG what has a colour of `_COLOURS` and, over it, an ink from 0 to 255 at each pixel."""
-    pixels = np.asarray(colours) * np.uint8(_SHADES) + np.asarray(inks) // np.uint8(256 // _SHADES)
-    image = Image.fromarray(pixels)
-    image.putpalette(_palette())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-@cache
-def _palette() -> bytes:
-    """Return every colour in every shade, from itself to black."""
-    shares = 1 - np.arange(_SHADES) / (_SHADES - 1)
-    colours = np.array([ImageColor.getrgb(colour) for colour in _COLOURS])
-    return np.rint(colours[:, None, :] * shares[:, None]).astype(np.uint8).tobytes()
+    number = symbols.index(label.split("+")[0].rstrip("0123456789"))
+    return to_rgb(_METHOD_COLOURS[number % len(_METHOD_COLOURS)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
+from autopeft.reporting.tables import methods_label
 
 _WIDTH_IN_A_FILE = 140
 
@@ -25,29 +25,20 @@ def wide_console() -> Console:
 
 
 class SearchProgress:
-    """A line a finished trial, and below them a bar with front size, hypervolume and time left.
+    """Lines and tables, and below them a bar with front size, hypervolume and time left.
 
     Args:
-        objectives: What each line shows.
         enabled: False prints nothing.
-        console: Where to print; standard output by default.
     """
 
-    def __init__(
-        self,
-        objectives: Sequence[Objective],
-        *,
-        enabled: bool = True,
-        console: Console | None = None,
-    ) -> None:
-        self.objectives = tuple(objectives)
+    def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._progress = Progress(
             TextColumn("[bold]search"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.description}"),
             TimeElapsedColumn(),
-            console=console or wide_console(),
+            console=wide_console(),
             disable=not enabled,
         )
         self._task = self._progress.add_task("", total=1.0)
@@ -56,12 +47,7 @@ class SearchProgress:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def say(self, text: str) -> None:
@@ -78,10 +64,6 @@ class SearchProgress:
         """Say which trial was begun last."""
         summary = self._progress.tasks[0].fields.get("summary", "")
         self._progress.update(self._task, description=f"trial {number} · {summary}")
-
-    def finished(self, record: TrialRecord, *, on_front: bool) -> None:
-        """Print a trial's line."""
-        self.say(trial_line(record, self.objectives, on_front=on_front))
 
     def update(
         self, share: float, *, front_size: int, hypervolume: float, seconds_left: float | None
@@ -102,17 +84,14 @@ class SearchProgress:
 def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front: bool) -> str:
     """Write a finished trial as one line."""
     evaluation = record.evaluation
-    methods = "+".join(evaluation.configuration.methods) or "head alone"
-    what = record.baseline or methods
+    what = record.baseline or methods_label(evaluation.configuration)
     if evaluation.status != "complete":
         return f"trial {record.number:>3}    {evaluation.status}: {evaluation.reason}  [{what}]"
     values = "  ".join(f"{objective.name} {evaluation.format(objective)}" for objective in objectives)
     mark = "●" if on_front else " "
-    tail = (
-        f"as trial {record.duplicate_of}"
-        if record.duplicate_of is not None
-        else f"{evaluation.cost.wall_seconds:.1f} s"
-    )
+    tail = f"{evaluation.cost.wall_seconds:.1f} s"
+    if record.duplicate_of is not None:
+        tail = f"as trial {record.duplicate_of}"
     if evaluation.trainings > 1:
         tail += f" in {evaluation.trainings} trainings"
     return f"trial {record.number:>3}  {mark} {values}  {tail}  [{what}]"

@@ -23,47 +23,31 @@ def front_frame(
             trial has none. A metric has its standard deviation over the trainings beside it, where there
             were several.
     """
+    records = sorted(records, key=lambda record: record.number)
+    evaluations = [record.evaluation for record in records]
+    configurations = [evaluation.configuration for evaluation in evaluations]
     names = [objective.name for objective in objectives]
-    rows = []
-    for record in sorted(records, key=lambda record: record.number):
-        evaluation = record.evaluation
-        configuration = evaluation.configuration
-        rows.append(
-            {
-                "trial": record.number,
-                "front": record.number in members,
-                "status": evaluation.status,
-                **{name: evaluation.values.get(name, math.nan) for name in names},
-                **{deviation_of(objective.name): _deviation(record, objective) for objective in objectives},
-                "methods": "+".join(configuration.methods),
-                "adapters": len(configuration),
-                "lowest_block": configuration.lowest_block,
-                "learning_rate": configuration.learning_rate,
-                "weight_decay": configuration.weight_decay,
-                "seed": evaluation.seed,
-                "warm_start": evaluation.warm_start,
-                "trainings": evaluation.trainings,
-                "wall_seconds": evaluation.cost.wall_seconds,
-                "reference": record.baseline,
-                "duplicate_of": record.duplicate_of,
-                "reason": evaluation.reason,
-                "configuration": configuration.key,
-            }
-        )
-    frame = pd.DataFrame(rows, columns=_columns(objectives))
+    metrics = {deviation_of(objective.name): objective for objective in objectives if objective.is_metric}
+    columns: dict[str, list[object]] = {
+        "trial": [record.number for record in records],
+        "front": [record.number in members for record in records],
+        "status": [evaluation.status for evaluation in evaluations],
+        **{name: [evaluation.values.get(name, math.nan) for evaluation in evaluations] for name in names},
+        **{key: [each.deviation(metric) for each in evaluations] for key, metric in metrics.items()},
+        "methods": ["+".join(configuration.methods) for configuration in configurations],
+        "adapters": [len(configuration) for configuration in configurations],
+        "lowest_block": [configuration.lowest_block for configuration in configurations],
+        "learning_rate": [configuration.learning_rate for configuration in configurations],
+        "weight_decay": [configuration.weight_decay for configuration in configurations],
+        "seed": [evaluation.seed for evaluation in evaluations],
+        "warm_start": [evaluation.warm_start for evaluation in evaluations],
+        "trainings": [evaluation.trainings for evaluation in evaluations],
+        "wall_seconds": [evaluation.cost.wall_seconds for evaluation in evaluations],
+        "reference": [record.baseline for record in records],
+        "duplicate_of": [record.duplicate_of for record in records],
+        "reason": [evaluation.reason for evaluation in evaluations],
+        "configuration": [configuration.key for configuration in configurations],
+    }
     # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
+    frame = pd.DataFrame(columns).astype(dict.fromkeys(metrics, float))
     return frame.astype({"front": bool, "lowest_block": "Int64", "duplicate_of": "Int64"})
-
-
-def _deviation(record: TrialRecord, objective: Objective) -> float:
-    deviation = record.evaluation.deviation(objective)
-    return math.nan if deviation is None else deviation
-
-
-def _columns(objectives: Sequence[Objective]) -> list[str]:
-    return [
-        *("trial", "front", "status", *(objective.name for objective in objectives)),
-        *(deviation_of(objective.name) for objective in objectives if objective.is_metric),
-        *("methods", "adapters", "lowest_block", "learning_rate", "weight_decay", "seed", "warm_start"),
-        *("trainings", "wall_seconds", "reference", "duplicate_of", "reason", "configuration"),
-    ]

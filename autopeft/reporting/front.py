@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import html
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
@@ -19,30 +16,19 @@ from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
+from autopeft.reporting.tables import Tabular, methods_label
 
 if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
 
 
-_INITIALISED = "initialised from"
-_TEXTS = ("methods", _INITIALISED)
-
-
 class Exporter(Protocol):
     """Writes a trial's adapter; the search that it came from does."""
 
-    def export(
-        self,
-        number: int,
-        folder: str | Path,
-        *,
-        merged: bool = ...,
-        retrain: bool = ...,
-        seed: int | None = ...,
-        overwrite: bool = ...,
-    ) -> Any:
-        """Export one trial; see `autopeft.Search.export`."""
+    @property
+    def export(self) -> Callable[..., Any]:
+        """Exports the trial of a number to a folder; see `autopeft.Search.export`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,7 +88,7 @@ class FrontPoint:
         return f"<p>{html.escape(str(self))}</p><pre>{html.escape(self.configuration.grid())}</pre>"
 
 
-class ParetoFront(Sequence[FrontPoint]):
+class ParetoFront(Tabular, Sequence[FrontPoint]):
     """The trials that no other trial beats in every objective, cheapest first.
 
     Args:
@@ -110,7 +96,6 @@ class ParetoFront(Sequence[FrontPoint]):
         objectives: The search's objectives; the first metric sorts and chooses.
         axes: The fixed axes of hypervolume and knee point.
         exporter: The search; None for a front read from disk.
-        candidates: The records among which the front is known to be; all by default.
     """
 
     def __init__(
@@ -119,8 +104,6 @@ class ParetoFront(Sequence[FrontPoint]):
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
         exporter: Exporter | None = None,
-        *,
-        candidates: Sequence[TrialRecord] | None = None,
     ) -> None:
         self.records = tuple(sorted(records, key=lambda record: record.number))
         self.objectives = tuple(objectives)
@@ -129,7 +112,7 @@ class ParetoFront(Sequence[FrontPoint]):
         self._exporter = exporter
         points = [
             FrontPoint(record, self.objectives, exporter)
-            for record in front_records(self.records if candidates is None else candidates, self.objectives)
+            for record in front_records(self.records, self.objectives)
         ]
         costs = [objective for objective in self.objectives if objective.direction == "minimize"]
         names = [objective.name for objective in (*costs, self.metric)]
@@ -160,7 +143,12 @@ class ParetoFront(Sequence[FrontPoint]):
                 "stopped."
             )
         settings = attributes["identity"]["search"]["objectives"].split(", ")
-        objectives = resolve_objectives(settings, attributes["metrics"])
+        metrics = [
+            # Searches of earlier versions kept names alone.
+            Objective.score(metric) if isinstance(metric, str) else Objective(**metric)
+            for metric in attributes["metrics"]
+        ]
+        objectives = resolve_objectives(settings, metrics)
         known = {objective.name: objective for objective in objectives}
         axes = [
             Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
@@ -171,28 +159,10 @@ class ParetoFront(Sequence[FrontPoint]):
         """Return the axes as plain data, for a study's attributes."""
         return [(axis.objective.name, axis.worst, axis.best) for axis in self.axes]
 
-    def would_hold(self, record: TrialRecord) -> bool:
-        """Return whether a trial that is not on the front would come onto it."""
-        found = front_records([*(point.record for point in self._points), record], self.objectives)
-        return bool(found) and found[-1] is record
-
     def with_trial(self, record: TrialRecord) -> ParetoFront:
-        """Return the front with one more finished trial, or with what became of one that it knows.
-
-        Only members and the new one can be on it, unless a member has other values now: trials that it had
-        driven off may then be back.
-        """
-        records = list(self.records)
-        place = bisect_left(records, record.number, key=lambda known: known.number)
-        is_known = place < len(records) and records[place].number == record.number
-        records[place : place + is_known] = [record]
-        was_member = record.number in self.members
-        if not was_member and not self.would_hold(record):
-            front = copy.copy(self)  # the same members, and a hypervolume that is slow to compute
-            front.records = tuple(records)
-            return front
-        candidates = None if was_member else [*(point.record for point in self._points), record]
-        return ParetoFront(records, self.objectives, self.axes, self._exporter, candidates=candidates)
+        """Return the front with one more finished trial, or with what became of one that it knows."""
+        others = [known for known in self.records if known.number != record.number]
+        return ParetoFront([*others, record], self.objectives, self.axes, self._exporter)
 
     @cached_property
     def members(self) -> frozenset[int]:
@@ -209,9 +179,6 @@ class ParetoFront(Sequence[FrontPoint]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._points[index]
-
-    def __iter__(self) -> Iterator[FrontPoint]:
-        return iter(self._points)
 
     def best(self, **bounds: float | str) -> FrontPoint:
         """Return the point with the best metric that keeps every bound.
@@ -292,49 +259,25 @@ class ParetoFront(Sequence[FrontPoint]):
 
     def table(self) -> Table:
         """Return the front as a rich table."""
-        table = Table(title=self._title(), title_justify="left")
-        for heading in self._headings():
-            table.add_column(heading, justify="left" if heading in _TEXTS else "right")
+        says_start = any(point.record.evaluation.warm_start for point in self._points)
+        title = f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
+        table = Table(title=title, title_justify="left")
+        for heading in ("trial", *(objective.name for objective in self.objectives)):
+            table.add_column(heading, justify="right")
+        table.add_column("methods")
+        for heading in ("adapters", "blocks", "learning rate"):
+            table.add_column(heading, justify="right")
+        if says_start:
+            table.add_column("initialised from")
         for point in self._points:
-            table.add_row(*self._cells(point))
+            configuration, evaluation = point.configuration, point.record.evaluation
+            table.add_row(
+                str(point.number),
+                *(evaluation.format(objective) for objective in self.objectives),
+                methods_label(configuration),
+                str(len(configuration)),
+                str(len({site.block for site in configuration.adapters})),
+                f"{configuration.learning_rate:.2g}",
+                *([evaluation.initialised_from] if says_start else []),
+            )
         return table
-
-    def _headings(self) -> list[str]:
-        names = [objective.name for objective in self.objectives]
-        start = [_INITIALISED] if self._says_start else []
-        return ["trial", *names, "methods", "adapters", "blocks", "learning rate", *start]
-
-    def _cells(self, point: FrontPoint) -> list[str]:
-        configuration, evaluation = point.configuration, point.record.evaluation
-        return [
-            str(point.number),
-            *(evaluation.format(objective) for objective in self.objectives),
-            "+".join(configuration.methods) or "head alone",
-            str(len(configuration)),
-            str(len({site.block for site in configuration.adapters})),
-            f"{configuration.learning_rate:.2g}",
-            *([evaluation.initialised_from] if self._says_start else []),
-        ]
-
-    @property
-    def _says_start(self) -> bool:
-        """Whether trials were initialised in different ways."""
-        return any(point.record.evaluation.warm_start for point in self._points)
-
-    def _title(self) -> str:
-        return f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
-
-    def __repr__(self) -> str:
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
-
-    def _repr_html_(self) -> str:
-        headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in self._headings())
-        rows = [
-            "".join(f"<td>{html.escape(cell)}</td>" for cell in self._cells(point)) for point in self._points
-        ]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        table = f"<table><thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<p>{html.escape(self._title())}</p>{table}"

@@ -7,18 +7,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
-
-from rich.table import Table
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
-from autopeft.core.objectives import COST_OBJECTIVES, Objective
+from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.profiling import section
-from autopeft.reporting.console import SearchProgress
+from autopeft.reporting.console import SearchProgress, trial_line
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.mlflow.tracking_uri import redact
+from autopeft.reporting.search_profile import record_profile
 
 if TYPE_CHECKING:
     from autopeft.reporting.mlflow.tracker import Tracker
@@ -30,17 +30,18 @@ class SearchReport:
     """Listens to the jobs and records of a search, and shows them.
 
     Args:
-        objectives: The search's.
         spent: Returns the share of the budget that is spent, and the compute.
         evaluations: Evaluations of earlier calls.
         progress: Whether to print.
         tracker: Writes to MLflow; None for nothing there.
         tracking: URI of the tracking store.
+
+    Attributes:
+        progress: The terminal, for further lines and tables; a context in which the bar is shown.
     """
 
     def __init__(
         self,
-        objectives: Sequence[Objective],
         spent: Callable[[], tuple[float, Cost]],
         *,
         evaluations: int = 0,
@@ -50,40 +51,15 @@ class SearchReport:
     ) -> None:
         self.tracker = tracker
         self.evaluations = evaluations
-        self.progress = SearchProgress(objectives, enabled=progress)
+        self.progress = SearchProgress(enabled=progress)
         self._spent = spent
         self._tracking = tracking
         self._started = time.monotonic()
         self._share_at_start, _ = spent()
-        self._members: frozenset[int] = frozenset()
-        self._says_memory = any(objective.name == "peak_memory" for objective in objectives)
-
-    def __enter__(self) -> Self:
-        self.progress.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.progress.__exit__(kind, error, traceback)
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self.progress.say(text)
-
-    def show(self, table: Table) -> None:
-        """Print a table."""
-        self.progress.show(table)
+        self._says_memory = True
 
     def begin(
-        self,
-        front: ParetoFront,
-        *,
-        description: str,
-        identity: Mapping[str, Mapping[str, str]],
+        self, front: ParetoFront, *, description: str, identity: Mapping[str, Mapping[str, str]]
     ) -> None:
         """Say what is searched, and open the search's run in MLflow.
 
@@ -92,14 +68,13 @@ class SearchReport:
             description: What is searched for and how.
             identity: Groups of settings.
         """
-        self._members = front.members
         if self.tracker is not None:
             self.tracker.start(
                 note=description, identity=identity, records=front.records, members=front.members
             )
-        self.say(description)
+        self.progress.say(description)
         if front.records:
-            self.say(resuming(front.records))
+            self.progress.say(_resuming(front.records))
         self.say_link()
         self._update(front)
 
@@ -110,18 +85,19 @@ class SearchReport:
         configuration = job.configuration if isinstance(job, New) else job.record.evaluation.configuration
         self.progress.running(job.number)
         if self.tracker is not None:
-            self.tracker.trials_started({job.number: configuration})
+            self.tracker.trial_started(job.number, configuration)
 
     def finished(self, record: TrialRecord, front: ParetoFront) -> None:
         """Show what became of a trial."""
         self.evaluations += 1
-        self.progress.finished(record, on_front=record.number in front.members)
-        if self._says_memory and record.evaluation.cost.steps:
+        on_front = record.number in front.members
+        self.progress.say(trial_line(record, front.objectives, on_front=on_front))
+        is_counted = any(objective.name == "peak_memory" for objective in front.objectives)
+        if self._says_memory and is_counted and record.evaluation.cost.steps:
             self._says_memory = False
-            self.say(resident_memory())
+            self.progress.say(_resident_memory())
         self._update(front)
         self._track(record, front)
-        self._members = front.members
 
     @section("other")
     def _update(self, front: ParetoFront) -> None:
@@ -139,55 +115,50 @@ class SearchReport:
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
         if self.tracker is None:
             return
-        if front.members != self._members:
-            self.tracker.front_changed(front.members)
+        self.tracker.front_changed(front.members)
         self.tracker.trial_finished(record)
         _, cost = self._spent()
-        self.tracker.progress(
-            {
-                "hypervolume": front.hypervolume,
-                "front_size": float(len(front)),
-                "cost/wall_seconds": cost.wall_seconds,
-                "cost/cpu_seconds": cost.cpu_seconds,
-                "cost/gpu_seconds": cost.gpu_seconds,
-                "cost/steps": float(cost.steps),
-            },
-            step=self.evaluations - 1,
-        )
+        figures = {f"cost/{name}": float(value) for name, value in asdict(cost).items()}
+        figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
+        self.tracker.progress(figures, step=self.evaluations - 1)
         if self.tracker.is_front_due:
-            self.publish(front)
-
-    def publish(self, front: ParetoFront) -> None:
-        """Write the front's page and table to MLflow."""
-        if self.tracker is not None:
             self.tracker.publish_front(front.records, front.members)
 
-    def end(self, status: RunEnd, front: ParetoFront) -> None:
-        """End the search's run in MLflow."""
-        if self.tracker is not None:
-            self.tracker.finish(status, front.records)
+    def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
+        """Write the front as it came out, say where the time went, and end the search's run in MLflow.
+
+        Args:
+            status: How the search ended.
+            front: What it found.
+            folder: The search's, for the profile of a call that is profiled.
+            trainings: Trainings of this call.
+        """
+        try:
+            if self.tracker is not None:
+                self.tracker.publish_front(front.records, front.members)
+            record_profile(folder, trainings, self.tracker, self.progress)
+        finally:
+            if self.tracker is not None:
+                self.tracker.finish(status, front.records)
 
     def say_link(self) -> None:
         """Say where MLflow shows the search."""
         if self.tracker is None or self._tracking is None:
             return
-        self.say(f"MLflow: {self.tracker.link}")
+        self.progress.say(f"MLflow: {self.tracker.link}")
         if not self._tracking.startswith("http"):
-            self.say(f"        (served by: autopeft ui --tracking {redact(self._tracking)})")
+            self.progress.say(f"        (served by: autopeft ui --tracking {redact(self._tracking)})")
 
 
-def resuming(records: Sequence[TrialRecord]) -> str:
+def _resuming(records: Sequence[TrialRecord]) -> str:
     """Say what is there of earlier calls."""
     counts = Counter(record.evaluation.status for record in records)
-    text = f"Resuming with {len(records)} trials: " + ", ".join(
-        f"{number} {status}" for status, number in counts.items()
-    )
-    if counts["failed"]:
-        text += ". Failed trials are tried again by run(..., retry_failed=True)"
-    return f"{text}."
+    each = ", ".join(f"{number} {status}" for status, number in counts.items())
+    again = ". Failed trials are tried again by run(..., retry_failed=True)" if counts["failed"] else ""
+    return f"Resuming with {len(records)} trials: {each}{again}."
 
 
-def resident_memory() -> str:
+def _resident_memory() -> str:
     """Say how much main memory this process has taken at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (

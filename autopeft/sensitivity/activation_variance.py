@@ -29,8 +29,7 @@ class IncrementalVariance:
     Narrow vectors (up to 8 times as wide as components are kept) add to the matrix of their covariances,
     which is exact and decomposed once, at the end. For wide ones that would be too large; there the leading
     components so far, scaled by their singular values, stand for all vectors seen (Ross et al., "Incremental
-    Learning for Robust Visual Tracking", IJCV 2008). Exact while `components` is not exceeded by the
-    vectors' rank; what is cut off per batch is lost otherwise.
+    Learning for Robust Visual Tracking", IJCV 2008), exact while the vectors' rank does not exceed them.
 
     A shallow copy is independent of its original: tensors are replaced, never changed.
 
@@ -38,7 +37,7 @@ class IncrementalVariance:
         components: How many components to keep.
         leading: How many of them have to converge.
         convergence: Wide vectors are ignored once each leading component's cosine similarity to itself one
-            batch before is above this; None for never. Narrow ones cost less than finding that out.
+            batch before is above this; None for never.
     """
 
     def __init__(self, components: int, *, leading: int = 1, convergence: float | None = None) -> None:
@@ -79,8 +78,7 @@ class IncrementalVariance:
         before = self._scaled
         self._scaled = _principal(rows if before is None else torch.vstack((before, rows)), self._components)
         if self._convergence is not None and before is not None and len(before) >= self._leading:
-            leading = slice(self._leading)
-            similarity = cosine_similarity(before[leading], self._scaled[leading]).abs()
+            similarity = cosine_similarity(before[: self._leading], self._scaled[: self._leading]).abs()
             self._converged = bool((similarity > self._convergence).all())
 
     def ratios(self) -> tuple[float, ...]:
@@ -152,18 +150,12 @@ class InputVariance:
     def scores(self, rank: int) -> SiteScores:
         """Return the sum of the `rank` largest explained-variance ratios of each site's inputs.
 
-        EVA (Paischer et al., arXiv:2410.07170), which sorts the components of all sites by this ratio and
-        gives rank to the first: the ratios themselves are the spectra. Sites that share their input (query,
-        key and value) score alike.
+        The ratios themselves are the spectra. Sites that share their input score alike.
         """
-        states = dict.fromkeys(self._states.values())
-        ratios = {state: state.ratios() for state in states}
+        ratios = {state: state.ratios() for state in dict.fromkeys(self._states.values())}
         spectra = {site: ratios[state] for site, state in self._states.items()}
-        return SiteScores(
-            name="explained_variance",
-            values={site: sum(spectrum[:rank]) for site, spectrum in spectra.items()},
-            spectra=spectra,
-        )
+        values = {site: sum(spectrum[:rank]) for site, spectrum in spectra.items()}
+        return SiteScores(name="explained_variance", values=values, spectra=spectra)
 
 
 def _vectors(given: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -25,26 +25,10 @@ def uniform_scores(sites: Iterable[Site]) -> SiteScores:
     return SiteScores(name="uniform", values={site: 1.0 for site in sites})
 
 
-def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne | None, rank: int) -> SiteScores:
-    """Return the validation score after training LoRA on one site alone, for every site.
+def leave_one_out_scores(sites: Sequence[MatrixSite], train_one: TrainOne, rank: int) -> SiteScores:
+    """Return the validation score after training LoRA of a rank on one site alone, for every site.
 
-    As NASPEFT does with layers. Costs one training a site: a reference to check the cheap scores against.
-
-    Args:
-        sites: The sites.
-        train_one: Trains a configuration and returns its validation score, better when larger (return the
-            negative of a loss).
-        rank: Rank of the LoRA adapter.
-
-    Raises:
-        ValueError: `train_one` is missing, or a training returned a number that is not finite.
+    Costs one training a site: a reference to check the cheap scores against.
     """
-    if train_one is None:
-        raise ValueError(
-            "The score 'leave_one_out' trains each site alone: pass train_one, a function that trains a "
-            "Configuration and returns its validation score (better when larger)."
-        )
-    values: dict[Site, float] = {}
-    for matrix in sites:
-        values[matrix.site] = train_one(Configuration({matrix.site: Adapter("lora", rank)}))
+    values = {matrix.site: train_one(Configuration({matrix.site: Adapter("lora", rank)})) for matrix in sites}
     return SiteScores(name="leave_one_out", values=values)

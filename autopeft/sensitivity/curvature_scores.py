@@ -11,7 +11,8 @@ So two backward passes give it for all sites, the weights stay frozen and no mat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,49 +30,52 @@ _MakeMatrix = Callable[[MatrixSite], Tensor]
 def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
     """Return Σ W ⊙ (H Ḡ): how much the squared gradient norm would fall if the weight vanished.
 
-    GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), where −W ⊙ H g is high for weights whose removal does
-    the gradient flow good; as in SPEFT the sign is turned, so that higher is more important. H is the Hessian
-    with respect to all scored weights, averaged over the batches as Ḡ is.
+    In the paper −W ⊙ H g is high for weights whose removal does the gradient flow good; as in SPEFT the sign
+    is turned, so that higher is more important. H is the Hessian with respect to all scored weights, averaged
+    over the batches as Ḡ is.
 
     Args:
         subject: What is scored.
         store: The mean gradients Ḡ of the same batches.
     """
-    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
-    for index in range(len(subject.batches)):
-        for site, value in curvature(subject, index, direction=store.mean, functional=_weight).items():
-            values[site] += value / len(subject.batches)
-    return SiteScores(name="grasp", values=values)
+    batches = range(len(subject.batches))
+    return _mean("grasp", [curvature(subject, batch, store.mean, _weight) for batch in batches])
 
 
 def hessian_scores(subject: Subject, probes: int) -> SiteScores:
     """Return ½ Σ h_ii w_ii², h the diagonal of the Hessian of the loss averaged over the batches.
 
-    The global score of Sensitivity-LoRA. h is Hutchinson's estimate E[v ⊙ H v] with Rademacher vectors v
-    over all scored weights, drawn anew for every batch (Bekas et al., Applied Numerical Mathematics 2007):
-    it is unbiased, and its variance falls with the number of batches × probes.
+    h is Hutchinson's estimate E[v ⊙ H v] with Rademacher vectors v over all scored weights, drawn anew for
+    every batch: it is unbiased, and its variance falls with the number of batches × probes.
 
     Args:
         subject: What is scored.
         probes: Vectors v a batch, at least 1.
     """
-    values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
-    draws = len(subject.batches) * probes
-    for draw in range(draws):
 
-        def signs(matrix: MatrixSite, draw: int = draw) -> Tensor:
-            return _rademacher(matrix, f"{subject.seed}.{draw}.{matrix.site}")
+    def signs(matrix: MatrixSite, draw: int) -> Tensor:
+        return _rademacher(matrix, f"{subject.seed}.{draw}.{matrix.site}")
 
-        def weighted(matrix: MatrixSite, draw: int = draw) -> Tensor:
-            return matrix.weight.square() * signs(matrix, draw) / 2
+    def weighted(matrix: MatrixSite, draw: int) -> Tensor:
+        return matrix.weight.square() * signs(matrix, draw) / 2
 
-        for site, value in curvature(subject, draw // probes, direction=signs, functional=weighted).items():
-            values[site] += value / draws
-    return SiteScores(name="hessian", values=values)
+    return _mean(
+        "hessian",
+        [
+            curvature(subject, draw // probes, partial(signs, draw=draw), partial(weighted, draw=draw))
+            for draw in range(len(subject.batches) * probes)
+        ],
+    )
+
+
+def _mean(name: str, draws: Sequence[Mapping[Site, float]]) -> SiteScores:
+    return SiteScores(
+        name=name, values={site: sum(draw[site] / len(draws) for draw in draws) for site in draws[0]}
+    )
 
 
 def curvature(
-    subject: Subject, batch: int, *, direction: _MakeMatrix, functional: _MakeMatrix
+    subject: Subject, batch: int, direction: _MakeMatrix, functional: _MakeMatrix
 ) -> dict[Site, float]:
     """Return Σ A ⊙ (H v) for every site, H the Hessian of one batch's loss in all scored weights.
 
@@ -87,10 +91,8 @@ def curvature(
     offsets = {matrix.site: torch.zeros_like(step, requires_grad=True) for matrix in subject.sites}
 
     def perturb(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
-        along = _times(given, matrix, direction)
-        across = _times(given, matrix, functional)
-        moved = output + step.to(output.device) * along
-        return moved + offsets[matrix.site].to(output.device) * across
+        moved = output + step.to(output.device) * _times(given, matrix, direction)
+        return moved + offsets[matrix.site].to(output.device) * _times(given, matrix, functional)
 
     # Of the attention kernels only the plain one can be differentiated twice.
     with sdpa_kernel(SDPBackend.MATH), forward_hooks(subject.sites, perturb):

@@ -1,4 +1,4 @@
-"""Scores from the gradient of the loss with respect to frozen weights.
+"""Scores from the gradient of the loss with respect to frozen weights; `SCORES` has their sources.
 
 `BATCH_SCORES` look at one batch's gradient of one layer, and are averaged over the batches; `gora` and
 `gradient_spectrum` look at the gradient averaged over the batches, which a `MeanGradients` keeps.
@@ -6,36 +6,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.layer_gradients import LayerGradient
 from autopeft.sensitivity.mean_gradients import MeanGradients
-from autopeft.sensitivity.scored_matrices import MatrixSite
-from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
+from autopeft.sensitivity.weight_scores import singular_values
 
-
-def _norm(tensor: Tensor, order: int = 2) -> Tensor:
-    """Return the norm of all entries, a scalar, without making another tensor of that size."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, ord=order)
-    return norm
-
-
-def gradient_norm(layer: LayerGradient) -> Tensor:
-    """Return ‖G‖_F, a scalar (SPEFT, Liu et al., arXiv:2412.13488)."""
-    return layer.norm
-
-
-def fisher(layer: LayerGradient) -> Tensor:
-    """Return the mean over the entries of G², a scalar: the batch version of the Fisher information.
-
-    Lodha et al., "On Surgical Fine-tuning for Language Encoders", EMNLP Findings 2023.
-    """
-    return layer.norm.square() / layer.gradient.numel()
+BatchFormula = Callable[[LayerGradient], Tensor]
+"""Maps the gradient of one layer on one batch to a scalar."""
 
 
 def fisher_of_samples(layer: LayerGradient) -> Tensor:
@@ -48,50 +33,58 @@ def fisher_of_samples(layer: LayerGradient) -> Tensor:
     Raises:
         ValueError: The layer's input does not keep the rows apart.
     """
-    squares = [_norm(gradient).square() for gradient in layer.sample_gradients()]
+    squares = [vector_norm(gradient).square() for gradient in layer.sample_gradients()]
     return torch.stack(squares).sum() / layer.site.weight.numel()
 
 
-def snip(layer: LayerGradient) -> Tensor:
-    """Return Σ |W ⊙ G|, a scalar (SNIP, Lee et al., ICLR 2019)."""
-    return layer.weighted_norms[0]
-
-
-def taylor2(layer: LayerGradient) -> Tensor:
-    """Return Σ (W ⊙ G)², a scalar (Taylor-FO, Molchanov et al., CVPR 2019; SPEFT)."""
-    return layer.weighted_norms[1]
-
-
-BATCH_SCORES: Mapping[str, Callable[[LayerGradient], Tensor]] = {
-    "gradient_norm": gradient_norm,
-    "fisher": fisher,
-    "snip": snip,
-    "taylor2": taylor2,
+BATCH_SCORES: Mapping[str, BatchFormula] = {
+    "gradient_norm": lambda layer: layer.norm,
+    "fisher": lambda layer: layer.norm.square() / layer.gradient.numel(),
+    "snip": lambda layer: layer.weighted_norms[0],
+    "taylor2": lambda layer: layer.weighted_norms[1],
 }
 
 
-def gora(site: MatrixSite, mean_gradient: Tensor) -> float:
-    """Return the mean over the entries of |W ⊙ Ḡ| (GoRA, He et al., arXiv:2502.12171).
+@dataclass(frozen=True)
+class BatchScore:
+    """The mean over the batches of a formula of a layer's gradient.
 
-    Args:
-        site: The site with W.
-        mean_gradient: Ḡ, (out, in): the gradient averaged over the batches.
+    Attributes:
+        name: The score.
+        formula: The formula.
+        count: What its sum over all batches is divided by.
+        sums: The sum so far of each site with influence on the loss.
     """
-    return float(_norm(mean_gradient * site.weight, 1)) / mean_gradient.numel()
+
+    name: str
+    formula: BatchFormula
+    count: int
+    sums: dict[Site, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: LayerGradient) -> None:
+        """Add the gradient of one layer on one batch."""
+        site = layer.site.site
+        self.sums[site] = self.formula(layer).double() + self.sums.get(site, 0.0)
+
+    def scores(self, sites: Iterable[Site]) -> SiteScores:
+        """Return the scores; 0 for sites without influence on the loss."""
+        values = {site: float(self.sums.get(site, 0.0)) / self.count for site in sites}
+        return SiteScores(name=self.name, values=values)
 
 
 def gora_scores(store: MeanGradients) -> SiteScores:
-    """Return `gora` of every site."""
-    return SiteScores(
-        name="gora", values={matrix.site: gora(matrix, gradient) for matrix, gradient in store.means()}
-    )
+    """Return the mean over the entries of |W ⊙ Ḡ| of every site."""
+    values = {
+        matrix.site: float(vector_norm(gradient * matrix.weight, ord=1)) / gradient.numel()
+        for matrix, gradient in store.means()
+    }
+    return SiteScores(name="gora", values=values)
 
 
 def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int) -> SiteScores:
     """Return sqrt(Σ_{i≤r} σ_i(Ḡ)²): how much of the mean gradient an update of rank r can follow.
 
-    LoRA-GA (Wang et al., arXiv:2407.05000); the gradient projection score of EvoLo-MOEAD. Costs one
-    singular value decomposition a site.
+    Costs one singular value decomposition a site.
 
     Args:
         store: The mean gradients.
@@ -102,6 +95,6 @@ def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int
     spectra: dict[Site, tuple[float, ...]] = {}
     for matrix, gradient in store.means():
         spectrum = singular_values(gradient)
-        values[matrix.site] = float(_norm(spectrum[:rank]))
+        values[matrix.site] = float(vector_norm(spectrum[:rank]))
         spectra[matrix.site] = tuple(spectrum[:components].tolist())
     return SiteScores(name="gradient_spectrum", values=values, spectra=spectra)

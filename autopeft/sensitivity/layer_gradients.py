@@ -7,16 +7,16 @@ pass reaches the next layer.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from autopeft.core.adapter import Site
 from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 
 _Product = tuple[Tensor, Tensor]
@@ -25,10 +25,11 @@ _BLOCK_ENTRIES = 2**16
 _WORTH_DROPPING = 0.8
 
 
+@dataclass(frozen=True, eq=False)
 class LayerGradient:
     """The gradient of a loss with respect to one site's weight.
 
-    Args:
+    Attributes:
         site: The site.
         products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
             forward pass: one, or more where blocks share their weights.
@@ -37,18 +38,18 @@ class LayerGradient:
             what is better.
     """
 
-    def __init__(
-        self, site: MatrixSite, products: Sequence[_Product], rows: int, dtype: torch.dtype | None = None
-    ) -> None:
-        self.site = site
-        self._products = products
-        self._rows = rows
-        self._dtype = dtype
+    site: MatrixSite
+    products: Sequence[_Product]
+    rows: int
+    dtype: torch.dtype | None = None
 
     @cached_property
     def gradient(self) -> Tensor:
         """G, (out, in), in single precision or what is better."""
-        return _sum([_outer(*product, self._dtype) for product in self._products])
+        first, *others = [_outer(*product, self.dtype) for product in self.products]
+        for other in others:
+            first += other
+        return first
 
     @cached_property
     def norm(self) -> Tensor:
@@ -75,40 +76,31 @@ class LayerGradient:
         Raises:
             ValueError: The layer's input does not keep the rows apart.
         """
-        by_row = [tuple(map(self._apart, product)) for product in self._products]
-        for row in range(self._rows):
+        by_row = [tuple(map(self._apart, product)) for product in self.products]
+        for row in range(self.rows):
             products = [(output_gradient[row], given[row]) for output_gradient, given in by_row]
-            total = _sum([_outer(*product, self._dtype) for product in products])
-            yield total.mul_(self._rows)
+            yield LayerGradient(self.site, products, 1, self.dtype).gradient.mul_(self.rows)
 
     def _apart(self, tensor: Tensor) -> Tensor:
-        if tensor.shape[0] % self._rows:
+        if tensor.shape[0] % self.rows:
             raise ValueError(
-                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self._rows} rows of "
+                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self.rows} rows of "
                 f"the batch (its shape is {tuple(tensor.shape)}): use the batch version of 'fisher'."
             )
         # Some models flatten (rows, tokens) into one dimension, row after row.
-        return tensor.reshape(self._rows, -1, tensor.shape[-1])
+        return tensor.reshape(self.rows, -1, tensor.shape[-1])
 
 
 def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return δᵀ x, without the tokens whose δ is 0: padding, and in a last block all that is not pooled."""
     precise = torch.promote_types(given.dtype, torch.float32)
-    factors = precise if dtype is None else dtype
     left = output_gradient.reshape(-1, output_gradient.shape[-1])
     right = given.reshape(-1, given.shape[-1])
     if left.device.type == "cpu":  # elsewhere, to look at the numbers is to wait for them
         used = left.any(dim=1)
         if int(used.sum()) < _WORTH_DROPPING * len(left):
             left, right = left[used], right[used]
-    return (left.to(factors).mT @ right.to(factors)).to(precise)
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
+    return (left.to(dtype or precise).mT @ right.to(dtype or precise)).to(precise)
 
 
 @contextmanager
@@ -130,42 +122,33 @@ def layer_gradients(
         rows: Number of rows of the batch.
         dtype: See `LayerGradient`.
     """
-    waiting: dict[Site, int] = defaultdict(int)
-    products: dict[Site, list[_Product]] = defaultdict(list)
-    matrices = {matrix.site: matrix for matrix in sites}
+    calls: Counter[MatrixSite] = Counter()
+    products: dict[MatrixSite, list[_Product]] = defaultdict(list)
 
-    def hand_over(site: Site) -> None:
-        receive(LayerGradient(matrices[site], products.pop(site), rows, dtype))
+    def hand_over(matrix: MatrixSite) -> None:
+        receive(LayerGradient(matrix, products.pop(matrix), rows, dtype))
 
-    def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor | None:
-        site = matrix.site
-        watched = output if output.requires_grad else _with_graph(output)
+    def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            # The same numbers as the beginning of a graph: backpropagation has to come down to here. Not
+            # `requires_grad_`: an in-place operation on a leaf, as some models have, would raise.
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         # In a list, so that the input can be let go of while the graph still holds the hook.
         held = [given.detach()]
-        waiting[site] += 1
+        calls[matrix] += 1
 
         def arrived(output_gradient: Tensor) -> None:
-            products[site].append((output_gradient.detach(), held.pop()))
-            waiting[site] -= 1
-            if not waiting[site]:
-                hand_over(site)
+            products[matrix].append((output_gradient.detach(), held.pop()))
+            if len(products[matrix]) == calls[matrix]:
+                hand_over(matrix)
 
-        watched.register_hook(arrived)
-        return watched
+        output.register_hook(arrived)
+        return output
 
     def run_backward(value: Tensor) -> None:
         value.backward()
-        for site in list(products):  # a module with a call that had no influence
-            hand_over(site)
-        waiting.clear()
+        for matrix in list(products):  # a module with a call that had no influence
+            hand_over(matrix)
 
     with forward_hooks(sites, watch):
         yield run_backward
-
-
-def _with_graph(output: Tensor) -> Tensor:
-    """Return the same numbers as the beginning of a graph: backpropagation has to come down to here.
-
-    Not `requires_grad_`: an in-place operation on a leaf, as some models have, would raise.
-    """
-    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)

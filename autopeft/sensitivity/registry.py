@@ -10,7 +10,7 @@ from typing import Literal
 Need = Literal["gradients", "inputs", "weights", "validation"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ScoreSpec:
     """What a score's name stands for.
 
@@ -36,91 +36,82 @@ class ScoreSpec:
         return bool(self.needs & {"gradients", "inputs"})
 
 
-def _specification(
-    name: str, needs: tuple[Need, ...], formula: str, citation: str, *, cheap: bool = True
-) -> ScoreSpec:
-    return ScoreSpec(name=name, needs=frozenset(needs), formula=formula, citation=citation, cheap=cheap)
-
-
-SCORES: Mapping[str, ScoreSpec] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            _specification(
-                "gradient_norm",
-                ("gradients",),
-                "mean over batches of ‖G‖_F",
-                "SPEFT (Liu et al., arXiv:2412.13488)",
-            ),
-            _specification(
-                "fisher",
-                ("gradients",),
-                "mean over batches (or samples) and over the entries of G²",
-                "On Surgical Fine-tuning for Language Encoders (Lodha et al., EMNLP Findings 2023)",
-            ),
-            _specification(
-                "snip",
-                ("gradients", "weights"),
-                "mean over batches of Σ |W ⊙ G|",
-                "SNIP (Lee et al., ICLR 2019, arXiv:1810.02340)",
-            ),
-            _specification(
-                "taylor2",
-                ("gradients", "weights"),
-                "mean over batches of Σ (W ⊙ G)²",
-                "Taylor-FO (Molchanov et al., CVPR 2019, arXiv:1906.10771), as used by SPEFT",
-            ),
-            _specification(
-                "gora",
-                ("gradients", "weights"),
-                "mean over the entries of |W ⊙ Ḡ|",
-                "GoRA (He et al., arXiv:2502.12171)",
-            ),
-            _specification(
-                "gradient_spectrum",
-                ("gradients",),
-                "sqrt(Σ_{i≤r} σ_i(Ḡ)²)",
-                "LoRA-GA (Wang et al., arXiv:2407.05000); gradient projection score of EvoLo-MOEAD",
-            ),
-            _specification(
-                "explained_variance",
-                ("inputs",),
-                "sum of the r largest explained-variance ratios of the layer's inputs",
-                "EVA (Paischer et al., arXiv:2410.07170)",
-            ),
-            _specification("condition_number", ("weights",), "1 / κ(W) = σ_min(W) / σ_1(W)", "KappaTune"),
-            _specification(
-                "synflow",
-                ("inputs", "weights"),
-                "Σ |W ⊙ ∂R/∂W|, R the summed logits with |parameters| and embeddings of ones",
-                "SynFlow (Tanaka et al., NeurIPS 2020, arXiv:2006.05467), as used by SPEFT",
-            ),
-            _specification(
-                "grasp",
-                ("gradients", "weights"),
-                "Σ W ⊙ (H Ḡ), H the Hessian with respect to all scored weights",
-                "GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), with the sign of SPEFT",
-                cheap=False,
-            ),
-            _specification(
-                "hessian",
-                ("gradients", "weights"),
-                "½ Σ h_ii w_ii², h the Hessian's diagonal by Hutchinson's estimate",
-                "Sensitivity-LoRA; the estimate: Bekas et al., Applied Numerical Mathematics 2007",
-                cheap=False,
-            ),
-            _specification(
-                "leave_one_out",
-                ("validation",),
-                "validation score after training an adapter on the site alone",
-                "NASPEFT",
-                cheap=False,
-            ),
-            _specification("random", (), "uniform in [0, 1), drawn anew for every seed", "a control"),
-            _specification("uniform", (), "1", "a control"),
-        )
-    }
+_GRADIENTS: frozenset[Need] = frozenset({"gradients"})
+_WEIGHTS: frozenset[Need] = frozenset({"weights"})
+_INPUTS: frozenset[Need] = frozenset({"inputs"})
+_SPECS = (
+    ScoreSpec(
+        "gradient_norm", _GRADIENTS, "mean over batches of ‖G‖_F", "SPEFT (Liu et al., arXiv:2412.13488)"
+    ),
+    ScoreSpec(
+        "fisher",
+        _GRADIENTS,
+        "mean over batches (or samples) and over the entries of G²",
+        "On Surgical Fine-tuning for Language Encoders (Lodha et al., EMNLP Findings 2023)",
+    ),
+    ScoreSpec(
+        "snip",
+        _GRADIENTS | _WEIGHTS,
+        "mean over batches of Σ |W ⊙ G|",
+        "SNIP (Lee et al., ICLR 2019, arXiv:1810.02340)",
+    ),
+    ScoreSpec(
+        "taylor2",
+        _GRADIENTS | _WEIGHTS,
+        "mean over batches of Σ (W ⊙ G)²",
+        "Taylor-FO (Molchanov et al., CVPR 2019, arXiv:1906.10771), as used by SPEFT",
+    ),
+    ScoreSpec(
+        "gora",
+        _GRADIENTS | _WEIGHTS,
+        "mean over the entries of |W ⊙ Ḡ|",
+        "GoRA (He et al., arXiv:2502.12171)",
+    ),
+    ScoreSpec(
+        "gradient_spectrum",
+        _GRADIENTS,
+        "sqrt(Σ_{i≤r} σ_i(Ḡ)²)",
+        "LoRA-GA (Wang et al., arXiv:2407.05000); gradient projection score of EvoLo-MOEAD",
+    ),
+    ScoreSpec(
+        "explained_variance",
+        _INPUTS,
+        "sum of the r largest explained-variance ratios of the layer's inputs",
+        "EVA (Paischer et al., arXiv:2410.07170)",
+    ),
+    ScoreSpec("condition_number", _WEIGHTS, "1 / κ(W) = σ_min(W) / σ_1(W)", "KappaTune"),
+    ScoreSpec(
+        "synflow",
+        _INPUTS | _WEIGHTS,
+        "Σ |W ⊙ ∂R/∂W|, R the summed logits with |parameters| and embeddings of ones",
+        "SynFlow (Tanaka et al., NeurIPS 2020, arXiv:2006.05467), as used by SPEFT",
+    ),
+    ScoreSpec(
+        "grasp",
+        _GRADIENTS | _WEIGHTS,
+        "Σ W ⊙ (H Ḡ), H the Hessian with respect to all scored weights",
+        "GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), with the sign of SPEFT",
+        cheap=False,
+    ),
+    ScoreSpec(
+        "hessian",
+        _GRADIENTS | _WEIGHTS,
+        "½ Σ h_ii w_ii², h the Hessian's diagonal by Hutchinson's estimate",
+        "Sensitivity-LoRA; the estimate: Bekas et al., Applied Numerical Mathematics 2007",
+        cheap=False,
+    ),
+    ScoreSpec(
+        "leave_one_out",
+        frozenset({"validation"}),
+        "validation score after training an adapter on the site alone",
+        "NASPEFT",
+        cheap=False,
+    ),
+    ScoreSpec("random", frozenset(), "uniform in [0, 1), drawn anew for every seed", "a control"),
+    ScoreSpec("uniform", frozenset(), "1", "a control"),
 )
+
+SCORES: Mapping[str, ScoreSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 """Every score, by name."""
 
 CHEAP_SCORES: tuple[str, ...] = tuple(name for name, spec in SCORES.items() if spec.cheap)

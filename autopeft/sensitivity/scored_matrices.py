@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
+from autopeft.core.precision import Precision, autocast
+from autopeft.core.seeding import seeded
 from autopeft.models.backbone import Backbone, SiteShape
-from autopeft.tasks.base import Loss
-from autopeft.tasks.batch import model_inputs
+from autopeft.tasks import Task
 
-_MASK = "attention_mask"
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
 
 
@@ -44,65 +45,54 @@ class Subject:
     Attributes:
         model: The transformers model.
         sites: Its matrix sites.
-        batches: Training batches, labels under "labels".
-        loss: Maps logits and labels to a scalar, the mean over the batch's rows.
+        batches: Training batches.
+        task: Gives the forward pass and the loss.
         seed: Seed of whatever a score draws.
+        precision: What the model computes in, under autocast; "32-true" for its own precision.
     """
 
     model: nn.Module
     sites: Sequence[MatrixSite]
     batches: Sequence[Mapping[str, Tensor]]
-    loss: Loss
+    task: Task
     seed: int
+    precision: Precision = "32-true"
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
         return next(self.model.parameters()).device
 
-    def inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the input tensors of a batch, on the model's device."""
-        inputs = model_inputs(self.batches[index])
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """Return a batch on the model's device."""
+        return {name: tensor.to(self.device) for name, tensor in self.batches[index].items()}
 
     def rows(self, index: int) -> int:
-        """Return the number of rows of a batch with labels."""
-        return len(self.batches[index]["labels"])
+        """Return the number of rows of a batch."""
+        return len(next(iter(self.batches[index].values())))
 
-    def autocast(self, dtype: torch.dtype | None) -> torch.autocast:
-        """Return the context in which the model computes in a dtype; in its own for None."""
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the model computes."""
+        return autocast(self.precision, self.device.type)
 
-    def _quick_attention(
-        self, inputs: Mapping[str, Tensor], dtype: torch.dtype | None
-    ) -> AbstractContextManager[None]:
-        """Return the context in which attention takes the kernel whose backward pass is quick.
+    def output(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's output for a batch on its device."""
+        mask = batch.get("attention_mask")
+        # The CPU's flash kernel goes backwards through short rows in bfloat16 up to ten times more slowly
+        # than attention step by step, which is what training with dropout takes anyway.
+        is_short = mask is not None and mask.shape[-1] <= _SHORT and torch.is_grad_enabled()
+        step_by_step = is_short and self.precision == "bf16-mixed" and self.device.type == "cpu"
+        with self.autocast(), sdpa_kernel(SDPBackend.MATH) if step_by_step else nullcontext():
+            return self.task.forward(self.model, batch)
 
-        The CPU's flash kernel goes backwards through short rows in bfloat16 up to ten times more slowly than
-        attention step by step, which is what training with dropout takes anyway.
-        """
-        mask = inputs.get(_MASK)
-        short = mask is not None and mask.shape[-1] <= _SHORT
-        if dtype is None or self.device.type != "cpu" or not short:
-            return nullcontext()
-        context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-        return context
-
-    def forward_loss(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+    def forward_loss(self, index: int) -> Tensor:
         """Return the loss of a batch, a scalar with its graph.
-
-        Args:
-            index: The batch.
-            dtype: What the model computes in, under autocast; the loss is of single precision logits.
 
         Raises:
             ValueError: The loss is not finite.
         """
-        inputs = self.inputs(index)
-        with self.autocast(dtype), self._quick_attention(inputs, dtype):
-            logits = self.model(**inputs).logits
-        logits = logits if dtype is None else logits.float()
-        value = self.loss(logits, self.batches[index]["labels"].to(self.device))
+        batch = self.batch(index)
+        value = self.task.loss(self.output(batch), batch)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"The loss of batch {index} is {value.item()}: scores need a finite one. "
@@ -117,43 +107,35 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     Raises:
         ValueError: There is none, or a weight is not stored as a plain matrix of floating-point numbers.
     """
-    found = tuple(
-        _matrix_site(site, shape, backbone.model.get_submodule(shape.module))
-        for site, shape in sorted(backbone.sites.items())
-        if shape.kind == "linear"
-    )
-    if not found:
-        raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
-    for matrix in found:
-        weight, expected = matrix.weight, (matrix.shape.out_features, matrix.shape.in_features)
+    found = []
+    for site, shape in sorted(backbone.sites.items()):
+        if shape.kind != "linear":
+            continue
+        module = backbone.model.get_submodule(shape.module)
+        weight = module.get_parameter("weight").detach()
+        weight = weight.mT if shape.transposed else weight
+        expected = (shape.out_features, shape.in_features)
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             raise ValueError(
-                f"The weight of {matrix.site} ({matrix.shape.module}) is {tuple(weight.shape)} of "
-                f"{weight.dtype}, expected {expected} of floating-point numbers: load the model without "
-                "quantisation."
+                f"The weight of {site} ({shape.module}) is {tuple(weight.shape)} of {weight.dtype}, expected "
+                f"{expected} of floating-point numbers: load the model without quantisation."
             )
-    return found
-
-
-def _matrix_site(site: Site, shape: SiteShape, module: nn.Module) -> MatrixSite:
-    weight = module.get_parameter("weight").detach()
-    return MatrixSite(site, shape, module, weight.mT if shape.transposed else weight)
+        found.append(MatrixSite(site, shape, module, weight))
+    if not found:
+        raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
+    return tuple(found)
 
 
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Put a model in evaluation mode with every parameter frozen; leave all as it was.
 
-    Inside, torch's random generators of the CPU and of the model's devices start from `seed`; outside
+    Inside, torch's random generators of the CPU and of the model's device start from `seed`; outside
     they go on where they were. Gradients that parameters carry are not touched.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({parameter.device.index for parameter, _ in flags if parameter.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+    with seeded(seed, flags[0][0].device), torch.enable_grad():
         try:
             model.eval()
             model.requires_grad_(False)
@@ -174,9 +156,7 @@ def forward_hooks(
     def bind(site: MatrixSite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         return lambda _, arguments, output: hook(site, arguments[0], output)
 
-    handles = [site.module.register_forward_hook(bind(site)) for site in sites]
-    try:
+    with ExitStack() as handles:
+        for site in sites:
+            handles.enter_context(site.module.register_forward_hook(bind(site)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

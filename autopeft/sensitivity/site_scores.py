@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,23 +50,18 @@ class SiteScores:
         """Return the sites, the one most worth adapting first; equal values in the sites' own order."""
         return tuple(sorted(self.values, key=lambda site: (-self.values[site], site)))
 
+    def __or__(self, other: SiteScores) -> SiteScores:
+        """Return the same score of this and of another group of sites."""
+        spectra = {**self.spectra, **other.spectra}
+        return SiteScores(name=self.name, values={**self.values, **other.values}, spectra=spectra)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as plain data, fit for JSON."""
-        spectra = {str(site): list(spectrum) for site, spectrum in self.spectra.items()}
-        return {
-            "name": self.name,
-            "values": {str(site): value for site, value in self.values.items()},
-            **({"spectra": spectra} if spectra else {}),
-        }
-
-    @classmethod
-    def merged(cls, parts: Sequence[SiteScores]) -> SiteScores:
-        """Return one score of several groups of sites as that of all of them."""
-        return cls(
-            name=parts[0].name,
-            values={site: value for part in parts for site, value in part.values.items()},
-            spectra={site: spectrum for part in parts for site, spectrum in part.spectra.items()},
-        )
+        data: dict[str, Any] = {"name": self.name}
+        data["values"] = {str(site): value for site, value in self.values.items()}
+        if self.spectra:
+            data["spectra"] = {str(site): list(spectrum) for site, spectrum in self.spectra.items()}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteScores:
@@ -82,11 +77,10 @@ class SiteScores:
         missing = [key for key in known[:2] if key not in data]
         if missing:
             raise ValueError(f"Scores need {' and '.join(missing)}, got the keys {sorted(data)}.")
-        return cls(
-            name=data["name"],
-            values={Site.parse(text): value for text, value in data["values"].items()},
-            spectra={Site.parse(text): tuple(spectrum) for text, spectrum in data.get("spectra", {}).items()},
+        values, spectra = (
+            {Site.parse(text): found for text, found in data.get(key, {}).items()} for key in known[1:]
         )
+        return cls(name=data["name"], values=values, spectra=spectra)
 
     def __repr__(self) -> str:
         shown = [f"{site} {self.values[site]:.3g}" for site in self.ranking()]

@@ -7,14 +7,33 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import eigvalsh, svdvals
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.layer_gradients import LayerGradient, layer_gradients
 from autopeft.sensitivity.scored_matrices import MatrixSite, Subject
-from autopeft.sensitivity.singular_values import singular_values
 from autopeft.sensitivity.site_scores import SiteScores
 
-_BLOCK_ENTRIES = 2**18
+_OBLONG = 2
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return all singular values of a matrix in descending order.
+
+    An oblong matrix in single precision or less goes through the smaller Gram matrix in double precision:
+    its squares cost half of the double precision's digits, which leaves what single precision has, at a
+    third of the time. A matrix near the square has no smaller Gram matrix to gain from.
+    """
+    if matrix.dtype == torch.float64 or max(matrix.shape) < _OBLONG * min(matrix.shape):
+        values: Tensor = svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+        return values
+    wide = matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT
+    gram = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=wide.device)
+    for part in wide.split(len(wide), dim=1):  # never a copy in double precision of all
+        precise = part.double()
+        gram.addmm_(precise, precise.mT)
+    squares: Tensor = eigvalsh(gram).clamp(min=0).flip(0)
+    return squares.sqrt()
 
 
 def condition_number_scores(sites: Sequence[MatrixSite]) -> SiteScores:
@@ -34,22 +53,23 @@ def synflow_scores(subject: Subject) -> SiteScores:
     """Return Σ |W ⊙ ∂R/∂W|: how much of the synaptic flow R goes through a weight.
 
     R is the sum of the logits of the model with every parameter replaced by its absolute value and every
-    token's embedding by ones (SynFlow, Tanaka et al., NeurIPS 2020, arXiv:2006.05467; norms are kept, as in
-    SPEFT; so are activation functions). Of the batches only the first row's shape and mask are used.
-    Attention over tokens that are alike does not depend on the queries and keys: they score next to nothing.
+    token's embedding by ones; norms are kept, as in SPEFT, and so are activation functions. Of the batches
+    only the first row's shape and mask are used. Attention over tokens that are alike does not depend on the
+    queries and keys: they score next to nothing.
     """
     values = dict.fromkeys((matrix.site for matrix in subject.sites), 0.0)
 
     def add(layer: LayerGradient) -> None:
         values[layer.site.site] = layer.weighted_norms[0].item()
 
-    row = {name: tensor[:1] for name, tensor in subject.inputs(0).items()}
+    embeddings: nn.Module = subject.model.get_input_embeddings()  # type: ignore[operator]
+    row = {name: tensor[:1] for name, tensor in subject.batch(0).items()}
     with (
-        absolute_parameters(subject.model, except_for=_only_in_embeddings(subject.model)),
-        _embeddings_of_ones(subject.model),
+        absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
+        embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
         layer_gradients(subject.sites, add, rows=1) as run_backward,
     ):
-        run_backward(subject.model(**row).logits.sum())
+        run_backward(subject.task.predicted(subject.output(row)).sum())
     return SiteScores(name="synflow", values=values)
 
 
@@ -57,51 +77,33 @@ def synflow_scores(subject: Subject) -> SiteScores:
 def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] = ()) -> Iterator[None]:
     """Replace every parameter by its absolute value in place; put the signs back afterwards, bit for bit.
 
-    The signs are kept in main memory, one byte an entry, and put back a few rows at a time.
+    The signs are kept in main memory, one byte an entry.
 
     Args:
         model: The model.
         except_for: Parameters to leave as they are: nobody has to pay for what is not used.
     """
     left_out = set(map(id, except_for))
-    signs: list[tuple[nn.Parameter, Tensor]] = []
+    signs: list[tuple[Tensor, Tensor]] = []
     try:
         for parameter in model.parameters():
             if id(parameter) not in left_out:
-                signs.append((parameter, torch.signbit(parameter.detach()).cpu()))
-                parameter.detach().abs_()
+                values = parameter.detach()
+                signs.append((values, (1 - 2 * values.signbit().to(torch.int8)).cpu()))
+                values.abs_()
         yield
     finally:
-        for parameter, negative in signs:
-            values = torch.atleast_1d(parameter.detach())
-            rows = max(1, len(values) * _BLOCK_ENTRIES // max(1, values.numel()))
-            for part, flags in zip(values.split(rows), torch.atleast_1d(negative).split(rows), strict=True):
-                # Of zeros too; a second parameter on the same memory, all positive by then, changes nothing.
-                part.copy_(torch.where(flags.to(part.device), -part.abs(), part))
+        for values, sign in reversed(
+            signs
+        ):  # of two on the same memory, the first one's signs are the true ones
+            values.copysign_(sign.to(values.device))
 
 
-def _only_in_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters whose memory nothing but the input embeddings uses, often half of a model."""
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    within = set(embeddings.modules())
+def _only_in(part: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters whose memory nothing but a part uses; embeddings are often half of a model."""
     elsewhere = {
-        parameter.untyped_storage().data_ptr()
-        for module in model.modules()
-        if module not in within
+        parameter.data_ptr()
+        for module in set(model.modules()) - set(part.modules())
         for parameter in module.parameters(recurse=False)
     }
-    return [
-        parameter
-        for parameter in embeddings.parameters()
-        if parameter.untyped_storage().data_ptr() not in elsewhere
-    ]
-
-
-@contextmanager
-def _embeddings_of_ones(model: nn.Module) -> Iterator[None]:
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return [parameter for parameter in part.parameters() if parameter.data_ptr() not in elsewhere]

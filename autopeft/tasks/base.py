@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -122,6 +123,11 @@ class Task(ABC):
         """Return a model's output for a batch."""
         return model(**model_inputs(batch))
 
+    def predicted(self, output: Any) -> Tensor:
+        """Return the tensor of the model's output that an export has to reproduce."""
+        found: Tensor = getattr(output, self.prediction)
+        return found
+
     @abstractmethod
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss of a batch, a scalar, given the model's output.
@@ -132,7 +138,7 @@ class Task(ABC):
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return how much a batch's loss counts in the mean over a split, a scalar: its number of rows."""
         first = next(iter(batch.values()))
-        return first.new_tensor(len(first), dtype=float)
+        return torch.tensor(len(first), device=first.device)
 
     @abstractmethod
     def metric_collection(self) -> MetricCollection:

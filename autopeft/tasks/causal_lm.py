@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
@@ -23,7 +24,7 @@ from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName, Task, TaskData
-from autopeft.tasks.batch import IGNORED, LABELS, POSITIONS, model_inputs
+from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
 from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
@@ -304,9 +305,8 @@ class CausalLM(Task):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch."""
-        inputs = model_inputs(batch)
-        # transformers takes packed rows apart by their positions only where there is no cache of keys.
-        return model(**inputs, use_cache=False) if POSITIONS in inputs else model(**inputs)
+        # Also: transformers takes packed rows apart by their positions only where there is no cache of keys.
+        return model(**model_inputs(batch), use_cache=False)
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross entropy of the learnt tokens, a scalar.
@@ -393,7 +393,8 @@ class CausalLM(Task):
         }
 
 
-def _learnt(rows: Sequence[TokenRow]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _learnt(rows: Sequence[TokenRow]) -> NDArray[np.int64]:
     """Return the learnt tokens of rows; the first token of a row is never predicted."""
-    labels = np.concatenate([np.array(row.labels[1:]) for row in rows])
-    return labels[labels != IGNORED]
+    labels: NDArray[np.int64] = np.concatenate([np.array(row.labels[1:]) for row in rows])
+    learnt: NDArray[np.int64] = labels[labels != IGNORED]
+    return learnt

@@ -1,12 +1,10 @@
-"""Trained tensors of the trials on the front, kept on disk so that export needs no training.
-
-Where members of the front are trained again, others may come onto it: their tensors are kept as well.
-"""
+"""Trained tensors of the trials on the front, or that may come onto it: export needs no training."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,32 +15,37 @@ from autopeft.core.profiling import section
 _SEED = "seed"
 
 
-class AdapterCheckpoints:
+@dataclass(frozen=True)
+class TrialFiles:
     """One safetensors file a trial in a folder; a damaged one counts as missing.
 
-    Args:
+    Attributes:
         folder: Made when the first trial is saved.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
-    def _path(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
+        """Return the place of a trial's file."""
         return self.folder / f"trial-{number:05d}.safetensors"
+
+
+class AdapterCheckpoints(TrialFiles):
+    """The trained tensors of a search, one file a trial."""
 
     @section("record")
     def save(self, number: int, state: Mapping[str, Tensor], seed: int) -> None:
         """Write a trial's tensors and the seed of the training that they are of."""
-        save_tensors(self._path(number), state, {_SEED: str(seed)})
+        save_tensors(self.path(number), state, {_SEED: str(seed)})
 
     def seed(self, number: int) -> int | None:
         """Return the seed of the training whose tensors a trial has; None where none are kept."""
-        kept = load_tensors(self._path(number))
+        kept = load_tensors(self.path(number))
         return None if kept is None or _SEED not in kept[1] else int(kept[1][_SEED])
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         """Return a trial's tensors, or None where they were not kept."""
-        kept = load_tensors(self._path(number))
+        kept = load_tensors(self.path(number))
         return None if kept is None else kept[0]
 
     @section("record")
@@ -50,7 +53,7 @@ class AdapterCheckpoints:
         """Delete the tensors of every other trial, and what a killed process left unfinished."""
         if not self.folder.is_dir():
             return
-        wanted = {self._path(number).name for number in numbers}
+        wanted = {self.path(number).name for number in numbers}
         for name in os.listdir(self.folder):
             if name.startswith("trial-") and name not in wanted:
                 (self.folder / name).unlink(missing_ok=True)

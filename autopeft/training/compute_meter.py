@@ -13,13 +13,7 @@ from autopeft.core.evaluation import Cost
 
 @dataclass
 class ComputeMeter:
-    """Compute since the latest reading, or since it was made.
-
-    Attributes:
-        device: Where the work is done.
-        wall: Elapsed time at the latest reading.
-        processor: Processor time at the latest reading.
-    """
+    """Compute on a device since the latest reading, whose times in seconds it holds, or since it was made."""
 
     device: torch.device
     wall: float = field(default_factory=time.perf_counter)
@@ -29,8 +23,7 @@ class ComputeMeter:
         """Return the compute since the latest reading, with the optimizer steps that were taken."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            # Where the work itself has failed on the device, waiting for it fails once more.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):  # work that failed on the device fails again here
                 torch.cuda.synchronize(self.device)
         wall, processor = time.perf_counter(), time.process_time()
         elapsed = wall - self.wall

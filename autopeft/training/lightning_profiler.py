@@ -36,16 +36,17 @@ class SectionProfiler(Profiler):
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self._profile = profile
+        self._depths: dict[str, int] = {}
 
     def start(self, action_name: str) -> None:
         """Enter an action's section."""
         if name := section_of(action_name):
-            self._profile.enter(action_name, name)
+            self._depths[action_name] = self._profile.enter(name)
 
     def stop(self, action_name: str) -> None:
         """Leave it; actions inside it that an exception left open are ended with it."""
-        if section_of(action_name):
-            self._profile.leave(action_name)
+        if action_name in self._depths:
+            self._profile.leave(self._depths.pop(action_name))
 
 
 def training_profiler() -> SectionProfiler | None:

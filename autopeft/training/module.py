@@ -15,7 +15,6 @@ from torchmetrics import MetricCollection
 
 from autopeft.core.evaluation import VALIDATION_LOSS
 from autopeft.tasks import Task
-from autopeft.tasks.batch import LABELS, model_inputs
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
 """Returns the context in which the forward pass of a batch runs."""
@@ -25,15 +24,15 @@ class FineTuning(LightningModule):
     """Train whatever requires gradients in a model with a task head.
 
     Args:
-        model: Returns an object with `logits`, of shape (batch, labels), for the batch's tensors.
-        task: Gives the loss and the metrics.
+        model: The model, with whatever is trained in it.
+        task: Gives the forward pass, the loss and the metrics.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
         warmup_share: Share of the steps with a rising learning rate.
         total_steps: Steps after which the learning rate is 0.
         first_step: Steps already taken.
         optimizer_state: The optimizer's tensors at that step, by "parameter|name"; None at the start.
-        serve: Gives the context in which a batch's forward pass runs, as `TrialHiddenStates.serve` does.
+        serve: Gives the context in which a batch's forward pass runs, as `HiddenStateCache.serve` does.
         metrics: The task's, which are reset; None to make new ones.
     """
 
@@ -63,36 +62,34 @@ class FineTuning(LightningModule):
         self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection() if metrics is None else metrics
         self.metrics.reset()  # a training that failed may have left rows
-        self._validated: list[tuple[Tensor, Tensor]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits, of shape (batch, labels)."""
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's output."""
         with self.serve(batch):
-            logits: Tensor = self.model(**model_inputs(batch)).logits
-        return logits
+            return self.task.forward(self.model, batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch."""
-        return self.task.loss(self(batch), batch[LABELS])
+        return self.task.loss(self(batch), batch)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics and the loss."""
-        self.add_validated(self(batch), batch[LABELS])
+        self.add_validated(self(batch), batch)
 
-    def add_validated(self, logits: Tensor, labels: Tensor) -> None:
-        """Add the logits (rows, labels) of one validation batch to the metrics and the loss."""
-        self.metrics.update(logits, labels)
-        self._validated.append((logits, labels))
+    def add_validated(self, output: Any, batch: Mapping[str, Tensor]) -> None:
+        """Add the model's output for one validation batch to the metrics and the loss."""
+        loss = self.task.loss(output, batch)
+        self.task.update_metrics(self.metrics, output, batch, loss)
+        self._losses.append((loss.double(), self.task.weight(batch).double()))
 
     def take_validated(self) -> dict[str, Tensor]:
-        """Return the metrics and the loss of all rows that were added, by name, and forget these.
-
-        The loss is that of all rows at once: with class weights, batches' losses have no simple mean.
-        """
-        logits, labels = map(torch.cat, zip(*self._validated, strict=True))
-        found = {**self.metrics.compute(), VALIDATION_LOSS: self.task.loss(logits, labels)}
+        """Return the metrics and the mean loss of what was added, by name, and forget it."""
+        losses, weights = map(torch.stack, zip(*self._losses, strict=True))
+        mean = (losses * weights).sum() / weights.sum()
+        found = {**self.metrics.compute(), VALIDATION_LOSS: mean.float()}
         self.metrics.reset()
-        self._validated = []
+        self._losses = []
         return found
 
     def on_validation_epoch_end(self) -> None:
@@ -101,7 +98,8 @@ class FineTuning(LightningModule):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics."""
-        self.metrics.update(self(batch), batch[LABELS])
+        output = self(batch)
+        self.task.update_metrics(self.metrics, output, batch, self.task.loss(output, batch))
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics under their names."""
@@ -113,9 +111,8 @@ class FineTuning(LightningModule):
         trainable = {
             name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad
         }
-        optimizer = torch.optim.AdamW(
-            trainable.values(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        decay = self.weight_decay
+        optimizer = torch.optim.AdamW(trainable.values(), lr=self.learning_rate, weight_decay=decay)
         for key, tensor in self.optimizer_state.items():
             name, _, entry = key.rpartition("|")
             parameter = trainable[name]
@@ -123,10 +120,7 @@ class FineTuning(LightningModule):
             device = tensor.device if entry == "step" else parameter.device
             optimizer.state[parameter][entry] = tensor.to(device, copy=True)
         scheduler = LambdaLR(optimizer, self._learning_rate_factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _learning_rate_factor(self, step: int) -> float:
         step += self.first_step

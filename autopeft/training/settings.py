@@ -66,12 +66,11 @@ class Training:
     callbacks: Sequence[CallbackSource] = ()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "patience", "validate_every"):
-            value = getattr(self, name)
-            optional = name in ("max_steps", "patience")
-            if value is None and optional:
-                continue
-            check_whole(name, value, least=1)
+        for name in ("epochs", "batch_size", "validate_every"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("max_steps", "patience"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least=1)
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share is a share in [0, 1], got {self.warmup_share!r}.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:

@@ -12,16 +12,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from autopeft.core.objectives import Objective
 from autopeft.training.lightning_profiler import training_profiler
 from autopeft.training.settings import Training
 
 
 class ResidentStrategy(SingleDeviceStrategy):
-    """A single device on which the model stays when training ends.
-
-    Lightning moves the module to the CPU at every teardown, which for a resident backbone is a copy of
-    all pretrained weights back and forth a trial.
-    """
+    """A single device on which the model stays when training ends: Lightning would move it to the CPU."""
 
     def teardown(self) -> None:
         """Release what belongs to the training, and leave the module where it is."""
@@ -56,11 +53,16 @@ class PartTrainer(Trainer):
         return super().estimated_stepping_batches if self._total_steps is None else self._total_steps
 
 
+def early_stopping(monitor: Objective, patience: int) -> EarlyStopping:
+    """Return what ends a training after so many validations without improvement."""
+    return EarlyStopping(monitor.name, mode="max" if monitor.sign > 0 else "min", patience=patience)
+
+
 def build_trainer(
     training: Training,
     callbacks: Sequence[Callback],
     *,
-    monitor: str,
+    monitor: Objective,
     pieces: int | None = None,
     first_step: int = 0,
     total_steps: int | None = None,
@@ -70,16 +72,15 @@ def build_trainer(
     Args:
         training: Bounds, precision and device.
         callbacks: Callbacks to run with; those of the training settings are not added.
-        monitor: Metric that early stopping watches (maximised).
+        monitor: Metric that early stopping watches.
         pieces: Passes over a loader that stops by itself (see `SegmentedBatches`), each followed by a
             validation; None for the training's epochs.
-        first_step: Optimizer steps taken before, where a training goes on from a pause.
-        total_steps: Optimizer steps of the whole training; None for what Lightning estimates.
+        first_step: See `PartTrainer`.
+        total_steps: See `PartTrainer`.
     """
     device = training.resolved_device()
-    stopping: list[Callback] = []
     if training.patience is not None:
-        stopping.append(EarlyStopping(monitor, mode="max", patience=training.patience))
+        callbacks = [*callbacks, early_stopping(monitor, training.patience)]
     return PartTrainer(
         first_step=first_step,
         total_steps=total_steps,
@@ -91,7 +92,7 @@ def build_trainer(
         max_steps=-1 if training.max_steps is None or pieces is not None else training.max_steps,
         check_val_every_n_epoch=training.validate_every if pieces is None else 1,
         gradient_clip_val=training.gradient_clip,
-        callbacks=[*callbacks, *stopping],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -104,11 +105,7 @@ def build_trainer(
 
 
 def dismantle(trainer: Trainer) -> None:
-    """Let go of gradients and optimizer state.
-
-    The parts of a Trainer refer to each other in circles: these tensors would stay until Python next looks
-    for circles, which may be many trials later.
-    """
+    """Let go of gradients and optimizer state, which the circles in a Trainer would keep for many trials."""
     for optimizer in trainer.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
@@ -121,12 +118,10 @@ def quiet_lightning() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
     try:
-        if before < logging.WARNING:  # changing a level clears every logger's cache
-            logger.setLevel(logging.WARNING)
+        logger.setLevel(max(before, logging.WARNING))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
             yield
     finally:
-        if logger.level != before:
-            logger.setLevel(before)
+        logger.setLevel(before)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopeft.callbacks import BestWeights
 from autopeft.core.seeding import generator_states
@@ -15,41 +18,31 @@ from autopeft.training.module import FineTuning
 from autopeft.training.training_checkpoint import TrainingState, flatten_state
 
 
+@dataclass(eq=False)
 class CaptureState(Callback):
     """Copy everything that a training has changed when a fit ends, before callbacks take their hooks off.
 
     Has to be the last of the Trainer's callbacks but for early stopping.
 
-    Args:
+    Attributes:
         best: The callback that keeps the best validation's weights.
         callbacks: Callbacks whose state belongs to the training's.
-
-    Attributes:
         state: The state; None where early stopping has ended the training, or the fit was not ended.
     """
 
-    def __init__(self, best: BestWeights, callbacks: Sequence[Callback] = ()) -> None:
-        self.state: TrainingState | None = None
-        self._best = best
-        self._callbacks = callbacks
+    best: BestWeights
+    callbacks: Sequence[Callback] = ()
+    state: TrainingState | None = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the state.
-
-        Raises:
-            ValueError: A callback's state cannot be kept.
-        """
-        check_states(self._callbacks)
+        """Copy the state; raise a ValueError where a callback's cannot be kept."""
+        check_states(self.callbacks)
         if not stopped_early(trainer):
-            self.state = capture_state(trainer, pl_module, self._best, self._callbacks)
+            self.state = capture_state(trainer, pl_module, self.best, self.callbacks)
 
 
 def check_states(callbacks: Sequence[Callback]) -> None:
-    """Raise where the state of a callback cannot be kept over a pause.
-
-    Raises:
-        ValueError: Names the callback and what its state holds.
-    """
+    """Raise a ValueError where the state of a callback cannot be kept over a pause."""
     for callback in callbacks:
         try:
             flatten_state(callback.state_dict(), {})
@@ -60,15 +53,11 @@ def check_states(callbacks: Sequence[Callback]) -> None:
 def capture_state(
     trainer: Trainer, module: LightningModule, best: BestWeights, callbacks: Sequence[Callback] = ()
 ) -> TrainingState:
-    """Return copies of everything that a training has changed.
+    """Return copies of everything that a training has changed, between its end and the Trainer's teardown.
 
-    Args:
-        trainer: The Trainer, between the end of training and its teardown.
-        module: What is trained.
-        best: The callback that keeps the best validation's weights.
-        callbacks: Callbacks whose state belongs to the training's.
+    The arguments are those of `CaptureState`.
     """
-    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trainable = _trainable(module)
     (optimizer,) = trainer.optimizers
     early: dict[str, Any] = {}
     if trainer.early_stopping_callback is not None:
@@ -98,12 +87,8 @@ def restore_state(
     best: BestWeights,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Put everything back before a fit.
-
-    What is not put back here: the optimizer's tensors, which the module fills in when it makes the optimizer,
-    and the number of steps, which the Trainer is made with.
-    """
-    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """Put everything back before a fit, but what module (optimizer) and Trainer (steps) are made with."""
+    trainable = _trainable(module)
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(state.weights[name])
@@ -127,16 +112,14 @@ def stopped_early(trainer: Trainer) -> bool:
     return stopping is not None and stopping.wait_count >= stopping.patience
 
 
+def _trainable(module: LightningModule) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
 def _copies(state: Any) -> Any:
     """Return the state of a callback with its tensors copied to the CPU."""
-    if isinstance(state, Tensor):
-        return _copy(state)
-    if isinstance(state, dict):
-        return {key: _copies(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copies(value) for value in state)
-    return state
+    return copy.deepcopy(move_data_to_device(state, torch.device("cpu")))

@@ -13,6 +13,7 @@ from torch import Tensor
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Evaluation
 from autopeft.core.profiling import section
+from autopeft.training.adapter_checkpoints import TrialFiles
 
 _META = "autopeft"
 _GROUPS = ("weights", "best_weights", "optimizer", "generators")
@@ -72,21 +73,12 @@ class TrainingCheckpoint:
         Raises:
             OSError: The disk is full, or the folder cannot be written to.
         """
+        state = dict(vars(self.state))
         tensors: dict[str, Tensor] = {
-            f"{group}/{name}": tensor
-            for group in _GROUPS
-            for name, tensor in getattr(self.state, group).items()
+            f"{group}/{name}": tensor for group in _GROUPS for name, tensor in state.pop(group).items()
         }
-        plain = {
-            "evaluation": self.evaluation.to_dict(),
-            "state": {
-                "step": self.state.step,
-                "best": self.state.best,
-                "best_metrics": dict(self.state.best_metrics),
-                "early_stopping": dict(self.state.early_stopping),
-                _CALLBACKS: flatten_state(list(self.state.callbacks), tensors),
-            },
-        }
+        state[_CALLBACKS] = flatten_state(list(self.state.callbacks), tensors)
+        plain = {"evaluation": self.evaluation.to_dict(), "state": state}
         save_tensors(path, tensors, {_META: json.dumps(plain)})
 
     @classmethod
@@ -108,12 +100,8 @@ class TrainingCheckpoint:
 def flatten_state(state: Any, tensors: dict[str, Tensor]) -> Any:
     """Return the state of a callback as plain data for JSON, and move its tensors into `tensors`.
 
-    Args:
-        state: Tensors, numbers, texts, None, and mappings (of texts), lists and tuples of these.
-        tensors: Filled with the tensors, by the names that stand in their places.
-
-    Raises:
-        ValueError: Something else is among it.
+    It may hold tensors, numbers, texts, None, and mappings (of texts), lists and tuples of these: something
+    else raises a ValueError.
     """
     if isinstance(state, Tensor):
         name = str(len(tensors))
@@ -145,28 +133,18 @@ def _unflatten(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _unflatten(value, tensors) for key, value in plain[_ITEMS].items()}
 
 
-class TrainingCheckpoints:
-    """One file a paused trial in a folder; a damaged one counts as missing.
-
-    Args:
-        folder: Made when the first trial pauses.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"trial-{number:05d}.safetensors"
+class TrainingCheckpoints(TrialFiles):
+    """The paused trainings of a search, one file a trial."""
 
     @section("record")
     def save(self, number: int, paused: TrainingCheckpoint) -> None:
         """Write a trial's state in place of an earlier one."""
-        paused.save(self._path(number))
+        paused.save(self.path(number))
 
     @section("record")
     def load(self, number: int) -> TrainingCheckpoint | None:
         """Return a trial's state; None where it has none."""
-        return TrainingCheckpoint.load(self._path(number))
+        return TrainingCheckpoint.load(self.path(number))
 
     def drop(self, number: int) -> None:
         """Delete a trial's state, and what a killed process left of it unfinished."""

@@ -22,22 +22,16 @@ class Selective(Protocol):
 
 
 def check_sources(sources: object) -> tuple[CallbackSource, ...]:
-    """Return what was passed as callbacks as a tuple.
-
-    Raises:
-        ValueError: It is no sequence of callbacks and functions that make them.
-    """
-    if isinstance(sources, str) or not isinstance(sources, Sequence):
+    """Return what was passed as callbacks as a tuple; raise a ValueError where it is something else."""
+    if (
+        isinstance(sources, str)
+        or not isinstance(sources, Sequence)
+        or not all(isinstance(source, Callback) or callable(source) for source in sources)
+    ):
         raise ValueError(
             "callbacks is a list of Lightning callbacks, or of functions that make one for each trial, got "
             f"{sources!r}."
         )
-    for source in sources:
-        if not isinstance(source, Callback) and not callable(source):
-            raise ValueError(
-                "Each of the callbacks is a lightning.pytorch.Callback or a function that makes one for each "
-                f"trial, got {source!r}."
-            )
     return tuple(sources)
 
 
@@ -45,29 +39,21 @@ def new_callbacks(sources: Sequence[CallbackSource], module: nn.Module | None = 
     """Make the callbacks of one trial.
 
     Args:
-        sources: Instances, which are copied, and functions, which are called.
+        sources: Instances, which are copied, and functions, which are called and have to return a callback.
         module: What is trained: callbacks with nothing to act on are left out (see `Selective`); None
             for all.
-
-    Raises:
-        ValueError: A function returned something else than a callback.
     """
-    made = [
-        copy.deepcopy(source) if isinstance(source, Callback) else _checked(source()) for source in sources
-    ]
+    made = [copy.deepcopy(source) if isinstance(source, Callback) else source() for source in sources]
+    for given in made:
+        if not isinstance(given, Callback):
+            raise ValueError(
+                f"A function among the callbacks returned {given!r}, expected a lightning.pytorch.Callback."
+            )
     return [
         callback
         for callback in made
         if module is None or not isinstance(callback, Selective) or callback.applies_to(module)
     ]
-
-
-def _checked(made: object) -> Callback:
-    if not isinstance(made, Callback):
-        raise ValueError(
-            f"A function among the callbacks returned {made!r}, expected a lightning.pytorch.Callback."
-        )
-    return made
 
 
 def describe_callback(callback: Callback) -> str:

@@ -32,7 +32,7 @@ class ValidationSchedule:
         """Return the plan of a training.
 
         Args:
-            training: Epochs, bound on the steps, and how often it is validated.
+            training: Says how long it is, and how often it is validated.
             steps_per_epoch: Optimizer steps an epoch.
             shares: Shares of the training, in (0, 1), after which it may pause.
 

@@ -245,7 +245,7 @@ def test_an_exception_leaves_nothing_frozen(tiny_llama: ModelFactory) -> None:
 
 
 def test_plans_that_cannot_work_are_refused(tiny_llama: ModelFactory) -> None:
-    with pytest.raises(ValueError, match="5 layers cannot be drawn from 4"):
+    with pytest.raises(ValueError, match=r"has 4 layers .* expected at least 5"):
         fit(blocks(tiny_llama), LISA(5, every_n_steps=1), steps=1)
     single = lora(tiny_llama(), target_modules=["layers.0.self_attn.q_proj"])
     with pytest.raises(ValueError, match="has 1 layers with trainable parameters"):

@@ -25,7 +25,6 @@ from autopeft.callbacks import (
     SoRA,
     find_lora_modules,
 )
-from autopeft.callbacks.proximal_gates import ProximalGates
 from tests.callbacks.lora_fits import (
     RANK,
     Classifier,
@@ -69,7 +68,7 @@ def callback_for(kind: str, classifier: Classifier) -> RankGates:
     if kind == "module-scales":
         spread = torch.linspace(0.1, 2.0, len(names))
         callback.load_state_dict({"gates": dict(zip(names, spread[:, None], strict=True))})
-    elif isinstance(callback, ProximalGates):
+    elif isinstance(callback, SoRA):
         callback.load_state_dict({"gates": {name: torch.linspace(0.1, 2.0, RANK) for name in names}})
     return callback
 

@@ -293,31 +293,6 @@ class TestPictures:
         }
     )
 
-    def test_difference(self) -> None:
-        after = Configuration(
-            {
-                Site(0, "query"): Adapter("lora", 16),
-                Site(1, "query"): Adapter("lora", 8),
-                Site(2, "key"): Adapter("ia3"),
-            },
-            learning_rate=5e-4,
-            weight_decay=0.01,
-        )
-        assert self.before.diff(after).splitlines() == [
-            "~ learning_rate: 0.001 → 0.0005",
-            "~ weight_decay: 0 → 0.01",
-            "~ 0.query: lora(8) → lora(16)",
-            "- 1.ffn: series(4)",
-            "+ 2.key: ia3()",
-        ]
-
-    @given(configurations(), configurations())
-    def test_only_equal_configurations_have_no_difference(
-        self, one: Configuration, other: Configuration
-    ) -> None:
-        assert (one.diff(other) == "") == (one == other)
-        assert one.diff(one) == ""
-
     def test_representation(self) -> None:
         text = repr(self.before)
         assert text.startswith("Configuration(lora, series; 3 adapters; learning_rate=0.001; ")

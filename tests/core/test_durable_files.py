@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from autopeft.core.durable_files import load_json, load_tensors, replacing, save_json, save_tensors
+from autopeft.core.atomic_files import replacing
+from autopeft.core.durable_files import load_json, load_tensors, save_json, save_tensors
 
 TENSORS = {
     "a": torch.arange(300.0).reshape(30, 10).T,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.core.text_grid import adapter_label, text_grid
+from autopeft.core.text_grid import text_grid
 
 
 def test_draws_blocks_down_and_roles_across() -> None:
@@ -38,8 +38,8 @@ def test_says_so_when_there_are_no_adapters() -> None:
 
 
 def test_labels() -> None:
-    assert adapter_label("L", 8) == "L8"
-    assert adapter_label("I", None) == "I"
+    adapters = {Site(0, "query"): Adapter("lora", 8), Site(1, "key"): Adapter("ia3")}
+    assert Configuration(adapters).cells() == {(0, "query"): "L8", (1, "key"): "I"}
 
 
 def test_every_method_has_its_own_symbol() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from autopeft.core.configuration import Configuration
-from autopeft.evaluation.baselines import full_fine_tuning, head_alone
 from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
+from examples.demo import full_fine_tuning, head_alone
 from tests.learnable import learner, tiny_evaluator
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_tokenizer
 

@@ -73,7 +73,7 @@ def test_a_complete_evaluation_has_every_objective() -> None:
     assert (evaluation.status, evaluation.reason) == ("complete", None)
     assert {*names, "matthews", "training_seconds", "inference_latency"} <= evaluation.values.keys()
     assert evaluation.values["trainable_parameters"] == count_parameters(evaluator.backbone, configuration)
-    assert all(evaluation.values[name] > 0 for name in evaluator.needed())
+    assert all(evaluation.values[name] > 0 for name in evaluator.needed)
     assert {point.metric for point in evaluation.curves} >= {"accuracy"}
     assert trained.state is not None
     assert sum(tensor.numel() for tensor in trained.state.values()) == count_parameters(
@@ -312,7 +312,7 @@ def test_defaults_are_those_of_a_search() -> None:
     evaluator = tiny_evaluator()
     assert evaluator.monitor == "accuracy"
     assert evaluator.training is TRAINING
-    assert evaluator.needed() == {*OBJECTIVES}
+    assert evaluator.needed == {*OBJECTIVES}
 
 
 def test_steps_after_the_last_validation_are_judged_too() -> None:

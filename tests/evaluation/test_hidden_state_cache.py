@@ -15,13 +15,14 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.memory.counter import MemoryCounter, measure_live_storage
+from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.run import Trained
 from autopeft.methods import FullFineTuning, attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
 from autopeft.tasks.batch import rows_of
 from autopeft.training.settings import Training
+from benchmarks.memory import measure_live_storage
 from tests.learnable import OBJECTIVES, learnable_task
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
 
@@ -70,7 +71,7 @@ def assert_alike(one: Trained, other: Trained, tolerance: float = 1e-5) -> None:
 
 
 def served_cuts(evaluator: Evaluator) -> list[int]:
-    return [use.cut for use in evaluator.prefixes.uses]
+    return [use.cut for use in evaluator.hidden_states.uses]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_what_cannot_be_served_is_computed(
     trained = cached.train(configuration)
     assert served_cuts(cached) == []
     assert reason in caplog.text
-    assert not list((tmp_path / "prefixes").glob("*"))
+    assert not list((tmp_path / "hidden_states").glob("*"))
     assert fingerprint(backbone.model) == before
     expected = evaluator_of(backbone, None, mode="eval").train(configuration)
     assert_alike(trained, expected, tolerance=0)
@@ -168,7 +169,7 @@ def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Pat
 
 
 def test_results_do_not_depend_on_what_was_there(tmp_path: Path) -> None:
-    """Filled, found, filled from a lower cut, filled under another method: the same to the last bit."""
+    """Filled, found, filled after a lower cut, filled under another method: the same to the last bit."""
     backbone = backbone_of("deberta-v2")  # served and computed differ in rounding here
     configuration = above(backbone, 2)
     alone = evaluator_of(backbone, tmp_path / "alone").train(configuration)
@@ -182,40 +183,28 @@ def test_results_do_not_depend_on_what_was_there(tmp_path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the files of hidden states without their headers, which have the time it took."""
-    return {path.name: path.read_bytes()[1024:] for path in (folder / "prefixes").iterdir()}
-
-
-def test_a_pass_begins_at_the_states_of_a_lower_cut(tmp_path: Path) -> None:
-    """The states are the same bits as those of a pass from the embeddings."""
-    backbone = backbone_of()
-    chained = evaluator_of(backbone, tmp_path / "chained")
-    for cut in (1, 3):
-        chained.train(above(backbone, cut))
-    evaluator_of(backbone, tmp_path / "alone").train(above(backbone, 3))
-    alone = contents(tmp_path / "alone")
-    assert len(contents(tmp_path / "chained")) == 2 * len(alone) == 4
-    assert alone.items() <= contents(tmp_path / "chained").items()
+    """Return the files of hidden states without their headers."""
+    return {path.name: path.read_bytes()[1024:] for path in (folder / "hidden_states").iterdir()}
 
 
 def test_the_acquisition_is_told_what_is_served(tmp_path: Path) -> None:
     backbone = backbone_of()
     cached = evaluator_of(backbone, tmp_path)
     cached.train(above(backbone, 2))
-    assert [cached.prefixes.is_served(cut) for cut in (0, 1, 2)] == [False, True, True]
-    assert not evaluator_of(backbone, tmp_path, mode="eval").prefixes.is_served(2)
-    assert not evaluator_of(backbone, None).prefixes.is_served(2)
-    assert not evaluator_of(backbone, tmp_path, hidden_state_cache="1 KiB").prefixes.is_served(2)
+    assert [cached.hidden_states.is_served(cut) for cut in (0, 1, 2)] == [False, True, True]
+    assert not evaluator_of(backbone, tmp_path, mode="eval").hidden_states.is_served(2)
+    assert not evaluator_of(backbone, None).hidden_states.is_served(2)
+    assert not evaluator_of(backbone, tmp_path, hidden_state_cache="1 KiB").hidden_states.is_served(2)
 
 
 def test_their_size_is_said_beforehand(tmp_path: Path) -> None:
     cached = evaluator_of(backbone_of(), tmp_path)
-    said = cached.prefixes.describe()
+    said = cached.hidden_states.describe()
     assert said is not None
     assert str(tmp_path) in said
     assert "GiB at most" in said
-    assert not (tmp_path / "prefixes").exists()
-    assert evaluator_of(backbone_of(), None).prefixes.describe() is None
+    assert not (tmp_path / "hidden_states").exists()
+    assert evaluator_of(backbone_of(), None).hidden_states.describe() is None
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -232,7 +221,7 @@ def test_a_file_of_something_else_is_made_again(tmp_path: Path) -> None:
     configuration = above(backbone, 2)
     expected = evaluator_of(backbone, tmp_path).train(configuration)
     for damage in (b"\0" * 4096, None):
-        for path in (tmp_path / "prefixes").iterdir():
+        for path in (tmp_path / "hidden_states").iterdir():
             with path.open("r+b") as file:
                 if damage is None:
                     file.truncate(2000)
@@ -241,7 +230,7 @@ def test_a_file_of_something_else_is_made_again(tmp_path: Path) -> None:
                     file.write(damage)
         again = evaluator_of(backbone, tmp_path)
         assert_alike(again.train(configuration), expected, tolerance=0)
-        assert again.prefixes.uses[0].fill_seconds > 0
+        assert again.hidden_states.uses[0].fill_seconds > 0
 
 
 def test_another_model_s_states_are_not_taken(tmp_path: Path) -> None:
@@ -253,7 +242,7 @@ def test_another_model_s_states_are_not_taken(tmp_path: Path) -> None:
     for other in others:
         cached = evaluator_of(other, tmp_path)
         trained = cached.train(above(other, 2))
-        assert cached.prefixes.uses[0].fill_seconds > 0
+        assert cached.hidden_states.uses[0].fill_seconds > 0
         assert_alike(trained, evaluator_of(other, None, mode="eval").train(above(other, 2)))
 
 
@@ -290,7 +279,7 @@ def test_what_is_served_is_noted(tmp_path: Path) -> None:
     cached = evaluator_of(backbone_of(), tmp_path)
     for _ in range(2):
         assert cached.evaluate(above(cached.backbone, 2)).status == "complete"
-    first, second = cached.prefixes.uses
+    first, second = cached.hidden_states.uses
     assert first.cut == second.cut == 2
     assert 0 < first.estimated_share == second.estimated_share < 1
     assert first.fill_seconds > second.fill_seconds == 0
@@ -308,7 +297,7 @@ def test_trouble_leaves_the_backbone_as_it_was(
         assert cached.evaluate(above(backbone, 2)).status == "failed"
         handle.remove()
     else:
-        (tmp_path / "prefixes").write_text("a file, not a folder")
+        (tmp_path / "hidden_states").write_text("a file, not a folder")
         assert cached.evaluate(above(backbone, 2)).status == "complete"
         assert "cannot be kept" in caplog.text
     assert fingerprint(backbone.model) == before
@@ -320,7 +309,7 @@ def _raise_in_training(module: torch.nn.Module, _inputs: Any, output: torch.Tens
         raise RuntimeError("the wire came loose")
 
 
-def test_peak_memory_is_that_of_the_prefix_in_evaluation_mode(tmp_path: Path) -> None:
+def test_peak_memory_is_that_with_frozen_blocks_in_evaluation_mode(tmp_path: Path) -> None:
     backbone = backbone_of()
     evaluators: dict[str, Callable[[Configuration], dict[str, float]]] = {
         mode: evaluator_of(backbone, tmp_path / mode, mode=mode).costs for mode in ("train", "eval", "cached")
@@ -332,13 +321,13 @@ def test_peak_memory_is_that_of_the_prefix_in_evaluation_mode(tmp_path: Path) ->
         assert peaks["cached"] == peaks["eval"] <= peaks["train"]
         evaluator = evaluator_of(backbone, None, mode="eval")
         batch = evaluator.data.largest_batch()
-        with attach(backbone, configuration) as attachment, evaluator.prefixes.below(attachment):
+        with attach(backbone, configuration) as attachment, evaluator.hidden_states.below(attachment):
             count = counter.count(batch, evaluator.task.loss)
             backbone.model.train()
-            assert count.peak_bytes == peaks["eval"]
+            assert count == peaks["eval"]
             real = measure_live_storage(backbone.model, batch, evaluator.task.loss)
             backbone.model.eval()
-        assert count.peak_bytes == pytest.approx(real, rel=0.01)
+        assert count == pytest.approx(real, rel=0.01)
 
 
 def test_batches_say_which_rows_they_hold() -> None:

@@ -15,7 +15,7 @@ from autopeft.callbacks.lora_modules import find_lora_modules
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.supernet.nested_ranks import SandwichRankSampler, rank_masks
+from autopeft.evaluation.supernet.nested_ranks import SandwichRankSampler, rank_gates
 from autopeft.evaluation.supernet.supernet import LoraSupernet
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
@@ -124,7 +124,7 @@ def gated_logits(
             module = modules[backbone.shape(site).module]
             adapters = [configuration.adapters.get(site) for configuration in configurations]
             ranks = [0 if adapter is None else adapter[0].size for adapter in adapters]
-            gate = rank_masks(module)[torch.tensor(ranks)]
+            gate = rank_gates(torch.tensor(ranks), module)
             module.down.register_forward_hook(
                 lambda _module, _inputs, output, gate=gate: output * gate[:, None]
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placement_of
-from autopeft.methods.base import Attached
+from autopeft.methods.base import Trainable
 from autopeft.models.backbone import Backbone
 from tests.tiny_models import (
     LABELS,
@@ -45,9 +47,11 @@ def backbones() -> dict[str, Backbone]:
     return {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}
 
 
-def _attach_alone(backbone: Backbone, method: str, configuration: Configuration) -> Attached:
+def _attach_alone(
+    backbone: Backbone, method: str, configuration: Configuration, undo: ExitStack
+) -> Trainable:
     placement = placement_of(backbone, configuration, method)
-    return METHODS[method].attach(backbone.model, placement)
+    return METHODS[method].attach(backbone.model, placement, undo)
 
 
 def test_every_specification_has_its_method() -> None:
@@ -77,15 +81,15 @@ class TestMethod:
     ) -> None:
         backbone = backbones[architecture]
         configuration = everywhere(backbone, method, size=3)
-        attached = _attach_alone(backbone, method, configuration)
-        try:
-            assert attached.parameters.keys() == configuration.adapters.keys()
+        with ExitStack() as undo:
+            trainable = _attach_alone(backbone, method, configuration, undo)
+            assert trainable.keys() == configuration.adapters.keys()
             for site, adapter in configuration:
-                found = sum(one.numel() for one in attached.parameters[site].values())
+                found = sum(one.numel() for one in trainable[site].values())
                 assert count_site(backbone, site, adapter) == found > 0
             distinct = {
                 id(parameter): parameter.numel()
-                for named in attached.parameters.values()
+                for named in trainable.values()
                 for parameter in named.values()
             }
             assert sum(distinct.values()) == (
@@ -93,8 +97,6 @@ class TestMethod:
             )
             in_model = {id(parameter) for parameter in backbone.model.parameters()}
             assert distinct.keys() <= in_model
-        finally:
-            attached.undo()
 
     def test_computes_the_same_right_after_attaching(
         self, method: str, architecture: str, backbones: dict[str, Backbone]
@@ -103,11 +105,9 @@ class TestMethod:
         before = logits_of(backbone)
         assert before.shape == (3, LABELS)
         configuration = everywhere(backbone, method, size=3)
-        attached = _attach_alone(backbone, method, configuration)
-        try:
+        with ExitStack() as undo:
+            _attach_alone(backbone, method, configuration, undo)
             after = logits_of(backbone)
-        finally:
-            attached.undo()
         if method == "prefix":
             assert not torch.equal(after, before)
             assert (after - before).abs().max() < 1.0
@@ -117,12 +117,13 @@ class TestMethod:
     def test_undo_leaves_what_was_there(self, method: str, architecture: str) -> None:
         backbone = tiny_backbone(architecture)  # fresh: no other test has left a trace in it
         before, logits = fingerprint(backbone.model), logits_of(backbone)
-        attached = _attach_alone(backbone, method, everywhere(backbone, method))
+        undo = ExitStack()
+        trainable = _attach_alone(backbone, method, everywhere(backbone, method), undo)
         assert fingerprint(backbone.model) != before
-        for named in attached.parameters.values():
+        for named in trainable.values():
             draw_parameters(named.values(), std=1.0)
         assert not torch.equal(logits_of(backbone), logits)
-        attached.undo()
+        undo.close()
         backbone.model.requires_grad_(False)
         assert fingerprint(backbone.model) == before
         assert torch.equal(logits_of(backbone), logits)

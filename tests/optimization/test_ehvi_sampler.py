@@ -17,9 +17,9 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.objectives import Constraint, resolve_constraints, resolve_objectives
 from autopeft.core.pareto import Axis, contributions, hypervolume, non_dominated
 from autopeft.methods import count_parameters
+from autopeft.optimization.candidates import single_adapter_probes
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.history import History
-from autopeft.optimization.single_adapter_probes import single_adapter_probes
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
 from autopeft.sensitivity import compute_scores

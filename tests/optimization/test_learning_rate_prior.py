@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.optimization.learning_rate_prior import LearningRatePrior
+from autopeft.optimization.candidates import LearningRatePrior
 from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")

@@ -7,23 +7,30 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autopeft.optimization.samplers import SAMPLERS, SeededSampler, make_sampler
+from autopeft.optimization.samplers import SAMPLERS, make_sampler
 
 NAMES = [name for name in SAMPLERS if name != "botorch"]
 
 
-def new_study(sampler: BaseSampler) -> Study:
+def new_study(trials: Sequence[FrozenTrial] = ()) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+    study = optuna.create_study(directions=["maximize", "minimize", "minimize"])
+    study.add_trials(trials)
+    return study
 
 
-def step(study: Study) -> dict[str, Any]:
+def ask(study: Study, name: str, seed: int = 0) -> Trial:
+    """Ask for the next trial, of a sampler of its own."""
+    study.sampler = make_sampler(name, seed, len(study.trials))
+    return study.ask()
+
+
+def step(study: Study, name: str, seed: int = 0) -> dict[str, Any]:
     """Ask and tell one trial as a search does: some are infeasible, some fail."""
-    trial: Trial = study.ask()
+    trial = ask(study, name, seed)
     size = trial.suggest_int("size", 1, 32)
     method = trial.suggest_categorical("method", ("lora", "prefix", "none"))
     rate = trial.suggest_float("rate", 1e-4, 1e-2, log=True)
@@ -39,9 +46,9 @@ def step(study: Study) -> dict[str, Any]:
 
 
 def asked(name: str, count: int, seed: int = 0) -> Study:
-    study = new_study(make_sampler(name, seed))
+    study = new_study()
     for _ in range(count):
-        step(study)
+        step(study, name, seed)
     return study
 
 
@@ -59,12 +66,6 @@ def test_the_seed_decides(name: str) -> None:
     assert [trial.params for trial in first.trials] != [trial.params for trial in other.trials]
 
 
-def study_of(sampler: BaseSampler, trials: Sequence[FrozenTrial]) -> Study:
-    study = new_study(sampler)
-    study.add_trials(trials)
-    return study
-
-
 @pytest.mark.parametrize(
     ("name", "length", "stops"),
     [
@@ -75,48 +76,32 @@ def study_of(sampler: BaseSampler, trials: Sequence[FrozenTrial]) -> Study:
         ("gp", 14, (3, 10, 13)),
     ],
 )
-def test_a_new_sampler_asks_what_one_that_saw_the_whole_search_asks(
-    name: str, length: int, stops: tuple[int, ...]
-) -> None:
+def test_what_is_asked_follows_from_the_trials_before(name: str, length: int, stops: tuple[int, ...]) -> None:
     """Each trial is asked of a study that is derived anew, as in a search."""
-    sampler, trials = make_sampler(name, 0), list[FrozenTrial]()
+    trials = list[FrozenTrial]()
     for number in range(length):
-        study = study_of(sampler, trials)
-        if number in stops:
-            again = study_of(make_sampler(name, 0), trials)
-            assert step(again) == step(study), f"trial {number}"
-        else:
-            step(study)
+        study, again = new_study(trials), new_study(trials)
+        found = step(study, name)
+        assert number not in stops or step(again, name) == found, f"trial {number}"
         trials = study.get_trials()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_unfinished_trial_does_not_change_the_next(name: str) -> None:
-    """What Ctrl-C leaves in a study is gone with it; the sampler must not remember it either."""
-    sampler = make_sampler(name, 0)
-    whole = asked(name, 6)
-    study_of(sampler, whole.trials[:4]).ask().suggest_int("size", 1, 32)
-    again = study_of(sampler, whole.trials[:4])
-    assert [step(again), step(again)] == [trial.params for trial in whole.trials[4:]]
 
 
 @pytest.mark.parametrize("name", ["nsga2", "nsga3"])
 def test_genetic_samplers_go_on_with_the_generations_of_the_trials_they_are_shown(name: str) -> None:
-    trials, sizes = list[FrozenTrial](), list[int]()
+    study, sizes = new_study(), list[int]()
     for _ in range(100):
-        study = study_of(make_sampler(name, 0), trials)
-        trial = study.ask()
+        study = new_study(study.get_trials())
+        trial = ask(study, name)
         sizes.append(sum(trial.suggest_int(f"{index}.size", 0, 100) for index in range(8)))
         study.tell(trial, [-sizes[-1], sizes[-1], sizes[-1]])  # the smallest is best in all objectives
-        trials = study.get_trials()
     assert sum(sizes[-20:]) < sum(sizes[:20]) * 2 / 3
 
 
 def test_an_enqueued_trial_is_asked_first() -> None:
-    study = new_study(make_sampler("tpe", 0))
+    study = new_study()
     wanted = {"size": 3, "method": "prefix", "rate": 1e-3}
     study.enqueue_trial(wanted)
-    assert step(study) == wanted
+    assert step(study, "tpe") == wanted
 
 
 def test_an_unknown_name_names_the_nearest() -> None:
@@ -130,15 +115,20 @@ def test_an_optuna_sampler_is_used_as_it_is() -> None:
 
 
 def test_named_samplers_are_seeded_by_trial() -> None:
-    assert all(isinstance(make_sampler(name, 0), SeededSampler) for name in NAMES)
+    rates = [make_sampler("random", seed, number) for seed, number in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    drawn = []
+    for sampler in rates:
+        study = new_study()
+        study.sampler = sampler
+        drawn.append(study.ask().suggest_float("rate", 0, 1))
+    assert drawn[0] == drawn[1]
+    assert len({*drawn}) == 3
 
 
 def test_botorch_works_or_says_what_is_missing() -> None:
     try:
-        sampler = make_sampler("botorch", 0)
+        make_sampler("botorch", 0)
     except ValueError as error:
         assert "autopeft[botorch]" in str(error)  # noqa: PT017
     else:
-        study = new_study(sampler)
-        for _ in range(12):
-            step(study)
+        asked("botorch", 12)

@@ -13,7 +13,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.optimization.budget import Budget
-from autopeft.optimization.proposer import Proposal
+from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.successive_halving import AshaPromoter
 from tests.optimization.test_promotion import AXES, HALVING, OBJECTIVES, RUNGS, trial
@@ -30,7 +30,7 @@ class Ranks:
         self.ranks = ranks
         self.pending: list[int] = []
 
-    def propose(
+    def __call__(
         self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
     ) -> Proposal:
         self.pending.append(len(pending))
@@ -199,4 +199,4 @@ def test_a_search_that_is_done_has_no_jobs(budget: Budget) -> None:
     cost = Cost(cpu_seconds=1, steps=90)
     records = [replace(record, evaluation=replace(record.evaluation, cost=cost)) for record in records]
     assert made.next(records, 3) == []
-    assert made.share(records) >= 1
+    assert budget.spent_share(made.spent(records)) >= 1

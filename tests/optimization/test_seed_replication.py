@@ -19,8 +19,7 @@ from torch import Tensor
 
 from autopeft import Search
 from autopeft.core.configuration import Configuration
-from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
-from autopeft.core.replicates import FAILED_SEEDS, with_replicate
+from autopeft.core.evaluation import FAILED_SEEDS, Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.seeding import training_seed
 from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.seed_replication import (

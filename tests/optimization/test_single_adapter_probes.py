@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.optimization.single_adapter_probes import single_adapter_probes
+from autopeft.optimization.candidates import single_adapter_probes
 from autopeft.search_spaces.method_choice import MethodChoice
 
 QUERY, VALUE, FFN = Site(0, "query"), Site(0, "value"), Site(1, "ffn")

@@ -8,14 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from optuna.distributions import BaseDistribution, IntDistribution
 
-from autopeft.core.objectives import resolve_objectives
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from tests.studies import filled, opened, opened_records, optunas, told
 
-TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
-RANKS: dict[str, BaseDistribution] = {"rank": IntDistribution(1, 64)}
 ROOT = Path(__file__).parents[2]
 
 

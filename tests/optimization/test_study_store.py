@@ -11,21 +11,28 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.evaluation import Evaluation, TrialRecord, with_replicate
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
-from autopeft.core.replicates import with_replicate
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from tests.records import OBJECTIVES, random_configuration, synthetic_records
-from tests.studies import filled, made_up, opened, opened_records, optunas, paused, saved, told, values_of
+from tests.studies import (
+    filled,
+    made_up,
+    opened,
+    opened_records,
+    optunas,
+    paused,
+    proposed,
+    saved,
+    told,
+    values_of,
+)
 
 TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
-RANKS: dict[str, BaseDistribution] = {"rank": IntDistribution(1, 64)}
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,19 +56,19 @@ def test_trials_may_be_told_in_any_order(tmp_path: Path) -> None:
     twice = replace(whole[3], evaluation=with_replicate(whole[3].evaluation, again, {"accuracy": 0.0}))
     store = opened(tmp_path)
     for record in (whole[3], paused(whole[5]), whole[0], whole[6]):
-        store.tell(record, {"rank": 1 + record.number}, RANKS)
+        store.tell(record, proposed(record, 1 + record.number))
     store.tell(twice)
     store.close()
     store = opened(tmp_path)
     assert [record.number for record in store.records] == [0, 3, 5, 6]
     for record in (whole[7], whole[1], paused(whole[4])):
-        store.tell(record, {"rank": 1 + record.number}, RANKS)
+        store.tell(record, proposed(record, 1 + record.number))
     store.tell(whole[5])
-    store.tell(whole[2], {"rank": 3}, RANKS)
+    store.tell(whole[2], proposed(whole[2], 3))
     store.tell(whole[4])
     expected = [twice if record.number == 3 else record for record in whole]
     assert store.records == expected
-    view = store.sampler_view(RandomSampler()).get_trials()
+    view = store.view().get_trials()
     assert [trial.params["rank"] for trial in view] == list(range(1, 9))
     assert [trial.values for trial in view] == [None if n == 6 else values_of(expected[n]) for n in range(8)]
     store.close()
@@ -194,10 +201,11 @@ def test_optuna_is_told_which_trials_break_a_constraint(tmp_path: Path) -> None:
         reason="too many parameters",
         values={"trainable_parameters": 1500.0},
     )
-    store.tell(TrialRecord(number=0, evaluation=evaluation), {"rank": 9}, RANKS)
-    failed = replace(evaluation, status="failed", values={})
-    store.tell(TrialRecord(number=1, evaluation=failed), {"rank": 8}, RANKS)
-    view = store.sampler_view(RandomSampler())
+    infeasible = TrialRecord(number=0, evaluation=evaluation)
+    store.tell(infeasible, proposed(infeasible, 9))
+    failed = TrialRecord(number=1, evaluation=replace(evaluation, status="failed", values={}))
+    store.tell(failed, proposed(failed, 8))
+    view = store.view()
     store.close()
     for study in (optunas(tmp_path), view):
         first, second = study.get_trials()
@@ -219,7 +227,7 @@ def test_attributes_are_kept(tmp_path: Path) -> None:
 def test_a_paused_trial_runs_in_the_file_until_it_is_over(tmp_path: Path) -> None:
     store = opened(tmp_path)
     whole = made_up(0)
-    store.tell(paused(whole), {"rank": 1}, RANKS)
+    store.tell(paused(whole), proposed(whole, 1))
     assert saved(tmp_path, 0).state is TrialState.RUNNING
     store.tell(whole)
     trial = saved(tmp_path, 0)
@@ -237,7 +245,7 @@ def test_a_trial_that_was_over_when_the_process_was_killed_is_finished(
 ) -> None:
     store = opened(tmp_path)
     whole = made_up(0)
-    store.tell(paused(whole), {"rank": 1}, RANKS)
+    store.tell(paused(whole), proposed(whole, 1))
     with monkeypatch.context() as patch:
         patch.setattr(JournalStorage, "set_trial_state_values", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -257,7 +265,7 @@ def test_duplicates_of_a_paused_trial_end_with_it(
     whole = made_up(0)
     twin = replace(whole, number=1, duplicate_of=0)
     for record in (whole, twin):
-        store.tell(paused(record), {"rank": 1}, RANKS)
+        store.tell(paused(record), proposed(record, 1))
     if is_killed:
         with monkeypatch.context() as patch:
             patch.setattr(StudyStore, "_end_duplicates", interrupted)
@@ -268,7 +276,7 @@ def test_duplicates_of_a_paused_trial_end_with_it(
     else:
         assert store.tell(whole) == [whole, twin]
     assert store.records == [whole, twin]
-    for study in (store.sampler_view(RandomSampler()), optunas(tmp_path)):
+    for study in (store.view(), optunas(tmp_path)):
         for trial in study.get_trials():
             assert (trial.state, trial.values) == (TrialState.COMPLETE, values_of(whole))
     store.close()
@@ -278,18 +286,18 @@ def test_duplicates_of_a_paused_trial_end_with_it(
 def test_samplers_are_shown_means_and_what_is_expected(tmp_path: Path) -> None:
     store = opened(tmp_path)
     first = made_up(0)
-    store.tell(first, {"rank": 1}, RANKS)
-    store.tell(replace(first, number=1, duplicate_of=0), {"rank": 1}, RANKS)
-    store.tell(paused(made_up(2)), {"rank": 3}, RANKS, {"a sampler's": "note"})
+    store.tell(first, proposed(first, 1))
+    store.tell(replace(first, number=1, duplicate_of=0), proposed(first, 1))
+    store.tell(paused(made_up(2)), proposed(made_up(2), 3, {"a sampler's": "note"}))
     other = replace(first.evaluation, seed=1, values={**first.evaluation.values, "accuracy": 0.1})
     twice = replace(first, evaluation=with_replicate(first.evaluation, other, {"accuracy": 0.0}))
     store.tell(twice)
     means = values_of(twice)
     assert means != values_of(first)
-    view = store.sampler_view(RandomSampler(), expected=lambda evaluation: [0.5, 7.0, evaluation.fidelity])
+    view = store.view(expected=lambda evaluation: [0.5, 7.0, evaluation.fidelity])
     assert [trial.values for trial in view.trials] == [means, means, [0.5, 7.0, 0.5]]
     assert view.trials[2].system_attrs == {"a sampler's": "note"}
-    states = [trial.state for trial in store.sampler_view(RandomSampler()).trials]
+    states = [trial.state for trial in store.view().trials]
     assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
     assert [trial.values for trial in optunas(tmp_path).trials] == [values_of(first), values_of(first), None]
     view.tell(view.ask(), [0.0, 0.0, 0.0])
@@ -298,14 +306,9 @@ def test_samplers_are_shown_means_and_what_is_expected(tmp_path: Path) -> None:
 
 
 def test_trials_that_run_are_in_the_view(tmp_path: Path) -> None:
-    class Suggestion:
-        parameters = {"rank": 5}  # noqa: RUF012
-        distributions = RANKS
-        attributes = {"a sampler's": "note"}  # noqa: RUF012
-
     store = opened(tmp_path)
     told(store, 0)
-    view = store.sampler_view(RandomSampler(), running=[Suggestion()])
+    view = store.view(running=[proposed(made_up(1), 5, {"a sampler's": "note"})])
     running = view.trials[1]
     assert (running.state, running.params) == (TrialState.RUNNING, {"rank": 5})
     assert running.system_attrs == {"a sampler's": "note"}
@@ -316,11 +319,12 @@ def test_trials_that_run_are_in_the_view(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
 def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(name: str, tmp_path: Path) -> None:
     def ask(store: StudyStore, record: TrialRecord) -> int:
-        view = store.sampler_view(make_sampler(name, 3))
+        view = store.view()
+        view.sampler = make_sampler(name, 3, record.number)
         trial = view.ask()
         rank = trial.suggest_int("rank", 1, 64)
         attributes = view.get_trials()[-1].system_attrs
-        store.tell(replace(record, number=trial.number), trial.params, trial.distributions, attributes)
+        store.tell(replace(record, number=trial.number), proposed(record, rank, attributes))
         return rank
 
     records = [record for record in synthetic_records(50) if record.evaluation.status == "complete"][:30]

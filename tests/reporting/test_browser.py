@@ -10,8 +10,8 @@ import pytest
 from selenium.webdriver import Chrome
 
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, front_figure
-from autopeft.reporting.html_page import save_html_page
-from autopeft.reporting.mlflow.server import MlflowServer
+from autopeft.reporting.html_page import html_page
+from autopeft.reporting.mlflow.server import mlflow_server
 from autopeft.reporting.mlflow.tracker import Tracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
 from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
@@ -31,25 +31,24 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
     complete = [record for record in records if record.evaluation.status == "complete"]
     members = front_of(records)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with MlflowServer(uri, 5123) as server:
+    with mlflow_server(uri, 5123) as server:
         tracker = Tracker(
             uri,
             experiment="autopeft",
             search_name="shown",
             study_id="a",
             objectives=OBJECTIVES,
-            ui_url=server.url,
         )
         tracker.start(note="a search", identity=IDENTITY, records=())
         for record in records:
-            tracker.trials_started({record.number: record.evaluation.configuration})
+            tracker.trial_started(record.number, record.evaluation.configuration)
             tracker.trial_finished(record)
         tracker.front_changed(members)
         tracker.publish_front(records, members)
         tracker.finish("FINISHED", records)
         assert tracker.failures == 0
 
-        browser.get(tracker.link)
+        browser.get(tracker.link.replace("http://127.0.0.1:5000", server.url))
         costs = {"log10_trainable_parameters", "log10_peak_memory"}
         charts = wait_for(
             browser,
@@ -78,7 +77,7 @@ def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(20)
     complete = sum(record.evaluation.status == "complete" for record in records)
     page = tmp_path / "front.html"
-    save_html_page(front_figure(records, [1, 2, 3], OBJECTIVES), page, title="Pareto front")
+    page.write_text(html_page(front_figure(records, [1, 2, 3], OBJECTIVES), title="Pareto front"))
     browser.get(page.as_uri())
     wait_for(
         browser,

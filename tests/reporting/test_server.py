@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.reporting.mlflow.server import HOST, MlflowServer, serve
+from autopeft.reporting.mlflow.server import HOST, mlflow_server, serve
 from autopeft.reporting.mlflow.tracker import Tracker
 from tests.records import IDENTITY, OBJECTIVES, synthetic_records
 
@@ -72,7 +72,7 @@ def test_a_server_is_its_own_ui(tmp_path: Path, capsys: pytest.CaptureFixture[st
     tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)
     tracker.start(note="", identity=IDENTITY, records=())
     tracker.finish("FINISHED")
-    with MlflowServer(uri) as server:
+    with mlflow_server(uri) as server:
         capsys.readouterr()
         serve(server.url)  # returns, where serving would go on
         said = capsys.readouterr().out

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from autopeft.reporting.mlflow.server import MlflowServer
+from autopeft.reporting.mlflow.server import mlflow_server
 from tests.learnable import tiny_search
 
 TRIALS = 2
@@ -20,7 +20,7 @@ TRIALS = 2
 @pytest.fixture(params=["sqlite", "http"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with nullcontext() if request.param == "sqlite" else MlflowServer(store, 5131) as server:
+    with nullcontext() if request.param == "sqlite" else mlflow_server(store, 5131) as server:
         yield store if server is None else server.url
 
 

@@ -29,7 +29,8 @@ def test_trials_are_shown_as_running(uri: str) -> None:
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
     before = int(1000 * time.time())
-    tracker.trials_started({record.number: record.evaluation.configuration for record in records})
+    for record in records:
+        tracker.trial_started(record.number, record.evaluation.configuration)
     after = int(1000 * time.time())
     tracker.flush(20)
     runs = trial_runs(uri)
@@ -45,7 +46,7 @@ def test_an_interrupted_trial_is_shown_as_killed_and_goes_on_at_the_next_call(ur
     (record,) = synthetic_records(1)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    tracker.trials_started({0: record.evaluation.configuration})
+    tracker.trial_started(0, record.evaluation.configuration)
     tracker.finish("KILLED")
     assert tracker.failures == 0
     (before,) = trial_runs(uri)

@@ -33,7 +33,7 @@ def test_a_file_that_is_no_store_of_mlflow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no SQLite database"):
         make(f"sqlite:///{tmp_path / 'text.db'}")
     (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"x" * 4096)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="no SQLite database"):
         make(f"sqlite:///{tmp_path / 'broken.db'}")
     (tmp_path / "folder.db").mkdir()
     with pytest.raises(ValueError, match="cannot be written"):

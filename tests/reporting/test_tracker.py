@@ -66,7 +66,7 @@ def track(uri: str, records: list[TrialRecord], members: list[int]) -> Tracker:
     tracker = make(uri)
     tracker.start(note="a search", identity=IDENTITY, records=())
     for record in records:
-        tracker.trials_started({record.number: record.evaluation.configuration})
+        tracker.trial_started(record.number, record.evaluation.configuration)
         tracker.trial_finished(record)
         tracker.progress({"hypervolume": 0.1 * record.number}, step=record.number)
     tracker.front_changed(members)
@@ -140,7 +140,7 @@ def test_resuming_brings_runs_in_line_with_the_study(uri: str) -> None:
     records = synthetic_records(8)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=records[:3])
-    tracker.trials_started({3: records[3].evaluation.configuration})  # killed while it runs
+    tracker.trial_started(3, records[3].evaluation.configuration)  # killed while it runs
     tracker.flush()
     tracker._worker.stop(20)
 
@@ -150,7 +150,7 @@ def test_resuming_brings_runs_in_line_with_the_study(uri: str) -> None:
     runs = trial_runs(uri)
     assert numbers(runs) == [0, 1, 2, 3, 5]
     assert [numbers([run]) for run in runs if run.info.status == "RUNNING"] == [[3]]
-    resumed.trials_started({3: records[3].evaluation.configuration})
+    resumed.trial_started(3, records[3].evaluation.configuration)
     resumed.trial_finished(records[3])
     resumed.finish("FINISHED")
     assert numbers(trial_runs(uri)) == [0, 1, 2, 3, 5]
@@ -183,7 +183,7 @@ def write_trials(uri: str, name: str, count: int) -> None:
     tracker = make(uri, name)
     tracker.start(note="", identity=IDENTITY, records=())
     for record in synthetic_records(count):
-        tracker.trials_started({record.number: record.evaluation.configuration})
+        tracker.trial_started(record.number, record.evaluation.configuration)
         tracker.trial_finished(record)
         tracker.front_changed([record.number])
     tracker.finish("FINISHED")
@@ -335,7 +335,7 @@ def test_a_trial_costs_the_search_next_to_nothing(uri: str) -> None:
     tracker.start(note="", identity=IDENTITY, records=())
     start = time.perf_counter()
     for record in records:
-        tracker.trials_started({record.number: record.evaluation.configuration})
+        tracker.trial_started(record.number, record.evaluation.configuration)
         tracker.trial_finished(record)
         tracker.front_changed([record.number])
         tracker.progress({"hypervolume": 0.5}, step=record.number)

@@ -13,8 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from autopeft.optimization.study_store import load_study
-from autopeft.reporting.mlflow.run_content import PARENT_TAG, TRIAL_TAG
-from autopeft.reporting.mlflow.tracker import SEARCH_TAG
+from autopeft.reporting.mlflow.run_content import PARENT_TAG, SEARCH_TAG, TRIAL_TAG
 from tests.learnable import outcomes, save_learnable_csv, save_tiny_model
 
 ROOT = Path(__file__).parents[2]

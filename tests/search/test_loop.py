@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 
 from autopeft import Search, SuccessiveHalving
 from autopeft.core.evaluation import TrialRecord
@@ -76,6 +77,25 @@ def test_trials_may_finish_out_of_order(tmp_path: Path) -> None:
 def test_an_executor_is_named_or_makes_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Unknown executor 'locl'.*local"):
         tiny_search(tmp_path, executor="locl")
+
+
+class OwnSampler(RandomSampler):
+    """A user's sampler."""
+
+    def __init__(self, scale: float = 1.0, weight: Callable[[int], float] = float) -> None:
+        super().__init__()
+        self.scale, self._weight = scale, weight
+
+
+def test_a_samplers_arguments_are_settings(tmp_path: Path) -> None:
+    def half(number: int) -> float:
+        return number / 2
+
+    samplers = [OwnSampler(), OwnSampler(2.0), OwnSampler(weight=half), OwnSampler(weight=half)]
+    searches = [tiny_search(tmp_path, name=None, sampler=sampler) for sampler in samplers]
+    assert len({search.name for search in searches}) == 3
+    assert searches[2].name == searches[3].name, "an object like it is no other setting"
+    assert f"sampler {__name__}.OwnSampler(scale=2.0, weight=builtins.float)" in searches[1].describe()
 
 
 def test_the_defaults_are_the_best_that_was_measured(tmp_path: Path) -> None:
@@ -212,7 +232,7 @@ def test_the_scores_are_checked_on_request_and_within_the_budget(
 ) -> None:
     calls: list[int] = []
     monkeypatch.setattr("autopeft.search_run.FEWEST_TRIALS", 1)
-    monkeypatch.setattr(Search, "_checked_scores", lambda search: calls.append(1))
+    monkeypatch.setattr(Search, "sensitivity", lambda search: calls.append(1))
     tiny_search(tmp_path, name="off").run(trials=1, progress=False)
     assert not calls
     tiny_search(tmp_path, name="spent", score_check=True).run(cpu_seconds=1e-3)
@@ -258,7 +278,6 @@ def test_a_tracker_that_does_not_start_leaves_the_search_closed(
     monkeypatch.setattr(Tracker, "start", interrupted)
     monkeypatch.setattr(Tracker, "publish_front", lambda self, *arguments: None)
     monkeypatch.setattr(Tracker, "finish", lambda self, status, records: ended.append(status))
-    monkeypatch.setattr(Tracker, "link", "")
     front = tiny_search(tmp_path, tracking=f"sqlite:///{tmp_path}/mlflow.db").run(trials=1, progress=False)
     assert len(front.records) == 0
     assert ended == ["KILLED"]

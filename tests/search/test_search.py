@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 
 from autopeft import Search
 from autopeft.export.loading import load_adapter
@@ -230,6 +231,7 @@ def test_more_trials_go_on_from_there(tmp_path: Path) -> None:
         ({"seed": 1}, r"search\.seed: '0' there, '1' here"),
         ({"space": Uniform(ranks=(1, 16))}, r"space\.ranks"),
         ({"training": replace(TRAINING, epochs=2)}, r"training\.epochs: '1' there, '2' here"),
+        ({"sampler": RandomSampler()}, r"search\.sampler: 'tpe' there, 'optuna\.samplers\._random"),
         ({"sampler": "random"}, r"search\.sampler: 'tpe' there, 'random' here"),
         ({"objectives": ("accuracy", "trainable_parameters")}, "objectives"),
         ({"constraints": {"peak_memory": "1 GiB"}}, r"search\.constraints"),

@@ -10,8 +10,8 @@ import numpy as np
 from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.optimization.candidates import local_search
 from autopeft.optimization.gaussian_process import Array
-from autopeft.optimization.local_search import local_search
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided
 from autopeft.search_spaces.learning_rates import summed_learning_rate
 from autopeft.search_spaces.method_choice import MethodChoice

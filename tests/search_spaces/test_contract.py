@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +20,16 @@ from torch.nn.functional import cross_entropy
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
+from autopeft.search_spaces import (
+    AutoPEFTPaper,
+    Baseline,
+    PerLayer,
+    ScoreGuided,
+    SearchSpace,
+    SlotSpace,
+    Uniform,
+)
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
 from tests.tiny_models import tiny_backbone
 
@@ -30,6 +41,29 @@ BACKBONES: Mapping[str, Backbone] = MappingProxyType(
         "modernbert": tiny_backbone("modernbert", num_hidden_layers=3),
     }
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EverySlot(SlotSpace):
+    """A space as users write one: all that `SlotSpace` leaves to do."""
+
+    def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
+        adapters: dict[Site, Adapter] = {}
+        for slot in self.slots(backbone):
+            if (adapter := slot.suggest(trial, "fixed")) is not None:
+                adapters |= dict.fromkeys(slot.sites, adapter)
+        return adapters
+
+    def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
+        encoded = (slot.encode(configuration) for slot in self.slots(backbone))
+        return {name: value for parameters in encoded for name, value in parameters.items()}
+
+    def all_baselines(self, backbone: Backbone) -> tuple[Baseline, ...]:
+        return (Baseline(name="head alone", configuration=self.point()),)
+
+    def summary(self, backbone: Backbone) -> str:
+        return "every slot for itself"
+
 
 SPACES: Mapping[str, SearchSpace] = MappingProxyType(
     {
@@ -49,6 +83,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "uniform-several": Uniform(methods=("lora", "prefix", "ia3"), ranks=(3, 9), learning_rate=1e-3),
         "paper": AutoPEFTPaper(),
         "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
+        "own": EverySlot(methods=("lora", "ia3"), ranks=(2, 4)),
     }
 )
 
@@ -141,7 +176,7 @@ class TestSpace:
     ) -> None:
         _, configuration = _sampled(space, backbone, seed)
         backbone.check(configuration)
-        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in space.extremes(backbone))
         assert low <= count_parameters(backbone, configuration) <= high
 
     @settings(max_examples=8, deadline=None)
@@ -202,7 +237,7 @@ class TestSpace:
             assert space.baselines(backbone, trials) == every[: max(2, trials // 4)]
         methods = {method for baseline in every for method in baseline.configuration.methods}
         first = [baseline.configuration for baseline in every if baseline.configuration.adapters]
-        assert {method for one in first[: len(methods)] for method in one.methods} == methods
+        assert {method for point in first[: len(methods)] for method in point.methods} == methods
 
     def test_baselines_are_points(self, space: SearchSpace, backbone: Backbone) -> None:
         baselines = space.baselines(backbone)
@@ -225,7 +260,8 @@ class TestSpace:
     def test_the_largest_point_can_be_attached(self, space: SearchSpace, backbone: Backbone) -> None:
         _, largest = space.extremes(backbone)
         with attach(backbone, largest):
-            trained = sum(one.numel() for one in backbone.model.parameters() if one.requires_grad)
+            parameters = backbone.model.parameters()
+            trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         assert trained == count_parameters(backbone, largest)
 
     def test_other_points_have_no_encoding(self, space: SearchSpace, backbone: Backbone) -> None:
@@ -248,7 +284,7 @@ class TestSpace:
 
     def test_description(self, space: SearchSpace, backbone: Backbone) -> None:
         text = space.describe(backbone)
-        low, high = (count_parameters(backbone, one) for one in space.extremes(backbone))
+        low, high = (count_parameters(backbone, end) for end in space.extremes(backbone))
         assert text.startswith(type(space).__name__)
         assert f"{low:,} to {high:,} trainable parameters" in text
         assert "learning rate" in text
@@ -274,6 +310,17 @@ def test_count_is_the_number_of_different_points(name: str, architecture: str) -
     assert max(sizes) == count_parameters(backbone, largest)
     for point in points:
         assert space.suggest(FixedTrial(space.encode(point, backbone)), backbone) == point
+
+
+@pytest.mark.parametrize("space", [PerLayer(), ScoreGuided(scores=("random",))])
+def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchSpace) -> None:
+    deep = tiny_backbone("bert", num_hidden_layers=80)
+    count = space.count(deep)
+    assert count > 10**400
+    described = re.search(r"(\d\.\d\d)e\+(\d+) configurations", space.describe(deep))
+    assert described is not None
+    digits = int(described[2])
+    assert abs(count // 10 ** (digits - 2) - 100 * float(described[1])) <= 1
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.precision import Precision
-from autopeft.evaluation.memory.counter import measure_live_storage
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores, compute_scores
 from autopeft.sensitivity.weight_scores import absolute_parameters
+from benchmarks.memory import measure_live_storage
 from tests.sensitivity.references import labelled_batches, scored
 from tests.tiny_models import fingerprint, tiny_backbone, tiny_batch
 
@@ -301,9 +301,9 @@ def test_other_refusals() -> None:
         compute_scores(backbone, batches, cross_entropy, ["snip", "leave_one_out"])
     with pytest.raises(ValueError, match=r"leave_one_out' of 0\.query is not finite"):
         compute_scores(backbone, [], cross_entropy, ["leave_one_out"], train_one=lambda _: float("nan"))
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank is a whole number from 1 up, got 0"):
         compute_scores(backbone, batches, cross_entropy, rank=0)
-    with pytest.raises(ValueError, match="hessian_probes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="hessian_probes is a whole number from 1 up, got 0"):
         ScoreOptions(hessian_probes=0)
     with pytest.raises(ValueError, match=r"convergence must be between 0 and 1, or None, got 1\.5"):
         ScoreOptions(convergence=1.5)

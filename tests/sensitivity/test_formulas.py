@@ -26,7 +26,7 @@ from autopeft.sensitivity import (
 from autopeft.sensitivity.activation_variance import IncrementalVariance
 from autopeft.sensitivity.curvature_scores import curvature
 from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undisturbed
-from autopeft.sensitivity.singular_values import singular_values
+from autopeft.sensitivity.weight_scores import singular_values
 from tests.sensitivity import references
 from tests.sensitivity.references import labelled_batches, scored
 from tests.tiny_models import HEADS, draw_parameters, tiny_backbone, tiny_classifier, tiny_tokenizer

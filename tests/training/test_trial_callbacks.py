@@ -67,7 +67,7 @@ def no_counts() -> None:
 
 @pytest.mark.parametrize("given", ["IST", IST(), [3], {"IST": 1}])
 def test_what_is_no_list_of_callbacks_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"callbacks is a list|Each of the callbacks"):
+    with pytest.raises(ValueError, match="callbacks is a list"):
         Training(callbacks=given)
 
 

@@ -6,54 +6,32 @@ the last bits of a result, and the same search must give the same results on a b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 
 _MOST_TRAININGS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a kind of device does a second, in round figures (`benchmarks/hidden_states.py`).
+    """What a kind of device does, in round figures (`benchmarks/hidden_states.py`)."""
 
-    Attributes:
-        step_seconds: What a step takes beside the blocks: the loop, the head, the optimizer.
-        flops: Floating-point operations of a block's matrix products.
-        block_seconds: What a block takes at least, however few tokens it is given.
-        read_bytes: Bytes of hidden states put in place, from a file that lies in memory.
-        read_seconds: What putting a batch in place takes at least.
-        write_bytes: Bytes of hidden states written to a file.
-    """
-
-    step_seconds: float
-    flops: float
-    block_seconds: float
-    read_bytes: float
-    read_seconds: float
-    write_bytes: float
+    step_seconds: float  # a step beside the blocks: the loop, the head, the optimizer
+    flops: float  # a second, of a block's matrix products
+    block_seconds: float  # a block at least, however few tokens it is given
+    read_bytes: float  # a second, of hidden states put in place, from a file that lies in memory
+    read_seconds: float  # putting a batch in place at least
+    write_bytes: float  # a second, of hidden states written to a file
 
 
-RATES: Mapping[str, Rates] = MappingProxyType(
-    {
-        "cpu": Rates(
-            step_seconds=4e-3,
-            flops=5e10,
-            block_seconds=3e-4,
-            read_bytes=2e9,
-            read_seconds=2e-4,
-            write_bytes=5e8,
-        ),
-        "cuda": Rates(
-            step_seconds=6e-3,
-            flops=5e13,
-            block_seconds=4e-4,
-            read_bytes=3e9,
-            read_seconds=3e-4,
-            write_bytes=5e8,
-        ),
-    }
-)
+RATES = {
+    "cpu": Rates(
+        step_seconds=4e-3, flops=5e10, block_seconds=3e-4, read_bytes=2e9, read_seconds=2e-4, write_bytes=5e8
+    ),
+    "cuda": Rates(
+        step_seconds=6e-3, flops=5e13, block_seconds=4e-4, read_bytes=3e9, read_seconds=3e-4, write_bytes=5e8
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +74,14 @@ class Estimate:
 def expected_trainings(trials: int | None, blocks: int) -> float:
     """Return how many trainings hidden states at one cut are expected to serve.
 
-    Trials are spread over as many cuts as there are blocks; a search of unknown length, and a long one, is
-    taken to use each cut a few times.
-
-    Args:
-        trials: Trials of the budget; None where it does not say.
-        blocks: Number of blocks.
+    Trials are spread over as many cuts as there are blocks; a search of unknown length (None), and a long
+    one, is taken to use each cut a few times.
     """
-    if trials is None:
-        return _MOST_TRAININGS
-    return min(_MOST_TRAININGS, max(1.0, trials / blocks))
+    return _MOST_TRAININGS if trials is None else min(_MOST_TRAININGS, max(1.0, trials / blocks))
 
 
 def estimate(
-    splits: Mapping[str, Passes],
+    splits: Iterable[Passes],
     *,
     cut: int,
     blocks: int,
@@ -132,18 +104,15 @@ def estimate(
         device: Type of the device: "cpu" or "cuda".
     """
     rates = RATES[device]
-    saved = whole = passing = writing = 0.0
-    for split in splits.values():
+    saved = whole = filling = 0.0
+    size = 0
+    for split in splits:
         block = max(rates.block_seconds * split.batches, 2 * block_parameters * split.tokens / rates.flops)
-        read = rates.read_seconds * split.batches + split.tokens * token_bytes / rates.read_bytes
-        saved += split.times * (cut * block - read)
+        split_bytes = split.tokens * token_bytes
+        read = rates.read_seconds * split.batches + split_bytes / rates.read_bytes
         above = block * split.block_cost * (blocks - cut)
+        saved += split.times * (cut * block - read)
         whole += split.times * (cut * block + above + rates.step_seconds * split.batches)
-        passing += block
-        writing += split.tokens * token_bytes / rates.write_bytes
-    size = sum(split.tokens + 1 for split in splits.values()) * token_bytes
-    return Estimate(
-        share=saved / whole,
-        fill_share=(cut * passing + writing) / whole,
-        bytes=size,
-    )
+        filling += cut * block + split_bytes / rates.write_bytes
+        size += split_bytes
+    return Estimate(share=saved / whole, fill_share=filling / whole, bytes=size)

@@ -11,9 +11,7 @@ that a configuration that differs in its hyper-parameters alone is not counted a
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
-from autopeft.evaluation.memory.peak import MemoryCount
 from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
 from autopeft.tasks import Task
-from autopeft.tasks.batch import model_inputs
 
 _MOST_COUNTS = 4096
+_STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
 
 
 class MemoryCounter:
@@ -39,7 +36,7 @@ class MemoryCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._counts: OrderedDict[Hashable, MemoryCount] = OrderedDict()
+        self._counts: dict[Hashable, int] = {}
 
     def count(
         self,
@@ -48,8 +45,10 @@ class MemoryCounter:
         *,
         precision: Precision = "32-true",
         attached: Hashable = None,
-    ) -> MemoryCount:
-        """Count one candidate, as attached now. Model, gradients and random generators stay untouched.
+    ) -> int:
+        """Return the largest number of live bytes at any moment of a step, of what is attached now.
+
+        Model, gradients and random generators stay untouched.
 
         Args:
             batch: The largest training batch; only its shapes matter.
@@ -69,12 +68,14 @@ class MemoryCounter:
         if case not in self._counts:
             self._counts[case] = self._follow(batch, task, precision)
             if len(self._counts) > _MOST_COUNTS:
-                self._counts.popitem(last=False)
+                del self._counts[next(iter(self._counts))]
         return self._counts[case]
 
-    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> MemoryCount:
+    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
+        was_training = self._model.training
         try:
-            with _in_training_mode(self._model), with_packed_stand_ins(self._model):
+            self._model.train()
+            with with_packed_stand_ins(self._model):
                 return _follow_step(self._model, batch, task, precision)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -82,16 +83,8 @@ class MemoryCounter:
                 f"The peak memory of {type(self._model).__name__} cannot be counted without running it "
                 f"({why}): leave peak_memory out of objectives and constraints."
             ) from error
-
-
-@contextmanager
-def _in_training_mode(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(before)
+        finally:
+            self._model.train(was_training)
 
 
 class _Step(nn.Module):
@@ -102,8 +95,19 @@ class _Step(nn.Module):
         self.model = model
         self.task = task
 
-    def forward(self, batch: Mapping[str, Tensor], counter: StorageCounter, precision: Precision) -> int:
-        """Return the peak of the forward pass; what is left in the counter is that of the backward pass."""
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        counter: StorageCounter | None = None,
+        precision: Precision = "32-true",
+    ) -> int:
+        """Return the peak of the forward pass; what is left in the counter is that of the backward pass.
+
+        Without a counter there is a forward pass alone.
+        """
+        if counter is None:
+            self.task.forward(self.model, batch)
+            return 0
         with autocast(precision, "cpu"):
             loss = self.task.loss(self.task.forward(self.model, batch), batch)
         forward_peak = counter.peak_bytes
@@ -112,64 +116,37 @@ class _Step(nn.Module):
         return forward_peak
 
 
-def _follow_step(
-    model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision
-) -> MemoryCount:
-    """Run forward and backward once on fake tensors."""
+def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
+    """Run forward and backward once on fake tensors, and return the peak of a training."""
     counter = StorageCounter()
     step = _Step(model, task)
     with without_data() as fake:
-        parameters = fake.of_all(step.named_parameters())
-        buffers = fake.of_all(step.named_buffers())
-        inputs = fake.of_all(batch.items())
-        batch_bytes = counter.exclude(inputs.values())
-        parameter_bytes = counter.exclude((*parameters.values(), *buffers.values()))
+        named = (*step.named_parameters(), *step.named_buffers())
+        tensors = {name: fake(tensor) for name, tensor in named}
+        inputs = {name: fake(tensor) for name, tensor in batch.items()}
+        base = counter.exclude((*tensors.values(), *inputs.values()))
         with counter:
-            forward_peak = functional_call(step, parameters | buffers, (inputs, counter, precision))
+            forward_peak: int = functional_call(step, tensors, (inputs, counter, precision))
             backward_peak = counter.peak_bytes
-    return MemoryCount.of_step(
-        parameter_bytes=parameter_bytes,
-        batch_bytes=batch_bytes,
-        trainable=[parameter for parameter in parameters.values() if parameter.requires_grad],
-        forward_peak=forward_peak,
-        backward_peak=backward_peak,
-    )
+        sizes = [tensor.nbytes for tensor in tensors.values() if tensor.requires_grad]
+    trainable = sum(sizes)
+    optimizer_state = 2 * trainable + _STEP_COUNTER_BYTES * len(sizes)
+    # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
+    update = trainable + 2 * max(sizes, default=0)
+    # The gradients of the step before are alive during the forward pass.
+    return base + optimizer_state + max(trainable + forward_peak, backward_peak, update)
 
 
-def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> int:
     """Return the floating-point operations of one forward pass over a batch, counted on fake tensors.
 
     Counted by `torch.utils.flop_counter` (matrix products and attention).
     """
-    with without_data() as fake, torch.no_grad():
-        tensors = fake.of_all((*model.named_parameters(), *model.named_buffers()))
-        inputs = fake.of_all(model_inputs(batch).items())
+    step = _Step(model, task)
+    with with_packed_stand_ins(model), without_data() as fake, torch.no_grad():
+        named = (*step.named_parameters(), *step.named_buffers())
+        tensors = {name: fake(tensor) for name, tensor in named}
+        inputs = {name: fake(tensor) for name, tensor in batch.items()}
         with FlopCounterMode(display=False) as counter:
-            functional_call(model, tensors, kwargs=inputs)
+            functional_call(step, tensors, (inputs,))
     return int(counter.get_total_flops())
-
-
-def measure_live_storage(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    task: Task,
-    *,
-    steps: int = 2,
-    precision: Precision = "32-true",
-) -> int:
-    """Return the peak live bytes of real optimizer steps on the CPU: what `MemoryCounter` predicts.
-
-    Trains the model's trainable parameters for `steps` steps.
-    """
-    optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
-    counter = StorageCounter()
-    base = counter.exclude((*batch.values(), *model.parameters(), *model.buffers()))
-    with counter:
-        for _ in range(steps):
-            with autocast(precision, "cpu"):
-                value = task.loss(task.forward(model, batch), batch)
-            optimizer.zero_grad()
-            value.backward()
-            del value
-            optimizer.step()
-    return base + counter.peak_bytes

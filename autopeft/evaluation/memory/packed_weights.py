@@ -67,7 +67,9 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product in bfloat16, in the type of the input."""
-        found: Tensor = _Product.apply(input.to(torch.bfloat16), self.weight, self.out_features)
+        found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            input.to(torch.bfloat16), self.weight, self.out_features
+        )
         if self.bias is not None:
             found = found + self.bias.to(found.dtype)
         return found.to(input.dtype)

@@ -7,7 +7,7 @@ modules with a leading underscore: no public name gives the shapes and lifetimes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,26 +78,18 @@ def _tensors_in(result: Any) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
-class FakeCopies:
-    """Makes CPU tensors without data, of the shapes of real ones; see `without_data`."""
-
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self._mode = mode
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return a fake tensor; it lies on the CPU, as a count must not depend on where the model does."""
-        copy: Tensor = self._mode.from_tensor(tensor)
-        if copy.device.type != "cpu":
-            copy = copy.detach().cpu().requires_grad_(tensor.requires_grad)
-        return copy
-
-    def of_all(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return fake tensors by name."""
-        return {name: self.of(tensor) for name, tensor in tensors}
-
-
 @contextmanager
-def without_data() -> Iterator[FakeCopies]:
-    """Compute with shapes alone in a `with` block: every new tensor is a fake one."""
+def without_data() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Compute with shapes alone in a `with` block, on what the given function makes of real tensors.
+
+    It returns tensors without data on the CPU, as a count must not depend on where the model lies.
+    """
     with FakeTensorMode() as mode:
-        yield FakeCopies(mode)
+
+        def fake(tensor: Tensor) -> Tensor:
+            copy: Tensor = mode.from_tensor(tensor)
+            if copy.device.type != "cpu":
+                copy = copy.detach().cpu().requires_grad_(tensor.requires_grad)
+            return copy
+
+        yield fake

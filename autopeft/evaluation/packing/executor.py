@@ -41,6 +41,8 @@ class PackedExecutor:
 class _PackedJobs:
     """Runs jobs when they are waited for."""
 
+    serves_hidden_states = False  # frozen blocks run once for all of a pack
+
     def __init__(self, runner: TrialRunner, size: int) -> None:
         self._runner = runner
         self._trainer = PackedTrainer(runner.evaluator)
@@ -63,7 +65,7 @@ class _PackedJobs:
             self._jobs = [job for job in self._jobs if job not in pack]
             trained = self._trainer.train(
                 [job.configuration for job in pack],
-                runner.seed(pack[0]),
+                runner.seed_of(pack[0]),
                 rung=pack[0].rung,
                 initial_weights=[runner.initial_weights(job) for job in pack],
             )
@@ -78,7 +80,7 @@ class _PackedJobs:
 
     def _can_pack(self, job: New) -> bool:
         # What a killed process has left of a trial is resumed alone.
-        return self._trainer.can_pack(job.configuration) and not self._runner.has_left_behind(job)
+        return self._trainer.can_pack(job.configuration) and self._runner.left_behind(job) is None
 
     def close(self) -> None:
         self._jobs.clear()

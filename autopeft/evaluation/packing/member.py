@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from autopeft.callbacks import BestWeights, DivergenceError, PeakMemory, StopOnDivergence
+from autopeft.callbacks import DivergenceError, StopOnDivergence
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.lora import PackingError
-from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, reason_of_failure
+from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, best_weights, reason_of_failure
 from autopeft.methods import Attachment, attach
 from autopeft.tasks.base import Batch
 from autopeft.training.module import names_in_training
@@ -43,16 +43,11 @@ class MemberRun(EvaluationRun):
         end: int,
         weights: InitialWeights | None,
     ) -> None:
-        super().__init__(
-            evaluator, configuration, seed, Attachment, end, paused=None, initial_weights=weights
-        )
+        super().__init__(evaluator, configuration, seed, Attachment, end, None, weights)
         backbone = evaluator.backbone
-        with attach(backbone, configuration, seed) as attachment, evaluator.prefixes.below(attachment):
-            self.values |= evaluator.attached_costs(attachment)
+        with attach(backbone, configuration, seed) as attachment, evaluator.hidden_states.below(attachment):
+            self._begin(attachment)
             self.peak_bytes = evaluator.peak_bytes(attachment)
-            if weights is not None:
-                attachment.load_state_dict(weights)
-                self.warm_start = True
             self.cut = attachment.cut or 0
             self.parameters = dict(attachment.parameters)
             names = names_in_training(backbone.model, self.parameters)
@@ -64,7 +59,7 @@ class MemberRun(EvaluationRun):
         # What callbacks read of a Trainer.
         self._trainer: Any = SimpleNamespace(sanity_checking=False, early_stopping_callback=None)
         self._trainer.optimizers, self._trainer.global_step = [self.optimizer], 0
-        self._best = BestWeights(evaluator.monitor, restore_at_end=False)
+        self._best = best_weights(evaluator.monitor)
         self._divergence = StopOnDivergence()
         self.reason: str | None = None
         self.cost = self._meter.read()
@@ -112,11 +107,11 @@ class MemberRun(EvaluationRun):
         with attach(self.evaluator.backbone, self.configuration, self.seed) as attachment:
             attachment.load_state_dict(self.state or {})
             with torch.no_grad():
-                alone = self.evaluator.backbone.model(**probe).logits
+                alone = self.evaluator.task.predicted(self.evaluator.backbone.model(**probe))
             tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max().clamp(1e-3))
             if not float((logits - alone).abs().max()) <= tolerance:
                 raise PackingError("a trial has other logits in the pack than alone")
-            self.reason = reason_of_failure(lambda: self._measure(PeakMemory()))
+            self.reason = reason_of_failure(self._measure)
 
     def outcome(self, reason: str | None) -> Trained:
         """Return what came out, charged with the member's share."""

@@ -11,13 +11,18 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autopeft.evaluation.frozen_blocks.block_skipping import FrozenBlocks, Structure, states_at
+from autopeft.evaluation.frozen_blocks.block_skipping import (
+    Structure,
+    evaluation_mode_below,
+    states_at,
+)
 from autopeft.evaluation.packing.lora import LoraWeights, PackedLora, RowGroups
 from autopeft.evaluation.packing.member import MemberRun
 from autopeft.models.backbone import Backbone
@@ -37,6 +42,7 @@ class PackedModel:
     def __init__(self, backbone: Backbone, members: Sequence[MemberRun], structure: Structure | None) -> None:
         self._backbone = backbone
         self._members = members
+        self._task = members[0].evaluator.task
         self._structure = structure
         self._cuts = [0 if structure is None else member.cut for member in members]
         self._groups = RowGroups()
@@ -47,6 +53,7 @@ class PackedModel:
             self._attach_loras()
             for name in backbone.head:
                 self._replace_head(name)
+            self.train(True)
         except BaseException:
             self.remove()
             raise
@@ -94,8 +101,8 @@ class PackedModel:
             self._undo.pop()()
         self._backbone.attached = None
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the logits of each member, (batch, labels), for one batch that all are given.
+    def __call__(self, batch: Mapping[str, Tensor]) -> list[Any]:
+        """Return the model's output for each member, the prediction alone, for one batch that all are given.
 
         Raises:
             PackingError: The model computes in a way that packed trials cannot follow.
@@ -103,24 +110,24 @@ class PackedModel:
         inputs = model_inputs(batch)
         self._groups.rows, self._groups.tokens = next(iter(inputs.values())).shape[:2]
         try:
-            logits = self._logits(inputs)
+            predicted = self._task.predicted(self._output(inputs))
+            each = predicted.unflatten(0, (len(self._members), -1)).unbind()
+            return [SimpleNamespace(**{self._task.prediction: own}) for own in each]
         finally:
             self._groups.count = 0
-        return list(logits.unflatten(0, (len(self._members), -1)).unbind())
 
-    def _logits(self, inputs: Batch) -> Tensor:
-        model, blocks, cuts = self._backbone.model, self._backbone.blocks, sorted(set(self._cuts))
+    def _output(self, inputs: Batch) -> Any:
+        backbone, cuts = self._backbone, sorted(set(self._cuts))
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
-            with torch.no_grad(), FrozenBlocks(model, blocks, cuts[-1]):
-                shared = states_at([cut for cut in cuts if cut], model, blocks, inputs)
+            with torch.no_grad(), evaluation_mode_below(cuts[-1], backbone):
+                shared = states_at([cut for cut in cuts if cut], backbone, inputs)
         active: list[Tensor] = []
         for cut, following in pairwise(cuts):
             with self._from(cut, inputs, shared, active) as repeated:
-                active = [states_at([following], model, blocks, repeated)[following]]
+                active = [states_at([following], backbone, repeated)[following]]
         with self._from(cuts[-1], inputs, shared, active) as repeated:
-            logits: Tensor = model(**repeated).logits
-        return logits
+            return self._task.forward(backbone.model, repeated)
 
     @contextmanager
     def _from(
@@ -134,7 +141,6 @@ class PackedModel:
         with ExitStack() as stack:
             if cut and self._structure is not None:
                 states = torch.cat([*active, *[shared[cut]] * self._cuts.count(cut)])
-                below = FrozenBlocks(self._backbone.model, self._backbone.blocks, cut)
-                stack.enter_context(below)
-                stack.enter_context(below.serving(states, self._structure))
+                stack.enter_context(evaluation_mode_below(cut, self._backbone))
+                stack.enter_context(self._structure.serving(cut, states))
             yield {name: torch.cat([tensor] * self._groups.count) for name, tensor in inputs.items()}

@@ -23,7 +23,7 @@ from autopeft.evaluation.packing.member import MemberRun
 from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.tasks.base import Batch
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.tasks.batch import model_inputs
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.validation_schedule import SegmentedBatches
 
@@ -78,7 +78,7 @@ class PackedTrainer:
                 # What fails here is the outcome of a training alone, and so is what breaks a constraint.
                 with section("set-up"), suppress(Exception):
                     member = MemberRun(evaluator, configuration, seed, end, own)
-                    if all(bound.violation(member.values) <= 0 for bound in evaluator.constraints):
+                    if not member.violations:
                         members[place] = member
         outcomes: dict[int, Trained] = {}
         for pack in self._packs(members):
@@ -134,13 +134,13 @@ class PackedTrainer:
     @cached_property
     def _structure(self) -> Structure | None:
         """What blocks return, to share frozen ones; None where they have dropout or cannot be left out."""
-        evaluator, blocks = self._evaluator, self._evaluator.backbone.blocks
+        evaluator, backbone = self._evaluator, self._evaluator.backbone
         if evaluator.training.frozen_blocks == "train":
             return None
-        evaluator.backbone.model.eval()
+        backbone.model.eval()
         with torch.no_grad():
-            structure = Structure(evaluator.backbone.model, blocks, self._probe)
-        return None if structure.obstacle(len(blocks)) else structure
+            structure = Structure(backbone, self._probe)
+        return None if structure.obstacle(len(backbone.blocks)) else structure
 
 
 @dataclass
@@ -163,7 +163,7 @@ class _PackedTraining:
         evaluator, plan = self.evaluator, self.evaluator.plan
         loader = evaluator.data.train_dataloader(seed)
         batches = SegmentedBatches(loader, plan, evaluator.data.steps_per_epoch)
-        self._model = self._pack()
+        self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
         try:
             for _ in range(plan.pieces(0, self.members[0].end)):
                 for batch in batches:
@@ -176,19 +176,14 @@ class _PackedTraining:
                 member.end_training()
             self._model.train(False)
             with torch.no_grad():
-                logits = self._model(self.probe)
+                outputs = self._model(self.probe)
         finally:
             self._model.remove()
             evaluator.backbone.model.eval()
-        for member, own in zip(self.members, logits, strict=True):
+        for member, own in zip(self.members, outputs, strict=True):
             if member.reason is None:
-                member.verify(self.probe, own)
+                member.verify(self.probe, evaluator.task.predicted(own))
         self._charge(training=False)
-
-    def _pack(self) -> PackedModel:
-        model = PackedModel(self.evaluator.backbone, self.members, self.structure)
-        model.train(True)
-        return model
 
     @section("data")
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,22 +193,21 @@ class _PackedTraining:
         return self.evaluator.backbone.computing_in(self.evaluator.training.resolved_precision())
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
-        labels = batch[LABELS]
         with section("forward"), self._precision():
-            losses = [self.evaluator.task.loss(logits, labels) for logits in self._model(batch)]
+            losses = [self.evaluator.task.loss(output, batch) for output in self._model(batch)]
         with section("backward"):
             for member in self.members:
                 member.optimizer.zero_grad(set_to_none=False)  # gradients are views
             torch.stack(losses).sum().backward()  # no member's loss depends on the parameters of another
         with section("optimizer"):
             for member, own in zip(self.members, losses, strict=True):
-                member.step(own.detach(), len(labels))
+                member.step(own.detach(), len(next(iter(batch.values()))))
         if any(member.reason is not None for member in self.members):
             self._charge(training=True)
             self._model.remove()
             self.members = [member for member in self.members if member.reason is None]
             if self.members:
-                self._model = self._pack()
+                self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
 
     @section("evaluate")
     def _validate(self) -> None:
@@ -222,9 +216,9 @@ class _PackedTraining:
             for batch in self.evaluator.data.val_dataloader():
                 on_device = self._on_device(batch)
                 with self._precision():
-                    logits = self._model(on_device)
-                for member, own in zip(self.members, logits, strict=True):
-                    member.module.add_validated(own, on_device[LABELS])
+                    outputs = self._model(on_device)
+                for member, own in zip(self.members, outputs, strict=True):
+                    member.module.add_validated(own, on_device)
             for member in self.members:
                 member.validated()
         self._model.train(True)

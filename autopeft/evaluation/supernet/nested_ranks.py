@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
-from autopeft.tasks.batch import LABELS
+from autopeft.callbacks.lora_modules import LoraModule
 
 _LARGEST_SHARE = 0.25
 _SMALLEST_SHARE = 0.125
@@ -71,38 +70,35 @@ class PerRowRanks(Callback):
     row: with the scaling of a LoRA of rank r, the rows would pull the shared ranks to different magnitudes.
 
     Args:
-        sampler: Draws the ranks of a batch, for the modules in `names`' order.
-        names: Qualified names of the LoRA modules inside the model.
-
-    Raises:
-        ValueError: In training, if the first axis of a module's output is not the batch's rows.
+        sampler: Draws the ranks of a batch, for the modules in their order.
+        modules: The LoRA modules.
     """
 
-    def __init__(self, sampler: SandwichRankSampler, names: tuple[str, ...]) -> None:
-        self.sampler = sampler
-        self.names = names
+    def __init__(self, sampler: SandwichRankSampler, modules: Sequence[LoraModule]) -> None:
+        self._sampler = sampler
+        self._modules = modules
         self._gates: dict[str, Tensor] = {}
-        self._modules: dict[str, LoraModule] = {}
-        self._masks: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the gates onto A's outputs."""
-        found = find_lora_modules(pl_module.get_submodule("model"))
-        self._modules = {name: found[name] for name in self.names}
-        self._masks = {name: rank_masks(module) for name, module in self._modules.items()}
-        for name, module in self._modules.items():
-            hook = partial(self._gate, name)
-            self._handles.append(module.down.register_forward_hook(hook))
+    @contextmanager
+    def gating(self) -> Iterator[None]:
+        """Put the gates onto A's outputs, in a `with` block.
+
+        Raises:
+            ValueError: In training, if the first axis of a module's output is not the batch's rows.
+        """
+        with ExitStack() as stack:
+            for module in self._modules:
+                hook = module.down.register_forward_hook(partial(self._gate, module.name))
+                stack.callback(hook.remove)
+            yield
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Tensor], batch_idx: int
     ) -> None:
         """Draw the ranks of a batch's rows."""
-        ranks = torch.from_numpy(self.sampler.sandwich(len(batch[LABELS])))
-        for index, name in enumerate(self.names):
-            masks = self._masks[name]
-            self._gates[name] = masks[ranks[:, index].to(masks.device)]
+        ranks = torch.from_numpy(self._sampler.sandwich(len(next(iter(batch.values())))))
+        for module, of_rows in zip(self._modules, ranks.T, strict=True):
+            self._gates[module.name] = rank_gates(of_rows, module)
 
     def _gate(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         gate = self._gates[name].to(output.dtype)
@@ -113,21 +109,7 @@ class PerRowRanks(Callback):
             )
         return output * gate.view(gate.shape[0], *[1] * (output.ndim - 2), gate.shape[1])
 
-    def _remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the gates."""
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the gates: an exception must not leave hooks in the model."""
-        self._remove()
-
-
-def rank_masks(module: LoraModule) -> Tensor:
-    """Return the mask of a module's first r ranks in row r, of shape (ranks + 1, ranks)."""
-    count = module.rank
-    masks = torch.ones(count + 1, count).tril(-1)
-    return masks.to(module.down.weight.device)
+def rank_gates(ranks: Tensor, module: LoraModule) -> Tensor:
+    """Return 1 at each row's first ranks and 0 at the others, of shape (rows, ranks of the module)."""
+    return (torch.arange(module.rank) < ranks[:, None]).to(module.down.weight)

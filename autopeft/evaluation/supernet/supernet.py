@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
-from autopeft.callbacks.lora_modules import truncated_tensors
+from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
 from autopeft.core.configuration import Adapter, Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Cost
@@ -31,7 +31,6 @@ from autopeft.evaluation.run import interrupts_stay_interrupts
 from autopeft.evaluation.supernet.nested_ranks import PerRowRanks, SandwichRankSampler
 from autopeft.methods import attach
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.module import FineTuning
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
 
@@ -84,7 +83,11 @@ class LoraSupernet:
             ValueError: The configuration has no LoRA or other methods, or a number is out of range.
             DivergenceError: The loss is not finite.
         """
-        _check_largest(largest)
+        others = [name for name in largest.methods if name != METHOD]
+        if others or not len(largest):
+            raise ValueError(
+                f"A supernet is {METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
+            )
         for name, value in (("trainings", trainings), ("smallest_rank", smallest_rank)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is a number above 0, got {value!r}.")
@@ -112,19 +115,14 @@ class LoraSupernet:
                 return f"the options at {site} differ: {adapter}, not {whole[0]}"
         return None
 
-    def check(self, configuration: Configuration) -> None:
-        """Raise ValueError where a configuration is no sub-configuration."""
-        obstacle = self.obstacle(configuration)
-        if obstacle is not None:
-            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet: {obstacle}.")
-
     def state(self, configuration: Configuration) -> dict[str, Tensor]:
         """Return copies of a sub-configuration's tensors, as its `Attachment` loads them.
 
         Raises:
             ValueError: It is no sub-configuration.
         """
-        self.check(configuration)
+        if (obstacle := self.obstacle(configuration)) is not None:
+            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet: {obstacle}.")
         tensors: dict[str, Tensor] = {}
         for site, adapter in configuration:
             largest, name = self.largest.adapters[site][0], f"{site}.{METHOD}"
@@ -161,14 +159,6 @@ class LoraSupernet:
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
 
 
-def _check_largest(largest: Configuration) -> None:
-    others = [name for name in largest.methods if name != METHOD]
-    if others or not len(largest):
-        raise ValueError(
-            f"A supernet is {METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
-        )
-
-
 def _scaling(adapter: Adapter) -> float:
     """Return the factor of a LoRA's update: α/√r (rsLoRA) or α/r."""
     assert adapter.size is not None
@@ -183,36 +173,26 @@ def _fit(
     """Train the attached adapters, and return the number of optimizer steps."""
     steps_per_epoch = evaluator.data.steps_per_epoch
     steps = max(1, round(trainings * evaluator.training.total_steps(steps_per_epoch)))
-    training = replace(
-        evaluator.training,
-        epochs=max(1, math.ceil(steps / steps_per_epoch)),
-        max_steps=steps,
-        patience=None,
-        validate_every=1,
-    )
+    training = replace(evaluator.training, patience=None)
     plan = ValidationSchedule(total_steps=steps, rungs=(steps,), stops=(steps,))
-    module = FineTuning(
-        evaluator.backbone.model,
-        evaluator.task,
-        learning_rate=largest.learning_rate,
-        weight_decay=largest.weight_decay,
-        warmup_share=training.warmup_share,
-        total_steps=steps,
-    )
-    names = [evaluator.backbone.shape(site).module for site in largest.adapters]
+    module = evaluator.module(largest, total_steps=steps)
+    modules = find_lora_modules(evaluator.backbone.model)
     blocks: NDArray[np.int64] = np.array([site.block for site in largest.adapters])
     ranks: NDArray[np.int64] = np.array([adapter.size for _, adapter in largest])
-    sampler = SandwichRankSampler(blocks, ranks, smallest_rank, seed)
+    row_ranks = PerRowRanks(
+        SandwichRankSampler(blocks, ranks, smallest_rank, seed),
+        [modules[evaluator.backbone.shape(site).module] for site in largest.adapters],
+    )
     batches = SegmentedBatches(evaluator.data.train_dataloader(seed), plan, steps_per_epoch)
     module.train()
     with ExitStack() as stack:
         stack.callback(module.eval)
         with seeded(seed, evaluator.device), quiet_lightning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You defined a `validation_step`")
-            callbacks = [StopOnDivergence(), PerRowRanks(sampler, tuple(names))]
+            callbacks = [StopOnDivergence(), row_ranks]
             trainer = build_trainer(training, callbacks, monitor=evaluator.monitor, pieces=1)
             stack.callback(dismantle, trainer)
             lowered = evaluator.backbone.cached_casts.in_place(training.resolved_precision())
-            with interrupts_stay_interrupts(), lowered:
+            with interrupts_stay_interrupts(), lowered, row_ranks.gating():
                 trainer.fit(module, batches)
             return int(trainer.global_step)

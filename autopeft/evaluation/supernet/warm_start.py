@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ class WarmStartError(ValueError):
     """There is no supernet to initialise a training from."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Failure:
     """Why a supernet's training failed, and its cost."""
 
@@ -38,13 +38,14 @@ class _Failure:
     cost: Cost
 
 
+@dataclass(eq=False)
 class WarmStarts:
     """The supernets of a search, trained when first needed and kept in a folder, so that a search resumes.
 
     Supernet 0 initialises the first training of every trial, supernet n the training with the n-th further
     seed: with one supernet for all, its luck would be taken for the quality of the trials.
 
-    Args:
+    Attributes:
         settings: Length of the training.
         evaluator: Trains the supernets.
         space: The largest LoRA of its configurations becomes the supernet's.
@@ -53,23 +54,22 @@ class WarmStarts:
             may.
     """
 
-    def __init__(
-        self,
-        settings: WarmStart,
-        evaluator: Evaluator,
-        space: SearchSpace,
-        folder: Path,
-        *,
-        trains: bool = True,
-    ) -> None:
-        self.settings = settings
-        self.evaluator = evaluator
-        self.space = space
-        self.folder = folder
-        self._trains = trains
+    settings: WarmStart
+    evaluator: Evaluator
+    space: SearchSpace
+    folder: Path
+    trains: bool = True
+
+    def __post_init__(self) -> None:
         self._supernets: dict[int, LoraSupernet] = {}
         self._failures: dict[int, _Failure] = {}
-        self._load()
+        self._failures_path = self.folder / "failures.json"
+        for number, failure in (load_json(self._failures_path) or {}).items():
+            self._failures[int(number)] = _Failure(failure["reason"], Cost(**failure["cost"]))
+        for path in self.folder.glob("supernet-*.safetensors"):
+            supernet = LoraSupernet.load(path)
+            if supernet is not None:
+                self._supernets[int(path.stem.partition("-")[2])] = supernet
 
     @property
     def cost(self) -> Cost:
@@ -89,7 +89,7 @@ class WarmStarts:
         Args:
             number: Index of the training of a trial, from 0.
         """
-        if self._trains and number not in self._supernets and number not in self._failures:
+        if self.trains and number not in self._supernets and number not in self._failures:
             self._train(number)
         return self._supernets.get(number)
 
@@ -112,41 +112,29 @@ class WarmStarts:
         missing = needed - self._supernets.keys() - self._failures.keys()
         return sum((first.cost for _ in missing), Cost())
 
-    def for_new_trials(self, configurations: Mapping[int, Configuration]) -> dict[int, InitialWeights]:
-        """Return the initial weights of new trials; trials that start from random weights are left out.
-
-        Args:
-            configurations: By the trial's number.
-        """
-        covered = {
-            number: configuration
-            for number, configuration in configurations.items()
-            if set(configuration.methods) <= {METHOD}
-        }
-        supernet = self.supernet() if covered else None
-        if supernet is None:
-            return {}
-        return {
-            number: supernet.state(configuration)
-            for number, configuration in covered.items()
-            if supernet.obstacle(configuration) is None
-        }
+    def for_new_trial(self, configuration: Configuration) -> InitialWeights | None:
+        """Return the initial weights of a new trial; None where it starts from random weights."""
+        if not set(configuration.methods) <= {METHOD}:
+            return None
+        supernet = self.supernet()
+        if supernet is None or supernet.obstacle(configuration) is not None:
+            return None
+        return supernet.state(configuration)
 
     def _train(self, number: int) -> None:
         largest = largest_lora(self.space, self.evaluator.backbone, self.evaluator.seed)
         if largest is None:
-            self._failures[number] = _Failure(
-                reason="the space has no configuration of LoRA alone", cost=Cost()
-            )
+            self._failures[number] = _Failure("the space has no configuration of LoRA alone", Cost())
             return
         meter = ComputeMeter(self.evaluator.device)
         reason = reason_of_failure(partial(self._train_and_save, number, largest))
         if reason is not None:
-            self._failures[number] = _Failure(
-                reason=f"the supernet's training failed: {reason}", cost=meter.read()
-            )
-            _logger.warning("%s: %s", self._path(number).stem, self._failures[number].reason)
-            self._save_failures()
+            failure = _Failure(f"the supernet's training failed: {reason}", meter.read())
+            self._failures[number] = failure
+            _logger.warning("%s: %s", self._path(number).stem, failure.reason)
+            # A resumed search must not train again what failed before.
+            failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
+            save_json(self._failures_path, failures)
 
     def _train_and_save(self, number: int, largest: Configuration) -> None:
         seed = self.evaluator.seed
@@ -161,24 +149,6 @@ class WarmStarts:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"supernet-{number}.safetensors"
-
-    @property
-    def _failures_path(self) -> Path:
-        return self.folder / "failures.json"
-
-    def _save_failures(self) -> None:
-        """Keep failures: a resumed search must not train again what failed before."""
-        failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
-        save_json(self._failures_path, failures)
-
-    def _load(self) -> None:
-        for number, failure in (load_json(self._failures_path) or {}).items():
-            cost = Cost(**failure["cost"])
-            self._failures[int(number)] = _Failure(reason=failure["reason"], cost=cost)
-        for path in self.folder.glob("supernet-*.safetensors"):
-            supernet = LoraSupernet.load(path)
-            if supernet is not None:
-                self._supernets[int(path.stem.partition("-")[2])] = supernet
 
 
 def initial_weights(

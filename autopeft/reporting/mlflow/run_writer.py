@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Collection, Sequence
-from pathlib import Path
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -12,9 +11,11 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
+from autopeft.reporting.configuration_image import configuration_figure
 from autopeft.reporting.mlflow import run_content as content
+from autopeft.reporting.tables import methods_label
 
-_METRICS_A_BATCH = 1000
+_METRICS_A_BATCH, _TEXTS_A_BATCH = 800, 100  # MLflow takes 1,000, of them 100 parameters and 100 tags
 
 
 class RunWriter:
@@ -38,8 +39,7 @@ class RunWriter:
     ) -> None:
         self._client = client
         self._experiment_id = experiment_id
-        self._parent = parent
-        self._study_id = study_id
+        self._tags = {content.PARENT_TAG: parent, content.STUDY_TAG: study_id}
         self._objectives = objectives
         self._runs: dict[int, str] = {}
         self._written: dict[int, TrialRecord] = {}  # what whole runs hold
@@ -83,17 +83,11 @@ class RunWriter:
         """Show a trial as running since a time in milliseconds, unless it has a run."""
         if number in self._runs:
             return
-        name = content.run_name(number, configuration)
+        name = f"trial {number} · {methods_label(configuration)}"
         run_id = self._interrupted.pop(number, None)
         if run_id is None:
-            tags = {
-                content.PARENT_TAG: self._parent,
-                content.STUDY_TAG: self._study_id,
-                content.TRIAL_TAG: str(number),
-            }
-            tags |= content.front_tags(on_front=False)
-            run = self._client.create_run(self._experiment_id, started, tags, name)
-            run_id = str(run.info.run_id)
+            tags = {**self._tags, content.TRIAL_TAG: str(number), **content.front_tags(on_front=False)}
+            run_id = str(self._client.create_run(self._experiment_id, started, tags, name).info.run_id)
         else:
             self._client.update_run(run_id, status="RUNNING", name=name)
         self._runs[number] = run_id
@@ -101,23 +95,18 @@ class RunWriter:
     def finish(self, record: TrialRecord, members: Collection[int], ended: int) -> None:
         """Write a trial's result and end its run at a time in milliseconds; doing so again adds nothing."""
         evaluation, number = record.evaluation, record.number
-        self.start(number, evaluation.configuration, ended - int(1000 * evaluation.cost.wall_seconds))
+        configuration, on_front = evaluation.configuration, number in members
+        self.start(number, configuration, ended - int(1000 * evaluation.cost.wall_seconds))
         run_id, points = self._runs[number], self._points.get(number)
         if points is None:
-            with tempfile.TemporaryDirectory() as folder:
-                content.save_configuration(evaluation.configuration, Path(folder))
-                self._client.log_artifacts(run_id, folder)
-        metrics = content.trial_metrics(record, self._objectives, points or 0, ended)
-        rest = len(metrics) % _METRICS_A_BATCH
-        log_metrics(self._client, run_id, metrics[: len(metrics) - rest])
-        on_front = number in members
-        params = content.trial_params(record) if points is None else {}
-        tags = content.outcome_tags(record) | content.front_tags(on_front=on_front)
-        self._client.log_batch(
+            self._client.log_text(run_id, configuration.to_yaml(), "configuration.yaml")
+            self._client.log_figure(run_id, configuration_figure(configuration), "configuration.png")
+        log_in_batches(
+            self._client,
             run_id,
-            metrics=metrics[len(metrics) - rest :],
-            params=[Param(*entry) for entry in params.items()],
-            tags=[RunTag(*entry) for entry in tags.items()],
+            metrics=content.trial_metrics(record, self._objectives, points or 0, ended),
+            params=content.trial_params(record) if points is None else {},
+            tags=content.outcome_tags(record) | content.front_tags(on_front=on_front),
         )
         self._client.set_terminated(run_id, status=content.RUN_STATUS[evaluation.status], end_time=ended)
         self._points[number], self._written[number] = len(evaluation.curves), record
@@ -127,19 +116,34 @@ class RunWriter:
         """Bring the tags that say which trials are on the front up to date."""
         for number in sorted(self._tagged ^ (set(members) & self._points.keys())):
             tags = content.front_tags(on_front=number in members)
-            self._client.log_batch(self._runs[number], tags=[RunTag(*entry) for entry in tags.items()])
+            log_in_batches(self._client, self._runs[number], tags=tags)
             self._tagged ^= {number}
 
     def end_unfinished(self) -> None:
         """End the runs of interrupted trials; the search's next call goes on with them."""
-        for number, run_id in self._runs.items():
-            if number not in self._points:
-                self._client.set_terminated(run_id, status="KILLED")
-        for run_id in self._interrupted.values():
+        running = [run_id for number, run_id in self._runs.items() if number not in self._points]
+        for run_id in (*running, *self._interrupted.values()):
             self._client.set_terminated(run_id, status="KILLED")
 
 
-def log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Metric]) -> None:
-    """Log any number of metrics."""
-    for start in range(0, len(metrics), _METRICS_A_BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_BATCH])
+def log_in_batches(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    metrics: Sequence[Metric] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Log any number of metrics, parameters and tags."""
+    all_params = [Param(*entry) for entry in (params or {}).items()]
+    all_tags = [RunTag(*entry) for entry in (tags or {}).items()]
+    texts = max(len(all_params), len(all_tags))
+    batches = max(math.ceil(len(metrics) / _METRICS_A_BATCH), math.ceil(texts / _TEXTS_A_BATCH))
+    for batch in reversed(range(batches)):  # the texts last: a run that has them has all its metrics
+        some = slice(batch * _TEXTS_A_BATCH, (batch + 1) * _TEXTS_A_BATCH)
+        client.log_batch(
+            run_id,
+            metrics=metrics[batch * _METRICS_A_BATCH : (batch + 1) * _METRICS_A_BATCH],
+            params=all_params[some],
+            tags=all_tags[some],
+        )

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.core.objectives import Objective
-from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
+from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, projections
 
 _logger = logging.getLogger(__name__)
 _TAG = "mlflow.sharedViewState."
@@ -51,38 +51,28 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         parent_run_id: The search's run; its children are shown.
         objectives: The search's objectives.
     """
-    first = next(objective for objective in objectives if objective.is_metric)
-    metric = valid_key(first.name)
-    others = [objective for objective in objectives if objective.name != first.name]
-    costs = [valid_key(objective.name) for objective in others]
-    axes = [log_scale_key(other) if other.log_scale else valid_key(other.name) for other in others]
+    metric = valid_key(next(objective.name for objective in objectives if objective.is_metric))
+    costs = [cost for cost, _ in projections(objectives)]
+    shared = {"deleted": False, "isGenerated": False}
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
     charts = [
         {
-            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{cost}")),
+            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{valid_key(cost.name)}")),
             "type": "SCATTER",
             "metricSectionId": section,
-            "deleted": False,
-            "isGenerated": False,
             "runsCountToCompare": _MOST_RUNS,
-            "xaxis": {"key": axis, "type": "METRIC"},
+            "xaxis": {
+                "key": log_scale_key(cost) if cost.log_scale else valid_key(cost.name),
+                "type": "METRIC",
+            },
             "yaxis": {"key": metric, "type": "METRIC"},
-            "displayName": f"{metric} against {cost}",
+            "displayName": f"{metric} against {valid_key(cost.name)}",
+            **shared,
         }
-        for axis, cost in zip(axes, costs, strict=True)
+        for cost in costs
     ]
-    sections = [
-        {
-            "uuid": section,
-            "name": "Pareto front",
-            "display": True,
-            "isReordered": True,
-            "deleted": False,
-            "isGenerated": False,
-            "columns": min(len(charts), 3),
-            "cardHeight": 480,
-        }
-    ]
+    layout = {"display": True, "isReordered": True, "columns": min(len(charts), 3), "cardHeight": 480}
+    columns = [f"metrics.`{name}`" for name in (metric, *(valid_key(cost.name) for cost in costs))]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         # Any order but start time, which nests children under the collapsed parent and draws that alone.
@@ -90,28 +80,21 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
-        "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [
-            *(f"metrics.`{name}`" for name in (metric, *costs)),
-            "tags.`autopeft.pareto`",
-        ],
-        "runsExpanded": {},
-        "runsPinned": [],
-        "runsHidden": [],
-        "runsVisibilityMap": {},
+        "selectedColumns": [*columns, "tags.`autopeft.pareto`"],
+        **{key: [] for key in ("datasetsFilter", "runsPinned", "runsHidden")},
+        **{key: {} for key in ("runsExpanded", "runsVisibilityMap", "groupsExpanded")},
         "runsHiddenMode": "SHOW_ALL",
         "runListHidden": False,
         "viewMaximized": False,
         "isAccordionReordered": True,
         "autoRefreshEnabled": True,
         "groupBy": None,
-        "groupsExpanded": {},
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
         "compareRunCharts": charts,
-        "compareRunSections": sections,
+        "compareRunSections": [{"uuid": section, "name": "Pareto front", **layout, **shared}],
     }
     return json.dumps(state, separators=(",", ":"))
 

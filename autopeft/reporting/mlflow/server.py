@@ -10,86 +10,83 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Self
+from dataclasses import dataclass
 
 from mlflow import MlflowClient
 
+from autopeft.reporting.mlflow.run_content import SEARCH_TAG, VIEW_TAG
 from autopeft.reporting.mlflow.saved_view import view_link
 from autopeft.reporting.mlflow.store import check_server, checked_store, unusable_store
-from autopeft.reporting.mlflow.tracker import SEARCH_TAG, VIEW_TAG
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 
 HOST = "127.0.0.1"
 _START_SECONDS = 90
 
 
+@dataclass(frozen=True)
 class MlflowServer:
-    """An MLflow server over a tracking store; use it in a `with` block.
+    """A running MLflow server.
+
+    Attributes:
+        url: Address of the UI.
+        process: The server's.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def mlflow_server(uri: str, port: int = 5000) -> Iterator[MlflowServer]:
+    """Run an MLflow server over a tracking store until the `with` block ends.
 
     Args:
         uri: Backend store, as in "sqlite:///mlflow.db".
         port: Wanted port; another free one is taken where it is in use.
 
-    Attributes:
-        url: Address of the UI.
+    Raises:
+        RuntimeError: The server does not start.
     """
-
-    def __init__(self, uri: str, port: int = 5000) -> None:
-        self.uri = uri
-        self.port = _free_port(port)
-        self.url = f"http://{HOST}:{self.port}"
-        self._process: subprocess.Popen[bytes]
-
-    def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", HOST]
-        command += ["--port", str(self.port), "--workers", "1"]
-        environment = {
-            **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": self.uri,  # all users see the arguments of a process
-            # Jobs are for evaluating language models; their eight workers would take a minute to start.
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        self._output = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            command, stdout=self._output, stderr=subprocess.STDOUT, env=environment
-        )
+    port = _free_port(port)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", HOST, "--port", str(port)]
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": uri,  # all users see the arguments of a process
+        # Jobs are for evaluating language models; their eight workers would take a minute to start.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        server = MlflowServer(f"http://{HOST}:{port}", process)
         try:
-            self._wait_until_up()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
+            if not _is_up(server):
+                output.seek(0)
+                said = redact_in(output.read().decode(errors="replace").strip(), uri)
+                raise RuntimeError(f"The MLflow server did not start. It said:\n{said}")
+            yield server
+        finally:
+            process.terminate()
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.2)
-        self._output.seek(0)
-        said = redact_in(self._output.read().decode(errors="replace").strip(), self.uri)
-        raise RuntimeError(f"The MLflow server did not start. It said:\n{said}")
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
-    def wait(self) -> None:
-        """Wait until the server ends."""
-        self._process.wait()
 
-    def _stop(self) -> None:
-        self._process.terminate()
+def _is_up(server: MlflowServer) -> bool:
+    """Return whether a server answers before it ends or the time is over."""
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.process.poll() is None:
         try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._output.close()
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()
+            with urllib.request.urlopen(f"{server.url}/health", timeout=2):
+                return True
+        except OSError:
+            time.sleep(0.2)
+    return False
 
 
 def serve(uri: str, *, port: int = 5000) -> None:
@@ -109,35 +106,26 @@ def serve(uri: str, *, port: int = 5000) -> None:
         print(f"MLflow UI: {redact(uri)} (the server of this store)")
         _print_links(redact(uri), fronts)
         return
-    with _interrupted_by_sigterm(), MlflowServer(uri, port) as server:
-        if server.port != port:
-            print(f"Port {port} is in use: serving on {server.port}.")
-        print(f"MLflow UI: {server.url}")
-        _print_links(server.url, fronts)
-        print("Ctrl-C stops it.", flush=True)
-        try:
-            server.wait()
-        except KeyboardInterrupt:
-            print()
-
-
-def _print_links(url: str, fronts: Iterable[tuple[str, str, str | None]]) -> None:
-    for name, experiment_id, key in fronts:
-        print(f"  {name}: {view_link(url, experiment_id, key)}")
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: left alone, it would end this process and leave the server."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # SIGTERM does what Ctrl-C does: left alone, it would end this process and leave the server.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with mlflow_server(uri, port) as server:
+            if not server.url.endswith(f":{port}"):
+                print(f"Port {port} is in use: serving on {server.url.rpartition(':')[2]}.")
+            print(f"MLflow UI: {server.url}")
+            _print_links(server.url, fronts)
+            print("Ctrl-C stops it.", flush=True)
+            try:
+                server.process.wait()
+            except KeyboardInterrupt:
+                print()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _print_links(url: str, fronts: list[tuple[str, str, str | None]]) -> None:
+    for name, experiment_id, key in fronts:
+        print(f"  {name}: {view_link(url, experiment_id, key)}")
 
 
 def find_fronts(uri: str) -> list[tuple[str, str, str | None]]:

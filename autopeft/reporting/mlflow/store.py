@@ -8,14 +8,13 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
-
-_SQLITE_HEADER = b"SQLite format 3\0"
 
 
 def checked_store(uri: str) -> tuple[str, str | None]:
@@ -91,13 +90,18 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
     try:
         client, experiment_id = open_experiment(store, artifacts, experiment)
         run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            client.log_artifacts(run_id, folder, place)
+        log_folder(client, run_id, save, place)
         client.set_terminated(run_id)
     except Exception as error:  # of MLflow, its database driver or the network
         raise unusable_store(uri, error) from None  # whose text may have a password
     return run_id
+
+
+def log_folder(client: MlflowClient, run_id: str, save: Callable[[Path], object], place: str) -> None:
+    """Write the files that `save` puts into a folder to a run, below `place`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        client.log_artifacts(run_id, folder, place)
 
 
 def unusable_store(uri: str, error: Exception) -> ValueError:
@@ -119,19 +123,15 @@ def check_server(url: str) -> None:
 
 def _check_database(path: Path) -> None:
     """Raise where a file is no SQLite database, or one of Optuna's: both count their versions in it."""
-    with path.open("r+b") as file:
-        start = file.read(len(_SQLITE_HEADER))
-    if start and start != _SQLITE_HEADER:
-        raise ValueError(f"The tracking store {path} is a file, but no SQLite database.")
-    connection = sqlite3.connect(path, timeout=20)
+    with path.open("r+b"):
+        pass  # may be written
     try:
-        found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'study_directions'")
-        if found.fetchone() is not None:
-            raise ValueError(f"{path} holds Optuna studies: MLflow needs a database of its own.")
+        with closing(sqlite3.connect(path, timeout=20)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.Error as error:
-        raise ValueError(f"The tracking store {path} cannot be read: {error}.") from error
-    finally:
-        connection.close()
+        raise ValueError(f"The tracking store {path} is no SQLite database: {error}.") from error
+    if "study_directions" in tables:
+        raise ValueError(f"{path} holds Optuna studies: MLflow needs a database of its own.")
 
 
 def _make_database(uri: str) -> None:

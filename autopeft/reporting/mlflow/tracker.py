@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -13,37 +12,27 @@ from pathlib import Path
 from typing import Literal
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Run
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.core.profiling import TimeSpan, section
-from autopeft.reporting.mlflow.run_content import (
-    STUDY_TAG,
-    TRIAL_TAG,
-    front_markdown,
-    shortened,
-    write_dataset,
-    write_front,
-    write_table,
-)
-from autopeft.reporting.mlflow.run_writer import RunWriter, log_metrics
+from autopeft.core.profiling import section
+from autopeft.reporting.frame import front_frame
+from autopeft.reporting.front_plots import front_figure, static_front_figure
+from autopeft.reporting.html_page import html_page
+from autopeft.reporting.mlflow import run_content as content
+from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
-from autopeft.reporting.mlflow.store import check_server, checked_store, open_experiment
+from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from autopeft.reporting.mlflow.worker import Job, Worker
 
 _logger = logging.getLogger(__name__)
-SEARCH_TAG = "autopeft.search"
-VIEW_TAG = "autopeft.view"
-_LONGEST_PARAM = 5000
-_PAGE = 1000
-_BATCH = 100
+_MOST_RUNS = 50_000  # MLflow's limit
 _FRONT_EVERY_SECONDS = 60.0
 _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 _PATIENCE_SECONDS = 60.0
-RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 
 
 class Tracker:
@@ -59,10 +48,11 @@ class Tracker:
         search_name: Name of the search, which others may share.
         study_id: A random id of the study, kept with it.
         objectives: The search's objectives.
-        ui_url: Where the UI is (or will be) served, for the link; default: the store's server, or port 5000.
 
     Attributes:
         failures: How often something could not be written.
+        link: Opens the UI, of the store's server or on port 5000; once begun, on the charts of the trials.
+        worked: The time of the thread that writes.
 
     Raises:
         ValueError: The store cannot be written, or is a plain folder, which MLflow 3 refuses.
@@ -76,37 +66,25 @@ class Tracker:
         search_name: str,
         study_id: str,
         objectives: Sequence[Objective],
-        ui_url: str | None = None,
     ) -> None:
         self.objectives = tuple(objectives)
         self.search_name = search_name
         self.study_id = study_id
         self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
-        is_server = self._uri.startswith("http")
-        self._ui_url = ui_url or (redact(self._uri) if is_server else "http://127.0.0.1:5000")
+        self._is_server = self._uri.startswith("http")
+        self.link = redact(self._uri) if self._is_server else "http://127.0.0.1:5000"
         self._client: MlflowClient
         self._runs: RunWriter
-        self._experiment_id = ""
         self._parent = ""
         self._note = ""
-        self._view: str | None = None
         self._members: frozenset[int] = frozenset()  # of the front
         self._waiting: list[Metric] = []
         self._front_put = -math.inf  # when; the first trial is to be seen at once
         self._front_seconds = 0.0  # that writing it took
         self.failures = 0
         self._worker = Worker(self._on_failure)
-
-    @property
-    def worked(self) -> TimeSpan:
-        """The time of the thread that writes."""
-        return self._worker.worked
-
-    @property
-    def link(self) -> str:
-        """The link that opens the UI on the scatter charts of this search's trials."""
-        return view_link(self._ui_url, self._experiment_id, self._view) if self._parent else self._ui_url
+        self.worked = self._worker.worked
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
@@ -152,85 +130,59 @@ class Tracker:
     def _open(
         self, note: str, identity: Mapping[str, Mapping[str, str]], records: Sequence[TrialRecord]
     ) -> None:
-        if self._uri.startswith("http"):
+        if self._is_server:
             check_server(self._uri)  # MLflow's client would try again for minutes
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
-        self._client, self._experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
-        runs = self._search_runs()
-        parents = [run for run in runs if SEARCH_TAG in run.data.tags]
-        parent = self._open_parent(parents[0] if parents else None, note, identity)
-        self._runs = RunWriter(self._client, self._experiment_id, parent, self.study_id, self.objectives)
-        trials = [run for run in runs if TRIAL_TAG in run.data.tags]
+        self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
+        of_this_study = f"tags.`{content.STUDY_TAG}` = '{self.study_id}'"
+        runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
+        parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
+        self._parent = self._open_parent(experiment_id, parent, note, identity)
+        self._runs = RunWriter(self._client, experiment_id, self._parent, self.study_id, self.objectives)
+        trials = [run for run in runs if content.TRIAL_TAG in run.data.tags]
         if foreign := self._runs.adopt(trials, records):
             _logger.warning(
                 "MLflow has %d finished runs of %r that its study does not know; they stay as they are.",
                 foreign,
                 self.search_name,
             )
-        self._view = save_view(self._client, self._experiment_id, view_state(parent, self.objectives))
-        if self._view is not None:
-            self._client.set_tag(parent, VIEW_TAG, self._view)
-        self._parent = parent  # from here on there is something to write to
+        view = save_view(self._client, experiment_id, view_state(self._parent, self.objectives))
+        if view is not None:
+            self._client.set_tag(self._parent, content.VIEW_TAG, view)
+        self.link = view_link(self.link, experiment_id, view)
 
-    def _search_runs(self) -> list[Run]:
-        """Return all runs of this study."""
-        runs: list[Run] = []
-        token: str | None = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment_id],
-                f"tags.`{STUDY_TAG}` = '{self.study_id}'",
-                max_results=_PAGE,
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                return runs
-
-    def _open_parent(self, known: Run | None, note: str, identity: Mapping[str, Mapping[str, str]]) -> str:
-        settings = {key: group for key, group in identity.items() if key != "environment"}
-        if known is not None:
-            parent = str(known.info.run_id)
-            self._client.update_run(parent, status="RUNNING")
-        else:
-            tags = {SEARCH_TAG: self.search_name, STUDY_TAG: self.study_id}
-            run = self._client.create_run(self._experiment_id, run_name=self.search_name, tags=tags)
-            parent = str(run.info.run_id)
-        if known is None or not known.data.params:
-            params = [
-                Param(valid_key(f"{group}.{key}"), shortened(value, _LONGEST_PARAM) or "none")
-                for group, fields in settings.items()
-                for key, value in fields.items()
-            ]
-            for start in range(0, len(params), _BATCH):
-                self._client.log_batch(parent, params=params[start : start + _BATCH])
-            write_dataset(self._client, parent, settings.get("task", {}))
-        tags = {
-            valid_key(f"environment.{key}"): shortened(value, _LONGEST_PARAM)
-            for key, value in identity.get("environment", {}).items()
-        }
-        self._note = f"```\n{shortened(note, _LONGEST_PARAM // 2)}\n```"
-        tags["mlflow.note.content"] = self._note
-        self._client.log_batch(parent, tags=[RunTag(name, value) for name, value in tags.items()])
-        self._client.log_dict(parent, {key: dict(group) for key, group in identity.items()}, "identity.json")
+    def _open_parent(
+        self,
+        experiment_id: str,
+        known: Run | None,
+        note: str,
+        identity: Mapping[str, Mapping[str, str]],
+    ) -> str:
+        if known is None:
+            tags = {content.SEARCH_TAG: self.search_name, content.STUDY_TAG: self.study_id}
+            known = self._client.create_run(experiment_id, run_name=self.search_name, tags=tags)
+        parent = str(known.info.run_id)
+        self._client.update_run(parent, status="RUNNING")
+        settings = {group: fields for group, fields in identity.items() if group != "environment"}
+        if not known.data.params:
+            log_in_batches(self._client, parent, params=content.search_params(settings))
+            data = DatasetInput(dataset=content.dataset(settings.get("task", {})), tags=[])
+            self._client.log_inputs(parent, datasets=[data])
+        self._note = f"```\n{content.shortened(note, content.LONGEST_TEXT // 2)}\n```"
+        environment = content.search_params({"environment": identity.get("environment", {})})
+        log_in_batches(self._client, parent, tags={**environment, content.NOTE_TAG: self._note})
+        everything = {group: dict(fields) for group, fields in identity.items()}
+        self._client.log_dict(parent, everything, "identity.json")
         return parent
 
     def _put(self, job: Job) -> None:
         if self._worker.is_alive():
             self._worker.put(job)
 
-    def trials_started(self, trials: Mapping[int, Configuration]) -> None:
-        """Show trials as running.
-
-        Args:
-            trials: Configurations by number, of those that are trained together.
-        """
-        self._put(partial(self._start_runs, dict(trials), _milliseconds()))
-
-    def _start_runs(self, trials: Mapping[int, Configuration], started: int) -> None:
-        for number, configuration in trials.items():
-            self._runs.start(number, configuration, started)
+    def trial_started(self, number: int, configuration: Configuration) -> None:
+        """Show a trial as running."""
+        now = _milliseconds()
+        self._put(lambda: self._runs.start(number, configuration, now))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
@@ -251,8 +203,8 @@ class Tracker:
 
     def _write_progress(self) -> None:
         waiting = list(self._waiting)
-        log_metrics(self._client, self._parent, waiting)
-        del self._waiting[: len(waiting)]
+        log_in_batches(self._client, self._parent, metrics=waiting)
+        del self._waiting[: len(waiting)]  # what failed is written with the next
 
     @property
     def is_front_due(self) -> bool:
@@ -267,22 +219,34 @@ class Tracker:
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
         started = time.monotonic()
-        write_front(self._client, self._parent, records, members, self.objectives)
+        shown = records, members, self.objectives
+        page = html_page(front_figure(*shown), title="Pareto front")
+        frame = front_frame(*shown)
+        front = frame[frame["front"]].drop(columns="front")
+        self._client.log_text(self._parent, page, "pareto/front.html")
+        self._client.log_figure(self._parent, static_front_figure(*shown), "pareto/front.png")
+        self._client.log_text(self._parent, front.to_csv(index=False), "pareto/front.csv")
+        self._client.log_text(self._parent, frame.to_csv(index=False), "pareto/trials.csv")
         self._front_seconds = time.monotonic() - started
-        note = f"{self._note}\n\n{front_markdown(records, members, self.objectives)}\n"
-        self._client.set_tag(self._parent, "mlflow.note.content", note)
+        note = f"{self._note}\n\n{content.front_markdown(*shown)}\n"
+        self._client.set_tag(self._parent, content.NOTE_TAG, note)
+
+    def _write_table(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
+        """Write the table of all trials, which MLflow's UI can compare between searches."""
+        # log_table appends to a file that is there: a file a number of trials, written once.
+        again = sum(record.evaluation.trainings - 1 for record in records)
+        path = f"pareto/trials_{len(records):05d}{f'_and_{again}_again' if again else ''}.json"
+        if path not in {file.path for file in self._client.list_artifacts(self._parent, "pareto")}:
+            self._client.log_table(self._parent, front_frame(records, members, self.objectives), path)
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder to the search's run, below `place`."""
-        self._put(partial(self._write_report, save, place))
-
-    def _write_report(self, save: Callable[[Path], object], place: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save(Path(folder))
-            self._client.log_artifacts(self._parent, folder, place)
+        self._put(lambda: log_folder(self._client, self._parent, save, place))
 
     @section("log")
-    def finish(self, status: RunEnd, records: Sequence[TrialRecord] = ()) -> None:
+    def finish(
+        self, status: Literal["FINISHED", "KILLED", "FAILED"], records: Sequence[TrialRecord] = ()
+    ) -> None:
         """Write what is waiting, log the table of all trials, and end the search's run.
 
         What is still missing is tried once more. A store that has stopped answering is given up once nothing
@@ -295,15 +259,15 @@ class Tracker:
                 self.trial_finished(record)
             self._put(self._runs.end_unfinished)
             if records:
-                trials, members = tuple(records), self._members
-                table = partial(write_table, self._client, self._parent, trials, members, self.objectives)
-                self._put(table)
+                self._put(partial(self._write_table, tuple(records), self._members))
             self._put(partial(self._client.set_terminated, self._parent, status=status))
-        if not self._worker.stop(_PATIENCE_SECONDS) or self._runs.behind(records):
+        is_done = self._worker.stop(_PATIENCE_SECONDS)
+        missing = len(self._runs.behind(records))
+        if missing or not is_done:
             _logger.warning(
                 "%d trials could not be written to MLflow; the study has them all, and the next call of the "
                 "search writes them.",
-                len(self._runs.behind(records)),
+                missing,
             )
 
     @section("log")

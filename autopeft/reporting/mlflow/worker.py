@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from autopeft.core.profiling import TimeSpan
+from autopeft.core.profiling import TimeSpan, now
 
 Job = Callable[[], object]
 
 
-class Worker:
-    """Does jobs in a daemon thread, in their order; one that fails is reported and stops no other.
+class Worker(threading.Thread):
+    """Does jobs in their order; one that fails is reported and stops no other.
 
     Args:
         on_failure: Called with the error of each job that failed.
@@ -23,15 +23,16 @@ class Worker:
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        super().__init__(name="autopeft-mlflow", daemon=True)
         self.worked = TimeSpan()
         self._on_failure = on_failure
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._last_end = 0.0
         self._is_given_up = False
-        self._thread = threading.Thread(target=self._work, name="autopeft-mlflow", daemon=True)
-        self.start = self._thread.start
-        self.is_alive = self._thread.is_alive
-        self.put: Callable[[Job], None] = self._jobs.put
+
+    def put(self, job: Job) -> None:
+        """Have a job done."""
+        self._jobs.put(job)
 
     def flush(self, patience_seconds: float) -> bool:
         """Wait until all jobs are done, or none has ended for some seconds; return whether all are done."""
@@ -49,14 +50,17 @@ class Worker:
         self._is_given_up = not is_done
         self._jobs.put(None)
         if is_done:
-            self._thread.join()
+            self.join()
         return is_done
 
-    def _work(self) -> None:
+    def run(self) -> None:
+        """Do the jobs until there is no more."""
         while (job := self._jobs.get()) is not None and not self._is_given_up:
+            start = now()
             try:
-                with self.worked.running():
-                    job()
+                job()
             except Exception as error:
                 self._on_failure(error)
+            self.worked.add_since(start)
+            self.worked.calls += 1
             self._last_end = time.monotonic()

@@ -10,19 +10,24 @@ Every allocator keeps the same promises:
 * the same input gives the same ranks, in whatever order its sites are given. Ties go to the earlier site.
 """
 
-from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks, Scores, Spectra
+from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
 from autopeft.sensitivity.allocation.registry import ALLOCATORS, Allocator, find_allocator
-from autopeft.sensitivity.allocation.score_rules import fisher, gora, proportional, top_k
-from autopeft.sensitivity.allocation.spectrum_rules import explained_variance, water_filling
-from autopeft.sensitivity.allocation.spt import sensitive_counts, structured, structured_sites
+from autopeft.sensitivity.allocation.rules import (
+    explained_variance,
+    fisher,
+    gora,
+    proportional,
+    sensitive_counts,
+    structured,
+    top_k,
+    water_filling,
+)
 
 __all__ = [
     "ALLOCATORS",
     "Allocator",
     "RankBudget",
     "Ranks",
-    "Scores",
-    "Spectra",
     "explained_variance",
     "find_allocator",
     "fisher",
@@ -30,7 +35,6 @@ __all__ = [
     "proportional",
     "sensitive_counts",
     "structured",
-    "structured_sites",
     "top_k",
     "water_filling",
 ]

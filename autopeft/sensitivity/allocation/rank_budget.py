@@ -1,19 +1,24 @@
-"""RankBudget: what may be spent on ranks; and the checks of what allocators are given."""
+"""RankBudget, and the one procedure that spends it: ranks are granted one by one, as a rule wants them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from autopeft.core.adapter import Site
 from autopeft.core.errors import check_whole
 
-Scores = Mapping[Site, float]
-"""How much each site promises, or counts of its sensitive weights: at least 0."""
-Spectra = Mapping[Site, Sequence[float]]
-"""What each further rank at a site adds: numbers of at least 0, the largest first."""
 Ranks = Mapping[Site, int]
+Priority = tuple[float, ...]
+"""How much a site wants its next rank: larger entries first, compared entry by entry."""
+
+# Of a rank: shares that differ by less are one share, so that rounding errors decide nothing.
+DECIMALS = 6
+# Relative to the largest weight: a site below it has no share, and the inverse of its weight may overflow.
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,56 +52,81 @@ class RankBudget:
         object.__setattr__(self, "costs", {site: self.costs[site] for site in sorted(self.costs)})
 
 
-def check_number(what: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
-    """Raise a ValueError unless the value is a finite number for which `holds` is true, as `expected`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{what} is a finite number {expected}, got {value!r}.")
+def greedy_allocate(
+    sites: Collection[Site],
+    budget: RankBudget,
+    priority: Callable[[Site, int], Priority],
+    largest: int | None = None,
+) -> Ranks:
+    """Start at the smallest rank everywhere and grant ranks one by one until no site can take another.
 
-
-def check_costs(sites: Collection[Site], costs: Mapping[Site, int]) -> None:
-    """Raise a ValueError where there is no site, or a site has no cost."""
-    if not sites:
-        raise ValueError("No sites to give ranks to: expected at least one.")
-    for site in sorted(sites):
-        if site not in costs:
-            raise ValueError(f"{site} has no cost: the costs of a budget must name every site there is.")
-
-
-def checked_scores(scores: Scores, budget: RankBudget) -> dict[Site, float]:
-    """Return the scores in the order of the sites.
-
-    Raises:
-        ValueError: A score is negative or not finite, or the budget does not fit the sites.
+    Args:
+        sites: The sites, in the order that breaks ties.
+        budget: What may be spent; it must pay for the smallest ranks.
+        priority: How much a site wants its next rank, given the rank it has. It must not grow with the
+            rank, or the order is not the order of the priorities.
+        largest: The rank no site exceeds; None for the budget's.
     """
-    _check_sites(scores, budget)
-    for site, score in scores.items():
-        if not math.isfinite(score) or score < 0:
-            raise ValueError(f"The score of {site} is {score}: expected a finite number of at least 0.")
-    return {site: float(scores[site]) for site in sorted(scores)}
+    largest = budget.largest if largest is None else largest
+    ranks = dict.fromkeys(sites, budget.smallest)
+    left = budget.total - sum(budget.smallest * budget.costs[site] for site in sites)
+
+    def entry(order: int, site: Site) -> tuple[Priority, int, Site]:
+        return tuple(-part for part in priority(site, ranks[site])), order, site
+
+    queue = [entry(order, site) for order, site in enumerate(sites) if ranks[site] < largest]
+    heapq.heapify(queue)
+    while queue:
+        _, order, site = heapq.heappop(queue)
+        if budget.costs[site] > left:
+            continue  # What is left only shrinks: this site has its last rank.
+        left -= budget.costs[site]
+        ranks[site] += 1
+        if ranks[site] < largest:
+            heapq.heappush(queue, entry(order, site))
+    return ranks
 
 
-def checked_spectra(spectra: Spectra, budget: RankBudget) -> dict[Site, tuple[float, ...]]:
-    """Return the spectra in the order of the sites, each in descending order.
+def by_largest_remainder(
+    shares: Mapping[Site, float], weights: Mapping[Site, float], budget: RankBudget
+) -> Ranks:
+    """Round shares to ranks: the site that is furthest below its share gets the next rank.
 
-    Raises:
-        ValueError: A number is negative or not finite, or the budget does not fit the sites.
+    For shares that add up to the budget and lie within the bounds, this is the method of the largest
+    remainder (Hamilton's). Otherwise what the bounds leave or take is spread evenly over the other sites.
+    Sites of weight 0 come last.
     """
-    _check_sites(spectra, budget)
-    for site, spectrum in spectra.items():
-        for value in spectrum:
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"The spectrum of {site} contains {value}: expected finite numbers of at least 0."
-                )
-    return {site: tuple(sorted(map(float, spectra[site]), reverse=True)) for site in sorted(spectra)}
+    return greedy_allocate(
+        shares, budget, lambda site, rank: (weights[site] > 0, round(shares[site] - rank, DECIMALS))
+    )
 
 
-def _check_sites(sites: Collection[Site], budget: RankBudget) -> None:
-    check_costs(sites, budget.costs)
-    floor = budget.smallest * sum(budget.costs[site] for site in sites)
-    if budget.total < floor:
-        raise ValueError(
-            f"A budget of {budget.total} does not pay for rank {budget.smallest} at all {len(sites)} sites, "
-            f"which costs {floor}: raise the total or lower the smallest rank."
-        )
+def bounded_shares(weights: Mapping[Site, float], budget: RankBudget) -> dict[Site, float]:
+    """Return clip(λ·weight, smallest, largest) a site, with λ such that the shares cost the budget.
+
+    Args:
+        weights: Numbers from 0 to 1, at least one of them 1.
+        budget: What may be spent.
+    """
+    relative = np.array(list(weights.values()))
+    relative[relative < _NEGLIGIBLE] = 0.0
+    costs = np.array([budget.costs[site] for site in weights], dtype=float)
+    # What the shares cost is linear in λ between the levels at which one of them meets a bound.
+    positive = relative[relative > 0]
+    levels = np.unique(np.concatenate((budget.smallest / positive, budget.largest / positive)))
+    bounded = np.clip(np.outer(levels, relative), budget.smallest, budget.largest)
+    level = np.interp(budget.total, bounded @ costs, levels)
+    shares = np.clip(level * relative, budget.smallest, budget.largest)
+    return dict(zip(weights, shares.tolist(), strict=True))
+
+
+def fill_evenly(chosen: Collection[Site], scores: Mapping[Site, float], budget: RankBudget) -> Ranks:
+    """Raise the chosen sites together, of equal ranks the one with the best score first.
+
+    What they cannot take goes to the others, the one with the best score to its cap first.
+    """
+    return greedy_allocate(
+        scores,
+        budget,
+        lambda site, rank: (1, -rank, scores[site]) if site in chosen else (0, scores[site], -rank),
+    )

@@ -1,19 +1,16 @@
-"""The allocators there are, by name."""
+"""The allocators there are, by name, and what all of them check."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from autopeft.core.adapter import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
-from autopeft.sensitivity.allocation.score_rules import fisher, gora, proportional, top_k
-from autopeft.sensitivity.allocation.spectrum_rules import explained_variance, water_filling
-from autopeft.sensitivity.allocation.spt import structured
 
 Evidence = Literal["scores", "spectra", "counts"]
 
@@ -23,10 +20,9 @@ class Allocator:
     """A rule by its name, for a search space or a YAML file.
 
     Attributes:
-        rule: The function that allocates.
-        evidence: What it reads: "scores" (one number a site), "spectra" (several numbers a site, in
-            descending order) or
-            "counts" (of sensitive weights, one number a site).
+        rule: The function that allocates. Its evidence is checked, in the order of the sites.
+        evidence: What it reads: "scores" (one number a site), "spectra" (what each further rank at a site
+            adds) or "counts" (of sensitive weights, one number a site); all of at least 0.
     """
 
     rule: Callable[..., Ranks]
@@ -46,30 +42,54 @@ class Allocator:
     def __call__(self, evidence: Mapping[Site, Any], budget: RankBudget, **options: float) -> Ranks:
         """Return the rank of each site.
 
+        Args:
+            evidence: A number for each site, or for "spectra" several, in any order.
+            budget: What may be spent.
+            **options: Options of the rule.
+
         Raises:
-            ValueError: An option is unknown, or the rule raises it.
+            ValueError: An option is unknown or out of range, a number is negative or not finite, there is no
+                site or one has no cost, or the budget does not pay for the smallest ranks.
         """
         for name in options:
             if name not in self.options:
                 raise unknown_choice(f"option of the allocator {self.name!r}", name, self.options)
-        return self.rule(evidence, budget, **options)
-
-
-ALLOCATORS: Mapping[str, Allocator] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            Allocator(rule=proportional, evidence="scores"),
-            Allocator(rule=gora, evidence="scores"),
-            Allocator(rule=fisher, evidence="scores"),
-            Allocator(rule=top_k, evidence="scores"),
-            Allocator(rule=structured, evidence="counts"),
-            Allocator(rule=explained_variance, evidence="spectra"),
-            Allocator(rule=water_filling, evidence="spectra"),
+        if not evidence:
+            raise ValueError("No sites to give ranks to: expected at least one.")
+        for site in sorted(evidence):
+            if site not in budget.costs:
+                raise ValueError(f"{site} has no cost: the costs of a budget must name every site there is.")
+        floor = budget.smallest * sum(budget.costs[site] for site in evidence)
+        if budget.total < floor:
+            raise ValueError(
+                f"A budget of {budget.total} does not pay for rank {budget.smallest} at all {len(evidence)} "
+                f"sites, which costs {floor}: raise the total or lower the smallest rank."
+            )
+        return self.rule(
+            {site: self._read(site, evidence[site]) for site in sorted(evidence)}, budget, **options
         )
-    }
-)
-"""Every allocator, by name."""
+
+    def _read(self, site: Site, given: float | Iterable[float]) -> float | tuple[float, ...]:
+        numbers = tuple(map(float, given if isinstance(given, Iterable) else (given,)))
+        for number in numbers:
+            if not math.isfinite(number) or number < 0:
+                raise ValueError(
+                    f"The {self.evidence} of {site} contain {number}: expected finite numbers of at least 0."
+                )
+        return tuple(sorted(numbers, reverse=True)) if self.evidence == "spectra" else numbers[0]
+
+
+ALLOCATORS: dict[str, Allocator] = {}
+"""Every allocator, by name; the rules of `rules.py` in their order there."""
+
+
+def allocator(evidence: Evidence) -> Callable[[Callable[..., Ranks]], Allocator]:
+    """Return the decorator that makes an allocator of a rule and registers it; see `Allocator`."""
+
+    def register(rule: Callable[..., Ranks]) -> Allocator:
+        return ALLOCATORS.setdefault(rule.__name__, Allocator(rule=rule, evidence=evidence))
+
+    return register
 
 
 def find_allocator(name: str) -> Allocator:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,7 @@ class TestPromises:
             if scores[one] > scores[other]:
                 assert ranks[one] >= ranks[other]
 
-    @pytest.mark.parametrize("allocator", [proportional, gora, fisher], ids=lambda one: one.__name__)
+    @pytest.mark.parametrize("allocator", [proportional, gora, fisher], ids=lambda one: one.name)
     @property_test
     @given(data=st.data())
     def test_at_equal_costs_a_site_without_a_score_waits_for_the_others(
@@ -178,9 +178,9 @@ class TestPromises:
             *((one, 0.0) for one in (proportional, gora, fisher)),
             *((one, ()) for one in (explained_variance, water_filling)),
         ],
-        ids=lambda one: getattr(one, "__name__", ""),
+        ids=lambda one: getattr(one, "name", ""),
     )
     def test_without_any_preference_ranks_are_even_and_ties_go_to_the_earlier_site(
-        self, allocator: Callable[..., Ranks], nothing: Any
+        self, allocator: Allocator, nothing: Any
     ) -> None:
         assert ranks_of(allocator(sited([nothing] * 3), equal_costs(8, 3))) == [3, 3, 2]

@@ -11,7 +11,6 @@ from autopeft.sensitivity.allocation import (
     RankBudget,
     sensitive_counts,
     structured,
-    structured_sites,
 )
 from tests.sensitivity.allocation.cases import (
     SITES,
@@ -26,15 +25,14 @@ from tests.sensitivity.allocation.cases import (
 class TestStructured:
     def test_threshold(self) -> None:
         # LoRA of rank 8 has 8·100 parameters: 800/5 = 160 sensitive weights are enough, 159 are not.
-        costs = sited([100, 100, 100])
-        assert structured_sites(sited([160, 159, 400]), costs) == {SITES[0], SITES[2]}
-        assert structured_sites(sited([160, 159, 400]), costs, alpha=2.0) == {SITES[2]}
-        assert structured_sites(sited([160, 159, 400]), costs, rank=2) == set(SITES[:3])
+        counts, budget = sited([160, 159, 400]), RankBudget(total=2400, costs=sited([100, 100, 100]))
+        assert ranks_of(structured(counts, budget)) == [12, 0, 12]
+        assert ranks_of(structured(counts, budget, alpha=2.0)) == [0, 0, 24]
+        assert ranks_of(structured(counts, budget, rank=2)) == [8, 8, 8]
 
-    def test_the_chosen_share_the_budget_evenly(self) -> None:
-        budget = RankBudget(total=1600, costs=sited([100, 100, 100]))
-        assert ranks_of(structured(sited([160, 159, 400]), budget)) == [8, 0, 8]
-        assert ranks_of(structured(sited([160, 159, 400]), budget, alpha=2.0)) == [0, 0, 16]
+    def test_what_the_chosen_cannot_take_goes_to_the_others(self) -> None:
+        budget = RankBudget(total=1600, costs=sited([100, 100, 100]), largest=6)
+        assert ranks_of(structured(sited([160, 159, 400]), budget)) == [6, 4, 6]
 
     def test_where_none_is_chosen_the_most_sensitive_comes_first(self) -> None:
         budget = RankBudget(total=1600, costs=sited([100, 100]), largest=12)
@@ -51,12 +49,6 @@ class TestStructured:
     def test_options_are_checked(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             structured(sited([1, 2]), equal_costs(8, 2), **options)
-
-    def test_sites_are_checked(self) -> None:
-        with pytest.raises(ValueError, match="No sites"):
-            structured_sites({}, {})
-        with pytest.raises(ValueError, match=r"0\.value has no cost"):
-            structured_sites(sited([1, 2]), sited([1]))
 
 
 class TestSensitiveCounts:

@@ -1,0 +1,180 @@
+"""What a trial may try: draws of a space, points near the front, single adapters, and what these lead to."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from autopeft.core.configuration import Configuration
+from autopeft.methods import count_parameters
+from autopeft.models.backbone import Backbone
+from autopeft.optimization.gaussian_process import Array
+from autopeft.search_spaces import SearchSpace
+from autopeft.search_spaces.learning_rates import (
+    learning_rate_at,
+    readable_learning_rate,
+    summed_learning_rate,
+)
+from autopeft.search_spaces.method_choice import Choices
+from autopeft.search_spaces.mutation import Mutator
+
+_DRAWN_CANDIDATES = 32  # of a pool: what is unlike the front is seldom best, but is not to be missed
+_MUTATED_CANDIDATES = 128  # of a pool: most of what is best is near the front
+_RATE_SPREAD = 0.5  # of the logarithm, a factor of 1.6: near what is good, and yet tells rates apart
+_ROUNDS = 3  # so that what is found is some moves away from what is known
+_PARENTS_A_ROUND = 8  # several, as the best alone would lead to one local optimum
+_CHILDREN_A_ROUND = 48  # three rounds predict fewer candidates than the pool they begin from
+
+
+class Candidates:
+    """What one trial may try.
+
+    Args:
+        space: What to choose from.
+        backbone: The backbone.
+        front: Configurations of the front, each with what it adds to the hypervolume.
+        generator: The trial's; it decides everything.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        backbone: Backbone,
+        front: Mapping[Configuration, float],
+        generator: random.Random,
+    ) -> None:
+        self._space, self._backbone, self._generator = space, backbone, generator
+        self._front = front
+        self._mutator = space.mutator(backbone)
+        rate = space.learning_rate
+        self._rates = None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate)
+
+    def pool(self, worth: Callable[[Sequence[Configuration]], Array]) -> list[Configuration]:
+        """Return drawn points, points near the front, and what a local search leads to from these.
+
+        Each of the former stands there with two learning rates, its own and one of a sum near what the front
+        has. The head alone is not among them: it is a baseline, and would often be tried again for the noise
+        in its metric.
+
+        Args:
+            worth: See `local_search`.
+        """
+        found = [self._space.draw(self._generator, self._backbone) for _ in range(_DRAWN_CANDIDATES)]
+        found += [self._mutator(self._front, self._generator) for _ in range(_MUTATED_CANDIDATES)]
+        found = [candidate for candidate in found if candidate.adapters]
+        found += [] if self._rates is None else self._with_near_rates(found)
+        return found + (local_search(found, worth, self._mutator, self._generator) if found else [])
+
+    def probes(self, tried: Iterable[Configuration]) -> list[Configuration]:
+        """Return single adapters where none was tried, with learning rates of a sum near the front's."""
+        rate = learning_rate_at(1.0, self._space.learning_rate)
+        probes = single_adapter_probes(self._space.choices(self._backbone), tried, rate)
+        return self._with_near_rates([probe for probe in probes if self._is_point(probe)])
+
+    def _with_near_rates(self, candidates: Sequence[Configuration]) -> list[Configuration]:
+        rates = self._rates
+        if rates is None:
+            return list(candidates)
+        return [
+            candidate.replace(learning_rate=rates.draw(candidate, self._generator))
+            for candidate in candidates
+        ]
+
+    def _is_point(self, configuration: Configuration) -> bool:
+        try:
+            self._space.encode(configuration, self._backbone)
+        except ValueError:
+            return False
+        return True
+
+
+def single_adapter_probes(
+    choices: Choices, tried: Iterable[Configuration], learning_rate: float
+) -> list[Configuration]:
+    """Return the smallest adapter of every method alone at every site where none of it was tried alone.
+
+    Few sites can do with so little, and scores hardly tell which (`benchmarks/single_adapter_probes.py`).
+
+    Args:
+        choices: The methods there are for every site.
+        tried: Configurations that were tried.
+        learning_rate: Of all of them.
+    """
+    alone = (configuration for configuration in tried if len(configuration.adapters) == 1)
+    known = {(site, adapter.method) for configuration in alone for site, adapter in configuration}
+    return [
+        Configuration({site: choice.smallest}, learning_rate=learning_rate)
+        for site, methods in choices.items()
+        for name, choice in methods.items()
+        if (site, name) not in known
+    ]
+
+
+class LearningRatePrior:
+    """The summed learning rates of the front, by the number of trainable parameters.
+
+    Few adapters need higher rates than many: a rate drawn evenly from the whole range is wrong for most
+    configurations. One with the sum of a good configuration of about the same size seldom is; see
+    `summed_learning_rate`. The head alone, which has no adapters to sum over and bears higher rates, is
+    followed only where there is no other.
+
+    Args:
+        front: Configurations of the front; at least one.
+        backbone: Counts parameters.
+        bounds: (lowest, highest) learning rate.
+    """
+
+    def __init__(
+        self, front: Iterable[Configuration], backbone: Backbone, bounds: tuple[float, float]
+    ) -> None:
+        self._backbone = backbone
+        self._bounds = bounds
+        members = list(front)
+        self._known = [
+            (self._size(member), summed_learning_rate(member)) for member in members if member.adapters
+        ]
+        self._of_head = members[0].learning_rate
+
+    def _size(self, configuration: Configuration) -> float:
+        return math.log(max(1, count_parameters(self._backbone, configuration)))
+
+    def draw(self, configuration: Configuration, generator: random.Random) -> float:
+        """Draw a learning rate whose sum is near that of the front's configuration nearest in size."""
+        rate = self._of_head
+        if self._known:
+            size = self._size(configuration)
+            _, summed = min(self._known, key=lambda known: abs(known[0] - size))
+            rate = summed / max(1, len(configuration))
+        return readable_learning_rate(rate * math.exp(generator.gauss(0, _RATE_SPREAD)), *self._bounds)
+
+
+def local_search(
+    candidates: Sequence[Configuration],
+    worth: Callable[[Sequence[Configuration]], Array],
+    mutator: Mutator,
+    generator: random.Random,
+) -> list[Configuration]:
+    """Return changed candidates, which a few rounds of choosing the best have led to.
+
+    Local search on an acquisition function, as SMAC does it from its best configurations (Hutter, Hoos and
+    Leyton-Brown, "Sequential Model-Based Optimization for General Algorithm Configuration", 2011): drawing
+    alone seldom meets what a model of many sites thinks best.
+
+    Args:
+        candidates: Where to begin; at least one.
+        worth: Says of candidates what they are worth, at least 0.
+        mutator: Changes a candidate.
+        generator: Decides everything.
+    """
+    found: list[Configuration] = []
+    best = list(candidates)
+    for _ in range(_ROUNDS):
+        values = worth(best)
+        order = sorted(range(len(best)), key=lambda index: -values[index])[:_PARENTS_A_ROUND]
+        parents = {best[index]: float(values[index]) for index in order}
+        children = [mutator(parents, generator) for _ in range(_CHILDREN_A_ROUND)]
+        children = [child for child in children if child.adapters]
+        found += children
+        best = [*parents, *children]
+    return found

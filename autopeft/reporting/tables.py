@@ -1,0 +1,44 @@
+"""Rich tables, as text at a prompt and as HTML in a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from autopeft.core.configuration import Configuration
+
+_WIDTH = 140
+
+
+def methods_label(configuration: Configuration) -> str:
+    """Return the methods of a configuration, as in "lora+prefix"."""
+    return "+".join(configuration.methods) or "head alone"
+
+
+class Tabular:
+    """What is shown as a table."""
+
+    def table(self) -> Table:
+        """Return a rich table."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        console = Console(width=_WIDTH, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        heading = _html_row((column.header for column in table.columns), "th")
+        rows = zip(*(column.cells for column in table.columns), strict=True)
+        body = "".join(_html_row(row, "td") for row in rows)
+        title = html.escape(str(table.title))
+        return f"<p>{title}</p><table><thead>{heading}</thead><tbody>{body}</tbody></table>"
+
+
+def _html_row(cells: Iterable[object], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"

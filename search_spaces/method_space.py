@@ -1,0 +1,227 @@
+"""Spaces that choose methods and sizes: settings, checks and slots that they share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.errors import unknown_choice
+from autopeft.core.method_specs import METHOD_SPECS, ROLES
+from autopeft.methods import count_site
+from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.base import SearchSpace
+from autopeft.search_spaces.learning_rates import learning_rate_bounds
+from autopeft.search_spaces.method_choice import MethodChoice, Slot, placed
+from autopeft.search_spaces.mutation import SiteMutator
+from autopeft.search_spaces.score_allocation import site_values
+from autopeft.sensitivity import SiteScores
+
+_logger = logging.getLogger(__name__)
+_KEPT = "_slots_of_backbones"
+_DEFAULT_METHODS = ("lora", "series", "parallel", "prefix")
+_BOUNDS = {"rank": "ranks", "bottleneck width": "widths", "prefix length": "prefix_lengths"}
+"""The setting that bounds a size, by what the size means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpace(SearchSpace):
+    """A space that chooses methods and sizes at the sites of some roles.
+
+    Attributes:
+        methods: The methods to choose from; None for LoRA, series and parallel adapters and prefix tuning,
+            without those that no site of the backbone can take.
+        ranks: (smallest, largest) rank of LoRA; powers of two between them are searched.
+        widths: (smallest, largest) bottleneck width of series and parallel adapters.
+        prefix_lengths: (smallest, largest) prefix length.
+        roles: Roles that may carry an adapter; None for all that a method can sit on.
+        learning_rate: A number, or (lowest, highest) to search it on a log scale.
+        options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
+
+    Raises:
+        ValueError: A method, role, option or bound is not valid.
+    """
+
+    methods: Sequence[str] | None = None
+    ranks: tuple[int, int] = (1, 64)
+    widths: tuple[int, int] = (1, 64)
+    prefix_lengths: tuple[int, int] = (1, 32)
+    roles: Sequence[str] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.methods is not None:
+            object.__setattr__(self, "methods", checked_names("method", self.methods, METHOD_SPECS))
+        if self.roles is not None:
+            object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))
+        for method in self.options:
+            if method not in self._offered:
+                raise unknown_choice("method in options", method, self._offered)
+        for method in self._offered:
+            _ = self.choice_of(method).adapters  # checks the options
+
+    @property
+    def _offered(self) -> Sequence[str]:
+        return _DEFAULT_METHODS if self.methods is None else self.methods
+
+    def choice_of(self, method: str) -> MethodChoice:
+        """Return a method with the sizes and options it is searched with."""
+        options = self.options.get(method, {})
+        size_name = METHOD_SPECS[method].size_name
+        if size_name is None:
+            return MethodChoice(method=method, options=options)
+        bounds = _BOUNDS[size_name]
+        return MethodChoice(method=method, sizes=size_ladder(getattr(self, bounds), bounds), options=options)
+
+    def block_groups(self, backbone: Backbone) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of blocks that share their choices; here each block is one."""
+        return tuple((block,) for block in range(len(backbone.blocks)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the slots on backbones of this process."""
+        return {name: value for name, value in vars(self).items() if name != _KEPT}
+
+    def groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
+        """Return every group's slots by its name, as in "0-1"; made once, as proposing asks often."""
+        known: WeakKeyDictionary[Backbone, dict[str, tuple[Slot, ...]]]
+        known = vars(self).setdefault(_KEPT, WeakKeyDictionary())
+        if backbone not in known:
+            known[backbone] = self._groups_of_slots(backbone)
+        return known[backbone]
+
+    def _groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
+        choices = [self.choice_of(method) for method in self._offered]
+        groups: dict[str, tuple[Slot, ...]] = {}
+        for blocks in self.block_groups(backbone):
+            group = "-".join(str(block) for block in dict.fromkeys((blocks[0], blocks[-1])))
+            slots = []
+            for role in self.roles or backbone.roles:
+                sites = tuple(site for block in blocks if (site := Site(block, role)) in backbone.sites)
+                possible = {
+                    choice.method: choice
+                    for choice in choices
+                    if not any(backbone.obstacle(backbone.sites[site], choice.method) for site in sites)
+                }
+                if sites and possible:
+                    slots.append(Slot(name=f"{group}.{role}", sites=sites, choices=possible))
+            groups[group] = tuple(slots)
+        return groups
+
+    def slots(self, backbone: Backbone) -> list[Slot]:
+        """Return the slots of all groups."""
+        return [slot for slots in self.groups_of_slots(backbone).values() for slot in slots]
+
+    def methods_on(self, backbone: Backbone) -> tuple[str, ...]:
+        """Return the methods that some site of a backbone can take."""
+        used = {method for slot in self.slots(backbone) for method in slot.choices}
+        return tuple(method for method in self._offered if method in used)
+
+    def validate(self, backbone: Backbone) -> None:
+        """Raise ValueError for a role the backbone lacks and for a named method that no role can take.
+
+        A method of the default list that no role can take is left out, and the log says so.
+        """
+        for role in self.roles or ():
+            if role not in backbone.roles:
+                raise unknown_choice(f"role in {backbone.name}", role, backbone.roles)
+        possible, roles = self.methods_on(backbone), ", ".join(self.roles or backbone.roles)
+        for method in (method for method in self._offered if method not in possible):
+            obstacle = f"{method!r} can sit on none of the roles {roles} of "
+            if self.methods is not None or not possible:
+                raise ValueError(
+                    f"{obstacle}{backbone.name}: leave it out of methods, or add a role that takes it."
+                )
+            _logger.warning("%s%s: it is left out of the search.", obstacle, backbone.name)
+
+    def choices(self, backbone: Backbone) -> dict[Site, Mapping[str, MethodChoice]]:
+        """Return the methods of every slot, by its first site; see `SearchSpace.choices`."""
+        return dict(sorted((slot.sites[0], slot.choices) for slot in self.slots(backbone)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotSpace(MethodSpace):
+    """A space in which every slot may carry any of its choices, or none.
+
+    Attributes:
+        site_scores: The scores that the space needs; a `Search` fills them in.
+    """
+
+    site_scores: Mapping[str, SiteScores] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_scores(self, scores: Mapping[str, SiteScores]) -> Self:
+        """Return the space with scores."""
+        return replace(self, site_scores=scores)
+
+    def scores_of(self, name: str) -> SiteScores:
+        """Return the scores of a name; raise ValueError where they have not been given to the space."""
+        if name not in self.site_scores:
+            raise ValueError(
+                f"The space has no {name!r} scores yet: use it in a Search, which computes them, or call "
+                "with_scores(autopeft.sensitivity.compute_scores(...))."
+            )
+        return self.site_scores[name]
+
+    def cost_everywhere(self, adapter: Adapter, backbone: Backbone) -> int:
+        """Return the number of parameters of an adapter at all sites that can take it."""
+        return sum(count_site(backbone, site, adapter) for site in placed(adapter, self.slots(backbone)))
+
+    def mutator(self, backbone: Backbone) -> SiteMutator:
+        """Return moves by slot, role or block, led by the first score; see `SearchSpace.mutator`."""
+        choices, leading = self.choices(backbone), self.scores_needed[:1]
+        return SiteMutator(
+            learning_rate=learning_rate_bounds(self.learning_rate),
+            choices=choices,
+            values=site_values(self.scores_of(*leading), choices) if leading else dict.fromkeys(choices, 1.0),
+            tied={slot.sites[0]: slot.sites for slot in self.slots(backbone)},
+        )
+
+    def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
+        """Return the head alone, and every slot at its largest."""
+        largest: dict[Site, Adapter] = {}
+        for slot in self.slots(backbone):
+            largest |= dict.fromkeys(slot.sites, slot.largest(backbone))
+        return self.point(), self.point(largest)
+
+    def count(self, backbone: Backbone) -> int:
+        """Return the product over all slots of their choices."""
+        return math.prod(slot.count for slot in self.slots(backbone))
+
+
+def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
+    """Return names (or the only one) as a tuple.
+
+    Raises:
+        ValueError: There is none, or one is not valid or given twice.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    choices = tuple(valid)
+    if not given:
+        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
+    for name in given:
+        if name not in choices:
+            raise unknown_choice(kind, name, choices)
+    if len(set(given)) != len(given):
+        raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
+    return given
+
+
+def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
+    """Return the powers of two within (smallest, largest), both ends included.
+
+    Raises:
+        ValueError: The bounds are not two whole numbers in rising order, at least 1.
+    """
+    whole = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]
+    if not whole or not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"{name} is (smallest, largest), two whole numbers from 1 up, got {bounds!r}; "
+            "to have no adapter at a site is always possible and needs no size 0."
+        )
+    low, high = bounds
+    powers = (2**exponent for exponent in range(high.bit_length()))
+    return tuple(sorted({low, *(power for power in powers if low < power < high), high}))

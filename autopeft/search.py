@@ -370,6 +370,7 @@ class Search:
                 "frozen blocks in training": self.settings.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
+            prediction=self.task.prediction,
             trainings=evaluation.trainings,
             probe=model_inputs(opened.evaluator.data.largest_batch()),
             merged=merged,

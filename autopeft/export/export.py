@@ -81,6 +81,7 @@ def export_adapter(
     probe: Mapping[str, Tensor],
     values: Mapping[str, float] | None = None,
     details: Mapping[str, str] | None = None,
+    prediction: str = "logits",
     trainings: int = 1,
     base: str | None = None,
     merged: bool = False,
@@ -99,6 +100,7 @@ def export_adapter(
         probe: A batch of real inputs, without labels; logits are compared on its first rows.
         values: Figures for the model card; those of the test split begin with "test_".
         details: Task, data set, search, trial and so on for the model card.
+        prediction: The field of the model's output that is compared.
         trainings: Number of trainings behind the figures, each with a seed of its own.
         base: What the folder says of its base model; by default where the backbone came from.
         merged: Write a whole model with the adapters merged into the weights.
@@ -107,7 +109,7 @@ def export_adapter(
 
     Raises:
         ValueError: The folder cannot be written or holds something, the tensors do not belong to the
-            configuration, a method cannot be merged, or the model is no sequence classifier.
+            configuration, a method cannot be merged, or the model is of no class that can be exported.
         RuntimeError: What was written does not load, or gives other logits.
     """
     target = Path(folder).expanduser()
@@ -127,7 +129,7 @@ def export_adapter(
         sites={site: backbone.shape(site) for site in configuration.adapters},
     )
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
-    expected = trained_logits(backbone, configuration, state, probe)
+    expected = trained_logits(backbone, configuration, state, probe, prediction)
     options = base_options(manifest, backbone.origin)
     with _names_folder(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,7 @@ def export_adapter(
             backbone.tokenizer.save_pretrained(unfinished)
             configuration.save(unfinished / CONFIGURATION_FILE)
             manifest.save(unfinished)
-        check = check_export(unfinished, manifest, backbone, probe, expected) if verify else None
+        check = check_export(unfinished, manifest, backbone, probe, expected, prediction) if verify else None
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
             manifest=manifest,

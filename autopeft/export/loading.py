@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
 from autopeft.export.folder_format import (
@@ -31,8 +31,8 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
     """Put an exported adapter, head included, on a base model, ready for inference.
 
     Args:
-        base: Hub name, local folder, or a loaded transformers model with or without a classification
-            head. A loaded model is changed in place, as peft does it.
+        base: Hub name, local folder, or a loaded transformers model, for a task with a new head also without
+            one. A loaded model is changed in place, as peft does it.
         folder: A folder written by an export that was not merged.
 
     Returns:
@@ -48,7 +48,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
     if manifest.layout == "merged":
         raise ValueError(
             f"{folder} is a whole model, not an adapter: load it with "
-            f"AutoModelForSequenceClassification.from_pretrained({str(folder)!r})."
+            f"{manifest.head.auto_class}.from_pretrained({str(folder)!r})."
         )
     with torch.random.fork_rng(devices=[]):
         model = _with_head(base, manifest.head)
@@ -131,14 +131,19 @@ def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrained
     if carries_adapters(base):
         raise ValueError(f"{type(base).__name__} already carries adapters: load the base model again.")
     if base.base_model is base:
+        if not head.modules:
+            raise ValueError(
+                f"{type(base).__name__} has no head, and the adapter brings none: load the base with "
+                f"{head.auto_class}."
+            )
         config = type(base.config).from_dict({**base.config.to_dict(), **head.config_options()})
         config.name_or_path = base.config.name_or_path
-        headed: Any = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+        headed: Any = head.loader.from_config(config, dtype=base.dtype)
         headed.to(base.device)
         setattr(headed, headed.base_model_prefix, base)
         assert isinstance(headed, PreTrainedModel)
         return headed
-    if base.config.num_labels != len(head.labels):
+    if head.labels and base.config.num_labels != len(head.labels):
         raise ValueError(
             f"The head of {type(base).__name__} has {base.config.num_labels} labels, the adapter's has "
             f"{len(head.labels)}: load the base with num_labels={len(head.labels)}."
@@ -152,7 +157,7 @@ def _from_pretrained(base: str, head: TaskHead) -> PreTrainedModel:
     if base.startswith("~"):  # which transformers does not know; a hub name never starts with it
         base = str(Path(base).expanduser())
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = head.loader.from_pretrained(
             base,
             dtype=head.dtype,
             use_safetensors=True,

@@ -139,8 +139,8 @@ class Forecast:
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
 
-        The median of what whole trainings like it gained from that step on is added to its metric. What is only
-        measured at the end is expected to be the median of the whole trainings.
+        The median of what whole trainings like it gained from that step on is added to its metric. What is
+        only measured at the end is expected to be the median of the whole trainings.
         """
         gains = self.gains(evaluation, evaluation.cost.steps)
         gain = statistics.median(gains) if gains else 0.0

@@ -6,7 +6,7 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Self
@@ -184,6 +184,8 @@ class SearchSpace(ABC):
         """
         found: dict[Configuration, Baseline] = {}
         for baseline in self.all_baselines(backbone):
+            if not len(baseline.configuration) and not backbone.head:
+                baseline = replace(baseline, name="untrained model")
             found.setdefault(baseline.configuration, baseline)
         room = len(found) if trials is None else max(_FEWEST, trials // _LARGEST_SHARE)
         return tuple(found.values())[:room]

@@ -121,6 +121,9 @@ class EvaluationRun:
     @section("set-up")
     def _train(self, attachment: Attachment) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
+        if not attachment.parameters:
+            self._validate()
+            return
         best = best_weights(evaluator.monitor)
         module = evaluator.module(self.configuration, self.before)
         users = new_callbacks(evaluator.training.callbacks, module)
@@ -154,6 +157,20 @@ class EvaluationRun:
         self._measure()
         if self.pause is None:
             self.state = attachment.state_dict()
+
+    def _validate(self) -> None:
+        """Measure a model of which nothing is trained: neither an adapter nor a head."""
+        evaluator = self.evaluator
+        module = evaluator.module(self.configuration)
+        module.eval()
+        casts = evaluator.backbone.cached_casts.in_place(evaluator.training.resolved_precision())
+        with quiet_lightning(), casts:
+            trainer = build_trainer(evaluator.training, [self.memory], monitor=evaluator.monitor)
+            (metrics,) = trainer.validate(module, evaluator.data.val_dataloader(), verbose=False)
+        self.curve.points += [(name, 0, float(value)) for name, value in metrics.items()]
+        self.values |= {name: float(value) for name, value in metrics.items()}
+        self._measure()
+        self.state = {}
 
     def _measure(self) -> None:
         """Note time, memory and latency; raise where a validation or an objective is not finite."""

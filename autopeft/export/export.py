@@ -114,6 +114,8 @@ def export_adapter(
     """
     target = Path(folder).expanduser()
     _check_target(target, overwrite)
+    if not len(configuration) and not backbone.head:
+        raise ValueError("Nothing was trained: the untrained model is the base model itself.")
     others = unmergeable(configuration)
     if merged and others:
         raise ValueError(

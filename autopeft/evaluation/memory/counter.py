@@ -112,7 +112,8 @@ class _Step(nn.Module):
             loss = self.task.loss(self.task.forward(self.model, batch), batch)
         forward_peak = counter.peak_bytes
         counter.restart_peak()
-        loss.backward()
+        if loss.requires_grad:  # an untrained model has nothing to train
+            loss.backward()
         return forward_peak
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.cache_folder import cache_folder
-from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts
-from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import default_dtype
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
@@ -127,10 +125,7 @@ def open_search(
     )
     if space.scores_needed:
         space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
-    smallest, largest = space.extremes(backbone)
-    if not len(smallest) and not backbone.head:
-        smallest = _smallest_adapter(space, backbone)  # no axis of logarithms goes down to nothing
-    ends = [evaluator.costs(configuration) for configuration in (smallest, largest)]
+    ends = [evaluator.costs(configuration) for configuration in space.ends(backbone)]
     bounds = {
         metric.name: (task.trivial_score(metric.name, evaluator.data), task.best_score(metric.name))
         for metric in evaluator.objectives
@@ -138,13 +133,3 @@ def open_search(
     }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
     return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)
-
-
-def _smallest_adapter(space: SearchSpace, backbone: Backbone) -> Configuration:
-    """Return the one adapter of a space that has the fewest parameters."""
-    adapters = (
-        Configuration({site: choice.smallest})
-        for site, choices in space.choices(backbone).items()
-        for choice in choices.values()
-    )
-    return min(adapters, key=lambda configuration: count_parameters(backbone, configuration))

@@ -132,10 +132,10 @@ def main() -> None:
     found: dict[tuple[str, Precision], Mapping[str, SiteScores]] = {}
     for precision, evaluator in evaluators.items():
         options = ScoreOptions(precision=precision)
-        compute_scores(backbone, given[:1], task.loss, options=options)  # what is loaded on first use
+        compute_scores(backbone, given[:1], task, options=options)  # what is loaded on first use
         for title, scores in _SETS.items():
             started = time.perf_counter()
-            found[title, precision] = compute_scores(backbone, given, task.loss, scores, options=options)
+            found[title, precision] = compute_scores(backbone, given, task, scores, options=options)
             seconds[title, precision] = time.perf_counter() - started
         seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
     every = next(iter(_SETS))

@@ -119,6 +119,21 @@ class SearchSpace(ABC):
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the points with the fewest and the most trainable parameters."""
 
+    def ends(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
+        """Return `extremes`; where the smallest trains nothing at all, the smallest adapter in its place.
+
+        Costs are compared on a log scale, which does not go down to nothing.
+        """
+        smallest, largest = self.extremes(backbone)
+        if len(smallest) or backbone.head:
+            return smallest, largest
+        single = (
+            Configuration({site: choice.smallest})
+            for site, methods in self.choices(backbone).items()
+            for choice in methods.values()
+        )
+        return min(single, key=lambda configuration: count_parameters(backbone, configuration)), largest
+
     @abstractmethod
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations, learning rates apart."""

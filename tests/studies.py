@@ -22,7 +22,7 @@ from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore
 from tests.records import OBJECTIVES, completed, random_configuration
 
-TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
+TWO = resolve_objectives(("accuracy", "trainable_parameters"), (Objective.score("accuracy"),))
 RANKS: dict[str, BaseDistribution] = {"rank": IntDistribution(1, 64)}
 ROOT = Path(__file__).parents[2]
 

@@ -62,7 +62,7 @@ class Features:
         """Return the features of a space's configurations on a backbone."""
         choices = space.choices(backbone)
         used = {method for methods in choices.values() for method in methods}
-        fewest, most = (count_parameters(backbone, end) for end in space.extremes(backbone))
+        fewest, most = (count_parameters(backbone, end) for end in space.ends(backbone))
         return cls(
             backbone=backbone,
             choices=choices,
@@ -84,7 +84,8 @@ class Features:
     def _of_both(self, configuration: Configuration) -> list[float]:
         methods = [adapter.method for _, adapter in configuration]
         shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
-        return [log_place(self.count(configuration), *self.parameters), *shares]
+        count = max(self.count(configuration), self.parameters[0])
+        return [log_place(count, *self.parameters), *shares]
 
     def count(self, configuration: Configuration) -> int:
         """Return a configuration's trainable parameters, counted once."""

@@ -211,7 +211,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                     f"No point of the front has {name} {sign} {objective.format(limit)} (with the "
                     f"bounds before it); the closest is {closest}."
                 )
-        return max(candidates, key=lambda point: point.values[self.metric.name])
+        return max(candidates, key=lambda point: self.metric.sign * point.values[self.metric.name])
 
     def knee(self, tolerance: float = 0.05) -> FrontPoint:
         """Return the cheapest point with almost the best metric; see `autopeft.core.pareto.knee`.

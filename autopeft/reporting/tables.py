@@ -15,7 +15,7 @@ _WIDTH = 140
 
 def methods_label(configuration: Configuration) -> str:
     """Return the methods of a configuration, as in "lora+prefix"."""
-    return "+".join(configuration.methods) or "head alone"
+    return "+".join(configuration.methods) or "no adapter"
 
 
 class Tabular:

@@ -44,7 +44,7 @@ def test_scores_are_in_bfloat16_where_the_processor_is_made_for_it(
     found = score_sites(evaluator, NAMES, batches=2)
     batches = list(islice(evaluator.data.train_dataloader(), 2))
     options = ScoreOptions(precision=expected)  # type: ignore[arg-type]
-    assert found == compute_scores(evaluator.backbone, batches, evaluator.task.loss, NAMES, options=options)
+    assert found == compute_scores(evaluator.backbone, batches, evaluator.task, NAMES, options=options)
 
 
 def test_scores_of_another_precision_are_not_taken_from_the_disk(

@@ -11,11 +11,17 @@ import pytest
 from autopeft import SuccessiveHalving
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import VALIDATION_LOSS, Cost, CurvePoint, Evaluation, TrialRecord
-from autopeft.core.objectives import resolve_objectives
+from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis
 from autopeft.optimization.successive_halving import AshaPromoter
 
-OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy", "f1"))
+OBJECTIVES = resolve_objectives(
+    ("accuracy", "trainable_parameters"),
+    (
+        Objective.score("accuracy"),
+        Objective.score("f1"),
+    ),
+)
 AXES = (
     Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0),
     Axis(objective=OBJECTIVES[1], worst=1e6, best=1e2),
@@ -53,7 +59,7 @@ def trial(
 
 
 def next_of(records: Sequence[TrialRecord], halving: SuccessiveHalving = HALVING) -> tuple[int, int] | None:
-    found = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, "accuracy").next(records)
+    found = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]).next(records)
     return None if found is None else (found[0].number, found[1])
 
 
@@ -88,7 +94,7 @@ def test_a_trial_beaten_beyond_the_noise_waits() -> None:
     # Three whole trainings gained 0.1, 0.2 and 0.3 after the first rung: noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     better = trial(3, 1e3, 0.50, 0.6, 0.7)
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     assert promotion.forecast(known).gains(better.evaluation, RUNGS[0]) == pytest.approx([0.1, 0.2, 0.3])
     near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
     assert promotion.next([*known, better, near]) == (near, 1)
@@ -98,7 +104,7 @@ def test_a_trial_beaten_beyond_the_noise_waits() -> None:
 def test_a_trial_that_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
     # Whole trainings gained 0.2 in the median after the first rung, with noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     whole = trial(3, 1e3, 0.1, 0.1, 0.7, status="complete")
     hopeful, hopeless = trial(4, 2e3, 0.50), trial(4, 2e3, 0.15)
     assert promotion.next([*known, whole, hopeful]) == (hopeful, 1)
@@ -159,7 +165,7 @@ def test_a_trial_at_the_trivial_score_keeps_none_waiting() -> None:
     begun = [trial(n, 5e5, 0.5, 0.55, 0.60 + 0.001 * n, loss=0.2) for n in range(5, 10)]
     cheaper, better = trial(10, 1e3, 0.0, loss=0.65), trial(11, 2e3, 0.5, loss=0.2)
     promotion = AshaPromoter(
-        SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=12), RUNGS, OBJECTIVES, AXES, "accuracy"
+        SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=12), RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]
     )
     known = [*late, *begun, cheaper, better]
     forecast = promotion.forecast(known)
@@ -171,7 +177,7 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     # Large ones gain much after the first rung, small ones little.
     large = [trial(n, 5e5 + n, 0.2, 0.4, 0.7 + 0.01 * n) for n in range(5)]
     small = [trial(n, 2e2 + n, 0.3, 0.3, 0.3 + 0.01 * (n - 5)) for n in range(5, 10)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     another, dear = trial(10, 3e2, 0.28), trial(11, 6e5, 0.28)
     known = [*large, *small]
     assert promotion.forecast(known).gains(another.evaluation, RUNGS[0]) == pytest.approx(
@@ -187,7 +193,7 @@ def test_reference_points_go_on_whatever_a_rung_says() -> None:
     known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
     worst = trial(3, 5e5, 0.1)
     assert next_of([*known, worst]) is None
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy", ["uniform lora 8"])
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0], ["uniform lora 8"])
     reference, other = (replace(worst, baseline=name) for name in ("uniform lora 8", "uniform lora 64"))
     assert promotion.next([*known, reference]) == (reference, 1)
     assert promotion.next([*known, other]) is None, "no reference point of those that always go on"
@@ -197,7 +203,7 @@ def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
     # All cost the same and have the same metric at the rung; those of low loss have begun to learn.
     begun = [trial(n, 1e3, 0.3, 0.5, 0.7 + 0.01 * n, loss=1.4) for n in range(5)]
     stuck = [trial(n, 1e3, 0.3, 0.3, 0.3, loss=1.7) for n in range(5, 10)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     near, far, unknown = (trial(10, 1e3, 0.3, loss=loss) for loss in (1.45, 1.65, math.nan))
     forecast = promotion.forecast([*begun, *stuck])
     assert forecast.values(near.evaluation)[0] == pytest.approx(0.72)
@@ -210,7 +216,7 @@ def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
 
 
 def test_one_whole_training_tells_what_it_gained() -> None:
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     forecast = promotion.forecast([trial(0, 1e3, 0.3, 0.5, 0.7, loss=1.0)])
     assert forecast.values(trial(1, 5e3, 0.2, loss=2.0).evaluation)[0] == pytest.approx(0.6)
 
@@ -236,7 +242,7 @@ def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:
 
 
 def test_a_paused_trial_is_expected_to_gain_what_others_gained() -> None:
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     paused = trial(3, 7e2, 0.4, 0.3)
     assert promotion.forecast([]).values(paused.evaluation) == [0.4, 7e2]
     known = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]

@@ -119,7 +119,13 @@ def test_the_picture_is_a_png_of_a_panel_a_cost(count: int, objectives: tuple[Ob
 
 
 def test_seconds_and_scores_have_their_axes() -> None:
-    objectives = resolve_objectives(("accuracy", "f1_macro", "training_seconds"), ("accuracy", "f1_macro"))
+    objectives = resolve_objectives(
+        ("accuracy", "f1_macro", "training_seconds"),
+        (
+            Objective.score("accuracy"),
+            Objective.score("f1_macro"),
+        ),
+    )
     records = [with_values(one, training_seconds=3.0 + one.number) for one in synthetic_records(9)]
     layout = front_figure(records, front_of(records, objectives), objectives).layout
     assert layout.xaxis.title.text == "f1 macro"

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler
 from optuna.trial import FixedTrial, Trial
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_parameters
@@ -31,7 +30,7 @@ from autopeft.search_spaces import (
 )
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import tiny_backbone
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
@@ -97,13 +96,13 @@ PAIRS = [
 def guided(backbone: Backbone, **options: Any) -> ScoreGuided:
     """Return a score-guided space with scores that need no data."""
     space = ScoreGuided(scores=("condition_number", "random"), **options)
-    return space.with_scores(compute_scores(backbone, (), cross_entropy, space.scores))
+    return space.with_scores(compute_scores(backbone, (), CROSS_ENTROPY, space.scores))
 
 
 PAIRS += [
     pytest.param(
         PerLayer(prior="random", groups=2).with_scores(
-            compute_scores(backbone, (), cross_entropy, ("random",))
+            compute_scores(backbone, (), CROSS_ENTROPY, ("random",))
         ),
         backbone,
         id=f"per-layer-prior-{architecture}",

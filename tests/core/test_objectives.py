@@ -16,7 +16,7 @@ from autopeft.core.objectives import (
     resolve_objectives,
 )
 
-METRICS = ("accuracy", "f1_macro")
+METRICS = (Objective.score("accuracy"), Objective.score("f1_macro"))
 
 
 class TestObjectives:

@@ -21,6 +21,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
 from benchmarks.memory import measure_live_storage
 from tests.learnable import learnable_task
+from tests.tiny_models import CROSS_ENTROPY, LossTask
 
 LORA = {"method": "lora", "size": 4}
 SITES: dict[str, dict[str, Any]] = {
@@ -190,14 +191,14 @@ def test_flops_of_a_linear_layer() -> None:
             return SimpleNamespace(logits=self.layer(inputs))
 
     batch = {"inputs": torch.zeros(4, 16), "labels": torch.zeros(4, dtype=torch.long)}
-    assert count_flops(Model(), batch) == 2 * 4 * 16 * 8
+    assert count_flops(Model(), batch, CROSS_ENTROPY) == 2 * 4 * 16 * 8
 
 
 def test_an_adapter_costs_flops(tiny_bert: Any) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of()
-    plain = count_flops(backbone.model, batch)
+    plain = count_flops(backbone.model, batch, CROSS_ENTROPY)
     with attach(backbone, Configuration.from_dict({"sites": SITES["series"]})):
-        assert count_flops(backbone.model, batch) > plain
+        assert count_flops(backbone.model, batch, CROSS_ENTROPY) > plain
 
 
 def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
@@ -219,7 +220,7 @@ def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:
         attach(backbone, Configuration.from_dict({"sites": SITES["lora"]})),
         pytest.raises(ValueError, match="leave peak_memory out of objectives"),
     ):
-        MemoryCounter(backbone.model).count(batch, loss)
+        MemoryCounter(backbone.model).count(batch, LossTask(loss))
 
 
 class Scaled(nn.Module):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 import autopeft
@@ -27,12 +29,14 @@ def config(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def estimates(config: Path, **options: object) -> Estimates:
-    return autopeft.estimate(config, rank=RANK, batch_size=ROWS, length=LENGTH, **options)  # type: ignore[arg-type]
+def estimates(config: Path, **options: Any) -> Estimates:
+    found: Estimates = autopeft.estimate(config, rank=RANK, batch_size=ROWS, length=LENGTH, **options)
+    return found
 
 
 def built(task: CausalLM) -> Backbone:
-    model = tiny_language_model("llama").to(torch.bfloat16)
+    model = tiny_language_model("llama")
+    nn.Module.to(model, torch.bfloat16)
     return Backbone.load(model, task.head, tiny_chat_tokenizer())
 
 
@@ -97,9 +101,9 @@ def test_the_table_names_families_and_placements(config: Path) -> None:
         ({"rank": 0}, "rank"),
     ],
 )
-def test_bad_arguments_are_named(config: Path, options: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        autopeft.estimate(config, **options)  # type: ignore[arg-type]
+        autopeft.estimate(config, **options)
 
 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:

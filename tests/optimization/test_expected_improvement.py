@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.objectives import COST_OBJECTIVES, Objective, resolve_constraints, resolve_objectives
+from autopeft.core.objectives import COST_OBJECTIVES, resolve_constraints
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
@@ -19,15 +19,14 @@ from autopeft.optimization.history import History
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores
+from tests.records import METRICS, OBJECTIVES
 from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
 SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
 FEWEST, MOST = (count_parameters(BACKBONE, one) for one in SPACE.extremes(BACKBONE))
-ACCURACY, PARAMETERS, MEMORY = resolve_objectives(
-    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy",)
-)
+ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 AXES = (
     Axis(objective=ACCURACY, worst=0.2, best=1.0),
     Axis(objective=PARAMETERS, worst=MOST, best=FEWEST),
@@ -67,7 +66,7 @@ def history(trials: Sequence[Configuration], **constraints: float | str) -> Hist
     return History(
         trials=[(one, values(one)) for one in trials],
         axes=AXES,
-        constraints=resolve_constraints(constraints, (Objective.score("accuracy"),)),
+        constraints=resolve_constraints(constraints, METRICS),
     )
 
 

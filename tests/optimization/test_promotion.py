@@ -15,13 +15,8 @@ from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis
 from autopeft.optimization.successive_halving import AshaPromoter
 
-OBJECTIVES = resolve_objectives(
-    ("accuracy", "trainable_parameters"),
-    (
-        Objective.score("accuracy"),
-        Objective.score("f1"),
-    ),
-)
+METRICS = (Objective.score("accuracy"), Objective.score("f1"))
+OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters"), METRICS)
 AXES = (
     Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0),
     Axis(objective=OBJECTIVES[1], worst=1e6, best=1e2),

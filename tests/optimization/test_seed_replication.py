@@ -340,7 +340,7 @@ def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
     one.open().evaluator.train = second_fails  # type: ignore[method-assign, assignment]
     front = one.run(trials=5, progress=False)
     handle.remove()
-    worst = one.task.trivial_score("accuracy")
+    worst = one.task.trivial_score("accuracy", one.open().evaluator.data)
     repeated = [one.evaluation for one in front.records if one.evaluation.by_seed]
     assert repeated
     for evaluation in repeated:

@@ -13,7 +13,7 @@ from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.pareto import Axis, front_records
 from autopeft.reporting.front import ParetoFront
-from tests.records import OBJECTIVES, front_of, random_configuration, synthetic_records
+from tests.records import METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
 
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 AXES = (
@@ -221,9 +221,7 @@ def test_a_front_without_its_search_cannot_export(front: ParetoFront, tmp_path: 
 
 
 def test_the_first_metric_chooses() -> None:
-    objectives = resolve_objectives(
-        ("trainable_parameters", "f1_macro", "accuracy"), ("accuracy", "f1_macro")
-    )
+    objectives = resolve_objectives(("trainable_parameters", "f1_macro", "accuracy"), METRICS)
     records = []
     for one in RECORDS:
         values = {**one.evaluation.values, "f1_macro": 1 - one.evaluation.values["accuracy"]}

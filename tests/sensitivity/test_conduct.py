@@ -24,7 +24,7 @@ from autopeft.sensitivity import CHEAP_SCORES, SCORES, ScoreOptions, SiteScores,
 from autopeft.sensitivity.weight_scores import absolute_parameters
 from benchmarks.memory import measure_live_storage
 from tests.sensitivity.references import labelled_batches, scored
-from tests.tiny_models import CROSS_ENTROPY, fingerprint, tiny_backbone, tiny_batch
+from tests.tiny_models import CROSS_ENTROPY, LossTask, fingerprint, tiny_backbone, tiny_batch
 
 FAMILIES = ("bert", "llama", "gpt2")
 WITHOUT_TRAINING = tuple(name for name in SCORES if name != "leave_one_out")
@@ -57,7 +57,7 @@ def test_one_pass_a_batch_with_frozen_weights(architecture: str) -> None:
         return value
 
     _CountBackward.passes = 0
-    compute_scores(backbone, batches, loss, [*FIRST_ORDER, "explained_variance"])
+    compute_scores(backbone, batches, LossTask(loss), [*FIRST_ORDER, "explained_variance"])
     handle.remove()
     assert _CountBackward.passes == len(forwards) == 3
     assert all(one.grad is None for one in backbone.model.parameters())
@@ -80,7 +80,7 @@ def test_scoring_fits_where_lora_trains(architecture: str) -> None:
     (larger,) = labelled_batches(1, rows=13)
     backbone.model.train()
     with attach(backbone, Configuration({site: Adapter("lora", 4) for site in scored(backbone)})):
-        lora = measure_live_storage(backbone.model, larger, cross_entropy)
+        lora = measure_live_storage(backbone.model, larger, CROSS_ENTROPY)
     assert peak_of_scoring(backbone, [batch], CHEAP_SCORES) <= lora
 
 
@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
             compute_scores(
                 tiny_backbone("bert"),
                 labelled_batches(2),
-                loss,
+                LossTask(loss),
                 [name],
                 options=ScoreOptions(hessian_probes=1),
             )

@@ -213,7 +213,7 @@ class ExpectedImprovement:
             reached = [self._history.trials[place][1][name] for place in self._placed]
             if not axis.objective.before_training:
                 mean, _ = self._models[name].predict(self._inputs(self._placed, axis.objective))
-                reached = mean.tolist()
+                reached = (np.exp(mean) if axis.objective.log_scale else mean).tolist()
             positions.append([axis.position(value) for value in reached])
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
@@ -289,7 +289,10 @@ def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> 
 
 
 def _scaled(objective: Objective, value: float) -> float:
-    return math.log(max(value, 1e-300)) if objective.log_scale else value
+    if not objective.log_scale:
+        return value
+    # Counts may be 0: the head alone has no adapter parameters. So low a logarithm as that is no trial's.
+    return math.log(max(value, 1.0 if objective.before_training else 1e-300))
 
 
 @cache

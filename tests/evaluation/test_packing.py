@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_members_alone(
             attachment.load_state_dict(run.parameters)
             alone.append(backbone.model(**batch).logits)
     with torch.no_grad():
-        structure = Structure(backbone, batch) if shares_blocks else None
+        structure = Structure(backbone, evaluator.task, batch) if shares_blocks else None
         model = PackedModel(backbone, runs, structure)
         model.train(False)
         packed = model(batch)
@@ -102,7 +102,7 @@ def test_blocks_below_the_cuts_run_once_for_all() -> None:
     configurations = (lora("2.query"), lora("2.ffn_down", 4), lora("3.query", 1))
     runs = [MemberRun(evaluator, configuration, 0, 1, None) for configuration in configurations]
     with torch.no_grad():
-        structure = Structure(backbone, tiny_batch(rows=3))
+        structure = Structure(backbone, evaluator.task, tiny_batch(rows=3))
     rows.clear()
     model = PackedModel(backbone, runs, structure)
     model(tiny_batch(rows=3))

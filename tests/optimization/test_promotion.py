@@ -21,6 +21,10 @@ AXES = (
     Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0),
     Axis(objective=OBJECTIVES[1], worst=1e6, best=1e2),
 )
+ERROR = Objective(name="error", direction="minimize", unit="nats", is_metric=True)
+ERRORS = (ERROR, OBJECTIVES[1])
+ERROR_AXES = (Axis(objective=ERROR, worst=0.0, best=-1.0), AXES[1])
+GENERATED = Objective.score("bleu", at_end=True)
 RUNGS = (10, 30, 90)
 HALVING = SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=2)
 
@@ -53,9 +57,30 @@ def trial(
     return TrialRecord(number=number, evaluation=evaluation)
 
 
+def with_errors(record: TrialRecord) -> TrialRecord:
+    """Return a trial with the negative of its accuracy, which is better when smaller."""
+    evaluation = record.evaluation
+    curves = [
+        replace(point, metric="error", value=-point.value) if point.metric == "accuracy" else point
+        for point in evaluation.curves
+    ]
+    values = {**evaluation.values, "error": -evaluation.values["accuracy"]}
+    del values["accuracy"]
+    return replace(record, evaluation=replace(evaluation, values=values, curves=tuple(curves)))
+
+
 def next_of(records: Sequence[TrialRecord], halving: SuccessiveHalving = HALVING) -> tuple[int, int] | None:
-    found = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]).next(records)
-    return None if found is None else (found[0].number, found[1])
+    """Return which trial goes on to which rung: the same, whether more or less of a metric is better."""
+    score, error = (
+        AshaPromoter(halving, RUNGS, objectives, axes, objectives[0]).next(trials)
+        for objectives, axes, trials in (
+            (OBJECTIVES, AXES, records),
+            (ERRORS, ERROR_AXES, [with_errors(record) for record in records]),
+        )
+    )
+    found, mirrored = (None if one is None else (one[0].number, one[1]) for one in (score, error))
+    assert found == mirrored
+    return found
 
 
 def test_one_of_the_factor_goes_on() -> None:
@@ -242,3 +267,57 @@ def test_a_paused_trial_is_expected_to_gain_what_others_gained() -> None:
     assert promotion.forecast([]).values(paused.evaluation) == [0.4, 7e2]
     known = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
     assert promotion.forecast(known).values(paused.evaluation) == [pytest.approx(0.6), 7e2]
+
+
+def test_a_metric_that_is_minimised_is_expected_to_fall_as_others_fell() -> None:
+    promotion = AshaPromoter(HALVING, RUNGS, ERRORS, ERROR_AXES, ERROR)
+    # The best validation counts, which is not the last one.
+    stopped = with_errors(trial(3, 7e2, 0.4, 0.3))
+    assert promotion.forecast([]).scores_at(stopped.evaluation, RUNGS[1]) == {"error": -0.4}
+    gained = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
+    forecast = promotion.forecast([with_errors(record) for record in gained])
+    assert forecast.values(stopped.evaluation) == [pytest.approx(-0.6), 7e2]
+    assert forecast.beyond(stopped.evaluation, RUNGS[1], -0.4)[0] == pytest.approx(-0.6)
+
+
+def test_the_promising_are_the_same_of_scores_and_of_errors() -> None:
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    waiting = [trial(3, 1e3, 0.50), trial(4, 2e3, 0.45), trial(5, 6e5, 0.9, 0.9), trial(6, 2e2, 0.0)]
+    records = [*known, *waiting]
+    promising = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]).promising(records)
+    mirrored = AshaPromoter(HALVING, RUNGS, ERRORS, ERROR_AXES, ERROR).promising(
+        [with_errors(record) for record in records]
+    )
+    found, expected = ([(one.number, rung) for one, rung in pairs] for pairs in (mirrored, promising))
+    assert found == expected == [(3, 1), (5, 2)]
+
+
+def with_generated(record: TrialRecord, bleu: float) -> TrialRecord:
+    """Return a trial with a metric that is only measured at the end."""
+    evaluation = record.evaluation
+    return replace(record, evaluation=replace(evaluation, values={**evaluation.values, "bleu": bleu}))
+
+
+def test_what_is_measured_at_the_end_alone_is_left_out_at_rungs() -> None:
+    objectives = (OBJECTIVES[0], GENERATED, OBJECTIVES[1])
+    axes = (AXES[0], Axis(objective=GENERATED, worst=0.1, best=1.0), AXES[1])
+    promotion = AshaPromoter(HALVING, RUNGS, objectives, axes, OBJECTIVES[0])
+    assert GENERATED not in promotion.objectives
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    whole = [with_generated(record, 0.5 - 0.2 * record.number) for record in known]
+    better, near, far = trial(3, 1e3, 0.50, 0.6, 0.7), trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
+    whole.append(with_generated(better, 0.0))
+    assert promotion.next([*whole, near]) == (near, 1)
+    assert promotion.next([*whole, far]) is None
+    without = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
+    assert promotion.promising([*whole, near, far]) == without.promising([*known, better, near, far])
+
+
+def test_what_is_measured_at_the_end_alone_is_expected_to_be_the_median() -> None:
+    objectives = (OBJECTIVES[0], GENERATED, OBJECTIVES[1])
+    axes = (AXES[0], Axis(objective=GENERATED, worst=0.1, best=1.0), AXES[1])
+    promotion = AshaPromoter(HALVING, RUNGS, objectives, axes, OBJECTIVES[0])
+    waiting = trial(9, 2e3, 0.4).evaluation
+    assert promotion.forecast([]).values(waiting) == [0.4, 0.1, 2e3], "as bad as a model that learnt nothing"
+    whole = [with_generated(trial(n, 1e3, 0.4, 0.5, 0.5), bleu) for n, bleu in enumerate((0.9, 0.2, 0.3))]
+    assert promotion.forecast(whole).values(waiting) == [pytest.approx(0.5), 0.3, 2e3]

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from autopeft.core.objectives import Objective
 from autopeft.tasks import TextClassification, text_classification
 from autopeft.tasks.tokenization import tokenise
 
@@ -156,6 +157,15 @@ def test_class_weights_weigh_the_loss() -> None:
     balanced = task(dataset=uneven, class_weights="balanced").loss(output, batch)
     weight = torch.tensor([80 / 2 / 60, 80 / 2 / 20])
     assert torch.allclose(balanced, functional.cross_entropy(logits, labels, weight=weight))
+
+
+def test_a_metric_is_found_by_name_and_an_unknown_one_is_told_the_nearest() -> None:
+    task = TextClassification(dataset=Dataset.from_dict(rows()))
+    assert task.metric("f1") == Objective.score("f1") == task.metrics[1]
+    with pytest.raises(ValueError, match=r"Unknown metric 'acuracy'.*did you mean 'accuracy'"):
+        task.metric("acuracy")
+    with pytest.raises(ValueError, match=r"Unknown metric 'trainable_parameters'.*accuracy, f1, matthews"):
+        task.metric("trainable_parameters")
 
 
 def test_metrics_and_what_the_majority_scores() -> None:

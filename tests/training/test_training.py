@@ -15,10 +15,12 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from autopeft.core.evaluation import VALIDATION_LOSS
-from autopeft.core.objectives import Objective
+from autopeft.core.objectives import Direction, Objective
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer import ResidentStrategy, build_trainer, quiet_lightning
+
+DIRECTIONS: tuple[Direction, ...] = ("maximize", "minimize")
 
 
 class Model(nn.Module):
@@ -165,6 +167,28 @@ def test_patience_stops_early_and_max_steps_bounds() -> None:
         bounded = build_trainer(Training(max_steps=3, device="cpu"), [], monitor=Objective.score("accuracy"))
         bounded.fit(module(), batches(), batches(2))
     assert bounded.global_step == 3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_early_stopping_waits_for_has_the_metrics_direction(direction: Direction) -> None:
+    monitor = Objective(name="accuracy", direction=direction, unit="score", is_metric=True)
+    trainer = build_trainer(Training(patience=2, device="cpu"), [], monitor=monitor)
+    (stopping,) = (one for one in getattr(trainer, "callbacks", []) if isinstance(one, EarlyStopping))
+    assert (stopping.monitor, stopping.patience) == ("accuracy", 2)
+    assert stopping.mode == {"maximize": "max", "minimize": "min"}[direction]
+
+
+def test_a_loss_that_falls_does_not_stop_a_training() -> None:
+    training = Training(epochs=6, patience=1, device="cpu")
+    torch.manual_seed(0)
+    stopped = {}
+    with quiet_lightning():
+        for direction in DIRECTIONS:
+            loss = Objective(name=VALIDATION_LOSS, direction=direction, unit="nats", is_metric=True)
+            trainer = build_trainer(training, [], monitor=loss)
+            trainer.fit(module(total_steps=48), batches(), batches(2))
+            stopped[direction] = trainer.current_epoch
+    assert stopped == {"minimize": 6, "maximize": 2}
 
 
 def test_quiet_lightning_gives_the_level_back() -> None:

@@ -168,7 +168,7 @@ class HiddenStateCache:
     @cached_property
     def _structure(self) -> Structure:
         rows = self._rows["train"]
-        return Structure(self.backbone, rows.inputs(rows.probe(), self._device))
+        return Structure(self.backbone, self.task, rows.inputs(rows.probe(), self._device))
 
     def _may_serve(self, cut: int) -> bool:
         return self._files is not None and cut > 0 and cut not in self._unservable and bool(self._rows)
@@ -251,7 +251,7 @@ class HiddenStateCache:
     def _states(self, cut: int, rows: RowIndex, batch: Sequence[int]) -> Tensor:
         """Return the hidden states at a batch's tokens, of shape (tokens, width)."""
         inputs = rows.inputs(batch, self._device)
-        return states_at([cut], self.backbone, inputs)[cut][rows.inside(batch, self._device)]
+        return states_at([cut], self.backbone, self.task, inputs)[cut][rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
         """Try serving on a few rows whose hidden states were computed alone, without padding.
@@ -292,9 +292,9 @@ class HiddenStateCache:
         inputs = rows.inputs(probe, self._device)
         given = states[rows.inside(probe, self._device)].float()
         expected = self._states(cut, rows, probe).float()
-        plain = self.task.predicted(model(**inputs)).float()
+        plain = self.task.predicted(self.task.forward(model, inputs)).float()
         with self._structure.serving(cut, states):
-            served = self.task.predicted(model(**inputs)).float()
+            served = self.task.predicted(self.task.forward(model, inputs)).float()
         of_states = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
         of_prediction = (served - plain).abs().max() / plain.abs().max()
         return float(torch.maximum(of_states.max(), of_prediction))

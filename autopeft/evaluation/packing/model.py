@@ -121,11 +121,11 @@ class PackedModel:
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
             with torch.no_grad(), evaluation_mode_below(cuts[-1], backbone):
-                shared = states_at([cut for cut in cuts if cut], backbone, inputs)
+                shared = states_at([cut for cut in cuts if cut], backbone, self._task, inputs)
         active: list[Tensor] = []
         for cut, following in pairwise(cuts):
             with self._from(cut, inputs, shared, active) as repeated:
-                active = [states_at([following], backbone, repeated)[following]]
+                active = [states_at([following], backbone, self._task, repeated)[following]]
         with self._from(cuts[-1], inputs, shared, active) as repeated:
             return self._task.forward(backbone.model, repeated)
 

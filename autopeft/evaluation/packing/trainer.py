@@ -139,7 +139,7 @@ class PackedTrainer:
             return None
         backbone.model.eval()
         with torch.no_grad():
-            structure = Structure(backbone, self._probe)
+            structure = Structure(backbone, evaluator.task, self._probe)
         return None if structure.obstacle(len(backbone.blocks)) else structure
 
 

@@ -15,7 +15,6 @@ from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import WarmStarts
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import default_dtype
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
 from autopeft.search_identity import BackboneSource, SearchSettings
 from autopeft.search_spaces import SearchSpace
@@ -109,8 +108,8 @@ def open_search(
     with section("tokenise"):
         task.validate()
     with section("load"):
-        dtype = default_dtype(settings.training.resolved_device())
-        backbone = Backbone.load(source, task.head, tokenizer, dtype=dtype)
+        device = settings.training.resolved_device()
+        backbone = Backbone.load(source, task.head, tokenizer, options=settings.loading, device=device)
     space = settings.space
     space.validate(backbone)
     evaluator = Evaluator(

@@ -21,6 +21,7 @@ from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
+from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.samplers import make_sampler
@@ -55,7 +56,8 @@ class Search:
         backbone: Hub name, local folder, a loaded transformers model, or a `Backbone`.
         task: What to fine-tune for.
         space: What to choose from; `ScoreGuided()` by default.
-        objectives: Names of metrics and costs to trade off; at least one metric.
+        objectives: Names of metrics and costs to trade off; at least one metric. By default the task's first
+            metric, trainable parameters and peak memory.
         constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
             that break one are not trained.
         training: What every candidate has in common.
@@ -78,6 +80,9 @@ class Search:
         tracking: MLflow tracking URI; None to record nothing in MLflow.
         experiment: MLflow experiment.
         tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+        dtype: See `LoadOptions`, as of the next two. A loaded model is taken as it is.
+        quantization: "nf4" or "int8" to pack the backbone's weights.
+        attention: transformers' name of an implementation of attention.
 
     Raises:
         ValueError: An argument is not valid; what needs the backbone or the data is checked by
@@ -90,7 +95,7 @@ class Search:
         task: Task,
         space: SearchSpace | None = None,
         *,
-        objectives: Sequence[str] = ("accuracy", "trainable_parameters", "peak_memory"),
+        objectives: Sequence[str] | None = None,
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
         halving: SuccessiveHalving | None = _HALVING,
@@ -106,6 +111,9 @@ class Search:
         tracking: str | None = "sqlite:///mlflow.db",
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
+        attention: str | None = None,
     ) -> None:
         make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
@@ -113,6 +121,8 @@ class Search:
         if isinstance(executor, str) and executor != "local":
             raise unknown_choice("executor", executor, ("local",))
         self.task = task
+        if objectives is None:
+            objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
         self.settings = SearchSettings(
             space=ScoreGuided() if space is None else space,
             training=Training() if training is None else training,
@@ -125,6 +135,7 @@ class Search:
             seeds=seeds,
             executor=executor,
             baselines=baselines,
+            loading=LoadOptions(dtype=dtype, quantization=quantization, attention=attention),
         )
         self.space = self.settings.space
         self.objectives = self.settings.objectives

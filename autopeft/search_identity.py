@@ -21,6 +21,7 @@ from autopeft.core.objectives import Constraint, Objective
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import LoadOptions
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_spaces import SearchSpace
 from autopeft.tasks import Task
@@ -61,12 +62,15 @@ class SearchSettings:
     seeds: int
     executor: str | ExecutorFactory
     baselines: bool
+    loading: LoadOptions
 
     def arguments(self) -> dict[str, Any]:
         """Return the settings as `Search` takes them."""
         bounds = {constraint.objective.name: constraint.bound for constraint in self.constraints}
+        settings = vars(self) | vars(self.loading)
+        del settings["loading"]
         return {
-            **vars(self),
+            **settings,
             "objectives": [objective.name for objective in self.objectives],
             "constraints": bounds,
         }
@@ -84,6 +88,7 @@ class SearchSettings:
             "task": dict(task),
             "space": _fields(self.space),
             "training": self.training.identity(),
+            **({} if self.loading == LoadOptions() else {"loading": _fields(self.loading)}),
             "halving": {"class": "none"} if self.halving is None else _fields(self.halving),
             **({} if self.warm_start is None else {"warm_start": _fields(self.warm_start)}),
             "search": {

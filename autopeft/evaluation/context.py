@@ -79,6 +79,8 @@ class EvaluationContext:
         self.monitor = next(each for each in objectives if each.is_metric and not each.at_end)
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
+        if training.gradient_checkpointing:
+            backbone.enable_checkpointing()
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)

@@ -25,7 +25,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadSpec
-from autopeft.models.loading import Dtype, empty_model, head_modules, load_model
+from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,8 @@ class Backbone:
         head: HeadSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        dtype: Dtype = torch.float32,
+        options: LoadOptions | None = None,
+        device: torch.device | None = None,
     ) -> Backbone:
         """Load a backbone with the head a task needs.
 
@@ -129,14 +130,15 @@ class Backbone:
                 backbone, which is returned as it is.
             head: The task's, as in `task.head`.
             tokenizer: Needed where a loaded model does not say where its tokenizer lies.
-            dtype: Of the frozen weights; "auto" for the checkpoint's own. A loaded model keeps its own.
+            options: How weights are loaded; by default as they are stored. A loaded model is taken as it is.
+            device: Where the model will compute; the CPU by default.
 
         Raises:
             ValueError: The source cannot be loaded, or a loaded model's head does not fit.
         """
         if isinstance(source, Backbone):
             return source
-        return cls(**vars(load_model(source, head, tokenizer, dtype)))
+        return cls(**vars(load_model(source, head, tokenizer, options, device)))
 
     @classmethod
     def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:

@@ -114,7 +114,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             FrontPoint(record, self.objectives, exporter)
             for record in front_records(self.records, self.objectives)
         ]
-        costs = [objective for objective in self.objectives if objective.direction == "minimize"]
+        costs = [objective for objective in self.objectives if not objective.is_metric]
         names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
             points, key=lambda point: [*(point.values[name] for name in names), point.number]
@@ -184,7 +184,8 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         """Return the point with the best metric that keeps every bound.
 
         Args:
-            bounds: Largest value of a cost ("2M", "12 GiB" or a number), or smallest of a metric.
+            bounds: Largest value of a cost ("2M", "12 GiB" or a number) or of a metric that is better when
+                smaller, or smallest of one that is better when larger.
 
         Raises:
             ValueError: A name is no objective, or no point keeps the bounds; the message says which

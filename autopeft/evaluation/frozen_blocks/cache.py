@@ -289,13 +289,15 @@ class HiddenStateCache:
         The largest difference of a token's states or of what is predicted.
         """
         model, probe = self.backbone.model, rows.probe()
-        inputs = rows.inputs(probe, self._device)
-        given = states[rows.inside(probe, self._device)].float()
+        inputs, inside = rows.inputs(probe, self._device), rows.inside(probe, self._device)
+        given = states[inside].float()
         expected = self._states(cut, rows, probe).float()
         plain = self.task.predicted(self.task.forward(model, inputs)).float()
         with self._structure.serving(cut, states):
             served = self.task.predicted(self.task.forward(model, inputs)).float()
         of_states = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
+        if served.shape[:2] == inside.shape:
+            served, plain = served[inside], plain[inside]  # what is predicted at padding counts for nothing
         of_prediction = (served - plain).abs().max() / plain.abs().max()
         return float(torch.maximum(of_states.max(), of_prediction))
 

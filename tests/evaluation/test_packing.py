@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_members_alone(
     assert backbone.attached is None
     for own, logits in zip(packed, alone, strict=True):
         assert float((logits - frozen).abs().max()) > 1e-3
-        torch.testing.assert_close(own, logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own.logits, logits, rtol=0, atol=1e-5)
 
 
 def test_blocks_below_the_cuts_run_once_for_all() -> None:

@@ -81,7 +81,8 @@ def test_a_training_that_failed_counts_as_the_worst() -> None:
         cost=Cost(wall_seconds=1.0),
         seed=2,
     )
-    found = with_replicate(evaluated(1, 0.85), failed, WORST)
+    found = with_replicate(evaluated(1, 0.85), failed, WORST | {"bleu": 0.0})
+    assert "bleu" not in found.values, "no training measures it"
     assert found.status == "complete"
     assert found.values["accuracy"] == pytest.approx(0.55)
     assert found.values["f1"] == pytest.approx((0.425 + 0.1) / 2)

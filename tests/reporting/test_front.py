@@ -245,6 +245,7 @@ def test_a_metric_that_is_minimised_chooses_its_smallest() -> None:
         for one in RECORDS
     ]
     front = ParetoFront(records, (loss, PARAMETERS), axes)
+    assert [point.number for point in front] == [0, 4, 2], "cheapest first"
     best = front.best()
     assert best.number == 2
     assert best.values["loss"] == min(point.values["loss"] for point in front)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable
 from autopeft.models.backbone import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Switchable):
     """down-projection → non-linearity → up-projection, with the up-projection starting at 0.
 
     Args:
@@ -106,8 +106,7 @@ class Series(_BottleneckMethod):
         """Add f(y) to the output y of the projection."""
 
         def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(output)
-            return output + update
+            return output + bottleneck(output) if bottleneck.is_on else output
 
         return [model.get_submodule(shape.module).register_forward_hook(add)]
 
@@ -136,8 +135,8 @@ class Parallel(_BottleneckMethod):
                 seen.append(inputs[0])
 
         def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(seen.pop())
-            return output + update
+            given = seen.pop()
+            return output + bottleneck(given) if bottleneck.is_on else output
 
         start = model.get_submodule(shape.attention_module or shape.input_module)
         return [

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -18,6 +19,7 @@ from transformers import (
 
 from autopeft.models import loading
 from autopeft.models.backbone import Backbone
+from autopeft.models.head_spec import HeadSpec
 from autopeft.models.loading import LoadOptions, load_model
 from tests.learnable import learnable_task
 from tests.tiny_models import (
@@ -28,6 +30,7 @@ from tests.tiny_models import (
     tiny_backbone,
     tiny_batch,
     tiny_classifier,
+    tiny_language_model,
     tiny_model,
     tiny_tokenizer,
 )
@@ -220,6 +223,26 @@ class TestLoadedModel:
     def test_needs_a_tokenizer_where_the_model_does_not_say(self) -> None:
         with pytest.raises(ValueError, match="No tokenizer was found"):
             Backbone.load(tiny_model("bert"), head_spec())
+
+
+class TestFrozenHead:
+    """A language model's own head, which is not trained."""
+
+    spec = HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_the_whole_model_is_loaded_as_it_was_saved(self, architecture: str, tmp_path: Path) -> None:
+        model = tiny_language_model(architecture)
+        for source in (_saved(model, tmp_path), model):
+            backbone = Backbone.load(source, self.spec, tiny_tokenizer())
+            assert (backbone.head, backbone.head_parameters, backbone.new_head) == ((), 0, False)
+            torch.testing.assert_close(logits_of(backbone), model(**tiny_batch()).logits)
+
+    def test_a_checkpoint_without_it_is_refused(self, tmp_path: Path) -> None:
+        base = tiny_model("llama")
+        for source in (_saved(base, tmp_path), base):
+            with pytest.raises(ValueError, match=r"no lm_head\.weight, which LlamaForCausalLM needs"):
+                Backbone.load(source, self.spec, tiny_tokenizer())
 
 
 def test_reports_what_was_loaded(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from autopeft.search_spaces import (
 )
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone, tiny_language_model, tiny_tokenizer
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
@@ -325,3 +325,17 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_where_no_head_is_trained_the_head_alone_is_the_untrained_model(name: str) -> None:
+    space = SPACES[name]
+    backbone = Backbone(tiny_language_model("llama"), tiny_tokenizer(), name="tiny", head=())
+    baselines = space.baselines(backbone)
+    untrained = [baseline.name for baseline in baselines if not len(baseline.configuration)]
+    assert untrained in ([], ["untrained model"])
+    assert "head alone" not in {baseline.name for baseline in baselines}
+    fewest, most = (count_parameters(backbone, end) for end in space.ends(backbone))
+    assert 0 < fewest <= most
+    smallest, largest = space.extremes(backbone)
+    assert (largest, len(smallest) > 0) == (space.ends(backbone)[1], smallest == space.ends(backbone)[0])

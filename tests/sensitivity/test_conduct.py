@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import resource
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,25 @@ def test_one_pass_a_batch_with_frozen_weights(architecture: str) -> None:
     handle.remove()
     assert _CountBackward.passes == len(forwards) == 3
     assert all(one.grad is None for one in backbone.model.parameters())
+
+
+class _WithReference(LossTask):
+    """A task whose forward pass runs the model without a gradient too, as preferences have a reference."""
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        with torch.no_grad():
+            super().forward(model, batch)
+        output = super().forward(model, batch)
+        with torch.no_grad():
+            super().forward(model, batch)
+        return output
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_passes_without_a_gradient_have_none(architecture: str) -> None:
+    backbone, batches = tiny_backbone(architecture), labelled_batches(2)
+    expected = compute_scores(backbone, batches, CROSS_ENTROPY, FIRST_ORDER)
+    assert compute_scores(backbone, batches, _WithReference(cross_entropy), FIRST_ORDER) == expected
 
 
 def peak_of_scoring(backbone: Backbone, batches: list[dict[str, Tensor]], names: tuple[str, ...]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -21,20 +20,6 @@ from autopeft.sensitivity.weight_scores import singular_values
 
 BatchFormula = Callable[[LayerGradient], Tensor]
 """Maps the gradient of one layer on one batch to a scalar."""
-
-
-def fisher_of_samples(layer: LayerGradient) -> Tensor:
-    """Return the sum over samples of the mean over the entries of g², a scalar.
-
-    g is the gradient of one sample's own loss, formed sample by sample as an outer product: divided by the
-    number of samples this is the mean diagonal of the empirical Fisher information. The batch's loss must
-    be the mean over its rows, and no layer may mix rows (as batch normalisation does).
-
-    Raises:
-        ValueError: The layer's input does not keep the rows apart.
-    """
-    squares = [vector_norm(gradient).square() for gradient in layer.sample_gradients()]
-    return torch.stack(squares).sum() / layer.site.weight.numel()
 
 
 BATCH_SCORES: Mapping[str, BatchFormula] = {
@@ -52,7 +37,7 @@ class BatchScore:
     Attributes:
         name: The score.
         formula: The formula.
-        count: What its sum over all batches is divided by.
+        count: Number of batches.
         sums: The sum so far of each site with influence on the loss.
     """
 

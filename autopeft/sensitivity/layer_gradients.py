@@ -33,14 +33,12 @@ class LayerGradient:
         site: The site.
         products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
             forward pass: one, or more where blocks share their weights.
-        rows: Number of rows of the batch; the loss is the mean over them.
         dtype: What is multiplied, less precise than single precision or not; None for single precision or
             what is better.
     """
 
     site: MatrixSite
     products: Sequence[_Product]
-    rows: int
     dtype: torch.dtype | None = None
 
     @cached_property
@@ -70,26 +68,6 @@ class LayerGradient:
         absolute, square = map(torch.stack, zip(*norms, strict=True))
         return absolute.sum(), square.sum()
 
-    def sample_gradients(self) -> Iterator[Tensor]:
-        """Yield the gradient (out, in) of each row's own loss, one after another.
-
-        Raises:
-            ValueError: The layer's input does not keep the rows apart.
-        """
-        by_row = [tuple(map(self._apart, product)) for product in self.products]
-        for row in range(self.rows):
-            products = [(output_gradient[row], given[row]) for output_gradient, given in by_row]
-            yield LayerGradient(self.site, products, 1, self.dtype).gradient.mul_(self.rows)
-
-    def _apart(self, tensor: Tensor) -> Tensor:
-        if tensor.shape[0] % self.rows:
-            raise ValueError(
-                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self.rows} rows of "
-                f"the batch (its shape is {tuple(tensor.shape)}): use the batch version of 'fisher'."
-            )
-        # Some models flatten (rows, tokens) into one dimension, row after row.
-        return tensor.reshape(self.rows, -1, tensor.shape[-1])
-
 
 def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return δᵀ x, without the tokens whose δ is 0: padding, and in a last block all that is not pooled."""
@@ -107,7 +85,6 @@ def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) ->
 def layer_gradients(
     sites: Sequence[MatrixSite],
     receive: Callable[[LayerGradient], None],
-    rows: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Callable[[Tensor], None]]:
     """Hand over each site's gradient while a backward pass runs; yields what runs it.
@@ -119,14 +96,13 @@ def layer_gradients(
     Args:
         sites: The sites to watch.
         receive: Called once a site; whatever it keeps of the gradient stays alive.
-        rows: Number of rows of the batch.
         dtype: See `LayerGradient`.
     """
     calls: Counter[MatrixSite] = Counter()
     products: dict[MatrixSite, list[_Product]] = defaultdict(list)
 
     def hand_over(matrix: MatrixSite) -> None:
-        receive(LayerGradient(matrix, products.pop(matrix), rows, dtype))
+        receive(LayerGradient(matrix, products.pop(matrix), dtype))
 
     def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
         if not output.requires_grad:

@@ -68,10 +68,6 @@ class Subject:
         inputs = model_inputs(self.batches[index])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def rows(self, index: int) -> int:
-        """Return the number of rows of a batch with labels."""
-        return len(self.batches[index]["labels"])
-
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model computes."""
         return autocast(self.precision, self.device.type)

@@ -67,7 +67,7 @@ def synflow_scores(subject: Subject) -> SiteScores:
     with (
         absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
         embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
-        layer_gradients(subject.sites, add, rows=1) as run_backward,
+        layer_gradients(subject.sites, add) as run_backward,
     ):
         run_backward(subject.model(**row).logits.sum())
     return SiteScores(name="synflow", values=values)
@@ -93,9 +93,7 @@ def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] =
                 values.abs_()
         yield
     finally:
-        for values, sign in reversed(
-            signs
-        ):  # of two on the same memory, the first one's signs are the true ones
+        for values, sign in reversed(signs):  # of two on the same memory, the first one's are the true ones
             values.copysign_(sign.to(values.device))
 
 

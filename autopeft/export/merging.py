@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
-from autopeft.export.folder_format import placements
 from autopeft.export.loading import attach_tensors
+from autopeft.methods import placements
 from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
 

@@ -207,12 +207,7 @@ def write_adapters(
 ) -> None:
     """Write trained tensors, as `Attachment.state_dict` names them, into an empty folder.
 
-    Args:
-        folder: Where to write.
-        by_method: The placement of each method.
-        state: The trained tensors of adapters and head.
-        base: What peft's configs say of the base model; may be empty.
-        head: The head.
+    The base, which may be empty, is what peft's configs say of the base model.
     """
     # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
     # resident model. What was written is then loaded by peft itself and compared, see verification.py.

@@ -80,11 +80,6 @@ def attach_tensors(
 ) -> None:
     """Attach adapters for good, with trained tensors in them, and replace the head's parameters.
 
-    Args:
-        model: The task's model; changed in place.
-        by_method: The placement of each method.
-        state: Trained tensors as `Attachment.state_dict` names them.
-
     Raises:
         RuntimeError: See `attach_methods`.
         ValueError: The model has no such module, or a tensor is missing, left over or of another shape.

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity.activation_variance import IncrementalVariance, InputVariance
-from autopeft.sensitivity.control_scores import (
-    TrainOne,
-    leave_one_out_scores,
-    random_scores,
-    uniform_scores,
-)
 from autopeft.sensitivity.curvature_scores import grasp_scores, hessian_scores
 from autopeft.sensitivity.gradient_scores import (
     BATCH_SCORES,
@@ -40,6 +36,8 @@ _HESSIAN_PROBES = 4  # a batch
 _COMPONENTS = 64  # of a spectrum, and those that `explained_variance` carries along, up to the rank if more
 # EVA's 0.99 was off by up to a tenth after 64 batches of 16 questions, this by a fortieth.
 _CONVERGENCE = 0.999
+TrainOne = Callable[[Configuration], float]
+"""Trains a configuration and returns its validation score, better when larger (a loss: its negative)."""
 _Receiver = Callable[[LayerGradient], None]
 
 
@@ -135,8 +133,20 @@ def compute_scores(
         scores |= {score.name: score.scores(places) for score in of_batches}
         scores |= {name: others[name]() for name in names if name in others}
     if train_one is not None and "leave_one_out" in names:
-        scores["leave_one_out"] = leave_one_out_scores(sites, train_one, rank)
+        alone = {site: train_one(Configuration({site: Adapter("lora", rank)})) for site in places}
+        scores["leave_one_out"] = SiteScores(name="leave_one_out", values=alone)
     return {name: scores[name] for name in names}
+
+
+def random_scores(sites: Iterable[Site], seed: int) -> SiteScores:
+    """Return uniform random numbers in [0, 1): a control. Does not touch the global generators."""
+    generator = random.Random(seed)
+    return SiteScores(name="random", values={site: generator.random() for site in sites})
+
+
+def uniform_scores(sites: Iterable[Site]) -> SiteScores:
+    """Return 1 for every site: a control, which leads to the same rank everywhere."""
+    return SiteScores(name="uniform", values=dict.fromkeys(sites, 1.0))
 
 
 def _run_pass(subject: Subject, receivers: Sequence[_Receiver], watched: InputVariance | None) -> None:

@@ -32,14 +32,7 @@ BATCH_SCORES: Mapping[str, BatchFormula] = {
 
 @dataclass(frozen=True)
 class BatchScore:
-    """The mean over the batches of a formula of a layer's gradient.
-
-    Attributes:
-        name: The score.
-        formula: The formula.
-        count: Number of batches.
-        sums: The sum so far of each site with influence on the loss.
-    """
+    """The mean over so many batches of a formula of a layer's gradient."""
 
     name: str
     formula: BatchFormula
@@ -69,12 +62,7 @@ def gora_scores(store: MeanGradients) -> SiteScores:
 def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int) -> SiteScores:
     """Return sqrt(Σ_{i≤r} σ_i(Ḡ)²): how much of the mean gradient an update of rank r can follow.
 
-    Costs one singular value decomposition a site.
-
-    Args:
-        store: The mean gradients.
-        rank: r.
-        components: How many singular values to keep as the site's spectrum.
+    Costs one singular value decomposition a site, of which so many components are kept as its spectrum.
     """
     values: dict[Site, float] = {}
     spectra: dict[Site, tuple[float, ...]] = {}

@@ -21,7 +21,6 @@ from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 
 _Product = tuple[Tensor, Tensor]
 
-_BLOCK_ENTRIES = 2**16
 _WORTH_DROPPING = 0.8
 
 
@@ -57,16 +56,9 @@ class LayerGradient:
 
     @cached_property
     def weighted_norms(self) -> tuple[Tensor, Tensor]:
-        """Σ |W ⊙ G| and Σ (W ⊙ G)², scalars. W ⊙ G is formed block by block: never whole, always in cache."""
-        rows = max(1, _BLOCK_ENTRIES // self.gradient.shape[1])
-        scratch = torch.empty_like(self.gradient[:rows])
-        norms = []
-        for gradient, weight in zip(self.gradient.split(rows), self.site.weight.split(rows), strict=True):
-            weighted = torch.mul(gradient, weight, out=scratch[: len(gradient)]).view(-1)
-            square = torch.dot(weighted, weighted)
-            norms.append((weighted.abs_().sum(), square))  # vector_norm of order 1 takes four times as long
-        absolute, square = map(torch.stack, zip(*norms, strict=True))
-        return absolute.sum(), square.sum()
+        """Σ |W ⊙ G| and Σ (W ⊙ G)², scalars."""
+        weighted = (self.gradient * self.site.weight).abs_()  # in place: one matrix of this size at a time
+        return weighted.sum(), weighted.square_().sum()
 
 
 def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -91,12 +83,7 @@ def layer_gradients(
 
     Inside the `with` block, compute a scalar with the model and call what was yielded with it: one
     backward pass. A site without influence on the scalar is not handed over. No parameter needs to require
-    gradients, and none gets a `.grad`.
-
-    Args:
-        sites: The sites to watch.
-        receive: Called once a site; whatever it keeps of the gradient stays alive.
-        dtype: See `LayerGradient`.
+    gradients, and none gets a `.grad`. What `receive` keeps of a gradient stays alive.
     """
     calls: Counter[MatrixSite] = Counter()
     products: dict[MatrixSite, list[_Product]] = defaultdict(list)

@@ -77,11 +77,7 @@ def synflow_scores(subject: Subject) -> SiteScores:
 def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] = ()) -> Iterator[None]:
     """Replace every parameter by its absolute value in place; put the signs back afterwards, bit for bit.
 
-    The signs are kept in main memory, one byte an entry.
-
-    Args:
-        model: The model.
-        except_for: Parameters to leave as they are: nobody has to pay for what is not used.
+    The signs are kept in main memory, one byte an entry. Parameters that are not used need not be paid for.
     """
     left_out = set(map(id, except_for))
     signs: list[tuple[Tensor, Tensor]] = []

@@ -328,8 +328,8 @@ def test_site_scores_rank_print_and_travel_as_json() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "x", "value": {}}, "did you mean 'values'"),
-        ({"name": "x"}, "Scores need values"),
+        ({"name": "x", "value": {}}, r"got the keys \['name', 'value'\]"),
+        ({"name": "x"}, r"got the keys \['name'\]"),
         ({"name": "x", "values": {}}, "no values"),
         ({"name": "x", "values": {"0.query": float("inf")}}, "0.query is not finite"),
         ({"name": "x", "values": {"0.query": 1}, "spectra": {"0.key": [1]}}, "no value for 0.key"),

@@ -37,7 +37,7 @@ from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.score_allocation import Allocation
-from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
+from autopeft.sensitivity import CHEAP_SCORES, SiteScores, compute_scores
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
@@ -77,7 +77,7 @@ def peak_of_scoring(task: TextClassification, precision: Precision) -> int:
     counter = StorageCounter()
     base = counter.exclude((*batch.values(), *backbone.model.parameters(), *backbone.model.buffers()))
     with counter:
-        compute_scores(backbone, [batch], cross_entropy, options=ScoreOptions(precision=precision))
+        compute_scores(backbone, [batch], cross_entropy, precision=precision)
     return base + counter.peak_bytes
 
 
@@ -131,11 +131,10 @@ def main() -> None:
     seconds: dict[tuple[str, Precision], float] = {}
     found: dict[tuple[str, Precision], Mapping[str, SiteScores]] = {}
     for precision, evaluator in evaluators.items():
-        options = ScoreOptions(precision=precision)
-        compute_scores(backbone, given[:1], task.loss, options=options)  # what is loaded on first use
+        compute_scores(backbone, given[:1], task.loss, precision=precision)  # what is loaded on first use
         for title, scores in _SETS.items():
             started = time.perf_counter()
-            found[title, precision] = compute_scores(backbone, given, task.loss, scores, options=options)
+            found[title, precision] = compute_scores(backbone, given, task.loss, scores, precision=precision)
             seconds[title, precision] = time.perf_counter() - started
         seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
     every = next(iter(_SETS))

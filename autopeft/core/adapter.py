@@ -145,11 +145,11 @@ def _checked_size(specification: MethodSpec, size: int | None) -> int | None:
         if size is not None:
             raise ValueError(f"{specification.name!r} has no size, got size={size!r}.")
         return None
-    expected = f"{specification.name!r} needs a {specification.size_name} of at least 1"
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{expected} (a whole number), got {size!r}.")
-    if size < 1:
-        raise ValueError(f"{expected}, got {size}; leave the site out to have no adapter there.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"{specification.name!r} needs a {specification.size_name} of at least 1 (a whole number), "
+            f"got {size!r}; leave the site out to have no adapter there."
+        )
     return size
 
 

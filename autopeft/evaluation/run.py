@@ -32,8 +32,12 @@ from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
-from autopeft.training.trainer_state import CaptureState, restore_state
-from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
+from autopeft.training.training_checkpoint import (
+    CaptureState,
+    TrainingCheckpoint,
+    TrainingState,
+    restore_state,
+)
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches
 

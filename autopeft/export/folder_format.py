@@ -18,20 +18,22 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
 )
 
-from autopeft.core.configuration import Configuration, Site
+from autopeft.core.configuration import Site
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.head_spec import HeadSpec
 
 Layout = Literal["peft", "mixed", "merged"]
 
@@ -89,14 +91,11 @@ class TaskHead:
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
-    def config_options(self) -> dict[str, Any]:
-        """Return what to set in the base model's config."""
-        return {
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
-            "problem_type": self.problem_type,
-            "pad_token_id": self.pad_token_id,
-        }
+    def spec(self) -> HeadSpec:
+        """Return what gives a base model this head."""
+        spec = HeadSpec.of_labels(AutoModelForSequenceClassification, self.labels)
+        options = {"problem_type": self.problem_type, "pad_token_id": self.pad_token_id}
+        return replace(spec, config={**spec.config, **options})
 
 
 def _versions() -> dict[str, str]:
@@ -161,14 +160,6 @@ class Manifest:
         return cls(**data, head=TaskHead(**head), sites=sites)
 
 
-def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
-    """Return the placement of each method of a configuration, in the order methods attach in."""
-    return {
-        method: {site: (shapes[site], adapter) for site, adapter in configuration if adapter.method == method}
-        for method in configuration.methods
-    }
-
-
 def peft_groups(by_method: Mapping[str, Placement]) -> dict[str, tuple[PeftMethod, Placement]]:
     """Return, by folder name, the groups of adapters that share one peft config."""
     return {
@@ -216,12 +207,7 @@ def write_adapters(
 ) -> None:
     """Write trained tensors, as `Attachment.state_dict` names them, into an empty folder.
 
-    Args:
-        folder: Where to write.
-        by_method: The placement of each method.
-        state: The trained tensors of adapters and head.
-        base: What peft's configs say of the base model; may be empty.
-        head: The head.
+    The base, which may be empty, is what peft's configs say of the base model.
     """
     # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
     # resident model. What was written is then loaded by peft itself and compared, see verification.py.

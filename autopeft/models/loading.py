@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,11 +54,11 @@ def load_model(
         torch.manual_seed(_HEAD_SEED)
         if isinstance(source, PreTrainedModel):
             names = _names(source.config)
-            model, missing = _with_head(source, head)
+            model, missing = with_head(source, head)
             origin = source.config.name_or_path or ""
         elif isinstance(source, str | Path):
-            origin = _place(str(source))
-            model, missing, names = _from_pretrained(origin, head, dtype)
+            origin = os.path.expanduser(source)
+            model, missing, names = from_pretrained(origin, head, dtype)
         else:
             raise ValueError(
                 f"A backbone is a hub name, a folder or a transformers model, got a {type(source).__name__}."
@@ -91,15 +92,13 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _place(source: str) -> str:
-    """Return a local folder with the user's home written out; a hub name as it is."""
-    return str(Path(source).expanduser()) if source.startswith("~") else source
-
-
-def _from_pretrained(
+def from_pretrained(
     source: str, head: HeadSpec, dtype: Dtype
 ) -> tuple[PreTrainedModel, set[str], dict[int, Any]]:
-    """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names."""
+    """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names.
+
+    A ValueError is raised where the source cannot be loaded.
+    """
     looks_local = source.startswith((".", "/")) or Path(source).exists()
     if looks_local and not (Path(source) / "config.json").is_file():
         raise ValueError(
@@ -164,8 +163,11 @@ def _name_labels(
     return missing
 
 
-def _with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
-    """Use a loaded model's head where it fits the task; give a bare model a new one."""
+def with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
+    """Use a loaded model's head where it fits the task (else a ValueError); give a bare model a new one.
+
+    Also returned are the names of the parameters that are new.
+    """
     if model.base_model is model:
         return _give_head(model, head)
     with torch.device("meta"):

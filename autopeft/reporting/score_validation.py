@@ -20,7 +20,7 @@ from autopeft.reporting.html_page import html_page
 from autopeft.reporting.tables import Tabular
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.control_scores import random_scores, uniform_scores
+from autopeft.sensitivity.computation import random_scores, uniform_scores
 
 PARAMETERS = "trainable_parameters"
 CONTROLS = ("uniform", "random", PARAMETERS)

@@ -18,7 +18,7 @@ from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, reas
 from autopeft.methods import Attachment, attach
 from autopeft.tasks.base import Batch
 from autopeft.training.module import names_in_training
-from autopeft.training.trainer_state import capture_state
+from autopeft.training.training_checkpoint import capture_state
 
 
 class MemberRun(EvaluationRun):

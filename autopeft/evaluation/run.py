@@ -71,8 +71,8 @@ class EvaluationRun:
     evaluator: EvaluationContext
     configuration: Configuration
     seed: int
-    attachment: type[Attachment]
     end: int
+    attachment: type[Attachment] = Attachment
     before: TrainingCheckpoint | None = None
     initial_weights: InitialWeights | None = None
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.profiling import section
@@ -18,8 +17,7 @@ from autopeft.core.seeding import seeded
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.frozen_blocks.block_skipping import Structure
 from autopeft.evaluation.memory.available import available_bytes
-from autopeft.evaluation.packing.lora import PackingError
-from autopeft.evaluation.packing.member import MemberRun
+from autopeft.evaluation.packing.member import MemberRun, PackingError
 from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.tasks.base import Batch
@@ -77,7 +75,7 @@ class PackedTrainer:
             if len(configurations) > 1 and self.can_pack(configuration):
                 # What fails here is the outcome of a training alone, and so is what breaks a constraint.
                 with section("set-up"), suppress(Exception):
-                    member = MemberRun(evaluator, configuration, seed, end, own)
+                    member = MemberRun(evaluator, configuration, seed, end, initial_weights=own)
                     if not member.violations:
                         members[place] = member
         outcomes: dict[int, Trained] = {}
@@ -166,8 +164,8 @@ class _PackedTraining:
         self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
         try:
             for _ in range(plan.pieces(0, self.members[0].end)):
-                for batch in batches:
-                    self._step(self._on_device(batch))
+                for batch in map(self._on_device, batches):
+                    self._step(batch)
                     if not self.members:
                         return
                 self._charge(training=True)
@@ -186,13 +184,13 @@ class _PackedTraining:
         self._charge(training=False)
 
     @section("data")
-    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.evaluator.device) for name, tensor in batch.items()}
 
     def _precision(self) -> AbstractContextManager[None]:
         return self.evaluator.backbone.computing_in(self.evaluator.training.resolved_precision())
 
-    def _step(self, batch: Mapping[str, Tensor]) -> None:
+    def _step(self, batch: Batch) -> None:
         labels = batch[LABELS]
         with section("forward"), self._precision():
             losses = [self.evaluator.task.loss(logits, labels) for logits in self._model(batch)]
@@ -214,12 +212,11 @@ class _PackedTraining:
     def _validate(self) -> None:
         self._model.train(False)
         with torch.inference_mode():
-            for batch in self.evaluator.data.val_dataloader():
-                on_device = self._on_device(batch)
+            for batch in map(self._on_device, self.evaluator.data.val_dataloader()):
                 with self._precision():
-                    logits = self._model(on_device)
+                    logits = self._model(batch)
                 for member, own in zip(self.members, logits, strict=True):
-                    member.module.add_validated(own, on_device[LABELS])
+                    member.module.add_validated(own, batch[LABELS])
             for member in self.members:
                 member.validated()
         self._model.train(True)

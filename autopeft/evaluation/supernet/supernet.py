@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Cost
 from autopeft.core.seeding import seeded
@@ -30,6 +30,7 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import interrupts_stay_interrupts
 from autopeft.evaluation.supernet.nested_ranks import PerRowRanks, SandwichRankSampler
 from autopeft.methods import attach
+from autopeft.methods.lora import lora_scaling
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
@@ -133,7 +134,7 @@ class LoraSupernet:
                 down=self.tensors[f"{name}.lora_A.weight"],
                 up=self.tensors[f"{name}.lora_B.weight"],
                 keep=torch.arange(largest.size) < adapter.size,
-                rescale=_scaling(largest) / _scaling(adapter),
+                rescale=lora_scaling(largest) / lora_scaling(adapter),
             )
         head = {name: tensor.clone() for name, tensor in self.tensors.items() if name.startswith("head.")}
         return tensors | head
@@ -157,14 +158,6 @@ class LoraSupernet:
         metadata = json.loads(texts[_METADATA_KEY])
         largest = Configuration.from_dict(metadata["largest"])
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
-
-
-def _scaling(adapter: Adapter) -> float:
-    """Return the factor of a LoRA's update: α/√r (rsLoRA) or α/r."""
-    assert adapter.size is not None
-    return float(adapter.option("alpha")) / (
-        math.sqrt(adapter.size) if adapter.option("rslora") else adapter.size
-    )
 
 
 def _fit(

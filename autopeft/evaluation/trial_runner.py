@@ -21,19 +21,12 @@ class TrialRunner:
 
     What a training leaves is on disk before its record is returned: a trial that is recorded is never
     without its tensors.
-
-    Attributes:
-        evaluator: Trains a configuration.
-        checkpoints: Where trained tensors are kept.
-        paused: Where paused trainings are kept.
-        seed: The search's.
-        warm_starts: Supernets that LoRA trials are initialised from; None for random weights.
     """
 
     evaluator: Evaluator
     checkpoints: AdapterCheckpoints
     paused: TrainingCheckpoints
-    seed: int
+    seed: int  # the search's
     warm_starts: WarmStarts | None = None
 
     def run(self, job: Job) -> TrialRecord:
@@ -59,12 +52,7 @@ class TrialRunner:
             case Replicate():
                 return self._replicated(job)
             case Duplicate(number=number, original=original, baseline=baseline):
-                return TrialRecord(
-                    number=number,
-                    evaluation=original.evaluation,
-                    duplicate_of=original.number,
-                    baseline=baseline,
-                )
+                return replace(original, number=number, duplicate_of=original.number, baseline=baseline)
 
     def seed_of(self, job: New) -> int:
         """Return the seed of a new trial's first training."""
@@ -124,12 +112,11 @@ class TrialRunner:
             # A checkpoint holds the weights; where its file is gone, the training starts anew.
             weights = None if paused is not None else initial_weights(self.warm_starts, evaluation, training)
         except WarmStartError as error:
-            spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
             failed = Evaluation(
                 configuration=configuration,
                 status="failed",
                 reason=str(error),
-                cost=spent,
+                cost=evaluation.cost if training == 0 else Cost(),  # a further training's is added to it
                 seed=seed,
                 fidelity=0.0,
             )

@@ -29,13 +29,6 @@ class MemberRun(EvaluationRun):
 
     Optimizer, schedule and metrics, and the callbacks for the learning curve, the best weights and divergence
     are those of a training alone.
-
-    Attributes:
-        cut: Number of blocks below the lowest adapter.
-        peak_bytes: Peak bytes of its training alone.
-        parameters: The parameters that are trained, named as by `Attachment`.
-        cost: Its share of the compute.
-        reason: Why it failed; None while it has not.
     """
 
     def __post_init__(self) -> None:
@@ -46,7 +39,7 @@ class MemberRun(EvaluationRun):
             evaluator.hidden_states.below(attachment),
         ):
             self._begin(attachment)
-            self.peak_bytes = evaluator.peak_bytes(attachment)
+            self.peak_bytes = evaluator.peak_bytes(attachment)  # of its training alone
             self.cut = attachment.cut or 0
             self.parameters = dict(attachment.parameters)
             names = names_in_training(backbone.model, self.parameters)
@@ -61,8 +54,8 @@ class MemberRun(EvaluationRun):
         )
         self._best = BestWeights(evaluator.monitor, restore_at_end=False)
         self._divergence = StopOnDivergence()
-        self.reason: str | None = None
-        self.cost = self._meter.read()
+        self.reason: str | None = None  # why it failed
+        self.cost = self._meter.read()  # its share
 
     def step(self, loss: Tensor, rows: int) -> None:
         """Take a step with the gradients at hand; a loss that has diverged makes the member fail."""
@@ -110,7 +103,7 @@ class MemberRun(EvaluationRun):
             self.reason = reason_of_failure(self._measure)
 
     def outcome(self, reason: str | None) -> Trained:
-        """Return what came out, charged with the member's share."""
+        """Return what came out, charged with the member's share of the compute."""
         self._meter.read()  # this time is shared
         return super().outcome(reason).with_added_cost(self.cost)
 

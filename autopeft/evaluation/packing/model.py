@@ -49,12 +49,8 @@ class PackedLora:
     """LoRA of several members at one site, as two batched products with ranks padded to the largest.
 
     The members' parameters become views of the padded matrices, and their gradients views of the padded
-    gradients, so that a step needs no copies. Padding starts at 0 and has a gradient of 0.
-
-    Args:
-        groups: The rows of the pass.
-        site: The site.
-        members: Those with a LoRA there, by their index in the pack.
+    gradients, so that a step needs no copies. Padding starts at 0 and has a gradient of 0. The members are
+    those with a LoRA at the site, by their index in the pack.
     """
 
     def __init__(self, groups: RowGroups, site: Site, members: Mapping[int, MemberRun]) -> None:
@@ -103,12 +99,9 @@ def _become_view(parameter: nn.Parameter, values: Tensor, gradient: Tensor) -> N
 
 
 class PackedModel:
-    """The members of a pack on a backbone, until `remove`; the backbone's weights stay untouched.
+    """The members of a pack, in the order of their cuts, on a backbone that carries nothing, until `remove`.
 
-    Args:
-        backbone: The resident backbone, carrying nothing.
-        members: The trials, in the order of their cuts.
-        structure: What the backbone's blocks return; None to share no blocks.
+    The backbone's weights stay untouched. Without a structure no blocks are shared.
     """
 
     def __init__(self, backbone: Backbone, members: Sequence[MemberRun], structure: Structure | None) -> None:
@@ -195,7 +188,7 @@ class PackedModel:
     ) -> Iterator[Batch]:
         """Give the inputs of the members up to a cut, with hidden states in place of the blocks below it.
 
-        The states are those of the members with lower cuts, if any, and those that the others share.
+        These are the active ones, of the members with lower cuts, and those that the others share.
         """
         self._groups.count = sum(own <= cut for own in self._cuts)
         with ExitStack() as stack:

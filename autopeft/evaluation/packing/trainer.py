@@ -37,9 +37,6 @@ class PackedTrainer:
     They are equal within float tolerance where there is no dropout; dropout masks differ. The value
     `peak_memory_measured` is missing: it is known for a pack alone. The compute of a pack is charged to its
     members in equal parts. Hidden states on disk are not read: frozen blocks that members share run once.
-
-    Args:
-        evaluator: Gives backbone, task, training, objectives and constraints.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -145,7 +142,7 @@ class PackedTrainer:
 class _PackedTraining:
     """A training of several members: one forward and backward pass a step, all else is a member's own.
 
-    Lightning's Trainer trains one module with one loss, and cannot end one of several trials.
+    Lightning's Trainer trains one module, and cannot end one of several trials.
     """
 
     evaluator: Evaluator

@@ -1,7 +1,7 @@
 """A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights.
 
-LoRA of the largest rank at every site is trained with sampled ranks, so that the first r ranks of a site work
-without the others, and the model works without the adapter of any site.
+LoRA of the largest rank at every site is trained with sampled ranks: the first r ranks of a site work without
+the others, and the model without the adapter of any site.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ class LoraSupernet:
                 return f"{site} has {adapter.method}, not {METHOD}"
             if not whole:
                 return f"the supernet has no adapter at {site}"
-            assert adapter.size is not None
-            assert whole[0].size is not None
-            if adapter.size > whole[0].size:
+            if (adapter.size or 0) > (whole[0].size or 0):
                 return f"rank {adapter.size} at {site} is above {whole[0].size}"
             if adapter.options != whole[0].options:
                 return f"the options at {site} differ: {adapter}, not {whole[0]}"

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torchmetrics import MetricCollection
 
@@ -46,6 +45,9 @@ class EvaluationContext:
         seed: Seed of initial weights, shuffling and dropout.
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
 
+    Attributes:
+        needed: Names of the values that an objective or a constraint asks for.
+
     Raises:
         ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
             a rung.
@@ -71,7 +73,7 @@ class EvaluationContext:
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
         wanted = (*objectives, *(constraint.objective for constraint in constraints))
-        self.needed = frozenset(objective.name for objective in wanted)  # what is to be measured
+        self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
         self.monitor = next(objective.name for objective in objectives if objective.is_metric)
         self.device = training.resolved_device()
@@ -141,7 +143,9 @@ class EvaluationContext:
     def latency(self) -> float:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
-        batch = move_data_to_device(model_inputs(self.data.largest_batch()), self.device)
+        batch = {
+            name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
+        }
         seconds = []
         model.eval()
         with torch.inference_mode():

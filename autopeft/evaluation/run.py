@@ -189,9 +189,7 @@ class EvaluationRun:
         elif self.pause is not None:
             monitor = evaluator.monitor
             status, reason = "paused", f"{monitor} {self.values[monitor]:.4f} after {cost.steps} steps"
-        points = (
-            CurvePoint(metric=metric, step=step, value=value) for metric, step, value in self.curve.points
-        )
+        points = [CurvePoint(metric=name, step=step, value=value) for name, step, value in self.curve.points]
         evaluation = Evaluation(
             configuration=self.configuration,
             status=status,

@@ -48,7 +48,8 @@ class TrialRunner:
                 return self.recorded(job, trained)
             case Resume(record=record, rung=rung):
                 paused = self.paused.load(record.number)
-                return self._kept(record, self._trained(record.evaluation, rung=rung, paused=paused))
+                seed = record.evaluation.seed
+                return self._kept(record, self._trained(record.evaluation, seed, rung=rung, paused=paused))
             case Replicate():
                 return self._replicated(job)
             case Duplicate(number=number, original=original, baseline=baseline):
@@ -87,7 +88,7 @@ class TrialRunner:
         """Train a trial again; of its trainings the tensors of the best are kept."""
         record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
         seed = training_seed(self.seed, record.number, job.training)
-        trained = self._trained(evaluation, seed=seed, training=job.training)
+        trained = self._trained(evaluation, seed, training=job.training)
         if trained.state is not None:
             # A trial that was off the front for a while may have none.
             kept_seed = self.checkpoints.seed(record.number)
@@ -99,15 +100,14 @@ class TrialRunner:
     def _trained(
         self,
         evaluation: Evaluation,
+        seed: int,
         *,
         rung: int | None = None,
         paused: TrainingCheckpoint | None = None,
-        seed: int | None = None,
         training: int = 0,
     ) -> Trained:
         """Train a known trial on, or again from its initial weights; that these are gone is a failure."""
         configuration = evaluation.configuration
-        seed = evaluation.seed if seed is None else seed
         try:
             # A checkpoint holds the weights; where its file is gone, the training starts anew.
             weights = None if paused is not None else initial_weights(self.warm_starts, evaluation, training)

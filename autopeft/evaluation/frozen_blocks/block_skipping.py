@@ -3,9 +3,8 @@
 A cut k divides the blocks: those below, 0 to k - 1, carry nothing that is trained. What they give for a row
 is the same in every epoch and for every candidate with that cut, once their dropout is off.
 
-No architecture is known here. The model runs its own forward pass; of the blocks below the cut each returns
-what it was given, and the last one the hidden states. What is computed outside the blocks stays: masks,
-positions.
+No architecture is known here. In the model's own forward pass each block below the cut returns what it was
+given, and the last one the hidden states; masks and positions are computed as ever.
 """
 
 from __future__ import annotations

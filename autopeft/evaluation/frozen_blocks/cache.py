@@ -262,7 +262,10 @@ class HiddenStateCache:
         return key in self._verified
 
     def _error(self, cut: int, rows: RowIndex, states: Tensor) -> float:
-        """Return the largest relative error of a token's states, or of logits with these states served."""
+        """Return how far serving the probe's states is off, relative to what is computed.
+
+        The largest difference of a token's states or of logits.
+        """
         model, probe = self.backbone.model, rows.probe()
         inputs = rows.inputs(probe, self._device)
         given = states[rows.inside(probe, self._device)].float()

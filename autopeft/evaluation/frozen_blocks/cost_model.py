@@ -75,15 +75,8 @@ def estimate(
 
     In training a block above the cut costs a forward pass and about another one backward (the gradient of
     its input, not of its frozen weights), one below the forward pass alone: of L blocks with k below the
-    cut, a step without serving takes 2L - k passes, with serving 2(L - k).
-
-    Args:
-        splits: Training and validation split.
-        cut: Number of blocks below the cut.
-        blocks: Number of blocks, of `block_parameters` on average.
-        block_parameters: See `blocks`.
-        token_bytes: Bytes of one token's hidden states.
-        device: Type of the device: "cpu" or "cuda".
+    cut, a step without serving takes 2L - k passes, with serving 2(L - k). A block has `block_parameters` on
+    average, and one token's hidden states have `token_bytes`.
     """
     rates = RATES[device]
     saved = whole = filling = 0.0

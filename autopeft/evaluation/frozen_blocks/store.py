@@ -28,10 +28,6 @@ class HiddenStateFiles:
 
     A file is written beside its place and moved there when it is whole: a process that is killed leaves at
     most an unfinished file, which the next one removes.
-
-    Args:
-        folder: Where they lie; made when the first is written.
-        limit_bytes: Bytes that all files together may take.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:

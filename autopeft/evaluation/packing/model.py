@@ -114,22 +114,19 @@ class PackedModel:
         with ExitStack() as undo:
             undo.callback(setattr, backbone, "attached", None)
             backbone.attached = members[0].configuration
-            self._attach_loras(undo)
+            for site, shape in backbone.sites.items():
+                having = {
+                    index: member
+                    for index, member in enumerate(members)
+                    if site in member.configuration.adapters
+                }
+                if having:
+                    module = backbone.model.get_submodule(shape.module)
+                    undo.callback(module.register_forward_hook(PackedLora(self._groups, site, having)).remove)
             for name in backbone.head:
                 self._replace_head(name, undo)
             self.train(True)
             self._undo = undo.pop_all()
-
-    def _attach_loras(self, undo: ExitStack) -> None:
-        for site, shape in self._backbone.sites.items():
-            having = {
-                index: member
-                for index, member in enumerate(self._members)
-                if site in member.configuration.adapters
-            }
-            if having:
-                module = self._backbone.model.get_submodule(shape.module)
-                undo.callback(module.register_forward_hook(PackedLora(self._groups, site, having)).remove)
 
     def _replace_head(self, name: str, undo: ExitStack) -> None:
         """Let the rows of each member go through a copy of a head with its own parameters."""

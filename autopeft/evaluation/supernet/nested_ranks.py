@@ -38,7 +38,7 @@ class SandwichRankSampler:
         self._generator = np.random.default_rng(seed)
 
     def sandwich(self, rows: int) -> NDArray[np.int64]:
-        """Return the ranks that the rows of a batch train, of shape (rows, modules), rows shuffled."""
+        """Return the ranks that the rows of a batch train, shuffled, of shape (rows, modules)."""
         largest = max(1, round(_LARGEST_SHARE * rows))
         smallest = min(rows - largest, max(1, round(_SMALLEST_SHARE * rows)))
         drawn = [self.draw() for _ in range(rows - largest - smallest)]

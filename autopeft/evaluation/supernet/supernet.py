@@ -125,13 +125,12 @@ class LoraSupernet:
         tensors: dict[str, Tensor] = {}
         for site, adapter in configuration:
             largest, name = self.largest.adapters[site][0], f"{site}.{METHOD}"
-            assert adapter.size is not None
-            assert largest.size is not None
+            down = self.tensors[f"{name}.lora_A.weight"]
             tensors |= truncated_tensors(
                 name,
-                down=self.tensors[f"{name}.lora_A.weight"],
+                down=down,
                 up=self.tensors[f"{name}.lora_B.weight"],
-                keep=torch.arange(largest.size) < adapter.size,
+                keep=torch.arange(len(down)) < (adapter.size or 0),
                 rescale=lora_scaling(largest) / lora_scaling(adapter),
             )
         head = {name: tensor.clone() for name, tensor in self.tensors.items() if name.startswith("head.")}

@@ -12,8 +12,7 @@ from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
-from autopeft.evaluation.supernet.settings import WarmStart
-from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.evaluation.supernet.warm_start import WarmStart, WarmStarts
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import default_dtype
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving

@@ -18,8 +18,7 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
-from autopeft.evaluation.supernet.settings import WarmStart
-from autopeft.evaluation.supernet.warm_start import initial_weights
+from autopeft.evaluation.supernet.warm_start import WarmStart, initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from autopeft.core.atomic_files import replacing
-from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform

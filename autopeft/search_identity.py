@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from autopeft.core.objectives import Constraint, Objective
 from autopeft.evaluation.executor import ExecutorFactory
-from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_spaces import SearchSpace

@@ -31,8 +31,8 @@ def score_sites(
 ) -> dict[str, SiteScores]:
     """Return scores of every site by name, from the first batches of the training split.
 
-    A new head is random, by the evaluator's seed. Validation and test split are not read, but by
-    `leave_one_out`, which trains a configuration a site and scores it on the validation split.
+    A new head is random, by the evaluator's seed. Only `leave_one_out` reads the validation split: it trains
+    a configuration a site.
 
     Args:
         evaluator: Has the backbone, with nothing attached, the task and its data.

@@ -57,7 +57,7 @@ class SearchRun:
     ) -> None:
         evaluator = opened.evaluator
         self.evaluator, self.axes, self.study = evaluator, opened.axes, study
-        self.budget, self.exporter = budget, exporter
+        self.budget, self.exporter, self.settings = budget, exporter, settings
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -102,29 +102,25 @@ class SearchRun:
         *,
         description: str,
         identity: Mapping[str, Mapping[str, str]],
-        tracking: str | None,
-        experiment: str,
         progress: bool,
         callbacks: Sequence[TrialListener],
-        check_scores: ScoreChecks | None,
+        check_scores: ScoreChecks,
     ) -> ParetoFront:
         """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`.
 
         Args:
             description: What is searched for and how.
             identity: Groups of settings.
-            tracking: MLflow tracking URI; None for no runs.
-            experiment: MLflow experiment.
             progress: Whether to print.
             callbacks: The caller's.
-            check_scores: Scores the sites and says how well the scores rank the trials; None for not.
+            check_scores: Scores the sites and says how well the scores rank the trials.
         """
         front = self.front()
         self.study.set_attribute("metrics", list(self.evaluator.task.metrics))
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.keep(front)
         before = self._evaluations()
-        report = self._report(tracking, experiment, before, progress=progress)
+        report = self._report(before, progress=progress)
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
@@ -142,7 +138,7 @@ class SearchRun:
                     started=[report.started],
                     listeners=[self.cleanup, report.finished, *timed],
                 )
-            if check_scores is not None and report.evaluations > before:
+            if self.settings.score_check and report.evaluations > before:
                 self._check_scores(report, check_scores)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -155,26 +151,20 @@ class SearchRun:
         self._close(report, front)
         return front
 
-    def _report(
-        self, tracking: str | None, experiment: str, evaluations: int, *, progress: bool
-    ) -> SearchReport:
-        tracker = None
+    def _report(self, evaluations: int, *, progress: bool) -> SearchReport:
+        tracker, tracking = None, self.settings.tracking
         if tracking is not None:
             from autopeft.reporting.mlflow.tracker import Tracker  # takes a fifth of importing all
 
             tracker = Tracker(
                 tracking,
-                experiment=experiment,
-                search_name=self.study.folder.name,
+                experiment=self.settings.experiment,
+                search_name=self.settings.name,
                 study_id=self.study.study_id,
-                objectives=self.evaluator.objectives,
+                objectives=self.settings.objectives,
             )
         return SearchReport(
-            self._spent,
-            evaluations=evaluations,
-            progress=progress,
-            tracker=tracker,
-            tracking=tracking,
+            self._spent, evaluations=evaluations, progress=progress, tracker=tracker, tracking=tracking
         )
 
     def _spent(self) -> tuple[float, Cost]:

@@ -71,12 +71,9 @@ class OpenSearch:
     def warm_starts(
         self, settings: WarmStart | None, folder: Path, *, trains: bool = True
     ) -> WarmStarts | None:
-        """Return the supernets that trials are initialised from; None without warm starts.
+        """Return the supernets that trials are initialised from, in a search's folder; None without.
 
-        Args:
-            settings: The search's.
-            folder: The search's, in which supernets are kept.
-            trains: Whether to train supernets that are not there.
+        With `trains`, those that are not there are trained.
         """
         if settings is None:
             return None

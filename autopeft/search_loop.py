@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from autopeft.core.evaluation import TrialRecord
@@ -72,34 +73,29 @@ def run_loop(
             raise_if_interrupted()
 
 
+@dataclass(frozen=True)
 class FileCleanup:
     """Listens to records, and deletes files that are not needed any more.
 
     Trained tensors are kept of the front and of trials with several trainings; of all trials, while members
     of the front lack trainings and may yet leave it.
-
-    Args:
-        checkpoints: Trained tensors.
-        paused: Paused trainings.
-        seeds: Trainings that a member of the front is to have.
     """
 
-    def __init__(self, checkpoints: AdapterCheckpoints, paused: TrainingCheckpoints, seeds: int) -> None:
-        self._checkpoints = checkpoints
-        self._paused = paused
-        self._seeds = seeds
+    checkpoints: AdapterCheckpoints
+    paused: TrainingCheckpoints
+    seeds: int  # trainings that a member of the front is to have
 
     def __call__(self, record: TrialRecord, front: ParetoFront) -> None:
         """Delete what a trial that is over, and the trials that it drove off the front, have left."""
         if record.evaluation.status != "paused":
-            self._paused.drop(record.number)
+            self.paused.drop(record.number)
         self.keep(front)
 
     def keep(self, front: ParetoFront) -> None:
         """Delete trained tensors that the front does not need."""
-        if not under_replicated((point.record for point in front), self._seeds):
+        if not under_replicated((point.record for point in front), self.seeds):
             replicated = {record.number for record in front.records if record.evaluation.by_seed}
-            self._checkpoints.keep_only(front.members | replicated)
+            self.checkpoints.keep_only(front.members | replicated)
 
 
 @contextmanager

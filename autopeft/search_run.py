@@ -14,7 +14,7 @@ from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
 from autopeft.optimization.budget import Budget, is_exhausted
-from autopeft.optimization.history import nothing_is_served
+from autopeft.optimization.proposal import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
@@ -31,19 +31,11 @@ from autopeft.training.training_checkpoint import TrainingCheckpoints
 
 _logger = logging.getLogger(__name__)
 ScoreChecks = Callable[[], tuple[SensitivityReport, ScoreCheck]]
+"""Scores the sites, and says how well the scores rank the trials."""
 
 
 class SearchRun:
-    """One call of `Search.run`.
-
-    Args:
-        opened: Backbone, evaluator, space and axes.
-        settings: The search's.
-        study: The study, held by this process.
-        budget: When the search ends.
-        exporter: Writes adapters of the front.
-        retry_failed: Whether failed trials are tried again.
-    """
+    """One call of `Search.run`, on a study that this process holds."""
 
     def __init__(
         self,
@@ -69,16 +61,15 @@ class SearchRun:
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
         proposer = Proposer(
-            opened.space,
-            opened.backbone,
-            settings.sampler,
+            space=opened.space,
+            backbone=opened.backbone,
+            sampler=settings.sampler,
             objectives=evaluator.objectives,
             axes=opened.axes,
             view=self._view,
             seed=settings.seed,
             constraints=evaluator.constraints,
-            baselines=settings.baselines,
-            trials=budget.trials,
+            baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
@@ -90,7 +81,7 @@ class SearchRun:
             seeds=settings.seeds,
             promoter=self.promoter,
             overhead=self.warm_starts,
-            retried=failed if retry_failed else (),
+            retried=failed if retry_failed else [],
         )
 
     def front(self) -> ParetoFront:
@@ -106,15 +97,7 @@ class SearchRun:
         callbacks: Sequence[TrialListener],
         check_scores: ScoreChecks,
     ) -> ParetoFront:
-        """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`.
-
-        Args:
-            description: What is searched for and how.
-            identity: Groups of settings.
-            progress: Whether to print.
-            callbacks: The caller's.
-            check_scores: Scores the sites and says how well the scores rank the trials.
-        """
+        """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`."""
         front = self.front()
         self.study.set_attribute("metrics", list(self.evaluator.task.metrics))
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])

@@ -24,9 +24,6 @@ from autopeft.training.training_checkpoint import TrainingCheckpoints
 TrialListener = Callable[[TrialRecord, ParetoFront], None]
 """Called with a trial that has finished, paused or been trained again, and the front with it."""
 
-JobListener = Callable[[Job], None]
-"""Called with a job that was submitted."""
-
 
 def run_loop(
     scheduler: Scheduler,
@@ -34,8 +31,8 @@ def run_loop(
     study: StudyStore,
     front: ParetoFront,
     *,
-    started: Sequence[JobListener] = (),
-    listeners: Sequence[TrialListener] = (),
+    started: Callable[[Job], None],
+    listeners: Sequence[TrialListener],
 ) -> ParetoFront:
     """Run jobs until the scheduler has none left; trials may finish out of order.
 
@@ -44,7 +41,7 @@ def run_loop(
         executor: Runs jobs; a failure is a record.
         study: Keeps the records: one that was told survives anything.
         front: The front of the study's records.
-        started: Called with every job.
+        started: Called with every job that was submitted.
         listeners: Called with every record, after it was kept. What they raise ends the loop.
 
     Returns:
@@ -59,8 +56,7 @@ def run_loop(
         while True:
             for job in scheduler.next(study.records, executor.free):
                 executor.submit(job)
-                for notice in started:
-                    notice(job)
+                started(job)
             if not scheduler.running:
                 return front
             finished = executor.wait()

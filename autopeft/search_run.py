@@ -118,7 +118,7 @@ class SearchRun:
                     self.executor,
                     self.study,
                     front,
-                    started=[report.started],
+                    started=report.started,
                     listeners=[self.cleanup, report.finished, *timed],
                 )
             if self.settings.score_check and report.evaluations > before:

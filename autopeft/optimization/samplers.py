@@ -13,6 +13,9 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 
+Sampler = BaseSampler | EhviSampler
+"""Ours, or one of Optuna's."""
+
 _STARTUP_TRIALS = 10
 _POPULATION = 20
 
@@ -44,7 +47,7 @@ NSGA-III suit searches of at least 60 trials.
 """
 
 
-def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> BaseSampler:
+def make_sampler(sampler: str | Sampler, seed: int, number: int = 0) -> Sampler:
     """Return the sampler that chooses a trial.
 
     A sampler's state is its random generator; everything else it reads from the study. With a new one for
@@ -52,15 +55,15 @@ def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> Base
     whether the search was interrupted.
 
     Args:
-        sampler: "ehvi", a name of `SAMPLERS`, or an Optuna sampler, which is used as it is: whether a resumed
-            search then repeats an uninterrupted one is up to that sampler.
+        sampler: "ehvi", a name of `SAMPLERS`, or a sampler, which is used as it is: whether a resumed search
+            then repeats an uninterrupted one is up to that sampler.
         seed: Seed of the search.
         number: The trial's number.
 
     Raises:
         ValueError: The name is unknown, or the sampler's extra is not installed.
     """
-    if isinstance(sampler, BaseSampler):
+    if isinstance(sampler, Sampler):
         return sampler
     if sampler == "ehvi":
         return EhviSampler(seed=seed)

@@ -267,7 +267,7 @@ class Search:
             with closing(StudyStore(self.folder, self.name, self.objectives, constraints)) as study:
                 study.check_identity(identity)
                 save_document(self.folder / SETTINGS_FILE, {**self._arguments(), "run": budget.bounds})
-                run = SearchRun(opened, self.settings, study, budget, self, retry_failed=retry_failed)
+                run = SearchRun(opened, self.settings, study, budget, self.export, retry_failed=retry_failed)
                 return run.run(
                     description=self.describe(),
                     identity=identity,
@@ -301,7 +301,7 @@ class Search:
             ValueError: The search has not been started.
         """
         attributes, records = load_study(self.folder)
-        return ParetoFront.stored(attributes, records, self)
+        return ParetoFront.stored(attributes, records, self.export)
 
     def export(
         self,

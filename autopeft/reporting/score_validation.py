@@ -17,7 +17,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular
+from autopeft.reporting.tables import Tabular, titled_table
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.control_scores import random_scores, uniform_scores
@@ -54,9 +54,8 @@ class ScoreCheck(Tabular):
 
     def table(self) -> Table:
         """Return a rich table."""
-        table = Table(title=self._title, title_justify="left")
-        for heading in ("score", "Spearman", "given parameters", "Kendall"):
-            table.add_column(heading, justify="left" if heading == "score" else "right")
+        headings = ("score", "Spearman", "given parameters", "Kendall")
+        table = titled_table(self._title, headings, words=["score"])
         for row in self.frame.to_dict("records"):
             intervals = (
                 f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"

@@ -17,7 +17,7 @@ from rich.table import Table
 from autopeft.core.adapter import Site
 from autopeft.core.method_specs import ROLES
 from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular
+from autopeft.reporting.tables import Tabular, titled_table
 from autopeft.sensitivity import SiteScores
 
 _COLUMNS = 3
@@ -62,11 +62,7 @@ class SensitivityReport(Tabular):
 
     def table(self) -> Table:
         """Return a rich table: the sites by block and role, each score relative to its largest."""
-        table = Table(title=_HEADING, title_justify="left")
-        for heading in ("block", "role"):
-            table.add_column(heading)
-        for name in self.scores:
-            table.add_column(name, justify="right", overflow="fold")
+        table = titled_table(_HEADING, ("block", "role", *self.scores), words=["role"])
         for block, role, *values in self._relative().itertuples(index=False):
             table.add_row(
                 str(block), role, *("" if math.isnan(value) else f"{value:.2f}" for value in values)

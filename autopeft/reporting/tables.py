@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,22 @@ def methods_label(configuration: Configuration) -> str:
     return "+".join(configuration.methods) or "head alone"
 
 
+def titled_table(title: str, headings: Iterable[str], *, words: Collection[str]) -> Table:
+    """Return a table without rows; columns of words are aligned to the left, others to the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in words else "right", overflow="fold")
+    return table
+
+
+def as_text(table: Table) -> str:
+    """Return a table as plain text."""
+    console = Console(width=_WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
 class Tabular:
     """What is shown as a table."""
 
@@ -26,10 +42,7 @@ class Tabular:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        console = Console(width=_WIDTH, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
+        return as_text(self.table())
 
     def _repr_html_(self) -> str:
         table = self.table()

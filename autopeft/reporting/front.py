@@ -14,9 +14,9 @@ from rich.table import Table
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
-from autopeft.core.objectives import Objective, parse_quantity, resolve_objectives
+from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
-from autopeft.reporting.tables import Tabular, methods_label, titled_table
+from autopeft.reporting.formats import Tabular, methods_label, titled_table
 
 if TYPE_CHECKING:
     import pandas
@@ -177,18 +177,13 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             if name not in known:
                 raise unknown_choice("objective", name, known)
             objective = known[name]
-            limit = parse_quantity(bound, objective.unit)
-            more = objective.direction == "maximize"
-            closest = (max if more else min)(candidates, key=lambda point: point.values[name])
-            candidates = [
-                point
-                for point in candidates
-                if (point.values[name] >= limit if more else point.values[name] <= limit)
-            ]
+            limit = Constraint(objective=objective, bound=parse_quantity(bound, objective.unit))
+            closest = min(candidates, key=lambda point: limit.violation(point.values))
+            candidates = [point for point in candidates if limit.violation(point.values) <= 0]
             if not candidates:
-                sign = "≥" if more else "≤"
+                sign = "≥" if objective.direction == "maximize" else "≤"
                 raise ValueError(
-                    f"No point of the front has {name} {sign} {objective.format(limit)} (with the "
+                    f"No point of the front has {name} {sign} {objective.format(limit.bound)} (with the "
                     f"bounds before it); the closest is {closest}."
                 )
         return max(candidates, key=lambda point: point.values[self.metric.name])

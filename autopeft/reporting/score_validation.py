@@ -16,8 +16,7 @@ from scipy import stats
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular, titled_table
+from autopeft.reporting.formats import Tabular, html_page, titled_table
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.control_scores import random_scores, uniform_scores
@@ -126,8 +125,7 @@ def check_scores(
 
     Args:
         records: Trials of a search; those that completed and are no duplicates are compared.
-        scores: Scores by name. Controls are added: the number of trainable parameters, a random and a
-            uniform score of the same sites.
+        scores: Scores by name, to which controls of the same sites are added.
         metric: The metric that was trained for.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.profiling import SECTIONS, current_profile, section
 from autopeft.reporting.console import SearchProgress, trial_line
+from autopeft.reporting.formats import as_text, titled_table
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.tables import as_text, titled_table
 
 if TYPE_CHECKING:
     from autopeft.reporting.mlflow.tracker import Tracker
@@ -26,35 +25,25 @@ if TYPE_CHECKING:
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 PROFILE_FOLDER = "profile"
 _SHORTEST_SECONDS = 0.005  # in the profile's table
+Spending = Callable[[], tuple[float, Cost]]
+"""Returns the share of the budget that is spent, and the compute."""
 
 
 class SearchReport:
     """Listens to the jobs and records of a search, and shows them.
 
     Args:
-        spent: Returns the share of the budget that is spent, and the compute.
+        spent: What is spent at the moment.
         evaluations: Evaluations of earlier calls.
-        progress: Whether to print.
+        progress: Whether to print; as an attribute the terminal, within which the bar is shown.
         tracker: Writes to MLflow; None for nothing there.
-
-    Attributes:
-        progress: The terminal, for further lines and tables; a context in which the bar is shown.
     """
 
-    def __init__(
-        self,
-        spent: Callable[[], tuple[float, Cost]],
-        *,
-        evaluations: int,
-        progress: bool,
-        tracker: Tracker | None,
-    ) -> None:
+    def __init__(self, spent: Spending, *, evaluations: int, progress: bool, tracker: Tracker | None) -> None:
         self.tracker = tracker
         self.evaluations = evaluations
         self.progress = SearchProgress(enabled=progress)
         self._spent = spent
-        self._started = time.monotonic()
-        self._share_at_start, _ = spent()
         self._says_memory = True
 
     def begin(
@@ -95,14 +84,7 @@ class SearchReport:
     @section("other")
     def _update(self, front: ParetoFront) -> None:
         share, _ = self._spent()
-        progressed = share - self._share_at_start
-        elapsed = time.monotonic() - self._started
-        self.progress.update(
-            share,
-            front_size=len(front),
-            hypervolume=front.hypervolume,
-            seconds_left=elapsed / progressed * max(0.0, 1 - share) if progressed > 0 else None,
-        )
+        self.progress.update(share, front_size=len(front), hypervolume=front.hypervolume)
 
     @section("log")
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
@@ -118,14 +100,7 @@ class SearchReport:
             self.tracker.publish_front(front.records, front.members)
 
     def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
-        """Write the front, keep the profile of a call that is profiled, and end the search's run in MLflow.
-
-        Args:
-            status: How the search ended.
-            front: What it found.
-            folder: The search's.
-            trainings: Trainings of this call.
-        """
+        """Write the front, and the profile below the search's folder, and end the search's run in MLflow."""
         try:
             if self.tracker is not None:
                 self.tracker.publish_front(front.records, front.members)

@@ -16,8 +16,7 @@ from rich.table import Table
 
 from autopeft.core.adapter import Site
 from autopeft.core.method_specs import ROLES
-from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular, titled_table
+from autopeft.reporting.formats import Tabular, html_page, titled_table
 from autopeft.sensitivity import SiteScores
 
 _COLUMNS = 3
@@ -43,16 +42,10 @@ class SensitivityReport(Tabular):
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row a site: block, role, and a column a score, in the scores' own units."""
-        return pd.DataFrame(
-            [
-                {
-                    "block": site.block,
-                    "role": site.role,
-                    **{name: scores.values.get(site, math.nan) for name, scores in self.scores.items()},
-                }
-                for site in self.sites
-            ]
-        )
+        frame = pd.DataFrame(((site.block, site.role) for site in self.sites), columns=["block", "role"])
+        for name, scores in self.scores.items():
+            frame[name] = [scores.values.get(site, math.nan) for site in self.sites]
+        return frame
 
     def _relative(self) -> pd.DataFrame:
         """Return `to_frame` with each score relative to its largest."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Metric, Run
@@ -18,10 +17,11 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
+from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
-from autopeft.reporting.html_page import html_page
 from autopeft.reporting.mlflow import run_content as content
+from autopeft.reporting.mlflow.run_content import SettingGroups
 from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
 from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
@@ -99,7 +99,7 @@ class Tracker:
         self,
         *,
         note: str,
-        identity: Mapping[str, Mapping[str, str]],
+        identity: SettingGroups,
         records: Sequence[TrialRecord],
         members: Collection[int] = (),
     ) -> None:
@@ -129,9 +129,7 @@ class Tracker:
         for record in self._runs.behind(records):
             self.trial_finished(record)
 
-    def _open(
-        self, note: str, identity: Mapping[str, Mapping[str, str]], records: Sequence[TrialRecord]
-    ) -> None:
+    def _open(self, note: str, identity: SettingGroups, records: Sequence[TrialRecord]) -> None:
         if self.is_server:
             check_server(self._uri)  # MLflow's client would try again for minutes
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
@@ -140,7 +138,8 @@ class Tracker:
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
         parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
         self._parent = self._open_parent(experiment_id, parent, note, identity)
-        self._runs = RunWriter(self._client, experiment_id, self._parent, self._study_id, self._objectives)
+        tags = {content.PARENT_TAG: self._parent, content.STUDY_TAG: self._study_id}
+        self._runs = RunWriter(self._client, experiment_id, tags, self._objectives)
         trials = [run for run in runs if content.TRIAL_TAG in run.data.tags]
         if foreign := self._runs.adopt(trials, records):
             _logger.warning(
@@ -153,13 +152,7 @@ class Tracker:
             self._client.set_tag(self._parent, content.VIEW_TAG, view)
         self.link = view_link(self.link, experiment_id, view)
 
-    def _open_parent(
-        self,
-        experiment_id: str,
-        known: Run | None,
-        note: str,
-        identity: Mapping[str, Mapping[str, str]],
-    ) -> str:
+    def _open_parent(self, experiment_id: str, known: Run | None, note: str, identity: SettingGroups) -> str:
         if known is None:
             tags = {content.SEARCH_TAG: self._search_name, content.STUDY_TAG: self._study_id}
             known = self._client.create_run(experiment_id, run_name=self._search_name, tags=tags)
@@ -242,10 +235,8 @@ class Tracker:
         self._worker.put(lambda: log_folder(self._client, self._parent, save, place))
 
     @section("log")
-    def finish(
-        self, status: Literal["FINISHED", "KILLED", "FAILED"], records: Sequence[TrialRecord] = ()
-    ) -> None:
-        """Write what is waiting, log the table of all trials, and end the search's run.
+    def finish(self, status: str, records: Sequence[TrialRecord] = ()) -> None:
+        """Write what is waiting, log the table of all trials, and end the search's run with a status.
 
         What is still missing is tried once more. A store that has stopped answering is given up once nothing
         has been written for a minute.

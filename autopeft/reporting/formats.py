@@ -1,14 +1,18 @@
-"""Rich tables, as text at a prompt and as HTML in a notebook."""
+"""Tables and figures as text at a prompt, as HTML in a notebook, and as pages of their own."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 _WIDTH = 140
 
@@ -32,6 +36,13 @@ def as_text(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def html_page(figure: Figure, *, title: str) -> str:
+    """Return a plotly figure as a page (about 5 MB) that it fills in width, with nothing from the network."""
+    chart = figure.to_html(include_plotlyjs=True, full_html=False, config={"responsive": True})
+    head = f'<head><meta charset="utf-8"/><title>{html.escape(title)}</title></head>'
+    return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{chart}\n</body>\n</html>\n'
 
 
 class Tabular:

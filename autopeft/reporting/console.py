@@ -13,15 +13,12 @@ from rich.table import Table
 
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.formats import methods_label
-
-_WIDTH_IN_A_FILE = 140
+from autopeft.reporting.formats import TEXT_WIDTH, methods_label
 
 
 def wide_console() -> Console:
     """Return a console on standard output, wide enough for tables where that is no terminal."""
-    width = None if sys.stdout.isatty() else _WIDTH_IN_A_FILE
-    return Console(highlight=False, width=width)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else TEXT_WIDTH)
 
 
 class SearchProgress:

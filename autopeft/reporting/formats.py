@@ -14,7 +14,7 @@ from autopeft.core.configuration import Configuration
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-_WIDTH = 140
+TEXT_WIDTH = 140
 
 
 def methods_label(configuration: Configuration) -> str:
@@ -32,7 +32,7 @@ def titled_table(title: str, headings: Iterable[str], *, words: Collection[str])
 
 def as_text(table: Table) -> str:
     """Return a table as plain text."""
-    console = Console(width=_WIDTH, color_system=None)
+    console = Console(width=TEXT_WIDTH, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()

@@ -180,7 +180,7 @@ class Search(SearchSettings):
             with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
                 save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": budget.bounds})
-                run = SearchRun(opened, self, study, budget, self, retry_failed=retry_failed)
+                run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 return run.run(
                     description=self.describe(),
                     identity=identity,
@@ -196,7 +196,7 @@ class Search(SearchSettings):
             ValueError: The search has not been started.
         """
         attributes, records = load_study(self.folder)
-        return ParetoFront.stored(attributes, records, self)
+        return ParetoFront.stored(attributes, records, self.export)
 
     def export(
         self,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.samplers import BaseSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole, unknown_choice
@@ -22,7 +23,7 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
-from autopeft.optimization.samplers import Sampler, make_sampler
+from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.search_spaces import ScoreGuided, SearchSpace
@@ -64,7 +65,7 @@ class SearchSettings:
         training: Training | None = None,
         halving: SuccessiveHalving | None = _HALVING,
         warm_start: WarmStart | None = None,
-        sampler: str | Sampler = "ehvi",
+        sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
         seeds: int = 3,
         executor: str | ExecutorFactory = "local",
@@ -209,7 +210,7 @@ def _without_folder(text: str) -> str:
     return Path(text).resolve().name if os.path.exists(text) else text
 
 
-def describe_sampler(sampler: str | Sampler) -> str:
+def describe_sampler(sampler: str | BaseSampler) -> str:
     """Return a sampler's name; of a user's own its import path and what can be read of its arguments.
 
     An argument is read from the attribute of its name, with or without an underscore before it. Of functions

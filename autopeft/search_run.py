@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from optuna.study import Study
 
@@ -19,7 +20,7 @@ from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
 from autopeft.optimization.study_store import StudyStore
-from autopeft.reporting.front import Exporter, ParetoFront
+from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
@@ -43,13 +44,13 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        exporter: Exporter,
+        export: Callable[..., Any],
         *,
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
         self.evaluator, self.axes, self.study = evaluator, opened.axes, study
-        self.budget, self.exporter, self.settings = budget, exporter, settings
+        self.budget, self.export, self.settings = budget, export, settings
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -86,7 +87,7 @@ class SearchRun:
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
-        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.exporter)
+        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.export)
 
     def run(
         self,
@@ -146,9 +147,7 @@ class SearchRun:
                 study_id=self.study.study_id,
                 objectives=self.settings.objectives,
             )
-        return SearchReport(
-            self._spent, evaluations=evaluations, progress=progress, tracker=tracker, tracking=tracking
-        )
+        return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=tracker)
 
     def _spent(self) -> tuple[float, Cost]:
         spent = self.scheduler.spent(self.study.records)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, TPESampler
 from rich.console import Console
 from rich.table import Table
 from sklearn.ensemble import ExtraTreesRegressor
@@ -40,7 +40,6 @@ from autopeft.methods import count_parameters
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.expected_improvement import Features
 from autopeft.optimization.proposal import History
-from autopeft.optimization.samplers import Sampler
 from autopeft.optimization.seed_replication import replication_delay
 from autopeft.search_spaces import SearchSpace
 from benchmarks.rivals.comparison import axes_of, read_runs
@@ -213,7 +212,7 @@ class Arm:
     """
 
     space: SearchSpace
-    sampler: Callable[[int], Sampler] = lambda seed: EhviSampler(seed=seed)
+    sampler: Callable[[int], BaseSampler] = lambda seed: EhviSampler(seed=seed)
     is_ours: bool = True
 
 

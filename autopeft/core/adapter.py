@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from autopeft.core.errors import unknown_choice
@@ -76,6 +77,13 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     if last >= _MOST_BLOCKS:
         raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {_MOST_BLOCKS - 1}.")
     return tuple(Site(block, match["role"]) for block in range(first, last + 1))
+
+
+def block_ranges(blocks: Iterable[int]) -> str:
+    """Write block numbers as in "0-5, 7"."""
+    runs = groupby(enumerate(sorted(blocks)), key=lambda entry: entry[1] - entry[0])
+    spans = [[block for _, block in run] for _, run in runs]
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 @dataclass(frozen=True, init=False)

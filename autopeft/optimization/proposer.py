@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
@@ -14,10 +14,10 @@ from autopeft.core.objectives import Constraint, Objective
 from autopeft.core.pareto import Axis, contributions, front_records
 from autopeft.core.profiling import section
 from autopeft.models.backbone import Backbone
-from autopeft.optimization.ehvi_sampler import EhviSampler
+from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
 from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.optimization.proposal import History, Proposal
-from autopeft.optimization.samplers import Sampler, make_sampler
+from autopeft.optimization.samplers import make_sampler
 from autopeft.search_spaces import Baseline, SearchSpace
 
 
@@ -27,7 +27,7 @@ class Proposer:
 
     space: SearchSpace
     backbone: Backbone
-    sampler: str | Sampler  # an `EhviSampler` is handed the history, others read an Optuna study
+    sampler: str | BaseSampler  # an `EhviSampler` is handed the history, others read an Optuna study
     objectives: Sequence[Objective]
     axes: Sequence[Axis]  # of the hypervolume
     view: Callable[[], Study]  # a new study with every trial so far, running ones included
@@ -67,14 +67,9 @@ class Proposer:
         )
 
     def _encoded(self, configuration: Configuration, baseline: str | None = None) -> Proposal:
-        params = self.space.encode(configuration, self.backbone)
-        trial = FixedTrial(params)
-        self.space.suggest(trial, self.backbone)
+        params, distributions = encoded(self.space, configuration, self.backbone)
         return Proposal(
-            configuration=configuration,
-            params=params,
-            distributions=trial.distributions,
-            baseline=baseline,
+            configuration=configuration, params=params, distributions=distributions, baseline=baseline
         )
 
     def _history(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> History:

@@ -13,7 +13,6 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 
-Sampler = BaseSampler | EhviSampler
 """Ours, or one of Optuna's."""
 
 _STARTUP_TRIALS = 10
@@ -47,7 +46,7 @@ NSGA-III suit searches of at least 60 trials.
 """
 
 
-def make_sampler(sampler: str | Sampler, seed: int, number: int = 0) -> Sampler:
+def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> BaseSampler:
     """Return the sampler that chooses a trial.
 
     A sampler's state is its random generator; everything else it reads from the study. With a new one for
@@ -63,7 +62,7 @@ def make_sampler(sampler: str | Sampler, seed: int, number: int = 0) -> Sampler:
     Raises:
         ValueError: The name is unknown, or the sampler's extra is not installed.
     """
-    if isinstance(sampler, Sampler):
+    if isinstance(sampler, BaseSampler):
         return sampler
     if sampler == "ehvi":
         return EhviSampler(seed=seed)

@@ -142,7 +142,7 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
     assert any(warm_starts(records))
     assert list(search.front().to_frame(all_trials=True)["warm_start"]) == warm_starts(records)
     warm_alone = [record for record in records if record.evaluation.warm_start]
-    shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search))
+    shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search.export))
     assert "initialised from" in shown
     assert "supernet" in shown
     assert supernets_of(search).cost.steps == search.open().evaluator.plan.total_steps

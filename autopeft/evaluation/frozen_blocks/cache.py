@@ -232,8 +232,8 @@ class HiddenStateCache:
 
     def _states(self, cut: int, rows: RowIndex, batch: Sequence[int]) -> Tensor:
         """Return the hidden states at a batch's tokens, of shape (tokens, width)."""
-        states = states_at([cut], self.backbone, rows.inputs(batch, self._device))[cut]
-        return states[rows.inside(batch, self._device)]
+        inputs = rows.inputs(batch, self._device)
+        return states_at([cut], self.backbone, inputs)[cut][rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
         """Try serving a few rows' hidden states that were computed alone: positions may count padding."""

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from autopeft.core.evaluation import Evaluation, TrialRecord
     from autopeft.evaluation.evaluator import Evaluator
     from autopeft.evaluation.packing.executor import PackedExecutor
-    from autopeft.evaluation.supernet.settings import WarmStart
     from autopeft.evaluation.supernet.supernet import LoraSupernet
+    from autopeft.evaluation.supernet.warm_start import WarmStart
     from autopeft.export.export import ExportReport, load_adapter
     from autopeft.methods import attach, count_parameters
     from autopeft.models.backbone import Backbone
@@ -36,7 +36,7 @@ _HOMES = {
     "SuccessiveHalving": "optimization.successive_halving",
     "Training": "training.settings",
     "TrialRecord": "core.evaluation",
-    "WarmStart": "evaluation.supernet.settings",
+    "WarmStart": "evaluation.supernet.warm_start",
     "adapters_off": "methods",
     "attach": "methods",
     "count_parameters": "methods",

@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from autopeft.core.cache_folder import cache_folder
 from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
-from autopeft.evaluation.supernet.settings import WarmStart
-from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.evaluation.supernet.warm_start import WarmStart, WarmStarts
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
-from autopeft.search_identity import BackboneSource, SearchSettings
+from autopeft.search_identity import SearchSettings
 from autopeft.search_spaces import SearchSpace
-from autopeft.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,44 +69,33 @@ class OpenSearch:
     def warm_starts(
         self, settings: WarmStart | None, folder: Path, *, trains: bool = True
     ) -> WarmStarts | None:
-        """Return the supernets that trials are initialised from; None without warm starts.
+        """Return the supernets that trials are initialised from, in a search's folder; None without.
 
-        Args:
-            settings: The search's.
-            folder: The search's, in which supernets are kept.
-            trains: Whether to train supernets that are not there.
+        With `trains`, those that are not there are trained.
         """
         if settings is None:
             return None
         return WarmStarts(settings, self.evaluator, self.space, folder / "supernets", trains=trains)
 
 
-def open_search(
-    source: BackboneSource,
-    task: Task,
-    settings: SearchSettings,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None,
-    scores: Path,
-) -> OpenSearch:
+def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     """Load backbone and data, check that the space fits, and compute the scores that it needs.
 
     Args:
-        source: Of the backbone.
-        task: Gives data, loss and metrics.
         settings: The search's.
-        tokenizer: See `Backbone.load`.
         scores: Folder where scores are kept.
 
     Raises:
         ValueError: Data, backbone, space or schedule are not valid.
     """
+    task, space = settings.task, settings.space
     with section("tokenise"):
         task.validate()
     with section("load"):
         device = settings.training.resolved_device()
-        backbone = Backbone.load(source, task.head, tokenizer, options=settings.loading, device=device)
-    space = settings.space
+        backbone = Backbone.load(
+            settings.backbone, task.head, settings.tokenizer, options=settings.loading, device=device
+        )
     space.validate(backbone)
     evaluator = Evaluator(
         backbone,

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
-from optuna.samplers import BaseSampler
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.core.profiling import Profile
-from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
-from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
-from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
-from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
-from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.search_document import save_document
-from autopeft.search_identity import BackboneSource, SearchSettings
+from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
-from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from autopeft.training.settings import Training
 
 _logger = logging.getLogger(__name__)
-_HALVING = SuccessiveHalving()
 
 
-class Search:
+class Search(SearchSettings):
     """A multi-objective search for PEFT configurations of one backbone on one task.
 
     Nothing is loaded before `open`, `validate` or `run`. A search is known by its name: the same call again
@@ -89,70 +73,7 @@ class Search:
             `validate`, which `run` calls before anything is trained.
     """
 
-    def __init__(
-        self,
-        backbone: BackboneSource,
-        task: Task,
-        space: SearchSpace | None = None,
-        *,
-        objectives: Sequence[str] | None = None,
-        constraints: Mapping[str, float | str] | None = None,
-        training: Training | None = None,
-        halving: SuccessiveHalving | None = _HALVING,
-        warm_start: WarmStart | None = None,
-        sampler: str | BaseSampler = "ehvi",
-        seed: int = 0,
-        seeds: int = 3,
-        executor: str | ExecutorFactory = "local",
-        baselines: bool = True,
-        score_check: bool = False,
-        name: str | None = None,
-        folder: str | Path = "autopeft_runs",
-        tracking: str | None = "sqlite:///mlflow.db",
-        experiment: str = "autopeft",
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: Dtype = "auto",
-        quantization: Quantization | None = None,
-        attention: str | None = None,
-    ) -> None:
-        make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
-        check_whole("seed", seed, least=0)
-        check_whole("seeds", seeds, what="a number of trainings", least=1)
-        if isinstance(executor, str) and executor != "local":
-            raise unknown_choice("executor", executor, ("local",))
-        self.task = task
-        if objectives is None:
-            objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
-        self.settings = SearchSettings(
-            space=ScoreGuided() if space is None else space,
-            training=Training() if training is None else training,
-            objectives=resolve_objectives(objectives, task.metrics),
-            constraints=resolve_constraints(constraints or {}, task.metrics),
-            halving=halving,
-            warm_start=warm_start,
-            sampler=sampler,
-            seed=seed,
-            seeds=seeds,
-            executor=executor,
-            baselines=baselines,
-            loading=LoadOptions(dtype=dtype, quantization=quantization, attention=attention),
-        )
-        self.space = self.settings.space
-        self.objectives = self.settings.objectives
-        self.score_check = score_check
-        self.experiment = experiment
-        self.tracking = tracking
-        self._source = backbone
-        self._tokenizer = tokenizer
-        self._name = name
-        self._root = Path(folder)
-        self._opened: OpenSearch | None = None
-        valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
-        if not valid_name:
-            raise ValueError(
-                "A search's name is a folder's name: a letter or digit, then letters, digits, '.', '-', '_' "
-                f"or spaces, got {name!r}."
-            )
+    _opened: OpenSearch | None = None
 
     def open(self) -> OpenSearch:
         """Load backbone and data and compute the scores that the space needs; later calls return the same.
@@ -161,9 +82,7 @@ class Search:
             ValueError: Data, backbone or space are not valid.
         """
         if self._opened is None:
-            self._opened = open_search(
-                self._source, self.task, self.settings, tokenizer=self._tokenizer, scores=self._score_folder
-            )
+            self._opened = open_search(self, self._score_folder)
         return self._opened
 
     def validate(self) -> None:
@@ -175,18 +94,6 @@ class Search:
         self.open().validate()
 
     @property
-    def name(self) -> str:
-        """The search's name."""
-        if self._name is None:
-            self._name = self.settings.default_name(self.task, self._source)
-        return self._name
-
-    @property
-    def folder(self) -> Path:
-        """Where this search is kept."""
-        return self._root / self.name
-
-    @property
     def _score_folder(self) -> Path:
         return self._root / "scores"
 
@@ -196,7 +103,7 @@ class Search:
         Raises:
             ValueError: Data, backbone or space are not valid.
         """
-        return self.settings.identity(self.open().backbone.identity(), self.task.identity())
+        return self._identity(self.open().backbone.identity(), self.task.identity())
 
     def describe(self) -> str:
         """Say in a few lines what is searched for and how.
@@ -205,7 +112,7 @@ class Search:
             ValueError: Data, backbone or space are not valid.
         """
         opened = self.open()
-        return self.settings.describe(self.task, opened.backbone, opened.space)
+        return self._describe(opened.backbone, opened.space)
 
     def sensitivity(
         self, scores: Sequence[str] = CHEAP_SCORES, *, batches: int = SCORE_BATCHES
@@ -274,36 +181,17 @@ class Search:
         with Profile() if profile else nullcontext():
             self.validate()
             opened, identity = self.open(), self.identity()
-            constraints = self.settings.constraints
-            with closing(StudyStore(self.folder, self.name, self.objectives, constraints)) as study:
+            with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
-                save_document(self.folder / SETTINGS_FILE, {**self._arguments(), "run": budget.bounds})
-                run = SearchRun(opened, self.settings, study, budget, self, retry_failed=retry_failed)
+                save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": budget.bounds})
+                run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 return run.run(
                     description=self.describe(),
                     identity=identity,
-                    tracking=self.tracking,
-                    experiment=self.experiment,
                     progress=progress,
                     callbacks=callbacks,
-                    check_scores=(lambda: (self.sensitivity(), self.check_scores()))
-                    if self.score_check
-                    else None,
+                    check_scores=lambda: (self.sensitivity(), self.check_scores()),
                 )
-
-    def _arguments(self) -> dict[str, Any]:
-        """Return what this search was made from; nothing that is made from that needs a password."""
-        return {
-            "backbone": self._source,
-            "task": self.task,
-            **self.settings.arguments(),
-            "score_check": self.score_check,
-            "name": self.name,
-            "folder": self._root,
-            "tracking": None if self.tracking is None else redact(self.tracking),
-            "experiment": self.experiment,
-            "tokenizer": self._tokenizer,
-        }
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.
@@ -312,7 +200,7 @@ class Search:
             ValueError: The search has not been started.
         """
         attributes, records = load_study(self.folder)
-        return ParetoFront.stored(attributes, records, self)
+        return ParetoFront.stored(attributes, records, self.export)
 
     def export(
         self,
@@ -359,7 +247,7 @@ class Search:
                     number,
                     evaluation.cost.wall_seconds / evaluation.trainings,
                 )
-            warm_starts = opened.warm_starts(self.settings.warm_start, self.folder, trains=False)
+            warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
             weights = initial_weights(warm_starts, evaluation)
             seed = evaluation.seed if seed is None else seed
             trained = opened.evaluator.train(configuration, seed, initial_weights=weights)
@@ -378,7 +266,7 @@ class Search:
                 "trial": str(number),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
-                "frozen blocks in training": self.settings.training.frozen_blocks,
+                "frozen blocks in training": self.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
             prediction=self.task.prediction,
@@ -390,4 +278,4 @@ class Search:
 
     def __repr__(self) -> str:
         names = ", ".join(objective.name for objective in self.objectives)
-        return f"Search({self._name or self._source!r}, {type(self.space).__name__}, {names})"
+        return f"Search({self._name or self.backbone!r}, {type(self.space).__name__}, {names})"

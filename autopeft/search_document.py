@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from autopeft.core.atomic_files import replacing
-from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
@@ -78,17 +78,3 @@ def _fields(section: Any, name: str, lost: dict[str, str]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(section) if field.name != _FILLED_IN]
     plain = {each: _plain(getattr(section, each), f"{name}.{each}", lost) for each in names}
     return {each: value for each, value in plain.items() if each not in ONLY_IN_PYTHON}
-
-
-def check_expressed(lost: Mapping[str, str]) -> None:
-    """Raise where a document lacks parts of its search.
-
-    Raises:
-        ValueError: Names them.
-    """
-    if lost:
-        parts = ", ".join(f"{name} ({given})" for name, given in lost.items())
-        raise ValueError(
-            f"The search was launched from Python with objects that a file cannot hold: {parts}. Make it "
-            "again there with the same objects: search.export(number, folder) writes its adapters."
-        )

@@ -1,4 +1,4 @@
-"""What a search is, as plain text: for resuming the right one and for the record."""
+"""What a search is made from, and as plain text: for resuming the right one and for the record."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from optuna.samplers import BaseSampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
-from autopeft.evaluation.supernet.settings import WarmStart
+from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import LoadOptions
+from autopeft.models.loading import Dtype, LoadOptions, Quantization
+from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
-from autopeft.search_spaces import SearchSpace
+from autopeft.reporting.mlflow.tracking_uri import redact
+from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.tasks import Task
 from autopeft.training.settings import Training
 
 BackboneSource = str | Path | PreTrainedModel | Backbone
 """A hub name, a local folder, a loaded transformers model, or a backbone."""
 
+_HALVING = SuccessiveHalving()
 # Of a model's config: a task's head changes them.
 _OF_THE_HEAD = frozenset(
     {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path"}
@@ -47,41 +52,98 @@ _PACKAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """The settings that decide what the trials of a search are; see `Search`."""
+    """What a `Search` is made from, and what follows from that before anything is loaded."""
 
-    space: SearchSpace
-    training: Training
-    objectives: tuple[Objective, ...]
-    constraints: tuple[Constraint, ...]
-    halving: SuccessiveHalving | None
-    warm_start: WarmStart | None
-    sampler: str | BaseSampler
-    seed: int
-    seeds: int
-    executor: str | ExecutorFactory
-    baselines: bool
-    loading: LoadOptions
+    def __init__(
+        self,
+        backbone: BackboneSource,
+        task: Task,
+        space: SearchSpace | None = None,
+        *,
+        objectives: Sequence[str] | None = None,
+        constraints: Mapping[str, float | str] | None = None,
+        training: Training | None = None,
+        halving: SuccessiveHalving | None = _HALVING,
+        warm_start: WarmStart | None = None,
+        sampler: str | BaseSampler = "ehvi",
+        seed: int = 0,
+        seeds: int = 3,
+        executor: str | ExecutorFactory = "local",
+        baselines: bool = True,
+        score_check: bool = False,
+        name: str | None = None,
+        folder: str | Path = "autopeft_runs",
+        tracking: str | None = "sqlite:///mlflow.db",
+        experiment: str = "autopeft",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
+        attention: str | None = None,
+    ) -> None:
+        make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
+        check_whole("seed", seed, least=0)
+        check_whole("seeds", seeds, what="a number of trainings", least=1)
+        if isinstance(executor, str) and executor != "local":
+            raise unknown_choice("executor", executor, ("local",))
+        self.backbone = backbone
+        self.task = task
+        self.space = ScoreGuided() if space is None else space
+        if objectives is None:
+            objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
+        self.objectives = resolve_objectives(objectives, task.metrics)
+        self.constraints = resolve_constraints(constraints or {}, task.metrics)
+        self.training = Training() if training is None else training
+        self.halving = halving
+        self.warm_start = warm_start
+        self.sampler = sampler
+        self.seed = seed
+        self.seeds = seeds
+        self.executor = executor
+        self.baselines = baselines
+        self.score_check = score_check
+        self.tracking = tracking
+        self.experiment = experiment
+        self.tokenizer = tokenizer
+        self.dtype, self.quantization, self.attention = dtype, quantization, attention
+        self.loading = LoadOptions(dtype=dtype, quantization=quantization, attention=attention)
+        self._name = name
+        self._root = Path(folder)
+        valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
+        if not valid_name:
+            raise ValueError(
+                "A search's name is a folder's name: a letter or digit, then letters, digits, '.', '-', '_' "
+                f"or spaces, got {name!r}."
+            )
+
+    @property
+    def name(self) -> str:
+        """The search's name."""
+        if self._name is None:
+            backbone = source_settings(self.backbone)
+            identity = json.dumps(self._identity(backbone, task_settings(self.task)), sort_keys=True)
+            digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+            stem = re.sub(r"[^\w.\-]+", "-", f"{self.task.name}-{backbone['name']}")
+            self._name = f"{stem}-{digest}"
+        return self._name
+
+    @property
+    def folder(self) -> Path:
+        """Where this search is kept."""
+        return self._root / self.name
 
     def arguments(self) -> dict[str, Any]:
-        """Return the settings as `Search` takes them."""
-        bounds = {constraint.objective.name: constraint.bound for constraint in self.constraints}
-        settings = vars(self) | vars(self.loading)
-        del settings["loading"]
+        """Return what this search can be made from again; nothing that is made from that needs a password."""
         return {
-            **settings,
+            **{name: getattr(self, name) for name in signature(SearchSettings).parameters},
             "objectives": [objective.name for objective in self.objectives],
-            "constraints": bounds,
+            "constraints": {constraint.objective.name: constraint.bound for constraint in self.constraints},
+            "folder": self._root,
+            "tracking": None if self.tracking is None else redact(self.tracking),
         }
 
-    def identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
-        """Return the settings as text.
-
-        Args:
-            backbone: What tells the backbone from others.
-            task: What tells the task from others.
-        """
+    def _identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Return the settings as text, with what tells backbone and task from others."""
         bounds = [f"{constraint.objective.name}={constraint.bound:g}" for constraint in self.constraints]
         return {
             "backbone": dict(backbone),
@@ -102,27 +164,8 @@ class SearchSettings:
             },
         }
 
-    def default_name(self, task: Task, source: BackboneSource) -> str:
-        """Return a search's name, made from its settings; neither backbone nor data are loaded.
-
-        Args:
-            task: Its task.
-            source: Of its backbone.
-        """
-        backbone = source_settings(source)
-        identity = json.dumps(self.identity(backbone, task_settings(task)), sort_keys=True)
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        stem = re.sub(r"[^\w.\-]+", "-", f"{task.name}-{backbone['name']}")
-        return f"{stem}-{digest}"
-
-    def describe(self, task: Task, backbone: Backbone, space: SearchSpace) -> str:
-        """Say in a few lines what is searched for and how.
-
-        Args:
-            task: The task.
-            backbone: The backbone.
-            space: The space, with its scores.
-        """
+    def _describe(self, backbone: Backbone, space: SearchSpace) -> str:
+        """Say in a few lines what is searched for and how; the space has its scores."""
         names = ", ".join(objective.name for objective in self.objectives)
         bounds = "; ".join(
             f"{constraint.objective.name} ≤ {constraint.objective.format(constraint.bound)}"
@@ -132,7 +175,7 @@ class SearchSettings:
         return "\n".join(
             [
                 f"backbone {backbone!r}",
-                f"task {task!r}",
+                f"task {self.task!r}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
                 f"training {training.epochs} epochs, batch size {training.batch_size}, "
                 f"{training.resolved_device()}, {training.resolved_precision()}"
@@ -173,10 +216,7 @@ def task_settings(task: Task) -> dict[str, str]:
 
 def _without_folder(text: str) -> str:
     """Return a file's name without its folder: a search is the same wherever it is called from."""
-    try:
-        return Path(text).resolve().name if Path(text).exists() else text
-    except OSError:  # no path
-        return text
+    return Path(text).resolve().name if os.path.exists(text) else text
 
 
 def describe_sampler(sampler: str | BaseSampler) -> str:

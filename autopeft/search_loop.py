@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from autopeft.core.evaluation import TrialRecord
@@ -23,9 +24,6 @@ from autopeft.training.training_checkpoint import TrainingCheckpoints
 TrialListener = Callable[[TrialRecord, ParetoFront], None]
 """Called with a trial that has finished, paused or been trained again, and the front with it."""
 
-JobListener = Callable[[Job], None]
-"""Called with a job that was submitted."""
-
 
 def run_loop(
     scheduler: Scheduler,
@@ -33,8 +31,8 @@ def run_loop(
     study: StudyStore,
     front: ParetoFront,
     *,
-    started: Sequence[JobListener] = (),
-    listeners: Sequence[TrialListener] = (),
+    started: Callable[[Job], None],
+    listeners: Sequence[TrialListener],
 ) -> ParetoFront:
     """Run jobs until the scheduler has none left; trials may finish out of order.
 
@@ -43,7 +41,7 @@ def run_loop(
         executor: Runs jobs; a failure is a record.
         study: Keeps the records: one that was told survives anything.
         front: The front of the study's records.
-        started: Called with every job.
+        started: Called with every job that was submitted.
         listeners: Called with every record, after it was kept. What they raise ends the loop.
 
     Returns:
@@ -58,8 +56,7 @@ def run_loop(
         while True:
             for job in scheduler.next(study.records, executor.free):
                 executor.submit(job)
-                for notice in started:
-                    notice(job)
+                started(job)
             if not scheduler.running:
                 return front
             finished = executor.wait()
@@ -72,34 +69,29 @@ def run_loop(
             raise_if_interrupted()
 
 
+@dataclass(frozen=True)
 class FileCleanup:
     """Listens to records, and deletes files that are not needed any more.
 
     Trained tensors are kept of the front and of trials with several trainings; of all trials, while members
     of the front lack trainings and may yet leave it.
-
-    Args:
-        checkpoints: Trained tensors.
-        paused: Paused trainings.
-        seeds: Trainings that a member of the front is to have.
     """
 
-    def __init__(self, checkpoints: AdapterCheckpoints, paused: TrainingCheckpoints, seeds: int) -> None:
-        self._checkpoints = checkpoints
-        self._paused = paused
-        self._seeds = seeds
+    checkpoints: AdapterCheckpoints
+    paused: TrainingCheckpoints
+    seeds: int  # trainings that a member of the front is to have
 
     def __call__(self, record: TrialRecord, front: ParetoFront) -> None:
         """Delete what a trial that is over, and the trials that it drove off the front, have left."""
         if record.evaluation.status != "paused":
-            self._paused.drop(record.number)
+            self.paused.drop(record.number)
         self.keep(front)
 
     def keep(self, front: ParetoFront) -> None:
         """Delete trained tensors that the front does not need."""
-        if not under_replicated((point.record for point in front), self._seeds):
+        if not under_replicated((point.record for point in front), self.seeds):
             replicated = {record.number for record in front.records if record.evaluation.by_seed}
-            self._checkpoints.keep_only(front.members | replicated)
+            self.checkpoints.keep_only(front.members | replicated)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from optuna.study import Study
 
@@ -14,12 +15,12 @@ from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
 from autopeft.optimization.budget import Budget, is_exhausted
-from autopeft.optimization.history import nothing_is_served
+from autopeft.optimization.proposal import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
 from autopeft.optimization.study_store import StudyStore
-from autopeft.reporting.front import Exporter, ParetoFront
+from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
@@ -31,19 +32,11 @@ from autopeft.training.training_checkpoint import TrainingCheckpoints
 
 _logger = logging.getLogger(__name__)
 ScoreChecks = Callable[[], tuple[SensitivityReport, ScoreCheck]]
+"""Scores the sites, and says how well the scores rank the trials."""
 
 
 class SearchRun:
-    """One call of `Search.run`.
-
-    Args:
-        opened: Backbone, evaluator, space and axes.
-        settings: The search's.
-        study: The study, held by this process.
-        budget: When the search ends.
-        exporter: Writes adapters of the front.
-        retry_failed: Whether failed trials are tried again.
-    """
+    """One call of `Search.run`, on a study that this process holds."""
 
     def __init__(
         self,
@@ -51,13 +44,13 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        exporter: Exporter,
+        export: Callable[..., Any],
         *,
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
         self.evaluator, self.axes, self.study = evaluator, opened.axes, study
-        self.budget, self.exporter = budget, exporter
+        self.budget, self.export, self.settings = budget, export, settings
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -69,16 +62,15 @@ class SearchRun:
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
         proposer = Proposer(
-            opened.space,
-            opened.backbone,
-            settings.sampler,
+            space=opened.space,
+            backbone=opened.backbone,
+            sampler=settings.sampler,
             objectives=evaluator.objectives,
             axes=opened.axes,
             view=self._view,
             seed=settings.seed,
             constraints=evaluator.constraints,
-            baselines=settings.baselines,
-            trials=budget.trials,
+            baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
@@ -90,41 +82,29 @@ class SearchRun:
             seeds=settings.seeds,
             promoter=self.promoter,
             overhead=self.warm_starts,
-            retried=failed if retry_failed else (),
+            retried=failed if retry_failed else [],
         )
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
-        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.exporter)
+        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.export)
 
     def run(
         self,
         *,
         description: str,
         identity: Mapping[str, Mapping[str, str]],
-        tracking: str | None,
-        experiment: str,
         progress: bool,
         callbacks: Sequence[TrialListener],
-        check_scores: ScoreChecks | None,
+        check_scores: ScoreChecks,
     ) -> ParetoFront:
-        """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`.
-
-        Args:
-            description: What is searched for and how.
-            identity: Groups of settings.
-            tracking: MLflow tracking URI; None for no runs.
-            experiment: MLflow experiment.
-            progress: Whether to print.
-            callbacks: The caller's.
-            check_scores: Scores the sites and says how well the scores rank the trials; None for not.
-        """
+        """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`."""
         front = self.front()
         self.study.set_attribute("metrics", [asdict(metric) for metric in self.evaluator.task.metrics])
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.keep(front)
         before = self._evaluations()
-        report = self._report(tracking, experiment, before, progress=progress)
+        report = self._report(before, progress=progress)
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
@@ -139,10 +119,10 @@ class SearchRun:
                     self.executor,
                     self.study,
                     front,
-                    started=[report.started],
+                    started=report.started,
                     listeners=[self.cleanup, report.finished, *timed],
                 )
-            if check_scores is not None and report.evaluations > before:
+            if self.settings.score_check and report.evaluations > before:
                 self._check_scores(report, check_scores)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -155,27 +135,19 @@ class SearchRun:
         self._close(report, front)
         return front
 
-    def _report(
-        self, tracking: str | None, experiment: str, evaluations: int, *, progress: bool
-    ) -> SearchReport:
-        tracker = None
+    def _report(self, evaluations: int, *, progress: bool) -> SearchReport:
+        tracker, tracking = None, self.settings.tracking
         if tracking is not None:
             from autopeft.reporting.mlflow.tracker import Tracker  # takes a fifth of importing all
 
             tracker = Tracker(
                 tracking,
-                experiment=experiment,
-                search_name=self.study.folder.name,
+                experiment=self.settings.experiment,
+                search_name=self.settings.name,
                 study_id=self.study.study_id,
-                objectives=self.evaluator.objectives,
+                objectives=self.settings.objectives,
             )
-        return SearchReport(
-            self._spent,
-            evaluations=evaluations,
-            progress=progress,
-            tracker=tracker,
-            tracking=tracking,
-        )
+        return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=tracker)
 
     def _spent(self) -> tuple[float, Cost]:
         spent = self.scheduler.spent(self.study.records)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.budget import Budget
 from autopeft.search import Search
-from autopeft.search_document import LOST, ONLY_IN_PYTHON, SECTIONS, TYPES, check_expressed
+from autopeft.search_document import LOST, ONLY_IN_PYTHON, SECTIONS, TYPES
 
 _RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds", "retry_failed")
 
@@ -82,7 +82,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
 def build_config(settings: Mapping[str, Any]) -> SearchConfig:
     """Make a search from settings; see `load_config`."""
     arguments = dict(settings)
-    check_expressed(arguments.pop(LOST, {}))
+    if lost := arguments.pop(LOST, {}):
+        parts = ", ".join(f"{name} ({given})" for name, given in lost.items())
+        raise ValueError(
+            f"The search was launched from Python with objects that a file cannot hold: {parts}. Make it "
+            "again there with the same objects: search.export(number, folder) writes its adapters."
+        )
     run = _checked_run(arguments.pop("run", None) or {})
     for section, types in TYPES.items():
         if arguments.get(section) is not None:

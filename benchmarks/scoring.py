@@ -36,7 +36,7 @@ from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.score_allocation import Allocation
-from autopeft.sensitivity import CHEAP_SCORES, ScoreOptions, SiteScores, compute_scores
+from autopeft.sensitivity import CHEAP_SCORES, SiteScores, compute_scores
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
@@ -76,7 +76,7 @@ def peak_of_scoring(task: TextClassification, precision: Precision) -> int:
     counter = StorageCounter()
     base = counter.exclude((*batch.values(), *backbone.model.parameters(), *backbone.model.buffers()))
     with counter:
-        compute_scores(backbone, [batch], task, options=ScoreOptions(precision=precision))
+        compute_scores(backbone, [batch], task, precision=precision)
     return base + counter.peak_bytes
 
 
@@ -130,11 +130,10 @@ def main() -> None:
     seconds: dict[tuple[str, Precision], float] = {}
     found: dict[tuple[str, Precision], Mapping[str, SiteScores]] = {}
     for precision, evaluator in evaluators.items():
-        options = ScoreOptions(precision=precision)
-        compute_scores(backbone, given[:1], task, options=options)  # what is loaded on first use
+        compute_scores(backbone, given[:1], task, precision=precision)  # what is loaded on first use
         for title, scores in _SETS.items():
             started = time.perf_counter()
-            found[title, precision] = compute_scores(backbone, given, task, scores, options=options)
+            found[title, precision] = compute_scores(backbone, given, task, scores, precision=precision)
             seconds[title, precision] = time.perf_counter() - started
         seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
     every = next(iter(_SETS))

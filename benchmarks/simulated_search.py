@@ -36,10 +36,10 @@ from sklearn.ensemble import ExtraTreesRegressor
 from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import contributions, hypervolume, non_dominated
 from autopeft.evaluation.site_scoring import score_sites
-from autopeft.models.backbone import Backbone
+from autopeft.methods import count_parameters
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.expected_improvement import Features
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.optimization.seed_replication import replication_delay
 from autopeft.search_spaces import SearchSpace
 from benchmarks.rivals.comparison import axes_of, read_runs
@@ -84,7 +84,8 @@ class World:
     def _numbers(self, one: Configuration) -> list[float]:
         """Return what the forest is given of a configuration."""
         blocks = [site.block for site, _ in one] or [len(self.backbone.blocks)]
-        counts = [len(one), self.features.count(one), sum(adapter.size or 0 for _, adapter in one)]
+        parameters = count_parameters(self.backbone, one)
+        counts = [len(one), parameters, sum(adapter.size or 0 for _, adapter in one)]
         places = [min(blocks), max(blocks), statistics.fmean(blocks)]
         return [one.learning_rate, *counts, *places, *self.features.placement(one)]
 
@@ -107,7 +108,8 @@ class World:
 
     def point(self, one: Configuration, score: float) -> Values:
         """Return a configuration's place, for a score."""
-        return {self.axes[0].objective.name: score, self.axes[1].objective.name: self.features.count(one)}
+        metric, parameters = (axis.objective.name for axis in self.axes)
+        return {metric: score, parameters: count_parameters(self.backbone, one)}
 
 
 class Simulated:
@@ -159,7 +161,9 @@ def searched(arm: Arm, world: World, seed: int, budget: float) -> list[tuple[flo
     backbone = world.backbone
     space, sampler = arm.space.with_scores(world.scores), arm.sampler(seed)
     search = Simulated(world, seed, is_served=arm.is_ours)
-    study = optuna.create_study(directions=("maximize", "minimize"), sampler=sampler)
+    study = optuna.create_study(directions=("maximize", "minimize"))
+    if not isinstance(sampler, EhviSampler):
+        study.sampler = sampler
     waiting = [baseline.configuration for baseline in space.baselines(backbone)] if arm.is_ours else []
     found = []
     while search.spent < budget:
@@ -194,9 +198,7 @@ def _history(search: Simulated) -> History:
 class RateSampler(EhviSampler):
     """Has models that see the learning rate, not the summed one."""
 
-    def features(self, space: SearchSpace, backbone: Backbone) -> Features:
-        """Return what the models are given of a configuration."""
-        return RateFeatures.of(space, backbone)
+    features = RateFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

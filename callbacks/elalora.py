@@ -59,6 +59,7 @@ class ElaLoRA(SensitivityGates):
 
     def initial_gates(self) -> dict[str, Tensor]:
         """Return gates that spread the budget evenly."""
+        self.check_budget(self.minimum_rank)
         largest = {name: module.rank for name, module in self._modules.items()}
         return self.first_ranks(spread_evenly(self.budget, largest, self.minimum_rank))
 
@@ -124,16 +125,8 @@ class ElaLoRA(SensitivityGates):
 def spread_evenly(budget: int, most: Mapping[str, int], least: int) -> dict[str, int]:
     """Return ranks that sum to the budget and differ as little as they can, the first ones being larger.
 
-    Args:
-        budget: The sum.
-        most: Largest rank of every module; a ValueError is raised where they cannot hold the budget.
-        least: Smallest rank of every module.
+    Every rank is at least the least one and at most what `most` says of its module.
     """
-    if least > min(most.values()) or not least * len(most) <= budget <= sum(most.values()):
-        raise ValueError(
-            f"{len(most)} LoRA layers of ranks {least} to {min(most.values())}..{max(most.values())} "
-            f"cannot hold {budget} ranks together."
-        )
     ranks = dict.fromkeys(most, least)
     for _ in range(budget - least * len(most)):
         free = [name for name in most if ranks[name] < most[name]]
@@ -155,12 +148,8 @@ def choose_moves(
     ranks, with the least important active rank there is at that moment. A module gives or takes, not
     both, and takes one rank at most.
 
-    Args:
-        importance: Of every rank of every module that takes part, each of shape (rank,).
-        masks: Which ranks are active, each of shape (rank,), boolean.
-        most: Most moves.
-        minimum_rank: Rank no module falls below.
-        spared: (module, index) of active ranks that must stay.
+    Importance and masks, which say what ranks are active, are of shape (rank,) a module that takes part.
+    Ranks that are spared, as (module, index), stay.
     """
     left = {name: int(masks[name].sum()) for name in importance}
     means = {name: float(importance[name][masks[name]].mean()) for name in importance}

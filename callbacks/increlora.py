@@ -53,13 +53,7 @@ class IncreLoRA(SensitivityGates):
 
     def initial_gates(self) -> dict[str, Tensor]:
         """Return gates that are 1 for the first ranks."""
-        ranks = [module.rank for module in self._modules.values()]
-        low, high = self.initial_rank * len(ranks), sum(ranks)
-        if self.initial_rank > min(ranks) or not low <= self.budget <= high:
-            raise ValueError(
-                f"{len(ranks)} LoRA layers of ranks up to {min(ranks)}..{max(ranks)}, {high} together, "
-                f"cannot start at {self.initial_rank} and reach a budget of {self.budget}."
-            )
+        self.check_budget(self.initial_rank)
         return self.first_ranks(dict.fromkeys(self._modules, self.initial_rank))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

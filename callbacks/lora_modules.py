@@ -51,12 +51,9 @@ class LoraModule:
     def truncated(self, factors: Tensor) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA that computes what this one does under `factors`.
 
-        Args:
-            factors: What each rank is multiplied by, of shape (rank,); ranks with 0 are dropped.
-
-        Returns:
-            Copies under "<name>.lora_A.weight" and "<name>.lora_B.weight", for the same α and rule of
-            scaling; empty where every factor is 0.
+        They are what each rank is multiplied by, of shape (rank,); ranks with 0 are dropped. The copies are
+        called "<name>.lora_A.weight" and "<name>.lora_B.weight", for the same α and rule of scaling; there
+        are none where every factor is 0.
         """
         count = max(1, int(torch.count_nonzero(factors)))
         return truncated_tensors(
@@ -73,12 +70,7 @@ def truncated_tensors(
 ) -> dict[str, Tensor]:
     """Return copies of A (rank, inputs) and B (outputs, rank) of a module's LoRA with some ranks only.
 
-    Args:
-        name: Qualified name of the module; begins the tensors' names.
-        down: A.
-        up: B.
-        keep: Which ranks to keep, of shape (rank,), boolean.
-        rescale: What B is multiplied by: the scaling it was trained with over the new one.
+    `keep` says which, of shape (rank,). B is rescaled: by the scaling it was trained with over the new one.
     """
     kept = keep.to(down.device)
     if not bool(kept.any()):

@@ -18,15 +18,7 @@ class SmoothedSensitivity:
     Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023,
     equations 8 to 10: Ī ← β₁·Ī + (1 − β₁)·I; U ← β₂·U + (1 − β₂)·|I − Ī|; s = Ī·U. Both start at 0.
 
-    Args:
-        betas: β₁ and β₂, each in (0, 1).
-
-    Attributes:
-        means: Ī, by name.
-        uncertainties: U, by name.
-
-    Raises:
-        ValueError: A beta is out of its range.
+    β₁ and β₂ have to lie in (0, 1), else a ValueError is raised. `means` has Ī and `uncertainties` U by name.
     """
 
     def __init__(self, betas: tuple[float, float] = (0.85, 0.85)) -> None:
@@ -76,6 +68,15 @@ class SensitivityGates(RankGates):
         check_at_least(1, budget=self.budget, every_n_steps=self.every_n_steps)
         check_at_least(0, warmup_steps=self.warmup_steps)
         self._averages = SmoothedSensitivity(self.betas)
+
+    def check_budget(self, least: int) -> None:
+        """Raise a ValueError where layers that have a least rank each cannot have the budget together."""
+        ranks = [module.rank for module in self._modules.values()]
+        if least > min(ranks) or not least * len(ranks) <= self.budget <= sum(ranks):
+            raise ValueError(
+                f"{len(ranks)} LoRA layers of ranks from {least} to {min(ranks)}..{max(ranks)}, {sum(ranks)} "
+                f"together, cannot hold a budget of {self.budget}."
+            )
 
     def first_ranks(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
         """Return gates that are 1 for so many first ranks of each module."""

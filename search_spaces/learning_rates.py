@@ -13,11 +13,7 @@ LearningRate = float | tuple[float, float]
 
 
 def checked_learning_rate(learning_rate: Any) -> LearningRate:
-    """Return a learning rate or a range of it.
-
-    Raises:
-        ValueError: Not a positive number nor two of them in rising order.
-    """
+    """Return a learning rate or a range of it; raise a ValueError where it is neither."""
     bounds = learning_rate if isinstance(learning_rate, tuple | list) else (learning_rate, learning_rate)
     numbers = [bound for bound in bounds if isinstance(bound, int | float) and not isinstance(bound, bool)]
     if len(numbers) != 2 or len(bounds) != 2:

@@ -193,11 +193,7 @@ class SlotSpace(MethodSpace):
 
 
 def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
-    """Return names (or the only one) as a tuple.
-
-    Raises:
-        ValueError: There is none, or one is not valid or given twice.
-    """
+    """Return names (or the only one) as a tuple; raise a ValueError where one is invalid or given twice."""
     given = (names,) if isinstance(names, str) else tuple(names)
     choices = tuple(valid)
     if not given:
@@ -211,11 +207,7 @@ def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tupl
 
 
 def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
-    """Return the powers of two within (smallest, largest), both ends included.
-
-    Raises:
-        ValueError: The bounds are not two whole numbers in rising order, at least 1.
-    """
+    """Return the powers of two within (smallest, largest), both ends included; refuse other bounds."""
     whole = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]
     if not whole or not 1 <= bounds[0] <= bounds[1]:
         raise ValueError(

@@ -34,12 +34,9 @@ class Mutator(ABC):
     def __call__(self, parents: Mapping[Configuration, float], generator: random.Random) -> Configuration:
         """Return a configuration near one of the parents, with its learning rate or its summed one.
 
-        Half the children keep either within the bounds, the others have a rate near it.
-
-        Args:
-            parents: Points of the space, and what each is worth, at least 0 (of the front, what it adds to
-                the hypervolume). The head alone is a parent only where there is no other.
-            generator: Decides everything.
+        Half the children keep either within the bounds, the others have a rate near it. Parents come with
+        what each is worth, at least 0 (of the front, what it adds to the hypervolume). The head alone is a
+        parent only where there is no other.
         """
         adapted = {parent: share for parent, share in parents.items() if parent.adapters} or parents
         mean = sum(adapted.values()) / len(adapted)
@@ -64,9 +61,7 @@ class Mutator(ABC):
 class ParameterMutator(Mutator):
     """Moves in the parameters of any space: some are drawn anew, or taken from another parent.
 
-    Attributes:
-        encode: Returns the parameters of a point.
-        decode: Asks a trial for parameters and returns their point.
+    `encode` returns the parameters of a point, `decode` asks a trial for parameters and returns their point.
     """
 
     encode: Callable[[Configuration], Mapping[str, Any]]

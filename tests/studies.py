@@ -44,9 +44,9 @@ def proposed(record: TrialRecord, rank: int, attributes: Mapping[str, Any] | Non
     """Return what was proposed for a made-up trial."""
     return Proposal(
         configuration=record.evaluation.configuration,
-        parameters={"rank": rank},
+        params={"rank": rank},
         distributions=RANKS,
-        attributes=attributes or {},
+        system_attrs=attributes or {},
     )
 
 

@@ -265,7 +265,8 @@ def test_a_search_from_python_is_exported_from_the_command_line(place: Path, tmp
     assert kept.pop("only_in_python") == {"sampler": "optuna.samplers._random.RandomSampler"}
     again = build_config(kept)
     assert again.run == {"trials": 1}
-    assert replace(again.search.settings, sampler=search.settings.sampler) == search.settings
+    given = {"backbone": search.backbone, "sampler": search.sampler, "task": search.task}
+    assert again.search.arguments() | given == search.arguments()
     result = call("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "adapter_config.json").is_file()

@@ -82,8 +82,8 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
     assert isinstance(expected.task, TextClassification)
     assert found.task.columns == expected.task.columns == ("question", "answer")
     assert found.task.dataset == expected.task.dataset
-    assert found.settings == expected.settings
-    assert (found.settings.seed, found.tracking) == (3, None)
+    assert found.arguments() == expected.arguments() | {"task": found.task}
+    assert (found.seed, found.tracking) == (3, None)
     assert repr(found) == repr(expected)
     assert config.run == {"trials": 8, "hours": 0.5}
 
@@ -118,7 +118,7 @@ def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:
 def test_defaults_are_those_of_python() -> None:
     config = build_config({"backbone": SETTINGS["backbone"], "task": {"dataset": "data.csv"}})
     expected = Search("model", TextClassification(dataset="data.csv"))
-    assert config.search.settings == expected.settings
+    assert config.search.arguments() == expected.arguments() | {"task": config.search.task}
     assert config.run == {}
 
 
@@ -271,19 +271,19 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     path = written(tmp_path)
     overrides = ("training.epochs=5", "space.ranks=[2, 4]", "name=again", "run.hours=null", "constraints={}")
     config = load_config(path, overrides)
-    assert config.search.settings.training == Training(epochs=5, batch_size=16)
+    assert config.search.training == Training(epochs=5, batch_size=16)
     assert isinstance(config.search.space, PerLayer)
     assert config.search.space.ranks == (2, 4)
-    assert config.search.settings.constraints == ()
+    assert config.search.constraints == ()
     assert config.search.name == "again"
     assert config.run == {"trials": 8, "hours": None}
-    assert load_config(path).search.settings.training.epochs == 2
+    assert load_config(path).search.training.epochs == 2
 
 
 def test_overrides_may_add_what_the_file_leaves_empty(tmp_path: Path) -> None:
     path = written(tmp_path, changed("training", None) | {"run": None})
     config = load_config(path, ("training.epochs=4", "run.trials=2"))
-    assert config.search.settings.training.epochs == 4
+    assert config.search.training.epochs == 4
     assert config.run == {"trials": 2}
 
 

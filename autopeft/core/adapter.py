@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from autopeft.core.errors import unknown_choice
@@ -78,6 +79,13 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     return tuple(Site(block, match["role"]) for block in range(first, last + 1))
 
 
+def block_ranges(blocks: Iterable[int]) -> str:
+    """Write block numbers as in "0-5, 7"."""
+    runs = groupby(enumerate(sorted(blocks)), key=lambda entry: entry[1] - entry[0])
+    spans = [[block for _, block in run] for _, run in runs]
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+
+
 @dataclass(frozen=True, init=False)
 class Adapter:
     """One adapter of a configuration: a method, its size and the options that differ from default.
@@ -145,11 +153,11 @@ def _checked_size(specification: MethodSpec, size: int | None) -> int | None:
         if size is not None:
             raise ValueError(f"{specification.name!r} has no size, got size={size!r}.")
         return None
-    expected = f"{specification.name!r} needs a {specification.size_name} of at least 1"
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{expected} (a whole number), got {size!r}.")
-    if size < 1:
-        raise ValueError(f"{expected}, got {size}; leave the site out to have no adapter there.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"{specification.name!r} needs a {specification.size_name} of at least 1 (a whole number), "
+            f"got {size!r}; leave the site out to have no adapter there."
+        )
     return size
 
 

@@ -16,9 +16,6 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder is made. What was written is flushed to the disk and moved; then the folder is flushed, too.
     Where the block raises, what was there before stays.
 
-    Args:
-        path: The file to write or to replace.
-
     Raises:
         OSError: The disk is full or the folder cannot be written to; the message names the file.
     """

@@ -31,12 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose metadata has a checksum of everything else in it.
-
-    Args:
-        path: The file.
-        tensors: Its tensors, on any device and in any layout.
-        metadata: Texts to keep with them.
+    """Write tensors, of any device and layout, and texts to a safetensors file with a checksum of them.
 
     Raises:
         OSError: See `replacing`.
@@ -65,11 +60,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write JSON with a checksum.
-
-    Args:
-        path: The file.
-        content: What `json` can write, with texts as keys.
+    """Write JSON, with texts as keys, and a checksum.
 
     Raises:
         OSError: See `replacing`.

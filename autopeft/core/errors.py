@@ -12,12 +12,9 @@ def nearest(given: str, valid: Iterable[str]) -> str | None:
 
 
 def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
-    """Return the error for a name that is none of the valid ones: it lists these, and says the nearest.
+    """Return the error for a name of a kind ("column", "sampler") that is none of the valid ones.
 
-    Args:
-        kind: What the name stands for, as in "column" or "sampler".
-        given: The name the user wrote.
-        valid: Every valid name.
+    It lists these, and says the nearest.
     """
     choices = list(valid)
     close = nearest(given, choices)

@@ -29,11 +29,7 @@ class New:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialJob:
-    """A job on a trial that was trained before.
-
-    Attributes:
-        record: The trial.
-    """
+    """A job on a trial that was trained before."""
 
     record: TrialRecord
 
@@ -45,22 +41,14 @@ class TrialJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(TrialJob):
-    """Train a paused trial up to its next rung, or to the end.
-
-    Attributes:
-        rung: Index of the rung; the last is the whole training.
-    """
+    """Train a paused trial up to the rung of an index, of which the last is the whole training."""
 
     rung: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replicate(TrialJob):
-    """Train a complete trial again with another seed.
-
-    Attributes:
-        training: Index of the training, from 1.
-    """
+    """Train a complete trial again with another seed; `training` is its index, 1 for the first time."""
 
     training: int
 
@@ -72,7 +60,7 @@ class Duplicate:
     Attributes:
         number: The trial's number.
         original: The earlier trial, whose outcome it takes over.
-        baseline: The name of the baseline that it is; None where it is another configuration.
+        baseline: See `New`.
     """
 
     number: int

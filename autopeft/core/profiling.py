@@ -27,19 +27,19 @@ SECTIONS = {
     "callbacks": "the caller's own",
     "other": "everything else, such as the progress bar",
 }
-"""What the time of a search is split into, and what each section is."""
+"""What the time of a search is split into."""
 
 
 @dataclass
 class TimeSpan:
-    """Time spent in one place: wall time, processor time of the thread, and how often it was entered."""
+    """Wall time and processor time of a thread in one place, and how often it was entered."""
 
     seconds: float = 0.0
     processor_seconds: float = 0.0
     calls: int = 0
 
     def add_since(self, start: tuple[float, float]) -> tuple[float, float]:
-        """Add the time of this thread since a moment that `now` gave; return the moment up to which."""
+        """Add this thread's time since a moment that `now` gave; return the new moment."""
         wall, processor = now()
         self.seconds += wall - start[0]
         self.processor_seconds += processor - start[1]
@@ -54,9 +54,8 @@ def now() -> tuple[float, float]:
 class Profile:
     """Split the time of the thread that enters it into sections; what a section calls counts there alone.
 
-    Use it in a `with` block: until its end, `section` and Lightning's actions count to it. CUDA kernels are
-    waited for at every boundary, so that they count where they were launched; this makes a search on a GPU
-    slower while it is profiled.
+    `section` and Lightning's actions count to it within its `with` block. CUDA kernels are waited for at each
+    boundary, so that they count where they were launched, which makes a search on a GPU slower.
     """
 
     def __init__(self) -> None:
@@ -65,15 +64,15 @@ class Profile:
         self._since = now()
 
     def __enter__(self) -> Profile:
-        if current_profile() is not None:
+        if current_profile.get() is not None:
             raise RuntimeError("This thread is being profiled already.")
-        self._token = _current.set(self)
+        self._token = current_profile.set(self)
         self.enter("other")
         return self
 
     def __exit__(self, *error: object) -> None:
         self.leave(0)
-        _current.reset(self._token)
+        current_profile.reset(self._token)
 
     def enter(self, name: str) -> int:
         """Count to a section from now on; return the depth with which `leave` ends it."""
@@ -96,19 +95,15 @@ class Profile:
         self._since = self._stack[-1].add_since(self._since) if self._stack else now()
 
 
-_current: ContextVar[Profile | None] = ContextVar("autopeft_profile", default=None)
-
-
-def current_profile() -> Profile | None:
-    """Return the profile that this thread counts to; None where none is running."""
-    return _current.get()
+current_profile: ContextVar[Profile | None] = ContextVar("autopeft_profile", default=None)
+"""The profile that this thread counts to."""
 
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
     """Count a block, or the calls of a function, to one of `SECTIONS` in the running profile, if any."""
     assert name in SECTIONS, name
-    if (profile := current_profile()) is None:
+    if (profile := current_profile.get()) is None:
         yield
         return
     depth = profile.enter(name)

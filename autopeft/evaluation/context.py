@@ -24,8 +24,7 @@ from autopeft.tasks import Task
 from autopeft.tasks.base import SplitName
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
-from autopeft.training.trainer_state import check_states
-from autopeft.training.training_checkpoint import TrainingCheckpoint
+from autopeft.training.training_checkpoint import TrainingCheckpoint, check_states
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import ValidationSchedule
 

@@ -68,7 +68,7 @@ class Evaluator(EvaluationContext):
         if paused is not None and paused.step >= end:
             return Trained(paused.evaluation, paused=paused)
         seed = self.seed if seed is None else seed
-        run = EvaluationRun(self, configuration, seed, attachment, end, paused, initial_weights)
+        run = EvaluationRun(self, configuration, seed, end, attachment, paused, initial_weights)
         reason = reason_of_failure(run.attempt)
         # Outside the except block on purpose: the traceback would keep the tensors alive.
         if reason is not None and self.device.type == "cuda":

@@ -45,11 +45,7 @@ ExecutorFactory = Callable[[TrialRunner], Executor]
 
 
 class LocalExecutor:
-    """Runs one job at a time in this process, when it is waited for.
-
-    Args:
-        runner: Runs a job.
-    """
+    """Runs one job at a time in this process, when it is waited for."""
 
     serves_hidden_states = True
 

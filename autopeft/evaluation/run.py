@@ -33,8 +33,12 @@ from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
-from autopeft.training.trainer_state import CaptureState, restore_state
-from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
+from autopeft.training.training_checkpoint import (
+    CaptureState,
+    TrainingCheckpoint,
+    TrainingState,
+    restore_state,
+)
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches
 
@@ -67,13 +71,13 @@ class Trained:
 
 @dataclass(eq=False)
 class EvaluationRun:
-    """One evaluation on its way: what is known of it at any point, also when it fails."""
+    """What is known of one evaluation at any point, also when it fails; see `Evaluator.train`."""
 
     evaluator: EvaluationContext
     configuration: Configuration
     seed: int
-    attachment: type[Attachment]
     end: int
+    attachment: type[Attachment] = Attachment
     before: TrainingCheckpoint | None = None
     initial_weights: InitialWeights | None = None
 
@@ -209,16 +213,13 @@ class EvaluationRun:
         elif self.pause is not None:
             monitor = evaluator.monitor.name
             status, reason = "paused", f"{monitor} {self.values[monitor]:.4f} after {cost.steps} steps"
+        points = [CurvePoint(metric=name, step=step, value=value) for name, step, value in self.curve.points]
         evaluation = Evaluation(
             configuration=self.configuration,
             status=status,
             reason=reason,
             values={name: value for name, value in self.values.items() if math.isfinite(value)},
-            curves=tuple(
-                CurvePoint(metric=metric, step=step, value=value)
-                for metric, step, value in self.curve.points
-                if math.isfinite(value)
-            ),
+            curves=tuple(point for point in points if math.isfinite(point.value)),
             cost=cost,
             seed=self.seed,
             warm_start=self.warm_start,
@@ -240,20 +241,16 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
         attempt()
     except DivergenceError as error:
         return f"diverged: {error}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return f"out of memory: {_first_line(error)}"
     except SIGTERMException:
         raise
     except (Exception, SystemExit) as error:  # a model may call `sys.exit`
-        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
-            return f"out of memory: {_first_line(error)}"
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        # The latter is how torch's CPU allocator says it.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            return f"out of memory: {first_line}"
         _logger.warning("A trial failed and the search goes on.", exc_info=True)
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _fit(

@@ -15,7 +15,7 @@ from autopeft.core.durable_files import load_json, save_json
 from autopeft.core.errors import check_whole
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.sensitivity import SCORES, ScoreOptions, SiteScores, compute_scores
+from autopeft.sensitivity import SCORES, SiteScores, compute_scores
 
 SCORE_BATCHES = 4
 """Unless told otherwise: more move the ranking of the sites little (`benchmarks/score_batches.py`)."""
@@ -31,8 +31,8 @@ def score_sites(
 ) -> dict[str, SiteScores]:
     """Return scores of every site by name, from the first batches of the training split.
 
-    A new head is random, by the evaluator's seed. Validation and test split are not read, but by
-    `leave_one_out`, which trains a configuration a site and scores it on the validation split.
+    A new head is random, by the evaluator's seed. Only `leave_one_out` reads the validation split: it trains
+    a configuration a site.
 
     Args:
         evaluator: Has the backbone, with nothing attached, the task and its data.
@@ -51,14 +51,14 @@ def score_sites(
         return evaluator.monitor.sign * trained.values[evaluator.monitor.name]
 
     check_whole("batches", batches, what="a number of training batches", least=1)
-    options = ScoreOptions(precision=evaluator.training.resolved_precision())
+    precision = evaluator.training.resolved_precision()
     identity = {
         "backbone": evaluator.backbone.identity(),
         "task": dict(evaluator.task.identity()),
         "seed": evaluator.seed,
         "batch_size": evaluator.training.batch_size,
         "batches": batches,
-        "precision": options.precision,
+        "precision": precision,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = None if folder is None else folder / f"{digest}.json"
@@ -75,7 +75,7 @@ def score_sites(
             missing,
             seed=evaluator.seed,
             train_one=train_one,
-            options=options,
+            precision=precision,
         )
         if path is not None:
             save_json(path, [scores.to_dict() for scores in known.values()])

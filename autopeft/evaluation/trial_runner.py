@@ -21,19 +21,12 @@ class TrialRunner:
 
     What a training leaves is on disk before its record is returned: a trial that is recorded is never
     without its tensors.
-
-    Attributes:
-        evaluator: Trains a configuration.
-        checkpoints: Where trained tensors are kept.
-        paused: Where paused trainings are kept.
-        seed: The search's.
-        warm_starts: Supernets that LoRA trials are initialised from; None for random weights.
     """
 
     evaluator: Evaluator
     checkpoints: AdapterCheckpoints
     paused: TrainingCheckpoints
-    seed: int
+    seed: int  # the search's
     warm_starts: WarmStarts | None = None
 
     def run(self, job: Job) -> TrialRecord:
@@ -55,16 +48,12 @@ class TrialRunner:
                 return self.recorded(job, trained)
             case Resume(record=record, rung=rung):
                 paused = self.paused.load(record.number)
-                return self._kept(record, self._trained(record.evaluation, rung=rung, paused=paused))
+                seed = record.evaluation.seed
+                return self._kept(record, self._trained(record.evaluation, seed, rung=rung, paused=paused))
             case Replicate():
                 return self._replicated(job)
             case Duplicate(number=number, original=original, baseline=baseline):
-                return TrialRecord(
-                    number=number,
-                    evaluation=original.evaluation,
-                    duplicate_of=original.number,
-                    baseline=baseline,
-                )
+                return replace(original, number=number, duplicate_of=original.number, baseline=baseline)
 
     def seed_of(self, job: New) -> int:
         """Return the seed of a new trial's first training."""
@@ -99,7 +88,7 @@ class TrialRunner:
         """Train a trial again; of its trainings the tensors of the best are kept."""
         record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
         seed = training_seed(self.seed, record.number, job.training)
-        trained = self._trained(evaluation, seed=seed, training=job.training)
+        trained = self._trained(evaluation, seed, training=job.training)
         if trained.state is not None:
             # A trial that was off the front for a while may have none.
             kept_seed = self.checkpoints.seed(record.number)
@@ -111,25 +100,23 @@ class TrialRunner:
     def _trained(
         self,
         evaluation: Evaluation,
+        seed: int,
         *,
         rung: int | None = None,
         paused: TrainingCheckpoint | None = None,
-        seed: int | None = None,
         training: int = 0,
     ) -> Trained:
         """Train a known trial on, or again from its initial weights; that these are gone is a failure."""
         configuration = evaluation.configuration
-        seed = evaluation.seed if seed is None else seed
         try:
             # A checkpoint holds the weights; where its file is gone, the training starts anew.
             weights = None if paused is not None else initial_weights(self.warm_starts, evaluation, training)
         except WarmStartError as error:
-            spent = evaluation.cost if training == 0 else Cost()  # to which a further training's is added
             failed = Evaluation(
                 configuration=configuration,
                 status="failed",
                 reason=str(error),
-                cost=spent,
+                cost=evaluation.cost if training == 0 else Cost(),  # a further training's is added to it
                 seed=seed,
                 fidelity=0.0,
             )

@@ -22,13 +22,13 @@ from autopeft.export.folder_format import (
     Manifest,
     TaskHead,
     adapter_layout,
-    placements,
     write_adapters,
 )
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
 from autopeft.export.model_card import LAYOUTS, how_to_load, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
+from autopeft.methods import placements
 from autopeft.models.backbone import Backbone
 
 __all__ = ["ExportReport", "export_adapter", "load_adapter"]

@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
-from autopeft.core.configuration import Configuration, Site
+from autopeft.core.configuration import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.head_spec import HeadSpec
 
 Layout = Literal["peft", "mixed", "merged"]
 
@@ -114,19 +115,14 @@ class TaskHead:
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
-    def config_options(self) -> dict[str, Any]:
-        """Return what to set in the base model's config."""
+    def spec(self) -> HeadSpec:
+        """Return what gives a base model this head."""
         options: dict[str, Any] = {"pad_token_id": self.pad_token_id}
         if self.labels:
-            options["id2label"] = dict(enumerate(self.labels))
-            options["label2id"] = {label: index for index, label in enumerate(self.labels)}
-            options["problem_type"] = self.problem_type
-        return options
-
-    @property
-    def loader(self) -> Any:
-        """The transformers class that loads the base."""
-        return getattr(transformers, self.auto_class)
+            labelled = HeadSpec.of_labels(None, self.labels)
+            options |= {**labelled.config, "problem_type": self.problem_type}
+        auto_class = getattr(transformers, self.auto_class)
+        return HeadSpec(auto_class=auto_class, config=options, is_trained=bool(self.modules))
 
 
 def _versions() -> dict[str, str]:
@@ -191,14 +187,6 @@ class Manifest:
         return cls(**data, head=TaskHead(**head), sites=sites)
 
 
-def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
-    """Return the placement of each method of a configuration, in the order methods attach in."""
-    return {
-        method: {site: (shapes[site], adapter) for site, adapter in configuration if adapter.method == method}
-        for method in configuration.methods
-    }
-
-
 def peft_groups(by_method: Mapping[str, Placement]) -> dict[str, tuple[PeftMethod, Placement]]:
     """Return, by folder name, the groups of adapters that share one peft config."""
     return {
@@ -246,12 +234,7 @@ def write_adapters(
 ) -> None:
     """Write trained tensors, as `Attachment.state_dict` names them, into an empty folder.
 
-    Args:
-        folder: Where to write.
-        by_method: The placement of each method.
-        state: The trained tensors of adapters and head.
-        base: What peft's configs say of the base model; may be empty.
-        head: The head.
+    The base, which may be empty, is what peft's configs say of the base model.
     """
     # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
     # resident model. What was written is then loaded by peft itself and compared, see verification.py.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,11 +20,12 @@ from autopeft.export.folder_format import (
     PEFT_FILE,
     Manifest,
     TaskHead,
-    placements,
     read_adapters,
     require_file,
 )
-from autopeft.methods import METHODS, Placement, carries_adapters
+from autopeft.methods import Placement, carries_adapters, placements
+from autopeft.methods.attachment import attach_methods, load_tensors
+from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
 
 def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
@@ -64,7 +65,11 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
                 loaded.eval()
                 return loaded
         by_method = placements(Configuration.load(folder / CONFIGURATION_FILE), manifest.sites)
-        attach_tensors(model, by_method, read_adapters(folder, by_method))
+        state = read_adapters(folder, by_method)
+        try:
+            attach_tensors(model, by_method, state)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{error} Is this not the base the adapter was trained on?") from error
     model.requires_grad_(False)
     model.eval()
     return model
@@ -75,22 +80,11 @@ def attach_tensors(
 ) -> None:
     """Attach adapters for good, with trained tensors in them, and replace the head's parameters.
 
-    Args:
-        model: The task's model; changed in place.
-        by_method: The placement of each method.
-        state: Trained tensors as `Attachment.state_dict` names them.
-
     Raises:
+        RuntimeError: See `attach_methods`.
         ValueError: The model has no such module, or a tensor is missing, left over or of another shape.
     """
-    parameters: dict[str, nn.Parameter] = {}
-    for method, placement in by_method.items():
-        trainable = METHODS[method].attach(model, placement, ExitStack())  # they stay
-        parameters |= {
-            f"{site}.{method}.{local}": parameter
-            for site, found in trainable.items()
-            for local, parameter in found.items()
-        }
+    parameters = attach_methods(model, by_method, ExitStack())  # they stay
     for name in state:
         if name.startswith("head."):
             module_name, _, local = name.removeprefix("head.").rpartition(".")
@@ -98,20 +92,7 @@ def attach_tensors(
             # A new parameter: the one that is there may belong to another model as well.
             parameters[name] = nn.Parameter(getattr(module, local).detach().clone())
             setattr(module, local, parameters[name])
-    if parameters.keys() != state.keys():
-        difference = sorted(parameters.keys() ^ state.keys())
-        raise ValueError(
-            f"The saved tensors do not fit the configuration: {len(difference)} names differ, the first "
-            f"is {difference[0]}."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != state[name].shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(state[name].shape)}, the base model needs "
-                    f"{tuple(parameter.shape)}: this is not the base the adapter was trained on."
-                )
-            parameter.copy_(state[name])
+    load_tensors(parameters, state)
 
 
 def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
@@ -124,49 +105,21 @@ def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
 
 
 def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrainedModel:
+    spec = head.spec()
     if isinstance(base, str | Path):
-        return _from_pretrained(str(base), head)
+        return from_pretrained(
+            os.path.expanduser(base), spec, LoadOptions(dtype=head.dtype), torch.device("cpu")
+        )[0]
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
     if carries_adapters(base):
         raise ValueError(f"{type(base).__name__} already carries adapters: load the base model again.")
-    if base.base_model is base:
-        if not head.modules:
-            raise ValueError(
-                f"{type(base).__name__} has no head, and the adapter brings none: load the base with "
-                f"{head.auto_class}."
-            )
-        config = type(base.config).from_dict({**base.config.to_dict(), **head.config_options()})
-        config.name_or_path = base.config.name_or_path
-        headed: Any = head.loader.from_config(config, dtype=base.dtype)
-        headed.to(base.device)
-        setattr(headed, headed.base_model_prefix, base)
-        assert isinstance(headed, PreTrainedModel)
-        return headed
-    if head.labels and base.config.num_labels != len(head.labels):
+    model, missing = with_head(base, spec)
+    if missing and not spec.is_trained:
         raise ValueError(
-            f"The head of {type(base).__name__} has {base.config.num_labels} labels, the adapter's has "
-            f"{len(head.labels)}: load the base with num_labels={len(head.labels)}."
+            f"{type(base).__name__} has no head, and the adapter brings none: load the base with "
+            f"{head.auto_class}."
         )
-    for name, value in head.config_options().items():
-        setattr(base.config, name, value)
-    return base
-
-
-def _from_pretrained(base: str, head: TaskHead) -> PreTrainedModel:
-    if base.startswith("~"):  # which transformers does not know; a hub name never starts with it
-        base = str(Path(base).expanduser())
-    try:
-        model = head.loader.from_pretrained(
-            base,
-            dtype=head.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # The stored head may be one of other labels: all of the head comes from the adapter's folder.
-            ignore_mismatched_sizes=True,
-            **head.config_options(),
-        )
-    except OSError as error:
-        raise ValueError(f"Cannot load the base model {base!r}: {error}") from error
-    assert isinstance(model, PreTrainedModel)
+    for name, value in spec.config.items():
+        setattr(model.config, name, value)
     return model

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
-from autopeft.export.folder_format import placements
 from autopeft.export.loading import attach_tensors
+from autopeft.methods import placements
 from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
 
@@ -41,13 +41,8 @@ def merged_model(
     Only the modules that carry adapters, and the head, have tensors of their own, on the CPU: the rest is
     shared with the backbone, which stays as it is.
 
-    Args:
-        backbone: A backbone that carries nothing.
-        configuration: What was trained, with nothing in it `unmergeable`.
-        state: The trained tensors, as `Attachment.state_dict` names them.
-
-    Raises:
-        ValueError: The tensors do not belong to the configuration.
+    The backbone has to carry nothing, and nothing in the configuration may be `unmergeable`. Tensors that do
+    not belong to it, as `Attachment.state_dict` names them, raise a ValueError.
     """
     model = shared_copy(backbone.model)
     for site in configuration.adapters:

@@ -12,8 +12,9 @@ import yaml
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES
-from autopeft.export.folder_format import Manifest, peft_groups, placements
+from autopeft.export.folder_format import Manifest, peft_groups
 from autopeft.export.merging import unmergeable
+from autopeft.methods import placements
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""

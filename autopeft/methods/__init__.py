@@ -5,7 +5,7 @@ from autopeft.methods.attachment import (
     attach,
     count_parameters,
     count_site,
-    placement_of,
+    placements,
 )
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
@@ -25,5 +25,5 @@ __all__ = [
     "carries_adapters",
     "count_parameters",
     "count_site",
-    "placement_of",
+    "placements",
 ]

@@ -15,7 +15,7 @@ from autopeft.core.seeding import seeded
 from autopeft.methods.base import Placement
 from autopeft.methods.head import copy_head
 from autopeft.methods.registry import METHODS
-from autopeft.models.backbone import Backbone
+from autopeft.models.backbone import Backbone, SiteShape
 
 
 def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
@@ -29,11 +29,58 @@ def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
     return adapters + backbone.head_parameters
 
 
-def placement_of(backbone: Backbone, configuration: Configuration, method: str) -> Placement:
-    """Return the sites at which a configuration has one method, with what the backbone has there."""
+def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
+    """Return, for each method of a configuration, its sites and what the backbone has there."""
     return {
-        site: (backbone.shape(site), adapter) for site, adapter in configuration if adapter.method == method
+        method: {site: (shapes[site], adapter) for site, adapter in configuration if adapter.method == method}
+        for method in configuration.methods
     }
+
+
+def attach_methods(
+    model: nn.Module, by_method: Mapping[str, Placement], undo: ExitStack
+) -> dict[str, nn.Parameter]:
+    """Attach the methods' adapters to a model and return what is trainable, as "site.method.name".
+
+    Raises:
+        RuntimeError: A site does not carry what its adapter says.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for name, placement in by_method.items():
+        trainable = METHODS[name].attach(model, placement, undo)
+        for site, (shape, adapter) in placement.items():
+            at_site = trainable.get(site, {})
+            expected = METHODS[name].count(shape, adapter)
+            found = sum(parameter.numel() for parameter in at_site.values())
+            if found != expected:
+                raise RuntimeError(
+                    f"{site} should carry {adapter} with {expected} parameters, but "
+                    f"{shape.module} got {found}: {name} did not attach there."
+                )
+            parameters |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+    return parameters
+
+
+def load_tensors(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy trained tensors into the parameters of the same names: all or none.
+
+    Raises:
+        ValueError: A tensor is missing or left over, or a shape differs.
+    """
+    if state.keys() != parameters.keys():
+        difference = sorted(state.keys() ^ parameters.keys())
+        raise ValueError(
+            f"The trained tensors do not belong to this configuration: {len(difference)} names "
+            f"differ, the first is {difference[0]}."
+        )
+    for name, parameter in parameters.items():
+        if state[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}."
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
 
 
 class Attachment:
@@ -75,21 +122,8 @@ class Attachment:
             raise
 
     def _attach_methods(self) -> None:
-        for name in self.configuration.methods:
-            placement = placement_of(self.backbone, self.configuration, name)
-            trainable = METHODS[name].attach(self.backbone.model, placement, self._undo)
-            for site, (shape, adapter) in placement.items():
-                parameters = trainable.get(site, {})
-                expected = METHODS[name].count(shape, adapter)
-                found = sum(parameter.numel() for parameter in parameters.values())
-                if found != expected:
-                    raise RuntimeError(
-                        f"{site} should carry {adapter} with {expected} parameters, but "
-                        f"{shape.module} got {found}: {name} did not attach there."
-                    )
-                self.parameters |= {
-                    f"{site}.{name}.{local}": parameter for local, parameter in parameters.items()
-                }
+        by_method = placements(self.configuration, self.backbone.sites)
+        self.parameters |= attach_methods(self.backbone.model, by_method, self._undo)
 
     def _select_trainable(self) -> None:
         model = self.backbone.model.requires_grad_(False)
@@ -123,25 +157,8 @@ class Attachment:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put trained tensors in place.
-
-        Raises:
-            ValueError: A tensor is missing or left over, or a shape differs.
-        """
-        if state.keys() != self.parameters.keys():
-            difference = sorted(state.keys() ^ self.parameters.keys())
-            raise ValueError(
-                f"The trained tensors do not belong to this configuration: {len(difference)} names "
-                f"differ, the first is {difference[0]}."
-            )
-        for name, parameter in self.parameters.items():
-            if state[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}."
-                )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+        """Put trained tensors in place; see `load_tensors`."""
+        load_tensors(self.parameters, state)
 
     @section("attach")
     def detach(self) -> None:

@@ -20,15 +20,7 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Ta
 
 
 class Bottleneck(Switchable):
-    """down-projection → non-linearity → up-projection, with the up-projection starting at 0.
-
-    Args:
-        in_features: Width of the input.
-        out_features: Width of the output.
-        width: Width of the bottleneck.
-        activation: "gelu", "relu", "silu" or "tanh".
-        scaling: Factor on the output.
-    """
+    """down-projection → non-linearity → up-projection → scaling, with the up-projection starting at 0."""
 
     def __init__(
         self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0

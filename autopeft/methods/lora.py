@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -46,3 +47,11 @@ class Lora(PeftMethod):
             lora_dropout=float(adapter.option("dropout")),
             fan_in_fan_out=shape.transposed,
         )
+
+
+def lora_scaling(adapter: Adapter) -> float:
+    """Return the factor of a LoRA's update: α/√r (rsLoRA) or α/r."""
+    assert adapter.size is not None
+    return float(adapter.option("alpha")) / (
+        math.sqrt(adapter.size) if adapter.option("rslora") else adapter.size
+    )

@@ -24,13 +24,7 @@ _CHILD = "autopeft_prefix"
 
 
 class Prefix(Switchable):
-    """Learned keys and values in front of a block's own.
-
-    Args:
-        length: Number of prefix positions.
-        features: Width of one token's keys over all key heads.
-        initial_std: Standard deviation of the initial values.
-    """
+    """Learned keys and values in front of a block's own, as wide as one token's over all key heads."""
 
     def __init__(self, length: int, features: int, initial_std: float) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE
 from autopeft.models.backbone import Backbone
 
@@ -35,20 +35,17 @@ def configuration_from_ranks(
         site = site_of_module(backbone, name)
         if site in learned:
             raise ValueError(f"Site {site} is named twice, the second time by {name!r}.")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"The rank of {name} is a whole number from 0 up, got {rank!r}.")
+        check_whole(f"The rank of {name}", rank, least=0)
         if not any(adapter.method == "lora" for adapter in configuration.adapters.get(site, ())):
             raise ValueError(f"{name} is the site {site}, where the configuration has no LoRA.")
         learned[site] = rank
     adapters = dict(configuration.adapters)
     for site, rank in learned.items():
-        lora = [
-            Adapter("lora", rank, dict(adapter.options))
+        adapters[site] = tuple(
+            Adapter("lora", rank, dict(adapter.options)) if adapter.method == "lora" else adapter
             for adapter in adapters[site]
-            if adapter.method == "lora" and rank
-        ]
-        others = [adapter for adapter in adapters[site] if adapter.method != "lora"]
-        adapters[site] = (*lora, *others)
+            if rank or adapter.method != "lora"
+        )
     return configuration.replace(adapters=adapters)
 
 

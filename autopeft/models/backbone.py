@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.core.configuration import Configuration, Site
+from autopeft.core.adapter import Site, block_ranges
+from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
 from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
@@ -288,7 +289,7 @@ class Backbone:
             table.add_row(
                 role,
                 first.kind,
-                _ranges(shape.site.block for shape in shapes),
+                block_ranges(shape.site.block for shape in shapes),
                 first.module.removeprefix(f"{self._block_modules[first.site.block].name}."),
                 ", ".join(sizes),
                 ", ".join(methods) or "–",
@@ -306,17 +307,6 @@ class Backbone:
             f"Backbone({self.name!r}, {type(self.model).__name__}, "
             f"{len(self._block_modules)} blocks, {self.parameters:,} parameters)"
         )
-
-
-def _ranges(blocks: Iterable[int]) -> str:
-    """Write block numbers as ranges, as in "0-5, 7"."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][-1] == block - 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _shapes(model: nn.Module, index: int, block: BlockModules) -> Iterable[SiteShape]:

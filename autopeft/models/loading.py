@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
 _FEWEST_WORDS = 10
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
 
 
@@ -121,12 +122,12 @@ def load_model(
         torch.manual_seed(_HEAD_SEED)
         if isinstance(source, PreTrainedModel):
             names = _names(source.config)
-            model, missing = _with_head(source, head)
+            model, missing = with_head(source, head)
             origin = source.config.name_or_path or ""
         elif isinstance(source, str | Path):
-            origin = _place(str(source))
+            origin = os.path.expanduser(source)
             device = torch.device("cpu") if device is None else device
-            model, missing, names = _from_pretrained(origin, head, options or LoadOptions(), device)
+            model, missing, names = from_pretrained(origin, head, options or LoadOptions(), device)
         else:
             raise ValueError(
                 f"A backbone is a hub name, a folder or a transformers model, got a {type(source).__name__}."
@@ -160,15 +161,13 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _place(source: str) -> str:
-    """Return a local folder with the user's home written out; a hub name as it is."""
-    return str(Path(source).expanduser()) if source.startswith("~") else source
-
-
-def _from_pretrained(
+def from_pretrained(
     source: str, head: HeadSpec, options: LoadOptions, device: torch.device
 ) -> tuple[PreTrainedModel, set[str], dict[int, Any]]:
-    """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names."""
+    """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names.
+
+    A ValueError is raised where the source cannot be loaded.
+    """
     looks_local = source.startswith((".", "/")) or Path(source).exists()
     if looks_local and not (Path(source) / "config.json").is_file():
         raise ValueError(
@@ -233,8 +232,11 @@ def _name_labels(
     return missing
 
 
-def _with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
-    """Use a loaded model's head where it fits the task; give a bare model a new one."""
+def with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, set[str]]:
+    """Use a loaded model's head where it fits the task (else a ValueError); give a bare model a new one.
+
+    Also returned are the names of the parameters that are new.
+    """
     if model.base_model is model:
         return _give_head(model, head)
     with torch.device("meta"):
@@ -290,7 +292,7 @@ def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
 
 def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
     """Build a model from its config on the meta device; return it with its name."""
-    place = _place(str(source))
+    place = os.path.expanduser(source)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         config.update(dict(head.config))

@@ -30,12 +30,7 @@ class Spent:
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
-        """Return the sum over trials.
-
-        Args:
-            records: The trials.
-            more: What was spent beside them.
-        """
+        """Return the sum over trials, and what was spent beside them."""
         trials, costs = 0, [Cost() if more is None else more]
         for record in records:
             trials += record.evaluation.status != "infeasible"
@@ -92,9 +87,7 @@ class Budget:
     def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.
 
-        Args:
-            spent: What the trials have used up.
-            reserved: What is still to be spent on them, counted as if it were spent.
+        What is reserved, as it is still to be spent on the trials, is counted as if it were spent.
         """
         more = Cost() if reserved is None else reserved
         elapsed = time.monotonic() - self._started + more.wall_seconds

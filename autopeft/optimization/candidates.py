@@ -28,13 +28,9 @@ _CHILDREN_A_ROUND = 48  # three rounds predict fewer candidates than the pool th
 
 
 class Candidates:
-    """What one trial may try.
+    """What one trial may try, as its generator decides.
 
-    Args:
-        space: What to choose from.
-        backbone: The backbone.
-        front: Configurations of the front, each with what it adds to the hypervolume.
-        generator: The trial's; it decides everything.
+    Configurations of the front come with what they add to the hypervolume.
     """
 
     def __init__(
@@ -56,9 +52,6 @@ class Candidates:
         Each of the former stands there with two learning rates, its own and one of a sum near what the front
         has. The head alone is not among them: it is a baseline, and would often be tried again for the noise
         in its metric.
-
-        Args:
-            worth: See `local_search`.
         """
         found = [self._space.draw(self._generator, self._backbone) for _ in range(_DRAWN_CANDIDATES)]
         found += [self._mutator(self._front, self._generator) for _ in range(_MUTATED_CANDIDATES)]
@@ -95,11 +88,6 @@ def single_adapter_probes(
     """Return the smallest adapter of every method alone at every site where none of it was tried alone.
 
     Few sites can do with so little, and scores hardly tell which (`benchmarks/single_adapter_probes.py`).
-
-    Args:
-        choices: The methods there are for every site.
-        tried: Configurations that were tried.
-        learning_rate: Of all of them.
     """
     alone = (configuration for configuration in tried if len(configuration.adapters) == 1)
     known = {(site, adapter.method) for configuration in alone for site, adapter in configuration}
@@ -117,12 +105,7 @@ class LearningRatePrior:
     Few adapters need higher rates than many: a rate drawn evenly from the whole range is wrong for most
     configurations. One with the sum of a good configuration of about the same size seldom is; see
     `summed_learning_rate`. The head alone, which has no adapters to sum over and bears higher rates, is
-    followed only where there is no other.
-
-    Args:
-        front: Configurations of the front; at least one.
-        backbone: Counts parameters.
-        bounds: (lowest, highest) learning rate.
+    followed only where there is no other. The front has at least one member.
     """
 
     def __init__(
@@ -159,13 +142,8 @@ def local_search(
 
     Local search on an acquisition function, as SMAC does it from its best configurations (Hutter, Hoos and
     Leyton-Brown, "Sequential Model-Based Optimization for General Algorithm Configuration", 2011): drawing
-    alone seldom meets what a model of many sites thinks best.
-
-    Args:
-        candidates: Where to begin; at least one.
-        worth: Says of candidates what they are worth, at least 0.
-        mutator: Changes a candidate.
-        generator: Decides everything.
+    alone seldom meets what a model of many sites thinks best. There is at least one candidate, and none is
+    worth less than 0.
     """
     found: list[Configuration] = []
     best = list(candidates)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -15,13 +16,18 @@ from autopeft.core.errors import check_share, check_whole
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.candidates import Candidates
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.search_spaces import SearchSpace
 
 _MOST_PARENTS = 64  # of the front, those that add most: choosing a parent takes time for each
 _DRAWS_FOR_A_NEW_METHOD = 8  # before a first trial does without a method that was not tried
 
 
+Encoded = tuple[dict[str, Any], dict[str, BaseDistribution]]
+"""Parameters of a point of a space, and the distributions they are from."""
+
+
+@dataclass(kw_only=True)
 class EhviSampler(BaseSampler):
     """Tries the candidate with the largest expected hypervolume improvement for its compute.
 
@@ -31,9 +37,9 @@ class EhviSampler(BaseSampler):
     drawn by the space.
 
     It works with every `SearchSpace`, and depends on the seed, the trial's number and the history alone. A
-    search hands the history to `choose`; after `learn` it may be asked from any Optuna study.
+    search hands the history to `choose`; after `learn` any Optuna study may ask.
 
-    Args:
+    Attributes:
         seed: With the trial's number, the only source of chance.
         startup_trials: Trials before the first that is chosen by expected gain, baselines included.
         modelled: Share of the later trials that are chosen by expected gain, in [0, 1]; the others are drawn
@@ -44,46 +50,30 @@ class EhviSampler(BaseSampler):
         ValueError: A number is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        startup_trials: int = 4,
-        modelled: float = 0.95,
-        probe_share: float = 0.5,
-    ) -> None:
-        check_whole("startup_trials", startup_trials, what="a number of trials", least=1)
-        check_share("modelled", modelled, of="trials")
-        check_share("probe_share", probe_share, of="modelled trials")
-        self.seed = seed
-        self.startup_trials = startup_trials
-        self.modelled = modelled
-        self.probe_share = probe_share
-        self._learned: tuple[SearchSpace, Backbone, History] | None = None
-        self._chosen: tuple[dict[str, Any], dict[str, BaseDistribution]] = {}, {}
+    seed: int = 0
+    startup_trials: int = 4
+    modelled: float = 0.95
+    probe_share: float = 0.5
+    features: ClassVar[type[Features]] = Features  # what the models are given of a configuration
+    _learned: tuple[SearchSpace, Backbone, History] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+    _chosen: Encoded = field(default=({}, {}), init=False, repr=False, compare=False)
 
-    def __repr__(self) -> str:
-        return (
-            f"EhviSampler(startup_trials={self.startup_trials}, modelled={self.modelled:g}, "
-            f"probe_share={self.probe_share:g})"
-        )
+    def __post_init__(self) -> None:
+        check_whole("startup_trials", self.startup_trials, what="a number of trials", least=1)
+        check_share("modelled", self.modelled, of="trials")
+        check_share("probe_share", self.probe_share, of="modelled trials")
 
     def choose(self, number: int, space: SearchSpace, backbone: Backbone, history: History) -> Configuration:
-        """Return what a trial is to try.
-
-        Args:
-            number: The trial's number.
-            space: What to choose from.
-            backbone: The backbone.
-            history: Every trial so far, and what the search is after.
-        """
+        """Return what the trial of a number is to try."""
         generator = random.Random(f"{self.seed}:{number}")
         if number < self.startup_trials:
             return _unlike(history, space, backbone, generator)
         if not history.front or generator.random() >= self.modelled:
             return space.draw(generator, backbone)
         best = sorted(history.front.items(), key=lambda item: -item[1])[:_MOST_PARENTS]
-        gain = ExpectedImprovement(history, self.features(space, backbone))
+        gain = ExpectedImprovement(history, self.features.of(space, backbone))
         candidates = Candidates(space, backbone, dict(best), generator)
         if self.probe_share and generator.random() < self.probe_share:
             # By themselves: models seldom think much of what is unlike the front.
@@ -96,12 +86,8 @@ class EhviSampler(BaseSampler):
         first = gain.best(pool)
         return space.draw(generator, backbone) if first is None else pool[first]
 
-    def features(self, space: SearchSpace, backbone: Backbone) -> Features:
-        """Return what the models are given of a configuration."""
-        return Features.of(space, backbone)
-
     def learn(self, space: SearchSpace, backbone: Backbone, history: History) -> None:
-        """Remember what the search has found, for the trials that a study asks next."""
+        """Remember what a search has found, for the trials that a study asks next."""
         self._learned = space, backbone, history
 
     def reseed_rng(self) -> None:
@@ -111,9 +97,8 @@ class EhviSampler(BaseSampler):
         """Choose, and return the parameters that the choice has; none before `learn` was called."""
         self._chosen = {}, {}
         if self._learned is not None:
-            space, backbone, history = self._learned
-            configuration = self.choose(trial.number, space, backbone, history)
-            self._chosen = encoded(space, configuration, backbone)
+            space, backbone, _ = self._learned
+            self._chosen = encoded(space, self.choose(trial.number, *self._learned), backbone)
         return self._chosen[1]
 
     def sample_relative(
@@ -131,14 +116,12 @@ class EhviSampler(BaseSampler):
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
-def encoded(
-    space: SearchSpace, configuration: Configuration, backbone: Backbone
-) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+def encoded(space: SearchSpace, configuration: Configuration, backbone: Backbone) -> Encoded:
     """Return the parameters of a point of a space, and the distributions they are from."""
-    parameters = space.encode(configuration, backbone)
-    trial = FixedTrial(parameters)
+    params = space.encode(configuration, backbone)
+    trial = FixedTrial(params)
     space.suggest(trial, backbone)
-    return parameters, trial.distributions
+    return params, trial.distributions
 
 
 def _unlike(

@@ -20,7 +20,7 @@ from autopeft.core.pareto import non_dominated
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.search_spaces import SearchSpace
 from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
 from autopeft.search_spaces.method_choice import Choices
@@ -84,26 +84,14 @@ class Features:
     def _of_both(self, configuration: Configuration) -> list[float]:
         methods = [adapter.method for _, adapter in configuration]
         shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
-        count = max(self.count(configuration), self.parameters[0])
+        count = max(count_parameters(self.backbone, configuration), self.parameters[0])
         return [log_place(count, *self.parameters), *shares]
-
-    def count(self, configuration: Configuration) -> int:
-        """Return a configuration's trainable parameters, counted once."""
-        if configuration not in self._counts:
-            self._counts[configuration] = count_parameters(self.backbone, configuration)
-        return self._counts[configuration]
-
-    @cached_property
-    def _counts(self) -> dict[Configuration, int]:
-        return {}
 
     def compute(self, configuration: Configuration, are_states_served: Callable[[int], bool]) -> float:
         """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
 
-        Args:
-            configuration: What is trained.
-            are_states_served: Whether trainings read kept hidden states in place of running the blocks below
-                one: below the lowest that carries an adapter.
+        `are_states_served` says of a block whether kept hidden states are read in place of running the others
+        below it.
         """
         frozen, lowest = self.frozen_share(configuration), configuration.lowest_block
         is_served = are_states_served(self._blocks if lowest is None else lowest)
@@ -269,7 +257,7 @@ class ExpectedImprovement:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name != _COUNTED:
             return self._models[objective.name].predict(self._features.inputs(candidates, objective))
-        counts = (self._features.count(candidate) for candidate in candidates)
+        counts = (count_parameters(self._features.backbone, candidate) for candidate in candidates)
         return np.array([_scaled(objective, count) for count in counts]), np.zeros(len(candidates))
 
 

@@ -22,24 +22,18 @@ _ALIKE = 1e-9  # what differs by less differs by rounding alone
 class _Gains(NamedTuple):
     """What whole trainings gained after a step, and where they were then."""
 
-    gains: Sequence[float]
-    """Of the metric, one a training."""
+    gains: Sequence[float]  # of the metric, one a training
+    # (trainings, axes + 1): where their costs lie on the axes, and the logarithm of their loss
     places: NDArray[np.float64]
-    """(trainings, axes + 1) where their costs lie on the axes, and the logarithm of their loss."""
-    spread: NDArray[np.float64]
-    """Standard deviation of each column; infinite where nothing differs."""
-    worst_loss: float
-    """Logarithm of the highest loss known."""
+    spread: NDArray[np.float64]  # standard deviation of each column; infinite where nothing differs
+    worst_loss: float  # logarithm of the highest loss known
 
 
 class Forecast:
-    """What whole trainings tell of paused trials.
+    """What whole trainings, by number, tell of paused trials.
 
-    Args:
-        whole: The whole trainings, by number.
-        objectives: The search's.
-        axes: The fixed axes of the hypervolume, on which costs are near or far.
-        monitor: Metric of which the best validation counts.
+    On the fixed axes of the hypervolume costs are near or far; of the metric `monitor` the best validation
+    counts.
     """
 
     def __init__(
@@ -121,15 +115,9 @@ class Forecast:
         return [*places, math.log(max(self.loss_at(evaluation, step), _ALIKE))]
 
     def beyond(self, evaluation: Evaluation, step: int, score: float) -> tuple[float, float | None]:
-        """Return the metric that a candidate is expected to reach, and its noise.
+        """Return the metric that a candidate which paused with a score is expected to reach, and its noise.
 
-        Args:
-            evaluation: The candidate.
-            step: Where it paused.
-            score: Its metric there.
-
-        Returns:
-            The score itself, and None, where too few have gone on to tell.
+        It is the score itself, and None, where too few have gone on to tell.
         """
         gains = self.gains(evaluation, step)
         if len(gains) < _FEWEST_FOR_NOISE:

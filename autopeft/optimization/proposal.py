@@ -1,31 +1,65 @@
-"""A trial that is to begin, as a sampler proposed it."""
+"""What a sampler is told of a search, and the trial that it proposes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.objectives import Constraint
+from autopeft.core.pareto import Axis
+
+
+def nothing_is_served(block: int) -> bool:
+    """Say that trainings run all blocks, those below the lowest adapter too."""
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a search has found so far and what it is after.
+
+    Attributes:
+        trials: Configurations that were tried, each with the values known of it: all objectives of a
+            complete trial, only the costs of one that broke a constraint, none of one that is being
+            trained. Where a training failed, its metrics are the worst there are; where it is paused, those
+            it is expected to reach.
+        axes: The axes of the hypervolume.
+        front: Configurations of the front, each with what it adds to the hypervolume.
+        constraints: Bounds on what is exact before training.
+        trainings: How many trainings the values of each trial are the means of; one each where empty.
+        are_states_served: Whether trainings whose lowest adapter sits in a block (or, where it is their
+            number, that have the head alone) read kept hidden states in place of running the blocks below.
+    """
+
+    trials: Sequence[tuple[Configuration, Mapping[str, float]]]
+    axes: Sequence[Axis]
+    front: Mapping[Configuration, float] = field(default_factory=dict)
+    constraints: Sequence[Constraint] = ()
+    trainings: Sequence[int] = ()
+    are_states_served: Callable[[int], bool] = nothing_is_served
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """A trial that is to begin.
 
+    What Optuna's trials have as well is named as there.
+
     Attributes:
         configuration: What it tries.
-        parameters: The same, as the space's parameters.
+        params: The same, as the space's parameters.
         distributions: What the parameters are from.
         baseline: The name of the baseline that it is; None where it is another configuration.
-        attributes: What an Optuna sampler noted of the trial, as genetic ones note its generation; they look
-            for it when they are asked again.
+        system_attrs: What an Optuna sampler noted of the trial, as genetic ones note its generation; they
+            look for it when they are asked again.
     """
 
     configuration: Configuration
-    parameters: Mapping[str, Any]
+    params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     baseline: str | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    system_attrs: Mapping[str, Any] = field(default_factory=dict)

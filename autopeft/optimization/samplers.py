@@ -13,6 +13,8 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 
+"""Ours, or one of Optuna's."""
+
 _STARTUP_TRIALS = 10
 _POPULATION = 20
 
@@ -52,8 +54,8 @@ def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> Base
     whether the search was interrupted.
 
     Args:
-        sampler: "ehvi", a name of `SAMPLERS`, or an Optuna sampler, which is used as it is: whether a resumed
-            search then repeats an uninterrupted one is up to that sampler.
+        sampler: "ehvi", a name of `SAMPLERS`, or a sampler, which is used as it is: whether a resumed search
+            then repeats an uninterrupted one is up to that sampler.
         seed: Seed of the search.
         number: The trial's number.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import count
 
 from autopeft.core.configuration import Configuration
@@ -23,6 +23,7 @@ Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Propos
 same arguments give the same."""
 
 
+@dataclass
 class Scheduler:
     """Decides what is done next, from the records and what is running.
 
@@ -30,46 +31,26 @@ class Scheduler:
     seeds; promoted trials go on from their rung; new trials begin. Before a budget ends, enough of it is kept
     for the trainings that members of the front lack, and for paused trials that are expected to come onto it.
     The same records give the same jobs, if one job runs at a time.
-
-    Args:
-        propose: Says what new trials try.
-        budget: When the search ends.
-        objectives: The search's.
-        seeds: Trainings that a member of the front is to have.
-        promoter: Says which paused trial goes on; None where trials do not pause.
-        overhead: Supernets, which take compute beside the trials; None for none.
-        retried: Numbers of failed trials to try again.
     """
 
-    def __init__(
-        self,
-        propose: Propose,
-        budget: Budget,
-        objectives: Sequence[Objective],
-        *,
-        seeds: int = 1,
-        promoter: AshaPromoter | None = None,
-        overhead: WarmStarts | None = None,
-        retried: Iterable[int] = (),
-    ) -> None:
-        self.budget = budget
-        self.running: dict[int, Job] = {}
-        self._propose = propose
-        self._objectives = objectives
-        self._seeds = seeds
-        self._promoter = promoter
-        self._overhead = overhead
-        self._retried = sorted(retried)
-        self._proposals: dict[int, Proposal] = {}  # of new trials that are not over
-        self._held: list[int] = []  # numbers of those whose configuration is being trained by another trial
+    propose: Propose
+    budget: Budget
+    objectives: Sequence[Objective]
+    _: KW_ONLY
+    seeds: int = 1  # trainings that a member of the front is to have
+    promoter: AshaPromoter | None = None  # says which paused trial goes on; None where trials do not pause
+    overhead: WarmStarts | None = None  # supernets, which take compute beside the trials
+    retried: list[int] = field(default_factory=list)  # numbers of failed trials to try again, ascending
+    running: dict[int, Job] = field(default_factory=dict, init=False)  # by the number of the trial
+    _proposals: dict[int, Proposal] = field(default_factory=dict, init=False)  # of trials that are not over
+    # Numbers of those whose configuration is being trained by another trial:
+    _held: list[int] = field(default_factory=list, init=False)
 
     @section("ask")
     def next(self, records: Sequence[TrialRecord], free: int) -> list[Job]:
         """Return what to do now; nothing where the search is done, or has to wait for what is running.
 
-        Args:
-            records: All trials by number, finished and paused.
-            free: Jobs at most.
+        The records are of all trials by number, finished and paused; there are at most `free` jobs.
         """
         jobs: list[Job] = []
         while len(jobs) < free and (job := self._next(records)) is not None:
@@ -78,11 +59,7 @@ class Scheduler:
         return jobs
 
     def finished(self, record: TrialRecord) -> Proposal | None:
-        """Note that a job is over.
-
-        Returns:
-            What was proposed for a trial that is new; None for one that was known.
-        """
+        """Note that a job is over; return what was proposed for a new trial, None for one that was known."""
         self.running.pop(record.number, None)
         return self._proposals.pop(record.number, None)
 
@@ -93,15 +70,15 @@ class Scheduler:
 
     def spent(self, records: Sequence[TrialRecord]) -> Spent:
         """Return what was spent, on the trials and beside them."""
-        return Spent.of(records, None if self._overhead is None else self._overhead.cost)
+        return Spent.of(records, None if self.overhead is None else self.overhead.cost)
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the members of the front that were trained with fewer seeds than they are to be."""
-        return under_replicated(front_records(records, self._objectives), self._seeds)
+        return under_replicated(front_records(records, self.objectives), self.seeds)
 
     def promising(self, records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, int]]:
         """Return the paused trials that are expected to come onto the front, and the rungs they go to."""
-        return [] if self._promoter is None else self._promoter.promising(records, self.running)
+        return [] if self.promoter is None else self.promoter.promising(records, self.running)
 
     def _next(self, records: Sequence[TrialRecord]) -> Job | None:
         spent = self.spent(records)
@@ -112,10 +89,10 @@ class Scheduler:
             return job
         begins = self.budget.spent_share(spent) < 1 and not is_exhausted(records, self.budget)
         lacking = self.lacking(records)
-        reserved = cost_of_replicates(lacking, self._seeds)
-        if self._overhead is not None:
+        reserved = cost_of_replicates(lacking, self.seeds)
+        if self.overhead is not None:
             evaluations = [record.evaluation for record in lacking]
-            reserved += self._overhead.cost_to_come(evaluations, self._seeds)
+            reserved += self.overhead.cost_to_come(evaluations, self.seeds)
         may_wait = begins and self.budget.spent_share(spent, reserved) < 1
         waiting = [record for record in lacking if record.number not in self.running]
         latest = max([-1, *self.running, *(record.number for record in records[-1:])])
@@ -129,9 +106,9 @@ class Scheduler:
         self, records: Sequence[TrialRecord], spent: Spent, reserved: Cost, *, begins: bool
     ) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on; promising ones once the budget is just enough for them."""
-        if self._promoter is None:
+        if self.promoter is None:
             return None
-        promoted = self._promoter.next(records, self.running)
+        promoted = self.promoter.next(records, self.running)
         if promoted is not None or (begins and not self.budget.bounds_compute):
             return promoted
         promising = self.promising(records)
@@ -143,9 +120,9 @@ class Scheduler:
 
     def _again(self, records: Sequence[TrialRecord]) -> Job | None:
         """Return a trial that is to be tried again, or one whose original was being trained."""
-        by_number = {record.number: record for record in records} if self._retried or self._held else {}
-        while self._retried:
-            record = by_number[self._retried.pop(0)]
+        by_number = {record.number: record for record in records} if self.retried or self._held else {}
+        while self.retried:
+            record = by_number[self.retried.pop(0)]
             original = by_number.get(-1 if record.duplicate_of is None else record.duplicate_of)
             if original is not None:
                 return Duplicate(number=record.number, original=original, baseline=record.baseline)
@@ -164,14 +141,14 @@ class Scheduler:
 
     @property
     def _first_rung(self) -> int | None:
-        return None if self._promoter is None else 0
+        return None if self.promoter is None else 0
 
     def _new(self, records: Sequence[TrialRecord]) -> Job | None:
         """Begin a trial; None where what it tries is being trained by another."""
         used = {record.number for record in records} | self.running.keys() | self._proposals.keys()
         number = next(number for number in count() if number not in used)
         pending = [proposal.configuration for proposal in self._proposals.values()]
-        proposal = self._propose(number, records, pending)
+        proposal = self.propose(number, records, pending)
         self._proposals[number] = proposal
         job = self._of(number, proposal, records)
         if job is None:

@@ -28,12 +28,9 @@ def replication_delay(trainings: int) -> int:
 
 
 def next_to_replicate(waiting: Sequence[TrialRecord], latest: int, *, may_wait: bool) -> TrialRecord | None:
-    """Return the member of the front to train again; None where none is due.
+    """Return the member of the front to train again, of those that lack trainings; None where none is due.
 
-    Args:
-        waiting: Those that lack trainings.
-        latest: Number of the latest trial.
-        may_wait: Whether trials may still be begun: a member waits for some that come after it.
+    While trials may still be begun, a member waits for some that come after it.
     """
     due = (
         record
@@ -51,12 +48,7 @@ def cost_of_replicates(waiting: Sequence[TrialRecord], seeds: int) -> Cost:
 
 
 def evaluations_of(record: TrialRecord, rungs: Sequence[int]) -> int:
-    """Return how often a trial was recorded: at each rung that it reached, and after each replicate.
-
-    Args:
-        record: The trial.
-        rungs: Steps of the rungs, the whole training last.
-    """
+    """Return how often a trial was recorded: at each rung (in steps) it reached, and after each replicate."""
     trainings = record.evaluation.trainings
     if record.duplicate_of is not None:
         return 1

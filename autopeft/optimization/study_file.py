@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
@@ -17,43 +17,36 @@ from autopeft.core.atomic_files import replacing
 _STALE_SECONDS = 3  # after which a lock of Optuna's was left by a killed process: a write takes milliseconds
 
 
-class StudyLock:
-    """Keeps a search to one process; it is gone with its process, however that ends.
+def lock_folder(folder: Path, name: str) -> TextIO:
+    """Keep a search to this process, and return the file that holds the lock: until it is closed.
 
-    Args:
-        folder: The search's; made if it is not there.
-        name: The search's.
+    The folder is made if it is not there. The lock is gone with its process, however that ends.
 
     Raises:
         ValueError: The folder cannot be written, or another process holds the lock.
     """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "lock").open("a+")
-        except OSError as error:
-            raise ValueError(
-                f"The search cannot be kept in {folder}: {error.strerror}. "
-                "Pass folder=... with a folder that can be written."
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise ValueError(
-                f"The search {name!r} is being run by process {owner}: wait for it, stop it, or give "
-                "this one another name or seed."
-            ) from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let another process have it."""
-        self._file.close()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"The search cannot be kept in {folder}: {error.strerror}. "
+            "Pass folder=... with a folder that can be written."
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise ValueError(
+            f"The search {name!r} is being run by process {owner}: wait for it, stop it, or give "
+            "this one another name or seed."
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def open_journal(path: Path) -> JournalStorage:

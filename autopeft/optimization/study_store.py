@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -28,7 +28,7 @@ from autopeft.core.evaluation import Evaluation, Status, TrialRecord
 from autopeft.core.objectives import Constraint, Direction, Objective
 from autopeft.core.profiling import section
 from autopeft.optimization.proposal import Proposal
-from autopeft.optimization.study_file import StudyLock, open_journal, read_journal
+from autopeft.optimization.study_file import lock_folder, open_journal, read_journal
 
 STUDY_FILE = "study.log"
 SETTINGS_FILE = "search.yaml"
@@ -36,14 +36,13 @@ _PREFIX = "autopeft:"
 _RECORD = f"{_PREFIX}record"
 _IDENTITY = f"{_PREFIX}identity"
 _STUDY_ID = f"{_PREFIX}study_id"
-STATES: Mapping[Status, TrialState] = MappingProxyType(
-    {
-        "complete": TrialState.COMPLETE,
-        "paused": TrialState.RUNNING,
-        "infeasible": TrialState.PRUNED,
-        "failed": TrialState.FAIL,
-    }
-)
+_number = attrgetter("number")
+STATES: Mapping[Status, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "paused": TrialState.RUNNING,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
 """Optuna's state of a trial of each status."""
 
 
@@ -72,7 +71,7 @@ class StudyStore:
         self._name = name
         self._objectives = tuple(objectives)
         self._constraints = tuple(constraints)
-        self._lock = StudyLock(folder, name)
+        self._lock = lock_folder(folder, name)
         try:
             self._open()
         except BaseException:
@@ -225,7 +224,7 @@ class StudyStore:
 
     def close(self) -> None:
         """Let another process run this search."""
-        self._lock.release()
+        self._lock.close()
 
     @property
     def _directions(self) -> list[Direction]:
@@ -312,19 +311,11 @@ def _differences(known: Any, new: Any, path: str = "") -> list[str]:
 
 def _suggested(trial: Proposal | FrozenTrial) -> dict[str, Any]:
     """Return what was suggested for a trial, as `create_trial` takes it."""
-    if isinstance(trial, Proposal):
-        parameters, attributes = trial.parameters, trial.attributes
-    else:
-        parameters, attributes = trial.params, trial.system_attrs
     return {
-        "params": dict(parameters),
+        "params": dict(trial.params),
         "distributions": dict(trial.distributions),
-        "system_attrs": dict(attributes),
+        "system_attrs": dict(trial.system_attrs),
     }
-
-
-def _number(record: TrialRecord) -> int:
-    return record.number
 
 
 def _encode(record: TrialRecord) -> str:

@@ -56,25 +56,15 @@ class SuccessiveHalving:
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A trial at a rung.
-
-    Attributes:
-        record: The trial.
-        values: What it costs, and its scores and validation loss there.
-        is_paused: Whether it has not been trained beyond the rung; it may be running.
-        waits: Whether it is paused there and not running.
-        expected: The metric it reached beyond the rung, or is expected to reach.
-        noise: Of what is expected; None where it is not known.
-        at_trivial: Whether its metric there was no better than that of a model that learnt nothing.
-    """
+    """A trial at a rung."""
 
     record: TrialRecord
-    values: Mapping[str, float]
-    is_paused: bool
-    waits: bool
-    expected: float
-    noise: float | None
-    at_trivial: bool
+    values: Mapping[str, float]  # its costs, and its scores and validation loss there
+    is_paused: bool  # it has not been trained beyond the rung; it may be running
+    waits: bool  # it is paused there and not running
+    expected: float  # the metric that it reached beyond the rung, or is expected to reach
+    noise: float | None  # of what is expected; None where it is not known
+    at_trivial: bool  # its metric there was no better than that of a model that learnt nothing
 
     @property
     def loss(self) -> float:
@@ -145,10 +135,7 @@ class AshaPromoter:
 
         The highest rung comes first, as in ASHA: what is nearly done is worth most. The space's baselines go
         on first: whole trainings of the best alone would not tell what others gain after a rung.
-
-        Args:
-            records: All trials.
-            running: Numbers of those that are being trained; they are not trained on twice.
+        Those that are running are not trained on twice.
         """
         for rung in reversed(range(len(self.steps) - 1)):
             candidates = self._at(rung, records, running)

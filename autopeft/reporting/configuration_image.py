@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS, ROLES
-from autopeft.reporting.tables import methods_label
+from autopeft.reporting.formats import methods_label
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart, lightened for black text.
 _METHOD_COLOURS = ("#8FC7E8", "#F5C26B", "#7FD1B9", "#F4E98C", "#E9A37A", "#9BB7D9", "#E0A8C8")

@@ -14,14 +14,10 @@ from autopeft.core.objectives import Objective
 def front_frame(
     records: Sequence[TrialRecord], members: Collection[int], objectives: Sequence[Objective]
 ) -> pd.DataFrame:
-    """Return all trials as a table, a row a trial.
+    """Return all trials as a table, a row a trial; `members` are the numbers of those on the front.
 
-    Args:
-        records: The search's trials.
-        members: Numbers of the trials on the front.
-        objectives: Their values become columns, in their own units (memory in bytes); NaN where a
-            trial has none. A metric has its standard deviation over the trainings beside it, where there
-            were several.
+    Values of objectives are in their own units (memory in bytes), NaN where a trial has none. A metric has
+    its standard deviation over the trainings beside it, where there were several.
     """
     records = sorted(records, key=lambda record: record.number)
     evaluations = [record.evaluation for record in records]

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
-from autopeft.core.objectives import Objective, parse_quantity, resolve_objectives
+from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
-from autopeft.reporting.tables import Tabular, methods_label
+from autopeft.reporting.formats import Tabular, methods_label, titled_table
 
 if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
-
-
-class Exporter(Protocol):
-    """Writes a trial's adapter; the search that it came from does."""
-
-    @property
-    def export(self) -> Callable[..., Any]:
-        """Exports the trial of a number to a folder; see `autopeft.Search.export`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,8 +33,8 @@ class FrontPoint:
     """
 
     record: TrialRecord
-    objectives: tuple[Objective, ...] = field(repr=False)
-    _exporter: Exporter | None = field(default=None, repr=False)
+    objectives: tuple[Objective, ...]
+    _export: Callable[..., Any] | None = None
 
     @property
     def number(self) -> int:
@@ -65,21 +57,19 @@ class FrontPoint:
         Raises:
             ValueError: The front was read without its search, or the folder cannot be written.
         """
-        if self._exporter is None:
+        if self._export is None:
             raise ValueError(
                 "This front was read without its search, which holds backbone and data: make the "
                 "search again and use search.export(...), or `autopeft export`."
             )
-        return self._exporter.export(self.number, folder, **options)
+        return self._export(self.number, folder, **options)
 
     def __str__(self) -> str:
         evaluation = self.record.evaluation
         if evaluation.status != "complete":
             return f"trial {self.number} ({evaluation.status}: {evaluation.reason})"
-        values = ", ".join(
-            f"{objective.name} {evaluation.format(objective)}" for objective in self.objectives
-        )
-        return f"trial {self.number}: {values}"
+        values = (f"{objective.name} {evaluation.format(objective)}" for objective in self.objectives)
+        return f"trial {self.number}: {', '.join(values)}"
 
     def __repr__(self) -> str:
         return f"{self}\n{self.configuration.grid()}"
@@ -95,7 +85,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         records: Every finished trial of the search.
         objectives: The search's objectives; the first metric sorts and chooses.
         axes: The fixed axes of hypervolume and knee point.
-        exporter: The search; None for a front read from disk.
+        export: `Search.export` of the search; None for a front read without it.
     """
 
     def __init__(
@@ -103,21 +93,18 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         records: Sequence[TrialRecord],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        exporter: Exporter | None = None,
+        export: Callable[..., Any] | None = None,
     ) -> None:
         self.records = tuple(sorted(records, key=lambda record: record.number))
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
         self.metric = next(objective for objective in objectives if objective.is_metric)
-        self._exporter = exporter
-        points = [
-            FrontPoint(record, self.objectives, exporter)
-            for record in front_records(self.records, self.objectives)
-        ]
+        self._export = export
         costs = [objective for objective in self.objectives if not objective.is_metric]
         names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
-            points, key=lambda point: [*(point.values[name] for name in names), point.number]
+            (self._point(record) for record in front_records(self.records, self.objectives)),
+            key=lambda point: [*(point.values[name] for name in names), point.number],
         )
 
     @classmethod
@@ -125,14 +112,9 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         cls,
         attributes: Mapping[str, Any],
         records: Sequence[TrialRecord],
-        exporter: Exporter | None = None,
+        export: Callable[..., Any] | None = None,
     ) -> ParetoFront:
         """Return the front of a study that was read from disk; no model is loaded.
-
-        Args:
-            attributes: The study's.
-            records: The study's.
-            exporter: The search; None for a front without it.
 
         Raises:
             ValueError: The search was stopped before its first trial.
@@ -153,7 +135,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         axes = [
             Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
         ]
-        return cls(records, objectives, axes, exporter)
+        return cls(records, objectives, axes, export)
 
     def stored_axes(self) -> list[tuple[str, float, float]]:
         """Return the axes as plain data, for a study's attributes."""
@@ -162,7 +144,10 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     def with_trial(self, record: TrialRecord) -> ParetoFront:
         """Return the front with one more finished trial, or with what became of one that it knows."""
         others = [known for known in self.records if known.number != record.number]
-        return ParetoFront([*others, record], self.objectives, self.axes, self._exporter)
+        return ParetoFront([*others, record], self.objectives, self.axes, self._export)
+
+    def _point(self, record: TrialRecord) -> FrontPoint:
+        return FrontPoint(record, self.objectives, self._export)
 
     @cached_property
     def members(self) -> frozenset[int]:
@@ -198,18 +183,13 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             if name not in known:
                 raise unknown_choice("objective", name, known)
             objective = known[name]
-            limit = parse_quantity(bound, objective.unit)
-            more = objective.direction == "maximize"
-            closest = (max if more else min)(candidates, key=lambda point: point.values[name])
-            candidates = [
-                point
-                for point in candidates
-                if (point.values[name] >= limit if more else point.values[name] <= limit)
-            ]
+            limit = Constraint(objective=objective, bound=parse_quantity(bound, objective.unit))
+            closest = min(candidates, key=lambda point: limit.violation(point.values))
+            candidates = [point for point in candidates if limit.violation(point.values) <= 0]
             if not candidates:
-                sign = "≥" if more else "≤"
+                sign = "≥" if objective.direction == "maximize" else "≤"
                 raise ValueError(
-                    f"No point of the front has {name} {sign} {objective.format(limit)} (with the "
+                    f"No point of the front has {name} {sign} {objective.format(limit.bound)} (with the "
                     f"bounds before it); the closest is {closest}."
                 )
         return max(candidates, key=lambda point: self.metric.sign * point.values[self.metric.name])
@@ -237,7 +217,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         record = next((record for record in self.records if record.number == number), None)
         if record is None:
             raise ValueError(f"There is no trial {number}; there are {len(self.records)} trials.")
-        return FrontPoint(record, self.objectives, self._exporter)
+        return self._point(record)
 
     def _require_points(self) -> None:
         if not self._points:
@@ -262,14 +242,10 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         """Return the front as a rich table."""
         says_start = any(point.record.evaluation.warm_start for point in self._points)
         title = f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
-        table = Table(title=title, title_justify="left")
-        for heading in ("trial", *(objective.name for objective in self.objectives)):
-            table.add_column(heading, justify="right")
-        table.add_column("methods")
-        for heading in ("adapters", "blocks", "learning rate"):
-            table.add_column(heading, justify="right")
-        if says_start:
-            table.add_column("initialised from")
+        headings = ["trial", *(objective.name for objective in self.objectives)]
+        headings += ["methods", "adapters", "blocks", "learning rate"]
+        headings += ["initialised from"] if says_start else []
+        table = titled_table(title, headings, words=("methods", "initialised from"))
         for point in self._points:
             configuration, evaluation = point.configuration, point.record.evaluation
             table.add_row(

@@ -68,12 +68,7 @@ def front_figure(
     Completed trials only. Pointing at a trial shows its number, values and configuration; a bar is the
     standard deviation over the trainings of a trial that was trained again. The stairs join the members that
     are best in the panel's own two objectives: with three objectives, a member above them is on the front
-    by the third.
-
-    Args:
-        records: The search's trials.
-        members: Numbers of the trials on the front.
-        objectives: What the axes show, the first metric upwards.
+    by the third. `members` are the numbers of the trials on the front.
     """
     pairs, drawn = projections(objectives), _drawable(records, objectives)
     groups = _groups(drawn, members)
@@ -146,15 +141,8 @@ def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
 def static_front_figure(
     records: Sequence[TrialRecord], members: Collection[int], objectives: Sequence[Objective]
 ) -> Figure:
-    """Draw the front's panels for a file.
-
-    Args:
-        records: The search's trials.
-        members: Numbers of the trials on the front; those on the stairs carry theirs where there is room.
-        objectives: What the axes show, the first metric upwards.
-    """
-    pairs = projections(objectives)
-    drawn = _drawable(records, objectives)
+    """Draw the front's panels for a file; trials on the stairs carry their number where there is room."""
+    pairs, drawn = projections(objectives), _drawable(records, objectives)
     figure = Figure(figsize=(5.6 * len(pairs), 4.6), dpi=120, layout="constrained")
     figure.suptitle(_title(records, drawn, members), fontsize=12)
     for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):

@@ -16,11 +16,10 @@ from scipy import stats
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular
+from autopeft.reporting.formats import Tabular, html_page, titled_table
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.control_scores import random_scores, uniform_scores
+from autopeft.sensitivity.computation import random_scores, uniform_scores
 
 PARAMETERS = "trainable_parameters"
 CONTROLS = ("uniform", "random", PARAMETERS)
@@ -54,9 +53,8 @@ class ScoreCheck(Tabular):
 
     def table(self) -> Table:
         """Return a rich table."""
-        table = Table(title=self._title, title_justify="left")
-        for heading in ("score", "Spearman", "given parameters", "Kendall"):
-            table.add_column(heading, justify="left" if heading == "score" else "right")
+        headings = ("score", "Spearman", "given parameters", "Kendall")
+        table = titled_table(self._title, headings, words=["score"])
         for row in self.frame.to_dict("records"):
             intervals = (
                 f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"
@@ -127,8 +125,7 @@ def check_scores(
 
     Args:
         records: Trials of a search; those that completed and are no duplicates are compared.
-        scores: Scores by name. Controls are added: the number of trainable parameters, a random and a
-            uniform score of the same sites.
+        scores: Scores by name, to which controls of the same sites are added.
         metric: The metric that was trained for.
 
     Raises:

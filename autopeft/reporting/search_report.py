@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,60 +14,42 @@ from typing import TYPE_CHECKING, Literal
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.core.objectives import COST_OBJECTIVES
-from autopeft.core.profiling import section
+from autopeft.core.profiling import SECTIONS, current_profile, section
 from autopeft.reporting.console import SearchProgress, trial_line
+from autopeft.reporting.formats import as_text, titled_table
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.mlflow.tracking_uri import redact
-from autopeft.reporting.search_profile import record_profile
 
 if TYPE_CHECKING:
     from autopeft.reporting.mlflow.tracker import Tracker
 
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
+PROFILE_FOLDER = "profile"
+_SHORTEST_SECONDS = 0.005  # in the profile's table
+Spending = Callable[[], tuple[float, Cost]]
+"""Returns the share of the budget that is spent, and the compute."""
 
 
 class SearchReport:
     """Listens to the jobs and records of a search, and shows them.
 
     Args:
-        spent: Returns the share of the budget that is spent, and the compute.
+        spent: What is spent at the moment.
         evaluations: Evaluations of earlier calls.
-        progress: Whether to print.
+        progress: Whether to print; as an attribute the terminal, within which the bar is shown.
         tracker: Writes to MLflow; None for nothing there.
-        tracking: URI of the tracking store.
-
-    Attributes:
-        progress: The terminal, for further lines and tables; a context in which the bar is shown.
     """
 
-    def __init__(
-        self,
-        spent: Callable[[], tuple[float, Cost]],
-        *,
-        evaluations: int = 0,
-        progress: bool = True,
-        tracker: Tracker | None = None,
-        tracking: str | None = None,
-    ) -> None:
+    def __init__(self, spent: Spending, *, evaluations: int, progress: bool, tracker: Tracker | None) -> None:
         self.tracker = tracker
         self.evaluations = evaluations
         self.progress = SearchProgress(enabled=progress)
         self._spent = spent
-        self._tracking = tracking
-        self._started = time.monotonic()
-        self._share_at_start, _ = spent()
         self._says_memory = True
 
     def begin(
         self, front: ParetoFront, *, description: str, identity: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """Say what is searched, and open the search's run in MLflow.
-
-        Args:
-            front: The front of earlier calls.
-            description: What is searched for and how.
-            identity: Groups of settings.
-        """
+        """Say what is searched, and what earlier calls found, and open the search's run in MLflow."""
         if self.tracker is not None:
             self.tracker.start(
                 note=description, identity=identity, records=front.records, members=front.members
@@ -102,14 +84,7 @@ class SearchReport:
     @section("other")
     def _update(self, front: ParetoFront) -> None:
         share, _ = self._spent()
-        progressed = share - self._share_at_start
-        elapsed = time.monotonic() - self._started
-        self.progress.update(
-            share,
-            front_size=len(front),
-            hypervolume=front.hypervolume,
-            seconds_left=elapsed / progressed * max(0.0, 1 - share) if progressed > 0 else None,
-        )
+        self.progress.update(share, front_size=len(front), hypervolume=front.hypervolume)
 
     @section("log")
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
@@ -125,33 +100,60 @@ class SearchReport:
             self.tracker.publish_front(front.records, front.members)
 
     def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
-        """Write the front as it came out, say where the time went, and end the search's run in MLflow.
-
-        Args:
-            status: How the search ended.
-            front: What it found.
-            folder: The search's, for the profile of a call that is profiled.
-            trainings: Trainings of this call.
-        """
+        """Write the front, and the profile below the search's folder, and end the search's run in MLflow."""
         try:
             if self.tracker is not None:
                 self.tracker.publish_front(front.records, front.members)
-            record_profile(folder, trainings, self.tracker, self.progress)
+            self._record_profile(folder / PROFILE_FOLDER, trainings)
         finally:
             if self.tracker is not None:
                 self.tracker.finish(status, front.records)
 
+    def _record_profile(self, folder: Path, trainings: int) -> None:
+        """Say where the time of the call went: here, in a folder, and in MLflow, which is waited for."""
+        if (profile := current_profile.get()) is None:
+            return
+        if self.tracker is not None:
+            self.tracker.flush()
+        profile.count()
+        mlflow = None if self.tracker is None else self.tracker.worked
+        total = sum(span.seconds for span in profile.spans.values())
+        headings = ("section", "share", "seconds", "ms a training", "processor", "calls", "what")
+        title = f"Where {total:.1f} s went: {trainings} trainings"
+        table = titled_table(title, headings, words=("section", "what"))
+        for name, span in {**profile.spans, "MLflow": mlflow}.items():
+            if span is not None and span.seconds >= _SHORTEST_SECONDS:
+                table.add_row(
+                    name,
+                    f"{span.seconds / total:.1%}" if name in SECTIONS else "",
+                    f"{span.seconds:.2f}",
+                    f"{1000 * span.seconds / max(1, trainings):.1f}",
+                    f"{span.processor_seconds:.2f}",
+                    str(span.calls),
+                    SECTIONS.get(name, "its thread, beside"),
+                )
+        kept = {"seconds": total, "sections": profile.spans, "trainings": trainings, "mlflow": mlflow}
+        text = json.dumps(kept, indent=1, default=asdict)
+
+        def save(place: Path) -> None:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "profile.json").write_text(text + "\n", encoding="utf-8")
+            (place / "profile.txt").write_text(as_text(table) + "\n", encoding="utf-8")
+
+        save(folder)
+        if self.tracker is not None:
+            self.tracker.log_report(save, folder.name)
+        self.progress.show(table)
+
     def say_link(self) -> None:
         """Say where MLflow shows the search."""
-        if self.tracker is None or self._tracking is None:
-            return
-        self.progress.say(f"MLflow: {self.tracker.link}")
-        if not self._tracking.startswith("http"):
-            self.progress.say(f"        (served by: autopeft ui --tracking {redact(self._tracking)})")
+        if self.tracker is not None:
+            self.progress.say(f"MLflow: {self.tracker.link}")
+            if not self.tracker.is_server:
+                self.progress.say(f"        (served by: autopeft ui --tracking {self.tracker.store})")
 
 
 def _resuming(records: Sequence[TrialRecord]) -> str:
-    """Say what is there of earlier calls."""
     counts = Counter(record.evaluation.status for record in records)
     each = ", ".join(f"{number} {status}" for status, number in counts.items())
     again = ". Failed trials are tried again by run(..., retry_failed=True)" if counts["failed"] else ""
@@ -159,7 +161,6 @@ def _resuming(records: Sequence[TrialRecord]) -> str:
 
 
 def _resident_memory() -> str:
-    """Say how much main memory this process has taken at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (
         f"This process holds up to {COST_OBJECTIVES['peak_memory'].format(peak)} of main memory; peak_memory "

@@ -16,8 +16,7 @@ from rich.table import Table
 
 from autopeft.core.adapter import Site
 from autopeft.core.method_specs import ROLES
-from autopeft.reporting.html_page import html_page
-from autopeft.reporting.tables import Tabular
+from autopeft.reporting.formats import Tabular, html_page, titled_table
 from autopeft.sensitivity import SiteScores
 
 _COLUMNS = 3
@@ -43,16 +42,10 @@ class SensitivityReport(Tabular):
 
     def to_frame(self) -> pd.DataFrame:
         """Return a row a site: block, role, and a column a score, in the scores' own units."""
-        return pd.DataFrame(
-            [
-                {
-                    "block": site.block,
-                    "role": site.role,
-                    **{name: scores.values.get(site, math.nan) for name, scores in self.scores.items()},
-                }
-                for site in self.sites
-            ]
-        )
+        frame = pd.DataFrame(((site.block, site.role) for site in self.sites), columns=["block", "role"])
+        for name, scores in self.scores.items():
+            frame[name] = [scores.values.get(site, math.nan) for site in self.sites]
+        return frame
 
     def _relative(self) -> pd.DataFrame:
         """Return `to_frame` with each score relative to its largest."""
@@ -62,11 +55,7 @@ class SensitivityReport(Tabular):
 
     def table(self) -> Table:
         """Return a rich table: the sites by block and role, each score relative to its largest."""
-        table = Table(title=_HEADING, title_justify="left")
-        for heading in ("block", "role"):
-            table.add_column(heading)
-        for name in self.scores:
-            table.add_column(name, justify="right", overflow="fold")
+        table = titled_table(_HEADING, ("block", "role", *self.scores), words=["role"])
         for block, role, *values in self._relative().itertuples(index=False):
             table.add_row(
                 str(block), role, *("" if math.isnan(value) else f"{value:.2f}" for value in values)

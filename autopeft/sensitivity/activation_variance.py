@@ -108,11 +108,8 @@ def _principal(rows: Tensor, components: int) -> Tensor:
 class InputVariance:
     """Collect `explained_variance` while forward passes run.
 
-    Sites whose inputs were the very same tensors so far (query, key and value; gate and up) share one state.
-
-    Args:
-        sites: The sites.
-        state: The state of a site that has seen nothing.
+    Sites whose inputs were the very same tensors so far (query, key and value; gate and up) share one state;
+    all begin with one that has seen nothing.
     """
 
     def __init__(self, sites: Sequence[MatrixSite], state: IncrementalVariance) -> None:
@@ -123,9 +120,7 @@ class InputVariance:
     def watch(self, attention_mask: Tensor | None) -> Iterator[None]:
         """Add the inputs of every site during one forward pass inside.
 
-        Args:
-            attention_mask: (rows, tokens), 0 where a token is padding, which is left out; layers whose
-                inputs have other dimensions are taken whole.
+        Where the mask (rows, tokens) is 0, a token is left out; inputs of other dimensions are taken whole.
         """
         # What a state became by a tensor. A tensor that is gone, or was changed since, is another one.
         known: WeakKeyDictionary[IncrementalVariance, list[tuple[ref[Tensor], int, IncrementalVariance]]]

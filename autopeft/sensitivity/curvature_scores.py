@@ -32,11 +32,7 @@ def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
 
     In the paper −W ⊙ H g is high for weights whose removal does the gradient flow good; as in SPEFT the sign
     is turned, so that higher is more important. H is the Hessian with respect to all scored weights, averaged
-    over the batches as Ḡ is.
-
-    Args:
-        subject: What is scored.
-        store: The mean gradients Ḡ of the same batches.
+    over the batches as Ḡ is, which the store has of the same batches.
     """
     batches = range(len(subject.batches))
     return _mean("grasp", [curvature(subject, batch, store.mean, _weight) for batch in batches])
@@ -46,11 +42,7 @@ def hessian_scores(subject: Subject, probes: int) -> SiteScores:
     """Return ½ Σ h_ii w_ii², h the diagonal of the Hessian of the loss averaged over the batches.
 
     h is Hutchinson's estimate E[v ⊙ H v] with Rademacher vectors v over all scored weights, drawn anew for
-    every batch: it is unbiased, and its variance falls with the number of batches × probes.
-
-    Args:
-        subject: What is scored.
-        probes: Vectors v a batch, at least 1.
+    every batch, so many as there are probes: it is unbiased, and its variance falls with batches × probes.
     """
 
     def signs(matrix: MatrixSite, draw: int) -> Tensor:
@@ -79,11 +71,7 @@ def curvature(
 ) -> dict[Site, float]:
     """Return Σ A ⊙ (H v) for every site, H the Hessian of one batch's loss in all scored weights.
 
-    Args:
-        subject: What is scored.
-        batch: Index of the batch.
-        direction: Makes v of a site, (out, in); called several times, and has to make the same each time.
-        functional: Makes A of a site, likewise.
+    `direction` makes v of a site, (out, in), and `functional` A; called again, they have to make the same.
     """
     device = subject.device
     dtype = next(subject.model.parameters()).dtype

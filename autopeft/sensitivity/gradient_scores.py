@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -23,20 +22,6 @@ BatchFormula = Callable[[LayerGradient], Tensor]
 """Maps the gradient of one layer on one batch to a scalar."""
 
 
-def fisher_of_samples(layer: LayerGradient) -> Tensor:
-    """Return the sum over samples of the mean over the entries of g², a scalar.
-
-    g is the gradient of one sample's own loss, formed sample by sample as an outer product: divided by the
-    number of samples this is the mean diagonal of the empirical Fisher information. The batch's loss must
-    be the mean over its rows, and no layer may mix rows (as batch normalisation does).
-
-    Raises:
-        ValueError: The layer's input does not keep the rows apart.
-    """
-    squares = [vector_norm(gradient).square() for gradient in layer.sample_gradients()]
-    return torch.stack(squares).sum() / layer.site.weight.numel()
-
-
 BATCH_SCORES: Mapping[str, BatchFormula] = {
     "gradient_norm": lambda layer: layer.norm,
     "fisher": lambda layer: layer.norm.square() / layer.gradient.numel(),
@@ -47,14 +32,7 @@ BATCH_SCORES: Mapping[str, BatchFormula] = {
 
 @dataclass(frozen=True)
 class BatchScore:
-    """The mean over the batches of a formula of a layer's gradient.
-
-    Attributes:
-        name: The score.
-        formula: The formula.
-        count: What its sum over all batches is divided by.
-        sums: The sum so far of each site with influence on the loss.
-    """
+    """The mean over so many batches of a formula of a layer's gradient."""
 
     name: str
     formula: BatchFormula
@@ -84,12 +62,7 @@ def gora_scores(store: MeanGradients) -> SiteScores:
 def gradient_spectrum_scores(store: MeanGradients, *, rank: int, components: int) -> SiteScores:
     """Return sqrt(Σ_{i≤r} σ_i(Ḡ)²): how much of the mean gradient an update of rank r can follow.
 
-    Costs one singular value decomposition a site.
-
-    Args:
-        store: The mean gradients.
-        rank: r.
-        components: How many singular values to keep as the site's spectrum.
+    Costs one singular value decomposition a site, of which so many components are kept as its spectrum.
     """
     values: dict[Site, float] = {}
     spectra: dict[Site, tuple[float, ...]] = {}

@@ -21,7 +21,6 @@ from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 
 _Product = tuple[Tensor, Tensor]
 
-_BLOCK_ENTRIES = 2**16
 _WORTH_DROPPING = 0.8
 
 
@@ -33,14 +32,12 @@ class LayerGradient:
         site: The site.
         products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
             forward pass: one, or more where blocks share their weights.
-        rows: Number of rows of the batch; the loss is the mean over them.
         dtype: What is multiplied, less precise than single precision or not; None for single precision or
             what is better.
     """
 
     site: MatrixSite
     products: Sequence[_Product]
-    rows: int
     dtype: torch.dtype | None = None
 
     @cached_property
@@ -59,36 +56,9 @@ class LayerGradient:
 
     @cached_property
     def weighted_norms(self) -> tuple[Tensor, Tensor]:
-        """Σ |W ⊙ G| and Σ (W ⊙ G)², scalars. W ⊙ G is formed block by block: never whole, always in cache."""
-        rows = max(1, _BLOCK_ENTRIES // self.gradient.shape[1])
-        scratch = torch.empty_like(self.gradient[:rows])
-        norms = []
-        for gradient, weight in zip(self.gradient.split(rows), self.site.weight.split(rows), strict=True):
-            weighted = torch.mul(gradient, weight, out=scratch[: len(gradient)]).view(-1)
-            square = torch.dot(weighted, weighted)
-            norms.append((weighted.abs_().sum(), square))  # vector_norm of order 1 takes four times as long
-        absolute, square = map(torch.stack, zip(*norms, strict=True))
-        return absolute.sum(), square.sum()
-
-    def sample_gradients(self) -> Iterator[Tensor]:
-        """Yield the gradient (out, in) of each row's own loss, one after another.
-
-        Raises:
-            ValueError: The layer's input does not keep the rows apart.
-        """
-        by_row = [tuple(map(self._apart, product)) for product in self.products]
-        for row in range(self.rows):
-            products = [(output_gradient[row], given[row]) for output_gradient, given in by_row]
-            yield LayerGradient(self.site, products, 1, self.dtype).gradient.mul_(self.rows)
-
-    def _apart(self, tensor: Tensor) -> Tensor:
-        if tensor.shape[0] % self.rows:
-            raise ValueError(
-                f"The input of {self.site.site} ({self.site.shape.module}) mixes the {self.rows} rows of "
-                f"the batch (its shape is {tuple(tensor.shape)}): use the batch version of 'fisher'."
-            )
-        # Some models flatten (rows, tokens) into one dimension, row after row.
-        return tensor.reshape(self.rows, -1, tensor.shape[-1])
+        """Σ |W ⊙ G| and Σ (W ⊙ G)², scalars."""
+        weighted = (self.gradient * self.site.weight).abs_()  # in place: one matrix of this size at a time
+        return weighted.sum(), weighted.square_().sum()
 
 
 def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -107,26 +77,19 @@ def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) ->
 def layer_gradients(
     sites: Sequence[MatrixSite],
     receive: Callable[[LayerGradient], None],
-    rows: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Callable[[Tensor], None]]:
     """Hand over each site's gradient while a backward pass runs; yields what runs it.
 
     Inside the `with` block, compute a scalar with the model and call what was yielded with it: one
     backward pass. A site without influence on the scalar is not handed over. No parameter needs to require
-    gradients, and none gets a `.grad`.
-
-    Args:
-        sites: The sites to watch.
-        receive: Called once a site; whatever it keeps of the gradient stays alive.
-        rows: Number of rows of the batch.
-        dtype: See `LayerGradient`.
+    gradients, and none gets a `.grad`. What `receive` keeps of a gradient stays alive.
     """
     calls: Counter[MatrixSite] = Counter()
     products: dict[MatrixSite, list[_Product]] = defaultdict(list)
 
     def hand_over(matrix: MatrixSite) -> None:
-        receive(LayerGradient(matrix, products.pop(matrix), rows, dtype))
+        receive(LayerGradient(matrix, products.pop(matrix), dtype))
 
     def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

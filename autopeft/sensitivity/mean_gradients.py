@@ -29,13 +29,8 @@ _logger = logging.getLogger(__name__)
 def mean_gradient_groups(sites: Sequence[MatrixSite], budget: int) -> list[Sequence[MatrixSite]]:
     """Return the sites in groups whose mean gradients are kept at the same time.
 
-    Args:
-        sites: The sites, from the input to the output.
-        budget: Most bytes that the temporary file may take; a single site may take more.
-
-    Returns:
-        All sites in one group where they fit on their GPU; else groups that keep within the budget and within
-        half of what is free on the disk.
+    That is all of them where they fit on their GPU. Else a group's file keeps within a budget of bytes and
+    within half of what is free on the disk; a single site may take more.
     """
     if _fit_on_device(sites):
         return [sites]
@@ -62,14 +57,7 @@ class MeanGradients:
 
     The file lies in the folder for temporary files (`TMPDIR`), takes 4 bytes an entry of the sites' weights
     and has no name: it is gone with this object or the process. It is mapped, so that a gradient is added
-    where the sum lies.
-
-    Args:
-        sites: The sites whose gradients are kept.
-        batches: Number of batches the mean is over.
-
-    Raises:
-        OSError: The disk has no room for the file.
+    where the sum lies. An OSError is raised where the disk has no room for it.
     """
 
     def __init__(self, sites: Sequence[MatrixSite], batches: int) -> None:

@@ -46,7 +46,7 @@ _SPECS = (
     ScoreSpec(
         "fisher",
         _GRADIENTS,
-        "mean over batches (or samples) and over the entries of G²",
+        "mean over batches and over the entries of G²",
         "On Surgical Fine-tuning for Language Encoders (Lodha et al., EMNLP Findings 2023)",
     ),
     ScoreSpec(

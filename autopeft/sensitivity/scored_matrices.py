@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,8 @@ _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64,
 class MatrixSite:
     """A site that is one weight matrix: an `nn.Linear`, or a Conv1D of transformers.
 
-    Attributes:
-        site: The site.
-        shape: What the backbone has there.
-        module: The module.
-        weight: Its weight as (out, in) however it is stored, a view that shares its memory. Kept here, as the
-            module may be multiplying by a copy in lower precision.
+    The weight is (out, in) however it is stored, a view that shares its memory. It is kept here, as the
+    module may be multiplying by a copy in lower precision.
     """
 
     site: Site
@@ -66,10 +63,6 @@ class Subject:
     def batch(self, index: int) -> dict[str, Tensor]:
         """Return a batch on the model's device."""
         return {name: tensor.to(self.device) for name, tensor in self.batches[index].items()}
-
-    def rows(self, index: int) -> int:
-        """Return the number of rows of a batch."""
-        return len(next(iter(self.batches[index].values())))
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model computes."""
@@ -153,10 +146,10 @@ def forward_hooks(
 ) -> Iterator[None]:
     """Call `hook(site, input, output)` after each run of a site's module; its result replaces the output."""
 
-    def bind(site: MatrixSite) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        return lambda _, arguments, output: hook(site, arguments[0], output)
+    def run(site: MatrixSite, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return hook(site, arguments[0], output)
 
     with ExitStack() as handles:
         for site in sites:
-            handles.enter_context(site.module.register_forward_hook(bind(site)))
+            handles.enter_context(site.module.register_forward_hook(partial(run, site)))
         yield

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.core.adapter import Site
-from autopeft.core.errors import unknown_choice
 
 _SHOWN = 3
 
@@ -70,15 +69,11 @@ class SiteScores:
         Raises:
             ValueError: A key is unknown or missing, or a site or a number cannot be read.
         """
-        known = ("name", "values", "spectra")
-        for key in data:
-            if key not in known:
-                raise unknown_choice("key of scores", key, known)
-        missing = [key for key in known[:2] if key not in data]
-        if missing:
-            raise ValueError(f"Scores need {' and '.join(missing)}, got the keys {sorted(data)}.")
+        if not {"name", "values"} <= data.keys() <= {"name", "values", "spectra"}:
+            raise ValueError(f"Scores have a name, values and maybe spectra, got the keys {sorted(data)}.")
         values, spectra = (
-            {Site.parse(text): found for text, found in data.get(key, {}).items()} for key in known[1:]
+            {Site.parse(text): found for text, found in data.get(key, {}).items()}
+            for key in ("values", "spectra")
         )
         return cls(name=data["name"], values=values, spectra=spectra)
 

@@ -67,7 +67,7 @@ def synflow_scores(subject: Subject) -> SiteScores:
     with (
         absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
         embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
-        layer_gradients(subject.sites, add, rows=1) as run_backward,
+        layer_gradients(subject.sites, add) as run_backward,
     ):
         run_backward(subject.task.predicted(subject.output(row)).sum())
     return SiteScores(name="synflow", values=values)
@@ -77,11 +77,7 @@ def synflow_scores(subject: Subject) -> SiteScores:
 def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] = ()) -> Iterator[None]:
     """Replace every parameter by its absolute value in place; put the signs back afterwards, bit for bit.
 
-    The signs are kept in main memory, one byte an entry.
-
-    Args:
-        model: The model.
-        except_for: Parameters to leave as they are: nobody has to pay for what is not used.
+    The signs are kept in main memory, one byte an entry. Parameters that are not used need not be paid for.
     """
     left_out = set(map(id, except_for))
     signs: list[tuple[Tensor, Tensor]] = []
@@ -93,9 +89,7 @@ def absolute_parameters(model: nn.Module, except_for: Collection[nn.Parameter] =
                 values.abs_()
         yield
     finally:
-        for values, sign in reversed(
-            signs
-        ):  # of two on the same memory, the first one's signs are the true ones
+        for values, sign in reversed(signs):  # of two on the same memory, the first one's are the true ones
             values.copysign_(sign.to(values.device))
 
 

@@ -51,5 +51,5 @@ class SectionProfiler(Profiler):
 
 def training_profiler() -> SectionProfiler | None:
     """Return the Trainer's profiler while a profile is running; None makes it use none."""
-    profile = current_profile()
+    profile = current_profile.get()
     return None if profile is None else SectionProfiler(profile)

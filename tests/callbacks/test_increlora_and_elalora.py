@@ -112,9 +112,9 @@ def test_incremental_ranks_keep_to_the_budget_and_grow_where_the_score_is_highes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"budget": 1000}, r"reach a budget of 1000"),
-        ({"budget": 3}, r"start at 1 and reach a budget of 3"),
-        ({"initial_rank": 5}, r"cannot start at 5"),
+        ({"budget": 1000}, r"cannot hold a budget of 1000"),
+        ({"budget": 3}, r"ranks from 1 to .* cannot hold a budget of 3"),
+        ({"initial_rank": 5}, r"ranks from 5 to 4\.\.4"),
         ({"every_n_steps": 4}, r"reached after step 16 at the earliest, but the trainer takes 8"),
         ({"warmup_steps": 6}, r"after step 10 at the earliest"),
     ],
@@ -231,9 +231,15 @@ def test_the_least_important_rank_goes_to_the_most_important_module() -> None:
 def test_ranks_are_spread_evenly() -> None:
     assert spread_evenly(7, {"a": 4, "b": 2, "c": 4}, 1) == {"a": 3, "b": 2, "c": 2}
     assert spread_evenly(9, {"a": 4, "b": 2, "c": 4}, 1) == {"a": 4, "b": 2, "c": 3}
-    for budget, least in ((2, 1), (11, 1), (9, 3)):
-        with pytest.raises(ValueError, match="cannot hold"):
-            spread_evenly(budget, {"a": 4, "b": 2, "c": 4}, least)
+
+
+@pytest.mark.parametrize(("budget", "least"), [(2, 1), (1000, 1), (100, 5)])
+def test_a_budget_that_the_layers_cannot_hold_is_refused(
+    budget: int, least: int, tiny_llama: ModelFactory
+) -> None:
+    callback = ElaLoRA(budget=budget, every_n_steps=1, moves=1, minimum_rank=least)
+    with pytest.raises(ValueError, match=f"cannot hold a budget of {budget}"):
+        fit(lora(tiny_llama(), RANK), callback, steps=1)
 
 
 def test_elastic_arguments_out_of_range_are_refused() -> None:

@@ -102,7 +102,7 @@ class TestAdapter:
             ({"method": "lora", "size": 8, "rank": 8}, "not both"),
             ({"method": "lora"}, "needs a rank of at least 1 .a whole number., got None"),
             ({"method": "lora", "size": 0}, "got 0; leave the site out"),
-            ({"method": "series", "size": -2}, "bottleneck width of at least 1, got -2"),
+            ({"method": "series", "size": -2}, "bottleneck width of at least 1 .a whole number., got -2"),
             ({"method": "prefix", "size": 2.0}, "a whole number., got 2.0"),
             ({"method": "lora", "size": True}, "a whole number., got True"),
             ({"method": "lora", "size": "8"}, "a whole number., got '8'"),

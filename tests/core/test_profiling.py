@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from autopeft.core import profiling
 from autopeft.core.profiling import SECTIONS, Profile, TimeSpan, current_profile, section
-from autopeft.reporting.search_profile import PROFILE_FOLDER
+from autopeft.reporting.search_report import PROFILE_FOLDER
 from autopeft.training.lightning_profiler import section_of, training_profiler
 from autopeft.training.settings import Training
 from tests.learnable import outcomes, tiny_evaluator, tiny_search
@@ -97,7 +97,7 @@ def test_what_was_left_open_ends_with_what_is_around_it(clock: Clock) -> None:
 
 
 def test_without_a_profile_sections_do_nothing() -> None:
-    assert current_profile() is None
+    assert current_profile.get() is None
     with section("ask"):
         pass
     assert training_profiler() is None
@@ -107,7 +107,7 @@ def test_another_thread_counts_nowhere(clock: Clock) -> None:
     found = []
 
     def work() -> None:
-        found.append(current_profile())
+        found.append(current_profile.get())
         with section("count"):
             clock.now += 5
 
@@ -124,7 +124,7 @@ def test_names_are_checked_and_profiles_do_not_nest() -> None:
         pass
     with Profile(), pytest.raises(RuntimeError, match="being profiled already"), Profile():
         pass
-    assert current_profile() is None
+    assert current_profile.get() is None
 
 
 def test_lightnings_actions_are_those_of_the_installed_version() -> None:

@@ -29,8 +29,7 @@ from autopeft.sensitivity import compute_scores
 from autopeft.sensitivity.gradient_scores import BATCH_SCORES
 from autopeft.sensitivity.scored_matrices import Subject
 from autopeft.training.module import FineTuning
-from autopeft.training.trainer_state import capture_state, restore_state
-from autopeft.training.training_checkpoint import TrainingCheckpoint
+from autopeft.training.training_checkpoint import TrainingCheckpoint, capture_state, restore_state
 from tests.learnable import tiny_evaluator
 from tests.tiny_models import LABELS, everywhere, places, tiny_backbone, tiny_batch
 

@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_members_alone(
     """With random parameters: as they are initialised, adapters change nothing."""
     evaluator, batch = packing_evaluator(), tiny_batch()
     backbone = evaluator.backbone
-    runs = [MemberRun(evaluator, configuration, seed, 1, None) for seed, configuration in enumerate(members)]
+    runs = [MemberRun(evaluator, configuration, seed, 1) for seed, configuration in enumerate(members)]
     runs.sort(key=lambda run: run.cut)
     alone: list[Tensor] = []
     for run in runs:
@@ -100,7 +100,7 @@ def test_blocks_below_the_cuts_run_once_for_all() -> None:
             lambda _module, inputs, _output, block=block: rows.setdefault(block, []).append(len(inputs[0]))
         )
     configurations = (lora("2.query"), lora("2.ffn_down", 4), lora("3.query", 1))
-    runs = [MemberRun(evaluator, configuration, 0, 1, None) for configuration in configurations]
+    runs = [MemberRun(evaluator, configuration, 0, 1) for configuration in configurations]
     with torch.no_grad():
         structure = Structure(backbone, evaluator.task, tiny_batch(rows=3))
     rows.clear()

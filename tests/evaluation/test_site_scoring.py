@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autopeft.evaluation.site_scoring import score_sites
-from autopeft.sensitivity import ScoreOptions, compute_scores
+from autopeft.sensitivity import compute_scores
 from autopeft.training.settings import TrainingPrecision
 from tests.learnable import TRAINING, tiny_evaluator
 
@@ -43,8 +43,13 @@ def test_scores_are_in_bfloat16_where_the_processor_is_made_for_it(
     evaluator = tiny_evaluator(training=replace(TRAINING, precision=precision))
     found = score_sites(evaluator, NAMES, batches=2)
     batches = list(islice(evaluator.data.train_dataloader(), 2))
-    options = ScoreOptions(precision=expected)  # type: ignore[arg-type]
-    assert found == compute_scores(evaluator.backbone, batches, evaluator.task, NAMES, options=options)
+    assert found == compute_scores(
+        evaluator.backbone,
+        batches,
+        evaluator.task,
+        NAMES,
+        precision=expected,  # type: ignore[arg-type]
+    )
 
 
 def test_scores_of_another_precision_are_not_taken_from_the_disk(

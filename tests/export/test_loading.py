@@ -110,13 +110,13 @@ def test_loading_says_what_does_not_fit(tmp_path: Path) -> None:
     export(backbone, all_methods(backbone), folder, verify=False)
     with pytest.raises(ValueError, match=r"no autopeft\.json"):
         load_adapter(tiny_classifier("bert"), tmp_path)
-    with pytest.raises(ValueError, match="load the base with num_labels=3"):
+    with pytest.raises(ValueError, match="load it with num_labels=3"):
         load_adapter(tiny_classifier("bert", num_labels=5), folder)
     with pytest.raises(ValueError, match="not the base the adapter was trained on"):
         load_adapter(tiny_classifier("llama"), folder)
     with pytest.raises(ValueError, match="not the base the adapter was trained on"):
         load_adapter(tiny_classifier("bert", hidden_size=64), folder)
-    with pytest.raises(ValueError, match="Cannot load the base model"):
+    with pytest.raises(ValueError, match="Cannot load the backbone"):
         load_adapter(tmp_path / "nothing", folder)
     twice: Any = load_adapter(tiny_classifier("bert"), folder)
     with pytest.raises(ValueError, match="already carries adapters"):

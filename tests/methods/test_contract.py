@@ -9,7 +9,7 @@ import torch
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placement_of
+from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placements
 from autopeft.methods.base import Trainable
 from autopeft.models.backbone import Backbone
 from tests.tiny_models import (
@@ -50,7 +50,7 @@ def backbones() -> dict[str, Backbone]:
 def _attach_alone(
     backbone: Backbone, method: str, configuration: Configuration, undo: ExitStack
 ) -> Trainable:
-    placement = placement_of(backbone, configuration, method)
+    placement = placements(configuration, backbone.sites)[method]
     return METHODS[method].attach(backbone.model, placement, undo)
 
 

@@ -15,7 +15,7 @@ from autopeft.methods import attach
 from autopeft.models import cached_casts
 from autopeft.models.backbone import Backbone
 from autopeft.models.cached_casts import CachedCasts
-from autopeft.sensitivity import ScoreOptions, compute_scores
+from autopeft.sensitivity import compute_scores
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.sensitivity.references import labelled_batches
 from tests.tiny_models import CROSS_ENTROPY, everywhere, fingerprint, places, tiny_backbone, tiny_batch
@@ -79,7 +79,7 @@ def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
         labelled_batches(1),
         CROSS_ENTROPY,
         ["gradient_norm"],
-        options=ScoreOptions(precision="bf16-mixed"),
+        precision="bf16-mixed",
     )
     assert weight.weight.dtype == torch.float32
 

@@ -18,7 +18,7 @@ from autopeft.core.pareto import Axis, contributions, hypervolume, non_dominated
 from autopeft.methods import count_parameters
 from autopeft.optimization.candidates import single_adapter_probes
 from autopeft.optimization.ehvi_sampler import EhviSampler
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
 from autopeft.sensitivity import compute_scores

@@ -15,7 +15,7 @@ from autopeft.core.objectives import COST_OBJECTIVES, Objective, resolve_constra
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores

@@ -35,7 +35,7 @@ class Ranks:
     ) -> Proposal:
         self.pending.append(len(pending))
         rank = self.ranks[number] if number < len(self.ranks) else number + 1
-        return Proposal(configuration=configuration(rank), parameters={"rank": rank}, distributions={})
+        return Proposal(configuration=configuration(rank), params={"rank": rank}, distributions={})
 
 
 def scheduler(
@@ -77,7 +77,7 @@ def test_the_proposer_is_told_what_is_pending_and_gives_what_is_recorded() -> No
     assert proposer.pending == [0, 1, 2]
     proposal = made.finished(done(jobs[1]))
     assert proposal is not None
-    assert proposal.parameters == {"rank": 2}
+    assert proposal.params == {"rank": 2}
     assert made.finished(done(jobs[1])) is None, "known by now: nothing new was proposed for it"
 
 

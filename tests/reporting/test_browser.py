@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
+from autopeft.reporting.formats import html_page
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, front_figure
-from autopeft.reporting.html_page import html_page
 from autopeft.reporting.mlflow.server import mlflow_server
 from autopeft.reporting.mlflow.tracker import Tracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for

@@ -13,9 +13,9 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.reporting.configuration_image import configuration_figure
+from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, projections, static_front_figure
-from autopeft.reporting.html_page import html_page
 from tests.records import METRICS, OBJECTIVES, front_of, synthetic_records
 
 TWO = OBJECTIVES[:2]

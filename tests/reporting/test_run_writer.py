@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import CurvePoint, TrialRecord
-from autopeft.reporting.mlflow.run_content import trial_params
+from autopeft.reporting.mlflow.run_content import PARENT_TAG, STUDY_TAG, trial_params
 from autopeft.reporting.mlflow.run_writer import RunWriter
 from autopeft.reporting.mlflow.store import checked_store, open_experiment
 from tests.records import OBJECTIVES, synthetic_records
@@ -34,7 +34,7 @@ def experiment(client: MlflowClient, request: pytest.FixtureRequest, tmp_path: P
 
 
 def writer(client: MlflowClient, experiment: str) -> RunWriter:
-    return RunWriter(client, experiment, "parent", "study", OBJECTIVES)
+    return RunWriter(client, experiment, {PARENT_TAG: "parent", STUDY_TAG: "study"}, OBJECTIVES)
 
 
 def runs(client: MlflowClient, experiment: str) -> list[Run]:

@@ -32,7 +32,7 @@ def test_trials_are_shown_as_running(uri: str) -> None:
     for record in records:
         tracker.trial_started(record.number, record.evaluation.configuration)
     after = int(1000 * time.time())
-    tracker.flush(20)
+    tracker.flush()
     runs = trial_runs(uri)
     assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
     assert all(before <= run.info.start_time <= after for run in runs)
@@ -63,7 +63,7 @@ def test_a_trial_ends_when_it_ended_and_not_when_it_is_written(uri: str) -> None
     records = synthetic_records(6)
     tracker = make(uri)
     tracker.start(note="", identity=IDENTITY, records=())
-    tracker._put(partial(time.sleep, 0.5))
+    tracker._worker.put(partial(time.sleep, 0.5))
     moments = []
     for record in records:
         before = int(1000 * time.time())

@@ -27,9 +27,9 @@ def worker(errors: list[Exception]) -> Iterator[Worker]:
 
 def test_jobs_are_done_in_their_order(worker: Worker) -> None:
     done: list[str] = []
-    worker.put(partial(done.append, "first"))
-    assert (worker.is_alive(), done) == (False, [])
+    worker.put(partial(done.append, "before its start"))
     worker.start()
+    worker.put(partial(done.append, "first"))
     worker.put(partial(done.append, "second"))
     assert worker.flush(20)
     assert done == ["first", "second"]
@@ -45,9 +45,9 @@ def test_a_job_that_fails_stops_no_other(worker: Worker, errors: list[Exception]
     def fails() -> None:
         raise OSError("busy")
 
+    worker.start()
     worker.put(fails)
     worker.put(partial(done.append, "second"))
-    worker.start()
     assert worker.flush(20)
     assert (done, [str(error) for error in errors]) == (["second"], ["busy"])
 
@@ -55,9 +55,9 @@ def test_a_job_that_fails_stops_no_other(worker: Worker, errors: list[Exception]
 def test_a_job_that_hangs_is_given_up_with_what_waits(worker: Worker) -> None:
     released = threading.Event()
     done: list[str] = []
+    worker.start()
     worker.put(released.wait)
     worker.put(partial(done.append, "never"))
-    worker.start()
     begun = time.monotonic()
     assert not worker.stop(0.3)
     assert 0.3 <= time.monotonic() - begun < 10
@@ -69,9 +69,9 @@ def test_a_job_that_hangs_is_given_up_with_what_waits(worker: Worker) -> None:
 
 
 def test_a_long_queue_is_waited_for_while_it_moves(worker: Worker) -> None:
+    worker.start()
     for _ in range(8):
         worker.put(partial(time.sleep, 0.1))
-    worker.start()
     assert worker.flush(0.5)
 
 

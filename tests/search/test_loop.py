@@ -100,10 +100,9 @@ def test_a_samplers_arguments_are_settings(tmp_path: Path) -> None:
 
 def test_the_defaults_are_the_best_that_was_measured(tmp_path: Path) -> None:
     search = Search("a/model", learnable_task())
-    settings = search.settings
-    assert settings.space == ScoreGuided()
-    assert settings.halving == SuccessiveHalving()
-    assert (settings.sampler, settings.seeds, settings.warm_start) == ("ehvi", 3, None)
+    assert search.space == ScoreGuided()
+    assert search.halving == SuccessiveHalving()
+    assert (search.sampler, search.seeds, search.warm_start) == ("ehvi", 3, None)
     assert not search.score_check
     front = Search(learner(), learnable_task(), training=TRAINING, tracking=None, folder=tmp_path).run(
         trials=6, progress=False

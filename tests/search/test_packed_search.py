@@ -14,7 +14,7 @@ from autopeft.core.seeding import training_seed
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
-from autopeft.reporting.search_profile import PROFILE_FOLDER
+from autopeft.reporting.search_report import PROFILE_FOLDER
 from autopeft.search_spaces import PerLayer, ScoreGuided, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training

@@ -18,7 +18,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.evaluation import site_scoring
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.optimization.ehvi_sampler import EhviSampler
-from autopeft.optimization.history import History
+from autopeft.optimization.proposal import History
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search import Search
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace

@@ -143,7 +143,7 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
     assert any(warm_starts(records))
     assert list(search.front().to_frame(all_trials=True)["warm_start"]) == warm_starts(records)
     warm_alone = [record for record in records if record.evaluation.warm_start]
-    shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search))
+    shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search.export))
     assert "initialised from" in shown
     assert "supernet" in shown
     assert supernets_of(search).cost.steps == search.open().evaluator.plan.total_steps
@@ -154,7 +154,7 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
 
 
 def supernets_of(search: Search) -> WarmStarts:
-    found = search.open().warm_starts(search.settings.warm_start, search.folder, trains=False)
+    found = search.open().warm_starts(search.warm_start, search.folder, trains=False)
     assert found is not None
     return found
 
@@ -216,7 +216,7 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
         "space": {"type": "PerLayer", "methods": ["lora"]},
         "warm_start": {"trainings": 2.0},
     }
-    assert build_config(settings).search.settings.warm_start == WarmStart(trainings=2.0)
+    assert build_config(settings).search.warm_start == WarmStart(trainings=2.0)
     with pytest.raises(ValueError, match="trainings"):
         build_config(settings | {"warm_start": {"training": 2}})
 

@@ -85,14 +85,6 @@ def mean_over_batches(
     }
 
 
-def one_row_batches(batches: Sequence[Batch]) -> list[Batch]:
-    return [
-        {name: one[row : row + 1] for name, one in batch.items()}
-        for batch in batches
-        for row in range(len(batch["labels"]))
-    ]
-
-
 def gradient_norm(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
     return mean_over_batches(backbone, batches, lambda _, g: g.pow(2).sum().sqrt())
 

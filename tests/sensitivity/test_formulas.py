@@ -17,10 +17,9 @@ from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import (
     CHEAP_SCORES,
     SCORES,
-    ScoreOptions,
     SiteScores,
+    computation,
     compute_scores,
-    layer_gradients,
 )
 from autopeft.sensitivity.activation_variance import IncrementalVariance
 from autopeft.sensitivity.curvature_scores import curvature
@@ -38,7 +37,6 @@ from tests.tiny_models import (
 )
 
 FAMILIES = ("tiny_bert", "tiny_llama", "tiny_gpt2")
-ALL_BATCHES = ScoreOptions(convergence=None)
 
 
 def backbone_of(model: Any) -> Backbone:
@@ -70,18 +68,8 @@ def test_there_is_a_test_for_every_score() -> None:
 @pytest.mark.parametrize("name", references.EXACT)
 def test_exact_scores(backbone: Backbone, name: str) -> None:
     batches = labelled_batches()
-    found = compute_scores(backbone, batches, CROSS_ENTROPY, [name], options=ALL_BATCHES)[name]
-    assert found.name == name
-    assert_close(found.values, references.EXACT[name](backbone, batches))
-
-
-@pytest.mark.parametrize("name", ["snip", "taylor2"])
-def test_weighted_gradients_are_summed_block_by_block(
-    backbone: Backbone, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = labelled_batches()
-    monkeypatch.setattr(layer_gradients, "_BLOCK_ENTRIES", 300)  # a few rows; the last block has fewer
     found = compute_scores(backbone, batches, CROSS_ENTROPY, [name])[name]
+    assert found.name == name
     assert_close(found.values, references.EXACT[name](backbone, batches))
 
 
@@ -94,13 +82,6 @@ def test_scores_are_the_same_together_and_alone(backbone: Backbone) -> None:
         assert compute_scores(backbone, batches, CROSS_ENTROPY, [name])[name] == together[name]
 
 
-def test_fisher_of_samples(backbone: Backbone) -> None:
-    batches = [*labelled_batches(2), *labelled_batches(1, rows=2)]
-    options = ScoreOptions(per_sample_fisher=True)
-    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["fisher"], options=options)["fisher"]
-    assert_close(found.values, references.fisher(backbone, references.one_row_batches(batches)))
-
-
 @pytest.mark.parametrize("architecture", [*HEADS, "albert", "opt"])
 def test_gradients_of_many_architectures(architecture: str) -> None:
     # ALBERT runs one block several times, T5 two stacks; OPT has biases everywhere and odd shapes.
@@ -108,11 +89,8 @@ def test_gradients_of_many_architectures(architecture: str) -> None:
     head = HEADS.get(architecture, ("classifier",) if hasattr(model, "classifier") else ("score",))
     backbone = Backbone(model, tiny_tokenizer(), name=architecture, head=head)
     batches = labelled_batches(2)
-    for per_sample in (False, True):
-        reference = references.one_row_batches(batches) if per_sample else batches
-        options = ScoreOptions(per_sample_fisher=per_sample)
-        found = compute_scores(backbone, batches, CROSS_ENTROPY, ["fisher"], options=options)["fisher"]
-        assert_close(found.values, references.fisher(backbone, reference))
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["fisher"])["fisher"]
+    assert_close(found.values, references.fisher(backbone, batches))
 
 
 def test_sites_without_influence_score_nothing() -> None:
@@ -141,10 +119,10 @@ def test_calls_without_influence_are_left_out() -> None:
     handle.remove()
 
 
-def test_spectra(backbone: Backbone) -> None:
+def test_spectra(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = labelled_batches()
     names = ("gradient_spectrum", "explained_variance")
-    found = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2, options=ALL_BATCHES)
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2)
     references_ = references.spectra(backbone, batches), references.variance_ratios(backbone, batches)
     for name, expected in zip(names, references_, strict=True):
         for site, spectrum in found[name].spectra.items():
@@ -155,9 +133,10 @@ def test_spectra(backbone: Backbone) -> None:
                 rtol=1e-3,
                 atol=1e-5 * float(expected[site][0]),
             )
-    options = ScoreOptions(components=5, convergence=None)
-    short = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2, options=options)
-    assert {len(one) for scores in short.values() for one in scores.spectra.values()} == {5}
+    monkeypatch.setattr(computation, "_COMPONENTS", 5)
+    monkeypatch.setattr(computation, "_CONVERGENCE", None)
+    short = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2)
+    assert {len(spectrum) for scores in short.values() for spectrum in scores.spectra.values()} == {5}
     assert short["gradient_spectrum"].values == found["gradient_spectrum"].values
     # What the incremental SVD cut off is small, and it never invents variance.
     for site, ratio in short["explained_variance"].values.items():
@@ -216,7 +195,7 @@ def test_sites_part_where_their_inputs_do() -> None:
     key = backbone.model.get_submodule(backbone.shape(Site(1, "key")).module)
     calls = itertools.count()
     bend = key.register_forward_pre_hook(lambda _, given: (given[0].exp(),) if next(calls) % 2 else None)
-    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["explained_variance"], options=ALL_BATCHES)
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["explained_variance"])
     values = found["explained_variance"].values
     assert_close(values, references.explained_variance(backbone, batches))
     assert values[Site(1, "query")] == values[Site(1, "value")] != values[Site(1, "key")]
@@ -256,7 +235,7 @@ def _exact_hessian(backbone: Backbone, batches: list[dict[str, Tensor]]) -> Tens
     return torch.stack(rows).double()
 
 
-def test_hutchinson_within_its_statistical_error(tiny_bert: Any) -> None:
+def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert(hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     draw_parameters(model.parameters(), std=0.3)
     backbone = backbone_of(model)
@@ -265,8 +244,8 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any) -> None:
     # Each batch has its own Hessian and its own probes: the variances are of the batches' own forms.
     own = [_exact_hessian(backbone, [batch]) for batch in batches]
     probes = 150
-    options = ScoreOptions(hessian_probes=probes)
-    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"], options=options)["hessian"]
+    monkeypatch.setattr(computation, "_HESSIAN_PROBES", probes)
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"])["hessian"]
     weights = references.weights(backbone)
     start = 0
     for site, weight in weights.items():
@@ -282,7 +261,7 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any) -> None:
             variance += 2 * float(symmetric.square().sum()) / probes / len(batches) ** 2
         assert abs(found.values[site] - exact) < 4 * math.sqrt(variance), site
     strongest = max(found.values, key=lambda site: abs(found.values[site]))
-    other = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"], seed=1, options=options)["hessian"]
+    other = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"], seed=1)["hessian"]
     assert other.values[strongest] == pytest.approx(found.values[strongest], rel=0.5)
     assert other != found
 

@@ -3,9 +3,8 @@
 A cut k divides the blocks: those below, 0 to k - 1, carry nothing that is trained. What they give for a row
 is the same in every epoch and for every candidate with that cut, once their dropout is off.
 
-No architecture is known here. The model runs its own forward pass; of the blocks below the cut each returns
-what it was given, and the last one the hidden states. What is computed outside the blocks stays: masks,
-positions.
+No architecture is known here. In the model's own forward pass each block below the cut returns what it was
+given, and the last one the hidden states; masks and positions are computed as ever.
 """
 
 from __future__ import annotations
@@ -37,10 +36,6 @@ def evaluation_mode_below(cut: int, backbone: Backbone) -> Iterator[None]:
 
     Modes are switched while the model runs, and are outside a forward pass what they were: a module below the
     cut may be used again above it. Enter it when the adapters are attached.
-
-    Args:
-        cut: Number of blocks below the cut, from 0 to all.
-        backbone: Its model, as it is by then, is watched.
     """
     model, blocks = backbone.model, backbone.blocks
     modules = list(model.modules())
@@ -70,19 +65,10 @@ def evaluation_mode_below(cut: int, backbone: Backbone) -> Iterator[None]:
 def states_at(
     cuts: Sequence[int], backbone: Backbone, task: Task, inputs: Mapping[str, Tensor]
 ) -> dict[int, Tensor]:
-    """Run a backbone as it is up to the last of some cuts, and return the hidden states at each.
-
-    Args:
-        cuts: Numbers of blocks below each cut, rising, from 1 to all.
-        backbone: The backbone.
-        task: Gives the forward pass.
-        inputs: The backbone's inputs.
+    """Run a backbone up to the last of some cuts, which rise, from 1 on; raise where it does not come there.
 
     Returns:
-        By cut, of shape (rows, tokens, width).
-
-    Raises:
-        UnservableError: The forward pass does not come to the last cut.
+        The hidden states at each cut, of shape (rows, tokens, width).
     """
     found: dict[int, Tensor] = {}
 
@@ -103,13 +89,7 @@ def states_at(
 
 
 class Structure:
-    """What each block of a backbone returns, seen in one forward pass; tells how to leave blocks out.
-
-    Args:
-        backbone: The backbone, in evaluation mode.
-        task: Gives the forward pass.
-        inputs: Inputs to run it on.
-    """
+    """What each block of a backbone in evaluation mode returns, seen in one forward pass over some inputs."""
 
     def __init__(self, backbone: Backbone, task: Task, inputs: Mapping[str, Tensor]) -> None:
         self._blocks = blocks = backbone.blocks
@@ -139,9 +119,7 @@ class Structure:
     def serving(self, cut: int, states: Tensor) -> Iterator[None]:
         """Leave the blocks below a cut out of forward passes, and put hidden states in their place.
 
-        Args:
-            cut: Number of blocks below the cut, from 1 to all.
-            states: Of shape (rows, tokens, width), on the model's device; at padding anything finite.
+        These are of shape (rows, tokens, width), on the model's device; at padding anything finite.
 
         Raises:
             UnservableError: A block below the cut returns more than hidden states.

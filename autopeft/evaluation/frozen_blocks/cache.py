@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,18 +40,11 @@ _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStateUse:
-    """Hidden states served in one training.
-
-    Attributes:
-        cut: Number of blocks below the cut.
-        estimated_share: Share of the training's time that was expected to be saved.
-        fill_seconds: Seconds spent on computing hidden states that were not there yet; on the CPU
-            processor time.
-    """
+    """Hidden states served in one training."""
 
     cut: int
-    estimated_share: float
-    fill_seconds: float
+    estimated_share: float  # of the training's time that was expected to be saved
+    fill_seconds: float  # spent on computing those that were not there; on the CPU processor time
 
 
 @dataclass(eq=False)
@@ -125,10 +118,7 @@ class HiddenStateCache:
                 self._cut, self._served = 0, {}
 
     def open(self) -> None:
-        """Get the hidden states below what is attached, computed where they are missing.
-
-        Where serving them does not pay, or is not possible, nothing is served; the log says why.
-        """
+        """Get the hidden states below what is attached; where that does not pay, none: the log says why."""
         cut, files = self._cut, self._files
         if files is None or not self._may_serve(cut):
             return
@@ -142,27 +132,21 @@ class HiddenStateCache:
         except OSError as error:
             _logger.warning("Hidden states cannot be kept in %s: %s.", files.folder, error)
 
-    @contextmanager
-    def serve(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    def serve(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Leave the frozen blocks out of forward passes over a batch, if its hidden states were opened."""
         split, numbers = rows_of(batch) or ("", None)
         if numbers is None or split not in self._served:
-            yield
-            return
+            return nullcontext()
         rows, stored = self._served[split]
         states = rows.gather(stored, numbers.tolist()).to(self._device)
-        with self._structure.serving(self._cut, states):
-            yield
+        return self._structure.serving(self._cut, states)
 
     @cached_property
-    def _rows(self) -> dict[str, RowIndex]:
+    def _rows(self) -> dict[SplitName, RowIndex]:
         """The rows of both splits; none where a task does not say which rows a batch holds."""
         collators = {name: self.data.collator(name) for name in _SPLITS}
-        rows: dict[str, RowIndex] = {
-            name: RowIndex(collator, self.training.batch_size)
-            for name, collator in collators.items()
-            if collator is not None
-        }
+        batch_size = self.training.batch_size
+        rows = {name: RowIndex(own, batch_size) for name, own in collators.items() if own is not None}
         return rows if len(rows) == len(_SPLITS) else {}
 
     @cached_property
@@ -182,17 +166,17 @@ class HiddenStateCache:
         epochs = self.training.total_steps(steps) / steps
         times = {"train": epochs, "validation": max(1.0, epochs / self.training.validate_every)}
         linear = [shape.parameters for shape in backbone.sites.values() if shape.kind == "linear"]
-        passes = [
-            Passes(
-                batches=len(rows.batches),
-                tokens=rows.tokens,
-                times=times[name],
-                block_cost=2 if name == "train" else 1,
-            )
-            for name, rows in self._rows.items()
-        ]
+        costs = {"train": 2, "validation": 1}
         return estimate(
-            passes,
+            [
+                Passes(
+                    batches=len(rows.batches),
+                    tokens=rows.tokens,
+                    times=times[name],
+                    block_cost=costs[name],
+                )
+                for name, rows in self._rows.items()
+            ],
             cut=cut,
             blocks=len(backbone.blocks),
             block_parameters=sum(linear) / len(backbone.blocks),
@@ -244,7 +228,7 @@ class HiddenStateCache:
             raise UnservableError("with them in place the model computes something else")
         return states
 
-    def _key(self, name: str, cut: int) -> str:
+    def _key(self, name: SplitName, cut: int) -> str:
         text = f"{self._identity} {self._rows[name].identity} {cut}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -254,11 +238,7 @@ class HiddenStateCache:
         return states_at([cut], self.backbone, self.task, inputs)[cut][rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
-        """Try serving on a few rows whose hidden states were computed alone, without padding.
-
-        Raises:
-            UnservableError: The model computes something else, for example as its positions count padding.
-        """
+        """Try serving a few rows' hidden states that were computed alone: positions may count padding."""
         if cut in self._token_bytes:
             return
         if (obstacle := self._structure.obstacle(cut)) is not None:

@@ -1,7 +1,7 @@
 """What leaving the frozen blocks out of a training saves, estimated before it starts.
 
-The estimate depends on sizes and settings alone, never on a clock: whether hidden states are served decides
-the last bits of a result, and the same search must give the same results on a busy machine.
+From sizes and settings alone, never a clock: whether hidden states are served decides the last bits of a
+result, and the same search must give the same results on a busy machine.
 """
 
 from __future__ import annotations
@@ -36,34 +36,20 @@ RATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """How often a split's batches are run in one training.
-
-    Attributes:
-        batches: Batches of the split.
-        tokens: Tokens of the split.
-        times: Batches run in the whole training, as a multiple of the split's.
-        block_cost: Cost of a batch in a block above the cut, in forward passes: 2 where gradients flow back
-            through frozen weights, 1 where none do.
-    """
+    """Size of a split, and how often it is run in one training."""
 
     batches: int
     tokens: int
     times: float
-    block_cost: int
+    block_cost: int  # forward passes that a block above the cut costs: 2 in training, with the way back
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What serving hidden states at one cut would save.
+    """What serving hidden states at one cut would save."""
 
-    Attributes:
-        share: Seconds saved, as a share of a training that is not served; filling is left out.
-        fill_share: Seconds that filling takes once, as a share of the same.
-        bytes: Size of the hidden states.
-    """
-
-    share: float
-    fill_share: float
+    share: float  # of the seconds of a training that is not served
+    fill_share: float  # of the same: what computing the hidden states takes, once
     bytes: int
 
     def pays(self, trainings: float) -> bool:
@@ -72,11 +58,7 @@ class Estimate:
 
 
 def expected_trainings(trials: int | None, blocks: int) -> float:
-    """Return how many trainings hidden states at one cut are expected to serve.
-
-    Trials are spread over as many cuts as there are blocks; a search of unknown length (None), and a long
-    one, is taken to use each cut a few times.
-    """
+    """Return how many trainings one cut is expected to serve in so many trials, or in any number."""
     return _MOST_TRAININGS if trials is None else min(_MOST_TRAININGS, max(1.0, trials / blocks))
 
 
@@ -91,17 +73,10 @@ def estimate(
 ) -> Estimate:
     """Return what serving saves.
 
-    A block above the cut costs a forward pass and, in training, about another one backward (the gradient of
-    its input, not of its frozen weights); one below costs the forward pass: with L blocks and the cut k, a
-    training step without serving takes 2L - k passes of a block, with serving 2(L - k).
-
-    Args:
-        splits: Training and validation split.
-        cut: Number of blocks below the cut.
-        blocks: Number of blocks.
-        block_parameters: Parameters of a block, on average.
-        token_bytes: Bytes of one token's hidden states.
-        device: Type of the device: "cpu" or "cuda".
+    In training a block above the cut costs a forward pass and about another one backward (the gradient of
+    its input, not of its frozen weights), one below the forward pass alone: of L blocks with k below the
+    cut, a step without serving takes 2L - k passes, with serving 2(L - k). A block has `block_parameters` on
+    average, and one token's hidden states have `token_bytes`.
     """
     rates = RATES[device]
     saved = whole = filling = 0.0

@@ -17,14 +17,7 @@ _PROBE_ROWS = 4
 
 
 class RowIndex:
-    """A split's rows, and the batches in whose order their hidden states are computed and stored.
-
-    A file holds the hidden states of all rows' tokens without padding.
-
-    Args:
-        collator: Makes batches of the rows.
-        batch_size: Rows a batch.
-    """
+    """A split's rows, in the batches in whose order hidden states are computed and, unpadded, stored."""
 
     def __init__(self, collator: Collator, batch_size: int) -> None:
         self._collator = collator

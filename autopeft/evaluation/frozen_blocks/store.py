@@ -1,7 +1,4 @@
-"""Hidden states on disk: memory-mapped safetensors files, bounded in bytes.
-
-The least recently used ones go first.
-"""
+"""Hidden states on disk: memory-mapped safetensors files, of which the least recently used go first."""
 
 from __future__ import annotations
 
@@ -31,10 +28,6 @@ class HiddenStateFiles:
 
     A file is written beside its place and moved there when it is whole: a process that is killed leaves at
     most an unfinished file, which the next one removes.
-
-    Args:
-        folder: Where they lie; made when the first is written.
-        limit_bytes: Bytes that all files together may take.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -47,10 +40,7 @@ class HiddenStateFiles:
                 path.unlink()
 
     def open(self, key: str) -> Tensor | None:
-        """Return a file's states of shape (positions, width), memory-mapped, and count it as used.
-
-        None where there is none.
-        """
+        """Return a file's states (positions, width), memory-mapped, and count it as used; None if missing."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -69,11 +59,7 @@ class HiddenStateFiles:
         return states
 
     def write(self, key: str, pieces: Iterable[Tensor]) -> None:
-        """Write the states of a file, piece after piece, each of shape (positions, width) on any device.
-
-        Raises:
-            OSError: The folder cannot be written, or the disk is full.
-        """
+        """Write a file, piece after piece, each (positions, width); raise an OSError where that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{key}.{os.getpid()}.part"
         positions = checksum = width = 0
@@ -97,31 +83,19 @@ class HiddenStateFiles:
             unfinished.unlink(missing_ok=True)
 
     def make_room(self, size: int, keep: Iterable[str] = ()) -> bool:
-        """Remove the least recently used files until `size` bytes more fit; say whether they do.
-
-        Args:
-            size: Bytes to be written.
-            keep: Keys of files that stay.
-        """
+        """Remove the least recently used files, not `keep`, until `size` bytes fit; say whether they do."""
         kept = {self._path(key) for key in keep}
-        files = self._files()
-        total = sum(file_size for _, file_size, _ in files)
-        for _, file_size, path in files:
-            if self._fits(total, size):
-                break
-            if path not in kept:
-                total -= file_size
-                path.unlink(missing_ok=True)  # a process that has it mapped keeps it until done
-        return self._fits(total, size)
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """Return time of last use, bytes and path of files, the least recently used first."""
-        found = []
+        files: list[tuple[int, int, Path]] = []
         for path in self.folder.glob("*.safetensors"):
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
-        return sorted(found)
+                files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(file_size for _, file_size, _ in files)
+        for _, file_size, path in sorted(files):
+            if path not in kept and not self._fits(total, size):
+                total -= file_size
+                path.unlink(missing_ok=True)  # a process that has it mapped keeps it until done
+        return self._fits(total, size)
 
     def _fits(self, total: int, size: int) -> bool:
         folder = next(place for place in (self.folder, *self.folder.absolute().parents) if place.is_dir())

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from autopeft.core.errors import check_whole
 from autopeft.core.evaluation import TrialRecord
-from autopeft.core.jobs import Job, New
+from autopeft.core.jobs import New
+from autopeft.evaluation.executor import LocalExecutor
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
 from autopeft.evaluation.trial_runner import TrialRunner
@@ -38,31 +39,28 @@ class PackedExecutor:
         return _PackedJobs(runner, self.size)
 
 
-class _PackedJobs:
-    """Runs jobs when they are waited for."""
+class _PackedJobs(LocalExecutor):
+    """Runs jobs when they are waited for, new LoRA trials together."""
 
     serves_hidden_states = False  # frozen blocks run once for all of a pack
 
     def __init__(self, runner: TrialRunner, size: int) -> None:
-        self._runner = runner
+        super().__init__(runner)
         self._trainer = PackedTrainer(runner.evaluator)
         self._size = size
-        self._jobs: list[Job] = []
         self._trained: deque[tuple[New, Trained]] = deque()
 
     @property
     def free(self) -> int:
         return 0 if self._trained else self._size - len(self._jobs)
 
-    def submit(self, job: Job) -> None:
-        self._jobs.append(job)
-
     def wait(self) -> TrialRecord:
         runner = self._runner
         if not self._trained:
             if len(pack := self._pack()) < 2:
-                return runner.run(self._jobs.pop(0))
-            self._jobs = [job for job in self._jobs if job not in pack]
+                return super().wait()
+            for job in pack:
+                self._jobs.remove(job)
             trained = self._trainer.train(
                 [job.configuration for job in pack],
                 runner.seed_of(pack[0]),
@@ -83,5 +81,5 @@ class _PackedJobs:
         return self._trainer.can_pack(job.configuration) and self._runner.left_behind(job) is None
 
     def close(self) -> None:
-        self._jobs.clear()
+        super().close()
         self._trained.clear()

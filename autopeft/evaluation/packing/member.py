@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,58 +12,50 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from autopeft.callbacks import DivergenceError, StopOnDivergence
-from autopeft.core.configuration import Configuration
-from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.packing.lora import PackingError
-from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, best_weights, reason_of_failure
-from autopeft.methods import Attachment, attach
+from autopeft.evaluation.run import EvaluationRun, Trained, best_weights, reason_of_failure
+from autopeft.methods import attach
 from autopeft.tasks.base import Batch
 from autopeft.training.module import names_in_training
-from autopeft.training.trainer_state import capture_state
+from autopeft.training.training_checkpoint import capture_state
 
 
+class PackingError(ValueError):
+    """The model computes in a way that packed trials cannot follow."""
+
+
+@dataclass(eq=False)
 class MemberRun(EvaluationRun):
-    """An evaluation whose training is part of a pack's; for its arguments see `EvaluationRun`.
+    """An evaluation whose training is part of a pack's.
 
     Optimizer, schedule and metrics, and the callbacks for the learning curve, the best weights and divergence
     are those of a training alone.
-
-    Attributes:
-        cut: Number of blocks below the lowest adapter.
-        peak_bytes: Peak bytes of its training alone.
-        parameters: The parameters that are trained, named as by `Attachment`.
-        cost: Its share of the compute.
-        reason: Why it failed; None while it has not.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        configuration: Configuration,
-        seed: int,
-        end: int,
-        weights: InitialWeights | None,
-    ) -> None:
-        super().__init__(evaluator, configuration, seed, Attachment, end, None, weights)
-        backbone = evaluator.backbone
-        with attach(backbone, configuration, seed) as attachment, evaluator.hidden_states.below(attachment):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        evaluator, backbone = self.evaluator, self.evaluator.backbone
+        with (
+            attach(backbone, self.configuration, self.seed) as attachment,
+            evaluator.hidden_states.below(attachment),
+        ):
             self._begin(attachment)
-            self.peak_bytes = evaluator.peak_bytes(attachment)
+            self.peak_bytes = evaluator.peak_bytes(attachment)  # of its training alone
             self.cut = attachment.cut or 0
             self.parameters = dict(attachment.parameters)
             names = names_in_training(backbone.model, self.parameters)
-        self.module = evaluator.module(configuration)
+        self.module = evaluator.module(self.configuration)
         self.module.metrics = evaluator.task.metric_collection().to(evaluator.device)
         self.module.model = _holder({names[name]: own for name, own in self.parameters.items()})
         made: Any = self.module.configure_optimizers()
         self.optimizer, self._scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
         # What callbacks read of a Trainer.
-        self._trainer: Any = SimpleNamespace(sanity_checking=False, early_stopping_callback=None)
-        self._trainer.optimizers, self._trainer.global_step = [self.optimizer], 0
+        self._trainer: Any = SimpleNamespace(
+            sanity_checking=False, early_stopping_callback=None, optimizers=[self.optimizer], global_step=0
+        )
         self._best = best_weights(evaluator.monitor)
         self._divergence = StopOnDivergence()
-        self.reason: str | None = None
-        self.cost = self._meter.read()
+        self.reason: str | None = None  # why it failed
+        self.cost = self._meter.read()  # its share
 
     def step(self, loss: Tensor, rows: int) -> None:
         """Take a step with the gradients at hand; a loss that has diverged makes the member fail."""
@@ -99,11 +92,7 @@ class MemberRun(EvaluationRun):
         self.state = {name: own.detach().cpu().clone() for name, own in self.parameters.items()}
 
     def verify(self, probe: Batch, logits: Tensor) -> None:
-        """Compare the logits in the pack with those alone, and measure what is measured after training.
-
-        Raises:
-            PackingError: They differ.
-        """
+        """Compare the logits in the pack with those alone, and measure what is measured after training."""
         with attach(self.evaluator.backbone, self.configuration, self.seed) as attachment:
             attachment.load_state_dict(self.state or {})
             task = self.evaluator.task
@@ -115,7 +104,7 @@ class MemberRun(EvaluationRun):
             self.reason = reason_of_failure(self._measure)
 
     def outcome(self, reason: str | None) -> Trained:
-        """Return what came out, charged with the member's share."""
+        """Return what came out, charged with the member's share of the compute."""
         self._meter.read()  # this time is shared
         return super().outcome(reason).with_added_cost(self.cost)
 

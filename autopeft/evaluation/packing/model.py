@@ -8,8 +8,9 @@ together with those of the members with lower cuts. Masks and positions are the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,26 +18,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
-from autopeft.evaluation.frozen_blocks.block_skipping import (
-    Structure,
-    evaluation_mode_below,
-    states_at,
-)
-from autopeft.evaluation.packing.lora import LoraWeights, PackedLora, RowGroups
-from autopeft.evaluation.packing.member import MemberRun
+from autopeft.core.configuration import Site
+from autopeft.evaluation.frozen_blocks.block_skipping import Structure, evaluation_mode_below, states_at
+from autopeft.evaluation.packing.member import MemberRun, PackingError
+from autopeft.methods.lora import lora_scaling
 from autopeft.models.backbone import Backbone
 from autopeft.tasks.base import Batch
 from autopeft.tasks.batch import model_inputs
 
 
-class PackedModel:
-    """The members of a pack on a backbone, until `remove`; the backbone's weights stay untouched.
+@dataclass
+class RowGroups:
+    """The rows of the current pass: group i, a whole batch, belongs to member i."""
 
-    Args:
-        backbone: The resident backbone, carrying nothing.
-        members: The trials, in the order of their cuts.
-        structure: What the backbone's blocks return; None to share no blocks.
+    count: int = 0  # 0 in the pass through frozen blocks that members share
+    rows: int = 0  # of a batch
+    tokens: int = 0  # of a row
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """View (groups × rows, ...) as (groups, rows, ...); rows and tokens may be one dimension."""
+        expected = self.count * self.rows
+        if self.count > 1 and len(tensor) not in (expected, expected * self.tokens):
+            raise PackingError(f"a module is given {len(tensor)} rows where the pack has {expected}")
+        groups: Tensor = tensor.unflatten(0, (self.count, -1))
+        return groups
+
+
+class PackedLora:
+    """LoRA of several members at one site, as two batched products with ranks padded to the largest.
+
+    The members' parameters become views of the padded matrices, and their gradients views of the padded
+    gradients, so that a step needs no copies. Padding starts at 0 and has a gradient of 0. The members are
+    those with a LoRA at the site, by their index in the pack.
+    """
+
+    def __init__(self, groups: RowGroups, site: Site, members: Mapping[int, MemberRun]) -> None:
+        self._groups = groups
+        downs, ups = (
+            [member.parameters[f"{site}.lora.{matrix}.weight"] for member in members.values()]
+            for matrix in ("lora_A", "lora_B")
+        )
+        padded = len(members), max(map(len, downs))
+        self._down = downs[0].new_zeros(*padded, downs[0].shape[1]).requires_grad_()
+        self._up = downs[0].new_zeros(*padded, len(ups[0])).requires_grad_()
+        self._down.grad, self._up.grad = torch.zeros_like(self._down), torch.zeros_like(self._up)
+        for place, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            at = place, slice(len(down))
+            _become_view(down, self._down.detach()[at], self._down.grad[at])
+            _become_view(up, self._up.detach()[at].T, self._up.grad[at].T)
+        adapters = [member.configuration.adapters[site][0] for member in members.values()]
+        self._scaling = downs[0].new_tensor([lora_scaling(adapter) for adapter in adapters]).view(-1, 1, 1)
+        self._dropout = [float(adapter.option("dropout")) for adapter in adapters]
+        self._indices = torch.tensor(list(members), device=downs[0].device)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Add each member's update to its rows; a forward hook of the site's module."""
+        if not self._groups.count:
+            return None
+        hidden = self._groups.split(inputs[0]).flatten(1, -2)
+        base = self._groups.split(output).flatten(1, -2)
+        all_have_it = len(self._indices) == self._groups.count
+        if not all_have_it:
+            hidden = hidden.index_select(0, self._indices)
+        if module.training and any(self._dropout):
+            rows = zip(hidden.unbind(), self._dropout, strict=True)
+            hidden = torch.stack([functional.dropout(own, rate) for own, rate in rows])
+        inner = torch.bmm(hidden, self._down.transpose(1, 2))
+        inner = inner * self._scaling.to(inner.dtype)
+        if all_have_it:
+            return torch.baddbmm(base, inner, self._up).view(output.shape)
+        update = torch.bmm(inner, self._up).to(base.dtype)
+        return base.index_add(0, self._indices, update).view(output.shape)
+
+
+def _become_view(parameter: nn.Parameter, values: Tensor, gradient: Tensor) -> None:
+    values.copy_(parameter.detach())
+    parameter.data = values
+    parameter.grad = gradient
+
+
+class PackedModel:
+    """The members of a pack, in the order of their cuts, on a backbone that carries nothing, until `remove`.
+
+    The backbone's weights stay untouched. Without a structure no blocks are shared.
     """
 
     def __init__(self, backbone: Backbone, members: Sequence[MemberRun], structure: Structure | None) -> None:
@@ -47,31 +113,24 @@ class PackedModel:
         self._cuts = [0 if structure is None else member.cut for member in members]
         self._groups = RowGroups()
         self._heads: list[nn.Module] = []
-        self._undo: list[Callable[[], None]] = []
-        backbone.attached = members[0].configuration
-        try:
-            self._attach_loras()
+        with ExitStack() as undo:
+            undo.callback(setattr, backbone, "attached", None)
+            backbone.attached = members[0].configuration
+            for site, shape in backbone.sites.items():
+                having = {
+                    index: member
+                    for index, member in enumerate(members)
+                    if site in member.configuration.adapters
+                }
+                if having:
+                    module = backbone.model.get_submodule(shape.module)
+                    undo.callback(module.register_forward_hook(PackedLora(self._groups, site, having)).remove)
             for name in backbone.head:
-                self._replace_head(name)
+                self._replace_head(name, undo)
             self.train(True)
-        except BaseException:
-            self.remove()
-            raise
+            self._undo = undo.pop_all()
 
-    def _attach_loras(self) -> None:
-        for site, shape in self._backbone.sites.items():
-            loras: dict[int, LoraWeights] = {}
-            for index, member in enumerate(self._members):
-                for adapter in member.configuration.adapters.get(site, ()):
-                    name, parameters = f"{site}.{adapter.method}", member.parameters
-                    down, up = (parameters[f"{name}.{matrix}.weight"] for matrix in ("lora_A", "lora_B"))
-                    loras[index] = adapter, down, up
-            if loras:
-                module = self._backbone.model.get_submodule(shape.module)
-                hook = module.register_forward_hook(PackedLora(self._groups, loras))
-                self._undo.append(hook.remove)
-
-    def _replace_head(self, name: str) -> None:
+    def _replace_head(self, name: str, undo: ExitStack) -> None:
         """Let the rows of each member go through a copy of a head with its own parameters."""
         head, groups, start = self._backbone.model.get_submodule(name), self._groups, f"head.{name}."
         frozen, copied = head.forward, copy.deepcopy(head)
@@ -88,7 +147,7 @@ class PackedModel:
 
         head.forward = forward
         self._heads.append(copied)
-        self._undo.append(lambda: delattr(head, "forward"))
+        undo.callback(delattr, head, "forward")
 
     def train(self, mode: bool) -> None:
         """Switch dropout."""
@@ -97,16 +156,10 @@ class PackedModel:
 
     def remove(self) -> None:
         """Take everything out of the backbone."""
-        while self._undo:
-            self._undo.pop()()
-        self._backbone.attached = None
+        self._undo.close()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> list[Any]:
-        """Return the model's output for each member, the prediction alone, for one batch that all are given.
-
-        Raises:
-            PackingError: The model computes in a way that packed trials cannot follow.
-        """
+        """Return each member's output for one batch that all are given, with the prediction alone."""
         inputs = model_inputs(batch)
         self._groups.rows, self._groups.tokens = next(iter(inputs.values())).shape[:2]
         try:
@@ -135,7 +188,7 @@ class PackedModel:
     ) -> Iterator[Batch]:
         """Give the inputs of the members up to a cut, with hidden states in place of the blocks below it.
 
-        The states are those of the members with lower cuts, if any, and those that the others share.
+        These are the active ones, of the members with lower cuts, and those that the others share.
         """
         self._groups.count = sum(own <= cut for own in self._cuts)
         with ExitStack() as stack:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.profiling import section
@@ -18,8 +17,7 @@ from autopeft.core.seeding import seeded
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.frozen_blocks.block_skipping import Structure
 from autopeft.evaluation.memory.available import available_bytes
-from autopeft.evaluation.packing.lora import PackingError
-from autopeft.evaluation.packing.member import MemberRun
+from autopeft.evaluation.packing.member import MemberRun, PackingError
 from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.tasks.base import Batch
@@ -39,9 +37,6 @@ class PackedTrainer:
     They are equal within float tolerance where there is no dropout; dropout masks differ. The value
     `peak_memory_measured` is missing: it is known for a pack alone. The compute of a pack is charged to its
     members in equal parts. Hidden states on disk are not read: frozen blocks that members share run once.
-
-    Args:
-        evaluator: Gives backbone, task, training, objectives and constraints.
     """
 
     def __init__(self, evaluator: Evaluator) -> None:
@@ -77,7 +72,7 @@ class PackedTrainer:
             if len(configurations) > 1 and self.can_pack(configuration):
                 # What fails here is the outcome of a training alone, and so is what breaks a constraint.
                 with section("set-up"), suppress(Exception):
-                    member = MemberRun(evaluator, configuration, seed, end, own)
+                    member = MemberRun(evaluator, configuration, seed, end, initial_weights=own)
                     if not member.violations:
                         members[place] = member
         outcomes: dict[int, Trained] = {}
@@ -147,7 +142,7 @@ class PackedTrainer:
 class _PackedTraining:
     """A training of several members: one forward and backward pass a step, all else is a member's own.
 
-    Lightning's Trainer trains one module with one loss, and cannot end one of several trials.
+    Lightning's Trainer trains one module, and cannot end one of several trials.
     """
 
     evaluator: Evaluator
@@ -166,8 +161,8 @@ class _PackedTraining:
         self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
         try:
             for _ in range(plan.pieces(0, self.members[0].end)):
-                for batch in batches:
-                    self._step(self._on_device(batch))
+                for batch in map(self._on_device, batches):
+                    self._step(batch)
                     if not self.members:
                         return
                 self._charge(training=True)
@@ -186,13 +181,13 @@ class _PackedTraining:
         self._charge(training=False)
 
     @section("data")
-    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.evaluator.device) for name, tensor in batch.items()}
 
     def _precision(self) -> AbstractContextManager[None]:
         return self.evaluator.backbone.computing_in(self.evaluator.training.resolved_precision())
 
-    def _step(self, batch: Mapping[str, Tensor]) -> None:
+    def _step(self, batch: Batch) -> None:
         with section("forward"), self._precision():
             losses = [self.evaluator.task.loss(output, batch) for output in self._model(batch)]
         with section("backward"):
@@ -213,12 +208,11 @@ class _PackedTraining:
     def _validate(self) -> None:
         self._model.train(False)
         with torch.inference_mode():
-            for batch in self.evaluator.data.val_dataloader():
-                on_device = self._on_device(batch)
+            for batch in map(self._on_device, self.evaluator.data.val_dataloader()):
                 with self._precision():
-                    outputs = self._model(on_device)
+                    outputs = self._model(batch)
                 for member, own in zip(self.members, outputs, strict=True):
-                    member.module.add_validated(own, on_device)
+                    member.module.add_validated(own, batch)
             for member in self.members:
                 member.validated()
         self._model.train(True)

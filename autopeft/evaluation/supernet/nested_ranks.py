@@ -27,12 +27,7 @@ class SandwichRankSampler:
     2019, over the rows of one batch: some train the largest configuration, some the smallest ranks
     everywhere, the others random sub-configurations. Of these each has a lowest block, a share of the
     modules above it, and ranks log-uniform over powers of two, half of the time the same for all modules.
-
-    Args:
-        blocks: Index of each module's block.
-        ranks: Largest rank of each module.
-        smallest: Smallest rank.
-        seed: Seed of the draws.
+    For each module `blocks` has the index of its block, and `ranks` its largest rank.
     """
 
     def __init__(self, blocks: NDArray[np.int64], ranks: NDArray[np.int64], smallest: int, seed: int) -> None:
@@ -42,7 +37,7 @@ class SandwichRankSampler:
         self._generator = np.random.default_rng(seed)
 
     def sandwich(self, rows: int) -> NDArray[np.int64]:
-        """Return the ranks that the rows of a batch train, of shape (rows, modules), rows shuffled."""
+        """Return the ranks that the rows of a batch train, shuffled, of shape (rows, modules)."""
         largest = max(1, round(_LARGEST_SHARE * rows))
         smallest = min(rows - largest, max(1, round(_SMALLEST_SHARE * rows)))
         drawn = [self.draw() for _ in range(rows - largest - smallest)]
@@ -68,10 +63,6 @@ class PerRowRanks(Callback):
     A row whose rank at a module is r computes W·x + s·B[:, :r]·A[:r]·x, and has a gradient in those ranks
     alone (the nesting of DyLoRA, Valipour et al., 2023). The scaling s is that of the largest rank for every
     row: with the scaling of a LoRA of rank r, the rows would pull the shared ranks to different magnitudes.
-
-    Args:
-        sampler: Draws the ranks of a batch, for the modules in their order.
-        modules: The LoRA modules.
     """
 
     def __init__(self, sampler: SandwichRankSampler, modules: Sequence[LoraModule]) -> None:
@@ -81,11 +72,7 @@ class PerRowRanks(Callback):
 
     @contextmanager
     def gating(self) -> Iterator[None]:
-        """Put the gates onto A's outputs, in a `with` block.
-
-        Raises:
-            ValueError: In training, if the first axis of a module's output is not the batch's rows.
-        """
+        """Put the gates onto A's outputs, in a `with` block."""
         with ExitStack() as stack:
             for module in self._modules:
                 hook = module.down.register_forward_hook(partial(self._gate, module.name))

@@ -1,7 +1,7 @@
 """A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights.
 
-LoRA of the largest rank at every site is trained with sampled ranks, so that the first r ranks of a site work
-without the others, and the model works without the adapter of any site.
+LoRA of the largest rank at every site is trained with sampled ranks: the first r ranks of a site work without
+the others, and the model without the adapter of any site.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Cost
 from autopeft.core.seeding import seeded
@@ -30,6 +30,7 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import interrupts_stay_interrupts
 from autopeft.evaluation.supernet.nested_ranks import PerRowRanks, SandwichRankSampler
 from autopeft.methods import attach
+from autopeft.methods.lora import lora_scaling
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
@@ -107,9 +108,7 @@ class LoraSupernet:
                 return f"{site} has {adapter.method}, not {METHOD}"
             if not whole:
                 return f"the supernet has no adapter at {site}"
-            assert adapter.size is not None
-            assert whole[0].size is not None
-            if adapter.size > whole[0].size:
+            if (adapter.size or 0) > (whole[0].size or 0):
                 return f"rank {adapter.size} at {site} is above {whole[0].size}"
             if adapter.options != whole[0].options:
                 return f"the options at {site} differ: {adapter}, not {whole[0]}"
@@ -126,14 +125,13 @@ class LoraSupernet:
         tensors: dict[str, Tensor] = {}
         for site, adapter in configuration:
             largest, name = self.largest.adapters[site][0], f"{site}.{METHOD}"
-            assert adapter.size is not None
-            assert largest.size is not None
+            down = self.tensors[f"{name}.lora_A.weight"]
             tensors |= truncated_tensors(
                 name,
-                down=self.tensors[f"{name}.lora_A.weight"],
+                down=down,
                 up=self.tensors[f"{name}.lora_B.weight"],
-                keep=torch.arange(largest.size) < adapter.size,
-                rescale=_scaling(largest) / _scaling(adapter),
+                keep=torch.arange(len(down)) < (adapter.size or 0),
+                rescale=lora_scaling(largest) / lora_scaling(adapter),
             )
         head = {name: tensor.clone() for name, tensor in self.tensors.items() if name.startswith("head.")}
         return tensors | head
@@ -157,14 +155,6 @@ class LoraSupernet:
         metadata = json.loads(texts[_METADATA_KEY])
         largest = Configuration.from_dict(metadata["largest"])
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
-
-
-def _scaling(adapter: Adapter) -> float:
-    """Return the factor of a LoRA's update: α/√r (rsLoRA) or α/r."""
-    assert adapter.size is not None
-    return float(adapter.option("alpha")) / (
-        math.sqrt(adapter.size) if adapter.option("rslora") else adapter.size
-    )
 
 
 def _fit(

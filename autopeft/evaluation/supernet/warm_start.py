@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -15,7 +17,6 @@ from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, reason_of_failure
-from autopeft.evaluation.supernet.settings import WarmStart
 from autopeft.evaluation.supernet.supernet import METHOD, LoraSupernet
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import SearchSpace
@@ -24,6 +25,32 @@ from autopeft.training.compute_meter import ComputeMeter
 _logger = logging.getLogger(__name__)
 
 _DRAWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """Initialise trials from a LoRA supernet that is trained once a search.
+
+    Trials that have LoRA alone are initialised from it, baselines apart; further trainings of a trial with
+    other seeds from supernets of their own. A supernet is trained when it is first needed, and its compute
+    is part of what the search costs.
+
+    Attributes:
+        trainings: Length of a supernet's training, in trainings of one configuration.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    trainings: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.trainings) and self.trainings > 0):
+            raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
+
+    def describe(self) -> str:
+        """Describe the settings in a line."""
+        return f"LoRA trials are initialised from a supernet of {self.trainings:g} trainings"
 
 
 class WarmStartError(ValueError):
@@ -50,8 +77,7 @@ class WarmStarts:
         evaluator: Trains the supernets.
         space: The largest LoRA of its configurations becomes the supernet's.
         folder: Where supernets are kept.
-        trains: Whether to train supernets that are not in the folder; only the process that runs the search
-            may.
+        trains: Whether to train those that are missing; only the process that runs the search may.
     """
 
     settings: WarmStart
@@ -62,10 +88,11 @@ class WarmStarts:
 
     def __post_init__(self) -> None:
         self._supernets: dict[int, LoraSupernet] = {}
-        self._failures: dict[int, _Failure] = {}
         self._failures_path = self.folder / "failures.json"
-        for number, failure in (load_json(self._failures_path) or {}).items():
-            self._failures[int(number)] = _Failure(failure["reason"], Cost(**failure["cost"]))
+        self._failures = {
+            int(number): _Failure(failure["reason"], Cost(**failure["cost"]))
+            for number, failure in (load_json(self._failures_path) or {}).items()
+        }
         for path in self.folder.glob("supernet-*.safetensors"):
             supernet = LoraSupernet.load(path)
             if supernet is not None:
@@ -84,32 +111,18 @@ class WarmStarts:
         return self._failures[0].reason if 0 in self._failures else None
 
     def supernet(self, number: int = 0) -> LoraSupernet | None:
-        """Return a supernet, training it if needed; None if that is not possible.
-
-        Args:
-            number: Index of the training of a trial, from 0.
-        """
+        """Return the supernet of the trials' training `number`, trained if needed; None if there is none."""
         if self.trains and number not in self._supernets and number not in self._failures:
             self._train(number)
         return self._supernets.get(number)
 
     def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
-        """Return the expected cost of the supernets that replicates will need.
-
-        Args:
-            evaluations: Evaluations of the trials to replicate.
-            seeds: Number of trainings each trial is to have.
-        """
+        """Return the expected cost of the supernets that these trials need for so many trainings of each."""
         first = self._supernets.get(0)
         if first is None:
             return Cost()
-        needed = {
-            number
-            for evaluation in evaluations
-            if evaluation.warm_start
-            for number in range(evaluation.trainings, seeds)
-        }
-        missing = needed - self._supernets.keys() - self._failures.keys()
+        fewest = min((each.trainings for each in evaluations if each.warm_start), default=seeds)
+        missing = {*range(fewest, seeds)} - self._supernets.keys() - self._failures.keys()
         return sum((first.cost for _ in missing), Cost())
 
     def for_new_trial(self, configuration: Configuration) -> InitialWeights | None:
@@ -154,15 +167,9 @@ class WarmStarts:
 def initial_weights(
     warm_starts: WarmStarts | None, evaluation: Evaluation, training: int = 0
 ) -> InitialWeights | None:
-    """Return the initial weights to train a trial anew or again; None for random weights.
+    """Return the initial weights of a trial's `training`, from 0; None for random weights.
 
-    Args:
-        warm_starts: The search's.
-        evaluation: The trial's.
-        training: Index of the training of the trial, from 0.
-
-    Returns:
-        The weights from the supernet of that training; from supernet 0 if that one's training failed.
+    They are from the supernet of that training, and from supernet 0 where that one's training failed.
 
     Raises:
         WarmStartError: The trial was initialised from a supernet, and there is none.
@@ -184,20 +191,15 @@ def initial_weights(
 def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Configuration | None:
     """Return LoRA of the largest rank at every site where the space has any; None without one.
 
-    Args:
-        space: Its largest configuration, baselines and some random draws are searched for LoRA, also where
-            it stands beside other methods.
-        backbone: Its backbone.
-        seed: Seed of the draws.
+    The space's extremes, baselines and some draws are searched, also where LoRA stands beside other methods.
     """
     points = [*space.extremes(backbone), *(baseline.configuration for baseline in space.baselines(backbone))]
     generator = random.Random(f"supernet:{seed}")
     points += [space.draw(generator, backbone) for _ in range(_DRAWS)]
     largest: dict[Site, Adapter] = {}
-    for configuration in points:
-        for site, adapter in configuration:
-            if adapter.method == METHOD:
-                known = largest.get(site)
-                if known is None or (adapter.size or 0) > (known.size or 0):
-                    largest[site] = adapter
+    for site, adapter in chain.from_iterable(points):
+        if adapter.method == METHOD:
+            known = largest.get(site)
+            if known is None or (adapter.size or 0) > (known.size or 0):
+                largest[site] = adapter
     return Configuration(largest, learning_rate=points[0].learning_rate) if largest else None

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Final
 
 from mlflow.entities import Dataset, Metric, RunStatus
 
+from autopeft.core.adapter import block_ranges
 from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.mlflow.saved_view import colour_tag, log_scale_key, valid_key
-from autopeft.reporting.tables import methods_label
+from autopeft.reporting.formats import methods_label
+from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
+from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
+
+SettingGroups = Mapping[str, Mapping[str, str]]
+"""What a search is: settings by their group and name."""
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 SEARCH_TAG: Final = "autopeft.search"
@@ -41,13 +45,9 @@ RUN_STATUS: Mapping[Status, str] = {
 def trial_metrics(
     record: TrialRecord, objectives: Sequence[Objective], known_points: int, ended: int
 ) -> list[Metric]:
-    """Return a trial's curves, values and cost.
+    """Return a trial's curves beyond known points, its values, their logarithms for charts, and its cost.
 
-    Args:
-        record: The trial.
-        objectives: Those with a logarithmic scale are also logged as logarithms, for MLflow's charts.
-        known_points: Points of its curves that the run already has.
-        ended: When it was over, in milliseconds of the clock.
+    `ended` is the time in milliseconds.
     """
     evaluation = record.evaluation
     cost = {f"cost/{name}": float(value) for name, value in asdict(evaluation.cost).items()}
@@ -80,22 +80,15 @@ def trial_params(record: TrialRecord) -> dict[str, str]:
         "warm_start": str(record.evaluation.warm_start).lower(),
         KEY_PARAM: configuration.key,
     }
-    blocks: dict[str, dict[str, list[int]]] = {}
+    by_role: dict[str, dict[str, list[int]]] = {}
     for site, adapter in configuration:
-        blocks.setdefault(site.role, {}).setdefault(str(adapter).removesuffix("()"), []).append(site.block)
-    for role, by_adapter in blocks.items():
-        text = "; ".join(f"{adapter} at {_ranges(numbers)}" for adapter, numbers in by_adapter.items())
+        by_role.setdefault(site.role, {}).setdefault(str(adapter).removesuffix("()"), []).append(site.block)
+    for role, by_adapter in by_role.items():
+        text = "; ".join(f"{adapter} at {block_ranges(blocks)}" for adapter, blocks in by_adapter.items())
         params[f"adapters/{role}"] = shortened(text)
     if record.baseline is not None:
         params["baseline"] = shortened(record.baseline)
     return params
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as in "0, 3-5"."""
-    runs = groupby(enumerate(sorted(numbers)), key=lambda entry: entry[1] - entry[0])
-    spans = [[number for _, number in span] for _, span in runs]
-    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 def outcome_tags(record: TrialRecord) -> dict[str, str]:
@@ -118,10 +111,10 @@ def outcome_tags(record: TrialRecord) -> dict[str, str]:
 
 def front_tags(*, on_front: bool) -> dict[str, str]:
     """Return the tags that say whether a trial is on the front, in words and as the colour of its run."""
-    return {PARETO_TAG: str(on_front).lower(), **colour_tag(on_front=on_front)}
+    return {PARETO_TAG: str(on_front).lower(), COLOUR_TAG: FRONT_COLOUR if on_front else OTHER_COLOUR}
 
 
-def search_params(identity: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def search_params(identity: SettingGroups) -> dict[str, str]:
     """Return the settings of a search by "group.name"."""
     return {
         valid_key(f"{group}.{name}"): shortened(value) or "none"

@@ -12,34 +12,21 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.reporting.configuration_image import configuration_figure
+from autopeft.reporting.formats import methods_label
 from autopeft.reporting.mlflow import run_content as content
-from autopeft.reporting.tables import methods_label
 
 _METRICS_A_BATCH, _TEXTS_A_BATCH = 800, 100  # MLflow takes 1,000, of them 100 parameters and 100 tags
 
 
 class RunWriter:
-    """Keeps one run for each trial of a search, and deletes none.
-
-    Args:
-        client: MLflow's client.
-        experiment_id: The experiment.
-        parent: The search's run.
-        study_id: The study's id, which all runs of the search carry.
-        objectives: The search's objectives.
-    """
+    """Keeps one run, with some tags, for each trial of a search, and deletes none."""
 
     def __init__(
-        self,
-        client: MlflowClient,
-        experiment_id: str,
-        parent: str,
-        study_id: str,
-        objectives: Sequence[Objective],
+        self, client: MlflowClient, experiment_id: str, tags: dict[str, str], objectives: Sequence[Objective]
     ) -> None:
         self._client = client
         self._experiment_id = experiment_id
-        self._tags = {content.PARENT_TAG: parent, content.STUDY_TAG: study_id}
+        self._tags = tags
         self._objectives = objectives
         self._runs: dict[int, str] = {}
         self._written: dict[int, TrialRecord] = {}  # what whole runs hold
@@ -48,15 +35,7 @@ class RunWriter:
         self._tagged: set[int] = set()  # trials whose runs say that they are on the front
 
     def adopt(self, runs: Sequence[Run], records: Sequence[TrialRecord]) -> int:
-        """Take over the runs of an earlier call.
-
-        Args:
-            runs: The search's runs of trials.
-            records: The study's trials.
-
-        Returns:
-            How many finished runs are not those of the study; they are left as they are.
-        """
+        """Take over an earlier call's runs; return how many finished ones are not the study's, and stay."""
         known, foreign = {record.number: record for record in records}, 0
         for run in runs:
             number, run_id = int(run.data.tags[content.TRIAL_TAG]), str(run.info.run_id)

@@ -1,9 +1,9 @@
 """A saved view of MLflow's UI: one link that opens it on the scatter charts of a search.
 
-The UI keeps what its "Share" button makes in an experiment tag and opens it from a link, and draws a run in
-the colour of a tag. Neither is documented: everything that depends on them is here, a failure to write the
-view costs the link alone, and `tests/reporting/test_browser.py` opens it in a browser against the installed
-MLflow. The scatter charts have no logarithmic axes, so they show logarithms, logged as metrics of their own.
+The UI keeps what its "Share" button makes in an experiment tag, and draws a run in the colour of a tag.
+Neither is documented: what depends on them is here, a failure costs the link alone, and
+`tests/reporting/test_browser.py` opens it in a browser. Scatter charts have no logarithmic axes, so they show
+logarithms, logged as metrics of their own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.core.objectives import Objective
-from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, projections
+from autopeft.reporting.front_plots import projections
 
 _logger = logging.getLogger(__name__)
+COLOUR_TAG = "mlflow.runColor"
 _TAG = "mlflow.sharedViewState."
 _MOST_RUNS = 1000
 _REFUSED_IN_NAMES = re.compile(r"[^\w.\- :/]")
@@ -39,20 +40,11 @@ def log_scale_key(objective: Objective) -> str:
     return valid_key(f"log10_{objective.name}")
 
 
-def colour_tag(*, on_front: bool) -> dict[str, str]:
-    """Return the tag that gives a run its colour in lists and charts."""
-    return {"mlflow.runColor": FRONT_COLOUR if on_front else OTHER_COLOUR}
-
-
 def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
-    """Return the view as JSON: trials of one search, the first metric against every cost.
-
-    Args:
-        parent_run_id: The search's run; its children are shown.
-        objectives: The search's objectives.
-    """
+    """Return the view as JSON: the children of a search's run, the first metric against every cost."""
     metric = valid_key(next(objective.name for objective in objectives if objective.is_metric))
     costs = [cost for cost, _ in projections(objectives)]
+    keys = [log_scale_key(cost) if cost.log_scale else valid_key(cost.name) for cost in costs]
     shared = {"deleted": False, "isGenerated": False}
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
     charts = [
@@ -61,15 +53,12 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
             "type": "SCATTER",
             "metricSectionId": section,
             "runsCountToCompare": _MOST_RUNS,
-            "xaxis": {
-                "key": log_scale_key(cost) if cost.log_scale else valid_key(cost.name),
-                "type": "METRIC",
-            },
+            "xaxis": {"key": key, "type": "METRIC"},
             "yaxis": {"key": metric, "type": "METRIC"},
             "displayName": f"{metric} against {valid_key(cost.name)}",
             **shared,
         }
-        for cost in costs
+        for cost, key in zip(costs, keys, strict=True)
     ]
     layout = {"display": True, "isReordered": True, "columns": min(len(charts), 3), "cardHeight": 480}
     columns = [f"metrics.`{name}`" for name in (metric, *(valid_key(cost.name) for cost in costs))]

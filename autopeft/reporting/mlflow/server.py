@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 
@@ -25,14 +25,8 @@ HOST = "127.0.0.1"
 _START_SECONDS = 90
 
 
-@dataclass(frozen=True)
-class MlflowServer:
-    """A running MLflow server.
-
-    Attributes:
-        url: Address of the UI.
-        process: The server's.
-    """
+class MlflowServer(NamedTuple):
+    """The address and the process of a running MLflow server."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -40,11 +34,7 @@ class MlflowServer:
 
 @contextmanager
 def mlflow_server(uri: str, port: int = 5000) -> Iterator[MlflowServer]:
-    """Run an MLflow server over a tracking store until the `with` block ends.
-
-    Args:
-        uri: Backend store, as in "sqlite:///mlflow.db".
-        port: Wanted port; another free one is taken where it is in use.
+    """Run an MLflow server over a tracking store until the `with` block ends, on a port, or a free one.
 
     Raises:
         RuntimeError: The server does not start.
@@ -101,18 +91,15 @@ def serve(uri: str, *, port: int = 5000) -> None:
     uri, _ = checked_store(uri)
     if uri.startswith("http"):
         check_server(uri)
-    fronts = find_fronts(uri)
-    if uri.startswith("http"):
-        print(f"MLflow UI: {redact(uri)} (the server of this store)")
-        _print_links(redact(uri), fronts)
+        _print_links(redact(uri), find_fronts(uri), " (the server of this store)")
         return
+    fronts = find_fronts(uri)
     # SIGTERM does what Ctrl-C does: left alone, it would end this process and leave the server.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with mlflow_server(uri, port) as server:
             if not server.url.endswith(f":{port}"):
                 print(f"Port {port} is in use: serving on {server.url.rpartition(':')[2]}.")
-            print(f"MLflow UI: {server.url}")
             _print_links(server.url, fronts)
             print("Ctrl-C stops it.", flush=True)
             try:
@@ -123,7 +110,8 @@ def serve(uri: str, *, port: int = 5000) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_links(url: str, fronts: list[tuple[str, str, str | None]]) -> None:
+def _print_links(url: str, fronts: list[tuple[str, str, str | None]], remark: str = "") -> None:
+    print(f"MLflow UI: {url}{remark}")
     for name, experiment_id, key in fronts:
         print(f"  {name}: {view_link(url, experiment_id, key)}")
 

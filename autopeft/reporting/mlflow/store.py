@@ -51,37 +51,25 @@ def checked_store(uri: str) -> tuple[str, str | None]:
 
 
 def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowClient, str]:
-    """Return a client of a store (made if it is not there), and the id of the experiment of a name.
+    """Return a client of a store, and the id of the experiment of a name, which is made or restored.
 
-    Args:
-        uri: What `checked_store` returned.
-        artifacts: Where artifacts of a new experiment go; None leaves it to the server.
-        name: The experiment; made if it is not there, restored if it was deleted.
+    URI and artifacts are what `checked_store` returned.
     """
     _make_database(uri)
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client, str(client.create_experiment(name, artifact_location=artifacts))
-        except MlflowException:  # another search made it in the meantime
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
+    try:
+        return client, str(client.create_experiment(name, artifact_location=artifacts))
+    except MlflowException:  # it is there, perhaps since a moment ago
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return client, str(found.experiment_id)
 
 
 def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], object], place: str) -> str:
-    """Write a report to a run of its own, and return the run's id.
-
-    Args:
-        uri: MLflow tracking URI.
-        experiment: Name of the experiment; made if it is not there.
-        name: Name of the run.
-        save: Writes the report's files into a folder.
-        place: Where the run keeps them.
+    """Write the files that `save` puts into a folder to a run of their own, and return its id.
 
     Raises:
         ValueError: MLflow cannot use the store.
@@ -105,7 +93,7 @@ def log_folder(client: MlflowClient, run_id: str, save: Callable[[Path], object]
 
 
 def unusable_store(uri: str, error: Exception) -> ValueError:
-    """Return the error that says why MLflow cannot use a store, without credentials."""
+    """Return the error that says, without credentials, why MLflow cannot use a store."""
     return ValueError(f"MLflow cannot use the tracking store {redact(uri)!r}: {redact_in(error, uri)}")
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Metric, Run
@@ -18,15 +17,16 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
+from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
-from autopeft.reporting.html_page import html_page
 from autopeft.reporting.mlflow import run_content as content
+from autopeft.reporting.mlflow.run_content import SettingGroups
 from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
 from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
-from autopeft.reporting.mlflow.worker import Job, Worker
+from autopeft.reporting.mlflow.worker import Worker
 
 _logger = logging.getLogger(__name__)
 _MOST_RUNS = 50_000  # MLflow's limit
@@ -39,8 +39,7 @@ class Tracker:
     """Writes a search to MLflow from a thread of its own, so that training does not wait for it.
 
     MLflow never fails a search: what cannot be written is logged. The study holds everything; at the end, and
-    when the search goes on, the runs are brought in line with it. They are found by the study's id and never
-    deleted.
+    when the search goes on, the runs are brought in line with it, found by its id. None is deleted.
 
     Args:
         uri: MLflow tracking URI, as in "sqlite:///mlflow.db" or "http://127.0.0.1:5000".
@@ -50,6 +49,8 @@ class Tracker:
         objectives: The search's objectives.
 
     Attributes:
+        store: The tracking URI without credentials.
+        is_server: Whether it is a server's address.
         failures: How often something could not be written.
         link: Opens the UI, of the store's server or on port 5000; once begun, on the charts of the trials.
         worked: The time of the thread that writes.
@@ -67,13 +68,14 @@ class Tracker:
         study_id: str,
         objectives: Sequence[Objective],
     ) -> None:
-        self.objectives = tuple(objectives)
-        self.search_name = search_name
-        self.study_id = study_id
+        self._objectives = tuple(objectives)
+        self._search_name = search_name
+        self._study_id = study_id
         self._uri, self._artifacts = checked_store(uri)
         self._experiment = experiment
-        self._is_server = self._uri.startswith("http")
-        self.link = redact(self._uri) if self._is_server else "http://127.0.0.1:5000"
+        self.store = redact(uri)
+        self.is_server = uri.startswith("http")
+        self.link = self.store if self.is_server else "http://127.0.0.1:5000"
         self._client: MlflowClient
         self._runs: RunWriter
         self._parent = ""
@@ -97,7 +99,7 @@ class Tracker:
         self,
         *,
         note: str,
-        identity: Mapping[str, Mapping[str, str]],
+        identity: SettingGroups,
         records: Sequence[TrialRecord],
         members: Collection[int] = (),
     ) -> None:
@@ -108,8 +110,8 @@ class Tracker:
         Args:
             note: What the search is, as text.
             identity: Groups of settings; "environment" may change between calls.
-            records: The study's finished trials; those without an up-to-date run get one.
-            members: Those of them that are on the front.
+            records: The study's finished trials.
+            members: Numbers of those that are on the front.
         """
         try:
             self._open(note, identity, records)
@@ -117,7 +119,7 @@ class Tracker:
             _logger.warning(
                 "The search is not recorded in MLflow, as the tracking store %s cannot be used (%s: %s). The "
                 "study has everything: the next call of the search writes it.",
-                redact(self._uri),
+                self.store,
                 type(error).__name__,
                 redact_in(error, self._uri),
             )
@@ -127,40 +129,33 @@ class Tracker:
         for record in self._runs.behind(records):
             self.trial_finished(record)
 
-    def _open(
-        self, note: str, identity: Mapping[str, Mapping[str, str]], records: Sequence[TrialRecord]
-    ) -> None:
-        if self._is_server:
+    def _open(self, note: str, identity: SettingGroups, records: Sequence[TrialRecord]) -> None:
+        if self.is_server:
             check_server(self._uri)  # MLflow's client would try again for minutes
             os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
         self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
-        of_this_study = f"tags.`{content.STUDY_TAG}` = '{self.study_id}'"
+        of_this_study = f"tags.`{content.STUDY_TAG}` = '{self._study_id}'"
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
         parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
         self._parent = self._open_parent(experiment_id, parent, note, identity)
-        self._runs = RunWriter(self._client, experiment_id, self._parent, self.study_id, self.objectives)
+        tags = {content.PARENT_TAG: self._parent, content.STUDY_TAG: self._study_id}
+        self._runs = RunWriter(self._client, experiment_id, tags, self._objectives)
         trials = [run for run in runs if content.TRIAL_TAG in run.data.tags]
         if foreign := self._runs.adopt(trials, records):
             _logger.warning(
                 "MLflow has %d finished runs of %r that its study does not know; they stay as they are.",
                 foreign,
-                self.search_name,
+                self._search_name,
             )
-        view = save_view(self._client, experiment_id, view_state(self._parent, self.objectives))
+        view = save_view(self._client, experiment_id, view_state(self._parent, self._objectives))
         if view is not None:
             self._client.set_tag(self._parent, content.VIEW_TAG, view)
         self.link = view_link(self.link, experiment_id, view)
 
-    def _open_parent(
-        self,
-        experiment_id: str,
-        known: Run | None,
-        note: str,
-        identity: Mapping[str, Mapping[str, str]],
-    ) -> str:
+    def _open_parent(self, experiment_id: str, known: Run | None, note: str, identity: SettingGroups) -> str:
         if known is None:
-            tags = {content.SEARCH_TAG: self.search_name, content.STUDY_TAG: self.study_id}
-            known = self._client.create_run(experiment_id, run_name=self.search_name, tags=tags)
+            tags = {content.SEARCH_TAG: self._search_name, content.STUDY_TAG: self._study_id}
+            known = self._client.create_run(experiment_id, run_name=self._search_name, tags=tags)
         parent = str(known.info.run_id)
         self._client.update_run(parent, status="RUNNING")
         settings = {group: fields for group, fields in identity.items() if group != "environment"}
@@ -175,31 +170,27 @@ class Tracker:
         self._client.log_dict(parent, everything, "identity.json")
         return parent
 
-    def _put(self, job: Job) -> None:
-        if self._worker.is_alive():
-            self._worker.put(job)
-
     def trial_started(self, number: int, configuration: Configuration) -> None:
         """Show a trial as running."""
         now = _milliseconds()
-        self._put(lambda: self._runs.start(number, configuration, now))
+        self._worker.put(lambda: self._runs.start(number, configuration, now))
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
         now = _milliseconds()
-        self._put(lambda: self._runs.finish(record, self._members, now))
+        self._worker.put(lambda: self._runs.finish(record, self._members, now))
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
         self._members = frozenset(members)
-        self._put(lambda: self._runs.mark(self._members))
+        self._worker.put(lambda: self._runs.mark(self._members))
 
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
         now = _milliseconds()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._waiting += [Metric(valid_key(name), value, now, step) for name, value in finite.items()]
-        self._put(self._write_progress)
+        self._worker.put(self._write_progress)
 
     def _write_progress(self) -> None:
         waiting = list(self._waiting)
@@ -215,11 +206,11 @@ class Tracker:
     def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
         """Write the front's page, picture, table and the run's note."""
         self._front_put = time.monotonic()
-        self._put(partial(self._write_front, tuple(records), frozenset(members)))
+        self._worker.put(partial(self._write_front, tuple(records), frozenset(members)))
 
     def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
         started = time.monotonic()
-        shown = records, members, self.objectives
+        shown = records, members, self._objectives
         page = html_page(front_figure(*shown), title="Pareto front")
         frame = front_frame(*shown)
         front = frame[frame["front"]].drop(columns="front")
@@ -237,17 +228,15 @@ class Tracker:
         again = sum(record.evaluation.trainings - 1 for record in records)
         path = f"pareto/trials_{len(records):05d}{f'_and_{again}_again' if again else ''}.json"
         if path not in {file.path for file in self._client.list_artifacts(self._parent, "pareto")}:
-            self._client.log_table(self._parent, front_frame(records, members, self.objectives), path)
+            self._client.log_table(self._parent, front_frame(records, members, self._objectives), path)
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder to the search's run, below `place`."""
-        self._put(lambda: log_folder(self._client, self._parent, save, place))
+        self._worker.put(lambda: log_folder(self._client, self._parent, save, place))
 
     @section("log")
-    def finish(
-        self, status: Literal["FINISHED", "KILLED", "FAILED"], records: Sequence[TrialRecord] = ()
-    ) -> None:
-        """Write what is waiting, log the table of all trials, and end the search's run.
+    def finish(self, status: str, records: Sequence[TrialRecord] = ()) -> None:
+        """Write what is waiting, log the table of all trials, and end the search's run with a status.
 
         What is still missing is tried once more. A store that has stopped answering is given up once nothing
         has been written for a minute.
@@ -257,10 +246,10 @@ class Tracker:
         if self._worker.flush(_PATIENCE_SECONDS):
             for record in self._runs.behind(records):
                 self.trial_finished(record)
-            self._put(self._runs.end_unfinished)
+            self._worker.put(self._runs.end_unfinished)
             if records:
-                self._put(partial(self._write_table, tuple(records), self._members))
-            self._put(partial(self._client.set_terminated, self._parent, status=status))
+                self._worker.put(partial(self._write_table, tuple(records), self._members))
+            self._worker.put(partial(self._client.set_terminated, self._parent, status=status))
         is_done = self._worker.stop(_PATIENCE_SECONDS)
         missing = len(self._runs.behind(records))
         if missing or not is_done:
@@ -271,9 +260,9 @@ class Tracker:
             )
 
     @section("log")
-    def flush(self, patience_seconds: float = math.inf) -> None:
-        """Wait until everything so far is written, or nothing has been for as long as the patience."""
-        self._worker.flush(patience_seconds)
+    def flush(self) -> None:
+        """Wait until everything so far is written, or nothing has been for a minute."""
+        self._worker.flush(_PATIENCE_SECONDS)
 
 
 def _milliseconds() -> int:

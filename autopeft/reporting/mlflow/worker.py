@@ -9,14 +9,9 @@ from collections.abc import Callable
 
 from autopeft.core.profiling import TimeSpan, now
 
-Job = Callable[[], object]
-
 
 class Worker(threading.Thread):
-    """Does jobs in their order; one that fails is reported and stops no other.
-
-    Args:
-        on_failure: Called with the error of each job that failed.
+    """Does jobs in their order; one that fails is reported to `on_failure`, and stops no other.
 
     Attributes:
         worked: The thread's time.
@@ -26,13 +21,14 @@ class Worker(threading.Thread):
         super().__init__(name="autopeft-mlflow", daemon=True)
         self.worked = TimeSpan()
         self._on_failure = on_failure
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._last_end = 0.0
         self._is_given_up = False
 
-    def put(self, job: Job) -> None:
-        """Have a job done."""
-        self._jobs.put(job)
+    def put(self, job: Callable[[], object]) -> None:
+        """Have a job done; nothing happens before the thread is started, and after its end."""
+        if self.is_alive():
+            self._jobs.put(job)
 
     def flush(self, patience_seconds: float) -> bool:
         """Wait until all jobs are done, or none has ended for some seconds; return whether all are done."""

@@ -104,9 +104,7 @@ def by_largest_remainder(
 def bounded_shares(weights: Mapping[Site, float], budget: RankBudget) -> dict[Site, float]:
     """Return clip(λ·weight, smallest, largest) a site, with λ such that the shares cost the budget.
 
-    Args:
-        weights: Numbers from 0 to 1, at least one of them 1.
-        budget: What may be spent.
+    Weights are numbers from 0 to 1, at least one of them 1.
     """
     relative = np.array(list(weights.values()))
     relative[relative < _NEGLIGIBLE] = 0.0

@@ -93,11 +93,7 @@ def allocator(evidence: Evidence) -> Callable[[Callable[..., Ranks]], Allocator]
 
 
 def find_allocator(name: str) -> Allocator:
-    """Return an allocator by its name.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """Return an allocator by its name; raise a ValueError where there is none."""
     if name not in ALLOCATORS:
         raise unknown_choice("allocator", name, ALLOCATORS)
     return ALLOCATORS[name]

@@ -162,7 +162,7 @@ def explained_variance(spectra: _Spectra, budget: RankBudget, rho: float = 2.0) 
     Args:
         spectra: The explained-variance ratios of each site. Components that are not given explain nothing:
             they are kept last.
-        budget: What may be spent. A component's cost does not change its place in the order.
+        budget: A component's cost does not change its place in the order.
         rho: ρ, how far a site may go above the uniform rank, at least 1.
     """
     _check_option("rho", rho, rho >= 1, "of at least 1")
@@ -187,10 +187,8 @@ def water_filling(spectra: _Spectra, budget: RankBudget) -> Ranks:
     ranks are optimal for what is spent until the first rank that is wanted but cannot be paid, and from there
     on miss the optimum by less than the gain of that component (Dantzig, Operations Research 1957).
 
-    Args:
-        spectra: The singular values σ of each site, as of the score "gradient_spectrum". Components that are
-            not given gain nothing.
-        budget: What may be spent.
+    The spectra are the singular values σ of each site, as of the score "gradient_spectrum". Components that
+    are not given gain nothing.
     """
     # Relative to the largest, squares do not overflow, and only what is negligible vanishes.
     unit = max(_component(spectrum, 0) for spectrum in spectra.values()) or 1.0

@@ -107,7 +107,8 @@ class EvaluationRun:
             if self.before is None:
                 self._begin(attachment)
             if not self.violations:
-                evaluator.hidden_states.open()
+                if attachment.parameters:  # else they would serve a single validation
+                    evaluator.hidden_states.open()
                 self._train(attachment)
 
     def _begin(self, attachment: Attachment) -> None:

@@ -76,6 +76,16 @@ def test_the_untrained_model_does_not_pause_at_a_rung() -> None:
     assert paused.evaluation.values["loss"] == evaluator.evaluate(Configuration()).values["loss"]
 
 
+def test_no_hidden_states_are_kept_for_the_untrained_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = evaluator_of()
+    opened: list[int] = []
+    monkeypatch.setattr(evaluator.hidden_states, "open", lambda: opened.append(1))
+    assert evaluator.evaluate(Configuration()).status == "complete"
+    assert not opened
+    assert evaluator.evaluate(lora(evaluator.backbone)).status == "complete"
+    assert opened
+
+
 def test_the_best_validation_is_that_of_the_smallest_loss() -> None:
     # At this rate the loss rises again before the end.
     training = Training(epochs=4, batch_size=8, device="cpu", precision="32-true", warmup_share=0.0)

@@ -1,7 +1,7 @@
 # Everything is set up by its first use: `make demo` and `make test` work in a fresh clone.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench ui clean
+.PHONY: help setup demo demo-lm test test-all lint bench ui clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -47,6 +47,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice
 	$(PYTHON) assets/prepare.py minilm questions
 	$(PYTHON) examples/demo.py
+
+demo-lm: setup ## The same for a chat model on film dialogues, in about half an hour
+	$(PYTHON) assets/prepare.py smollm2 dialogue
+	$(VENV)/bin/autopeft search configs/dialogue.yaml
+	$(VENV)/bin/autopeft export --knee --overwrite --to autopeft_runs/dialogue-adapter
 
 test: setup ## All quality gates: tests, types, lint, import directions, coverage
 	$(TESTS) -m "not slow and not gpu"

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -107,9 +108,10 @@ def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
 def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrainedModel:
     spec = head.spec()
     if isinstance(base, str | Path):
-        return from_pretrained(
-            os.path.expanduser(base), spec, LoadOptions(dtype=head.dtype), torch.device("cpu")
-        )[0]
+        dtype: Any = head.dtype
+        return from_pretrained(os.path.expanduser(base), spec, LoadOptions(dtype=dtype), torch.device("cpu"))[
+            0
+        ]
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
     if carries_adapters(base):

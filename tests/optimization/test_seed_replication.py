@@ -327,7 +327,7 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
 def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
     one = search(tmp_path)
     train = one.open().evaluator.train
-    of_new_trials = {training_seed(one.settings.seed, number) for number in range(5)}
+    of_new_trials = {training_seed(one.seed, number) for number in range(5)}
     failing: list[int] = []
 
     def hook(module: torch.nn.Module, inputs: object, output: object) -> None:

@@ -126,6 +126,7 @@ def estimate(
             raise unknown_choice("method", method, METHOD_SPECS)
     task = _task(task) if isinstance(task, str) else task
     backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
+    parameters = backbone.parameters
     if nf4:
         pack(backbone.model, (shape.module for shape in backbone.sites.values() if shape.kind == "linear"))
     if checkpointing:
@@ -152,7 +153,7 @@ def estimate(
                 )
     return Estimates(
         model=backbone.name,
-        parameters=backbone.parameters,
+        parameters=parameters,
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         rows=tuple(rows),
     )

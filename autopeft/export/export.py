@@ -26,7 +26,7 @@ from autopeft.export.folder_format import (
 )
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
-from autopeft.export.model_card import LAYOUTS, how_to_load, model_card, servers
+from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.methods import placements
 from autopeft.models.backbone import Backbone
@@ -168,7 +168,7 @@ def export_adapter(
     files = sorted(file for file in target.rglob("*") if file.is_file())
     return ExportReport(
         folder=target,
-        kind=LAYOUTS[manifest.layout],
+        kind=kind_of(manifest),
         files=tuple(str(file.relative_to(target)) for file in files),
         bytes=sum(file.stat().st_size for file in files),
         max_logit_difference=None if check is None else check.difference,

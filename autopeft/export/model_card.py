@@ -28,11 +28,17 @@ _PIPELINES = {
 _TEST = "test_"
 _OF_NO_SPLIT = ("examples_per_second",)
 LAYOUTS = {
-    "peft": "a plain PEFT folder, a trained head included",
-    "mixed": "a folder of autopeft: one folder a method, a trained head beside them",
+    "peft": "a plain PEFT folder",
+    "mixed": "a folder of autopeft: one folder a method",
     "merged": "a whole transformers model, the adapters merged into its weights",
 }
 """What kind of folder each layout is, as a phrase."""
+
+
+def kind_of(manifest: Manifest) -> str:
+    """Return what kind of folder an export is, as a phrase."""
+    has_head = manifest.head.modules and manifest.layout != "merged"
+    return LAYOUTS[manifest.layout] + ", the trained head included" * bool(has_head)
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
@@ -176,7 +182,7 @@ def model_card(
     details = {key: Path(text).name if _is_local(text) else text for key, text in details.items()}
     sections = [
         f"# {name}, fine-tuned with {methods}",
-        f"Found by autopeft. This is {LAYOUTS[manifest.layout]}. Base model: {base}.",
+        f"Found by autopeft. This is {kind_of(manifest)}. Base model: {base}.",
         "## Figures",
         _figures(values),
         "## Configuration",

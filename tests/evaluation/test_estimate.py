@@ -72,6 +72,7 @@ def test_packed_weights_and_checkpointing_take_less(config: Path) -> None:
     )
     assert packed.rows[0].peak_memory < plain.rows[0].peak_memory
     assert packed.weight_bytes < plain.weight_bytes
+    assert packed.parameters == plain.parameters
     assert packed.rows[0].trainable_parameters == plain.rows[0].trainable_parameters
     assert checkpointed.rows[0].peak_memory < plain.rows[0].peak_memory
 

@@ -33,7 +33,12 @@ from tests.records import METRICS
 def settings_of(folder: Path) -> dict[str, Any]:
     return {
         "backbone": str(folder / "model"),
-        "task": {"dataset": str(folder / "data.csv"), "test_share": 0.2, "validation_share": 0.2},
+        "task": {
+            "type": "TextClassification",
+            "dataset": str(folder / "data.csv"),
+            "test_share": 0.2,
+            "validation_share": 0.2,
+        },
         "space": {"type": "Uniform", "ranks": [1, 8]},
         "objectives": ["accuracy", "trainable_parameters"],
         "training": {"epochs": 1, "batch_size": 8, "device": "cpu"},

@@ -93,7 +93,7 @@ def test_yaml_gives_the_same_search_on_disk(tmp_path: Path) -> None:
     data = save_learnable_csv(tmp_path / "data.csv")
     settings = {
         "backbone": str(model),
-        "task": {"dataset": str(data)},
+        "task": {"type": "TextClassification", "dataset": str(data)},
         "space": {"type": "Uniform", "ranks": [1, 8]},
         "tracking": None,
     }
@@ -116,7 +116,7 @@ def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:
 
 
 def test_defaults_are_those_of_python() -> None:
-    config = build_config({"backbone": SETTINGS["backbone"], "task": {"dataset": "data.csv"}})
+    config = build_config({"backbone": SETTINGS["backbone"], "task": SETTINGS["task"]})
     expected = Search("model", TextClassification(dataset="data.csv"))
     assert config.search.arguments() == expected.arguments() | {"task": config.search.task}
     assert config.run == {}

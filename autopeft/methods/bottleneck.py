@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +37,9 @@ class Bottleneck(Switchable):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if hidden.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            # As peft does: adapters are in float32 on any base, also where nothing casts for them.
+            return self.forward(hidden.to(self.down.weight.dtype)).to(hidden.dtype)
         update: Tensor = self.up(self.activation(self.down(hidden)))
         return update if self.scaling == 1.0 else update * self.scaling
 

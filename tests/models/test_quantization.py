@@ -47,8 +47,9 @@ def test_a_packed_backbone_trains_is_counted_and_exports(base: Path, tmp_path: P
     task = task_of(60)
     backbone = Backbone.load(base, task.head, options=LoadOptions(quantization="nf4"))
     site = Site(1, "query")
-    weight = backbone.model.get_submodule(backbone.shape(site).module).weight
-    assert weight.dtype == torch.uint8
+    layer = backbone.model.get_submodule(backbone.shape(site).module)
+    assert isinstance(layer, torch.nn.Linear)
+    assert layer.weight.dtype == torch.uint8
     evaluator = Evaluator(
         backbone,
         task,
@@ -64,6 +65,5 @@ def test_a_packed_backbone_trains_is_counted_and_exports(base: Path, tmp_path: P
     assert trained.evaluation.values["peak_memory"] > 0
     with attach(backbone, configuration) as attachment:
         assert {parameter.dtype for parameter in attachment.parameters.values()} == {torch.float32}
-    stand_in = PackedLinear.like(backbone.model.get_submodule(backbone.shape(site).module))
-    assert stand_in.weight.nbytes == weight.nbytes
+    assert PackedLinear.like(layer).weight.nbytes == layer.weight.nbytes
     assert isinstance(autopeft.estimate(base, nf4=True, methods=("lora",)).weight_bytes, int)

@@ -116,7 +116,8 @@ def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:
 
 
 def test_defaults_are_those_of_python() -> None:
-    config = build_config({"backbone": SETTINGS["backbone"], "task": SETTINGS["task"]})
+    task = {"type": "TextClassification", "dataset": "data.csv"}
+    config = build_config({"backbone": SETTINGS["backbone"], "task": task})
     expected = Search("model", TextClassification(dataset="data.csv"))
     assert config.search.arguments() == expected.arguments() | {"task": config.search.task}
     assert config.run == {}

@@ -1,7 +1,7 @@
 # Everything is set up by its first use: `make demo` and `make test` work in a fresh clone.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench ui clean
+.PHONY: help setup demo demo-lm test test-all lint bench ui clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -25,8 +25,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # Tests run in so many processes, a file of them in one: what tiny models take is one thread's work.
 WORKERS ?= 2
-TESTS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile \
-    --cov --cov-report=term --cov-fail-under=90
+TESTS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,11 +47,16 @@ demo: setup ## Search adapters for a real model on real data, show the front, ex
 	$(PYTHON) assets/prepare.py minilm questions
 	$(PYTHON) examples/demo.py
 
-test: setup ## All quality gates: tests, types, lint, import directions, coverage
+demo-lm: setup ## The same for a chat model on film dialogues, in about half an hour
+	$(PYTHON) assets/prepare.py smollm2 dialogue
+	$(VENV)/bin/autopeft search configs/dialogue.yaml
+	$(VENV)/bin/autopeft export --knee --overwrite --to autopeft_runs/dialogue-adapter
+
+test: setup ## All tests but the slow ones
 	$(TESTS) -m "not slow and not gpu"
 
-test-all: setup ## The same with slow tests and, where there is a GPU, GPU tests
-	$(TESTS)
+test-all: setup ## The same with slow tests, coverage and, where there is a GPU, GPU tests
+	$(TESTS) --cov --cov-report=term --cov-fail-under=90
 
 lint: setup ## Only the static checks
 	$(VENV)/bin/ruff check .

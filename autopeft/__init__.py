@@ -37,8 +37,10 @@ _HOMES = {
     "Training": "training.settings",
     "TrialRecord": "core.evaluation",
     "WarmStart": "evaluation.supernet.warm_start",
+    "adapters_off": "methods",
     "attach": "methods",
     "count_parameters": "methods",
+    "estimate": "evaluation.estimate",
     "load_adapter": "export.export",
 }
 
@@ -59,8 +61,10 @@ __all__ = [
     "Training",
     "TrialRecord",
     "WarmStart",
+    "adapters_off",
     "attach",
     "count_parameters",
+    "estimate",
     "load_adapter",
     "search_spaces",
     "tasks",

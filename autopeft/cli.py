@@ -1,4 +1,4 @@
-"""The command line: search, sensitivity, front, show, export, ui, validate.
+"""The command line: search, validate, estimate, sensitivity, front, show, export, ui.
 
 What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
@@ -70,6 +70,33 @@ def validate(config: Config, overrides: Overrides = None) -> None:
     loaded.search.validate()
     print(loaded.search.describe())
     print(loaded.search.open().backbone.summary())
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub name, or a folder with a config.json.")],
+    task: Annotated[str, typer.Option(help="causal-lm or text-classification.")] = "causal-lm",
+    rank: Annotated[int, typer.Option(help="Rank of LoRA, width of other adapters.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    nf4: Annotated[bool, typer.Option("--nf4", help="With the linear layers packed in 4 bits.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="With activations computed again.")
+    ] = False,
+) -> None:
+    """Count trainable parameters and peak memory of a training from a model's config alone."""
+    from autopeft.evaluation.estimate import estimate as counted
+
+    found = counted(
+        model,
+        task,
+        rank=rank,
+        batch_size=batch_size,
+        length=length,
+        nf4=nf4,
+        checkpointing=checkpointing,
+    )
+    wide_console().print(found.table())
 
 
 @app.command()

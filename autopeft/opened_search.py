@@ -12,7 +12,6 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.warm_start import WarmStart, WarmStarts
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import default_dtype
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
 from autopeft.search_identity import SearchSettings
 from autopeft.search_spaces import SearchSpace
@@ -93,8 +92,10 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     with section("tokenise"):
         task.validate()
     with section("load"):
-        dtype = default_dtype(settings.training.resolved_device())
-        backbone = Backbone.load(settings.backbone, task.head, settings.tokenizer, dtype=dtype)
+        device = settings.training.resolved_device()
+        backbone = Backbone.load(
+            settings.backbone, task.head, settings.tokenizer, options=settings.loading, device=device
+        )
     space.validate(backbone)
     evaluator = Evaluator(
         backbone,
@@ -108,7 +109,11 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     )
     if space.scores_needed:
         space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
-    ends = [evaluator.costs(configuration) for configuration in space.extremes(backbone)]
-    bounds = {metric: task.bounds(metric) for metric in task.metrics}
+    ends = [evaluator.costs(configuration) for configuration in space.ends(backbone)]
+    bounds = {
+        metric.name: (task.trivial_score(metric.name, evaluator.data), task.best_score(metric.name))
+        for metric in evaluator.objectives
+        if metric.is_metric
+    }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
     return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)

@@ -40,7 +40,8 @@ class Search(SearchSettings):
         backbone: Hub name, local folder, a loaded transformers model, or a `Backbone`.
         task: What to fine-tune for.
         space: What to choose from; `ScoreGuided()` by default.
-        objectives: Names of metrics and costs to trade off; at least one metric.
+        objectives: Names of metrics and costs to trade off; at least one metric. By default the task's first
+            metric, trainable parameters and peak memory.
         constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
             that break one are not trained.
         training: What every candidate has in common.
@@ -63,6 +64,9 @@ class Search(SearchSettings):
         tracking: MLflow tracking URI; None to record nothing in MLflow.
         experiment: MLflow experiment.
         tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+        dtype: See `LoadOptions`, as of the next two. A loaded model is taken as it is.
+        quantization: "nf4" or "int8" to pack the backbone's weights.
+        attention: transformers' name of an implementation of attention.
 
     Raises:
         ValueError: An argument is not valid; what needs the backbone or the data is checked by
@@ -265,6 +269,7 @@ class Search(SearchSettings):
                 "frozen blocks in training": self.training.frozen_blocks,
                 **{f"task {key}": text for key, text in self.task.identity().items()},
             },
+            prediction=self.task.prediction,
             trainings=evaluation.trainings,
             probe=model_inputs(opened.evaluator.data.largest_batch()),
             merged=merged,

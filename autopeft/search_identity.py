@@ -23,6 +23,7 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
@@ -60,7 +61,7 @@ class SearchSettings:
         task: Task,
         space: SearchSpace | None = None,
         *,
-        objectives: Sequence[str] = ("accuracy", "trainable_parameters", "peak_memory"),
+        objectives: Sequence[str] | None = None,
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
         halving: SuccessiveHalving | None = _HALVING,
@@ -76,6 +77,9 @@ class SearchSettings:
         tracking: str | None = "sqlite:///mlflow.db",
         experiment: str = "autopeft",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
+        attention: str | None = None,
     ) -> None:
         make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
@@ -85,6 +89,8 @@ class SearchSettings:
         self.backbone = backbone
         self.task = task
         self.space = ScoreGuided() if space is None else space
+        if objectives is None:
+            objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
         self.objectives = resolve_objectives(objectives, task.metrics)
         self.constraints = resolve_constraints(constraints or {}, task.metrics)
         self.training = Training() if training is None else training
@@ -99,6 +105,8 @@ class SearchSettings:
         self.tracking = tracking
         self.experiment = experiment
         self.tokenizer = tokenizer
+        self.dtype, self.quantization, self.attention = dtype, quantization, attention
+        self.loading = LoadOptions(dtype=dtype, quantization=quantization, attention=attention)
         self._name = name
         self._root = Path(folder)
         valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))
@@ -142,6 +150,7 @@ class SearchSettings:
             "task": dict(task),
             "space": _fields(self.space),
             "training": self.training.identity(),
+            **({} if self.loading == LoadOptions() else {"loading": _fields(self.loading)}),
             "halving": {"class": "none"} if self.halving is None else _fields(self.halving),
             **({} if self.warm_start is None else {"warm_start": _fields(self.warm_start)}),
             "search": {

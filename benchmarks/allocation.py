@@ -88,7 +88,7 @@ class Bench:
             loader = iter(self.evaluator.data.train_dataloader())
             batches = [batch for _, batch in zip(range(SCORE_BATCHES), loader, strict=False)]
             self._scores[key] = compute_scores(
-                self.backbone, batches, self.evaluator.task.loss, [name], seed=key[1]
+                self.backbone, batches, self.evaluator.task, [name], seed=key[1]
             )[name]
         return self._scores[key]
 

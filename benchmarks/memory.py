@@ -19,16 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional
 
 from assets.prepare import prepare
 from autopeft import Backbone, Configuration, attach
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
-from autopeft.tasks import TextClassification
-from autopeft.tasks.base import Loss
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.tasks import Task, TextClassification
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"method": "lora", "size": 8}
@@ -80,7 +77,7 @@ def batch_of(shape: tuple[int, int]) -> dict[str, Tensor]:
     }
 
 
-def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Precision) -> int:
+def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
     """Return the CUDA allocator's peak over two steps, what was allocated before left out but the model."""
     device = torch.device("cuda")
     nn.Module.to(model, device)
@@ -88,9 +85,8 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Preci
     optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        inputs = {name: tensor for name, tensor in on_device.items() if name != "labels"}
         with autocast(precision, "cuda"):
-            loss = functional.cross_entropy(model(**inputs).logits, on_device["labels"])
+            loss = task.loss(task.forward(model, on_device), on_device)
         optimizer.zero_grad()
         loss.backward()
         del loss
@@ -103,7 +99,7 @@ def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], precision: Preci
 def measure_live_storage(
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    loss: Loss,
+    task: Task,
     *,
     steps: int = 2,
     precision: Precision = "32-true",
@@ -112,14 +108,13 @@ def measure_live_storage(
 
     Trains the model's trainable parameters for `steps` steps.
     """
-    inputs = model_inputs(batch)
     optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
     counter = StorageCounter()
-    base = counter.exclude((*inputs.values(), batch[LABELS], *model.parameters(), *model.buffers()))
+    base = counter.exclude((*batch.values(), *model.parameters(), *model.buffers()))
     with counter:
         for _ in range(steps):
             with autocast(precision, "cpu"):
-                value = loss(model(**inputs).logits, batch[LABELS])
+                value = task.loss(task.forward(model, batch), batch)
             optimizer.zero_grad()
             value.backward()
             del value
@@ -128,11 +123,11 @@ def measure_live_storage(
 
 
 def timed_count(
-    counter: MemoryCounter, batch: Mapping[str, Tensor], precision: Precision
+    counter: MemoryCounter, batch: Mapping[str, Tensor], task: Task, precision: Precision
 ) -> tuple[int, float]:
     """Return the counted bytes, and milliseconds of a count."""
     started = time.perf_counter()
-    count = counter.count(batch, functional.cross_entropy, precision=precision)
+    count = counter.count(batch, task, precision=precision)
     return count, 1000 * (time.perf_counter() - started)
 
 
@@ -146,12 +141,12 @@ def main() -> None:
         batch = batch_of(shape)
         for name, configuration in configurations():
             with attach(backbone, configuration):
-                counted, milliseconds = timed_count(counter, batch, precision)
+                counted, milliseconds = timed_count(counter, batch, task, precision)
                 backbone.model.train()
-                cuda = measure_cuda(backbone.model, batch, precision) if torch.cuda.is_available() else None
-                real = measure_live_storage(
-                    backbone.model, batch, functional.cross_entropy, precision=precision
-                )
+                cuda = None
+                if torch.cuda.is_available():
+                    cuda = measure_cuda(backbone.model, batch, task, precision)
+                real = measure_live_storage(backbone.model, batch, task, precision=precision)
                 backbone.model.eval()
             rows.append(
                 {

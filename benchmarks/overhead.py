@@ -72,7 +72,7 @@ def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWe
     """Stand in for the fit: log a score that depends on the attached parameters' number."""
     trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
     score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
-    best.metrics = {name: float(score) for name in evaluator.task.metrics}
+    best.metrics = {metric.name: float(score) for metric in evaluator.task.metrics}
 
 
 class Overhead:

@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
-from torch.nn.functional import cross_entropy
 
 from assets.prepare import prepare
 from autopeft.core.configuration import Configuration
@@ -77,17 +76,17 @@ def peak_of_scoring(task: TextClassification, precision: Precision) -> int:
     counter = StorageCounter()
     base = counter.exclude((*batch.values(), *backbone.model.parameters(), *backbone.model.buffers()))
     with counter:
-        compute_scores(backbone, [batch], cross_entropy, precision=precision)
+        compute_scores(backbone, [batch], task, precision=precision)
     return base + counter.peak_bytes
 
 
-def peak_of_training(backbone: Backbone, precision: Precision) -> int:
+def peak_of_training(backbone: Backbone, task: TextClassification, precision: Precision) -> int:
     """Return the peak live bytes of LoRA training steps with one row more."""
     with attach(backbone, uniform(backbone)):
         backbone.model.train()
         try:
             batch = batch_of(BATCH_SIZE + 1)
-            return measure_live_storage(backbone.model, batch, cross_entropy, precision=precision)
+            return measure_live_storage(backbone.model, batch, task, precision=precision)
         finally:
             backbone.model.eval()
 
@@ -131,17 +130,17 @@ def main() -> None:
     seconds: dict[tuple[str, Precision], float] = {}
     found: dict[tuple[str, Precision], Mapping[str, SiteScores]] = {}
     for precision, evaluator in evaluators.items():
-        compute_scores(backbone, given[:1], task.loss, precision=precision)  # what is loaded on first use
+        compute_scores(backbone, given[:1], task, precision=precision)  # what is loaded on first use
         for title, scores in _SETS.items():
             started = time.perf_counter()
-            found[title, precision] = compute_scores(backbone, given, task.loss, scores, precision=precision)
+            found[title, precision] = compute_scores(backbone, given, task, scores, precision=precision)
             seconds[title, precision] = time.perf_counter() - started
         seconds[_EPOCH, precision] = evaluator.evaluate(uniform(backbone)).values["training_seconds"]
     every = next(iter(_SETS))
     peaks: dict[tuple[str, Precision], int] = {}
     for precision in PRECISIONS:
         peaks[every, precision] = peak_of_scoring(task, precision)
-        peaks[_EPOCH, precision] = peak_of_training(backbone, precision)
+        peaks[_EPOCH, precision] = peak_of_training(backbone, task, precision)
     correlations = agreement(*(found[every, precision] for precision in PRECISIONS))
     rows = [
         {

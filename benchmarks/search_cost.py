@@ -107,7 +107,9 @@ def train_again(
             weights = supernet.state(configuration)
         trained = evaluator.train(configuration, initial_weights=weights)
         state = trained.state
-        scores.append(math.nan if state is None else evaluator.test(configuration, state)[evaluator.monitor])
+        scores.append(
+            math.nan if state is None else evaluator.test(configuration, state)[evaluator.monitor.name]
+        )
     return scores
 
 

@@ -58,8 +58,8 @@ def reached(evaluator: Evaluator, configurations: Mapping[str, Configuration]) -
     found = {}
     for name, one in configurations.items():
         state = evaluator.train(one).state
-        metric = evaluator.monitor
-        failed = evaluator.task.trivial_score(metric)
+        metric = evaluator.monitor.name
+        failed = evaluator.task.trivial_score(metric, evaluator.data)
         found[name] = failed if state is None else evaluator.test(one, state)[metric]
     return found
 
@@ -101,7 +101,7 @@ def measure(dataset: str, per_seed: Sequence[Mapping[str, float]], rate: float) 
     known = candidates(choices, rate)
     return {
         "dataset": dataset,
-        "metric": evaluator.monitor,
+        "metric": evaluator.monitor.name,
         "parameters": {name: count_parameters(evaluator.backbone, known[name]) for name in order},
         "reached": {name: [one[name] for one in per_seed] for name in order},
         "spearman": correlations(per_seed, values),

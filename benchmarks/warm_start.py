@@ -115,8 +115,8 @@ def outcome(
 ) -> Outcome:
     """Train a configuration, and test it."""
     trained = evaluator.train(configuration, trial.seed, initial_weights=start)
-    evaluation, metric = trained.evaluation, evaluator.monitor
-    worst = evaluator.task.trivial_score(metric)
+    evaluation, metric = trained.evaluation, evaluator.monitor.name
+    worst = evaluator.task.trivial_score(metric, evaluator.data)
     if trained.state is None:
         thirds, test = [worst] * len(evaluator.plan.rungs), worst
     else:

@@ -22,7 +22,7 @@ class BestWeights(Callback):
     folded in: it computes what was validated.
 
     Args:
-        monitor: Metric to watch, as logged.
+        monitor: Name of the metric to watch, as logged.
         mode: Whether more ("max") or less ("min") is better.
         restore_at_end: Whether to put the weights back when a fit ends. Steps after the last validation
             are then lost; False leaves it to the caller, who may validate once more before `restore`.

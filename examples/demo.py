@@ -69,7 +69,8 @@ def _best(
     complete = [evaluation for evaluation in evaluations if evaluation.status == "complete"]
     if not complete:
         raise RuntimeError(f"The baseline {name} failed: {evaluations[-1].reason}.")
-    best = max(complete, key=lambda evaluation: evaluation.values[evaluator.monitor])
+    metric = evaluator.monitor
+    best = max(complete, key=lambda evaluation: metric.sign * evaluation.values[metric.name])
     return Baseline(name, best, len(evaluations))
 
 

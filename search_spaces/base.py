@@ -6,7 +6,7 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Self
@@ -119,6 +119,21 @@ class SearchSpace(ABC):
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the points with the fewest and the most trainable parameters."""
 
+    def ends(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
+        """Return `extremes`; where the smallest trains nothing at all, the smallest adapter in its place.
+
+        Costs are compared on a log scale, which does not go down to nothing.
+        """
+        smallest, largest = self.extremes(backbone)
+        if len(smallest) or backbone.head:
+            return smallest, largest
+        single = (
+            Configuration({site: choice.smallest})
+            for site, methods in self.choices(backbone).items()
+            for choice in methods.values()
+        )
+        return min(single, key=lambda configuration: count_parameters(backbone, configuration)), largest
+
     @abstractmethod
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations, learning rates apart."""
@@ -184,6 +199,8 @@ class SearchSpace(ABC):
         """
         found: dict[Configuration, Baseline] = {}
         for baseline in self.all_baselines(backbone):
+            if not len(baseline.configuration) and not backbone.head:
+                baseline = replace(baseline, name="untrained model")
             found.setdefault(baseline.configuration, baseline)
         room = len(found) if trials is None else max(_FEWEST, trials // _LARGEST_SHARE)
         return tuple(found.values())[:room]

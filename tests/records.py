@@ -10,7 +10,8 @@ from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import non_dominated
 
-OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters", "peak_memory"), ("accuracy", "f1_macro"))
+METRICS = (Objective.score("accuracy"), Objective.score("f1_macro"))
+OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters", "peak_memory"), METRICS)
 IDENTITY = {
     "backbone": {"name": "all-MiniLM-L6-v2", "class": "BertForSequenceClassification"},
     "task": {"name": "questions", "train_examples": "4,306", "fingerprint": "5a1d"},

@@ -20,9 +20,9 @@ from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore
-from tests.records import OBJECTIVES, completed, random_configuration
+from tests.records import METRICS, OBJECTIVES, completed, random_configuration
 
-TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
+TWO = resolve_objectives(("accuracy", "trainable_parameters"), METRICS)
 RANKS: dict[str, BaseDistribution] = {"rank": IntDistribution(1, 64)}
 ROOT = Path(__file__).parents[2]
 

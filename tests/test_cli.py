@@ -27,12 +27,18 @@ from autopeft.reporting.front import ParetoFront
 from autopeft.tasks import TextClassification
 from autopeft.yaml_config import build_config, load_config
 from tests.learnable import TRAINING, learner, save_learnable_csv, save_tiny_model, tiny_search
+from tests.records import METRICS
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
     return {
         "backbone": str(folder / "model"),
-        "task": {"dataset": str(folder / "data.csv"), "test_share": 0.2, "validation_share": 0.2},
+        "task": {
+            "type": "TextClassification",
+            "dataset": str(folder / "data.csv"),
+            "test_share": 0.2,
+            "validation_share": 0.2,
+        },
         "space": {"type": "Uniform", "ranks": [1, 8]},
         "objectives": ["accuracy", "trainable_parameters"],
         "training": {"epochs": 1, "batch_size": 8, "device": "cpu"},
@@ -158,7 +164,7 @@ def test_a_value_of_the_wrong_kind_is_refused(place: Path, override: str) -> Non
 
 @pytest.mark.parametrize("command", [["front"], ["show", "0"], ["export", "--knee", "--to", "out"]])
 def test_a_search_killed_at_its_start_has_no_finished_trial(command: list[str], tmp_path: Path) -> None:
-    objectives = resolve_objectives(["accuracy", "trainable_parameters"], ["accuracy"])
+    objectives = resolve_objectives(["accuracy", "trainable_parameters"], METRICS)
     StudyStore(tmp_path / "killed", "killed", objectives).close()
     assert "has no finished trial yet" in error(*command, "--folder", tmp_path)
 

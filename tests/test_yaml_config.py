@@ -93,7 +93,7 @@ def test_yaml_gives_the_same_search_on_disk(tmp_path: Path) -> None:
     data = save_learnable_csv(tmp_path / "data.csv")
     settings = {
         "backbone": str(model),
-        "task": {"dataset": str(data)},
+        "task": {"type": "TextClassification", "dataset": str(data)},
         "space": {"type": "Uniform", "ranks": [1, 8]},
         "tracking": None,
     }
@@ -116,7 +116,8 @@ def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:
 
 
 def test_defaults_are_those_of_python() -> None:
-    config = build_config({"backbone": SETTINGS["backbone"], "task": {"dataset": "data.csv"}})
+    task = {"type": "TextClassification", "dataset": "data.csv"}
+    config = build_config({"backbone": SETTINGS["backbone"], "task": task})
     expected = Search("model", TextClassification(dataset="data.csv"))
     assert config.search.arguments() == expected.arguments() | {"task": config.search.task}
     assert config.run == {}
@@ -155,7 +156,8 @@ def test_an_unknown_key_names_the_nearest(path: str, message: str) -> None:
             {"ranks": [1, 2]},
             r"'space' needs a 'type': one of PerLayer, ScoreGuided, Uniform, AutoPEFTPaper",
         ),
-        ("task", {"text": "text"}, r"'task' needs 'dataset'; given: text"),
+        ("task", {"type": "TextClassification", "text": "text"}, r"'task' needs 'dataset'; given: text"),
+        ("task", {"text": "text"}, r"'task' needs a 'type': one of TextClassification, CausalLM"),
         ("training", [1], r"'training' is a mapping"),
         ("run", 50, r"'run' is a mapping with a budget"),
         ("space.options.lorra", {}, r"'lorra'.*did you mean 'lora'"),

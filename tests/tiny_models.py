@@ -6,18 +6,20 @@ adapter does to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
+from autopeft.tasks import TextClassification
 
 VOCABULARY = 128
 LABELS = 3
@@ -175,12 +178,60 @@ def tiny_classifier(architecture: str, *, seed: int = 0, **options: Any) -> PreT
     return _build(AutoModelForSequenceClassification, architecture, seed, {"num_labels": LABELS} | options)
 
 
+def tiny_language_model(architecture: str, *, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Return a fresh causal language model, in evaluation mode."""
+    return _build(AutoModelForCausalLM, architecture, seed, options)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of single words."""
     words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(VOCABULARY - 2))]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single words with an end token and, unless it is None, a chat template."""
+    special = ["[PAD]", "[UNK]", "<end>", "<user>", "<assistant>"]
+    words = [*special, *(f"w{index}" for index in range(VOCABULARY - len(special)))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="<end>",
+        additional_special_tokens=special[3:],
+    )
+    made.chat_template = template
+    return made
+
+
+class LossTask(TextClassification):
+    """Labels (rows,) under "labels", with a loss of one's own; there are no data.
+
+    Args:
+        loss: Maps logits (rows, labels) and labels (rows,) to a scalar.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(Dataset.from_dict({}))
+        object.__setattr__(self, "_of_logits", loss)
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
+        found: Tensor = vars(self)["_of_logits"](output.logits.float(), batch["labels"])
+        return found
+
+
+CROSS_ENTROPY = LossTask(nn.functional.cross_entropy)
 
 
 def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:

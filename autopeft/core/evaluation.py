@@ -168,7 +168,7 @@ def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping
     outcome = dict(replicate.values)
     if replicate.status != "complete":
         failures[replicate.seed] = str(replicate.reason)
-        outcome |= worst
+        outcome |= {name: value for name, value in worst.items() if name in evaluation.values}
     by_seed[replicate.seed] = outcome
     values = _means(list(by_seed.values()), worst)
     curves = [replace(point, metric=f"{point.metric}/training_{number}") for point in replicate.curves]

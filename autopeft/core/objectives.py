@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from autopeft.core.errors import unknown_choice
 
@@ -24,9 +24,11 @@ class Objective:
     Attributes:
         name: The name in values, tables, MLflow metrics and constraints.
         direction: Whether more or less of it is better.
-        unit: "score", "parameters", "bytes", "seconds" or "FLOPs".
+        unit: "score", "nats", "parameters", "bytes", "seconds", "FLOPs" or one of a task's own.
         before_training: Whether its value is exact before anything is trained.
         log_scale: Whether ratios matter rather than differences (plots, hypervolume).
+        is_metric: Whether it says how good a model is, and not what it costs.
+        at_end: Whether it is only measured when a training has ended, and not in each validation.
     """
 
     name: str
@@ -34,11 +36,26 @@ class Objective:
     unit: str
     before_training: bool = False
     log_scale: bool = False
+    is_metric: bool = False
+    at_end: bool = False
+
+    @classmethod
+    def score(cls, name: str, *, at_end: bool = False) -> Self:
+        """Return a metric that is better when larger."""
+        return cls(name=name, direction="maximize", unit="score", is_metric=True, at_end=at_end)
 
     @property
-    def is_metric(self) -> bool:
-        """Whether it says how good a model is, and not what it costs."""
-        return self.unit == "score"
+    def sign(self) -> int:
+        """1 where more of it is better, -1 where less is."""
+        return 1 if self.direction == "maximize" else -1
+
+    def best(self, values: Iterable[float]) -> float:
+        """Return the best of several values."""
+        return max(values, key=lambda value: self.sign * value)
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Return whether a value is better than another."""
+        return self.sign * value > self.sign * other
 
     def format(self, value: float) -> str:
         """Write a value for people, as in "334.0 k" or "117.2 MiB"."""
@@ -77,12 +94,12 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
 those of the largest training batch; inference latency is the median time of one forward pass over it."""
 
 
-def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Objective, ...]:
+def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tuple[Objective, ...]:
     """Turn names into objectives.
 
     Args:
         names: The objectives in order; the first is the one tables sort by.
-        metrics: The task's metrics, which are maximised.
+        metrics: The task's metrics.
 
     Raises:
         ValueError: A name is unknown or given twice, or there are fewer than two.
@@ -99,15 +116,16 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[str]) -> tuple[Ob
             f"A front needs at least two objectives, got {wanted}; "
             "for example ('accuracy', 'trainable_parameters')."
         )
-    if not any(available[name].is_metric for name in wanted):
-        scores = ", ".join(name for name, objective in available.items() if objective.is_metric)
-        raise ValueError(f"At least one objective must be a metric: {scores}.")
+    monitors = [name for name, objective in available.items() if objective.is_metric and not objective.at_end]
+    if not set(monitors) & set(wanted):
+        raise ValueError(
+            f"At least one objective must be a metric that every validation measures: {', '.join(monitors)}."
+        )
     return tuple(available[name] for name in wanted)
 
 
-def _available(metrics: Iterable[str]) -> dict[str, Objective]:
-    scores = {name: Objective(name=name, direction="maximize", unit="score") for name in metrics}
-    return {**scores, **COST_OBJECTIVES}
+def _available(metrics: Iterable[Objective]) -> dict[str, Objective]:
+    return {**{metric.name: metric for metric in metrics}, **COST_OBJECTIVES}
 
 
 def parse_quantity(value: float | str, unit: str) -> float:
@@ -155,7 +173,9 @@ class Constraint:
         return f"{self.objective.name} {found}, allowed {sign} {self.objective.format(self.bound)}"
 
 
-def resolve_constraints(bounds: Mapping[str, float | str], metrics: Iterable[str]) -> tuple[Constraint, ...]:
+def resolve_constraints(
+    bounds: Mapping[str, float | str], metrics: Iterable[Objective]
+) -> tuple[Constraint, ...]:
     """Turn `{"trainable_parameters": "2M"}` into constraints.
 
     Raises:

@@ -21,7 +21,7 @@ from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
-from autopeft.tasks.batch import model_inputs
+from autopeft.tasks.base import SplitName
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoint, check_states
@@ -45,6 +45,7 @@ class EvaluationContext:
         cache: Folder for tokenised data and hidden states; None to keep the former in memory alone.
 
     Attributes:
+        monitor: The metric that decides which weights are kept.
         needed: Names of the values that an objective or a constraint asks for.
 
     Raises:
@@ -74,9 +75,11 @@ class EvaluationContext:
         wanted = (*objectives, *(constraint.objective for constraint in constraints))
         self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
-        self.monitor = next(objective.name for objective in objectives if objective.is_metric)
+        self.monitor = next(each for each in objectives if each.is_metric and not each.at_end)
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
+        if training.gradient_checkpointing:
+            backbone.enable_checkpointing()
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
         self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)
@@ -84,7 +87,7 @@ class EvaluationContext:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
         folder = None if cache is None else cache / "hidden_states"
-        self.hidden_states = HiddenStateCache(backbone, self.data, training, folder)
+        self.hidden_states = HiddenStateCache(backbone, task, self.data, training, folder)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -97,14 +100,16 @@ class EvaluationContext:
         if "peak_memory" in self.needed:
             values["peak_memory"] = float(self.peak_bytes(attachment))
         if "forward_flops" in self.needed:
-            values["forward_flops"] = float(count_flops(self.backbone.model, self.data.largest_batch()))
+            values["forward_flops"] = float(
+                count_flops(self.backbone.model, self.data.largest_batch(), self.task)
+            )
         return values
 
     def peak_bytes(self, attachment: Attachment) -> int:
         """Return the peak bytes of a training of what is attached now, counted."""
         return self._memory.count(
             self.data.largest_batch(),
-            self.task.loss,
+            self.task,
             precision=self.training.resolved_precision(),
             attached=attachment.structure,
         )
@@ -139,18 +144,26 @@ class EvaluationContext:
         return self.task.metric_collection()
 
     @section("evaluate")
+    def measured_at_end(self, split: SplitName) -> dict[str, float]:
+        """Return the metrics that are measured when a training has ended, of what is attached now."""
+        if not any(metric.at_end and metric.name in self.needed for metric in self.task.metrics):
+            return {}
+        model = self.backbone.model
+        model.eval()
+        with torch.inference_mode(), self.backbone.computing_in(self.training.resolved_precision()):
+            return self.task.measure_at_end(model, self.data, split)
+
+    @section("evaluate")
     def latency(self) -> float:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
-        batch = {
-            name: tensor.to(self.device) for name, tensor in model_inputs(self.data.largest_batch()).items()
-        }
+        batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
         seconds = []
         model.eval()
         with torch.inference_mode():
             for _ in range(_LATENCY_REPEATS + 1):
                 started = time.perf_counter()
-                model(**batch)
+                self.task.forward(model, batch)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)

@@ -94,4 +94,5 @@ class Evaluator(EvaluationContext):
                     (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
                 finally:
                     dismantle(trainer)
-        return {name: float(value) for name, value in metrics.items()}
+            at_end = self.measured_at_end("test")
+        return {name: float(value) for name, value in metrics.items()} | at_end

@@ -25,6 +25,7 @@ from autopeft.callbacks import (
 )
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
@@ -106,7 +107,8 @@ class EvaluationRun:
             if self.before is None:
                 self._begin(attachment)
             if not self.violations:
-                evaluator.hidden_states.open()
+                if attachment.parameters:  # else they would serve a single validation
+                    evaluator.hidden_states.open()
                 self._train(attachment)
 
     def _begin(self, attachment: Attachment) -> None:
@@ -124,7 +126,10 @@ class EvaluationRun:
     @section("set-up")
     def _train(self, attachment: Attachment) -> None:
         evaluator, plan = self.evaluator, self.evaluator.plan
-        best = BestWeights(evaluator.monitor, restore_at_end=False)
+        if not attachment.parameters:
+            self._validate()
+            return
+        best = best_weights(evaluator.monitor)
         module = evaluator.module(self.configuration, self.before)
         users = new_callbacks(evaluator.training.callbacks, module)
         capture = CaptureState(best, users)
@@ -158,6 +163,20 @@ class EvaluationRun:
         if self.pause is None:
             self.state = attachment.state_dict()
 
+    def _validate(self) -> None:
+        """Measure a model of which nothing is trained: neither an adapter nor a head."""
+        evaluator = self.evaluator
+        module = evaluator.module(self.configuration)
+        module.eval()
+        casts = evaluator.backbone.cached_casts.in_place(evaluator.training.resolved_precision())
+        with quiet_lightning(), casts:
+            trainer = build_trainer(evaluator.training, [self.memory], monitor=evaluator.monitor)
+            (metrics,) = trainer.validate(module, evaluator.data.val_dataloader(), verbose=False)
+        self.curve.points += [(name, 0, float(value)) for name, value in metrics.items()]
+        self.values |= {name: float(value) for name, value in metrics.items()}
+        self._measure()
+        self.state = {}
+
     def _measure(self) -> None:
         """Note time, memory and latency; raise where a validation or an objective is not finite."""
         evaluator = self.evaluator
@@ -172,6 +191,8 @@ class EvaluationRun:
             self.values["peak_memory_measured"] = max(peak, float(self.memory.peak_bytes))
         if "inference_latency" in evaluator.needed:
             self.values["inference_latency"] = evaluator.latency()
+        if self.pause is None:
+            self.values |= evaluator.measured_at_end("validation")
         for metric, step, value in self.curve.points:
             if not math.isfinite(value):  # a class is predicted of NaN as well, and scored
                 raise DivergenceError(f"{metric} was {value} at step {step}")
@@ -191,7 +212,7 @@ class EvaluationRun:
         elif reason is not None:
             status = "failed"
         elif self.pause is not None:
-            monitor = evaluator.monitor
+            monitor = evaluator.monitor.name
             status, reason = "paused", f"{monitor} {self.values[monitor]:.4f} after {cost.steps} steps"
         points = [CurvePoint(metric=name, step=step, value=value) for name, step, value in self.curve.points]
         evaluation = Evaluation(
@@ -208,6 +229,11 @@ class EvaluationRun:
         if status == "paused" and self.pause is not None:
             return Trained(evaluation, paused=TrainingCheckpoint(evaluation=evaluation, state=self.pause))
         return Trained(evaluation, self.state if status == "complete" else None)
+
+
+def best_weights(monitor: Objective) -> BestWeights:
+    """Return what keeps the weights of a training's best validation."""
+    return BestWeights(monitor.name, "max" if monitor.sign > 0 else "min", restore_at_end=False)
 
 
 def reason_of_failure(attempt: Callable[[], None]) -> str | None:

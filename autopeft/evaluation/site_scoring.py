@@ -48,7 +48,7 @@ def score_sites(
         trained = evaluator.evaluate(configuration)
         if trained.status != "complete":
             raise ValueError(f"Training {configuration!r} alone failed: {trained.reason}")
-        return trained.values[evaluator.monitor]
+        return evaluator.monitor.sign * trained.values[evaluator.monitor.name]
 
     check_whole("batches", batches, what="a number of training batches", least=1)
     precision = evaluator.training.resolved_precision()
@@ -71,7 +71,7 @@ def score_sites(
         known |= compute_scores(
             evaluator.backbone,
             first,
-            evaluator.task.loss,
+            evaluator.task,
             missing,
             seed=evaluator.seed,
             train_one=train_one,

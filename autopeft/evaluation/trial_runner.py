@@ -93,7 +93,7 @@ class TrialRunner:
             # A trial that was off the front for a while may have none.
             kept_seed = self.checkpoints.seed(record.number)
             kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
-            if kept is None or trained.evaluation.values[monitor] > kept[monitor]:
+            if kept is None or monitor.is_better(trained.evaluation.values[monitor.name], kept[monitor.name]):
                 self.checkpoints.save(record.number, trained.state, seed)
         return replace(record, evaluation=with_replicate(evaluation, trained.evaluation, self._worst))
 
@@ -126,5 +126,5 @@ class TrialRunner:
     @cached_property
     def _worst(self) -> dict[str, float]:
         """The metrics of a replicate that fails."""
-        task = self.evaluator.task
-        return {name: task.trivial_score(name) for name in task.metrics}
+        task, data = self.evaluator.task, self.evaluator.data
+        return {metric.name: task.trivial_score(metric.name, data) for metric in task.metrics}

@@ -26,7 +26,7 @@ from autopeft.export.folder_format import (
 )
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
-from autopeft.export.model_card import LAYOUTS, how_to_load, model_card, servers
+from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.methods import placements
 from autopeft.models.backbone import Backbone
@@ -81,6 +81,7 @@ def export_adapter(
     probe: Mapping[str, Tensor],
     values: Mapping[str, float] | None = None,
     details: Mapping[str, str] | None = None,
+    prediction: str = "logits",
     trainings: int = 1,
     base: str | None = None,
     merged: bool = False,
@@ -99,6 +100,7 @@ def export_adapter(
         probe: A batch of real inputs, without labels; logits are compared on its first rows.
         values: Figures for the model card; those of the test split begin with "test_".
         details: Task, data set, search, trial and so on for the model card.
+        prediction: The field of the model's output that is compared.
         trainings: Number of trainings behind the figures, each with a seed of its own.
         base: What the folder says of its base model; by default where the backbone came from.
         merged: Write a whole model with the adapters merged into the weights.
@@ -107,11 +109,13 @@ def export_adapter(
 
     Raises:
         ValueError: The folder cannot be written or holds something, the tensors do not belong to the
-            configuration, a method cannot be merged, or the model is no sequence classifier.
+            configuration, a method cannot be merged, or the model is of no class that can be exported.
         RuntimeError: What was written does not load, or gives other logits.
     """
     target = Path(folder).expanduser()
     _check_target(target, overwrite)
+    if not len(configuration) and not backbone.head:
+        raise ValueError("Nothing was trained: the untrained model is the base model itself.")
     others = unmergeable(configuration)
     if merged and others:
         raise ValueError(
@@ -127,7 +131,7 @@ def export_adapter(
         sites={site: backbone.shape(site) for site in configuration.adapters},
     )
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
-    expected = trained_logits(backbone, configuration, state, probe)
+    expected = trained_logits(backbone, configuration, state, probe, prediction)
     options = base_options(manifest, backbone.origin)
     with _names_folder(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,7 @@ def export_adapter(
             backbone.tokenizer.save_pretrained(unfinished)
             configuration.save(unfinished / CONFIGURATION_FILE)
             manifest.save(unfinished)
-        check = check_export(unfinished, manifest, backbone, probe, expected) if verify else None
+        check = check_export(unfinished, manifest, backbone, probe, expected, prediction) if verify else None
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
             manifest=manifest,
@@ -164,7 +168,7 @@ def export_adapter(
     files = sorted(file for file in target.rglob("*") if file.is_file())
     return ExportReport(
         folder=target,
-        kind=LAYOUTS[manifest.layout],
+        kind=kind_of(manifest),
         files=tuple(str(file.relative_to(target)) for file in files),
         bytes=sum(file.stat().st_size for file in files),
         max_logit_difference=None if check is None else check.difference,

@@ -18,19 +18,18 @@ import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCE_CLASSIFIERS,
-)
+from transformers.models.auto import modeling_auto
 
 from autopeft.core.configuration import Site
+from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.models.backbone import Backbone, SiteShape
 from autopeft.models.head_spec import HeadSpec
@@ -47,7 +46,17 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _HEAD_PREFIX = "head."
-_TASK_TYPE = "SEQ_CLS"
+AUTO_CLASSES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    f"AutoModelFor{name}": (peft_type, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
+    for name, peft_type, mapping in (
+        ("SequenceClassification", "SEQ_CLS", "SEQUENCE_CLASSIFICATION"),
+        ("CausalLM", "CAUSAL_LM", "CAUSAL_LM"),
+        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "SEQ_TO_SEQ_CAUSAL_LM"),
+        ("TokenClassification", "TOKEN_CLS", "TOKEN_CLASSIFICATION"),
+        ("QuestionAnswering", "QUESTION_ANS", "QUESTION_ANSWERING"),
+    )
+}
+"""transformers' auto classes that a folder may be loaded with: peft's task type, and the model classes."""
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
 
@@ -56,11 +65,16 @@ class TaskHead:
     """What a base model has to be told so that it gets the head an adapter was trained with.
 
     Attributes:
-        modules: Qualified names of the modules that were trained with the adapters.
-        labels: Name of every label, in the order of the logits.
+        modules: Qualified names of the modules that were trained with the adapters; none where the base's own
+            head stayed frozen.
+        labels: Name of every label, in the order of the logits; none for a language model.
         problem_type: transformers' name for the loss; None where the model did not fix it.
         pad_token_id: The padding token the model was used with; None where it has none.
         dtype: The weights' type, as in "float32".
+        auto_class: The transformers class that loads the base, of `AUTO_CLASSES`.
+
+    Raises:
+        ValueError: The class is unknown.
     """
 
     modules: tuple[str, ...]
@@ -68,34 +82,47 @@ class TaskHead:
     problem_type: str | None
     pad_token_id: int | None
     dtype: str
+    auto_class: str = "AutoModelForSequenceClassification"
+
+    def __post_init__(self) -> None:
+        if self.auto_class not in AUTO_CLASSES:
+            raise unknown_choice("auto class", self.auto_class, AUTO_CLASSES)
 
     @classmethod
     def of(cls, backbone: Backbone) -> TaskHead:
         """Read the head off a backbone.
 
         Raises:
-            ValueError: The model is no sequence classifier, which is all this format knows.
+            ValueError: The model is of no class that this format knows.
         """
         model = backbone.model
-        if type(model).__name__ not in SEQUENCE_CLASSIFIERS.values():
+        auto_class = next(
+            (name for name, (_, models) in AUTO_CLASSES.items() if type(model).__name__ in models.values()),
+            None,
+        )
+        if auto_class is None:
             raise ValueError(
-                f"Cannot export a {type(model).__name__}: expected one of transformers' "
-                "...ForSequenceClassification models."
+                f"Cannot export a {type(model).__name__}: expected a model that one of "
+                f"{', '.join(AUTO_CLASSES)} loads."
             )
-        labels: Any = model.config.id2label
+        labels: Any = model.config.id2label if auto_class.endswith("Classification") else {}
         return cls(
+            auto_class=auto_class,
             modules=backbone.head,
             labels=tuple(str(labels[index]) for index in range(len(labels))),
-            problem_type=model.config.problem_type,
+            problem_type=getattr(model.config, "problem_type", None),
             pad_token_id=getattr(model.config, "pad_token_id", None),
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
     def spec(self) -> HeadSpec:
         """Return what gives a base model this head."""
-        spec = HeadSpec.of_labels(AutoModelForSequenceClassification, self.labels)
-        options = {"problem_type": self.problem_type, "pad_token_id": self.pad_token_id}
-        return replace(spec, config={**spec.config, **options})
+        options: dict[str, Any] = {"pad_token_id": self.pad_token_id}
+        if self.labels:
+            labelled = HeadSpec.of_labels(None, self.labels)
+            options |= {**labelled.config, "problem_type": self.problem_type}
+        auto_class = getattr(transformers, self.auto_class)
+        return HeadSpec(auto_class=auto_class, config=options, is_trained=bool(self.modules))
 
 
 def _versions() -> dict[str, str]:
@@ -229,9 +256,9 @@ def write_adapters(
         for option in ("target_modules", "feedforward_modules"):
             if isinstance(getattr(config, option, None), set):
                 setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
-        if is_plain and head.modules:
-            config.task_type = _TASK_TYPE
-            config.modules_to_save = list(head.modules)
+        if is_plain:
+            config.task_type, _ = AUTO_CLASSES[head.auto_class]
+            config.modules_to_save = list(head.modules) or None
         config.save_pretrained(str(folder if is_plain else folder / name))
 
 

@@ -1,4 +1,4 @@
-"""Load an exported folder in a process of its own and write the logits of a probe.
+"""Load an exported folder in a process of its own and write what it predicts for a probe.
 
 `verification.py` runs this file as a script. A layout that needs no autopeft is loaded without it:
 this file imports nothing of autopeft at the top, and makes sure that nothing else did.
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
 
 
 def load(job: dict[str, Any]) -> Any:
@@ -24,7 +24,7 @@ def load(job: dict[str, Any]) -> Any:
 
         return load_adapter(job["base"], job["folder"])
     source = job["folder"] if job["layout"] == "merged" else job["base"]
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
+    model: Any = getattr(transformers, job["auto_class"]).from_pretrained(
         source, use_safetensors=True, trust_remote_code=False, **job["options"]
     )
     if job["layout"] == "peft":
@@ -35,12 +35,13 @@ def load(job: dict[str, Any]) -> Any:
 
 
 def main(scratch: Path) -> None:
-    """Do the job that lies in a folder, and put the logits beside it."""
+    """Do the job that lies in a folder, and put what was predicted beside it."""
     job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     with torch.no_grad():
-        logits = load(job).eval()(**load_file(scratch / "probe.safetensors")).logits
-    save_file({"logits": logits.float().cpu().contiguous()}, scratch / "logits.safetensors")
+        output = load(job).eval()(**load_file(scratch / "probe.safetensors"))
+    predicted = getattr(output, job["prediction"]).float().cpu().contiguous()
+    save_file({"predicted": predicted}, scratch / "predicted.safetensors")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,15 +26,15 @@ from autopeft.export.folder_format import (
 )
 from autopeft.methods import Placement, carries_adapters, placements
 from autopeft.methods.attachment import attach_methods, load_tensors
-from autopeft.models.loading import from_pretrained, with_head
+from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
 
 def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
     """Put an exported adapter, head included, on a base model, ready for inference.
 
     Args:
-        base: Hub name, local folder, or a loaded transformers model with or without a classification
-            head. A loaded model is changed in place, as peft does it.
+        base: Hub name, local folder, or a loaded transformers model, for a task with a new head also without
+            one. A loaded model is changed in place, as peft does it.
         folder: A folder written by an export that was not merged.
 
     Returns:
@@ -49,7 +50,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
     if manifest.layout == "merged":
         raise ValueError(
             f"{folder} is a whole model, not an adapter: load it with "
-            f"AutoModelForSequenceClassification.from_pretrained({str(folder)!r})."
+            f"{manifest.head.auto_class}.from_pretrained({str(folder)!r})."
         )
     with torch.random.fork_rng(devices=[]):
         model = _with_head(base, manifest.head)
@@ -107,12 +108,20 @@ def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
 def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrainedModel:
     spec = head.spec()
     if isinstance(base, str | Path):
-        return from_pretrained(os.path.expanduser(base), spec, getattr(torch, head.dtype))[0]
+        dtype: Any = head.dtype
+        return from_pretrained(os.path.expanduser(base), spec, LoadOptions(dtype=dtype), torch.device("cpu"))[
+            0
+        ]
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
     if carries_adapters(base):
         raise ValueError(f"{type(base).__name__} already carries adapters: load the base model again.")
-    model, _ = with_head(base, spec)
+    model, missing = with_head(base, spec)
+    if missing and not spec.is_trained:
+        raise ValueError(
+            f"{type(base).__name__} has no head, and the adapter brings none: load the base with "
+            f"{head.auto_class}."
+        )
     for name, value in spec.config.items():
         setattr(model.config, name, value)
     return model

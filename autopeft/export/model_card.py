@@ -18,15 +18,27 @@ from autopeft.methods import placements
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
-_AUTO = "AutoModelForSequenceClassification"
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
 _TEST = "test_"
 _OF_NO_SPLIT = ("examples_per_second",)
 LAYOUTS = {
-    "peft": "a plain PEFT folder, classification head included",
-    "mixed": "a folder of autopeft: one folder a method, the classification head beside them",
+    "peft": "a plain PEFT folder",
+    "mixed": "a folder of autopeft: one folder a method",
     "merged": "a whole transformers model, the adapters merged into its weights",
 }
 """What kind of folder each layout is, as a phrase."""
+
+
+def kind_of(manifest: Manifest) -> str:
+    """Return what kind of folder an export is, as a phrase."""
+    has_head = manifest.head.modules and manifest.layout != "merged"
+    return LAYOUTS[manifest.layout] + ", the trained head included" * bool(has_head)
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
@@ -37,10 +49,14 @@ def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) 
         folder: The folder, as it is to be written in the snippet.
         options: What the base model has to be told; see `verification.base_options`.
     """
-    imported = f"{_AUTO}, AutoTokenizer"
+    auto_class = manifest.head.auto_class
+    imported = f"{auto_class}, AutoTokenizer"
     base = "# base: the model that was in memory, loaded again"
     if manifest.layout == "merged":
-        lines = [f"from transformers import {imported}\n", f"model = {_AUTO}.from_pretrained({folder!r})"]
+        lines = [
+            f"from transformers import {imported}\n",
+            f"model = {auto_class}.from_pretrained({folder!r})",
+        ]
     elif manifest.layout == "mixed":
         base = f"base = {manifest.base!r}" if manifest.base else base
         lines = ["import autopeft", "from transformers import AutoTokenizer\n", base]
@@ -59,11 +75,17 @@ def _load_base(manifest: Manifest, options: Mapping[str, object]) -> str:
     """Return the lines that load the base model of a plain PEFT folder, with labels where they have names."""
     arguments = [repr(manifest.base), *(f"{name}={value!r}" for name, value in options.items())]
     labels = ""
-    if manifest.head.labels != tuple(f"LABEL_{index}" for index in range(len(manifest.head.labels))):
+    if manifest.head.labels and manifest.head.labels != tuple(
+        f"LABEL_{index}" for index in range(len(manifest.head.labels))
+    ):
         labels = f"labels = {list(manifest.head.labels)!r}\n"
         arguments.append("id2label=dict(enumerate(labels))")
         arguments.append("label2id={label: index for index, label in enumerate(labels)}")
-    return f"{labels}base = {_AUTO}.from_pretrained(\n    " + ",\n    ".join(arguments) + ",\n)"
+    return (
+        f"{labels}base = {manifest.head.auto_class}.from_pretrained(\n    "
+        + ",\n    ".join(arguments)
+        + ",\n)"
+    )
 
 
 def servers(manifest: Manifest, configuration: Configuration) -> str:
@@ -77,7 +99,9 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
             "Whatever runs transformers models of this architecture; in vLLM as a pooling model where "
             "it has the architecture."
         )
-    obstacles = [f"it takes no classification head ({', '.join(manifest.head.modules)}) with an adapter"]
+    obstacles = []
+    if manifest.head.modules:
+        obstacles.append(f"it takes no trained head ({', '.join(manifest.head.modules)}) with an adapter")
     if configuration.methods != ("lora",):
         obstacles.append(f"it takes LoRA alone, not {', '.join(configuration.methods) or 'a head alone'}")
     else:
@@ -87,7 +111,10 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
         if manifest.layout == "peft"
         else "None as it is: load it with autopeft.load_adapter."
     )
-    text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
+    if obstacles:
+        text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
+    if room := _vllm_rank(configuration):
+        text += f" vLLM takes {'the adapter' if not obstacles else 'such ranks'} with max_lora_rank={room}."
     if not unmergeable(configuration):
         text += " Export it with merged=True for a model that needs no support for adapters."
     return text
@@ -107,12 +134,17 @@ def _lora_obstacles(manifest: Manifest, configuration: Configuration) -> list[st
         )
     elif len(scalings) > 1:
         obstacles.append("it scales all modules by one alpha")
-    room = next((rank for rank in VLLM_RANKS if rank >= ranks[-1]), None)
-    if room is None:
+    if ranks[-1] > VLLM_RANKS[-1]:
         obstacles.append(f"its largest rank is {VLLM_RANKS[-1]}, this has {ranks[-1]}")
-    else:
-        obstacles.append(f"otherwise max_lora_rank={room} would do")
     return obstacles
+
+
+def _vllm_rank(configuration: Configuration) -> int | None:
+    """Return the --max-lora-rank that holds every rank of LoRA alone; None where there is none."""
+    largest = max((adapter.size or 0 for _, adapter in configuration), default=0)
+    if configuration.methods != ("lora",):
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= largest), None)
 
 
 def model_card(
@@ -150,7 +182,7 @@ def model_card(
     details = {key: Path(text).name if _is_local(text) else text for key, text in details.items()}
     sections = [
         f"# {name}, fine-tuned with {methods}",
-        f"Found by autopeft. This is {LAYOUTS[manifest.layout]}. Base model: {base}.",
+        f"Found by autopeft. This is {kind_of(manifest)}. Base model: {base}.",
         "## Figures",
         _figures(values),
         "## Configuration",
@@ -159,7 +191,7 @@ def model_card(
         f"```\n{configuration.grid()}\n```",
         "## How to load it",
         f"```python\n{snippet}\n```",
-        f"Labels in the order of the logits: {', '.join(map(_escaped, manifest.head.labels))}.",
+        *_labels(manifest),
         check,
         "## Servers",
         servers(manifest, configuration),
@@ -172,11 +204,16 @@ def model_card(
     return f"{_front_matter(manifest, configuration)}\n" + "\n\n".join(sections) + "\n"
 
 
+def _labels(manifest: Manifest) -> list[str]:
+    names = ", ".join(map(_escaped, manifest.head.labels))
+    return [f"Labels in the order of the logits: {names}."] if names else []
+
+
 def _front_matter(manifest: Manifest, configuration: Configuration) -> str:
     merged = manifest.layout == "merged"
     data: dict[str, object] = {
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": _PIPELINES[manifest.head.auto_class],
         "tags": ["autopeft", *configuration.methods],
     }
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone

@@ -66,6 +66,7 @@ def trained_logits(
     configuration: Configuration,
     state: Mapping[str, Tensor],
     probe: Mapping[str, Tensor],
+    prediction: str = "logits",
 ) -> Tensor:
     """Return the logits of the trained configuration on a batch, in float32 on the CPU.
 
@@ -81,7 +82,7 @@ def trained_logits(
     with attach(backbone, configuration) as attachment, autocast(precision, model.device.type):
         attachment.load_state_dict(state)
         try:
-            return _logits(model.eval(), probe)
+            return _predicted(model.eval(), probe, prediction)
         finally:
             model.train(training)
 
@@ -92,6 +93,7 @@ def check_export(
     backbone: Backbone,
     probe: Mapping[str, Tensor],
     expected: Tensor,
+    prediction: str = "logits",
 ) -> Check:
     """Load an exported folder and compare its logits with the expected ones.
 
@@ -104,16 +106,17 @@ def check_export(
         backbone: The backbone it was trained on.
         probe: A batch, without labels.
         expected: What `trained_logits` gave for it.
+        prediction: The field of the model's output that is compared.
 
     Raises:
         RuntimeError: The folder does not load, or the logits differ by more than rounding.
     """
     if manifest.layout == "merged" or stored_config(backbone.origin) is not None:
         how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")
-        found = _logits_of_fresh_process(folder, manifest, backbone, probe)
+        found = _predicted_by_fresh_process(folder, manifest, backbone, probe, prediction)
     else:
         how = "in this process, on a copy of the base model, which cannot be loaded from anywhere"
-        found = _logits(load_adapter(shared_copy(backbone.model), folder), probe)
+        found = _predicted(load_adapter(shared_copy(backbone.model), folder), probe, prediction)
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)
     if not difference <= check.tolerance:  # so that NaN is an error
@@ -127,9 +130,10 @@ def check_export(
 
 
 @torch.no_grad()
-def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
-    return logits.float().cpu()
+def _predicted(model: Any, batch: Mapping[str, Tensor], prediction: str) -> Tensor:
+    output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    found: Tensor = getattr(output, prediction)
+    return found.float().cpu()
 
 
 def stored_config(origin: str) -> Any:
@@ -147,12 +151,12 @@ def base_options(manifest: Manifest, origin: str) -> dict[str, object]:
     only where the base model's own config says otherwise.
     """
     head = manifest.head
-    options: dict[str, object] = {"num_labels": len(head.labels)}
+    options: dict[str, object] = {"num_labels": len(head.labels)} if head.labels else {}
     config = stored_config(origin)
     if config is None:
         return options
-    headed = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if headed and config.num_labels != len(head.labels):
+    headed = any("Classification" in name for name in config.architectures or ())
+    if headed and head.labels and config.num_labels != len(head.labels):
         options["ignore_mismatched_sizes"] = True  # all of the head comes from the export
     if head.pad_token_id != getattr(config, "pad_token_id", None):
         options["pad_token_id"] = head.pad_token_id
@@ -171,12 +175,14 @@ def _tolerance(manifest: Manifest, model: PreTrainedModel, logits: Tensor) -> fl
     return share * max(1.0, float(logits.max() - logits.min()))
 
 
-def _logits_of_fresh_process(
-    folder: Path, manifest: Manifest, backbone: Backbone, probe: Mapping[str, Tensor]
+def _predicted_by_fresh_process(
+    folder: Path, manifest: Manifest, backbone: Backbone, probe: Mapping[str, Tensor], prediction: str
 ) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="autopeft-check-") as scratch:
         job = {
             "layout": manifest.layout,
+            "auto_class": manifest.head.auto_class,
+            "prediction": prediction,
             "base": backbone.origin,
             "folder": str(folder.resolve()),
             "options": base_options(manifest, backbone.origin) if manifest.layout == "peft" else {},
@@ -201,4 +207,4 @@ def _logits_of_fresh_process(
         if done.returncode != 0:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise RuntimeError(f"The export does not load in a fresh process:\n{last}")
-        return load_file(Path(scratch, "logits.safetensors"))["logits"]
+        return load_file(Path(scratch, "predicted.safetensors"))["predicted"]

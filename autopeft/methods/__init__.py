@@ -11,6 +11,7 @@ from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod
 from autopeft.methods.registry import METHODS, carries_adapters
+from autopeft.methods.switch import adapters_off
 
 __all__ = [
     "METHODS",
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "PeftMethod",
     "Placement",
+    "adapters_off",
     "attach",
     "carries_adapters",
     "count_parameters",

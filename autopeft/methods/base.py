@@ -15,8 +15,17 @@ Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 """The adapters of one method to attach: site → (what the backbone has there, the adapter)."""
 
 
+ORIGINALS = "autopeft_originals"
+"""Attribute of a module with what stood in the place of what `swap` put there, by name."""
+
 Trainable = Mapping[Site, Mapping[str, nn.Parameter]]
 """The trainable parameters at each site, under names that are stable across runs."""
+
+
+class Switchable(nn.Module):
+    """A module of an adapter that `adapters_off` turns off."""
+
+    is_on = True
 
 
 class Method(ABC):
@@ -47,7 +56,10 @@ class Method(ABC):
 
 def swap(module: nn.Module, name: str, value: nn.Module | nn.Parameter, undo: ExitStack) -> None:
     """Put a module or a parameter in the place of the one that a module has under a name."""
-    undo.callback(setattr, module, name, getattr(module, name))
+    original = getattr(module, name)
+    vars(module).setdefault(ORIGINALS, {})[name] = original
+    undo.callback(vars(module).pop, ORIGINALS, None)
+    undo.callback(setattr, module, name, original)
     setattr(module, name, value)
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable
 from autopeft.models.backbone import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Switchable):
     """down-projection → non-linearity → up-projection → scaling, with the up-projection starting at 0."""
 
     def __init__(
@@ -36,6 +37,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if hidden.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            # As peft does: adapters are in float32 on any base, also where nothing casts for them.
+            return self.forward(hidden.to(self.down.weight.dtype)).to(hidden.dtype)
         update: Tensor = self.up(self.activation(self.down(hidden)))
         return update if self.scaling == 1.0 else update * self.scaling
 
@@ -75,7 +79,7 @@ class _BottleneckMethod(Method):
                 str(adapter.option("activation")),
                 float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
             )
-            bottleneck.to(device=like.device, dtype=like.dtype).train(host.training)
+            bottleneck.to(device=like.device).train(host.training)
             host.add_module(child, bottleneck)
             undo.callback(delattr, host, child)
             for handle in self.connect(model, shape, bottleneck):
@@ -98,8 +102,7 @@ class Series(_BottleneckMethod):
         """Add f(y) to the output y of the projection."""
 
         def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(output)
-            return output + update
+            return output + bottleneck(output) if bottleneck.is_on else output
 
         return [model.get_submodule(shape.module).register_forward_hook(add)]
 
@@ -128,8 +131,8 @@ class Parallel(_BottleneckMethod):
                 seen.append(inputs[0])
 
         def add(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            update: Tensor = bottleneck(seen.pop())
-            return output + update
+            given = seen.pop()
+            return output + bottleneck(given) if bottleneck.is_on else output
 
         start = model.get_submodule(shape.attention_module or shape.input_module)
         return [

@@ -16,14 +16,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable
 from autopeft.models.backbone import SiteShape
 
 _IMPLEMENTATION = "autopeft_prefix"
 _CHILD = "autopeft_prefix"
 
 
-class Prefix(nn.Module):
+class Prefix(Switchable):
     """Learned keys and values in front of a block's own, as wide as one token's over all key heads."""
 
     def __init__(self, length: int, features: int, initial_std: float) -> None:
@@ -56,7 +56,7 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """Compute SDPA attention, with the module's prefix in front of keys and values if it has one."""
     prefix: Prefix | None = getattr(module, _CHILD, None)
-    if prefix is not None:
+    if prefix is not None and prefix.is_on:
         tokens = query.shape[2]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if attention_mask is None and causal and tokens > 1:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.adapter import Site, block_ranges
@@ -24,7 +26,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadSpec
-from autopeft.models.loading import Dtype, load_model
+from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,8 @@ class Backbone:
             and detached in place, and the head is trained in a copy.
         tokenizer: The tokenizer that belongs to it.
         name: How tables and runs call it.
-        head: Qualified names of the modules that are trained from scratch for the task.
+        head: Qualified names of the modules that are trained whole for the task; none where the model's own
+            head stays frozen.
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
@@ -96,9 +99,9 @@ class Backbone:
         self.attached: Configuration | None = None
         modules = dict(model.named_modules())
         missing = [name for name in self.head if name not in modules]
-        if missing or not self.head:
+        if missing:
             raise ValueError(
-                f"{type(model).__name__} has no head module {', '.join(missing) or 'at all'}: "
+                f"{type(model).__name__} has no head module {', '.join(missing)}: "
                 "pass a model with a task head, or the name of one that autopeft can load."
             )
         model.requires_grad_(False)
@@ -118,7 +121,8 @@ class Backbone:
         head: HeadSpec,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        dtype: Dtype = torch.float32,
+        options: LoadOptions | None = None,
+        device: torch.device | None = None,
     ) -> Backbone:
         """Load a backbone with the head a task needs.
 
@@ -127,14 +131,44 @@ class Backbone:
                 backbone, which is returned as it is.
             head: The task's, as in `task.head`.
             tokenizer: Needed where a loaded model does not say where its tokenizer lies.
-            dtype: Of the frozen weights; "auto" for the checkpoint's own. A loaded model keeps its own.
+            options: How weights are loaded; by default as they are stored. A loaded model is taken as it is.
+            device: Where the model will compute; the CPU by default.
 
         Raises:
             ValueError: The source cannot be loaded, or a loaded model's head does not fit.
         """
         if isinstance(source, Backbone):
             return source
-        return cls(**vars(load_model(source, head, tokenizer, dtype)))
+        return cls(**vars(load_model(source, head, tokenizer, options, device)))
+
+    @classmethod
+    def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:
+        """Build a backbone from its config alone, on torch's meta device: it can be counted, not run.
+
+        Args:
+            source: Hub name, or a folder with a config.json.
+            head: The task's, as in `task.head`.
+            dtype: Of the weights.
+
+        Raises:
+            ValueError: There is no such config, or transformers has no such model for the task.
+        """
+        model, name = empty_model(source, head, dtype)
+        words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+        modules = head_modules(model, head)
+        return cls(model, words, name=name, head=modules, new_head=False, origin=str(source))
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: The model cannot.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(f"{type(self.model).__name__} cannot compute its activations again.")
+        # The second name is that of transformers before 5.20.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

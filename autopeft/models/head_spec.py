@@ -14,10 +14,12 @@ class HeadSpec:
     Attributes:
         auto_class: The transformers auto class that builds the model with its head.
         config: What the model's config is told: number and names of labels, for a classifier.
+        is_trained: Whether the head is trained with the adapters. A pretrained one that is not stays frozen.
     """
 
     auto_class: Any
     config: Mapping[str, Any] = field(default_factory=dict)
+    is_trained: bool = True
 
     @classmethod
     def of_labels(cls, auto_class: Any, labels: Sequence[str]) -> Self:

@@ -6,29 +6,96 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from autopeft.core.errors import unknown_choice
+from autopeft.core.precision import quickest_precision
 from autopeft.models.head_spec import HeadSpec
 
 _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
 _FEWEST_WORDS = 10
 
-Dtype = torch.dtype | Literal["auto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantization = Literal["nf4", "int8"]
 
 
-def default_dtype(device: torch.device) -> Dtype:
-    """Return what weights are loaded as: the checkpoint's own on a GPU, single precision on the CPU."""
-    return torch.float32 if device.type == "cpu" else "auto"
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a checkpoint's weights are loaded.
+
+    Attributes:
+        dtype: Of the frozen weights. "auto" is the checkpoint's own; on a CPU that does not multiply it in
+            hardware, single precision.
+        quantization: "nf4" packs the linear layers in 4 bits as QLoRA does (Dettmers et al., 2023), "int8" in
+            8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them.
+        attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
+            "flash_attention_2"; None for its own choice.
+
+    Raises:
+        ValueError: A choice is unknown, or bitsandbytes is missing.
+    """
+
+    dtype: Dtype = "auto"
+    quantization: Quantization | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise unknown_choice("dtype", str(self.dtype), get_args(Dtype))
+        if self.quantization is None:
+            return
+        if self.quantization not in get_args(Quantization):
+            raise unknown_choice("quantization", str(self.quantization), get_args(Quantization))
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"quantization={self.quantization!r} needs bitsandbytes: "
+                "pip install 'autopeft[quantization]'."
+            )
+
+    def arguments(self, config: Any, device: torch.device) -> dict[str, Any]:
+        """Return what `from_pretrained` is told.
+
+        Args:
+            config: The checkpoint's config.
+            device: Where the model will compute.
+        """
+        dtype: Any = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        if self.dtype == "auto" and device.type == "cpu":
+            is_quick = config.dtype == torch.bfloat16 and quickest_precision(device) == "bf16-mixed"
+            dtype = torch.bfloat16 if is_quick else torch.float32
+        found = {"dtype": dtype}
+        if self.attention is not None:
+            found["attn_implementation"] = self.attention
+        if self.quantization is not None:
+            packed = (
+                BitsAndBytesConfig(load_in_8bit=True)
+                if self.quantization == "int8"
+                else BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=torch.bfloat16,
+                )
+            )
+            found |= {"quantization_config": packed, "device_map": {"": str(device)}}
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,7 +114,8 @@ def load_model(
     source: str | Path | PreTrainedModel,
     head: HeadSpec,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: Dtype = torch.float32,
+    options: LoadOptions | None = None,
+    device: torch.device | None = None,
 ) -> LoadedModel:
     """Load or wrap a model for a task; see `Backbone.load`."""
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
@@ -58,7 +126,8 @@ def load_model(
             origin = source.config.name_or_path or ""
         elif isinstance(source, str | Path):
             origin = os.path.expanduser(source)
-            model, missing, names = from_pretrained(origin, head, dtype)
+            device = torch.device("cpu") if device is None else device
+            model, missing, names = from_pretrained(origin, head, options or LoadOptions(), device)
         else:
             raise ValueError(
                 f"A backbone is a hub name, a folder or a transformers model, got a {type(source).__name__}."
@@ -73,7 +142,7 @@ def load_model(
     for config in (model.config, model.config.get_text_config()):  # one and the same but for composite models
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    modules = _head_modules(model, missing)
+    modules = head_modules(model, head, missing)
     return LoadedModel(model, tokenizer, name, modules, new_head=bool(missing), origin=origin)
 
 
@@ -93,7 +162,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def from_pretrained(
-    source: str, head: HeadSpec, dtype: Dtype
+    source: str, head: HeadSpec, options: LoadOptions, device: torch.device
 ) -> tuple[PreTrainedModel, set[str], dict[int, Any]]:
     """Return the model, the parameters that were not in the checkpoint, and the checkpoint's label names.
 
@@ -112,9 +181,9 @@ def from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            **options.arguments(config, device),
             **head.config,
         )
     except (OSError, ValueError) as error:
@@ -221,17 +290,56 @@ def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _head_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Return the modules outside the base model, and those inside it that were not pretrained."""
+def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """Build a model from its config on the meta device; return it with its name."""
+    place = os.path.expanduser(source)
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config.update(dict(head.config))
+        with torch.device("meta"):
+            model: PreTrainedModel = head.auto_class.from_config(config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot build {place!r} from its config: {_first_line(error)}") from error
+    model.tie_weights()
+    return model, Path(place).name if Path(place).is_dir() else place
+
+
+def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the modules that a task trains whole: those outside the base model, and new ones inside it.
+
+    Args:
+        model: With its head.
+        head: The task's.
+        missing: Parameters that were not in the checkpoint.
+
+    Raises:
+        ValueError: A head that stays frozen was not in the checkpoint.
+    """
     prefix = model.base_model_prefix
     outside = [
         name
         for name, child in model.named_children()
         if name != prefix and any(True for _ in child.parameters())
     ]
+    if not head.is_trained:
+        if missing:
+            raise ValueError(
+                f"The checkpoint has no {sorted(missing)[0]}, which {type(model).__name__} needs and which "
+                "is not trained: load a checkpoint of the whole model."
+            )
+        return ()
+    if not outside:
+        raise ValueError(
+            f"{type(model).__name__} has no head at all: pass a model with a task head, or the name of one "
+            "that autopeft can load."
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {key.rpartition(".")[0] for key in missing if key.startswith(f"{prefix}.")}
     inside = sorted(owners & modules.keys())
     if inside:
         _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(inside))
     return (*outside, *inside)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -62,7 +62,7 @@ class Features:
         """Return the features of a space's configurations on a backbone."""
         choices = space.choices(backbone)
         used = {method for methods in choices.values() for method in methods}
-        fewest, most = (count_parameters(backbone, end) for end in space.extremes(backbone))
+        fewest, most = (count_parameters(backbone, end) for end in space.ends(backbone))
         return cls(
             backbone=backbone,
             choices=choices,
@@ -84,7 +84,8 @@ class Features:
     def _of_both(self, configuration: Configuration) -> list[float]:
         methods = [adapter.method for _, adapter in configuration]
         shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
-        return [log_place(count_parameters(self.backbone, configuration), *self.parameters), *shares]
+        count = max(count_parameters(self.backbone, configuration), self.parameters[0])
+        return [log_place(count, *self.parameters), *shares]
 
     def compute(self, configuration: Configuration, are_states_served: Callable[[int], bool]) -> float:
         """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
@@ -200,7 +201,7 @@ class ExpectedImprovement:
             reached = [self._history.trials[place][1][name] for place in self._placed]
             if not axis.objective.before_training:
                 mean, _ = self._models[name].predict(self._inputs(self._placed, axis.objective))
-                reached = mean.tolist()
+                reached = (np.exp(mean) if axis.objective.log_scale else mean).tolist()
             positions.append([axis.position(value) for value in reached])
         cells = _cells(len(axes))
         free = np.ones(len(cells), dtype=bool)
@@ -276,7 +277,10 @@ def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> 
 
 
 def _scaled(objective: Objective, value: float) -> float:
-    return math.log(max(value, 1e-300)) if objective.log_scale else value
+    if not objective.log_scale:
+        return value
+    # Counts may be 0: the head alone has no adapter parameters. So low a logarithm as that is no trial's.
+    return math.log(max(value, 1.0 if objective.before_training else 1e-300))
 
 
 @cache

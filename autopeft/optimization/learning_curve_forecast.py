@@ -41,12 +41,13 @@ class Forecast:
         whole: Sequence[Evaluation],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        monitor: str,
+        monitor: Objective,
     ) -> None:
         self.whole = tuple(whole)
         self.monitor = monitor
-        self._objectives = [objective.name for objective in objectives]
-        self._scores = [objective.name for objective in objectives if objective.is_metric]
+        self._objectives = tuple(objectives)
+        self._scores = [each.name for each in objectives if each.is_metric and not each.at_end]
+        self._worst = {axis.objective.name: axis.worst for axis in axes}
         self._axes = [
             axis for axis in axes if axis.objective.before_training and not axis.objective.is_metric
         ]
@@ -63,7 +64,7 @@ class Forecast:
         validations = [scores for scores in known.values() if all(name in scores for name in self._scores)]
         if not validations:
             return None
-        best = max(validations, key=lambda scores: scores[self.monitor])
+        best = max(validations, key=lambda scores: self.monitor.sign * scores[self.monitor.name])
         return {name: best[name] for name in self._scores}
 
     def loss_at(self, evaluation: Evaluation, step: int) -> float:
@@ -97,7 +98,7 @@ class Forecast:
         for evaluation in self.whole:
             scores = self.scores_at(evaluation, step) if evaluation.warm_start == warm_start else None
             if scores is not None:
-                gains.append(evaluation.values[self.monitor] - scores[self.monitor])
+                gains.append(evaluation.values[self.monitor.name] - scores[self.monitor.name])
                 found.append(self._place(evaluation, step))
         if not gains:
             return _Gains((), np.empty((0, 0)), np.empty(0), 0.0)
@@ -126,13 +127,22 @@ class Forecast:
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.
 
-        The median of what whole trainings like it gained from that step on is added to its metric.
+        The median of what whole trainings like it gained from that step on is added to its metric. What is
+        only measured at the end is expected to be the median of the whole trainings.
         """
         gains = self.gains(evaluation, evaluation.cost.steps)
         gain = statistics.median(gains) if gains else 0.0
         values: Mapping[str, float] = {
+            **self._at_end(),
             **evaluation.values,
-            self.monitor: evaluation.values[self.monitor] + gain,
+            self.monitor.name: evaluation.values[self.monitor.name] + gain,
             "training_seconds": evaluation.values["training_seconds"] / evaluation.fidelity,
         }
-        return [values[name] for name in self._objectives]
+        return [values[objective.name] for objective in self._objectives]
+
+    def _at_end(self) -> dict[str, float]:
+        found = {}
+        for name in (objective.name for objective in self._objectives if objective.at_end):
+            known = [evaluation.values[name] for evaluation in self.whole]
+            found[name] = statistics.median(known) if known else self._worst[name]
+        return found

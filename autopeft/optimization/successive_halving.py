@@ -18,7 +18,7 @@ from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, contributions, front_records, non_dominated, non_dominated_sort
 from autopeft.optimization.learning_curve_forecast import Forecast
 
-_LOSS = Objective(name=VALIDATION_LOSS, direction="minimize", unit="score")
+_LOSS = Objective(name=VALIDATION_LOSS, direction="minimize", unit="nats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class _Candidate:
     waits: bool  # it is paused there and not running
     expected: float  # the metric that it reached beyond the rung, or is expected to reach
     noise: float | None  # of what is expected; None where it is not known
-    at_trivial: bool  # its metric there was no better than that of always predicting the majority
+    at_trivial: bool  # its metric there was no better than that of a model that learnt nothing
 
     @property
     def loss(self) -> float:
@@ -102,7 +102,7 @@ class AshaPromoter:
         steps: Sequence[int],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        monitor: str,
+        monitor: Objective,
         references: Collection[str] = (),
     ) -> None:
         self.halving = halving
@@ -110,11 +110,13 @@ class AshaPromoter:
         self.monitor = monitor
         self._references = frozenset(references)
         self.objectives = [
-            objective for objective in objectives if objective.is_metric or objective.before_training
+            objective
+            for objective in objectives
+            if objective.before_training or (objective.is_metric and not objective.at_end)
         ]
         self._costs = [objective.name for objective in self.objectives if not objective.is_metric]
-        self._axes = axes
-        self._trivial_score = next(axis.worst for axis in axes if axis.objective.name == monitor)
+        self._axes = [axis for axis in axes if axis.objective in self.objectives]
+        self._trivial_score = next(axis.worst for axis in axes if axis.objective == monitor)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
 
@@ -157,7 +159,7 @@ class AshaPromoter:
             for candidate in self._at(rung, records, running)
             if candidate.waits and not candidate.at_trivial
         ]
-        expected = [{**candidate.values, self.monitor: candidate.expected} for candidate, _ in paused]
+        expected = [{**candidate.values, self.monitor.name: candidate.expected} for candidate, _ in paused]
         members = [record.evaluation.values for record in front_records(records, self.objectives)]
         points = [*expected, *members]
         is_on_front = non_dominated(points, self.objectives)
@@ -178,9 +180,9 @@ class AshaPromoter:
                 continue
             costs = {name: evaluation.values[name] for name in self._costs}
             is_paused = evaluation.status == "paused" and evaluation.cost.steps == step
-            expected, noise = evaluation.values[self.monitor], None
+            expected, noise = evaluation.values[self.monitor.name], None
             if is_paused:
-                expected, noise = forecast.beyond(evaluation, step, scores[self.monitor])
+                expected, noise = forecast.beyond(evaluation, step, scores[self.monitor.name])
             found.append(
                 _Candidate(
                     record=record,
@@ -189,7 +191,7 @@ class AshaPromoter:
                     waits=is_paused and record.number not in running,
                     expected=expected,
                     noise=noise,
-                    at_trivial=scores[self.monitor] <= self._trivial_score,
+                    at_trivial=not self.monitor.is_better(scores[self.monitor.name], self._trivial_score),
                 )
             )
         return found
@@ -203,7 +205,7 @@ class AshaPromoter:
         whole = [record.evaluation.values for record in filter(_is_whole, records)]
         bars = [
             *(_Threshold(candidate.values, candidate.expected, whole=False) for candidate in paused),
-            *(_Threshold(values, values[self.monitor], whole=True) for values in whole),
+            *(_Threshold(values, values[self.monitor.name], whole=True) for values in whole),
         ]
         going = (candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, bars))
         return next(going, None)
@@ -213,11 +215,11 @@ class AshaPromoter:
 
     def _by_metric(self, begun: Sequence[_Candidate]) -> list[_Candidate]:
         """Sort those whose metric has begun to rise by dominance, within a layer by their hypervolume."""
-        waiting = {candidate.values[self.monitor] for candidate in begun if candidate.waits}
+        waiting = {candidate.values[self.monitor.name] for candidate in begun if candidate.waits}
         if len(waiting) == 1 < sum(candidate.waits for candidate in begun):
             # The metric does not tell them apart: by costs alone none but the cheapest would go on.
             return self._by_loss(begun)
-        points = [{**candidate.values, self.monitor: candidate.expected} for candidate in begun]
+        points = [{**candidate.values, self.monitor.name: candidate.expected} for candidate in begun]
         order: list[_Candidate] = []
         for layer in non_dominated_sort(points, self.objectives):
             shares = contributions([points[index] for index in layer], self._axes)
@@ -243,14 +245,15 @@ class AshaPromoter:
         values = candidate.values
         rivals = [bar for bar in bars if all(values[name] >= bar.costs[name] for name in self._costs)]
         if candidate.at_trivial:
-            best = max((bar.score for bar in bars if bar.whole), default=math.inf)
-            return any(bar.whole and bar.score == best > self._trivial_score for bar in rivals)
+            scores = [bar.score for bar in bars if bar.whole]
+            best = self.monitor.best([*scores, self._trivial_score])
+            return best != self._trivial_score and any(bar.whole and bar.score == best for bar in rivals)
         noise = candidate.noise
-        hoped = candidate.expected + (noise or 0.0)
+        hoped = candidate.expected + self.monitor.sign * (noise or 0.0)
         for bar in rivals:
             is_dearer = any(values[name] > bar.costs[name] for name in self._costs)
             if bar.whole and (noise is None or (noise == 0 and is_dearer)):
                 continue  # none has gained, or all alike: what dearer ones gain is not known
-            if hoped < bar.score or (bar.whole and hoped == bar.score):
+            if self.monitor.is_better(bar.score, hoped) or (bar.whole and hoped == bar.score):
                 return True
         return False

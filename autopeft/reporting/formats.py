@@ -19,7 +19,7 @@ TEXT_WIDTH = 140
 
 def methods_label(configuration: Configuration) -> str:
     """Return the methods of a configuration, as in "lora+prefix"."""
-    return "+".join(configuration.methods) or "head alone"
+    return "+".join(configuration.methods) or "no adapter"
 
 
 def titled_table(title: str, headings: Iterable[str], *, words: Collection[str]) -> Table:

@@ -100,7 +100,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         self.axes = tuple(axes)
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
-        costs = [objective for objective in self.objectives if objective.direction == "minimize"]
+        costs = [objective for objective in self.objectives if not objective.is_metric]
         names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
             (self._point(record) for record in front_records(self.records, self.objectives)),
@@ -125,7 +125,12 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 "stopped."
             )
         settings = attributes["identity"]["search"]["objectives"].split(", ")
-        objectives = resolve_objectives(settings, attributes["metrics"])
+        metrics = [
+            # Searches of earlier versions kept names alone.
+            Objective.score(metric) if isinstance(metric, str) else Objective(**metric)
+            for metric in attributes["metrics"]
+        ]
+        objectives = resolve_objectives(settings, metrics)
         known = {objective.name: objective for objective in objectives}
         axes = [
             Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
@@ -164,7 +169,8 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         """Return the point with the best metric that keeps every bound.
 
         Args:
-            bounds: Largest value of a cost ("2M", "12 GiB" or a number), or smallest of a metric.
+            bounds: Largest value of a cost ("2M", "12 GiB" or a number) or of a metric that is better when
+                smaller, or smallest of one that is better when larger.
 
         Raises:
             ValueError: A name is no objective, or no point keeps the bounds; the message says which
@@ -186,7 +192,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                     f"No point of the front has {name} {sign} {objective.format(limit.bound)} (with the "
                     f"bounds before it); the closest is {closest}."
                 )
-        return max(candidates, key=lambda point: point.values[self.metric.name])
+        return max(candidates, key=lambda point: self.metric.sign * point.values[self.metric.name])
 
     def knee(self, tolerance: float = 0.05) -> FrontPoint:
         """Return the cheapest point with almost the best metric; see `autopeft.core.pareto.knee`.

@@ -138,7 +138,7 @@ def check_scores(
     ]
     if len(usable) < FEWEST_TRIALS:
         raise ValueError(f"Scores are checked on {FEWEST_TRIALS} trials or more, got {len(usable)}.")
-    trained = [evaluation.values[metric.name] for evaluation in usable]
+    trained = [metric.sign * evaluation.values[metric.name] for evaluation in usable]
     parameters = [evaluation.values[PARAMETERS] for evaluation in usable]
     sites = sorted({site for each in scores.values() for site in each.values})
     controls = {"random": random_scores(sites, seed=0), "uniform": uniform_scores(sites)} if sites else {}

@@ -29,7 +29,7 @@ from autopeft.sensitivity.registry import CHEAP_SCORES, SCORES
 from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, matrix_sites, undisturbed
 from autopeft.sensitivity.site_scores import SiteScores
 from autopeft.sensitivity.weight_scores import condition_number_scores, synflow_scores
-from autopeft.tasks.base import Loss
+from autopeft.tasks import Task
 
 _DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _HESSIAN_PROBES = 4  # a batch
@@ -44,7 +44,7 @@ _Receiver = Callable[[LayerGradient], None]
 def compute_scores(
     backbone: Backbone,
     batches: Sequence[Mapping[str, Tensor]],
-    loss: Loss,
+    task: Task,
     names: Sequence[str] = CHEAP_SCORES,
     *,
     rank: int = 8,
@@ -63,8 +63,8 @@ def compute_scores(
 
     Args:
         backbone: The backbone, with nothing attached; its head takes part as it is.
-        batches: Batches of the training split: the model's inputs, and "labels". On any device.
-        loss: Maps logits and labels to a scalar, the mean over the batch's rows.
+        batches: Batches of the training split, on any device.
+        task: Gives the forward pass and the loss.
         names: Scores to compute, from `SCORES`; all cheap ones unless given.
         rank: Rank that gradient_spectrum, explained_variance and leave_one_out suppose.
         seed: Seed of random, hessian and of the randomised SVD of explained_variance.
@@ -81,10 +81,10 @@ def compute_scores(
         The scores by name, in the order asked for.
 
     Raises:
-        ValueError: A score or the precision is unknown, the rank is below 1, there are no batches or one has
-            no labels while a score needs them, the loss or a score is not finite, something is attached to
-            the backbone, `train_one` is missing, a weight is quantised, or the mean gradients that grasp
-            needs are beyond their budget.
+        ValueError: A score or the precision is unknown, the rank is below 1, there are no batches while a
+            score needs them, the loss or a score is not finite, something is attached to the backbone,
+            `train_one` is missing, a weight is quantised, or the mean gradients that grasp needs are beyond
+            their budget.
         OSError: The disk has no room for the mean gradients.
     """
     names = tuple(dict.fromkeys(names))
@@ -93,7 +93,7 @@ def compute_scores(
         raise unknown_choice("precision", precision, _DTYPES)
     sites = matrix_sites(backbone)
     places = [matrix.site for matrix in sites]
-    subject = Subject(model=backbone.model, sites=sites, batches=batches, loss=loss, seed=seed)
+    subject = Subject(model=backbone.model, sites=sites, batches=batches, task=task, seed=seed)
     components = max(rank, _COMPONENTS)
     state = IncrementalVariance(components, leading=rank, convergence=_CONVERGENCE)
     variance = InputVariance(sites, state)
@@ -158,14 +158,14 @@ def _run_pass(subject: Subject, receivers: Sequence[_Receiver], watched: InputVa
 
     dtype = _DTYPES[subject.precision]
     for index in range(len(subject.batches) if receivers or watched else 0):
-        mask = subject.inputs(index).get("attention_mask")
+        mask = subject.batch(index).get("attention_mask")
         with watched.watch(mask) if watched else nullcontext():
             if receivers:
                 with layer_gradients(subject.sites, receive, dtype) as run_backward:
                     run_backward(subject.forward_loss(index))
             else:
                 with torch.no_grad():
-                    subject.logits(index)
+                    subject.output(subject.batch(index))
 
 
 def _groups(
@@ -206,7 +206,3 @@ def _check(
     of_batches = [name for name in names if SCORES[name].needs_batches]
     if of_batches and not len(batches):
         raise ValueError(f"The score {of_batches[0]!r} needs at least one batch of training data, got none.")
-    if any("gradients" in SCORES[name].needs for name in of_batches):
-        for index, batch in enumerate(batches):
-            if "labels" not in batch:
-                raise ValueError(f"Batch {index} has no 'labels', only {', '.join(batch) or 'nothing'}.")

@@ -92,6 +92,8 @@ def layer_gradients(
         receive(LayerGradient(matrix, products.pop(matrix), dtype))
 
     def watch(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output  # of a reference that the loss compares with, which has no gradient
         if not output.requires_grad:
             # The same numbers as the beginning of a graph: backpropagation has to come down to here. Not
             # `requires_grad_`: an in-place operation on a leaf, as some models have, would raise.

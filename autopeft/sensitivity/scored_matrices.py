@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,7 @@ from autopeft.core.adapter import Site
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.seeding import seeded
 from autopeft.models.backbone import Backbone, SiteShape
-from autopeft.tasks.base import Loss
-from autopeft.tasks.batch import model_inputs
+from autopeft.tasks import Task
 
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
 
@@ -42,8 +42,8 @@ class Subject:
     Attributes:
         model: The transformers model.
         sites: Its matrix sites.
-        batches: Training batches, labels under "labels".
-        loss: Maps logits and labels to a scalar, the mean over the batch's rows.
+        batches: Training batches.
+        task: Gives the forward pass and the loss.
         seed: Seed of whatever a score draws.
         precision: What the model computes in, under autocast; "32-true" for its own precision.
     """
@@ -51,7 +51,7 @@ class Subject:
     model: nn.Module
     sites: Sequence[MatrixSite]
     batches: Sequence[Mapping[str, Tensor]]
-    loss: Loss
+    task: Task
     seed: int
     precision: Precision = "32-true"
 
@@ -60,26 +60,23 @@ class Subject:
         """Where the model takes its inputs."""
         return next(self.model.parameters()).device
 
-    def inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the input tensors of a batch, on the model's device."""
-        inputs = model_inputs(self.batches[index])
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """Return a batch on the model's device."""
+        return {name: tensor.to(self.device) for name, tensor in self.batches[index].items()}
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model computes."""
         return autocast(self.precision, self.device.type)
 
-    def logits(self, index: int) -> Tensor:
-        """Return the model's logits for a batch."""
-        inputs = self.inputs(index)
-        mask = inputs.get("attention_mask")
+    def output(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's output for a batch on its device."""
+        mask = batch.get("attention_mask")
         # The CPU's flash kernel goes backwards through short rows in bfloat16 up to ten times more slowly
         # than attention step by step, which is what training with dropout takes anyway.
         is_short = mask is not None and mask.shape[-1] <= _SHORT and torch.is_grad_enabled()
         step_by_step = is_short and self.precision == "bf16-mixed" and self.device.type == "cpu"
         with self.autocast(), sdpa_kernel(SDPBackend.MATH) if step_by_step else nullcontext():
-            logits: Tensor = self.model(**inputs).logits
-        return logits if self.precision == "32-true" else logits.float()
+            return self.task.forward(self.model, batch)
 
     def forward_loss(self, index: int) -> Tensor:
         """Return the loss of a batch, a scalar with its graph.
@@ -87,7 +84,8 @@ class Subject:
         Raises:
             ValueError: The loss is not finite.
         """
-        value = self.loss(self.logits(index), self.batches[index]["labels"].to(self.device))
+        batch = self.batch(index)
+        value = self.task.loss(self.output(batch), batch)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"The loss of batch {index} is {value.item()}: scores need a finite one. "

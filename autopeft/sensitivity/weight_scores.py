@@ -63,13 +63,13 @@ def synflow_scores(subject: Subject) -> SiteScores:
         values[layer.site.site] = layer.weighted_norms[0].item()
 
     embeddings: nn.Module = subject.model.get_input_embeddings()  # type: ignore[operator]
-    row = {name: tensor[:1] for name, tensor in subject.inputs(0).items()}
+    row = {name: tensor[:1] for name, tensor in subject.batch(0).items()}
     with (
         absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
         embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
         layer_gradients(subject.sites, add) as run_backward,
     ):
-        run_backward(subject.model(**row).logits.sum())
+        run_backward(subject.task.predicted(subject.output(row)).sum())
     return SiteScores(name="synflow", values=values)
 
 

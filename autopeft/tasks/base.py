@@ -1,31 +1,33 @@
-"""What a task promises: data, head, loss and metrics."""
+"""What a task promises: what to load, data, forward pass, loss and metrics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from autopeft.core.errors import unknown_choice
+from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
+from autopeft.tasks.batch import model_inputs
 from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
 SplitName = Literal["train", "validation", "test"]
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits (batch, labels) and labels (batch,) to the mean loss, a scalar."""
 
 
 class TaskData(LightningDataModule, ABC):
-    """The tokenised splits of a task, kept over all trials of a search.
+    """The splits of a task, kept over all trials of a search.
 
-    Guarantees: the same seed gives the same batches in the same order for every trial, and no text of the
+    Guarantees: the same seed gives the same batches in the same order for every trial, and no row of the
     test split is read before `test_dataloader` is called.
     """
 
@@ -46,9 +48,9 @@ class TaskData(LightningDataModule, ABC):
         return None
 
     @property
-    @abstractmethod
     def steps_per_epoch(self) -> int:
         """Number of training batches an epoch."""
+        return len(self.train_dataloader())
 
     @abstractmethod
     def largest_batch(self) -> Batch:
@@ -58,27 +60,34 @@ class TaskData(LightningDataModule, ABC):
 class Task(ABC):
     """What to fine-tune for.
 
+    Nothing outside `autopeft.tasks` knows what a batch, a label or a metric is.
+
     Guarantees:
 
-    * `validate` raises every error that can be found without training;
+    * `validate` raises every error that can be found without a model;
     * train, validation and test are three disjoint splits that depend on the settings alone;
-    * the keys of `metric_collection` are `metrics`, all of them better when larger.
+    * the keys of `metric_collection` are the names of the `metrics` that are not `at_end`.
+
+    Attributes:
+        prediction: The field of the model's output that an export has to reproduce.
     """
 
+    prediction: str = "logits"
+
     @property
-    @abstractmethod
     def name(self) -> str:
         """Short name for runs and folders."""
+        return type(self).__name__
 
     @property
     @abstractmethod
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, the default one first."""
+    def metrics(self) -> tuple[Objective, ...]:
+        """The metrics, the default one first."""
 
     @property
     @abstractmethod
     def head(self) -> HeadSpec:
-        """The head that a backbone is given for this task."""
+        """What a backbone is loaded with for this task."""
 
     @abstractmethod
     def data(
@@ -89,39 +98,94 @@ class Task(ABC):
         seed: int,
         cache: Path | None = None,
     ) -> TaskData:
-        """Return the tokenised splits.
+        """Return the splits, ready for a model.
 
         Args:
             tokenizer: The backbone's.
             batch_size: Examples a training batch.
             seed: Seed of shuffling.
             cache: Folder for tokenised texts; None to keep them in memory alone.
+
+        Raises:
+            ValueError: Data and tokenizer do not go together.
         """
 
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of a shape, for counting what a training takes before there are data.
+
+        Args:
+            rows: Its rows.
+            length: What each of them has: tokens, for a text.
+        """
+        raise ValueError(f"{type(self).__name__} has no batches without data.")
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        """Return a model's output for a batch."""
+        return model(**model_inputs(batch))
+
+    def predicted(self, output: Any) -> Tensor:
+        """Return the tensor of the model's output that an export has to reproduce."""
+        found: Tensor = getattr(output, self.prediction)
+        return found
+
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss, a scalar, of logits (batch, labels) and labels (batch,)."""
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss of a batch, a scalar, given the model's output.
+
+        Its operations must not depend on the values of tensors: memory is counted on tensors without data.
+        """
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return how much a batch's loss counts in the mean over a split, a scalar: its number of rows."""
+        first = next(iter(batch.values()))
+        return torch.tensor(len(first), device=first.device)
 
     @abstractmethod
     def metric_collection(self) -> MetricCollection:
-        """Return fresh metrics, to be updated with logits (batch, labels) and labels (batch,)."""
+        """Return fresh metrics, by name."""
 
     @abstractmethod
-    def trivial_score(self, metric: str) -> float:
-        """Return what always predicting the most frequent training label scores in validation."""
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch to the metrics.
+
+        Args:
+            metrics: What `metric_collection` returned.
+            output: The model's.
+            batch: The batch.
+            loss: Its mean loss.
+        """
+
+    def measure_at_end(self, model: nn.Module, data: TaskData, split: SplitName) -> dict[str, float]:
+        """Return the metrics that are `at_end`, by name, of a model in evaluation mode."""
+        return {}
 
     @abstractmethod
+    def trivial_score(self, metric: str, data: TaskData) -> float:
+        """Return what a model that learnt nothing scores in validation."""
+
     def best_score(self, metric: str) -> float:
-        """Return the best value a metric can take."""
+        """Return the best value that a metric can take: 1 of a score, 0 of what is better when smaller."""
+        return 1.0 if self.metric(metric).direction == "maximize" else 0.0
 
-    def bounds(self, metric: str) -> tuple[float, float]:
-        """Return the trivial score and the best value of a metric."""
-        return self.trivial_score(metric), self.best_score(metric)
+    def metric(self, name: str) -> Objective:
+        """Return a metric by name.
+
+        Raises:
+            ValueError: The task has no such metric; the message names the nearest.
+        """
+        by_name = {metric.name: metric for metric in self.metrics}
+        if name not in by_name:
+            raise unknown_choice("metric", name, by_name)
+        return by_name[name]
 
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
         """Return what tells this task from others, as text: data, content fingerprint, splits."""
 
-    @abstractmethod
     def validate(self) -> None:
-        """Raise ValueError for whatever is wrong with data or settings."""
+        """Raise ValueError for whatever is wrong with data or settings; here, metrics of one name."""
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Metrics need names of their own, got {', '.join(names)}.")

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 LABELS = "labels"
+IGNORED = -100
+"""Label of a token that does not count in the loss."""
+POSITIONS = "position_ids"
 _ROWS = "rows of "
 
 

@@ -54,6 +54,26 @@ def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
     return splits
 
 
+def source_name(source: Source, subset: str | None) -> str:
+    """Return a short name of a source for runs and folders; empty for loaded data."""
+    if not isinstance(source, str | Path):
+        return ""
+    return "-".join(part for part in (Path(source).stem, subset) if part)
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Check the shares of the training rows that become validation and test.
+
+    Raises:
+        ValueError: They are not between 0 and 1, together below 1.
+    """
+    if any(not 0 < share < 1 for share in (validation, test)) or validation + test >= 1:
+        raise ValueError(
+            "validation_share and test_share lie between 0 and 1, together below 1, got "
+            f"{(validation, test)}."
+        )
+
+
 def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
     path = Path(source).expanduser()
     looks_local = path.exists() or path.suffix in _FORMATS or source.startswith((".", "/", "~"))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from autopeft.tasks.batch import LABELS, rows_key
+from autopeft.tasks.batch import IGNORED, LABELS, POSITIONS, rows_key
 
 _BATCHES_A_POOL = 50
 
@@ -26,15 +26,17 @@ class TokenisedSplit(Dataset[int]):
     Attributes:
         tokens: Input name → all rows' values one after another (input_ids, token_type_ids …).
         offsets: Row i lies at offsets[i]:offsets[i + 1].
-        labels: Label of each row.
+        labels: Label of each row, or of each token.
+        token_labels: Whether there is a label a token.
     """
 
     tokens: dict[str, NDArray[np.int64]]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
+    token_labels: bool = False
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -42,7 +44,7 @@ class TokenisedSplit(Dataset[int]):
     def features(self, row: int) -> dict[str, list[int]]:
         """Return what the tokenizer gave for a row."""
         here = slice(self.offsets[row], self.offsets[row + 1])
-        found = {name: values[here].tolist() for name, values in self.tokens.items()}
+        found = {name: values[here].tolist() for name, values in self.tokens.items() if name != POSITIONS}
         return found | {"attention_mask": [1] * len(found["input_ids"])}
 
     @property
@@ -87,29 +89,45 @@ class Collator:
         return np.where((positions >= 0) & (positions < lengths[:, None]), positions, -1)
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return a batch: every input and attention_mask, of shape (rows, longest), and labels."""
+        """Return a batch: every input and attention_mask, of shape (rows, longest), and labels.
+
+        Rows with positions are packed: they have no attention_mask.
+        """
         pad = DataCollatorWithPadding(self.tokenizer)
         batch: dict[str, Tensor] = dict(pad([self.split.features(row) for row in rows]))
-        batch[LABELS] = torch.from_numpy(self.split.labels[rows])
+        if POSITIONS in self.split.tokens:
+            # Models tell packed rows from each other by their positions alone, without a mask.
+            del batch["attention_mask"]
+            batch[POSITIONS] = self._padded(self.split.tokens[POSITIONS], rows, fill=0)
+        if self.split.token_labels:
+            batch[LABELS] = self._padded(self.split.labels, rows, fill=IGNORED)
+        else:
+            batch[LABELS] = torch.from_numpy(self.split.labels[rows])
         if self.name is not None:
             batch[rows_key(self.name)] = torch.tensor(rows)
         return batch
 
+    def _padded(self, values: NDArray[np.int64], rows: Sequence[int], fill: int) -> Tensor:
+        """Return what the tokens of rows have, of shape (rows, longest)."""
+        positions = self.positions(rows)
+        found = values[np.maximum(self.split.offsets[rows][:, None] + positions, 0)]
+        return torch.from_numpy(np.where(positions >= 0, found, fill))
 
-class LengthGroupedBatches(Sampler[list[int]]):
-    """Batches of rows of like length, grouped as by transformers, in random order.
 
-    Unlike its `LengthGroupedSampler` this draws any epoch again, for a training that goes on where it paused,
-    and does not begin each pool of 50 batches with the longest. Epochs count from 0 with every new sampler.
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of rows in random order.
+
+    Any epoch can be drawn again, for a training that goes on where it paused. Epochs count from 0 with every
+    new sampler.
 
     Args:
-        lengths: Length of each row.
+        rows: Number of rows.
         batch_size: Rows a batch; one of them may have fewer.
         seed: Seed of the shuffling.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -119,17 +137,43 @@ class LengthGroupedBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         (seed,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
         self.epoch += 1
-        rows = get_length_grouped_indices(
-            self.lengths.tolist(), self.batch_size, mega_batch_mult=_BATCHES_A_POOL, generator=generator
-        )
+        rows = self.order(generator)
         for index in torch.randperm(len(self), generator=generator).tolist():
             yield rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return the rows in the order in which they are cut into batches."""
+        shuffled: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        return shuffled
+
+
+class LengthGroupedBatches(ShuffledBatches):
+    """Batches of rows of like length, grouped as by transformers, in random order.
+
+    Unlike those of its `LengthGroupedSampler`, pools of 50 batches do not begin with the longest.
+
+    Args:
+        lengths: Length of each row.
+        batch_size: Rows a batch; one of them may have fewer.
+        seed: Seed of the shuffling.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int) -> None:
+        super().__init__(len(lengths), batch_size, seed)
+        self.lengths = lengths
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return rows of like length beside each other."""
+        grouped: list[int] = get_length_grouped_indices(
+            self.lengths.tolist(), self.batch_size, mega_batch_mult=_BATCHES_A_POOL, generator=generator
+        )
+        return grouped
 
 
 def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> list[list[int]]:

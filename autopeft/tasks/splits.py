@@ -6,7 +6,7 @@ single row, and more labels than the smaller part has rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,3 +58,26 @@ def stratified_sample(labels: Sequence[int], count: int, seed: int) -> Indices:
     rows = rows[np.argsort(rank[values[rows]], kind="stable")]
     places = (np.arange(count) + generator.random()) * len(values) / count
     return np.sort(rows[places.astype(np.int64)])
+
+
+def split_groups(groups: Sequence[Hashable], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split rows in two, with all rows of a group in one part.
+
+    Args:
+        groups: Group of each row.
+        count: Rows of the second part, about: it is filled group by group, and leaves the first part one.
+        seed: Seed of the choice.
+
+    Returns:
+        Row numbers of the first and of the second part, both rising.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    parts = list(members.values())
+    taken: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(parts))[:-1]:
+        if len(taken) >= count:
+            break
+        taken += parts[index]
+    return sorted(set(range(len(groups))) - set(taken)), sorted(taken)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -23,16 +24,27 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import SplitName, Task
-from autopeft.tasks.classification_data import ClassificationData, LabelledTexts
-from autopeft.tasks.dataset_loading import Source, load_splits
+from autopeft.tasks.base import Batch, SplitName, Task, TaskData
+from autopeft.tasks.batch import LABELS
+from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
 from autopeft.tasks.label_column import label_names, label_numbers, labelled_rows
+from autopeft.tasks.length_bucketing import TokenisedSplit
+from autopeft.tasks.row_data import RowData
 from autopeft.tasks.splits import stratified_sample, stratified_split
-from autopeft.tasks.tokenization import fingerprint
+from autopeft.tasks.tokenization import fingerprint, tokenise
 
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """One split: columns of texts, and a label a row."""
+
+    columns: tuple[tuple[str, ...], ...]
+    labels: tuple[int, ...]
 
 
 class _Matthews(MulticlassMatthewsCorrCoef):
@@ -50,7 +62,7 @@ class _Matthews(MulticlassMatthewsCorrCoef):
         return value if all(several) else torch.zeros_like(value)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TextClassification(Task):
     """Classify texts, or pairs of texts.
 
@@ -78,6 +90,7 @@ class TextClassification(Task):
     """
 
     dataset: Source = field(repr=False)
+    _: KW_ONLY
     subset: str | None = None
     text: str | Sequence[str] = "text"
     label: str = "label"
@@ -102,20 +115,14 @@ class TextClassification(Task):
             value = getattr(self, name)
             if value is not None:
                 check_whole(name, value, least=1)
-        shares = (self.validation_share, self.test_share)
-        if any(not 0 < share < 1 for share in shares) or sum(shares) >= 1:
-            raise ValueError(
-                f"validation_share and test_share lie between 0 and 1, together below 1, got {shares}."
-            )
+        check_shares(self.validation_share, self.test_share)
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise unknown_choice("class_weights", self.class_weights, ("balanced",))
 
     @property
     def name(self) -> str:
         """Short name for runs and folders."""
-        if isinstance(self.dataset, str | Path):
-            return "-".join(part for part in (Path(self.dataset).stem, self.subset) if part)
-        return "text-classification"
+        return source_name(self.dataset, self.subset) or "text-classification"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -123,9 +130,9 @@ class TextClassification(Task):
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics, the default one first."""
-        return ("accuracy", "f1", "matthews")
+    def metrics(self) -> tuple[Objective, ...]:
+        """The metrics, the default one first."""
+        return tuple(Objective.score(name) for name in ("accuracy", "f1", "matthews"))
 
     @property
     def head(self) -> HeadSpec:
@@ -264,15 +271,27 @@ class TextClassification(Task):
     def _known_weights(self) -> tuple[float, ...] | None:
         return self._weights()
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross entropy, a scalar, of logits (batch, labels) and labels (batch,)."""
-        logits = logits.float()  # class weights are no powers of two
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: torch.zeros(rows, dtype=torch.int64)}
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean cross entropy, a scalar, of logits (rows, labels) and labels (rows,)."""
+        logits: Tensor = output.logits.float()  # class weights are no powers of two
         # Made from the logits: memory is counted on tensors without data, which do not mix with others.
         weights = None if self._known_weights is None else logits.new_tensor(self._known_weights)
-        return functional.cross_entropy(logits, labels, weight=weights)
+        return functional.cross_entropy(logits, batch[LABELS], weight=weights)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the weights of a batch's classes; without class weights, its number of rows."""
+        labels = batch[LABELS]
+        if self._known_weights is None:
+            return labels.new_tensor(len(labels))
+        return torch.tensor(self._known_weights, device=labels.device)[labels].sum()
 
     def metric_collection(self) -> MetricCollection:
-        """Return fresh metrics, to be updated with logits (batch, labels) and labels (batch,)."""
+        """Return accuracy, F1 and Matthews correlation."""
         classes = len(self.labels)
         return MetricCollection(
             {
@@ -282,15 +301,19 @@ class TextClassification(Task):
             }
         )
 
-    def trivial_score(self, metric: str) -> float:
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch to the metrics."""
+        metrics.update(output.logits, batch[LABELS])
+
+    def trivial_score(self, metric: str, data: TaskData | None = None) -> float:
         """Return what always predicting the most frequent training label scores in validation."""
         train = self.split("train").labels
         majority = max(range(len(self.labels)), key=train.count)
         labels = torch.tensor(self.split("validation").labels)
         collection = self.metric_collection()
-        if metric not in collection:
-            raise unknown_choice("metric", metric, self.metrics)
-        return float(collection[metric](torch.full_like(labels, majority), labels))
+        return float(collection[self.metric(metric).name](torch.full_like(labels, majority), labels))
 
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
@@ -325,13 +348,12 @@ class TextClassification(Task):
         batch_size: int,
         seed: int,
         cache: Path | None = None,
-    ) -> ClassificationData:
+    ) -> RowData:
         """Return the tokenised splits; see `Task.data`."""
-        return ClassificationData(
-            self.split,
-            tokenizer,
-            max_length=self.max_length,
-            batch_size=batch_size,
-            seed=seed,
-            cache=cache,
-        )
+
+        def read(name: SplitName) -> TokenisedSplit:
+            texts = self.split(name)
+            tokens, offsets = tokenise(tokenizer, texts.columns, self.max_length, cache)
+            return TokenisedSplit(tokens, offsets, np.array(texts.labels, dtype=np.int64))
+
+        return RowData(read, tokenizer, batch_size=batch_size, seed=seed)

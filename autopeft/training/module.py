@@ -15,7 +15,6 @@ from torchmetrics import MetricCollection
 
 from autopeft.core.evaluation import VALIDATION_LOSS
 from autopeft.tasks import Task
-from autopeft.tasks.batch import LABELS, model_inputs
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
 """Returns the context in which the forward pass of a batch runs."""
@@ -25,8 +24,8 @@ class FineTuning(LightningModule):
     """Train whatever requires gradients in a model with a task head.
 
     Args:
-        model: Returns an object with `logits`, of shape (batch, labels), for the batch's tensors.
-        task: Gives the loss and the metrics.
+        model: The model, with whatever is trained in it.
+        task: Gives the forward pass, the loss and the metrics.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay.
         warmup_share: Share of the steps with a rising learning rate.
@@ -63,36 +62,34 @@ class FineTuning(LightningModule):
         self.optimizer_state = optimizer_state or {}
         self.metrics = task.metric_collection() if metrics is None else metrics
         self.metrics.reset()  # a training that failed may have left rows
-        self._validated: list[tuple[Tensor, Tensor]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits, of shape (batch, labels)."""
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's output."""
         with self.serve(batch):
-            logits: Tensor = self.model(**model_inputs(batch)).logits
-        return logits
+            return self.task.forward(self.model, batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Return the loss of one batch."""
-        return self.task.loss(self(batch), batch[LABELS])
+        return self.task.loss(self(batch), batch)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics and the loss."""
-        self.add_validated(self(batch), batch[LABELS])
+        self.add_validated(self(batch), batch)
 
-    def add_validated(self, logits: Tensor, labels: Tensor) -> None:
-        """Add the logits (rows, labels) of one validation batch to the metrics and the loss."""
-        self.metrics.update(logits, labels)
-        self._validated.append((logits, labels))
+    def add_validated(self, output: Any, batch: Mapping[str, Tensor]) -> None:
+        """Add the model's output for one validation batch to the metrics and the loss."""
+        loss = self.task.loss(output, batch)
+        self.task.update_metrics(self.metrics, output, batch, loss)
+        self._losses.append((loss.double(), self.task.weight(batch).double()))
 
     def take_validated(self) -> dict[str, Tensor]:
-        """Return the metrics and the loss of all rows that were added, by name, and forget these.
-
-        The loss is that of all rows at once: with class weights, batches' losses have no simple mean.
-        """
-        logits, labels = map(torch.cat, zip(*self._validated, strict=True))
-        found = {**self.metrics.compute(), VALIDATION_LOSS: self.task.loss(logits, labels)}
+        """Return the metrics and the mean loss of what was added, by name, and forget it."""
+        losses, weights = map(torch.stack, zip(*self._losses, strict=True))
+        mean = (losses * weights).sum() / weights.sum()
+        found = {**self.metrics.compute(), VALIDATION_LOSS: mean.float()}
         self.metrics.reset()
-        self._validated = []
+        self._losses = []
         return found
 
     def on_validation_epoch_end(self) -> None:
@@ -101,7 +98,8 @@ class FineTuning(LightningModule):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics."""
-        self.metrics.update(self(batch), batch[LABELS])
+        output = self(batch)
+        self.task.update_metrics(self.metrics, output, batch, self.task.loss(output, batch))
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics under their names."""

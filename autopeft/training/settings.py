@@ -43,6 +43,8 @@ class Training:
             "eval", with their hidden states kept on disk where that saves time; results differ from "eval" in
             rounding alone.
         hidden_state_cache: Bytes that kept hidden states may take on disk, as in "8 GiB".
+        gradient_checkpointing: Whether activations are computed again in the backward pass, which takes about
+            a third more time and far less memory.
         callbacks: Lightning callbacks for every trial, such as `autopeft.callbacks.IST()`: instances, of
             which each trial gets a copy, or functions that make one. Over a pause at a rung a callback
             keeps what its `state_dict` returns. A callback with a method `applies_to(module)` is left out of
@@ -63,6 +65,7 @@ class Training:
     precision: TrainingPrecision = "auto"
     frozen_blocks: FrozenBlocksMode = "cached"
     hidden_state_cache: int | str = field(default="8 GiB", compare=False)
+    gradient_checkpointing: bool = False
     callbacks: Sequence[CallbackSource] = ()
 
     def __post_init__(self) -> None:
@@ -106,8 +109,11 @@ class Training:
 
     def identity(self) -> dict[str, str]:
         """Return every setting that results depend on, as text."""
-        names = [each.name for each in dataclasses.fields(self) if each.compare and each.name != "callbacks"]
+        apart = ("callbacks", "gradient_checkpointing")
+        names = [each.name for each in dataclasses.fields(self) if each.compare and each.name not in apart]
         identity = {"class": type(self).__name__, **{name: str(getattr(self, name)) for name in names}}
+        if self.gradient_checkpointing:
+            identity["gradient_checkpointing"] = "True"
         if self.callbacks:
             identity["callbacks"] = ", ".join(map(describe_callback, new_callbacks(self.callbacks)))
         return identity

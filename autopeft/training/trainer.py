@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from autopeft.core.objectives import Objective
 from autopeft.training.lightning_profiler import training_profiler
 from autopeft.training.settings import Training
 
@@ -52,11 +53,16 @@ class PartTrainer(Trainer):
         return super().estimated_stepping_batches if self._total_steps is None else self._total_steps
 
 
+def early_stopping(monitor: Objective, patience: int) -> EarlyStopping:
+    """Return what ends a training after so many validations without improvement."""
+    return EarlyStopping(monitor.name, mode="max" if monitor.sign > 0 else "min", patience=patience)
+
+
 def build_trainer(
     training: Training,
     callbacks: Sequence[Callback],
     *,
-    monitor: str,
+    monitor: Objective,
     pieces: int | None = None,
     first_step: int = 0,
     total_steps: int | None = None,
@@ -66,7 +72,7 @@ def build_trainer(
     Args:
         training: Bounds, precision and device.
         callbacks: Callbacks to run with; those of the training settings are not added.
-        monitor: Metric that early stopping watches (maximised).
+        monitor: Metric that early stopping watches.
         pieces: Passes over a loader that stops by itself (see `SegmentedBatches`), each followed by a
             validation; None for the training's epochs.
         first_step: See `PartTrainer`.
@@ -74,7 +80,7 @@ def build_trainer(
     """
     device = training.resolved_device()
     if training.patience is not None:
-        callbacks = [*callbacks, EarlyStopping(monitor, mode="max", patience=training.patience)]
+        callbacks = [*callbacks, early_stopping(monitor, training.patience)]
     return PartTrainer(
         first_step=first_step,
         total_steps=total_steps,

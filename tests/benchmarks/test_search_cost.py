@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.objectives import resolve_objectives
+from autopeft.core.objectives import Objective, resolve_objectives
 from benchmarks.rivals.comparison import (
     FRESH_SEEDS,
     Archive,
@@ -23,7 +23,7 @@ from benchmarks.rivals.comparison import (
 from benchmarks.rivals.setting import Entry, Setting
 from benchmarks.search_cost import ratio
 
-METRIC, COST = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
+METRIC, COST = resolve_objectives(("accuracy", "trainable_parameters"), (Objective.score("accuracy"),))
 
 
 def entry(rank: int, score: float | None, parameters: int, seconds: float) -> Entry:

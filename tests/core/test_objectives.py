@@ -16,7 +16,8 @@ from autopeft.core.objectives import (
     resolve_objectives,
 )
 
-METRICS = ("accuracy", "f1_macro")
+METRICS = (Objective.score("accuracy"), Objective.score("f1_macro"))
+LOSS = Objective(name="loss", direction="minimize", unit="nats", is_metric=True)
 
 
 class TestObjectives:
@@ -42,12 +43,36 @@ class TestObjectives:
             (("accuracy",), r"at least two objectives, got \['accuracy'\]"),
             ("accuracy", r"at least two objectives, got \['accuracy'\]"),
             ((), "at least two"),
-            (("peak_memory", "forward_flops"), "must be a metric: accuracy, f1_macro"),
+            (("peak_memory", "forward_flops"), "a metric that every validation measures: accuracy, f1_macro"),
         ],
     )
     def test_refuses(self, names: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             resolve_objectives(names, iter(METRICS))
+
+    def test_a_metric_that_is_measured_at_the_end_alone_does_not_choose_weights(self) -> None:
+        metrics = (LOSS, Objective.score("bleu", at_end=True))
+        names = ("bleu", "trainable_parameters")
+        with pytest.raises(ValueError, match=r"must be a metric that every validation measures: loss\."):
+            resolve_objectives(names, metrics)
+        assert [one.name for one in resolve_objectives((*names, "loss"), metrics)] == [*names, "loss"]
+
+    def test_a_score_is_better_when_larger(self) -> None:
+        score = Objective.score("accuracy")
+        assert score.sign == 1
+        assert score.best([0.2, 0.9, -1.0]) == 0.9
+        assert score.is_better(0.9, 0.2)
+        assert not score.is_better(0.2, 0.9)
+
+    def test_a_loss_is_better_when_smaller(self) -> None:
+        assert LOSS.sign == -1
+        assert LOSS.best(iter([0.2, 0.9, -1.0])) == -1.0
+        assert LOSS.is_better(0.2, 0.9)
+        assert not LOSS.is_better(0.9, 0.2)
+
+    @pytest.mark.parametrize("one", [METRICS[0], LOSS])
+    def test_no_value_is_better_than_itself(self, one: Objective) -> None:
+        assert not one.is_better(0.5, 0.5)
 
     def test_every_cost_is_minimised_on_a_log_scale(self) -> None:
         for name, one in COST_OBJECTIVES.items():

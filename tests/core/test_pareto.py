@@ -20,7 +20,7 @@ from autopeft.core.pareto import (
     non_dominated_sort,
 )
 
-ACCURACY = Objective(name="accuracy", direction="maximize", unit="score")
+ACCURACY = Objective.score("accuracy")
 PARAMETERS = Objective(name="trainable_parameters", direction="minimize", unit="parameters", log_scale=True)
 SECONDS = Objective(name="seconds", direction="minimize", unit="seconds")
 OBJECTIVES = (ACCURACY, PARAMETERS, SECONDS)
@@ -39,9 +39,10 @@ _coarse = st.builds(
 )
 _fine = st.fixed_dictionaries(
     {
-        "accuracy": st.floats(0, 1),
-        "trainable_parameters": st.floats(1, 1e7),
-        "seconds": st.floats(5, 25),
+        # Six digits: what differs in the last bit alone is a tie to one computation and none to another.
+        "accuracy": st.floats(0, 1).map(lambda value: float(f"{value:.6g}")),
+        "trainable_parameters": st.floats(1, 1e7).map(lambda value: float(f"{value:.6g}")),
+        "seconds": st.floats(5, 25).map(lambda value: float(f"{value:.6g}")),
     }
 )
 points_of_any_kind = st.lists(_coarse, max_size=12) | st.lists(_fine, max_size=8)

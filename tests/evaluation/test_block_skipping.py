@@ -17,7 +17,7 @@ from autopeft.evaluation.frozen_blocks.block_skipping import (
     states_at,
 )
 from autopeft.models.backbone import Backbone
-from tests.tiny_models import HEADS, fingerprint, tiny_backbone, tiny_batch
+from tests.tiny_models import CROSS_ENTROPY, HEADS, fingerprint, tiny_backbone, tiny_batch
 
 BLOCKS = 3
 DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}
@@ -64,9 +64,9 @@ def test_serving_gives_the_same_logits_and_runs_nothing_below(architecture: str,
     before = fingerprint(model)
     ran: list[int] = []
     with evaluation_mode_below(cut, backbone), torch.no_grad():
-        structure = Structure(backbone, BATCH)
+        structure = Structure(backbone, CROSS_ENTROPY, BATCH)
         assert structure.obstacle(cut) is None
-        states, expected = states_at([cut], backbone, BATCH)[cut], model(**BATCH).logits
+        states, expected = states_at([cut], backbone, CROSS_ENTROPY, BATCH)[cut], model(**BATCH).logits
         handles = [
             norm.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
             for index, block in enumerate(blocks)
@@ -88,7 +88,7 @@ def test_serving_gives_the_same_logits_and_runs_nothing_below(architecture: str,
 def test_a_block_that_returns_more_cannot_be_left_out() -> None:
     backbone = backbone_of("t5")
     with torch.no_grad():
-        structure = Structure(backbone, BATCH)
+        structure = Structure(backbone, CROSS_ENTROPY, BATCH)
     assert structure.obstacle(0) is None
     assert "block 0 returns more than hidden states" in str(structure.obstacle(1))
     with (
@@ -107,7 +107,7 @@ def test_a_block_that_is_run_twice_cannot_be_left_out() -> None:
 
     backbone: Any = SimpleNamespace(model=Twice(), blocks=(shared,))
     with torch.no_grad():
-        structure = Structure(backbone, {"hidden": torch.zeros(1, 2, 4)})
+        structure = Structure(backbone, CROSS_ENTROPY, {"hidden": torch.zeros(1, 2, 4)})
     assert structure.obstacle(0) is None
     assert "not run once" in str(structure.obstacle(1))
 
@@ -122,8 +122,8 @@ def test_a_broken_pass_leaves_modes_and_blocks_as_they_were() -> None:
         raise RuntimeError("the wire came loose")
 
     with evaluation_mode_below(2, backbone):
-        structure = Structure(backbone, BATCH)
-        states = states_at([2], backbone, BATCH)[2]
+        structure = Structure(backbone, CROSS_ENTROPY, BATCH)
+        states = states_at([2], backbone, CROSS_ENTROPY, BATCH)[2]
         for index in (0, 2):
             handle = blocks[index].register_forward_hook(fail)
             for serving in (contextlib.nullcontext(), structure.serving(2, states)):
@@ -137,7 +137,7 @@ def test_a_broken_pass_leaves_modes_and_blocks_as_they_were() -> None:
 def test_states_of_another_shape_are_refused() -> None:
     backbone = backbone_of("bert")
     with torch.no_grad():
-        structure = Structure(backbone, BATCH)
-        states = states_at([2], backbone, BATCH)[2][:, :-1]
+        structure = Structure(backbone, CROSS_ENTROPY, BATCH)
+        states = states_at([2], backbone, CROSS_ENTROPY, BATCH)[2][:, :-1]
         with structure.serving(2, states), pytest.raises(RuntimeError, match="do not fit"):
             backbone.model(**BATCH)

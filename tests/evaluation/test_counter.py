@@ -21,6 +21,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
 from benchmarks.memory import measure_live_storage
 from tests.learnable import learnable_task
+from tests.tiny_models import CROSS_ENTROPY, LossTask
 
 LORA = {"method": "lora", "size": 4}
 SITES: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def backbone_of(model: Any) -> Backbone:
 def real(backbone: Backbone, batch: dict[str, Tensor]) -> int:
     backbone.model.train()
     try:
-        return measure_live_storage(backbone.model, batch, functional.cross_entropy)
+        return measure_live_storage(backbone.model, batch, CROSS_ENTROPY)
     finally:
         backbone.model.eval()
 
@@ -68,8 +69,8 @@ def test_the_count_is_what_real_steps_hold(family: str, name: str, request: pyte
     batch = batch_of()
     counter = MemoryCounter(backbone.model)
     with attach(backbone, Configuration.from_dict({"sites": SITES[name]})):
-        first = counter.count(batch, functional.cross_entropy)
-        again = counter.count(batch, functional.cross_entropy)
+        first = counter.count(batch, CROSS_ENTROPY)
+        again = counter.count(batch, CROSS_ENTROPY)
         assert first == again
         assert first == pytest.approx(real(backbone, batch), rel=0.01)
 
@@ -77,7 +78,7 @@ def test_the_count_is_what_real_steps_hold(family: str, name: str, request: pyte
 def test_full_fine_tuning_is_counted(tiny_bert: Any) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of()
     with FullFineTuning(backbone, Configuration()):
-        count = MemoryCounter(backbone.model).count(batch, functional.cross_entropy)
+        count = MemoryCounter(backbone.model).count(batch, CROSS_ENTROPY)
         assert count == pytest.approx(real(backbone, batch), rel=0.01)
 
 
@@ -89,7 +90,7 @@ def test_on_real_weights(minilm_folder: Path, questions_csv: Path) -> None:
     for blocks in ("0-5", "3-5", "5"):
         sites = {f"{blocks}.{role}": LORA for role in ("query", "value", "ffn_up")}
         with attach(backbone, Configuration.from_dict({"sites": sites})):
-            count = counter.count(batch, functional.cross_entropy)
+            count = counter.count(batch, CROSS_ENTROPY)
             assert count == pytest.approx(real(backbone, batch), rel=0.001)
             peaks.append(count)
     assert peaks == sorted(peaks, reverse=True)
@@ -110,11 +111,9 @@ def test_a_count_is_kept_by_what_is_attached(tiny_bert: Any, precision: Precisio
     with patch.object(counter_module, "_follow_step", side_effect=follow) as followed:
 
         def count(attachment: Attachment, batch: dict[str, Tensor], precision: Precision) -> int:
-            kept = counter.count(
-                batch, functional.cross_entropy, precision=precision, attached=attachment.structure
-            )
+            kept = counter.count(batch, CROSS_ENTROPY, precision=precision, attached=attachment.structure)
             calls = followed.call_count
-            assert kept == counter.count(batch, functional.cross_entropy, precision=precision)
+            assert kept == counter.count(batch, CROSS_ENTROPY, precision=precision)
             followed.call_count = calls
             return kept
 
@@ -142,7 +141,7 @@ def test_full_fine_tuning_is_not_taken_for_the_head_alone(tiny_bert: Any) -> Non
     peaks = []
     for kind in (Attachment, FullFineTuning):
         with kind(backbone, Configuration()) as attachment:
-            count = counter.count(batch, functional.cross_entropy, attached=attachment.structure)
+            count = counter.count(batch, CROSS_ENTROPY, attached=attachment.structure)
             peaks.append(count)
     assert peaks[1] > peaks[0]
 
@@ -153,8 +152,8 @@ def test_kept_counts_are_bounded(tiny_bert: Any, monkeypatch: pytest.MonkeyPatch
     counter = MemoryCounter(backbone.model)
     for name in ("lora", "series", "prefix", "lora"):
         with attach(backbone, Configuration.from_dict({"sites": SITES[name]})) as attachment:
-            kept = counter.count(batch, functional.cross_entropy, attached=attachment.structure)
-            assert kept == counter.count(batch, functional.cross_entropy)
+            kept = counter.count(batch, CROSS_ENTROPY, attached=attachment.structure)
+            assert kept == counter.count(batch, CROSS_ENTROPY)
         assert len(counter._counts) <= 2
 
 
@@ -164,7 +163,7 @@ def test_a_count_leaves_everything_as_it_was(tiny_bert: Any) -> None:
         before = {name: one.detach().clone() for name, one in backbone.model.named_parameters()}
         batch, was_training = batch_of(), backbone.model.training
         state = torch.get_rng_state()
-        MemoryCounter(backbone.model).count(batch, functional.cross_entropy)
+        MemoryCounter(backbone.model).count(batch, CROSS_ENTROPY)
         assert torch.equal(torch.get_rng_state(), state)
         assert backbone.model.training == was_training
         for name, parameter in backbone.model.named_parameters():
@@ -177,8 +176,8 @@ def test_bf16_activations_take_less(tiny_bert: Any) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of(32, 40)
     with attach(backbone, Configuration.from_dict({"sites": SITES["lora"]})):
         counter = MemoryCounter(backbone.model)
-        full = counter.count(batch, functional.cross_entropy)
-        mixed = counter.count(batch, functional.cross_entropy, precision="bf16-mixed")
+        full = counter.count(batch, CROSS_ENTROPY)
+        mixed = counter.count(batch, CROSS_ENTROPY, precision="bf16-mixed")
     assert mixed < full
 
 
@@ -192,14 +191,14 @@ def test_flops_of_a_linear_layer() -> None:
             return SimpleNamespace(logits=self.layer(inputs))
 
     batch = {"inputs": torch.zeros(4, 16), "labels": torch.zeros(4, dtype=torch.long)}
-    assert count_flops(Model(), batch) == 2 * 4 * 16 * 8
+    assert count_flops(Model(), batch, CROSS_ENTROPY) == 2 * 4 * 16 * 8
 
 
 def test_an_adapter_costs_flops(tiny_bert: Any) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of()
-    plain = count_flops(backbone.model, batch)
+    plain = count_flops(backbone.model, batch, CROSS_ENTROPY)
     with attach(backbone, Configuration.from_dict({"sites": SITES["series"]})):
-        assert count_flops(backbone.model, batch) > plain
+        assert count_flops(backbone.model, batch, CROSS_ENTROPY) > plain
 
 
 def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
@@ -207,8 +206,8 @@ def test_weighted_losses_are_counted(tiny_bert: Any) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of()
     counter = MemoryCounter(backbone.model)
     with attach(backbone, Configuration.from_dict({"sites": SITES["lora"]})):
-        assert counter.count(batch, task.loss) == counter.count(batch, task.loss)
-        counter.count(batch, task.loss, precision="bf16-mixed")
+        assert counter.count(batch, task) == counter.count(batch, task)
+        counter.count(batch, task, precision="bf16-mixed")
 
 
 def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:
@@ -221,7 +220,7 @@ def test_what_takes_data_is_refused_in_words(tiny_bert: Any) -> None:
         attach(backbone, Configuration.from_dict({"sites": SITES["lora"]})),
         pytest.raises(ValueError, match="leave peak_memory out of objectives"),
     ):
-        MemoryCounter(backbone.model).count(batch, loss)
+        MemoryCounter(backbone.model).count(batch, LossTask(loss))
 
 
 class Scaled(nn.Module):
@@ -242,6 +241,6 @@ class Scaled(nn.Module):
 def test_tensors_made_of_numbers_in_a_forward_pass_are_counted(shifted: bool) -> None:
     model = Scaled(shifted=shifted)
     batch = {"inputs": torch.zeros(64, 16), "labels": torch.zeros(64, dtype=torch.long)}
-    count = MemoryCounter(model).count(batch, functional.cross_entropy)
+    count = MemoryCounter(model).count(batch, CROSS_ENTROPY)
     # To the two numbers that a pass makes and nobody sees afterwards.
-    assert count == pytest.approx(measure_live_storage(model, batch, functional.cross_entropy), abs=16)
+    assert count == pytest.approx(measure_live_storage(model, batch, CROSS_ENTROPY), abs=16)

@@ -310,7 +310,7 @@ def held_out_accuracy(evaluator: Evaluator, configuration: Configuration, state:
 
 def test_defaults_are_those_of_a_search() -> None:
     evaluator = tiny_evaluator()
-    assert evaluator.monitor == "accuracy"
+    assert evaluator.monitor.name == "accuracy"
     assert evaluator.training is TRAINING
     assert evaluator.needed == {*OBJECTIVES}
 

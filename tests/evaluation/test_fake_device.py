@@ -191,7 +191,7 @@ def test_scoring_keeps_to_the_models_device(architecture: str) -> None:
     with faked(backbone.model, LAZY) as (batch, _), patch.object(Subject, "autocast", nullcontext):
         on_cpu = {name: tensor.to("cpu") for name, tensor in batch.items()}
         for batches in ([batch, batch], [on_cpu, on_cpu]):
-            scores = compute_scores(backbone, batches, evaluator.task.loss, [*BATCH_SCORES])
+            scores = compute_scores(backbone, batches, evaluator.task, [*BATCH_SCORES])
             assert scores.keys() == set(BATCH_SCORES)
 
 

@@ -322,10 +322,10 @@ def test_peak_memory_is_that_with_frozen_blocks_in_evaluation_mode(tmp_path: Pat
         evaluator = evaluator_of(backbone, None, mode="eval")
         batch = evaluator.data.largest_batch()
         with attach(backbone, configuration) as attachment, evaluator.hidden_states.below(attachment):
-            count = counter.count(batch, evaluator.task.loss)
+            count = counter.count(batch, evaluator.task)
             backbone.model.train()
             assert count == peaks["eval"]
-            real = measure_live_storage(backbone.model, batch, evaluator.task.loss)
+            real = measure_live_storage(backbone.model, batch, evaluator.task)
             backbone.model.eval()
         assert count == pytest.approx(real, rel=0.01)
 

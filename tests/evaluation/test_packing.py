@@ -78,7 +78,7 @@ def test_logits_are_those_of_the_members_alone(
             attachment.load_state_dict(run.parameters)
             alone.append(backbone.model(**batch).logits)
     with torch.no_grad():
-        structure = Structure(backbone, batch) if shares_blocks else None
+        structure = Structure(backbone, evaluator.task, batch) if shares_blocks else None
         model = PackedModel(backbone, runs, structure)
         model.train(False)
         packed = model(batch)
@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_members_alone(
     assert backbone.attached is None
     for own, logits in zip(packed, alone, strict=True):
         assert float((logits - frozen).abs().max()) > 1e-3
-        torch.testing.assert_close(own, logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(own.logits, logits, rtol=0, atol=1e-5)
 
 
 def test_blocks_below_the_cuts_run_once_for_all() -> None:
@@ -102,7 +102,7 @@ def test_blocks_below_the_cuts_run_once_for_all() -> None:
     configurations = (lora("2.query"), lora("2.ffn_down", 4), lora("3.query", 1))
     runs = [MemberRun(evaluator, configuration, 0, 1) for configuration in configurations]
     with torch.no_grad():
-        structure = Structure(backbone, tiny_batch(rows=3))
+        structure = Structure(backbone, evaluator.task, tiny_batch(rows=3))
     rows.clear()
     model = PackedModel(backbone, runs, structure)
     model(tiny_batch(rows=3))

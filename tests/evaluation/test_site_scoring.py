@@ -46,7 +46,7 @@ def test_scores_are_in_bfloat16_where_the_processor_is_made_for_it(
     assert found == compute_scores(
         evaluator.backbone,
         batches,
-        evaluator.task.loss,
+        evaluator.task,
         NAMES,
         precision=expected,  # type: ignore[arg-type]
     )

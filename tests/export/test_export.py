@@ -39,6 +39,7 @@ from tests.tiny_models import (
     tiny_backbone,
     tiny_batch,
     tiny_classifier,
+    tiny_language_model,
     tiny_tokenizer,
 )
 
@@ -63,6 +64,15 @@ def minilm(minilm_folder: Path) -> Backbone:
 @pytest.fixture(scope="module")
 def question_batch(minilm: Backbone) -> dict[str, Tensor]:
     return dict(minilm.tokenizer(QUESTIONS, padding=True, return_tensors="pt"))
+
+
+def test_there_is_nothing_to_export_of_the_untrained_model(tmp_path: Path) -> None:
+    model, tokenizer = tiny_language_model("llama"), tiny_tokenizer()
+    backbone = Backbone(model, tokenizer, name="tiny", head=())
+    for merged in (False, True):
+        with pytest.raises(ValueError, match="Nothing was trained: the untrained model is the base model"):
+            export_adapter(backbone, Configuration(), {}, tmp_path / "out", probe=tiny_batch(), merged=merged)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lora_with_a_rank_a_layer_loads_with_plain_peft_in_a_fresh_process(

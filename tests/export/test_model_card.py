@@ -104,9 +104,9 @@ def test_limits_say_how_many_trainings_there_were(trainings: int, expected: str,
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
-        ((8, 8), "otherwise max_lora_rank=8 would do"),
-        ((9, 9), "otherwise max_lora_rank=16 would do"),
-        ((4, 300), "ranks 4 to 300; otherwise max_lora_rank=320 would do"),
+        ((8, 8), "such ranks with max_lora_rank=8"),
+        ((9, 9), "such ranks with max_lora_rank=16"),
+        ((4, 300), "these have ranks 4 to 300. vLLM takes such ranks with max_lora_rank=320"),
         ((600, 600), "its largest rank is 512, this has 600"),
     ],
 )
@@ -116,7 +116,7 @@ def test_servers_are_told_by_rank(ranks: tuple[int, int], expected: str, tmp_pat
         {Site(block, "query"): Adapter("lora", rank) for block, rank in enumerate(ranks)}
     )
     report = export(backbone, configuration, tmp_path / "out", verify=False)
-    assert "no classification head" in report.servers
+    assert "it takes no trained head (classifier) with an adapter" in report.servers
     assert expected in report.servers
 
 

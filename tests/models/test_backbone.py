@@ -171,10 +171,9 @@ class TestHead:
         twice = _backbone(model, head=("pooler", "pooler.dense", "classifier"))
         assert twice.head_parameters == _backbone(model, head=("pooler", "classifier")).head_parameters
 
-    @pytest.mark.parametrize("head", [("clasifier",), ()])
-    def test_must_exist(self, head: tuple[str, ...]) -> None:
-        with pytest.raises(ValueError, match=f"no head module {head[0] if head else 'at all'}: pass a"):
-            _backbone(tiny_classifier("bert"), head=head)
+    def test_must_exist(self) -> None:
+        with pytest.raises(ValueError, match="no head module clasifier: pass a"):
+            _backbone(tiny_classifier("bert"), head=("clasifier",))
 
     def test_everything_is_frozen(self) -> None:
         backbone = tiny_backbone("bert")

@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.precision import autocast
 from autopeft.methods import attach
@@ -19,7 +18,7 @@ from autopeft.models.cached_casts import CachedCasts
 from autopeft.sensitivity import compute_scores
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.sensitivity.references import labelled_batches
-from tests.tiny_models import everywhere, fingerprint, places, tiny_backbone, tiny_batch
+from tests.tiny_models import CROSS_ENTROPY, everywhere, fingerprint, places, tiny_backbone, tiny_batch
 
 CASES = [
     *((architecture, "lora") for architecture in ("bert", "deberta-v2", "gpt2", "llama", "t5")),
@@ -78,7 +77,7 @@ def test_the_backbone_is_left_as_it_was_also_by_an_error() -> None:
     compute_scores(
         backbone,
         labelled_batches(1),
-        cross_entropy,
+        CROSS_ENTROPY,
         ["gradient_norm"],
         precision="bf16-mixed",
     )

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -15,8 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from autopeft.models import loading
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import default_dtype, load_model
+from autopeft.models.head_spec import HeadSpec
+from autopeft.models.loading import LoadOptions, load_model
 from tests.learnable import learnable_task
 from tests.tiny_models import (
     HEADS,
@@ -26,6 +30,7 @@ from tests.tiny_models import (
     tiny_backbone,
     tiny_batch,
     tiny_classifier,
+    tiny_language_model,
     tiny_model,
     tiny_tokenizer,
 )
@@ -67,17 +72,47 @@ class TestFolder:
         assert backbone.head == ("classifier", "bert.pooler.dense")
         assert backbone.head_parameters == 3 * 32 + 3 + 32 * 32 + 32
 
-    def test_weights_are_single_precision_whatever_was_saved(self, tmp_path: Path) -> None:
-        folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
-        backbone = Backbone.load(folder, head_spec())
-        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
+    @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("quickest", ["32-true", "bf16-mixed"])
+    def test_weights_stay_as_saved_where_the_processor_multiplies_them(
+        self, saved: torch.dtype, quickest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loading, "quickest_precision", lambda device: quickest)
+        model = tiny_model("llama")
+        nn.Module.to(model, saved)
+        backbone = Backbone.load(_saved(model, tmp_path), head_spec())
+        expected = saved if quickest == "bf16-mixed" else torch.float32
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {expected}
 
-    def test_weights_keep_the_checkpoints_precision_where_that_is_asked_for(self, tmp_path: Path) -> None:
-        folder = _saved(tiny_model("llama").bfloat16(), tmp_path)
-        assert default_dtype(torch.device("cuda")) == "auto"
-        assert default_dtype(torch.device("cpu")) == torch.float32
-        backbone = Backbone.load(folder, head_spec(), dtype="auto")
-        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
+    @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+    def test_weights_have_the_precision_that_is_asked_for(
+        self, saved: torch.dtype, wanted: Literal["float32", "bfloat16"], tmp_path: Path
+    ) -> None:
+        model = tiny_model("llama")
+        nn.Module.to(model, saved)
+        options = LoadOptions(dtype=wanted)
+        backbone = Backbone.load(_saved(model, tmp_path), head_spec(), options=options)
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {getattr(torch, wanted)}
+
+    def test_on_a_gpu_weights_stay_as_saved(self) -> None:
+        config = BertConfig(dtype=torch.bfloat16)
+        assert LoadOptions().arguments(config, torch.device("cuda")) == {"dtype": "auto"}
+
+    def test_attention_is_the_one_that_is_asked_for(self, tmp_path: Path) -> None:
+        folder = _saved(tiny_model("llama"), tmp_path)
+        for attention in ("eager", "sdpa"):
+            backbone = Backbone.load(folder, head_spec(), options=LoadOptions(attention=attention))
+            assert backbone.model.config._attn_implementation == attention
+
+    def test_unknown_options_are_told_the_nearest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match=r"dtype 'float23'.*did you mean 'float32'"):
+            LoadOptions(dtype="float23")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"quantization 'nf3'.*did you mean 'nf4'"):
+            LoadOptions(quantization="nf3")  # type: ignore[arg-type]
+        monkeypatch.setattr(loading, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"'int8' needs bitsandbytes: pip install 'autopeft"):
+            LoadOptions(quantization="int8")
 
     def test_the_new_head_is_the_same_in_every_process(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)
@@ -188,6 +223,26 @@ class TestLoadedModel:
     def test_needs_a_tokenizer_where_the_model_does_not_say(self) -> None:
         with pytest.raises(ValueError, match="No tokenizer was found"):
             Backbone.load(tiny_model("bert"), head_spec())
+
+
+class TestFrozenHead:
+    """A language model's own head, which is not trained."""
+
+    spec = HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+    def test_the_whole_model_is_loaded_as_it_was_saved(self, architecture: str, tmp_path: Path) -> None:
+        model = tiny_language_model(architecture)
+        for source in (_saved(model, tmp_path), model):
+            backbone = Backbone.load(source, self.spec, tiny_tokenizer())
+            assert (backbone.head, backbone.head_parameters, backbone.new_head) == ((), 0, False)
+            torch.testing.assert_close(logits_of(backbone), model(**tiny_batch()).logits)
+
+    def test_a_checkpoint_without_it_is_refused(self, tmp_path: Path) -> None:
+        base = tiny_model("llama")
+        for source in (_saved(base, tmp_path), base):
+            with pytest.raises(ValueError, match=r"no lm_head\.weight, which LlamaForCausalLM needs"):
+                Backbone.load(source, self.spec, tiny_tokenizer())
 
 
 def test_reports_what_was_loaded(tmp_path: Path) -> None:

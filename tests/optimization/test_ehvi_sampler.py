@@ -11,10 +11,9 @@ from typing import Any
 
 import optuna
 import pytest
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.objectives import Constraint, resolve_constraints, resolve_objectives
+from autopeft.core.objectives import Constraint, resolve_constraints
 from autopeft.core.pareto import Axis, contributions, hypervolume, non_dominated
 from autopeft.methods import count_parameters
 from autopeft.optimization.candidates import single_adapter_probes
@@ -23,12 +22,13 @@ from autopeft.optimization.proposal import History
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import tiny_backbone
+from tests.records import METRICS, OBJECTIVES
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 RATE = (1e-4, 1e-2)
 GUIDED = ScoreGuided(scores=("condition_number",), ranks=(2, 16), learning_rate=RATE)
-GUIDED = GUIDED.with_scores(compute_scores(BACKBONE, (), cross_entropy, GUIDED.scores))
+GUIDED = GUIDED.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, GUIDED.scores))
 MIXED = ScoreGuided(
     scores=("condition_number",), methods=("lora", "series", "prefix"), ranks=(2, 9), learning_rate=1e-3
 ).with_scores(GUIDED.site_scores)
@@ -44,9 +44,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "paper": AutoPEFTPaper(learning_rate=RATE),
     }
 )
-ACCURACY, PARAMETERS, MEMORY = resolve_objectives(
-    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy",)
-)
+ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 PROBES_ALONE = EhviSampler(startup_trials=1, modelled=1.0, probe_share=1.0)
 NO_PROBES = EhviSampler(startup_trials=1, modelled=1.0, probe_share=0.0)
 Values = Mapping[str, float]
@@ -243,7 +241,7 @@ def test_what_is_being_trained_counts_as_tried_and_what_breaks_a_constraint_is_l
     assert len(allowed) < len(counts)
     waits = min(allowed)
     pending = [one for one in alone if waits in one.adapters]
-    constraints = resolve_constraints({"trainable_parameters": bound}, ("accuracy",))
+    constraints = resolve_constraints({"trainable_parameters": bound}, METRICS)
     found = probed(GUIDED, len(allowed) - 1, pending, constraints)
     assert {site for one in found for site, _ in one} == allowed - {waits}
 

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.objectives import COST_OBJECTIVES, resolve_constraints, resolve_objectives
+from autopeft.core.objectives import COST_OBJECTIVES, Objective, resolve_constraints
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
@@ -20,15 +19,14 @@ from autopeft.optimization.proposal import History
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import tiny_backbone
+from tests.records import METRICS, OBJECTIVES
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
-SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), cross_entropy, SPACE.scores))
+SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
 FEWEST, MOST = (count_parameters(BACKBONE, one) for one in SPACE.extremes(BACKBONE))
-ACCURACY, PARAMETERS, MEMORY = resolve_objectives(
-    ("accuracy", "trainable_parameters", "peak_memory"), ("accuracy",)
-)
+ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 AXES = (
     Axis(objective=ACCURACY, worst=0.2, best=1.0),
     Axis(objective=PARAMETERS, worst=MOST, best=FEWEST),
@@ -68,7 +66,7 @@ def history(trials: Sequence[Configuration], **constraints: float | str) -> Hist
     return History(
         trials=[(one, values(one)) for one in trials],
         axes=AXES,
-        constraints=resolve_constraints(constraints, ("accuracy",)),
+        constraints=resolve_constraints(constraints, METRICS),
     )
 
 
@@ -130,6 +128,46 @@ def test_a_lucky_training_does_not_say_what_is_left_to_gain() -> None:
     dominated = [len(one._cells) for one in (honest, once, often)]
     assert dominated[0] - dominated[1] < 0.5 * (dominated[0] - dominated[2])
     assert sum(once(candidates)) > sum(often(candidates))
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_a_metric_that_is_minimised_gains_as_much(is_log: bool) -> None:
+    error = Objective(name="error", direction="minimize", unit="nats", is_metric=True, log_scale=is_log)
+
+    def of(accuracy: float) -> float:
+        return math.exp(-accuracy) if is_log else -accuracy
+
+    known, candidates = history(drawn(24, 0)), drawn(12, 1)
+    mirrored = replace(
+        known,
+        trials=[(one, {**found, "error": of(found["accuracy"])}) for one, found in known.trials],
+        axes=(Axis(objective=error, worst=of(0.2), best=of(1.0)), *AXES[1:]),
+    )
+    expected = ExpectedImprovement(known, FEATURES)(candidates)
+    assert max(expected) > 0.001
+    assert ExpectedImprovement(mirrored, FEATURES)(candidates) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_a_trial_without_adapter_parameters_is_no_outlier() -> None:
+    adapters = COST_OBJECTIVES["adapter_parameters"]
+    trials, candidates = [*drawn(12, 0), Configuration(learning_rate=3e-3)], drawn(12, 1)
+    axes = (AXES[0], Axis(objective=adapters, worst=MOST, best=1.0))
+    known = History(
+        trials=[
+            (one, {"accuracy": values(one)["accuracy"], "adapter_parameters": float(adapter_count(one))})
+            for one in trials
+        ],
+        axes=axes,
+        constraints=(),
+    )
+    model = ExpectedImprovement(known, FEATURES)._models["adapter_parameters"]
+    means, _ = model.predict(FEATURES.inputs(candidates, adapters))
+    for mean, candidate in zip(means.tolist(), candidates, strict=True):
+        assert mean == pytest.approx(math.log(adapter_count(candidate)), abs=1.0)
+
+
+def adapter_count(configuration: Configuration) -> int:
+    return count_parameters(BACKBONE, configuration) - BACKBONE.head_parameters
 
 
 def test_the_best_has_not_been_tried() -> None:

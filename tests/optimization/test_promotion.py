@@ -11,15 +11,20 @@ import pytest
 from autopeft import SuccessiveHalving
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import VALIDATION_LOSS, Cost, CurvePoint, Evaluation, TrialRecord
-from autopeft.core.objectives import resolve_objectives
+from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis
 from autopeft.optimization.successive_halving import AshaPromoter
 
-OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy", "f1"))
+METRICS = (Objective.score("accuracy"), Objective.score("f1"))
+OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters"), METRICS)
 AXES = (
     Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0),
     Axis(objective=OBJECTIVES[1], worst=1e6, best=1e2),
 )
+ERROR = Objective(name="error", direction="minimize", unit="nats", is_metric=True)
+ERRORS = (ERROR, OBJECTIVES[1])
+ERROR_AXES = (Axis(objective=ERROR, worst=0.0, best=-1.0), AXES[1])
+GENERATED = Objective.score("bleu", at_end=True)
 RUNGS = (10, 30, 90)
 HALVING = SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=2)
 
@@ -52,9 +57,30 @@ def trial(
     return TrialRecord(number=number, evaluation=evaluation)
 
 
+def with_errors(record: TrialRecord) -> TrialRecord:
+    """Return a trial with the negative of its accuracy, which is better when smaller."""
+    evaluation = record.evaluation
+    curves = [
+        replace(point, metric="error", value=-point.value) if point.metric == "accuracy" else point
+        for point in evaluation.curves
+    ]
+    values = {**evaluation.values, "error": -evaluation.values["accuracy"]}
+    del values["accuracy"]
+    return replace(record, evaluation=replace(evaluation, values=values, curves=tuple(curves)))
+
+
 def next_of(records: Sequence[TrialRecord], halving: SuccessiveHalving = HALVING) -> tuple[int, int] | None:
-    found = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, "accuracy").next(records)
-    return None if found is None else (found[0].number, found[1])
+    """Return which trial goes on to which rung: the same, whether more or less of a metric is better."""
+    score, error = (
+        AshaPromoter(halving, RUNGS, objectives, axes, objectives[0]).next(trials)
+        for objectives, axes, trials in (
+            (OBJECTIVES, AXES, records),
+            (ERRORS, ERROR_AXES, [with_errors(record) for record in records]),
+        )
+    )
+    found, mirrored = (None if one is None else (one[0].number, one[1]) for one in (score, error))
+    assert found == mirrored
+    return found
 
 
 def test_one_of_the_factor_goes_on() -> None:
@@ -88,7 +114,7 @@ def test_a_trial_beaten_beyond_the_noise_waits() -> None:
     # Three whole trainings gained 0.1, 0.2 and 0.3 after the first rung: noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
     better = trial(3, 1e3, 0.50, 0.6, 0.7)
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     assert promotion.forecast(known).gains(better.evaluation, RUNGS[0]) == pytest.approx([0.1, 0.2, 0.3])
     near, far = trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
     assert promotion.next([*known, better, near]) == (near, 1)
@@ -98,7 +124,7 @@ def test_a_trial_beaten_beyond_the_noise_waits() -> None:
 def test_a_trial_that_cannot_be_hoped_to_pass_a_whole_training_waits() -> None:
     # Whole trainings gained 0.2 in the median after the first rung, with noise of 0.1.
     known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     whole = trial(3, 1e3, 0.1, 0.1, 0.7, status="complete")
     hopeful, hopeless = trial(4, 2e3, 0.50), trial(4, 2e3, 0.15)
     assert promotion.next([*known, whole, hopeful]) == (hopeful, 1)
@@ -159,7 +185,7 @@ def test_a_trial_at_the_trivial_score_keeps_none_waiting() -> None:
     begun = [trial(n, 5e5, 0.5, 0.55, 0.60 + 0.001 * n, loss=0.2) for n in range(5, 10)]
     cheaper, better = trial(10, 1e3, 0.0, loss=0.65), trial(11, 2e3, 0.5, loss=0.2)
     promotion = AshaPromoter(
-        SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=12), RUNGS, OBJECTIVES, AXES, "accuracy"
+        SuccessiveHalving(rungs=(1 / 9, 1 / 3), reduction_factor=12), RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]
     )
     known = [*late, *begun, cheaper, better]
     forecast = promotion.forecast(known)
@@ -171,7 +197,7 @@ def test_what_is_hoped_for_is_what_those_of_like_costs_gained() -> None:
     # Large ones gain much after the first rung, small ones little.
     large = [trial(n, 5e5 + n, 0.2, 0.4, 0.7 + 0.01 * n) for n in range(5)]
     small = [trial(n, 2e2 + n, 0.3, 0.3, 0.3 + 0.01 * (n - 5)) for n in range(5, 10)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     another, dear = trial(10, 3e2, 0.28), trial(11, 6e5, 0.28)
     known = [*large, *small]
     assert promotion.forecast(known).gains(another.evaluation, RUNGS[0]) == pytest.approx(
@@ -187,7 +213,7 @@ def test_reference_points_go_on_whatever_a_rung_says() -> None:
     known = [trial(n, 1e3, 0.5, 0.6, 0.7) for n in range(3)]
     worst = trial(3, 5e5, 0.1)
     assert next_of([*known, worst]) is None
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy", ["uniform lora 8"])
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0], ["uniform lora 8"])
     reference, other = (replace(worst, baseline=name) for name in ("uniform lora 8", "uniform lora 64"))
     assert promotion.next([*known, reference]) == (reference, 1)
     assert promotion.next([*known, other]) is None, "no reference point of those that always go on"
@@ -197,7 +223,7 @@ def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
     # All cost the same and have the same metric at the rung; those of low loss have begun to learn.
     begun = [trial(n, 1e3, 0.3, 0.5, 0.7 + 0.01 * n, loss=1.4) for n in range(5)]
     stuck = [trial(n, 1e3, 0.3, 0.3, 0.3, loss=1.7) for n in range(5, 10)]
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     near, far, unknown = (trial(10, 1e3, 0.3, loss=loss) for loss in (1.45, 1.65, math.nan))
     forecast = promotion.forecast([*begun, *stuck])
     assert forecast.values(near.evaluation)[0] == pytest.approx(0.72)
@@ -210,7 +236,7 @@ def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:
 
 
 def test_one_whole_training_tells_what_it_gained() -> None:
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     forecast = promotion.forecast([trial(0, 1e3, 0.3, 0.5, 0.7, loss=1.0)])
     assert forecast.values(trial(1, 5e3, 0.2, loss=2.0).evaluation)[0] == pytest.approx(0.6)
 
@@ -236,8 +262,62 @@ def test_failures_duplicates_and_infeasible_ones_do_not_count() -> None:
 
 
 def test_a_paused_trial_is_expected_to_gain_what_others_gained() -> None:
-    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, "accuracy")
+    promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     paused = trial(3, 7e2, 0.4, 0.3)
     assert promotion.forecast([]).values(paused.evaluation) == [0.4, 7e2]
     known = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
     assert promotion.forecast(known).values(paused.evaluation) == [pytest.approx(0.6), 7e2]
+
+
+def test_a_metric_that_is_minimised_is_expected_to_fall_as_others_fell() -> None:
+    promotion = AshaPromoter(HALVING, RUNGS, ERRORS, ERROR_AXES, ERROR)
+    # The best validation counts, which is not the last one.
+    stopped = with_errors(trial(3, 7e2, 0.4, 0.3))
+    assert promotion.forecast([]).scores_at(stopped.evaluation, RUNGS[1]) == {"error": -0.4}
+    gained = [trial(n, 1e3, 0.1, 0.5, 0.5 + gain) for n, gain in enumerate((0.1, 0.2, 0.6))]
+    forecast = promotion.forecast([with_errors(record) for record in gained])
+    assert forecast.values(stopped.evaluation) == [pytest.approx(-0.6), 7e2]
+    assert forecast.beyond(stopped.evaluation, RUNGS[1], -0.4)[0] == pytest.approx(-0.6)
+
+
+def test_the_promising_are_the_same_of_scores_and_of_errors() -> None:
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    waiting = [trial(3, 1e3, 0.50), trial(4, 2e3, 0.45), trial(5, 6e5, 0.9, 0.9), trial(6, 2e2, 0.0)]
+    records = [*known, *waiting]
+    promising = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0]).promising(records)
+    mirrored = AshaPromoter(HALVING, RUNGS, ERRORS, ERROR_AXES, ERROR).promising(
+        [with_errors(record) for record in records]
+    )
+    found, expected = ([(one.number, rung) for one, rung in pairs] for pairs in (mirrored, promising))
+    assert found == expected == [(3, 1), (5, 2)]
+
+
+def with_generated(record: TrialRecord, bleu: float) -> TrialRecord:
+    """Return a trial with a metric that is only measured at the end."""
+    evaluation = record.evaluation
+    return replace(record, evaluation=replace(evaluation, values={**evaluation.values, "bleu": bleu}))
+
+
+def test_what_is_measured_at_the_end_alone_is_left_out_at_rungs() -> None:
+    objectives = (OBJECTIVES[0], GENERATED, OBJECTIVES[1])
+    axes = (AXES[0], Axis(objective=GENERATED, worst=0.1, best=1.0), AXES[1])
+    promotion = AshaPromoter(HALVING, RUNGS, objectives, axes, OBJECTIVES[0])
+    assert GENERATED not in promotion.objectives
+    known = [trial(n, 5e5, 0.1, 0.1, 0.2 + 0.1 * n) for n in range(3)]
+    whole = [with_generated(record, 0.5 - 0.2 * record.number) for record in known]
+    better, near, far = trial(3, 1e3, 0.50, 0.6, 0.7), trial(4, 2e3, 0.45), trial(5, 2e3, 0.30)
+    whole.append(with_generated(better, 0.0))
+    assert promotion.next([*whole, near]) == (near, 1)
+    assert promotion.next([*whole, far]) is None
+    without = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
+    assert promotion.promising([*whole, near, far]) == without.promising([*known, better, near, far])
+
+
+def test_what_is_measured_at_the_end_alone_is_expected_to_be_the_median() -> None:
+    objectives = (OBJECTIVES[0], GENERATED, OBJECTIVES[1])
+    axes = (AXES[0], Axis(objective=GENERATED, worst=0.1, best=1.0), AXES[1])
+    promotion = AshaPromoter(HALVING, RUNGS, objectives, axes, OBJECTIVES[0])
+    waiting = trial(9, 2e3, 0.4).evaluation
+    assert promotion.forecast([]).values(waiting) == [0.4, 0.1, 2e3], "as bad as a model that learnt nothing"
+    whole = [with_generated(trial(n, 1e3, 0.4, 0.5, 0.5), bleu) for n, bleu in enumerate((0.9, 0.2, 0.3))]
+    assert promotion.forecast(whole).values(waiting) == [pytest.approx(0.5), 0.3, 2e3]

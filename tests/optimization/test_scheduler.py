@@ -43,7 +43,7 @@ def scheduler(
 ) -> Scheduler:
     promoter = None
     if halving is not None:
-        promoter = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, "accuracy")
+        promoter = AshaPromoter(halving, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0])
     return Scheduler(Ranks(*ranks), budget, OBJECTIVES, promoter=promoter, **options)
 
 

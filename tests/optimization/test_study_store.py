@@ -18,8 +18,9 @@ from autopeft.core.evaluation import Evaluation, TrialRecord, with_replicate
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
-from tests.records import OBJECTIVES, random_configuration, synthetic_records
+from tests.records import METRICS, OBJECTIVES, random_configuration, synthetic_records
 from tests.studies import (
+    TWO,
     filled,
     made_up,
     opened,
@@ -32,7 +33,6 @@ from tests.studies import (
     values_of,
 )
 
-TWO = resolve_objectives(("accuracy", "trainable_parameters"), ("accuracy",))
 ROOT = Path(__file__).parents[2]
 
 
@@ -128,7 +128,7 @@ def test_another_identity_names_what_differs(tmp_path: Path) -> None:
 def test_other_objectives_are_refused_and_change_nothing(tmp_path: Path) -> None:
     records = filled(tmp_path)
     before = load_study(tmp_path)
-    other = resolve_objectives(("f1_macro", "trainable_parameters", "peak_memory"), ("f1_macro",))
+    other = resolve_objectives(("f1_macro", "trainable_parameters", "peak_memory"), METRICS)
     for objectives in (TWO, other):
         with pytest.raises(ValueError, match=r"(?s)'questions'.*objectives.*accuracy"):
             opened(tmp_path, objectives)
@@ -193,7 +193,7 @@ def test_plain_optuna_opens_the_study(tmp_path: Path) -> None:
 
 
 def test_optuna_is_told_which_trials_break_a_constraint(tmp_path: Path) -> None:
-    constraints = resolve_constraints({"trainable_parameters": 1000}, ("accuracy", "f1_macro"))
+    constraints = resolve_constraints({"trainable_parameters": 1000}, METRICS)
     store = StudyStore(tmp_path, "questions", OBJECTIVES, constraints)
     evaluation = Evaluation(
         configuration=random_configuration(random.Random(0)),

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from autopeft.core.evaluation import Evaluation, TrialRecord
-from autopeft.core.objectives import resolve_objectives
+from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis, front_records
 from autopeft.reporting.front import ParetoFront
-from tests.records import OBJECTIVES, front_of, random_configuration, synthetic_records
+from tests.records import METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
 
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 AXES = (
@@ -221,9 +221,7 @@ def test_a_front_without_its_search_cannot_export(front: ParetoFront, tmp_path: 
 
 
 def test_the_first_metric_chooses() -> None:
-    objectives = resolve_objectives(
-        ("trainable_parameters", "f1_macro", "accuracy"), ("accuracy", "f1_macro")
-    )
+    objectives = resolve_objectives(("trainable_parameters", "f1_macro", "accuracy"), METRICS)
     records = []
     for one in RECORDS:
         values = {**one.evaluation.values, "f1_macro": 1 - one.evaluation.values["accuracy"]}
@@ -231,6 +229,31 @@ def test_the_first_metric_chooses() -> None:
     front = ParetoFront(records, objectives, AXES[:2])
     assert front.metric.name == "f1_macro"
     assert front.best().number == 0
+
+
+def test_a_metric_that_is_minimised_chooses_its_smallest() -> None:
+    loss = Objective(name="loss", direction="minimize", unit="nats", is_metric=True)
+    axes = (Axis(objective=loss, worst=2.0, best=0.0), AXES[1])
+    records = [
+        replace(
+            one,
+            evaluation=replace(
+                one.evaluation,
+                values={**one.evaluation.values, "loss": 1 - one.evaluation.values["accuracy"]},
+            ),
+        )
+        for one in RECORDS
+    ]
+    front = ParetoFront(records, (loss, PARAMETERS), axes)
+    assert [point.number for point in front] == [0, 4, 2], "cheapest first"
+    best = front.best()
+    assert best.number == 2
+    assert best.values["loss"] == min(point.values["loss"] for point in front)
+    assert front.best(trainable_parameters=20_000).values["loss"] == pytest.approx(0.18)
+    assert front.best(loss=0.15).number == 2
+    with pytest.raises(ValueError, match=r"No point of the front has loss ≤ 0\.0500"):
+        front.best(loss=0.05)
+    assert front.knee(tolerance=0.001).number == 2
 
 
 def test_a_front_with_one_more_trial_is_that_of_all_trials(front: ParetoFront) -> None:

@@ -16,7 +16,7 @@ from autopeft.reporting.configuration_image import configuration_figure
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, projections, static_front_figure
-from tests.records import OBJECTIVES, front_of, synthetic_records
+from tests.records import METRICS, OBJECTIVES, front_of, synthetic_records
 
 TWO = OBJECTIVES[:2]
 
@@ -119,7 +119,7 @@ def test_the_picture_is_a_png_of_a_panel_a_cost(count: int, objectives: tuple[Ob
 
 
 def test_seconds_and_scores_have_their_axes() -> None:
-    objectives = resolve_objectives(("accuracy", "f1_macro", "training_seconds"), ("accuracy", "f1_macro"))
+    objectives = resolve_objectives(("accuracy", "f1_macro", "training_seconds"), METRICS)
     records = [with_values(one, training_seconds=3.0 + one.number) for one in synthetic_records(9)]
     layout = front_figure(records, front_of(records, objectives), objectives).layout
     assert layout.xaxis.title.text == "f1 macro"

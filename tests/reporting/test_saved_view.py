@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from autopeft.core.objectives import resolve_objectives
+from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
 from tests.records import OBJECTIVES
 
@@ -31,7 +31,7 @@ def test_a_view_has_a_chart_a_cost_of_all_trials_of_the_search() -> None:
 
 
 def test_a_view_names_metrics_as_they_are_logged() -> None:
-    objectives = resolve_objectives(("trainable_parameters", "F1@5"), ("F1@5",))
+    objectives = resolve_objectives(("trainable_parameters", "F1@5"), (Objective.score("F1@5"),))
     state = json.loads(view_state("abc", objectives))
     assert valid_key("F1@5") == "F1_5"
     assert state["compareRunCharts"][0]["yaxis"]["key"] == "F1_5"

@@ -16,6 +16,7 @@ from scipy import stats
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Objective
 from autopeft.reporting.score_validation import ScoreCheck, check_scores, implied_quality
 from autopeft.search_spaces import PerLayer
 from autopeft.sensitivity import SiteScores
@@ -115,6 +116,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     found = [rows(check)["gora"] for check in checks]
     covered = sum(one.spearman_low <= truth <= one.spearman_high for one in found)
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_a_score_is_as_right_of_a_metric_that_is_minimised() -> None:
+    error = Objective(name="error", direction="minimize", unit="nats", is_metric=True)
+    records = trials(20)
+    mirrored = [
+        replace(
+            record, evaluation=replace(record.evaluation, values={**values, "error": -values["accuracy"]})
+        )
+        for record in records
+        for values in [record.evaluation.values]
+    ]
+    found = check_scores(mirrored, {"gora": RISING}, error)
+    assert found.metric == "error"
+    assert found.frame.equals(check_scores(records, {"gora": RISING}, OBJECTIVES[0]).frame)
 
 
 def test_duplicates_do_not_count_and_few_trials_are_refused() -> None:

@@ -16,6 +16,7 @@ from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.core.jobs import New, Resume
+from autopeft.core.objectives import Objective
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
@@ -356,10 +357,10 @@ def test_what_warm_trainings_gain_is_not_expected_of_cold_ones(tmp_path: Path) -
 
     cold = [evaluation(0.2, 0.8, warm=False)] * 4
     warm = [evaluation(0.7, 0.8, warm=True)] * 4
-    made = Forecast([*cold, *warm], search.objectives, search.open().axes, "accuracy")
+    made = Forecast([*cold, *warm], search.objectives, search.open().axes, Objective.score("accuracy"))
     expected, _ = made.beyond(evaluation(0.7, 0.7, warm=True, whole=False), 1, 0.7)
     assert expected == pytest.approx(0.8)
     expected, _ = made.beyond(evaluation(0.2, 0.2, warm=False, whole=False), 1, 0.2)
     assert expected == pytest.approx(0.8)
-    first = Forecast(cold, search.objectives, search.open().axes, "accuracy")
+    first = Forecast(cold, search.objectives, search.open().axes, Objective.score("accuracy"))
     assert first.beyond(evaluation(0.7, 0.7, warm=True, whole=False), 1, 0.7) == (0.7, None)

@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.optimization.candidates import local_search
@@ -17,11 +16,11 @@ from autopeft.search_spaces.learning_rates import summed_learning_rate
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import tiny_backbone
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
-SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), cross_entropy, SPACE.scores))
+SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
 
 
 def test_refinement_adds_and_drops_against_the_scores_too() -> None:

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler
 from optuna.trial import FixedTrial, Trial
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import attach, count_parameters
@@ -31,7 +30,7 @@ from autopeft.search_spaces import (
 )
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import tiny_backbone
+from tests.tiny_models import CROSS_ENTROPY, tiny_backbone, tiny_language_model, tiny_tokenizer
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {
@@ -97,13 +96,13 @@ PAIRS = [
 def guided(backbone: Backbone, **options: Any) -> ScoreGuided:
     """Return a score-guided space with scores that need no data."""
     space = ScoreGuided(scores=("condition_number", "random"), **options)
-    return space.with_scores(compute_scores(backbone, (), cross_entropy, space.scores))
+    return space.with_scores(compute_scores(backbone, (), CROSS_ENTROPY, space.scores))
 
 
 PAIRS += [
     pytest.param(
         PerLayer(prior="random", groups=2).with_scores(
-            compute_scores(backbone, (), cross_entropy, ("random",))
+            compute_scores(backbone, (), CROSS_ENTROPY, ("random",))
         ),
         backbone,
         id=f"per-layer-prior-{architecture}",
@@ -326,3 +325,17 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_where_no_head_is_trained_the_head_alone_is_the_untrained_model(name: str) -> None:
+    space = SPACES[name]
+    backbone = Backbone(tiny_language_model("llama"), tiny_tokenizer(), name="tiny", head=())
+    baselines = space.baselines(backbone)
+    untrained = [baseline.name for baseline in baselines if not len(baseline.configuration)]
+    assert untrained in ([], ["untrained model"])
+    assert "head alone" not in {baseline.name for baseline in baselines}
+    fewest, most = (count_parameters(backbone, end) for end in space.ends(backbone))
+    assert 0 < fewest <= most
+    smallest, _ = space.extremes(backbone)
+    assert (space.ends(backbone) == space.extremes(backbone)) == (len(smallest) > 0)

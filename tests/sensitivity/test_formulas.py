@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from autopeft.core.configuration import Configuration, Site
 from autopeft.models.backbone import Backbone
@@ -28,7 +27,14 @@ from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undistur
 from autopeft.sensitivity.weight_scores import singular_values
 from tests.sensitivity import references
 from tests.sensitivity.references import labelled_batches, scored
-from tests.tiny_models import HEADS, draw_parameters, tiny_backbone, tiny_classifier, tiny_tokenizer
+from tests.tiny_models import (
+    CROSS_ENTROPY,
+    HEADS,
+    draw_parameters,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_tokenizer,
+)
 
 FAMILIES = ("tiny_bert", "tiny_llama", "tiny_gpt2")
 
@@ -62,7 +68,7 @@ def test_there_is_a_test_for_every_score() -> None:
 @pytest.mark.parametrize("name", references.EXACT)
 def test_exact_scores(backbone: Backbone, name: str) -> None:
     batches = labelled_batches()
-    found = compute_scores(backbone, batches, cross_entropy, [name])[name]
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, [name])[name]
     assert found.name == name
     assert_close(found.values, references.EXACT[name](backbone, batches))
 
@@ -70,10 +76,10 @@ def test_exact_scores(backbone: Backbone, name: str) -> None:
 def test_scores_are_the_same_together_and_alone(backbone: Backbone) -> None:
     batches = labelled_batches(2)
     names = [name for name in SCORES if name != "leave_one_out"]
-    together = compute_scores(backbone, batches, cross_entropy, names)
+    together = compute_scores(backbone, batches, CROSS_ENTROPY, names)
     assert list(together) == names
     for name in names:
-        assert compute_scores(backbone, batches, cross_entropy, [name])[name] == together[name]
+        assert compute_scores(backbone, batches, CROSS_ENTROPY, [name])[name] == together[name]
 
 
 @pytest.mark.parametrize("architecture", [*HEADS, "albert", "opt"])
@@ -83,7 +89,7 @@ def test_gradients_of_many_architectures(architecture: str) -> None:
     head = HEADS.get(architecture, ("classifier",) if hasattr(model, "classifier") else ("score",))
     backbone = Backbone(model, tiny_tokenizer(), name=architecture, head=head)
     batches = labelled_batches(2)
-    found = compute_scores(backbone, batches, cross_entropy, ["fisher"])["fisher"]
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["fisher"])["fisher"]
     assert_close(found.values, references.fisher(backbone, batches))
 
 
@@ -92,7 +98,7 @@ def test_sites_without_influence_score_nothing() -> None:
     before = backbone.model.get_submodule(backbone.shape(Site(1, "ffn_down")).module)
     handle = before.register_forward_pre_hook(lambda _, given: (given[0].detach(),))
     names = ("gradient_norm", "fisher", "gora", "gradient_spectrum", "grasp", "hessian")
-    for name, scores in compute_scores(backbone, batches, cross_entropy, names).items():
+    for name, scores in compute_scores(backbone, batches, CROSS_ENTROPY, names).items():
         assert scores.values[Site(1, "ffn_up")] == 0, name
         assert scores.values[Site(1, "ffn_down")] != 0, name
     handle.remove()
@@ -108,7 +114,7 @@ def test_calls_without_influence_are_left_out() -> None:
         lambda _, given: (given[0].detach(),) if next(calls) % 2 else None
     )
     batches = labelled_batches(2)
-    found = compute_scores(backbone, batches, cross_entropy, ["gradient_norm"])["gradient_norm"]
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["gradient_norm"])["gradient_norm"]
     assert_close(found.values, references.gradient_norm(backbone, batches))
     handle.remove()
 
@@ -116,7 +122,7 @@ def test_calls_without_influence_are_left_out() -> None:
 def test_spectra(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = labelled_batches()
     names = ("gradient_spectrum", "explained_variance")
-    found = compute_scores(backbone, batches, cross_entropy, names, rank=2)
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2)
     references_ = references.spectra(backbone, batches), references.variance_ratios(backbone, batches)
     for name, expected in zip(names, references_, strict=True):
         for site, spectrum in found[name].spectra.items():
@@ -129,7 +135,7 @@ def test_spectra(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
             )
     monkeypatch.setattr(computation, "_COMPONENTS", 5)
     monkeypatch.setattr(computation, "_CONVERGENCE", None)
-    short = compute_scores(backbone, batches, cross_entropy, names, rank=2)
+    short = compute_scores(backbone, batches, CROSS_ENTROPY, names, rank=2)
     assert {len(spectrum) for scores in short.values() for spectrum in scores.spectra.values()} == {5}
     assert short["gradient_spectrum"].values == found["gradient_spectrum"].values
     # What the incremental SVD cut off is small, and it never invents variance.
@@ -180,7 +186,7 @@ def test_sites_share_what_they_read_together(backbone: Backbone, monkeypatch: py
         add(state, vectors)
 
     monkeypatch.setattr(IncrementalVariance, "add", count)
-    compute_scores(backbone, labelled_batches(3), cross_entropy, ["explained_variance"])
+    compute_scores(backbone, labelled_batches(3), CROSS_ENTROPY, ["explained_variance"])
     assert len(added) == 3 * 4 * len(backbone.blocks)
 
 
@@ -189,7 +195,7 @@ def test_sites_part_where_their_inputs_do() -> None:
     key = backbone.model.get_submodule(backbone.shape(Site(1, "key")).module)
     calls = itertools.count()
     bend = key.register_forward_pre_hook(lambda _, given: (given[0].exp(),) if next(calls) % 2 else None)
-    found = compute_scores(backbone, batches, cross_entropy, ["explained_variance"])
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["explained_variance"])
     values = found["explained_variance"].values
     assert_close(values, references.explained_variance(backbone, batches))
     assert values[Site(1, "query")] == values[Site(1, "value")] != values[Site(1, "key")]
@@ -239,7 +245,7 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: py
     own = [_exact_hessian(backbone, [batch]) for batch in batches]
     probes = 150
     monkeypatch.setattr(computation, "_HESSIAN_PROBES", probes)
-    found = compute_scores(backbone, batches, cross_entropy, ["hessian"])["hessian"]
+    found = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"])["hessian"]
     weights = references.weights(backbone)
     start = 0
     for site, weight in weights.items():
@@ -255,7 +261,7 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: py
             variance += 2 * float(symmetric.square().sum()) / probes / len(batches) ** 2
         assert abs(found.values[site] - exact) < 4 * math.sqrt(variance), site
     strongest = max(found.values, key=lambda site: abs(found.values[site]))
-    other = compute_scores(backbone, batches, cross_entropy, ["hessian"], seed=1)["hessian"]
+    other = compute_scores(backbone, batches, CROSS_ENTROPY, ["hessian"], seed=1)["hessian"]
     assert other.values[strongest] == pytest.approx(found.values[strongest], rel=0.5)
     assert other != found
 
@@ -266,7 +272,7 @@ def test_curvature_is_the_hessian_vector_product(backbone: Backbone) -> None:
     shapes = {one.site: one.weight.shape for one in sites}
     direction = {site: torch.randn(shape) for site, shape in shapes.items()}
     functional = {site: torch.randn(shape) for site, shape in shapes.items()}
-    subject = Subject(model=backbone.model, sites=sites, batches=batches, loss=cross_entropy, seed=0)
+    subject = Subject(model=backbone.model, sites=sites, batches=batches, task=CROSS_ENTROPY, seed=0)
     with undisturbed(backbone.model, 0):
         found = curvature(
             subject,
@@ -286,7 +292,7 @@ def test_leave_one_out_trains_every_site_alone(backbone: Backbone) -> None:
         return float(len(trained))
 
     names = ("leave_one_out", "uniform")
-    found = compute_scores(backbone, [], cross_entropy, names, rank=3, train_one=train_one)
+    found = compute_scores(backbone, [], CROSS_ENTROPY, names, rank=3, train_one=train_one)
     sites = scored(backbone)
     assert [list(one.adapters) for one in trained] == [[site] for site in sites]
     assert {(one.method, one.size) for configuration in trained for _, one in configuration} == {("lora", 3)}
@@ -299,7 +305,7 @@ def test_the_seed_decides(backbone: Backbone) -> None:
 
     def score(seed: int) -> dict[str, SiteScores]:
         torch.manual_seed(17 + seed)  # the global generator does not matter
-        return compute_scores(backbone, batches, cross_entropy, ["random", "hessian", "snip"], seed=seed)
+        return compute_scores(backbone, batches, CROSS_ENTROPY, ["random", "hessian", "snip"], seed=seed)
 
     first, again, other = score(0), score(0), score(1)
     assert first == again

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from autopeft.core.objectives import Objective
 from autopeft.tasks import TextClassification, text_classification
 from autopeft.tasks.tokenization import tokenise
 
@@ -144,15 +146,26 @@ def test_limits_are_stratified() -> None:
 
 def test_class_weights_weigh_the_loss() -> None:
     logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 1, 0, 1])
+    output, batch = SimpleNamespace(logits=logits), {"labels": labels}
     plain = functional.cross_entropy(logits, labels)
-    assert torch.equal(task().loss(logits, labels), plain)
-    weighted = task(class_weights={"positive": 3.0}).loss(logits, labels)
+    assert torch.equal(task().loss(output, batch), plain)
+    weighs = task(class_weights={"positive": 3.0})
     expected = functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 3.0]))
-    assert torch.equal(weighted, expected)
+    assert torch.equal(weighs.loss(output, batch), expected)
+    assert (float(task().weight(batch)), float(weighs.weight(batch))) == (6, 2 + 4 * 3)
     uneven = Dataset.from_dict({"text": ["a"] * 80, "label": ["n"] * 60 + ["p"] * 20})
-    balanced = task(dataset=uneven, class_weights="balanced").loss(logits, labels)
+    balanced = task(dataset=uneven, class_weights="balanced").loss(output, batch)
     weight = torch.tensor([80 / 2 / 60, 80 / 2 / 20])
     assert torch.allclose(balanced, functional.cross_entropy(logits, labels, weight=weight))
+
+
+def test_a_metric_is_found_by_name_and_an_unknown_one_is_told_the_nearest() -> None:
+    task = TextClassification(dataset=Dataset.from_dict(rows()))
+    assert task.metric("f1") == Objective.score("f1") == task.metrics[1]
+    with pytest.raises(ValueError, match=r"Unknown metric 'acuracy'.*did you mean 'accuracy'"):
+        task.metric("acuracy")
+    with pytest.raises(ValueError, match=r"Unknown metric 'trainable_parameters'.*accuracy, f1, matthews"):
+        task.metric("trainable_parameters")
 
 
 def test_metrics_and_what_the_majority_scores() -> None:
@@ -162,8 +175,9 @@ def test_metrics_and_what_the_majority_scores() -> None:
     assert loaded.trivial_score("f1") == pytest.approx((2 * 0.75 / 1.75) / 2)
     assert loaded.trivial_score("matthews") == 0
     metrics = loaded.metric_collection()
-    metrics.update(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
-    assert set(metrics.compute()) == set(loaded.metrics)
+    output = SimpleNamespace(logits=torch.tensor([[2.0, 1.0], [0.0, 1.0]]))
+    loaded.update_metrics(metrics, output, {"labels": torch.tensor([0, 0])}, torch.tensor(0.0))
+    assert set(metrics.compute()) == {metric.name for metric in loaded.metrics}
     assert float(metrics.compute()["accuracy"]) == 0.5
     assert loaded.best_score("f1") == 1
 

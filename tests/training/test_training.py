@@ -15,9 +15,12 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from autopeft.core.evaluation import VALIDATION_LOSS
+from autopeft.core.objectives import Direction, Objective
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer import ResidentStrategy, build_trainer, quiet_lightning
+
+DIRECTIONS: tuple[Direction, ...] = ("maximize", "minimize")
 
 
 class Model(nn.Module):
@@ -34,11 +37,24 @@ class Model(nn.Module):
 class Task:
     """Enough of a task for the module."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, labels)
+    weights = torch.ones(2)
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return model(batch["inputs"])
+
+    def loss(self, output: Any, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(output.logits, batch["labels"], weight=self.weights)
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.weights[batch["labels"]].sum()
 
     def metric_collection(self) -> MetricCollection:
         return MetricCollection({"accuracy": MulticlassAccuracy(2, average="micro")})
+
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: dict[str, Tensor], loss: Tensor
+    ) -> None:
+        metrics.update(output.logits, batch["labels"])
 
 
 def batches(count: int = 8) -> DataLoader[Any]:
@@ -112,7 +128,7 @@ def test_a_fit_learns_and_leaves_the_module_where_it_is() -> None:
     training = Training(epochs=4, device="cpu")
     trained = module(total_steps=32)
     with quiet_lightning():
-        trainer = build_trainer(training, [], monitor="accuracy")
+        trainer = build_trainer(training, [], monitor=Objective.score("accuracy"))
         assert isinstance(trainer.strategy, ResidentStrategy)
         trainer.fit(trained, batches(), batches(2))
     assert trainer.global_step == 32
@@ -122,8 +138,7 @@ def test_a_fit_learns_and_leaves_the_module_where_it_is() -> None:
 class WeightedTask(Task):
     """The second class counts nine times."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits, labels, weight=torch.tensor([1.0, 9.0]))
+    weights = torch.tensor([1.0, 9.0])
 
 
 @pytest.mark.parametrize("task", [Task(), WeightedTask()])
@@ -138,20 +153,42 @@ def test_the_validation_loss_is_that_of_all_rows_at_once(task: Task) -> None:
                 trained.validation_step(part, index)
             found = trained.take_validated()
             assert set(found) == {"accuracy", VALIDATION_LOSS}
-            expected = task.loss(trained(rows), rows["labels"])
+            expected = task.loss(trained(rows), rows)
             assert float(found[VALIDATION_LOSS]) == pytest.approx(float(expected))
 
 
 def test_patience_stops_early_and_max_steps_bounds() -> None:
     training = Training(epochs=30, patience=1, device="cpu")
     with quiet_lightning():
-        trainer = build_trainer(training, [], monitor="accuracy")
+        trainer = build_trainer(training, [], monitor=Objective.score("accuracy"))
         assert any(isinstance(one, EarlyStopping) for one in getattr(trainer, "callbacks", []))
         trainer.fit(module(rate=1e-9), batches(), batches(2))
         assert trainer.current_epoch < 30
-        bounded = build_trainer(Training(max_steps=3, device="cpu"), [], monitor="accuracy")
+        bounded = build_trainer(Training(max_steps=3, device="cpu"), [], monitor=Objective.score("accuracy"))
         bounded.fit(module(), batches(), batches(2))
     assert bounded.global_step == 3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_early_stopping_waits_for_has_the_metrics_direction(direction: Direction) -> None:
+    monitor = Objective(name="accuracy", direction=direction, unit="score", is_metric=True)
+    trainer = build_trainer(Training(patience=2, device="cpu"), [], monitor=monitor)
+    (stopping,) = (one for one in getattr(trainer, "callbacks", []) if isinstance(one, EarlyStopping))
+    assert (stopping.monitor, stopping.patience) == ("accuracy", 2)
+    assert stopping.mode == {"maximize": "max", "minimize": "min"}[direction]
+
+
+def test_a_loss_that_falls_does_not_stop_a_training() -> None:
+    training = Training(epochs=6, patience=1, device="cpu")
+    torch.manual_seed(0)
+    stopped = {}
+    with quiet_lightning():
+        for direction in DIRECTIONS:
+            loss = Objective(name=VALIDATION_LOSS, direction=direction, unit="nats", is_metric=True)
+            trainer = build_trainer(training, [], monitor=loss)
+            trainer.fit(module(total_steps=48), batches(), batches(2))
+            stopped[direction] = trainer.current_epoch
+    assert stopped == {"minimize": 6, "maximize": 2}
 
 
 def test_quiet_lightning_gives_the_level_back() -> None:
@@ -174,5 +211,6 @@ def test_metrics_that_are_used_again_forget_the_training_before() -> None:
         total_steps=20,
         metrics=metrics,
     )
-    again.add_validated(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+    output = SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]))
+    again.add_validated(output, {"labels": torch.tensor([1])})
     assert again.take_validated()["accuracy"] == 1.0

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopeft.models.backbone import Backbone
+from autopeft.tasks import Task
 
 _HIDDEN = "hidden_states"
 
@@ -61,7 +62,9 @@ def evaluation_mode_below(cut: int, backbone: Backbone) -> Iterator[None]:
         yield
 
 
-def states_at(cuts: Sequence[int], backbone: Backbone, inputs: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def states_at(
+    cuts: Sequence[int], backbone: Backbone, task: Task, inputs: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
     """Run a backbone up to the last of some cuts, which rise, from 1 on; raise where it does not come there.
 
     Returns:
@@ -79,7 +82,7 @@ def states_at(cuts: Sequence[int], backbone: Backbone, inputs: Mapping[str, Tens
             hook = backbone.blocks[cut - 1].register_forward_hook(partial(note, cut))
             stack.callback(hook.remove)
         try:
-            backbone.model(**inputs)
+            task.forward(backbone.model, inputs)
         except _ReachedError:
             return found
     raise UnservableError(f"the forward pass does not come to block {cuts[-1]}")
@@ -88,7 +91,7 @@ def states_at(cuts: Sequence[int], backbone: Backbone, inputs: Mapping[str, Tens
 class Structure:
     """What each block of a backbone in evaluation mode returns, seen in one forward pass over some inputs."""
 
-    def __init__(self, backbone: Backbone, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, backbone: Backbone, task: Task, inputs: Mapping[str, Tensor]) -> None:
         self._blocks = blocks = backbone.blocks
         self._lengths = [0] * len(blocks)  # of the tuple that a block returns; 0 where it returns a tensor
         self._obstacles = ["is not run"] * len(blocks)
@@ -103,7 +106,7 @@ class Structure:
             for index, block in enumerate(blocks):
                 hook = block.register_forward_hook(partial(look, index), with_kwargs=True)
                 stack.callback(hook.remove)
-            backbone.model(**inputs)
+            task.forward(backbone.model, inputs)
         if order != list(range(len(blocks))):
             self._obstacles = ["is not run once, after the one below it"] * len(blocks)
 

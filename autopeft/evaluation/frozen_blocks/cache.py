@@ -29,7 +29,7 @@ from autopeft.evaluation.frozen_blocks.row_index import RowIndex
 from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
-from autopeft.tasks.base import SplitName, TaskData
+from autopeft.tasks.base import SplitName, Task, TaskData
 from autopeft.tasks.batch import rows_of
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import Training
@@ -53,6 +53,7 @@ class HiddenStateCache:
 
     Attributes:
         backbone: The resident backbone, with nothing attached.
+        task: Says what the model predicts.
         data: The task's splits.
         training: Says how the blocks below the cut are run, and how much may be kept.
         folder: Where files are kept; None to keep none.
@@ -60,6 +61,7 @@ class HiddenStateCache:
     """
 
     backbone: Backbone
+    task: Task
     data: TaskData
     training: Training
     folder: Path | None
@@ -150,7 +152,7 @@ class HiddenStateCache:
     @cached_property
     def _structure(self) -> Structure:
         rows = self._rows["train"]
-        return Structure(self.backbone, rows.inputs(rows.probe(), self._device))
+        return Structure(self.backbone, self.task, rows.inputs(rows.probe(), self._device))
 
     def _may_serve(self, cut: int) -> bool:
         return self._files is not None and cut > 0 and cut not in self._unservable and bool(self._rows)
@@ -233,7 +235,7 @@ class HiddenStateCache:
     def _states(self, cut: int, rows: RowIndex, batch: Sequence[int]) -> Tensor:
         """Return the hidden states at a batch's tokens, of shape (tokens, width)."""
         inputs = rows.inputs(batch, self._device)
-        return states_at([cut], self.backbone, inputs)[cut][rows.inside(batch, self._device)]
+        return states_at([cut], self.backbone, self.task, inputs)[cut][rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
         """Try serving a few rows' hidden states that were computed alone: positions may count padding."""
@@ -264,18 +266,20 @@ class HiddenStateCache:
     def _error(self, cut: int, rows: RowIndex, states: Tensor) -> float:
         """Return how far serving the probe's states is off, relative to what is computed.
 
-        The largest difference of a token's states or of logits.
+        The largest difference of a token's states or of what is predicted.
         """
         model, probe = self.backbone.model, rows.probe()
-        inputs = rows.inputs(probe, self._device)
-        given = states[rows.inside(probe, self._device)].float()
+        inputs, inside = rows.inputs(probe, self._device), rows.inside(probe, self._device)
+        given = states[inside].float()
         expected = self._states(cut, rows, probe).float()
-        plain = model(**inputs).logits.float()
+        plain = self.task.predicted(self.task.forward(model, inputs)).float()
         with self._structure.serving(cut, states):
-            served = model(**inputs).logits.float()
+            served = self.task.predicted(self.task.forward(model, inputs)).float()
         of_states = (given - expected).norm(dim=-1) / expected.norm(dim=-1)
-        of_logits = (served - plain).abs().max() / plain.abs().max()
-        return float(torch.maximum(of_states.max(), of_logits))
+        if served.shape[:2] == inside.shape:
+            served, plain = served[inside], plain[inside]  # what is predicted at padding counts for nothing
+        of_prediction = (served - plain).abs().max() / plain.abs().max()
+        return float(torch.maximum(of_states.max(), of_prediction))
 
 
 def _tolerance(states: Tensor, precision: str) -> float:

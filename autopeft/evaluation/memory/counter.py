@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.core.precision import Precision, autocast
+from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
 from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
-from autopeft.tasks.base import Loss
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.tasks import Task
 
 _MOST_COUNTS = 4096
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -41,7 +41,7 @@ class MemoryCounter:
     def count(
         self,
         batch: Mapping[str, Tensor],
-        loss: Loss,
+        task: Task,
         *,
         precision: Precision = "32-true",
         attached: Hashable = None,
@@ -51,9 +51,8 @@ class MemoryCounter:
         Model, gradients and random generators stay untouched.
 
         Args:
-            batch: The largest training batch, labels under "labels"; only its shapes matter.
-            loss: Maps logits (batch, labels) and labels (batch,) to a scalar. A count is kept by it: it must
-                be hashable, and equal from one call to the next.
+            batch: The largest training batch; only its shapes matter.
+            task: Gives the forward pass and the loss.
             precision: "bf16-mixed" counts under autocast.
             attached: What is attached, sizes included (`Attachment.structure`): a count of the same is
                 returned without another run. None to count in any case.
@@ -62,21 +61,22 @@ class MemoryCounter:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
         if attached is None:
-            return self._follow(batch, loss, precision)
+            return self._follow(batch, task, precision)
         shapes = frozenset((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         trained = tuple(name for name, each in self._model.named_parameters() if each.requires_grad)
-        case = (attached, trained, shapes, loss, precision)
+        case = (attached, trained, shapes, task, precision)
         if case not in self._counts:
-            self._counts[case] = self._follow(batch, loss, precision)
+            self._counts[case] = self._follow(batch, task, precision)
             if len(self._counts) > _MOST_COUNTS:
                 del self._counts[next(iter(self._counts))]
         return self._counts[case]
 
-    def _follow(self, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> int:
+    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
         was_training = self._model.training
         try:
             self._model.train()
-            return _follow_step(self._model, batch, loss, precision)
+            with with_packed_stand_ins(self._model):
+                return _follow_step(self._model, batch, task, precision)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
@@ -87,22 +87,47 @@ class MemoryCounter:
             self._model.train(was_training)
 
 
-def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], loss: Loss, precision: Precision) -> int:
+class _Step(nn.Module):
+    """A forward and a backward pass as a module, which can be called with other tensors than its own."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        counter: StorageCounter | None = None,
+        precision: Precision = "32-true",
+    ) -> int:
+        """Return the peak of the forward pass; what is left in the counter is that of the backward pass.
+
+        Without a counter there is a forward pass alone.
+        """
+        if counter is None:
+            self.task.forward(self.model, batch)
+            return 0
+        with autocast(precision, "cpu"):
+            loss = self.task.loss(self.task.forward(self.model, batch), batch)
+        forward_peak = counter.peak_bytes
+        counter.restart_peak()
+        if loss.requires_grad:  # an untrained model has nothing to train
+            loss.backward()
+        return forward_peak
+
+
+def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
     """Run forward and backward once on fake tensors, and return the peak of a training."""
     counter = StorageCounter()
+    step = _Step(model, task)
     with without_data() as fake:
-        tensors = {name: fake(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        inputs = {name: fake(tensor) for name, tensor in model_inputs(batch).items()}
-        labels = fake(batch[LABELS])
-        base = counter.exclude((*tensors.values(), *inputs.values(), labels))
+        named = (*step.named_parameters(), *step.named_buffers())
+        tensors = {name: fake(tensor) for name, tensor in named}
+        inputs = {name: fake(tensor) for name, tensor in batch.items()}
+        base = counter.exclude((*tensors.values(), *inputs.values()))
         with counter:
-            with autocast(precision, "cpu"):
-                output = functional_call(model, tensors, kwargs=inputs)
-                value = loss(output.logits, labels)
-                del output
-            forward_peak = counter.peak_bytes
-            counter.restart_peak()
-            value.backward()
+            forward_peak: int = functional_call(step, tensors, (inputs, counter, precision))
             backward_peak = counter.peak_bytes
         sizes = [tensor.nbytes for tensor in tensors.values() if tensor.requires_grad]
     trainable = sum(sizes)
@@ -113,14 +138,16 @@ def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], loss: Loss, prec
     return base + optimizer_state + max(trainable + forward_peak, backward_peak, update)
 
 
-def count_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> int:
     """Return the floating-point operations of one forward pass over a batch, counted on fake tensors.
 
     Counted by `torch.utils.flop_counter` (matrix products and attention).
     """
-    with without_data() as fake, torch.no_grad():
-        tensors = {name: fake(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        inputs = {name: fake(tensor) for name, tensor in model_inputs(batch).items()}
+    step = _Step(model, task)
+    with with_packed_stand_ins(model), without_data() as fake, torch.no_grad():
+        named = (*step.named_parameters(), *step.named_buffers())
+        tensors = {name: fake(tensor) for name, tensor in named}
+        inputs = {name: fake(tensor) for name, tensor in batch.items()}
         with FlopCounterMode(display=False) as counter:
-            functional_call(model, tensors, kwargs=inputs)
+            functional_call(step, tensors, (inputs,))
     return int(counter.get_total_flops())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from autopeft.callbacks import BestWeights, DivergenceError, StopOnDivergence
-from autopeft.evaluation.run import EvaluationRun, Trained, reason_of_failure
+from autopeft.callbacks import DivergenceError, StopOnDivergence
+from autopeft.evaluation.run import EvaluationRun, Trained, best_weights, reason_of_failure
 from autopeft.methods import attach
 from autopeft.tasks.base import Batch
 from autopeft.training.module import names_in_training
@@ -52,7 +52,7 @@ class MemberRun(EvaluationRun):
         self._trainer: Any = SimpleNamespace(
             sanity_checking=False, early_stopping_callback=None, optimizers=[self.optimizer], global_step=0
         )
-        self._best = BestWeights(evaluator.monitor, restore_at_end=False)
+        self._best = best_weights(evaluator.monitor)
         self._divergence = StopOnDivergence()
         self.reason: str | None = None  # why it failed
         self.cost = self._meter.read()  # its share
@@ -95,8 +95,9 @@ class MemberRun(EvaluationRun):
         """Compare the logits in the pack with those alone, and measure what is measured after training."""
         with attach(self.evaluator.backbone, self.configuration, self.seed) as attachment:
             attachment.load_state_dict(self.state or {})
+            task = self.evaluator.task
             with torch.no_grad():
-                alone = self.evaluator.backbone.model(**probe).logits
+                alone = task.predicted(task.forward(self.evaluator.backbone.model, probe))
             tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max().clamp(1e-3))
             if not float((logits - alone).abs().max()) <= tolerance:
                 raise PackingError("a trial has other logits in the pack than alone")

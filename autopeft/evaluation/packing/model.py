@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class PackedModel:
     def __init__(self, backbone: Backbone, members: Sequence[MemberRun], structure: Structure | None) -> None:
         self._backbone = backbone
         self._members = members
+        self._task = members[0].evaluator.task
         self._structure = structure
         self._cuts = [0 if structure is None else member.cut for member in members]
         self._groups = RowGroups()
@@ -156,28 +158,29 @@ class PackedModel:
         """Take everything out of the backbone."""
         self._undo.close()
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the logits of each member, (batch, labels), for one batch that all are given."""
+    def __call__(self, batch: Mapping[str, Tensor]) -> list[Any]:
+        """Return each member's output for one batch that all are given, with the prediction alone."""
         inputs = model_inputs(batch)
         self._groups.rows, self._groups.tokens = next(iter(inputs.values())).shape[:2]
         try:
-            return list(self._logits(inputs).unflatten(0, (len(self._members), -1)).unbind())
+            predicted = self._task.predicted(self._output(inputs))
+            each = predicted.unflatten(0, (len(self._members), -1)).unbind()
+            return [SimpleNamespace(**{self._task.prediction: own}) for own in each]
         finally:
             self._groups.count = 0
 
-    def _logits(self, inputs: Batch) -> Tensor:
+    def _output(self, inputs: Batch) -> Any:
         backbone, cuts = self._backbone, sorted(set(self._cuts))
         shared: dict[int, Tensor] = {}
         if cuts[-1]:
             with torch.no_grad(), evaluation_mode_below(cuts[-1], backbone):
-                shared = states_at([cut for cut in cuts if cut], backbone, inputs)
+                shared = states_at([cut for cut in cuts if cut], backbone, self._task, inputs)
         active: list[Tensor] = []
         for cut, following in pairwise(cuts):
             with self._from(cut, inputs, shared, active) as repeated:
-                active = [states_at([following], backbone, repeated)[following]]
+                active = [states_at([following], backbone, self._task, repeated)[following]]
         with self._from(cuts[-1], inputs, shared, active) as repeated:
-            logits: Tensor = backbone.model(**repeated).logits
-        return logits
+            return self._task.forward(backbone.model, repeated)
 
     @contextmanager
     def _from(

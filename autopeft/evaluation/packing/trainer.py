@@ -21,7 +21,7 @@ from autopeft.evaluation.packing.member import MemberRun, PackingError
 from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.tasks.base import Batch
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.tasks.batch import model_inputs
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.validation_schedule import SegmentedBatches
 
@@ -134,7 +134,7 @@ class PackedTrainer:
             return None
         backbone.model.eval()
         with torch.no_grad():
-            structure = Structure(backbone, self._probe)
+            structure = Structure(backbone, evaluator.task, self._probe)
         return None if structure.obstacle(len(backbone.blocks)) else structure
 
 
@@ -171,13 +171,13 @@ class _PackedTraining:
                 member.end_training()
             self._model.train(False)
             with torch.no_grad():
-                logits = self._model(self.probe)
+                outputs = self._model(self.probe)
         finally:
             self._model.remove()
             evaluator.backbone.model.eval()
-        for member, own in zip(self.members, logits, strict=True):
+        for member, own in zip(self.members, outputs, strict=True):
             if member.reason is None:
-                member.verify(self.probe, own)
+                member.verify(self.probe, evaluator.task.predicted(own))
         self._charge(training=False)
 
     @section("data")
@@ -188,16 +188,15 @@ class _PackedTraining:
         return self.evaluator.backbone.computing_in(self.evaluator.training.resolved_precision())
 
     def _step(self, batch: Batch) -> None:
-        labels = batch[LABELS]
         with section("forward"), self._precision():
-            losses = [self.evaluator.task.loss(logits, labels) for logits in self._model(batch)]
+            losses = [self.evaluator.task.loss(output, batch) for output in self._model(batch)]
         with section("backward"):
             for member in self.members:
                 member.optimizer.zero_grad(set_to_none=False)  # gradients are views
             torch.stack(losses).sum().backward()  # no member's loss depends on the parameters of another
         with section("optimizer"):
             for member, own in zip(self.members, losses, strict=True):
-                member.step(own.detach(), len(labels))
+                member.step(own.detach(), len(next(iter(batch.values()))))
         if any(member.reason is not None for member in self.members):
             self._charge(training=True)
             self._model.remove()
@@ -211,9 +210,9 @@ class _PackedTraining:
         with torch.inference_mode():
             for batch in map(self._on_device, self.evaluator.data.val_dataloader()):
                 with self._precision():
-                    logits = self._model(batch)
-                for member, own in zip(self.members, logits, strict=True):
-                    member.module.add_validated(own, batch[LABELS])
+                    outputs = self._model(batch)
+                for member, own in zip(self.members, outputs, strict=True):
+                    member.module.add_validated(own, batch)
             for member in self.members:
                 member.validated()
         self._model.train(True)

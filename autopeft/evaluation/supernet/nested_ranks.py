@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autopeft.callbacks.lora_modules import LoraModule
-from autopeft.tasks.batch import LABELS
 
 _LARGEST_SHARE = 0.25
 _SMALLEST_SHARE = 0.125
@@ -84,7 +83,7 @@ class PerRowRanks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Tensor], batch_idx: int
     ) -> None:
         """Draw the ranks of a batch's rows."""
-        ranks = torch.from_numpy(self._sampler.sandwich(len(batch[LABELS])))
+        ranks = torch.from_numpy(self._sampler.sandwich(len(next(iter(batch.values())))))
         for module, of_rows in zip(self._modules, ranks.T, strict=True):
             self._gates[module.name] = rank_gates(of_rows, module)
 

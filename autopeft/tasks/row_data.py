@@ -1,13 +1,10 @@
-"""The tokenised splits of a classification task as a LightningDataModule."""
+"""The tokenised splits of a task with a row an example, as a LightningDataModule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -19,27 +16,20 @@ from autopeft.tasks.length_bucketing import (
     loader,
     sorted_batches,
 )
-from autopeft.tasks.tokenization import tokenise
 
 
-@dataclass(frozen=True)
-class LabelledTexts:
-    """One split: columns of texts, and a label a row."""
-
-    columns: tuple[tuple[str, ...], ...]
-    labels: tuple[int, ...]
-
-
-class ClassificationData(TaskData):
-    """Batches of texts and labels.
+class RowData(TaskData):
+    """Batches of rows of like length.
 
     Args:
-        read: Gives a split's texts; called once a split, when it is first needed.
+        read: Gives a split; called once a split, when it is first needed.
         tokenizer: The backbone's.
-        max_length: Tokens a row at most.
         batch_size: Rows a training batch.
         seed: Seed of shuffling.
-        cache: Folder for tokenised texts; None to keep them in memory alone.
+
+    Attributes:
+        tokenizer: The same.
+        batch_size: The same.
 
     Raises:
         ValueError: The tokenizer has no padding token.
@@ -47,13 +37,11 @@ class ClassificationData(TaskData):
 
     def __init__(
         self,
-        read: Callable[[SplitName], LabelledTexts],
+        read: Callable[[SplitName], TokenisedSplit],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_length: int,
         batch_size: int,
         seed: int,
-        cache: Path | None,
     ) -> None:
         super().__init__()
         if tokenizer.pad_token_id is None:
@@ -61,36 +49,31 @@ class ClassificationData(TaskData):
                 f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
                 "to tokenizer.eos_token."
             )
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
         self._read = read
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._batch_size = batch_size
         self._seed = seed
-        self._cache = cache
         self._splits: dict[SplitName, TokenisedSplit] = {}
 
-    def _split(self, name: SplitName) -> TokenisedSplit:
+    def split(self, name: SplitName) -> TokenisedSplit:
+        """Return a split's rows; the first call reads them."""
         if name not in self._splits:
-            texts = self._read(name)
-            tokens, offsets = tokenise(self._tokenizer, texts.columns, self._max_length, self._cache)
-            self._splits[name] = TokenisedSplit(tokens, offsets, np.array(texts.labels, dtype=np.int64))
+            self._splits[name] = self._read(name)
         return self._splits[name]
 
     def collator(self, name: SplitName) -> Collator:
         """Return what makes batches of a split's rows; test batches do not say which rows they hold."""
-        return Collator(self._split(name), self._tokenizer, None if name == "test" else name)
+        return Collator(self.split(name), self.tokenizer, None if name == "test" else name)
 
     def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
         """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
-        split = self._split("train")
+        split = self.split("train")
         seed = self._seed if seed is None else seed
-        batches = LengthGroupedBatches(split.lengths, self._batch_size, seed)
-        return loader(self.collator("train"), batches)
+        return loader(self.collator("train"), LengthGroupedBatches(split.lengths, self.batch_size, seed))
 
     def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
         # No larger than training batches: a trial that was allowed its training memory needs no more here.
-        batches = sorted_batches(self._split(name).lengths, self._batch_size)
-        return loader(self.collator(name), batches)
+        return loader(self.collator(name), sorted_batches(self.split(name).lengths, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches."""
@@ -103,13 +86,13 @@ class ClassificationData(TaskData):
     @property
     def steps_per_epoch(self) -> int:
         """Number of training batches an epoch."""
-        return -(-len(self._split("train")) // self._batch_size)
+        return -(-len(self.split("train")) // self.batch_size)
 
     @cached_property
     def _largest(self) -> Batch:
-        split = self._split("train")
-        (longest, *_) = sorted_batches(split.lengths, self._batch_size)
-        return Collator(split, self._tokenizer)(longest)
+        split = self.split("train")
+        (longest, *_) = sorted_batches(split.lengths, self.batch_size)
+        return Collator(split, self.tokenizer)(longest)
 
     def largest_batch(self) -> Batch:
         """Return the longest training rows as one batch: no drawn batch has a larger shape."""

@@ -1,0 +1,189 @@
+"""What fine-tuning a model would take, from its config alone: no weights, no data, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.objectives import COST_OBJECTIVES
+from autopeft.evaluation.memory.counter import MemoryCounter
+from autopeft.evaluation.memory.packed_weights import pack
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import CausalLM, Task, TextClassification
+
+METHODS = ("lora", "parallel", "ia3")
+"""The families that are estimated unless others are asked for."""
+_IA3_ROLES = ("key", "value", "ffn_down")
+_LABELS = 2
+_PLACEMENTS: Mapping[str, float] = {"everywhere": 1.0, "top half": 0.5, "top quarter": 0.25}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One family at one placement.
+
+    Attributes:
+        method: The adapter family, with its size.
+        placement: Which of the blocks carry it.
+        trainable_parameters: Exact; a new head included.
+        peak_memory: Bytes at the peak of a training step, weights and optimizer included.
+    """
+
+    method: str
+    placement: str
+    trainable_parameters: int
+    peak_memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """What `estimate` found.
+
+    Attributes:
+        model: Name of the model.
+        parameters: Number of its parameters.
+        weight_bytes: Bytes of its weights and buffers.
+        rows: One estimate a family and placement.
+    """
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    rows: tuple[Estimate, ...]
+
+    def table(self) -> Table:
+        """Return the estimates as a rich table."""
+        memory, parameters = COST_OBJECTIVES["peak_memory"], COST_OBJECTIVES["trainable_parameters"]
+        table = Table(
+            title=f"{self.model}: {parameters.format(self.parameters)} parameters, "
+            f"{memory.format(self.weight_bytes)} of weights",
+            title_justify="left",
+        )
+        for heading in ("method", "blocks"):
+            table.add_column(heading)
+        for heading in ("trainable parameters", "peak memory"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.method,
+                row.placement,
+                parameters.format(row.trainable_parameters),
+                memory.format(row.peak_memory),
+            )
+        return table
+
+    def __repr__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def estimate(
+    model: str | Path,
+    task: str | Task = "causal-lm",
+    *,
+    rank: int = 16,
+    batch_size: int = 4,
+    length: int = 512,
+    methods: Sequence[str] = METHODS,
+    nf4: bool = False,
+    checkpointing: bool = False,
+) -> Estimates:
+    """Count trainable parameters and peak memory of a training, without weights.
+
+    The model is built from its config on torch's meta device. Memory is that of a training step in bfloat16
+    with adapters, gradients and AdamW in float32, as `Search` counts it: what kernels allocate for themselves
+    and what CUDA itself takes is not in it.
+
+    Args:
+        model: Hub name, or a folder with a config.json.
+        task: "causal-lm", "text-classification", or a task of one's own data.
+        rank: Rank of LoRA; of other families the bottleneck width or the prefix length.
+        batch_size: Rows a step.
+        length: Tokens a row.
+        methods: Adapter families.
+        nf4: Whether the blocks' linear layers lie packed in 4 bits, as in QLoRA.
+        checkpointing: Whether activations are computed again in the backward pass.
+
+    Raises:
+        ValueError: An argument is not valid, or there is no such model.
+    """
+    for name, value in (("rank", rank), ("batch_size", batch_size), ("length", length)):
+        check_whole(name, value, least=1)
+    for method in methods:
+        if method not in METHOD_SPECS:
+            raise unknown_choice("method", method, METHOD_SPECS)
+    task = _task(task) if isinstance(task, str) else task
+    backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
+    parameters = backbone.parameters
+    if nf4:
+        pack(backbone.model, (shape.module for shape in backbone.sites.values() if shape.kind == "linear"))
+    if checkpointing:
+        backbone.enable_checkpointing()
+    tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
+    batch = task.example_batch(batch_size, length)
+    counter = MemoryCounter(backbone.model)
+    rows = []
+    for method in methods:
+        for placement, share in _PLACEMENTS.items():
+            configuration = _placed(backbone, method, rank, share)
+            if not len(configuration):
+                continue
+            with attach(backbone, configuration) as attachment:
+                peak = counter.count(batch, task, precision="bf16-mixed")
+                specification = METHOD_SPECS[method]
+                rows.append(
+                    Estimate(
+                        method=f"{method}({rank})" if specification.size_name else method,
+                        placement=placement,
+                        trainable_parameters=attachment.trainable_parameters,
+                        peak_memory=peak,
+                    )
+                )
+    return Estimates(
+        model=backbone.name,
+        parameters=parameters,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        rows=tuple(rows),
+    )
+
+
+def _task(name: str) -> Task:
+    """Return a task by name, with just enough data to know its head."""
+    labels = [str(index) for index in range(_LABELS)] * 2
+    known: Mapping[str, Task] = {
+        "causal-lm": CausalLM(dataset=Dataset.from_dict({"text": ["text"]})),
+        "text-classification": TextClassification(
+            dataset=Dataset.from_dict({"text": ["text"] * len(labels), "label": labels})
+        ),
+    }
+    if name not in known:
+        raise unknown_choice("task", name, known)
+    return known[name]
+
+
+def _placed(backbone: Backbone, method: str, size: int, share: float) -> Configuration:
+    """Return a method at its usual sites of the top blocks."""
+    count = len(backbone.blocks)
+    lowest = count - max(1, round(share * count))
+    adapter = Adapter(method, size if METHOD_SPECS[method].size_name else None)
+    sites: dict[Site, Adapter] = {
+        site: adapter
+        for site, shape in backbone.sites.items()
+        if site.block >= lowest
+        and not backbone.obstacle(shape, method)
+        and (method != "ia3" or site.role in _IA3_ROLES)
+        and (method != "parallel" or site.role == "ffn")
+    }
+    return Configuration(sites, learning_rate=1e-3)

@@ -1,0 +1,35 @@
+"""Turn adapters off and on again, as for a reference model that shares the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from autopeft.methods.base import ORIGINALS, Switchable
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let a model compute what its frozen backbone does, in a `with` block; its own head comes back too.
+
+    For losses with a reference, as in preference optimisation (Rafailov et al., "Direct Preference
+    Optimization", 2023): what was computed with adapters keeps its graph, and no weights are held twice.
+
+    Args:
+        model: The model that a task's `forward` is given.
+    """
+    with ExitStack() as back:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(False)
+                back.callback(module.enable_adapters, True)
+            elif isinstance(module, Switchable):
+                module.is_on = False
+                back.callback(setattr, module, "is_on", True)
+            for name, original in vars(module).get(ORIGINALS, {}).items():
+                back.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, original)
+        yield

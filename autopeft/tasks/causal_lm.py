@@ -1,0 +1,400 @@
+"""Causal language modelling: plain text, prompts with completions, or chats."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric, MetricCollection
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.objectives import Objective
+from autopeft.models.head_spec import HeadSpec
+from autopeft.tasks.base import Batch, SplitName, Task, TaskData
+from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
+from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
+from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
+from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
+from autopeft.tasks.length_bucketing import TokenisedSplit
+from autopeft.tasks.packing import pack
+from autopeft.tasks.row_data import RowData
+from autopeft.tasks.splits import split_groups
+from autopeft.tasks.tokenization import fingerprint
+
+_logger = logging.getLogger(__name__)
+_SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+_GENERATION_BATCH = 16
+
+
+class _Perplexity(MeanMetric):
+    """Exponential of the mean loss a token."""
+
+    def compute(self) -> Tensor:
+        """Return the perplexity, a scalar."""
+        mean: Tensor = super().compute()
+        return mean.exp()
+
+
+class LanguageData(RowData):
+    """Batches of token rows, and the rows that texts are generated for.
+
+    Args:
+        rows: Gives the token rows of a split; called once a split, when it is first needed.
+        tokenizer: The backbone's.
+        batch_size: Rows a training batch; with packing, packs.
+        seed: Seed of shuffling.
+        length: Tokens of a pack; None to leave each row alone.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        length: int | None,
+    ) -> None:
+        # Padding goes behind: not every model counts positions from the first token that is none of it.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = "right"
+        super().__init__(self._tokenised, tokenizer, batch_size=batch_size, seed=seed)
+        self._rows = rows
+        self._length = length
+        self._known: dict[SplitName, tuple[TokenRow, ...]] = {}
+
+    def rows(self, name: SplitName) -> tuple[TokenRow, ...]:
+        """Return the token rows of a split."""
+        if name not in self._known:
+            self._known[name] = self._rows(name)
+        return self._known[name]
+
+    def _tokenised(self, name: SplitName) -> TokenisedSplit:
+        rows = self.rows(name)
+        if self._length is not None:
+            return pack(rows, self._length)
+        return TokenisedSplit(
+            tokens={"input_ids": np.concatenate([np.array(row.tokens) for row in rows])},
+            offsets=np.cumsum([0, *(len(row.tokens) for row in rows)]),
+            labels=np.concatenate([np.array(row.labels) for row in rows]),
+            token_labels=True,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLM(Task):
+    """Fine-tune a language model on text, on prompts with completions, or on chats.
+
+    The columns say which: `messages` (chats, written by the tokenizer's chat template), `prompt` and
+    `completion`, `instruction` and `output` (with `input` or without), or `text`. The loss counts completions
+    alone; of plain text all tokens. The language model's own head is used and stays frozen.
+
+    Metrics: loss, the mean cross entropy a token in nats; perplexity; and those of `generate`.
+
+    Attributes:
+        dataset: Hub name, a JSON, JSON-lines, Parquet, CSV or TSV file, a folder with one such file a split,
+            a `datasets.Dataset` or a `DatasetDict`.
+        subset: Configuration of a hub data set.
+        max_length: Tokens a row at most; longer ones are cut at their end.
+        all_tokens: Whether prompts count in the loss too.
+        packing: Whether short rows share a sequence of `max_length` tokens. They do not see each other.
+        generate: Metrics of text that is generated for prompts when a training has ended: "exact_match",
+            "rouge_l", "bleu", "chrf"; or by name, functions of the generated texts and the references that
+            return a score, better when larger.
+        generated_rows: Rows of a split that text is generated for, drawn by seed.
+        new_tokens: Tokens that are generated for a row at most.
+        train_examples: Use this many rows at most, drawn by seed; None for all.
+        validation_examples: The same for validation.
+        test_examples: The same for test.
+        validation_share: Share of the training rows that becomes validation where there is none. Rows with
+            the same prompt stay together.
+        test_share: Share of the training rows that becomes test where there is none.
+        seed: Seed of splits and limits.
+
+    Raises:
+        ValueError: A setting is out of its range; the data are checked by `validate`.
+    """
+
+    dataset: Source = field(repr=False)
+    _: KW_ONLY
+    subset: str | None = None
+    max_length: int = 512
+    all_tokens: bool = False
+    packing: bool = False
+    generate: Sequence[str] | Mapping[str, TextMetric] = ()
+    generated_rows: int = 64
+    new_tokens: int = 64
+    train_examples: int | None = None
+    validation_examples: int | None = None
+    test_examples: int | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "generated_rows", "new_tokens"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in _SPLITS:
+            if (limit := getattr(self, f"{name}_examples")) is not None:
+                check_whole(f"{name}_examples", limit, least=1)
+        check_shares(self.validation_share, self.test_share)
+        for name in () if isinstance(self.generate, Mapping) else self._generated:
+            if name not in TEXT_METRICS:
+                raise unknown_choice("metric of generated text", name, TEXT_METRICS)
+
+    @property
+    def name(self) -> str:
+        """Short name for runs and folders."""
+        return source_name(self.dataset, self.subset) or "causal-lm"
+
+    @property
+    def _generated(self) -> tuple[str, ...]:
+        return (self.generate,) if isinstance(self.generate, str) else tuple(self.generate)
+
+    @property
+    def metrics(self) -> tuple[Objective, ...]:
+        """The metrics, the default one first."""
+        loss = Objective(name="loss", direction="minimize", unit="nats", is_metric=True)
+        perplexity = Objective(
+            name="perplexity", direction="minimize", unit="perplexity", is_metric=True, log_scale=True
+        )
+        return loss, perplexity, *(Objective.score(name, at_end=True) for name in self._generated)
+
+    @property
+    def head(self) -> HeadSpec:
+        """The language model's own, which is not trained."""
+        return HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        return load_splits(self.dataset, self.subset)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which columns the data have."""
+        layouts = {name: layout_of(split.column_names) for name, split in self._sources.items()}
+        different = next((name for name, found in layouts.items() if found != layouts["train"]), None)
+        if different is not None:
+            raise ValueError(
+                f"The {different} split has the layout {layouts[different]!r}, the train split "
+                f"{layouts['train']!r}: expected the same columns in both."
+            )
+        _logger.info("The data have the layout %r.", layouts["train"])
+        return layouts["train"]
+
+    @cached_property
+    def _parts(self) -> dict[SplitName, tuple[str, Sequence[int]]]:
+        """Which rows of which split of the source make each of the three splits."""
+        parts: dict[str, tuple[str, Sequence[int]]] = {
+            name: (name, range(len(split))) for name, split in self._sources.items() if len(split)
+        }
+        if "train" not in parts:
+            raise ValueError("The training split has no rows.")
+        if "test" not in parts and "validation" in parts:
+            parts["test"] = parts.pop("validation")
+            _logger.info("There is no test split: the validation split is held out as test.")
+        all_rows = len(parts["train"][1])
+        for name, share in (("test", self.test_share), ("validation", self.validation_share)):
+            if name not in parts:
+                rows = parts["train"][1]
+                keys = [self._keys[row] for row in rows]
+                kept, taken = split_groups(keys, max(1, round(share * all_rows)), self.seed)
+                parts["train"] = "train", [rows[index] for index in kept]
+                parts[name] = "train", [rows[index] for index in taken]
+        limited = {}
+        for name in _SPLITS:
+            source, rows = parts[name]
+            limit = getattr(self, f"{name}_examples")
+            if limit is not None and limit < len(rows):
+                chosen = np.random.default_rng(self.seed).choice(len(rows), limit, replace=False)
+                rows = [rows[index] for index in sorted(chosen)]
+            limited[name] = source, rows
+        return limited
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """What tells examples of the training split apart: rows of one prompt are one example."""
+        return [example_key(row, self.layout) for row in self._sources["train"]]
+
+    def _split(self, name: SplitName) -> Dataset:
+        source, rows = self._parts[name]
+        return self._sources[source].select(rows)
+
+    def validate(self) -> None:
+        """Raise ValueError for whatever is wrong with data or settings."""
+        super().validate()
+        if self._generated and self.layout == "text":
+            raise ValueError(
+                f"{', '.join(self._generated)} compares generated text with a reply, which plain text does "
+                "not have: give columns 'prompt' and 'completion', or 'messages'."
+            )
+        for name in _SPLITS:
+            if not len(self._parts[name][1]):
+                raise ValueError(f"The {name} split has no rows: use more data, or another share.")
+
+    def data(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        cache: Path | None = None,
+    ) -> LanguageData:
+        """Return the tokenised splits; see `Task.data`.
+
+        Raises:
+            ValueError: A row is not of the data's layout, the tokenizer lacks what the layout needs, or no
+                completion is left of a split after rows were cut.
+        """
+        reader = RowReader(tokenizer, self.layout, all_tokens=self.all_tokens)
+        data = LanguageData(
+            lambda name: self._read(reader, name),
+            tokenizer,
+            batch_size=batch_size,
+            seed=seed,
+            length=self.max_length if self.packing else None,
+        )
+        for name in _SPLITS[:2]:
+            data.rows(name)  # what is wrong with them is said now
+        return data
+
+    def _read(self, reader: RowReader, name: SplitName) -> tuple[TokenRow, ...]:
+        source, numbers = self._parts[name]
+        read = [
+            reader.read(row, f"Row {number} of the {source} split")
+            for number, row in zip(numbers, self._split(name), strict=True)
+        ]
+        cut = [row.cut(self.max_length) for row in read]
+        rows = tuple(row for row in cut if any(label != IGNORED for label in row.labels[1:]))
+        shortened = sum(len(row.tokens) > self.max_length for row in read)
+        if not rows:
+            longest = max(len(row.tokens) for row in read)
+            raise ValueError(
+                f"No row of the {name} split has a completion within max_length={self.max_length} tokens "
+                f"(the longest row has {longest}): raise max_length, or shorten the prompts."
+            )
+        if shortened:
+            _logger.warning(
+                "%s of the %s rows of the %s split are cut at %s tokens; %s have nothing left to learn and "
+                "are left out.",
+                f"{shortened:,}",
+                f"{len(read):,}",
+                name,
+                self.max_length,
+                f"{len(read) - len(rows):,}",
+            )
+        return rows
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: ids.clone()}
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        """Return a model's output for a batch."""
+        # Also: transformers takes packed rows apart by their positions only where there is no cache of keys.
+        return model(**model_inputs(batch), use_cache=False)
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean cross entropy of the learnt tokens, a scalar.
+
+        Args:
+            output: Has logits of shape (rows, tokens, vocabulary).
+            batch: Has labels of shape (rows, tokens).
+        """
+        logits, labels = output.logits[:, :-1], batch[LABELS][:, 1:]
+        total = functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / self.weight(batch)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of learnt tokens in a batch."""
+        return (batch[LABELS][:, 1:] != IGNORED).sum().clamp(min=1)
+
+    def metric_collection(self) -> MetricCollection:
+        """Return loss and perplexity."""
+        return MetricCollection({"loss": MeanMetric(), "perplexity": _Perplexity()}, compute_groups=False)
+
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch to the metrics."""
+        metrics.update(loss, self.weight(batch))
+
+    def measure_at_end(self, model: nn.Module, data: TaskData, split: SplitName) -> dict[str, float]:
+        """Return the metrics of generated text, by name."""
+        if not self._generated:
+            return {}
+        assert isinstance(data, LanguageData)
+        rows = data.rows(split)
+        generator = np.random.default_rng(self.seed)
+        chosen = generator.permutation(len(rows))[: self.generated_rows]
+        texts = generate_texts(
+            model,
+            data.tokenizer,
+            [rows[index].tokens[: rows[index].prompt] for index in chosen],
+            new_tokens=self.new_tokens,
+            batch_size=_GENERATION_BATCH,
+        )
+        references = [rows[index].completion for index in chosen]
+        functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
+        return {name: float(functions[name](texts, references)) for name in self._generated}
+
+    def trivial_score(self, metric: str, data: TaskData) -> float:
+        """Return what predicting each token by its frequency in training scores; 0 for generated text."""
+        if self.metric(metric).at_end:
+            return 0.0
+        assert isinstance(data, LanguageData)
+        train, validation = (_learnt(data.rows(name)) for name in _SPLITS[:2])
+        words = 1 + int(max(train.max(), validation.max()))
+        counts = 1 + np.bincount(train, minlength=words)
+        loss = -float(np.log(counts / counts.sum())[validation].mean())
+        return loss if metric == "loss" else math.exp(loss)
+
+    def best_score(self, metric: str) -> float:
+        """Return the best value a metric can take."""
+        return {"loss": 0.0}.get(metric, 1.0)
+
+    def identity(self) -> dict[str, str]:
+        """Return data set, layout, and rows and fingerprint of what the search reads."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        read = {name: self._split(name) for name in _SPLITS[:2]}
+        columns = [split[column][:] for split in read.values() for column in split.column_names]
+        return {
+            "class": type(self).__name__,
+            "dataset": str(self.dataset) if isinstance(self.dataset, str | Path) else self.name,
+            "subset": self.subset or "",
+            "layout": self.layout,
+            "all_tokens": str(self.all_tokens),
+            "packing": str(self.packing),
+            "generate": ", ".join(self._generated),
+            "generated_rows": str(self.generated_rows) if self._generated else "",
+            "new_tokens": str(self.new_tokens) if self._generated else "",
+            "max_length": str(self.max_length),
+            "content": fingerprint(columns),
+            **{f"{name}_rows": str(len(split)) for name, split in read.items()},
+        }
+
+
+def _learnt(rows: Sequence[TokenRow]) -> NDArray[np.int64]:
+    """Return the learnt tokens of rows; the first token of a row is never predicted."""
+    labels: NDArray[np.int64] = np.concatenate([np.array(row.labels[1:]) for row in rows])
+    learnt: NDArray[np.int64] = labels[labels != IGNORED]
+    return learnt

@@ -1,0 +1,112 @@
+"""What a training would take, from a model's config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+import autopeft
+from autopeft.evaluation.estimate import Estimates
+from autopeft.evaluation.memory.counter import MemoryCounter
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import CausalLM
+from tests.tasks.test_causal_lm import task_of
+from tests.tiny_models import OPTIONS, tiny_chat_tokenizer, tiny_language_model
+
+ROWS, LENGTH, RANK = 3, 17, 4
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A folder with a config alone: no weights, no tokenizer."""
+    AutoConfig.for_model("llama", **OPTIONS["llama"]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def estimates(config: Path, **options: Any) -> Estimates:
+    found: Estimates = autopeft.estimate(config, rank=RANK, batch_size=ROWS, length=LENGTH, **options)
+    return found
+
+
+def built(task: CausalLM) -> Backbone:
+    model = tiny_language_model("llama")
+    nn.Module.to(model, torch.bfloat16)
+    return Backbone.load(model, task.head, tiny_chat_tokenizer())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing: bool) -> None:
+    task = task_of()
+    backbone = built(task)
+    if checkpointing:
+        backbone.enable_checkpointing()
+    found = estimates(config, methods=("lora", "layernorm"), checkpointing=checkpointing)
+    assert [row.placement for row in found.rows] == ["everywhere", "top half", "top quarter"] * 2
+    assert found.parameters == backbone.parameters
+    everywhere = autopeft.Configuration(
+        {
+            site: autopeft.Adapter("lora", RANK)
+            for site, shape in backbone.sites.items()
+            if shape.kind == "linear"
+        },
+        learning_rate=1e-3,
+    )
+    with attach(backbone, everywhere) as attachment:
+        count = MemoryCounter(backbone.model).count(
+            task.example_batch(ROWS, LENGTH), task, precision="bf16-mixed"
+        )
+        assert found.rows[0].trainable_parameters == attachment.trainable_parameters
+    assert found.rows[0].peak_memory == pytest.approx(count, rel=0.03)
+
+
+def test_packed_weights_and_checkpointing_take_less(config: Path) -> None:
+    plain, packed, checkpointed = (
+        estimates(config, methods=("lora",), **options)
+        for options in ({}, {"nf4": True}, {"checkpointing": True})
+    )
+    assert packed.rows[0].peak_memory < plain.rows[0].peak_memory
+    assert packed.weight_bytes < plain.weight_bytes
+    assert packed.parameters == plain.parameters
+    assert packed.rows[0].trainable_parameters == plain.rows[0].trainable_parameters
+    assert checkpointed.rows[0].peak_memory < plain.rows[0].peak_memory
+
+
+def test_fewer_blocks_take_less(config: Path) -> None:
+    everywhere, half, quarter = estimates(config, methods=("lora",)).rows
+    assert everywhere.peak_memory > half.peak_memory >= quarter.peak_memory
+    assert everywhere.trainable_parameters == 2 * half.trainable_parameters
+
+
+def test_a_classifier_has_a_new_head(config: Path) -> None:
+    (row, *_) = estimates(config, task="text-classification", methods=("ia3",)).rows
+    (without, *_) = estimates(config, methods=("ia3",)).rows
+    assert row.trainable_parameters == without.trainable_parameters + 2 * OPTIONS["llama"]["hidden_size"]
+
+
+def test_the_table_names_families_and_placements(config: Path) -> None:
+    text = repr(estimates(config))
+    assert all(word in text for word in ("lora(4)", "parallel(4)", "ia3", "everywhere", "top quarter", "MiB"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "chat"}, "task 'chat'.*causal-lm"),
+        ({"methods": ("lore",)}, "method 'lore'.*lora"),
+        ({"rank": 0}, "rank"),
+    ],
+)
+def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        autopeft.estimate(config, **options)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Cannot build"):
+        autopeft.estimate(tmp_path)

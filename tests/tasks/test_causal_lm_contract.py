@@ -1,0 +1,120 @@
+"""What language models of many kinds have in common when they are searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autopeft import Adapter, Configuration, Site, Training
+from autopeft.core.objectives import resolve_objectives
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.export.export import export_adapter
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import CausalLM
+from autopeft.tasks.batch import model_inputs
+from benchmarks.memory import measure_live_storage
+from tests.tasks.test_causal_lm import task_of
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
+
+ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3")
+DTYPES = (torch.float32, torch.bfloat16)
+TRAINING = Training(epochs=3, batch_size=8, device="cpu")
+
+
+def backbone_of(architecture: str, dtype: torch.dtype, task: CausalLM) -> Backbone:
+    model = tiny_language_model(architecture).to(dtype)  # type: ignore[arg-type]
+    return Backbone.load(model, task.head, tiny_chat_tokenizer())
+
+
+def evaluator_of(architecture: str, dtype: torch.dtype, training: Training = TRAINING) -> Evaluator:
+    task = task_of(48)
+    objectives = resolve_objectives(("loss", "trainable_parameters", "peak_memory"), task.metrics)
+    return Evaluator(backbone_of(architecture, dtype, task), task, training, objectives, rungs=(0.5,))
+
+
+def lora(backbone: Backbone, rank: int = 4) -> Configuration:
+    sites = {site: Adapter("lora", rank) for site, shape in backbone.sites.items() if shape.kind == "linear"}
+    return Configuration(sites, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
+def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(architecture: str, dtype: torch.dtype) -> None:
+    evaluator = evaluator_of(architecture, dtype)
+    assert evaluator.backbone.head == ()
+    weights = {name: tensor.clone() for name, tensor in evaluator.backbone.model.state_dict().items()}
+    configuration = lora(evaluator.backbone)
+    untrained = evaluator.evaluate(Configuration()).values["loss"] if architecture != "mixtral" else 10.0
+    if architecture == "mixtral":
+        evaluator.needed = frozenset(
+            {"loss", "trainable_parameters"}
+        )  # routing takes data: it is not counted
+    whole = evaluator.train(configuration)
+    assert whole.evaluation.status == "complete", whole.evaluation.reason
+    assert whole.evaluation.values["loss"] < untrained
+    paused = evaluator.train(configuration, rung=0)
+    assert paused.paused is not None
+    resumed = evaluator.train(configuration, paused=paused.paused)
+    assert resumed.evaluation.values["loss"] == whole.evaluation.values["loss"]
+    assert whole.state is not None
+    assert resumed.state is not None
+    for name, tensor in whole.state.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, resumed.state[name])
+    after = evaluator.backbone.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_is_counted_as_it_is(architecture: str, checkpointing: bool) -> None:
+    evaluator = evaluator_of(
+        architecture, torch.float32, Training(device="cpu", gradient_checkpointing=checkpointing)
+    )
+    backbone, batch = evaluator.backbone, evaluator.data.largest_batch()
+    with attach(backbone, lora(backbone)) as attachment:
+        backbone.model.train()
+        try:
+            counted = evaluator.peak_bytes(attachment)
+            precision = evaluator.training.resolved_precision()
+            real = measure_live_storage(backbone.model, batch, evaluator.task, precision=precision)
+        finally:
+            backbone.model.eval()
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "merged"),
+    [("llama", False), ("llama", True), *((name, False) for name in ("gpt2", "gemma2", "qwen3"))],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exports_are_plain_peft_folders(
+    architecture: str, merged: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    task = task_of(24)
+    tiny_language_model(architecture).to(dtype).save_pretrained(tmp_path / "base")  # type: ignore[arg-type]
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
+    backbone = Backbone.load(tmp_path / "base", task.head)
+    configuration = lora(backbone)
+    with attach(backbone, configuration) as attachment:
+        for parameter in attachment.parameters.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        state = attachment.state_dict()
+    data = task.data(backbone.tokenizer, batch_size=4, seed=0)
+    probe = model_inputs(data.largest_batch())
+    report = export_adapter(backbone, configuration, state, tmp_path / "out", probe=probe, merged=merged)
+    assert "in a fresh process that never imported autopeft" in report.checked
+    assert "AutoModelForCausalLM" in report.how_to_load
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "Labels" not in card
+
+
+def test_sites_of_a_language_model_are_the_classifiers() -> None:
+    backbone = backbone_of("llama", torch.float32, task_of(24))
+    assert {site.block for site in backbone.sites} == {0, 1}
+    assert Site(0, "query") in backbone.sites
+    assert backbone.head_parameters == 0

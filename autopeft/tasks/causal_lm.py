@@ -31,7 +31,7 @@ from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_ke
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.packing import pack
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.splits import split_groups
+from autopeft.tasks.splits import split_groups, three_parts
 from autopeft.tasks.tokenization import fingerprint
 
 _logger = logging.getLogger(__name__)
@@ -198,22 +198,15 @@ class CausalLM(Task):
     @cached_property
     def _parts(self) -> dict[SplitName, tuple[str, Sequence[int]]]:
         """Which rows of which split of the source make each of the three splits."""
-        parts: dict[str, tuple[str, Sequence[int]]] = {
-            name: (name, range(len(split))) for name, split in self._sources.items() if len(split)
-        }
-        if "train" not in parts:
+
+        def cut(rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+            keys = [self._keys[row] for row in rows]
+            return split_groups(keys, max(1, round(share * len(rows))), self.seed)
+
+        sizes = {name: len(split) for name, split in self._sources.items() if len(split)}
+        if "train" not in sizes:
             raise ValueError("The training split has no rows.")
-        if "test" not in parts and "validation" in parts:
-            parts["test"] = parts.pop("validation")
-            _logger.info("There is no test split: the validation split is held out as test.")
-        all_rows = len(parts["train"][1])
-        for name, share in (("test", self.test_share), ("validation", self.validation_share)):
-            if name not in parts:
-                rows = parts["train"][1]
-                keys = [self._keys[row] for row in rows]
-                kept, taken = split_groups(keys, max(1, round(share * all_rows)), self.seed)
-                parts["train"] = "train", [rows[index] for index in kept]
-                parts[name] = "train", [rows[index] for index in taken]
+        parts = three_parts(sizes, {"test": self.test_share, "validation": self.validation_share}, cut)
         limited = {}
         for name in _SPLITS:
             source, rows = parts[name]

@@ -6,13 +6,15 @@ single row, and more labels than the smaller part has rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 _FEWEST = 2
+_logger = logging.getLogger(__name__)
 
 
 def stratified_split(labels: Sequence[int], share: float, seed: int) -> tuple[Indices, Indices]:
@@ -81,3 +83,31 @@ def split_groups(groups: Sequence[Hashable], count: int, seed: int) -> tuple[lis
             break
         taken += parts[index]
     return sorted(set(range(len(groups))) - set(taken)), sorted(taken)
+
+
+def three_parts(
+    sizes: Mapping[str, int],
+    shares: Mapping[str, float],
+    cut: Callable[[Sequence[int], float], tuple[Sequence[int], Sequence[int]]],
+) -> dict[str, tuple[str, Sequence[int]]]:
+    """Say which rows of which split of a source make train, validation and test.
+
+    Where the source has no test split, its validation split is held out as test.
+
+    Args:
+        sizes: Rows of each split of the source.
+        shares: Shares of the training rows that become "test" and "validation" where there is none.
+        cut: Splits training rows in two, the second part of about a share of them: places in both parts.
+    """
+    parts: dict[str, tuple[str, Sequence[int]]] = {name: (name, range(size)) for name, size in sizes.items()}
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+        _logger.info("There is no test split with labels: the validation split is held out as test.")
+    all_rows = len(parts["train"][1])
+    for name, share in shares.items():
+        if name not in parts:
+            rows = parts["train"][1]
+            kept, taken = cut(rows, share * all_rows / len(rows))
+            parts["train"] = "train", [rows[place] for place in kept]
+            parts[name] = "train", [rows[place] for place in taken]
+    return parts

@@ -32,7 +32,7 @@ from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, so
 from autopeft.tasks.label_column import label_names, label_numbers, labelled_rows
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.splits import stratified_sample, stratified_split
+from autopeft.tasks.splits import stratified_sample, stratified_split, three_parts
 from autopeft.tasks.tokenization import fingerprint, tokenise
 
 _logger = logging.getLogger(__name__)
@@ -174,23 +174,14 @@ class TextClassification(Task):
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Sequence[int]]]:
         """Which rows of which split of the source make each of the three splits."""
-        parts: dict[str, tuple[str, Sequence[int]]] = {
-            name: (name, range(len(split))) for name, split in self._sources.items()
-        }
-        if "test" not in parts and "validation" in parts:
-            parts["test"] = parts.pop("validation")
-            _logger.info("There is no labelled test split: the validation split is held out as test.")
-        all_rows = len(parts["train"][1])
-        for name, share in (("test", self.test_share), ("validation", self.validation_share)):
-            if name not in parts:
-                source, rows = parts["train"]
-                labels = self._whole(source).labels
-                kept, taken = stratified_split(
-                    [labels[row] for row in rows], share * all_rows / len(rows), self.seed
-                )
-                parts["train"] = (source, [rows[index] for index in kept])
-                parts[name] = (source, [rows[index] for index in taken])
-        return parts
+
+        def cut(rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+            labels = self._whole("train").labels
+            kept, taken = stratified_split([labels[row] for row in rows], share, self.seed)
+            return kept.tolist(), taken.tolist()
+
+        sizes = {name: len(split) for name, split in self._sources.items()}
+        return three_parts(sizes, {"test": self.test_share, "validation": self.validation_share}, cut)
 
     def _whole(self, name: str) -> LabelledTexts:
         if name not in self._read_sources:

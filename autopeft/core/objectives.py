@@ -49,6 +49,11 @@ class Objective:
         """1 where more of it is better, -1 where less is."""
         return 1 if self.direction == "maximize" else -1
 
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """The direction as Lightning's callbacks call it."""
+        return "max" if self.direction == "maximize" else "min"
+
     def best(self, values: Iterable[float]) -> float:
         """Return the best of several values."""
         return max(values, key=lambda value: self.sign * value)

@@ -233,7 +233,7 @@ class EvaluationRun:
 
 def best_weights(monitor: Objective) -> BestWeights:
     """Return what keeps the weights of a training's best validation."""
-    return BestWeights(monitor.name, "max" if monitor.sign > 0 else "min", restore_at_end=False)
+    return BestWeights(monitor.name, monitor.mode, restore_at_end=False)
 
 
 def reason_of_failure(attempt: Callable[[], None]) -> str | None:

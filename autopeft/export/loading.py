@@ -109,9 +109,9 @@ def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrained
     spec = head.spec()
     if isinstance(base, str | Path):
         dtype: Any = head.dtype
-        return from_pretrained(os.path.expanduser(base), spec, LoadOptions(dtype=dtype), torch.device("cpu"))[
-            0
-        ]
+        options = LoadOptions(dtype=dtype)
+        model, _, _ = from_pretrained(os.path.expanduser(base), spec, options, torch.device("cpu"))
+        return model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")
     if carries_adapters(base):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +61,7 @@ class LanguageData(RowData):
 
     def __init__(
         self,
-        rows: Any,
+        rows: Callable[[SplitName], tuple[TokenRow, ...]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int,

@@ -83,11 +83,6 @@ class RowData(TaskData):
         """Return test batches; the first call reads the test split."""
         return self._evaluation_loader("test")
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of training batches an epoch."""
-        return -(-len(self.split("train")) // self.batch_size)
-
     @cached_property
     def _largest(self) -> Batch:
         split = self.split("train")

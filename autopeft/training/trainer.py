@@ -53,11 +53,6 @@ class PartTrainer(Trainer):
         return super().estimated_stepping_batches if self._total_steps is None else self._total_steps
 
 
-def early_stopping(monitor: Objective, patience: int) -> EarlyStopping:
-    """Return what ends a training after so many validations without improvement."""
-    return EarlyStopping(monitor.name, mode="max" if monitor.sign > 0 else "min", patience=patience)
-
-
 def build_trainer(
     training: Training,
     callbacks: Sequence[Callback],
@@ -80,7 +75,7 @@ def build_trainer(
     """
     device = training.resolved_device()
     if training.patience is not None:
-        callbacks = [*callbacks, early_stopping(monitor, training.patience)]
+        callbacks = [*callbacks, EarlyStopping(monitor.name, mode=monitor.mode, patience=training.patience)]
     return PartTrainer(
         first_step=first_step,
         total_steps=total_steps,

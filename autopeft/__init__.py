@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from autopeft import search_spaces, tasks
     from autopeft.core.configuration import Adapter, Configuration, Site
     from autopeft.core.evaluation import Evaluation, TrialRecord
+    from autopeft.evaluation.estimate import estimate
     from autopeft.evaluation.evaluator import Evaluator
     from autopeft.evaluation.packing.executor import PackedExecutor
     from autopeft.evaluation.supernet.supernet import LoraSupernet
     from autopeft.evaluation.supernet.warm_start import WarmStart
     from autopeft.export.export import ExportReport, load_adapter
-    from autopeft.methods import attach, count_parameters
+    from autopeft.methods import adapters_off, attach, count_parameters
     from autopeft.models.backbone import Backbone
     from autopeft.optimization.successive_halving import SuccessiveHalving
     from autopeft.reporting.front import FrontPoint, ParetoFront

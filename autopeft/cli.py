@@ -44,20 +44,17 @@ def search(
 ) -> None:
     """Run a search, or resume it. After Ctrl-C the exit code is 130."""
     from autopeft.core.profiling import Profile
-    from autopeft.optimization.budget import Budget, Spent
     from autopeft.yaml_config import load_config
 
     loaded = load_config(config, overrides or ())
     if not loaded.run:
         raise ValueError("The settings have no budget: add for example run.trials=50.")
-    bounds = dict(loaded.run)
-    retry_failed |= bounds.pop("retry_failed", False)
+    settings = dict(loaded.run)
+    retry_failed |= settings.pop("retry_failed", False)
     with Profile() if profile else nullcontext():  # here, so that it also has what is loaded for the name
         loaded.search.validate()
-        budget = Budget(**bounds)  # before the search's own, whose hours are then over where these are
-        front = loaded.search.run(**bounds, retry_failed=retry_failed)
-    # Without a bound of trials a search also ends, its budget unspent, when it finds nothing new.
-    if budget.trials is not None and budget.spent_share(Spent.of(front.records)) < 1:
+        loaded.search.run(**settings, retry_failed=retry_failed)
+    if loaded.search.interrupted:
         raise typer.Exit(_INTERRUPTED)
 
 

@@ -74,6 +74,8 @@ class Search(SearchSettings):
     """
 
     _opened: OpenSearch | None = None
+    interrupted = False
+    """Whether Ctrl-C ended the latest call of `run`."""
 
     def open(self) -> OpenSearch:
         """Load backbone and data and compute the scores that the space needs; later calls return the same.
@@ -185,13 +187,15 @@ class Search(SearchSettings):
                 study.check_identity(identity)
                 save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": budget.bounds})
                 run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
-                return run.run(
+                front = run.run(
                     description=self.describe(),
                     identity=identity,
                     progress=progress,
                     callbacks=callbacks,
                     check_scores=lambda: (self.sensitivity(), self.check_scores()),
                 )
+                self.interrupted = run.interrupted
+                return front
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.

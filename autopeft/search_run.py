@@ -38,6 +38,8 @@ ScoreChecks = Callable[[], tuple[SensitivityReport, ScoreCheck]]
 class SearchRun:
     """One call of `Search.run`, on a study that this process holds."""
 
+    interrupted = False  # by Ctrl-C
+
     def __init__(
         self,
         opened: OpenSearch,
@@ -126,7 +128,7 @@ class SearchRun:
                 self._check_scores(report, check_scores)
             status = "FINISHED"
         except KeyboardInterrupt:
-            status, front = "KILLED", self.front()
+            status, front, self.interrupted = "KILLED", self.front(), True
             report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             self.executor.close()

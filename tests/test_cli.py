@@ -179,13 +179,14 @@ def test_an_interrupted_search_exits_with_130(
             raise KeyboardInterrupt
         return train(self, *arguments, **options)
 
-    command = ("search", place / "search.yaml", f"folder={tmp_path}", "run.trials=2", "run.hours=9")
+    command = ("search", place / "search.yaml", f"folder={tmp_path}")
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "train", interrupted)
-        result = call(*command)
-    assert result.exit_code == 130, result.output
-    assert "Interrupted" in result.output
-    assert call(*command).exit_code == 0
+        for budget in (["run.trials=2"], ["run={hours: 9}"]):
+            result = call(*command, *budget)
+            assert result.exit_code == 130, result.output
+            assert "Interrupted" in result.output
+    assert call(*command, "run.trials=2").exit_code == 0
 
 
 def test_a_budget_of_words_is_refused(place: Path) -> None:

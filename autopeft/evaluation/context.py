@@ -67,8 +67,7 @@ class EvaluationContext:
     ) -> None:
         self.backbone = backbone
         self.task = task
-        # Adapters are in float32 on any base: below that, autocast makes the two meet.
-        is_low = backbone.model.dtype.itemsize < 4
+        is_low = backbone.own_precision == "bf16-mixed"
         self.training = replace(training, precision="bf16-mixed") if is_low else training
         self.objectives = tuple(objectives)
         self.constraints = tuple(constraints)
@@ -87,7 +86,7 @@ class EvaluationContext:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
         folder = None if cache is None else cache / "hidden_states"
-        self.hidden_states = HiddenStateCache(backbone, task, self.data, training, folder)
+        self.hidden_states = HiddenStateCache(backbone, task, self.data, self.training, folder)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -160,7 +159,7 @@ class EvaluationContext:
         batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
         seconds = []
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.backbone.computing_in(self.backbone.own_precision):
             for _ in range(_LATENCY_REPEATS + 1):
                 started = time.perf_counter()
                 self.task.forward(model, batch)

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.precision import Precision, autocast
 from autopeft.export.folder_format import Manifest
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
@@ -78,8 +77,7 @@ def trained_logits(
     """
     model = backbone.model
     training = model.training
-    precision: Precision = "32-true" if model.dtype.itemsize >= 4 else "bf16-mixed"
-    with attach(backbone, configuration) as attachment, autocast(precision, model.device.type):
+    with attach(backbone, configuration) as attachment, backbone.computing_in(backbone.own_precision):
         attachment.load_state_dict(state)
         try:
             return _predicted(model.eval(), probe, prediction)

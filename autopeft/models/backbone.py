@@ -175,6 +175,11 @@ class Backbone:
         """The transformer blocks, from the input to the output."""
         return tuple(self.model.get_submodule(block.name) for block in self._block_modules)
 
+    @property
+    def own_precision(self) -> Precision:
+        """What it computes in unless told otherwise: below single precision, autocast meets float32 adapters."""
+        return "bf16-mixed" if self.model.dtype.itemsize < 4 else "32-true"
+
     @contextmanager
     def computing_in(self, precision: Precision) -> Iterator[None]:
         """Compute in a precision in a `with` block: under autocast, with frozen weights cast beforehand."""

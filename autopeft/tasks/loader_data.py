@@ -61,9 +61,13 @@ class LoaderData(TaskData):
 
     @cached_property
     def _largest(self) -> Batch:
-        batches = iter(self.train_dataloader(self._seed))
-        return max(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
+        data: Any = self._train.dataset
+        collate = self._train.collate_fn
+        sizes = [sum(tensor.numel() for tensor in collate([row]).values()) for row in data]
+        largest = sorted(range(len(sizes)), key=sizes.__getitem__)[-(self._train.batch_size or 1) :]
+        batch: Batch = collate([data[index] for index in largest])
+        return batch
 
     def largest_batch(self) -> Batch:
-        """Return the largest training batch of an epoch, looked for once."""
+        """Return the largest training rows as one batch, looked for once."""
         return dict(self._largest)

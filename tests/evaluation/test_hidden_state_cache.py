@@ -95,6 +95,20 @@ def test_served_trials_equal_computed_ones(architecture: str, side: str, cut: in
     assert_alike(second, first, tolerance=0)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_states_of_a_bf16_base_with_a_new_head_are_served(architecture: str, tmp_path: Path) -> None:
+    backbone = backbone_of(architecture)
+    backbone.model.bfloat16()
+    cached = evaluator_of(backbone, tmp_path)
+    trained = cached.train(above(backbone, 2))
+    assert (trained.evaluation.status, served_cuts(cached)) == ("complete", [2])
+    assert cached.hidden_states.training.precision == "bf16-mixed"
+    computed = evaluator_of(backbone, None, mode="eval").train(above(backbone, 2))
+    assert trained.evaluation.values["accuracy"] == pytest.approx(
+        computed.evaluation.values["accuracy"], abs=0.2
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "side", "reason"),
     [

@@ -152,7 +152,8 @@ class HiddenStateCache:
     @cached_property
     def _structure(self) -> Structure:
         rows = self._rows["train"]
-        return Structure(self.backbone, self.task, rows.inputs(rows.probe(), self._device))
+        with self.backbone.computing_in(self.backbone.own_precision):
+            return Structure(self.backbone, self.task, rows.inputs(rows.probe(), self._device))
 
     def _may_serve(self, cut: int) -> bool:
         return self._files is not None and cut > 0 and cut not in self._unservable and bool(self._rows)
@@ -244,10 +245,11 @@ class HiddenStateCache:
         if (obstacle := self._structure.obstacle(cut)) is not None:
             raise UnservableError(obstacle)
         rows = self._rows["train"]
-        alone = [self._states(cut, rows, [row]) for row in rows.probe()]
-        states = rows.padded(alone)
-        error = self._error(cut, rows, states)
-        if not error <= _tolerance(states, "32-true"):
+        precision = self.backbone.own_precision  # under autocast, rounding would hide what depends on padding
+        with self.backbone.computing_in(precision):
+            states = rows.padded([self._states(cut, rows, [row]) for row in rows.probe()])
+            error = self._error(cut, rows, states)
+        if not error <= _tolerance(states, precision):
             raise UnservableError(
                 f"a row's depend on the padding of its batch (the difference is {error:.2g} of them)"
             )

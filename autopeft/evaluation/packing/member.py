@@ -96,8 +96,9 @@ class MemberRun(EvaluationRun):
         with attach(self.evaluator.backbone, self.configuration, self.seed) as attachment:
             attachment.load_state_dict(self.state or {})
             task = self.evaluator.task
-            with torch.no_grad():
-                alone = task.predicted(task.forward(self.evaluator.backbone.model, probe))
+            backbone = self.evaluator.backbone
+            with torch.no_grad(), backbone.computing_in(backbone.own_precision):
+                alone = task.predicted(task.forward(backbone.model, probe))
             tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max().clamp(1e-3))
             if not float((logits - alone).abs().max()) <= tolerance:
                 raise PackingError("a trial has other logits in the pack than alone")

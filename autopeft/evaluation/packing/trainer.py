@@ -170,7 +170,8 @@ class _PackedTraining:
             for member in self.members:
                 member.end_training()
             self._model.train(False)
-            with torch.no_grad():
+            backbone = evaluator.backbone
+            with torch.no_grad(), backbone.computing_in(backbone.own_precision):
                 outputs = self._model(self.probe)
         finally:
             self._model.remove()

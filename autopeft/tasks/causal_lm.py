@@ -17,6 +17,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -37,6 +38,7 @@ from autopeft.tasks.tokenization import fingerprint
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _GENERATION_BATCH = 16
+_AT_ONCE = 128  # tokens whose cross entropy is taken together
 
 
 class _Perplexity(MeanMetric):
@@ -308,11 +310,15 @@ class CausalLM(Task):
             output: Has logits of shape (rows, tokens, vocabulary).
             batch: Has labels of shape (rows, tokens).
         """
-        logits, labels = output.logits[:, :-1], batch[LABELS][:, 1:]
-        total = functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total / self.weight(batch)
+        labels = functional.pad(batch[LABELS][:, 1:], (0, 1), value=IGNORED).flatten()
+        parts = zip(output.logits.flatten(0, 1).split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+        # A vocabulary's logits in single precision are most of a training's memory: a few at a time, and
+        # again in the backward pass.
+        sums = [
+            checkpoint(_summed_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
+        ]
+        return torch.stack(sums).sum() / self.weight(batch)
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the number of learnt tokens in a batch."""
@@ -384,6 +390,10 @@ class CausalLM(Task):
             "content": fingerprint(columns),
             **{f"{name}_rows": str(len(split)) for name, split in read.items()},
         }
+
+
+def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def _learnt(rows: Sequence[TokenRow]) -> NDArray[np.int64]:

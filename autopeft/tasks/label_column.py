@@ -21,17 +21,13 @@ def labelled_rows(split: Dataset, name: str, column: str) -> Dataset:
         split: A split of the source.
         name: How errors and warnings call it.
         column: The label column; a split that lacks it has no labelled rows.
-
-    Raises:
-        ValueError: The column does not hold one class a row.
     """
     if column not in split.column_names:
         kept = []
     else:
-        _check(split, name, column)
-        if not any(map(_is_missing, split.unique(column))):
-            return split
         kept = [row for row, value in enumerate(split[column][:]) if not _is_missing(value)]
+        if len(kept) == len(split):
+            return split
     if kept or name == "train":
         # Loud, for -1 may have been meant as a class.
         _logger.warning(
@@ -73,14 +69,14 @@ def label_names(train: Dataset, column: str) -> tuple[str, ...]:
 
 
 def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str]) -> dict[Any, int]:
-    """Return the index in `labels` of every value that occurs in a split's column; no text is read.
+    """Return the index in `labels` of every value that occurs in a split's column.
 
     Raises:
         ValueError: A value is none of the labels.
     """
     feature = split.features[column]
     numbers: dict[Any, int] = {}
-    for value in split.unique(column):
+    for value in dict.fromkeys(split[column][:]):
         if isinstance(feature, ClassLabel):
             label = feature.int2str(value)  # its names may stand in another order than in training
         elif isinstance(value, int | float) and value == int(value):
@@ -98,7 +94,8 @@ def _is_missing(value: object) -> bool:
     return value is None or value == -1 or value != value
 
 
-def _check(split: Dataset, name: str, column: str) -> None:
+def check_classes(split: Dataset, name: str, column: str) -> None:
+    """Raise a ValueError where a column does not hold one class a row."""
     if not isinstance(split.features[column], ClassLabel | Value):
         raise ValueError(
             f"Row 0 of the {name} split has {split[column][0]!r} in {column!r}, expected one class a row: "

@@ -1,0 +1,183 @@
+"""What tasks have in common whose rows are a text, or a pair of texts, with a label."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.tasks.base import Batch, SplitName
+from autopeft.tasks.dataset_task import DatasetTask
+from autopeft.tasks.label_column import labelled_rows
+from autopeft.tasks.length_bucketing import TokenisedSplit
+from autopeft.tasks.row_data import RowData
+from autopeft.tasks.splits import stratified_sample, stratified_split
+from autopeft.tasks.tokenization import tokenise
+
+_logger = logging.getLogger(__name__)
+_TEXT = ("string", "large_string", "null")
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """One split: columns of texts, and a label a row."""
+
+    columns: tuple[tuple[str, ...], ...]
+    labels: tuple[Any, ...]
+
+    def rows(self, rows: Sequence[int]) -> LabelledTexts:
+        """Return some of the rows."""
+        columns = tuple(tuple(column[row] for row in rows) for column in self.columns)
+        return LabelledTexts(columns, tuple(self.labels[row] for row in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class TextTask(DatasetTask):
+    """A task whose rows are a text, or a pair of texts, with a label.
+
+    The attributes of `DatasetTask`, and:
+
+    Attributes:
+        text: The column with the text, or the two of a pair. Rows without any text are left out.
+        label: The column with the label.
+        max_length: Tokens a row at most.
+    """
+
+    _: KW_ONLY
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("max_length", self.max_length, least=1)
+        if len(self.columns) not in (1, 2) or len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
+        if self.label in self.columns:
+            raise ValueError(f"label names the column of labels, got {self.label!r}, which is a text column.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The text columns: one, or two for pairs."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+    @abstractmethod
+    def _check_labels(self, split: Dataset, name: str) -> None:
+        """Raise ValueError for labels that are none; no text is read."""
+
+    @abstractmethod
+    def _read_labels(self, split: Dataset, name: str) -> tuple[Any, ...]:
+        """Return the label of each row, as the loss takes it."""
+
+    def _strata(self, labels: Sequence[Any]) -> Sequence[int]:
+        """Return the kind of each label: splits and limits have of each kind its share."""
+        return [0] * len(labels)
+
+    def _usable(self, split: Dataset, name: str) -> Dataset:
+        for column in (*self.columns, self.label):
+            if column not in split.column_names:
+                if column != self.label or name != "test":
+                    raise unknown_choice(f"column of the {name} split", column, split.column_names)
+            elif column != self.label and getattr(split.features[column], "dtype", None) not in _TEXT:
+                raise ValueError(
+                    f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
+                )
+        if not len(split):
+            return split
+        if self.label in split.column_names:
+            self._check_labels(split, name)
+        labelled = labelled_rows(split, name, self.label)
+        if name == "train" and not len(labelled):
+            raise ValueError(f"The column {self.label!r} has no labels in the training split.")
+        return labelled
+
+    @cached_property
+    def _train_strata(self) -> Sequence[int]:
+        return self._strata(self._read_labels(self._sources["train"], "train"))
+
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        kept, taken = stratified_split([self._train_strata[row] for row in rows], share, self.seed)
+        return kept.tolist(), taken.tolist()
+
+    def split(self, name: SplitName) -> LabelledTexts:
+        """Return one of the three splits, limited as asked for. The search never asks for "test"."""
+        if name not in self._read_splits:
+            self._read_splits[name] = self._read(name)
+        return self._read_splits[name]
+
+    @cached_property
+    def _read_splits(self) -> dict[SplitName, LabelledTexts]:
+        return {}
+
+    def _read(self, name: SplitName) -> LabelledTexts:
+        source, rows = self._parts[name]
+        split = self._sources[source].select(rows)
+        columns = tuple(tuple(text or "" for text in split[column][:]) for column in self.columns)
+        texts = LabelledTexts(columns, self._read_labels(split, source))
+        filled = [row for row, pair in enumerate(zip(*columns, strict=True)) if any(map(str.strip, pair))]
+        if len(filled) < len(rows):
+            _logger.warning(
+                "%s of the %s rows of the %s split have no text and are left out.",
+                f"{len(rows) - len(filled):,}",
+                f"{len(rows):,}",
+                name,
+            )
+            texts = texts.rows(filled)
+        limit = getattr(self, f"{name}_examples")
+        if limit is None:
+            return texts
+        return texts.rows(stratified_sample(self._strata(texts.labels), limit, self.seed).tolist())
+
+    def validate(self) -> None:
+        """Raise ValueError for whatever is wrong with data or settings."""
+        super().validate()
+        for name in ("train", "validation"):
+            if not self.split(name).labels:
+                raise ValueError(f"The {name} split has no rows with text in {', '.join(self.columns)}.")
+
+    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
+        split = self.split(name)
+        return *split.columns, split.labels
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "text": ", ".join(self.columns),
+            "label": self.label,
+            "max_length": str(self.max_length),
+        }
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows without labels; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone()}
+
+    def _label_values(self, labels: Sequence[Any]) -> NDArray[Any]:
+        return np.array(labels, dtype=np.int64)
+
+    def data(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        cache: Path | None = None,
+    ) -> RowData:
+        """Return the tokenised splits; see `Task.data`."""
+
+        def read(name: SplitName) -> TokenisedSplit:
+            texts = self.split(name)
+            tokens, offsets = tokenise(tokenizer, texts.columns, self.max_length, cache)
+            return TokenisedSplit(tokens, offsets, self._label_values(texts.labels))
+
+        return RowData(read, tokenizer, batch_size=batch_size, seed=seed)

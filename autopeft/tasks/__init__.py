@@ -3,6 +3,10 @@
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.loader_data import LoaderData
+from autopeft.tasks.regression import Regression
 from autopeft.tasks.text_classification import TextClassification
 
-__all__ = ["Batch", "CausalLM", "LoaderData", "Task", "TaskData", "TextClassification"]
+TASKS: tuple[type[Task], ...] = (TextClassification, Regression, CausalLM)
+"""The tasks there are, which YAML names by their class."""
+
+__all__ = ["TASKS", "Batch", "CausalLM", "LoaderData", "Regression", "Task", "TaskData", "TextClassification"]

@@ -14,27 +14,32 @@ from autopeft.core.errors import unknown_choice
 _logger = logging.getLogger(__name__)
 
 
-def labelled_rows(split: Dataset, name: str, column: str) -> Dataset:
+def labelled_rows(
+    split: Dataset, name: str, column: str, missing: tuple[object, ...] = (None, -1)
+) -> Dataset:
     """Return the rows of a split that have a label; no text is read.
 
     Args:
         split: A split of the source.
         name: How errors and warnings call it.
         column: The label column; a split that lacks it has no labelled rows.
+        missing: What stands for no label, beside NaN, which is what empty cells become.
     """
     if column not in split.column_names:
         kept = []
     else:
-        kept = [row for row, value in enumerate(split[column][:]) if not _is_missing(value)]
+        values = enumerate(split[column][:])
+        kept = [row for row, value in values if value not in missing and value == value]
         if len(kept) == len(split):
             return split
     if kept or name == "train":
         # Loud, for -1 may have been meant as a class.
         _logger.warning(
-            "%s of the %s rows of the %s split have no label (-1, or none at all) and are left out.",
+            "%s of the %s rows of the %s split have no label (%s) and are left out.",
             f"{len(split) - len(kept):,}",
             f"{len(split):,}",
             name,
+            " or ".join(map(str, missing)),
         )
     else:
         _logger.info("The %s split has no labels and is not used.", name)
@@ -55,8 +60,8 @@ def label_names(train: Dataset, column: str) -> tuple[str, ...]:
     if fraction is not None:
         raise ValueError(
             f"The column {column!r} holds fractions such as {fraction!r} (row "
-            f"{train[column][:].index(fraction)} of the train split): that is a regression, text "
-            "classification takes classes."
+            f"{train[column][:].index(fraction)} of the train split), expected classes: numbers are for "
+            "the task Regression."
         )
     if len(values) == len(train) > 1:
         raise ValueError(
@@ -87,11 +92,6 @@ def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str])
             raise unknown_choice(f"label in the {name} split", label, labels)
         numbers[value] = labels.index(label)
     return numbers
-
-
-def _is_missing(value: object) -> bool:
-    """Say whether a value stands for no label; NaN is what empty cells become."""
-    return value is None or value == -1 or value != value
 
 
 def check_classes(split: Dataset, name: str, column: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,7 +52,10 @@ class TextTask(DatasetTask):
         text: The column with the text, or the two of a pair. Rows without any text are left out.
         label: The column with the label.
         max_length: Tokens a row at most.
+        no_label: What stands for no label; rows with it are left out.
     """
+
+    no_label: ClassVar[tuple[object, ...]] = (None, -1)
 
     _: KW_ONLY
     text: str | Sequence[str] = "text"
@@ -97,7 +100,7 @@ class TextTask(DatasetTask):
             return split
         if self.label in split.column_names:
             self._check_labels(split, name)
-        labelled = labelled_rows(split, name, self.label)
+        labelled = labelled_rows(split, name, self.label, self.no_label)
         if name == "train" and not len(labelled):
             raise ValueError(f"The column {self.label!r} has no labels in the training split.")
         return labelled

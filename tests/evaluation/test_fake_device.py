@@ -83,7 +83,9 @@ def moved(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
 
 
 @contextmanager
-def faked(model: nn.Module, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Values]]:
+def faked(
+    model: nn.Module, device: torch.device, batch: Mapping[str, Tensor] = BATCH
+) -> Iterator[tuple[dict[str, Tensor], Values]]:
     """Put fake tensors on a device in the place of a model's, and make every new tensor a fake one.
 
     Yields:
@@ -100,9 +102,9 @@ def faked(model: nn.Module, device: torch.device) -> Iterator[tuple[dict[str, Te
             setattr(module, name, nn.Parameter(fake(parameter), requires_grad=False))
         for name, buffer in [*module.named_buffers(recurse=False)]:
             setattr(module, name, fake(buffer))
-    batch = {name: fake(tensor) for name, tensor in BATCH.items()}
+    moved_batch = {name: fake(tensor) for name, tensor in batch.items()}
     with patch.object(nn.Module, "to", moved), mode, values:
-        yield batch, values
+        yield moved_batch, values
 
 
 def optimizer_step(

@@ -211,7 +211,7 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         (mapped(text=["a"] * 4, label=["x"] * 4), "one class only"),
         (
             mapped(text=["a"] * 4, label=[1.0, 1.5, 2.5, 0.5]),
-            r"1\.5 \(row 1 of the train split\).*regression",
+            r"1\.5 \(row 1 of the train split\).*Regression",
         ),
         (mapped(text=["a"] * 4, label=[-1, 1, 1, -1]), r"one class only: '1' \(rows with the label -1"),
         (mapped(text=["a"] * 4, label=[None, -1, -1, None]), "no labels in the training split"),

@@ -1,0 +1,90 @@
+"""Every task on rows that tiny random models learn, with a slow reference for its metrics."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from autopeft.tasks import Regression, TextClassification
+from autopeft.tasks.dataset_task import DatasetTask
+from tests.learnable import learnable_rows
+
+Row = tuple[NDArray[np.float64], Any]
+"""The logits of a row, and its label."""
+
+
+@dataclass(frozen=True)
+class TaskCase:
+    """A task, and what it has to measure.
+
+    Attributes:
+        make: Makes the task, of its class, with 48 training rows.
+        reference: Its loss and metrics by name, of rows.
+    """
+
+    make: Callable[[], DatasetTask]
+    reference: Callable[[Sequence[Row]], Mapping[str, float]]
+
+
+def splits_of(rows: Callable[[int, int], Mapping[str, Sequence[Any]]]) -> DatasetDict:
+    """Return three splits of rows, which are made of a count and a seed."""
+    sizes = {"train": 48, "validation": 30, "test": 30}
+    return DatasetDict(
+        {name: Dataset.from_dict(rows(size, seed)) for seed, (name, size) in enumerate(sizes.items())}
+    )
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max()
+    log: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return log
+
+
+def _classes(rows: Sequence[Row]) -> dict[str, float]:
+    predicted, labels = [logits.argmax() for logits, _ in rows], [label for _, label in rows]
+    return {
+        "loss": float(np.mean([-_log_softmax(logits)[label] for logits, label in rows])),
+        "accuracy": sklearn_metrics.accuracy_score(labels, predicted),
+        "f1": sklearn_metrics.f1_score(labels, predicted, average="macro"),
+        "matthews": sklearn_metrics.matthews_corrcoef(labels, predicted),
+    }
+
+
+def scored_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return texts whose number is the share of words below w40, less a half."""
+    draw = random.Random(seed)
+    rows: dict[str, list[Any]] = {"text": [], "other": [], "label": []}
+    for _ in range(count):
+        words, low = [draw.randrange(3, 80) for _ in range(7)], draw.random()
+        words = [word % 40 + 3 if draw.random() < low else word % 40 + 43 for word in words]
+        rows["text"].append(" ".join(f"w{word}" for word in words[:4]))
+        rows["other"].append(" ".join(f"w{word}" for word in words[4:]))
+        rows["label"].append(sum(word < 43 for word in words) / 7 - 0.5)
+    return rows
+
+
+def _numbers(rows: Sequence[Row]) -> dict[str, float]:
+    predicted, labels = np.array([logits[0] for logits, _ in rows]), np.array([label for _, label in rows])
+    return {
+        "loss": np.mean((predicted - labels) ** 2),
+        "pearson": stats.pearsonr(predicted, labels).statistic,
+        "spearman": stats.spearmanr(predicted, labels).statistic,
+        "rmse": np.sqrt(np.mean((predicted - labels) ** 2)),
+    }
+
+
+TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
+    {
+        "TextClassification": TaskCase(lambda: TextClassification(splits_of(learnable_rows)), _classes),
+        "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
+    }
+)

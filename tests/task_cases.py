@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from autopeft.tasks import Regression, TextClassification
+from autopeft.tasks import MultiLabelClassification, Regression, TextClassification
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.learnable import learnable_rows
 
@@ -82,9 +82,36 @@ def _numbers(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def tagged_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return texts with the label of each decade of words that they hold."""
+    draw = random.Random(seed)
+    decades = [draw.sample(range(4), draw.randint(0, 2)) for _ in range(count)]
+    words = [[*(draw.randrange(10) + 10 * decade + 3 for decade in own), 90] for own in decades]
+    texts = [" ".join(f"w{word}" for word in 2 * row) for row in words]
+    return {"text": texts, "label": [[f"d{decade}" for decade in own] for own in decades]}
+
+
+def _label_sets(rows: Sequence[Row]) -> dict[str, float]:
+    logits, labels = (np.array(values) for values in zip(*rows, strict=True))
+    predicted = logits > 0
+    signed = np.where(labels == 1, logits, -logits)
+    return {
+        "loss": np.mean(np.log1p(np.exp(-signed))),
+        "f1_micro": sklearn_metrics.f1_score(labels, predicted, average="micro"),
+        "f1_macro": sklearn_metrics.f1_score(labels, predicted, average="macro"),
+        "exact_match": np.mean(
+            [(left == right).all() for left, right in zip(labels, predicted, strict=True)]
+        ),
+        "mean_average_precision": sklearn_metrics.average_precision_score(labels, logits, average="macro"),
+    }
+
+
 TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
     {
         "TextClassification": TaskCase(lambda: TextClassification(splits_of(learnable_rows)), _classes),
+        "MultiLabelClassification": TaskCase(
+            lambda: MultiLabelClassification(splits_of(tagged_rows)), _label_sets
+        ),
         "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
     }
 )

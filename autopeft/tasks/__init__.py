@@ -3,10 +3,21 @@
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.loader_data import LoaderData
+from autopeft.tasks.multi_label_classification import MultiLabelClassification
 from autopeft.tasks.regression import Regression
 from autopeft.tasks.text_classification import TextClassification
 
-TASKS: tuple[type[Task], ...] = (TextClassification, Regression, CausalLM)
+TASKS: tuple[type[Task], ...] = (TextClassification, MultiLabelClassification, Regression, CausalLM)
 """The tasks there are, which YAML names by their class."""
 
-__all__ = ["TASKS", "Batch", "CausalLM", "LoaderData", "Regression", "Task", "TaskData", "TextClassification"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLM",
+    "LoaderData",
+    "MultiLabelClassification",
+    "Regression",
+    "Task",
+    "TaskData",
+    "TextClassification",
+]

@@ -83,10 +83,13 @@ class DatasetTask(Task):
         """Return the settings that tell what is learnt from the rows, as text."""
 
     @cached_property
+    def _loaded(self) -> dict[str, Dataset]:
+        return load_splits(self.dataset, self.subset)
+
+    @cached_property
     def _sources(self) -> dict[str, Dataset]:
-        """The splits of the source that have rows."""
-        found = load_splits(self.dataset, self.subset)
-        usable = {name: self._usable(split, name) for name, split in found.items()}
+        """The usable rows of the splits of the source that have any."""
+        usable = {name: self._usable(split, name) for name, split in self._loaded.items()}
         if not len(usable["train"]):
             raise ValueError("The training split has no rows.")
         return {name: split for name, split in usable.items() if len(split)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
@@ -14,22 +14,20 @@ from autopeft.core.errors import unknown_choice
 _logger = logging.getLogger(__name__)
 
 
-def labelled_rows(
-    split: Dataset, name: str, column: str, missing: tuple[object, ...] = (None, -1)
-) -> Dataset:
+def labelled_rows(split: Dataset, name: str, columns: Sequence[str], missing: Sequence[object]) -> Dataset:
     """Return the rows of a split that have a label; no text is read.
 
     Args:
         split: A split of the source.
         name: How errors and warnings call it.
-        column: The label column; a split that lacks it has no labelled rows.
+        columns: The label columns; a split that lacks one has no labelled rows.
         missing: What stands for no label, beside NaN, which is what empty cells become.
     """
-    if column not in split.column_names:
+    if not set(columns) <= set(split.column_names):
         kept = []
     else:
-        values = enumerate(split[column][:])
-        kept = [row for row, value in values if value not in missing and value == value]
+        values = enumerate(zip(*(split[column][:] for column in columns), strict=True))
+        kept = [row for row, found in values if all(own not in missing and own == own for own in found)]
         if len(kept) == len(split):
             return split
     if kept or name == "train":
@@ -79,19 +77,22 @@ def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str])
     Raises:
         ValueError: A value is none of the labels.
     """
-    feature = split.features[column]
-    numbers: dict[Any, int] = {}
-    for value in dict.fromkeys(split[column][:]):
-        if isinstance(feature, ClassLabel):
-            label = feature.int2str(value)  # its names may stand in another order than in training
-        elif isinstance(value, int | float) and value == int(value):
-            label = str(int(value))
-        else:
-            label = str(value)
+    values = list(dict.fromkeys(split[column][:]))
+    texts = label_texts(values, split.features[column])
+    for label in texts:
         if label not in labels:
             raise unknown_choice(f"label in the {name} split", label, labels)
-        numbers[value] = labels.index(label)
-    return numbers
+    return {value: labels.index(label) for value, label in zip(values, texts, strict=True)}
+
+
+def label_texts(values: Iterable[Any], feature: Any) -> list[str]:
+    """Return the names of labels: those of a `ClassLabel`, or the values as text, without ".0"."""
+    if isinstance(feature, ClassLabel):  # its names may stand in another order than in training
+        return [feature.int2str(value) for value in values]
+    return [
+        str(int(value)) if isinstance(value, int | float) and value == int(value) else str(value)
+        for value in values
+    ]
 
 
 def check_classes(split: Dataset, name: str, column: str) -> None:
@@ -99,7 +100,7 @@ def check_classes(split: Dataset, name: str, column: str) -> None:
     if not isinstance(split.features[column], ClassLabel | Value):
         raise ValueError(
             f"Row 0 of the {name} split has {split[column][0]!r} in {column!r}, expected one class a row: "
-            "text classification takes neither several labels a text nor a label a token."
+            "several labels a text are for MultiLabelClassification, a label a token for TokenClassification."
         )
     infinite = [value for value in split.unique(column) if value in (math.inf, -math.inf)]
     if infinite:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,13 +42,19 @@ class Regression(TextTask):
 
     Metrics: Pearson's correlation, Spearman's rank correlation, and the root of the mean squared error.
 
-    The attributes of `TextTask`. Its label is a number; rows without one are left out.
+    The attributes of `TextTask`, and:
+
+    Attributes:
+        label: The column with the number. Rows without one are left out.
 
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     no_label: ClassVar[tuple[object, ...]] = (None,)
+
+    _: KW_ONLY
+    label: str = "label"
 
     @property
     def metrics(self) -> tuple[Objective, ...]:

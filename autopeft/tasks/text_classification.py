@@ -51,21 +51,20 @@ class TextClassification(TextTask):
 
     Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
 
-    The attributes of `DatasetTask`, and:
+    The attributes of `TextTask`, and:
 
     Attributes:
-        text: The column with the text, or the two of a pair. Rows without any text are left out.
         label: The column with the class, as text or number. Rows with the label -1 (GLUE's way to
             hold back labels), or with none, do not count as labelled and are left out.
         class_weights: Weight of each class in the loss: None for 1, "balanced" for the inverse of
             its frequency in training, or a weight by label name.
-        max_length: Tokens a row at most.
 
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     _: KW_ONLY
+    label: str = "label"
     class_weights: Literal["balanced"] | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class TextTask(DatasetTask):
 
     Attributes:
         text: The column with the text, or the two of a pair. Rows without any text are left out.
-        label: The column with the label.
+        label: The column with the label, or several.
         max_length: Tokens a row at most.
         no_label: What stands for no label; rows with it are left out.
     """
@@ -59,7 +59,7 @@ class TextTask(DatasetTask):
 
     _: KW_ONLY
     text: str | Sequence[str] = "text"
-    label: str = "label"
+    label: str | Sequence[str] = "label"
     max_length: int = 128
 
     def __post_init__(self) -> None:
@@ -67,13 +67,19 @@ class TextTask(DatasetTask):
         check_whole("max_length", self.max_length, least=1)
         if len(self.columns) not in (1, 2) or len(set(self.columns)) != len(self.columns):
             raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
-        if self.label in self.columns:
-            raise ValueError(f"label names the column of labels, got {self.label!r}, which is a text column.")
+        for label in self.label_columns:
+            if label in self.columns:
+                raise ValueError(f"label names the column of labels, got {label!r}, which is a text column.")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The text columns: one, or two for pairs."""
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels."""
+        return (self.label,) if isinstance(self.label, str) else tuple(self.label)
 
     @abstractmethod
     def _check_labels(self, split: Dataset, name: str) -> None:
@@ -88,21 +94,23 @@ class TextTask(DatasetTask):
         return [0] * len(labels)
 
     def _usable(self, split: Dataset, name: str) -> Dataset:
-        for column in (*self.columns, self.label):
+        lacks_labels = name == "test" and not set(self.label_columns) <= set(split.column_names)
+        for column in (*self.columns, *(() if lacks_labels else self.label_columns)):
             if column not in split.column_names:
-                if column != self.label or name != "test":
-                    raise unknown_choice(f"column of the {name} split", column, split.column_names)
-            elif column != self.label and getattr(split.features[column], "dtype", None) not in _TEXT:
+                raise unknown_choice(f"column of the {name} split", column, split.column_names)
+        if not len(split):
+            return split
+        for column in self.columns:
+            if getattr(split.features[column], "dtype", None) not in _TEXT:
                 raise ValueError(
                     f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
                 )
-        if not len(split):
-            return split
-        if self.label in split.column_names:
+        if not lacks_labels:
             self._check_labels(split, name)
-        labelled = labelled_rows(split, name, self.label, self.no_label)
+        labelled = labelled_rows(split, name, self.label_columns, self.no_label)
         if name == "train" and not len(labelled):
-            raise ValueError(f"The column {self.label!r} has no labels in the training split.")
+            columns = ", ".join(map(repr, self.label_columns))
+            raise ValueError(f"The column {columns} has no labels in the training split.")
         return labelled
 
     @cached_property
@@ -156,7 +164,7 @@ class TextTask(DatasetTask):
     def _settings(self) -> dict[str, str]:
         return {
             "text": ", ".join(self.columns),
-            "label": self.label,
+            "label": ", ".join(self.label_columns),
             "max_length": str(self.max_length),
         }
 

@@ -232,7 +232,7 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         ),
         (
             mapped(text=["a"] * 4, label=[[0, 1], [1], [0], [0]]),
-            "neither several labels a text nor a label a token",
+            "several labels a text are for MultiLabelClassification",
         ),
         (lambda: task(label="text"), "label names the column of labels, got 'text', which is a text column"),
         (

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from autopeft.tasks import MultiLabelClassification, Regression, TextClassification
+from autopeft.tasks import MultiLabelClassification, Regression, TextClassification, TokenClassification
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.learnable import learnable_rows
 
@@ -106,12 +106,63 @@ def _label_sets(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def spelt_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return words of which those below w40 are places, of one or two words, and those below w60 people."""
+    draw = random.Random(seed)
+    rows: dict[str, list[Any]] = {"tokens": [], "labels": []}
+    for _ in range(count):
+        words = [f"w{draw.randrange(3, 100)}" for _ in range(draw.randint(3, 8))]
+        kinds = [next((kind for most, kind in _KINDS if int(word[1:]) < most), "O") for word in words]
+        before = ["O", *kinds[:-1]]
+        labels = [
+            kind if kind == "O" else f"{'I' if kind == earlier else 'B'}-{kind}"
+            for kind, earlier in zip(kinds, before, strict=True)
+        ]
+        rows["tokens"].append(words)
+        rows["labels"].append(labels)
+    return rows
+
+
+_KINDS = ((40, "LOC"), (60, "PER"))
+TAGS = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
+
+
+def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """Return first word, last word and kind of each entity, word by word."""
+    found, start = set(), 0
+    for place, tag in enumerate([*tags, "O"]):
+        before = tags[place - 1] if place else "O"
+        is_new = tag[0] in "BS" or before[0] in "ESO" or before[2:] != tag[2:]
+        if before != "O" and (is_new or tag == "O"):
+            found.add((start, place - 1, before[2:]))
+        if tag != "O" and is_new:
+            start = place
+    return found
+
+
+def entity_f1(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> float:
+    """Return the F1 of entities over rows."""
+    pairs = [(entities(left), entities(right)) for left, right in zip(predicted, labels, strict=True)]
+    total = sum(len(left) + len(right) for left, right in pairs)
+    return 2 * sum(len(left & right) for left, right in pairs) / total if total else 0.0
+
+
+def _words(rows: Sequence[Row]) -> dict[str, float]:
+    kept = [(logits[labels != -100], labels[labels != -100]) for logits, labels in rows]
+    words = [word for logits, labels in kept for word in zip(logits, labels, strict=True)]
+    classes = _classes(words)
+    predicted = [[TAGS[word] for word in logits.argmax(1)] for logits, _ in kept]
+    f1 = entity_f1(predicted, [[TAGS[word] for word in labels] for _, labels in kept])
+    return {"loss": classes["loss"], "accuracy": classes["accuracy"], "f1": f1}
+
+
 TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
     {
         "TextClassification": TaskCase(lambda: TextClassification(splits_of(learnable_rows)), _classes),
         "MultiLabelClassification": TaskCase(
             lambda: MultiLabelClassification(splits_of(tagged_rows)), _label_sets
         ),
+        "TokenClassification": TaskCase(lambda: TokenClassification(splits_of(spelt_rows)), _words),
         "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
     }
 )

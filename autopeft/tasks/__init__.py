@@ -6,8 +6,15 @@ from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.multi_label_classification import MultiLabelClassification
 from autopeft.tasks.regression import Regression
 from autopeft.tasks.text_classification import TextClassification
+from autopeft.tasks.token_classification import TokenClassification
 
-TASKS: tuple[type[Task], ...] = (TextClassification, MultiLabelClassification, Regression, CausalLM)
+TASKS: tuple[type[Task], ...] = (
+    TextClassification,
+    MultiLabelClassification,
+    TokenClassification,
+    Regression,
+    CausalLM,
+)
 """The tasks there are, which YAML names by their class."""
 
 __all__ = [
@@ -20,4 +27,5 @@ __all__ = [
     "Task",
     "TaskData",
     "TextClassification",
+    "TokenClassification",
 ]

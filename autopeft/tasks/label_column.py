@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import nearest, unknown_choice
 
 _logger = logging.getLogger(__name__)
 
@@ -83,6 +83,24 @@ def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str])
         if label not in labels:
             raise unknown_choice(f"label in the {name} split", label, labels)
     return {value: labels.index(label) for value, label in zip(values, texts, strict=True)}
+
+
+def check_known(names: Iterable[Sequence[str]], name: str, labels: Sequence[str]) -> None:
+    """Raise a ValueError where a row of a split has a label that is none of the known ones.
+
+    Args:
+        names: The labels of each row of the split.
+        name: Name of the split.
+        labels: The known ones.
+    """
+    for row, found in enumerate(names):
+        unknown = next((label for label in found if label not in labels), None)
+        if unknown is not None:
+            close = nearest(unknown, labels)
+            raise ValueError(
+                f"Row {row} of the {name} split has the label {unknown!r}, which training rows lack"
+                + ("." if close is None else f"; did you mean {close!r}?")
+            )
 
 
 def label_texts(values: Iterable[Any], feature: Any) -> list[str]:

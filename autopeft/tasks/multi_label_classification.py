@@ -19,13 +19,12 @@ from torchmetrics.classification import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from autopeft.core.errors import nearest
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, TaskData
 from autopeft.tasks.batch import LABELS
 from autopeft.tasks.dataset_task import SPLITS
-from autopeft.tasks.label_column import label_texts
+from autopeft.tasks.label_column import check_known, label_texts
 from autopeft.tasks.text_task import TextTask
 
 _Names = tuple[str, ...]
@@ -107,14 +106,7 @@ class MultiLabelClassification(TextTask):
         if len(self.labels) < 2:
             raise ValueError(f"Expected at least two labels in {self.label!r}, got {self.labels}.")
         for name in self._sources:
-            for row, names in enumerate(self._names(self._loaded[name])):
-                if unknown := next((label for label in names if label not in self.labels), None):
-                    close = nearest(unknown, self.labels)
-                    hint = "" if close is None else f"; did you mean {close!r}?"
-                    raise ValueError(
-                        f"Row {row} of the {name} split has the label {unknown!r}, which no row of the train "
-                        f"split has{hint}"
-                    )
+            check_known(self._names(self._loaded[name]), name, self.labels)
         super().validate()
         for name in SPLITS[:2]:
             if not any(map(any, self.split(name).labels)):

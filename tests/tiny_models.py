@@ -183,6 +183,11 @@ def tiny_language_model(architecture: str, *, seed: int = 0, **options: Any) -> 
     return _build(AutoModelForCausalLM, architecture, seed, options)
 
 
+def tiny_headed(head: HeadSpec, architecture: str, *, seed: int = 0) -> PreTrainedModel:
+    """Return a fresh model with the head of a task, in evaluation mode."""
+    return _build(head.auto_class, architecture, seed, head.config)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of single words."""
     words = ["[PAD]", "[UNK]", *(f"w{index}" for index in range(VOCABULARY - 2))]

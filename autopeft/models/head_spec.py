@@ -22,13 +22,15 @@ class HeadSpec:
     is_trained: bool = True
 
     @classmethod
-    def of_labels(cls, auto_class: Any, labels: Sequence[str]) -> Self:
-        """Return the head of a classifier whose labels have these names, in the order of the logits."""
+    def of_labels(cls, auto_class: Any, labels: Sequence[str], **config: Any) -> Self:
+        """Return the head of a classifier whose labels have these names, in the order of the logits.
+
+        What else the model's config is told goes by name.
+        """
         names = dict(enumerate(labels))
         label2id = {name: index for index, name in names.items()}
-        return cls(
-            auto_class=auto_class, config={"num_labels": len(names), "id2label": names, "label2id": label2id}
-        )
+        config |= {"num_labels": len(names), "id2label": names, "label2id": label2id}
+        return cls(auto_class=auto_class, config=config)
 
     @property
     def num_labels(self) -> int | None:

@@ -3,6 +3,29 @@
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.loader_data import LoaderData
+from autopeft.tasks.multi_label_classification import MultiLabelClassification
+from autopeft.tasks.regression import Regression
 from autopeft.tasks.text_classification import TextClassification
+from autopeft.tasks.token_classification import TokenClassification
 
-__all__ = ["Batch", "CausalLM", "LoaderData", "Task", "TaskData", "TextClassification"]
+TASKS: tuple[type[Task], ...] = (
+    TextClassification,
+    MultiLabelClassification,
+    TokenClassification,
+    Regression,
+    CausalLM,
+)
+"""The tasks there are, which YAML names by their class."""
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLM",
+    "LoaderData",
+    "MultiLabelClassification",
+    "Regression",
+    "Task",
+    "TaskData",
+    "TextClassification",
+    "TokenClassification",
+]

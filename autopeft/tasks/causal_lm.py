@@ -6,14 +6,13 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,19 +23,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import Batch, SplitName, Task, TaskData
+from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
-from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
+from autopeft.tasks.dataset_task import SPLITS, DatasetTask
 from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.packing import pack
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.splits import split_groups, three_parts
-from autopeft.tasks.tokenization import fingerprint
+from autopeft.tasks.splits import split_groups
 
 _logger = logging.getLogger(__name__)
-_SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _GENERATION_BATCH = 16
 _AT_ONCE = 128  # tokens whose cross entropy is taken together
 
@@ -97,7 +94,7 @@ class LanguageData(RowData):
 
 
 @dataclass(frozen=True, eq=False)
-class CausalLM(Task):
+class CausalLM(DatasetTask):
     """Fine-tune a language model on text, on prompts with completions, or on chats.
 
     The columns say which: `messages` (chats, written by the tokenizer's chat template), `prompt` and
@@ -106,10 +103,9 @@ class CausalLM(Task):
 
     Metrics: loss, the mean cross entropy a token in nats; perplexity; and those of `generate`.
 
+    The attributes of `DatasetTask` (rows with the same prompt stay in one split), and:
+
     Attributes:
-        dataset: Hub name, a JSON, JSON-lines, Parquet, CSV or TSV file, a folder with one such file a split,
-            a `datasets.Dataset` or a `DatasetDict`.
-        subset: Configuration of a hub data set.
         max_length: Tokens a row at most; longer ones are cut at their end.
         all_tokens: Whether prompts count in the loss too.
         packing: Whether short rows share a sequence of `max_length` tokens. They do not see each other.
@@ -118,49 +114,26 @@ class CausalLM(Task):
             return a score, better when larger.
         generated_rows: Rows of a split that text is generated for, drawn by seed.
         new_tokens: Tokens that are generated for a row at most.
-        train_examples: Use this many rows at most, drawn by seed; None for all.
-        validation_examples: The same for validation.
-        test_examples: The same for test.
-        validation_share: Share of the training rows that becomes validation where there is none. Rows with
-            the same prompt stay together.
-        test_share: Share of the training rows that becomes test where there is none.
-        seed: Seed of splits and limits.
 
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
-    dataset: Source = field(repr=False)
     _: KW_ONLY
-    subset: str | None = None
     max_length: int = 512
     all_tokens: bool = False
     packing: bool = False
     generate: Sequence[str] | Mapping[str, TextMetric] = ()
     generated_rows: int = 64
     new_tokens: int = 64
-    train_examples: int | None = None
-    validation_examples: int | None = None
-    test_examples: int | None = None
-    validation_share: float = 0.1
-    test_share: float = 0.1
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_length", "generated_rows", "new_tokens"):
             check_whole(name, getattr(self, name), least=1)
-        for name in _SPLITS:
-            if (limit := getattr(self, f"{name}_examples")) is not None:
-                check_whole(f"{name}_examples", limit, least=1)
-        check_shares(self.validation_share, self.test_share)
         for name in () if isinstance(self.generate, Mapping) else self._generated:
             if name not in TEXT_METRICS:
                 raise unknown_choice("metric of generated text", name, TEXT_METRICS)
-
-    @property
-    def name(self) -> str:
-        """Short name for runs and folders."""
-        return source_name(self.dataset, self.subset) or "causal-lm"
 
     @property
     def _generated(self) -> tuple[str, ...]:
@@ -181,10 +154,6 @@ class CausalLM(Task):
         return HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
 
     @cached_property
-    def _sources(self) -> dict[str, Dataset]:
-        return load_splits(self.dataset, self.subset)
-
-    @cached_property
     def layout(self) -> Layout:
         """Which columns the data have."""
         layouts = {name: layout_of(split.column_names) for name, split in self._sources.items()}
@@ -197,48 +166,23 @@ class CausalLM(Task):
         _logger.info("The data have the layout %r.", layouts["train"])
         return layouts["train"]
 
-    @cached_property
-    def _parts(self) -> dict[SplitName, tuple[str, Sequence[int]]]:
-        """Which rows of which split of the source make each of the three splits."""
-
-        def cut(rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
-            keys = [self._keys[row] for row in rows]
-            return split_groups(keys, max(1, round(share * len(rows))), self.seed)
-
-        sizes = {name: len(split) for name, split in self._sources.items() if len(split)}
-        if "train" not in sizes:
-            raise ValueError("The training split has no rows.")
-        parts = three_parts(sizes, {"test": self.test_share, "validation": self.validation_share}, cut)
-        limited = {}
-        for name in _SPLITS:
-            source, rows = parts[name]
-            limit = getattr(self, f"{name}_examples")
-            if limit is not None and limit < len(rows):
-                chosen = np.random.default_rng(self.seed).choice(len(rows), limit, replace=False)
-                rows = [rows[index] for index in sorted(chosen)]
-            limited[name] = source, rows
-        return limited
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        keys = [self._keys[row] for row in rows]
+        return split_groups(keys, max(1, round(share * len(rows))), self.seed)
 
     @cached_property
     def _keys(self) -> list[str]:
         """What tells examples of the training split apart: rows of one prompt are one example."""
         return [example_key(row, self.layout) for row in self._sources["train"]]
 
-    def _split(self, name: SplitName) -> Dataset:
-        source, rows = self._parts[name]
-        return self._sources[source].select(rows)
-
     def validate(self) -> None:
         """Raise ValueError for whatever is wrong with data or settings."""
-        super().validate()
         if self._generated and self.layout == "text":
             raise ValueError(
                 f"{', '.join(self._generated)} compares generated text with a reply, which plain text does "
                 "not have: give columns 'prompt' and 'completion', or 'messages'."
             )
-        for name in _SPLITS:
-            if not len(self._parts[name][1]):
-                raise ValueError(f"The {name} split has no rows: use more data, or another share.")
+        super().validate()
 
     def data(
         self,
@@ -262,15 +206,15 @@ class CausalLM(Task):
             seed=seed,
             length=self.max_length if self.packing else None,
         )
-        for name in _SPLITS[:2]:
+        for name in SPLITS[:2]:
             data.rows(name)  # what is wrong with them is said now
         return data
 
     def _read(self, reader: RowReader, name: SplitName) -> tuple[TokenRow, ...]:
-        source, numbers = self._parts[name]
+        source, numbers = self._drawn(name)
         read = [
             reader.read(row, f"Row {number} of the {source} split")
-            for number, row in zip(numbers, self._split(name), strict=True)
+            for number, row in zip(numbers, self._sources[source].select(numbers), strict=True)
         ]
         cut = [row.cut(self.max_length) for row in read]
         rows = tuple(row for row in cut if any(label != IGNORED for label in row.labels[1:]))
@@ -358,7 +302,7 @@ class CausalLM(Task):
         if self.metric(metric).at_end:
             return 0.0
         assert isinstance(data, LanguageData)
-        train, validation = (_learnt(data.rows(name)) for name in _SPLITS[:2])
+        train, validation = (_learnt(data.rows(name)) for name in SPLITS[:2])
         words = 1 + int(max(train.max(), validation.max()))
         counts = 1 + np.bincount(train, minlength=words)
         loss = -float(np.log(counts / counts.sum())[validation].mean())
@@ -368,18 +312,13 @@ class CausalLM(Task):
         """Return the best value a metric can take."""
         return {"loss": 0.0}.get(metric, 1.0)
 
-    def identity(self) -> dict[str, str]:
-        """Return data set, layout, and rows and fingerprint of what the search reads."""
-        return dict(self._identity)
+    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
+        source, rows = self._drawn(name)
+        split = self._sources[source].select(rows)
+        return [split[column][:] for column in split.column_names]
 
-    @cached_property
-    def _identity(self) -> dict[str, str]:
-        read = {name: self._split(name) for name in _SPLITS[:2]}
-        columns = [split[column][:] for split in read.values() for column in split.column_names]
+    def _settings(self) -> dict[str, str]:
         return {
-            "class": type(self).__name__,
-            "dataset": str(self.dataset) if isinstance(self.dataset, str | Path) else self.name,
-            "subset": self.subset or "",
             "layout": self.layout,
             "all_tokens": str(self.all_tokens),
             "packing": str(self.packing),
@@ -387,8 +326,6 @@ class CausalLM(Task):
             "generated_rows": str(self.generated_rows) if self._generated else "",
             "new_tokens": str(self.new_tokens) if self._generated else "",
             "max_length": str(self.max_length),
-            "content": fingerprint(columns),
-            **{f"{name}_rows": str(len(split)) for name, split in read.items()},
         }
 
 

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import nearest, unknown_choice
 
 _logger = logging.getLogger(__name__)
 
 
-def labelled_rows(split: Dataset, name: str, column: str) -> Dataset:
+def labelled_rows(split: Dataset, name: str, columns: Sequence[str], missing: Sequence[object]) -> Dataset:
     """Return the rows of a split that have a label; no text is read.
 
     Args:
         split: A split of the source.
         name: How errors and warnings call it.
-        column: The label column; a split that lacks it has no labelled rows.
-
-    Raises:
-        ValueError: The column does not hold one class a row.
+        columns: The label columns; a split that lacks one has no labelled rows.
+        missing: What stands for no label, beside NaN, which is what empty cells become.
     """
-    if column not in split.column_names:
+    if not set(columns) <= set(split.column_names):
         kept = []
     else:
-        _check(split, name, column)
-        if not any(map(_is_missing, split.unique(column))):
+        values = enumerate(zip(*(split[column][:] for column in columns), strict=True))
+        kept = [row for row, found in values if all(own not in missing and own == own for own in found)]
+        if len(kept) == len(split):
             return split
-        kept = [row for row, value in enumerate(split[column][:]) if not _is_missing(value)]
     if kept or name == "train":
         # Loud, for -1 may have been meant as a class.
         _logger.warning(
-            "%s of the %s rows of the %s split have no label (-1, or none at all) and are left out.",
+            "%s of the %s rows of the %s split have no label (%s) and are left out.",
             f"{len(split) - len(kept):,}",
             f"{len(split):,}",
             name,
+            " or ".join(map(str, missing)),
         )
     else:
         _logger.info("The %s split has no labels and is not used.", name)
@@ -59,8 +58,8 @@ def label_names(train: Dataset, column: str) -> tuple[str, ...]:
     if fraction is not None:
         raise ValueError(
             f"The column {column!r} holds fractions such as {fraction!r} (row "
-            f"{train[column][:].index(fraction)} of the train split): that is a regression, text "
-            "classification takes classes."
+            f"{train[column][:].index(fraction)} of the train split), expected classes: numbers are for "
+            "the task Regression."
         )
     if len(values) == len(train) > 1:
         raise ValueError(
@@ -73,36 +72,53 @@ def label_names(train: Dataset, column: str) -> tuple[str, ...]:
 
 
 def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str]) -> dict[Any, int]:
-    """Return the index in `labels` of every value that occurs in a split's column; no text is read.
+    """Return the index in `labels` of every value that occurs in a split's column.
 
     Raises:
         ValueError: A value is none of the labels.
     """
-    feature = split.features[column]
-    numbers: dict[Any, int] = {}
-    for value in split.unique(column):
-        if isinstance(feature, ClassLabel):
-            label = feature.int2str(value)  # its names may stand in another order than in training
-        elif isinstance(value, int | float) and value == int(value):
-            label = str(int(value))
-        else:
-            label = str(value)
+    values = list(dict.fromkeys(split[column][:]))
+    texts = label_texts(values, split.features[column])
+    for label in texts:
         if label not in labels:
             raise unknown_choice(f"label in the {name} split", label, labels)
-        numbers[value] = labels.index(label)
-    return numbers
+    return {value: labels.index(label) for value, label in zip(values, texts, strict=True)}
 
 
-def _is_missing(value: object) -> bool:
-    """Say whether a value stands for no label; NaN is what empty cells become."""
-    return value is None or value == -1 or value != value
+def check_known(names: Iterable[Sequence[str]], name: str, labels: Sequence[str]) -> None:
+    """Raise a ValueError where a row of a split has a label that is none of the known ones.
+
+    Args:
+        names: The labels of each row of the split.
+        name: Name of the split.
+        labels: The known ones.
+    """
+    for row, found in enumerate(names):
+        unknown = next((label for label in found if label not in labels), None)
+        if unknown is not None:
+            close = nearest(unknown, labels)
+            raise ValueError(
+                f"Row {row} of the {name} split has the label {unknown!r}, which training rows lack"
+                + ("." if close is None else f"; did you mean {close!r}?")
+            )
 
 
-def _check(split: Dataset, name: str, column: str) -> None:
+def label_texts(values: Iterable[Any], feature: Any) -> list[str]:
+    """Return the names of labels: those of a `ClassLabel`, or the values as text, without ".0"."""
+    if isinstance(feature, ClassLabel):  # its names may stand in another order than in training
+        return [feature.int2str(value) for value in values]
+    return [
+        str(int(value)) if isinstance(value, int | float) and value == int(value) else str(value)
+        for value in values
+    ]
+
+
+def check_classes(split: Dataset, name: str, column: str) -> None:
+    """Raise a ValueError where a column does not hold one class a row."""
     if not isinstance(split.features[column], ClassLabel | Value):
         raise ValueError(
             f"Row 0 of the {name} split has {split[column][0]!r} in {column!r}, expected one class a row: "
-            "text classification takes neither several labels a text nor a label a token."
+            "several labels a text are for MultiLabelClassification, a label a token for TokenClassification."
         )
     infinite = [value for value in split.unique(column) if value in (math.inf, -math.inf)]
     if infinite:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.durable_files import load_tensors, save_tensors
 
+WORDS = "words"
 _OFFSETS = "offsets"
 
 Tokens = tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]
@@ -21,9 +23,11 @@ Tokens = tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]
 
 def tokenise(
     tokenizer: PreTrainedTokenizerBase,
-    columns: Sequence[Sequence[str]],
+    columns: Sequence[Sequence[Any]],
     max_length: int,
     cache: Path | None,
+    *,
+    words: bool = False,
 ) -> Tokens:
     """Return token values by input name, concatenated, and the rows' offsets.
 
@@ -33,16 +37,28 @@ def tokenise(
         max_length: Longer rows are cut; of a pair, the longer text first.
         cache: Folder with one file a (texts, tokenizer, length); None for no file. A damaged one is
             made again.
+        words: Whether rows are lists of words; then there is also, under `WORDS`, the word that a token
+            belongs to, -1 of special ones.
 
     Raises:
-        ValueError: The folder cannot be written.
+        ValueError: The folder cannot be written, or the tokenizer takes no words.
     """
-    path = None if cache is None else cache / f"{_key(tokenizer, columns, max_length)}.safetensors"
+    path = None if cache is None else cache / f"{_key(tokenizer, columns, max_length, words)}.safetensors"
     kept = None if path is None else load_tensors(path)
     if kept is not None:
         arrays = {name: tensor.numpy() for name, tensor in kept[0].items()}
         return arrays, arrays.pop(_OFFSETS)
-    encoded = tokenizer(*(list(column) for column in columns), truncation=True, max_length=max_length)
+    if words and not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which word a token belongs to: expected a fast "
+            "tokenizer (one with a tokenizer.json)."
+        )
+    encoded = tokenizer(
+        *(list(column) for column in columns),
+        truncation=True,
+        max_length=max_length,
+        is_split_into_words=words,
+    )
     rows = encoded["input_ids"]
     offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
     tokens = {
@@ -50,6 +66,11 @@ def tokenise(
         for name in encoded
         if name != "attention_mask"
     }
+    if words:
+        places = (place for row in range(len(rows)) for place in encoded.word_ids(row))
+        tokens[WORDS] = np.fromiter(
+            (-1 if place is None else place for place in places), np.int64, offsets[-1]
+        )
     if path is not None:
         arrays = {**tokens, _OFFSETS: offsets}
         try:
@@ -70,13 +91,16 @@ def fingerprint(columns: Iterable[Sequence[object]]) -> str:
     return digest.hexdigest()
 
 
-def _key(tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[str]], max_length: int) -> str:
-    words = sorted(tokenizer.get_vocab().items())
+def _key(
+    tokenizer: PreTrainedTokenizerBase, columns: Sequence[Sequence[Any]], max_length: int, words: bool
+) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items())
     settings = [type(tokenizer).__name__, str(max_length), repr(tokenizer.special_tokens_map)]
+    settings += [WORDS] if words else []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
         # A tokenizer keeps the truncation and padding of its last call.
         rules |= {"truncation": None, "padding": None}
         settings.append(json.dumps(rules, sort_keys=True))
-    return fingerprint([settings, words, *columns])
+    return fingerprint([settings, vocabulary, *columns])

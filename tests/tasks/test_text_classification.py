@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from autopeft.core.objectives import Objective
-from autopeft.tasks import TextClassification, text_classification
+from autopeft.tasks import TextClassification, dataset_task
 from autopeft.tasks.tokenization import tokenise
 
 WORDS = ["good", "bad", "very", "film", "dog"]
@@ -106,9 +106,7 @@ def test_unlabelled_test_rows_and_held_out_validation(caplog: pytest.LogCaptureF
 
 
 def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFast) -> None:
-    poisoned = Dataset.from_dict({"text": [1, 2], "label": ["positive", "negative"]})
-    source = DatasetDict(train=Dataset.from_dict(rows()), test=poisoned)
-    loaded = task(dataset=source)
+    loaded = task(dataset=DatasetDict(train=Dataset.from_dict(rows()), test=Dataset.from_dict(rows(4))))
     loaded.validate()
     loaded.identity()
     loaded.trivial_score("accuracy")
@@ -116,8 +114,9 @@ def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFas
     assert len(list(data.train_dataloader())) == data.steps_per_epoch
     list(data.val_dataloader())
     data.largest_batch()
-    with pytest.raises(ValueError, match="Row 0 of the test split has 1"):
-        data.test_dataloader()
+    assert set(loaded.__dict__["_read_splits"]) == {"train", "validation"}
+    assert len(data.test_dataloader()) == 1
+    assert "test" in loaded.__dict__["_read_splits"]
 
 
 def test_batches_of_single_texts_and_pairs(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -212,7 +211,7 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         (mapped(text=["a"] * 4, label=["x"] * 4), "one class only"),
         (
             mapped(text=["a"] * 4, label=[1.0, 1.5, 2.5, 0.5]),
-            r"1\.5 \(row 1 of the train split\).*regression",
+            r"1\.5 \(row 1 of the train split\).*Regression",
         ),
         (mapped(text=["a"] * 4, label=[-1, 1, 1, -1]), r"one class only: '1' \(rows with the label -1"),
         (mapped(text=["a"] * 4, label=[None, -1, -1, None]), "no labels in the training split"),
@@ -233,9 +232,9 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
         ),
         (
             mapped(text=["a"] * 4, label=[[0, 1], [1], [0], [0]]),
-            "neither several labels a text nor a label a token",
+            "several labels a text are for MultiLabelClassification",
         ),
-        (lambda: task(label="text"), "label names the column of classes, got 'text', which is a text column"),
+        (lambda: task(label="text"), "label names the column of labels, got 'text', which is a text column"),
         (
             mapped(text=["a"] * 9, label=list("abcdefghi")),
             "Every row of the column 'label' has a value of its own",
@@ -251,10 +250,9 @@ def test_what_is_wrong_is_said(make: Callable[[], TextClassification], message: 
 
 def test_an_unknown_label_in_another_split_is_said() -> None:
     strange = Dataset.from_dict({"text": ["a", "b"], "label": ["positve", "negative"]})
-    with pytest.raises(ValueError, match=r"label in the validation split 'positve'.*'positive'"):
-        task(
-            dataset=DatasetDict(train=Dataset.from_dict(rows()), validation=strange, test=strange)
-        ).validate()
+    for name in ("validation", "test"):
+        with pytest.raises(ValueError, match=rf"label in the {name} split 'positve'.*'positive'"):
+            task(dataset=DatasetDict({"train": Dataset.from_dict(rows()), name: strange})).validate()
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
@@ -265,9 +263,9 @@ def test_a_fraction_among_the_labels_of_another_split_is_said(name: str) -> None
         task(dataset=DatasetDict({"train": train, name: strange})).validate()
 
 
-def test_an_unknown_label_in_the_test_split_is_said_before_any_text_is_read() -> None:
-    strange = Dataset.from_dict({"text": [1, 2], "label": ["positve", "negative"]})
-    with pytest.raises(ValueError, match=r"label in the test split 'positve'.*'positive'"):
+def test_a_column_without_text_in_the_test_split_is_said() -> None:
+    strange = Dataset.from_dict({"text": [1, 2], "label": ["positive", "negative"]})
+    with pytest.raises(ValueError, match="Row 0 of the test split has 1 in 'text', expected text"):
         task(dataset=DatasetDict(train=Dataset.from_dict(rows()), test=strange)).validate()
 
 
@@ -327,7 +325,7 @@ def test_rows_without_text_are_left_out_and_counted(caplog: pytest.LogCaptureFix
 
 def test_content_is_read_for_the_identity_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = iter(["fingerprint"])
-    monkeypatch.setattr(text_classification, "fingerprint", lambda _: next(reads))
+    monkeypatch.setattr(dataset_task, "fingerprint", lambda _: next(reads))
     loaded = task()
     assert loaded.identity() == loaded.identity()
 

@@ -1,0 +1,133 @@
+"""What tasks have in common whose examples are the rows of a data set: its source, splits and identity."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from autopeft.core.errors import check_whole
+from autopeft.tasks.base import SplitName, Task
+from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
+from autopeft.tasks.splits import three_parts
+from autopeft.tasks.tokenization import fingerprint
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetTask(Task):
+    """A task whose examples are the rows of a data set.
+
+    Attributes:
+        dataset: Hub name, a CSV, TSV, JSON, JSON-lines or Parquet file, a folder with one such file a
+            split, a `datasets.Dataset` or a `DatasetDict`.
+        subset: Configuration of a hub data set.
+        train_examples: Use this many rows at most, drawn by seed; None for all.
+        validation_examples: The same for validation.
+        test_examples: The same for test.
+        validation_share: Share of the training rows that becomes validation where there is none.
+        test_share: Share of the training rows that becomes test where there is none.
+        seed: Seed of splits and limits.
+
+    Raises:
+        ValueError: A setting is out of its range; the data are checked by `validate`.
+    """
+
+    dataset: Source = field(repr=False)
+    _: KW_ONLY
+    subset: str | None = None
+    train_examples: int | None = None
+    validation_examples: int | None = None
+    test_examples: int | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            if (limit := getattr(self, f"{name}_examples")) is not None:
+                check_whole(f"{name}_examples", limit, least=1)
+        check_shares(self.validation_share, self.test_share)
+
+    @property
+    def name(self) -> str:
+        """Short name for runs and folders."""
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
+        return source_name(self.dataset, self.subset) or kind
+
+    def _usable(self, split: Dataset, name: str) -> Dataset:
+        """Return the rows of a split of the source that can be learnt from.
+
+        Raises:
+            ValueError: They lack what the task needs.
+        """
+        return split
+
+    @abstractmethod
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        """Split rows of the training split in two; see `three_parts`."""
+
+    @abstractmethod
+    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
+        """Return all that is used of a split, by column."""
+
+    @abstractmethod
+    def _settings(self) -> Mapping[str, str]:
+        """Return the settings that tell what is learnt from the rows, as text."""
+
+    @cached_property
+    def _loaded(self) -> dict[str, Dataset]:
+        return load_splits(self.dataset, self.subset)
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        """The usable rows of the splits of the source that have any."""
+        usable = {name: self._usable(split, name) for name, split in self._loaded.items()}
+        if not len(usable["train"]):
+            raise ValueError("The training split has no rows.")
+        return {name: split for name, split in usable.items() if len(split)}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, Sequence[int]]]:
+        """Which rows of which split of the source make each of the three splits."""
+        sizes = {name: len(split) for name, split in self._sources.items()}
+        return three_parts(sizes, {"test": self.test_share, "validation": self.validation_share}, self._cut)
+
+    def _drawn(self, name: SplitName) -> tuple[str, Sequence[int]]:
+        """Return which rows of which split of the source make a split, limited as asked for."""
+        source, rows = self._parts[name]
+        limit = getattr(self, f"{name}_examples")
+        if limit is None or limit >= len(rows):
+            return source, rows
+        chosen = np.random.default_rng(self.seed).choice(len(rows), limit, replace=False)
+        return source, [rows[index] for index in sorted(chosen)]
+
+    def validate(self) -> None:
+        """Raise ValueError for whatever is wrong with data or settings."""
+        super().validate()
+        for name in SPLITS:
+            if not len(self._parts[name][1]):
+                raise ValueError(f"The {name} split has no rows: use more data, or another share.")
+
+    def identity(self) -> dict[str, str]:
+        """Return data set, settings, and rows and fingerprint of what the search reads."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        read = {name: self._columns(name) for name in SPLITS[:2]}
+        return {
+            "class": type(self).__name__,
+            "dataset": str(self.dataset) if isinstance(self.dataset, str | Path) else self.name,
+            "subset": self.subset or "",
+            **self._settings(),
+            "content": fingerprint([column for columns in read.values() for column in columns]),
+            **{f"{name}_rows": str(len(columns[0])) for name, columns in read.items()},
+        }

@@ -101,10 +101,13 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
         costs = [objective for objective in self.objectives if not objective.is_metric]
-        names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
             (self._point(record) for record in front_records(self.records, self.objectives)),
-            key=lambda point: [*(point.values[name] for name in names), point.number],
+            key=lambda point: [
+                *(-cost.sign * point.values[cost.name] for cost in costs),
+                point.values[self.metric.name],
+                point.number,
+            ],
         )
 
     @classmethod

@@ -85,6 +85,11 @@ class Task(ABC):
         """The metrics, the default one first."""
 
     @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What can be traded off beside what every task costs: the metrics, and speeds if it generates."""
+        return self.metrics
+
+    @property
     @abstractmethod
     def head(self) -> HeadSpec:
         """What a backbone is loaded with for this task."""
@@ -160,6 +165,13 @@ class Task(ABC):
     def measure_at_end(self, model: nn.Module, data: TaskData, split: SplitName) -> dict[str, float]:
         """Return the metrics that are `at_end`, by name, of a model in evaluation mode."""
         return {}
+
+    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+        """Generate so many tokens for each of a few rows, and return how many these are together.
+
+        Tasks do that which have `GENERATION_SPEEDS` among their objectives.
+        """
+        raise NotImplementedError(f"{type(self).__name__} generates nothing.")
 
     @abstractmethod
     def trivial_score(self, metric: str, data: TaskData) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,23 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.objectives import Objective
+from autopeft.core.objectives import GENERATION_SPEEDS, Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName, Task, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
-from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
+from autopeft.tasks.generation import TEXT_METRICS, TextMetric, continue_prompts, generate_texts
+from autopeft.tasks.language_data import LanguageData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
-from autopeft.tasks.length_bucketing import TokenisedSplit
-from autopeft.tasks.packing import pack
-from autopeft.tasks.row_data import RowData
 from autopeft.tasks.splits import split_groups, three_parts
 from autopeft.tasks.tokenization import fingerprint
 
@@ -46,52 +42,6 @@ class _Perplexity(MeanMetric):
         """Return the perplexity, a scalar."""
         mean: Tensor = super().compute()
         return mean.exp()
-
-
-class LanguageData(RowData):
-    """Batches of token rows, and the rows that texts are generated for.
-
-    Args:
-        rows: Gives the token rows of a split; called once a split, when it is first needed.
-        tokenizer: The backbone's.
-        batch_size: Rows a training batch; with packing, packs.
-        seed: Seed of shuffling.
-        length: Tokens of a pack; None to leave each row alone.
-    """
-
-    def __init__(
-        self,
-        rows: Callable[[SplitName], tuple[TokenRow, ...]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        length: int | None,
-    ) -> None:
-        # Padding goes behind: not every model counts positions from the first token that is none of it.
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.padding_side = "right"
-        super().__init__(self._tokenised, tokenizer, batch_size=batch_size, seed=seed)
-        self._rows = rows
-        self._length = length
-        self._known: dict[SplitName, tuple[TokenRow, ...]] = {}
-
-    def rows(self, name: SplitName) -> tuple[TokenRow, ...]:
-        """Return the token rows of a split."""
-        if name not in self._known:
-            self._known[name] = self._rows(name)
-        return self._known[name]
-
-    def _tokenised(self, name: SplitName) -> TokenisedSplit:
-        rows = self.rows(name)
-        if self._length is not None:
-            return pack(rows, self._length)
-        return TokenisedSplit(
-            tokens={"input_ids": np.concatenate([np.array(row.tokens) for row in rows])},
-            offsets=np.cumsum([0, *(len(row.tokens) for row in rows)]),
-            labels=np.concatenate([np.array(row.labels) for row in rows]),
-            token_labels=True,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +122,11 @@ class CausalLM(Task):
             name="perplexity", direction="minimize", unit="perplexity", is_metric=True, log_scale=True
         )
         return loss, perplexity, *(Objective.score(name, at_end=True) for name in self._generated)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The metrics, and how fast text is generated."""
+        return *self.metrics, *GENERATION_SPEEDS.values()
 
     @property
     def head(self) -> HeadSpec:
@@ -347,12 +302,20 @@ class CausalLM(Task):
         functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
         return {name: float(functions[name](texts, references)) for name in self._generated}
 
+    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+        """Continue a batch of validation rows; see `Task.generate_tokens`."""
+        assert isinstance(data, LanguageData)
+        rows = data.rows("validation")[:_GENERATION_BATCH]
+        prompts = [row.tokens[: row.prompt or len(row.tokens) // 2 or 1] for row in rows]
+        exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return continue_prompts(model, data.tokenizer, prompts, **exactly).numel()
+
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what predicting each token by its frequency in training scores; 0 for generated text."""
         if self.metric(metric).at_end:
             return 0.0
         assert isinstance(data, LanguageData)
-        train, validation = (_learnt(data.rows(name)) for name in _SPLITS[:2])
+        train, validation = (data.learnt(name) for name in _SPLITS[:2])
         words = 1 + int(max(train.max(), validation.max()))
         counts = 1 + np.bincount(train, minlength=words)
         loss = -float(np.log(counts / counts.sum())[validation].mean())
@@ -384,10 +347,3 @@ class CausalLM(Task):
             "content": fingerprint(columns),
             **{f"{name}_rows": str(len(split)) for name, split in read.items()},
         }
-
-
-def _learnt(rows: Sequence[TokenRow]) -> NDArray[np.int64]:
-    """Return the learnt tokens of rows; the first token of a row is never predicted."""
-    labels: NDArray[np.int64] = np.concatenate([np.array(row.labels[1:]) for row in rows])
-    learnt: NDArray[np.int64] = labels[labels != IGNORED]
-    return learnt

@@ -175,7 +175,7 @@ class SearchSettings:
         return "\n".join(
             [
                 f"backbone {backbone!r}",
-                f"task {self.task!r}",
+                f"task {self.task.describe()}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
                 f"training {training.epochs} epochs, batch size {training.batch_size}, "
                 f"{training.resolved_device()}, {training.resolved_precision()}"

@@ -192,6 +192,10 @@ class Task(ABC):
             raise unknown_choice("metric", name, by_name)
         return by_name[name]
 
+    def describe(self) -> str:
+        """Return the settings, and what was found in the data, for people."""
+        return repr(self)
+
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
         """Return what tells this task from others, as text: data, content fingerprint, splits."""

@@ -147,7 +147,6 @@ class CausalLM(Task):
                 f"The {different} split has the layout {layouts[different]!r}, the train split "
                 f"{layouts['train']!r}: expected the same columns in both."
             )
-        _logger.info("The data have the layout %r.", layouts["train"])
         return layouts["train"]
 
     @cached_property
@@ -324,6 +323,10 @@ class CausalLM(Task):
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
         return {"loss": 0.0}.get(metric, 1.0)
+
+    def describe(self) -> str:
+        """Return the settings, and the layout that was recognised."""
+        return f"{self!r}; rows of the layout {self.layout!r}"
 
     def identity(self) -> dict[str, str]:
         """Return data set, layout, and rows and fingerprint of what the search reads."""

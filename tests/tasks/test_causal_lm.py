@@ -159,6 +159,7 @@ def test_chats_are_read_from_a_file(tmp_path: Path) -> None:
     task = CausalLM(dataset=path)
     task.validate()
     assert (task.name, task.layout, task.identity()["layout"]) == ("chat", "messages", "messages")
+    assert task.describe().endswith("rows of the layout 'messages'")
     data = task.data(tiny_chat_tokenizer(), batch_size=4, seed=0)
     assert len(data.rows("train")) == 24
 

@@ -91,8 +91,8 @@ class SearchSettings:
         self.space = ScoreGuided() if space is None else space
         if objectives is None:
             objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
-        self.objectives = resolve_objectives(objectives, task.metrics)
-        self.constraints = resolve_constraints(constraints or {}, task.metrics)
+        self.objectives = resolve_objectives(objectives, task.objectives)
+        self.constraints = resolve_constraints(constraints or {}, task.objectives)
         self.training = Training() if training is None else training
         self.halving = halving
         self.warm_start = warm_start
@@ -175,7 +175,7 @@ class SearchSettings:
         return "\n".join(
             [
                 f"backbone {backbone!r}",
-                f"task {self.task!r}",
+                f"task {self.task.describe()}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
                 f"training {training.epochs} epochs, batch size {training.batch_size}, "
                 f"{training.resolved_device()}, {training.resolved_precision()}"

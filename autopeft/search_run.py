@@ -102,7 +102,7 @@ class SearchRun:
     ) -> ParetoFront:
         """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`."""
         front = self.front()
-        self.study.set_attribute("metrics", [asdict(metric) for metric in self.evaluator.task.metrics])
+        self.study.set_attribute("metrics", [asdict(each) for each in self.evaluator.task.objectives])
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.keep(front)
         before = self._evaluations()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from autopeft import ParetoFront, Search
-from autopeft.core.configuration import Configuration
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Evaluation
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import Attachment, FullFineTuning
@@ -31,7 +31,7 @@ class Baseline:
     """A baseline's best evaluation over its learning rates.
 
     Attributes:
-        name: "full fine-tuning" or "head alone".
+        name: "full fine-tuning", "head alone" or "uniform LoRA".
         evaluation: The evaluation with the best metric in validation.
         tried: Number of learning rates tried.
     """
@@ -59,11 +59,27 @@ def head_alone(evaluator: Evaluator, learning_rates: Sequence[float]) -> Baselin
     return _best("head alone", evaluator, learning_rates, Attachment)
 
 
+def uniform_lora(evaluator: Evaluator, learning_rates: Sequence[float]) -> Baseline:
+    """Train LoRA of rank 8 on every query and value, which people do today, once a learning rate.
+
+    Raises:
+        RuntimeError: Not one of the trainings completed.
+    """
+    sites = [site for site in evaluator.backbone.sites if site.role in ("query", "value")]
+    return _best(
+        "uniform LoRA", evaluator, learning_rates, Attachment, dict.fromkeys(sites, Adapter("lora", 8))
+    )
+
+
 def _best(
-    name: str, evaluator: Evaluator, learning_rates: Sequence[float], attachment: type[Attachment]
+    name: str,
+    evaluator: Evaluator,
+    learning_rates: Sequence[float],
+    attachment: type[Attachment],
+    adapters: Mapping[Site, Adapter] | None = None,
 ) -> Baseline:
     evaluations = [
-        evaluator.train(Configuration(learning_rate=rate), attachment=attachment).evaluation
+        evaluator.train(Configuration(adapters, learning_rate=rate), attachment=attachment).evaluation
         for rate in learning_rates
     ]
     complete = [evaluation for evaluation in evaluations if evaluation.status == "complete"]
@@ -91,17 +107,22 @@ def compare(search: Search, front: ParetoFront, baselines: list[Baseline]) -> Ta
     return table
 
 
-def conditions(front: ParetoFront, full: Baseline, head: Baseline) -> list[str]:
-    """Say what the front shows: its size, its span, and its best point beside the baselines."""
+def conditions(front: ParetoFront, full: Baseline, head: Baseline, uniform: Baseline) -> list[str]:
+    """Say what the front shows: its size, its span, and its best points beside the baselines."""
     parameters = [point.values["trainable_parameters"] for point in front]
     best = front.best().values["accuracy"]
     to_full = 100 * (full.evaluation.values["accuracy"] - best)
     to_head = 100 * (best - head.evaluation.values["accuracy"])
+    accuracy, most = (uniform.evaluation.values[name] for name in ("accuracy", "trainable_parameters"))
+    as_small = front.best(trainable_parameters=most)
+    gain = 100 * (as_small.values["accuracy"] - accuracy)
     return [
         f"The front has {len(front)} points, the largest with {max(parameters) / min(parameters):.0f} times "
         "the parameters of the smallest.",
         f"Its best is {abs(to_full):.1f} points {'below' if to_full > 0 else 'above'} full fine-tuning and "
         f"{to_head:.1f} above the head alone.",
+        f"With no more parameters than uniform LoRA, trial {as_small.number} is {abs(gain):.1f} points "
+        f"{'above' if gain > 0 else 'below'} its best of {uniform.tried} learning rates, each one training.",
     ]
 
 
@@ -117,10 +138,11 @@ def main() -> None:
         console.print("Interrupted: `make demo` goes on from here.")
         return
 
-    console.print("\nBaselines: every weight trained, and the head alone …")
+    console.print("\nBaselines: every weight trained, the head alone, LoRA of rank 8 on query and value …")
     baselines = [
         full_fine_tuning(search.open().evaluator, learning_rates=(1e-4, 3e-4)),
         head_alone(search.open().evaluator, learning_rates=(5e-3, 2e-2)),
+        uniform_lora(search.open().evaluator, learning_rates=(1e-3, 3e-3, 1e-2)),
     ]
     console.print(compare(search, front, baselines))
 

@@ -24,7 +24,7 @@ class Objective:
     Attributes:
         name: The name in values, tables, MLflow metrics and constraints.
         direction: Whether more or less of it is better.
-        unit: "score", "nats", "parameters", "bytes", "seconds", "FLOPs" or one of a task's own.
+        unit: "score", "nats", "parameters", "bytes", "seconds", "FLOPs", "tokens/s" or one of a task's own.
         before_training: Whether its value is exact before anything is trained.
         log_scale: Whether ratios matter rather than differences (plots, hypervolume).
         is_metric: Whether it says how good a model is, and not what it costs.
@@ -72,6 +72,8 @@ class Objective:
             return f"{value:.1f} s" if value >= 1 else f"{value * 1000:.2f} ms"
         if self.unit in ("parameters", "FLOPs"):
             return _with_prefix(value)
+        if self.unit == "tokens/s":
+            return f"{value:,.1f} tokens/s"
         return f"{value:.4f}"
 
 
@@ -89,14 +91,23 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
     for name, unit, before_training in (
         ("trainable_parameters", "parameters", True),
         ("adapter_parameters", "parameters", True),
+        ("adapter_bytes", "bytes", True),
         ("peak_memory", "bytes", True),
         ("forward_flops", "FLOPs", True),
         ("training_seconds", "seconds", False),
         ("inference_latency", "seconds", False),
     )
 }
-"""Objectives every task has. Adapter parameters are the trainable ones without the head's; forward FLOPs are
-those of the largest training batch; inference latency is the median time of one forward pass over it."""
+"""Objectives every task has. Adapter parameters are the trainable ones without the head's; adapter bytes are
+those of the tensors that an export writes, the head's included; forward FLOPs are those of the largest
+training batch; inference latency is the median time of one forward pass over it."""
+
+GENERATION_SPEEDS: Mapping[str, Objective] = {
+    name: Objective(name=name, direction="maximize", unit="tokens/s", log_scale=True)
+    for name in ("tokens_per_second", "tokens_per_second_merged")
+}
+"""Objectives of tasks that generate text: tokens a second with the adapters attached, and with those merged
+into the weights that weights can take in."""
 
 
 def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tuple[Objective, ...]:
@@ -104,7 +115,7 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tu
 
     Args:
         names: The objectives in order; the first is the one tables sort by.
-        metrics: The task's metrics.
+        metrics: The task's metrics, and other objectives of its own.
 
     Raises:
         ValueError: A name is unknown or given twice, or there are fewer than two.

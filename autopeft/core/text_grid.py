@@ -13,7 +13,7 @@ def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
     There is a line a block, from the highest occupied one down to block 0: the output is on top.
     """
     if not cells:
-        return "(no adapters: the head alone is trained)"
+        return "(no adapters)"
     roles = [role for role in ROLES if any(role == used for _, used in cells)]
     table = [("block", *roles)]
     for block in range(max(block for block, _ in cells), -1, -1):

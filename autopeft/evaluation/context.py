@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from autopeft.core.objectives import Constraint, Objective
 from autopeft.core.profiling import section
 from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
-from autopeft.methods import Attachment
+from autopeft.methods import Attachment, unmergeable
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
 from autopeft.tasks.base import SplitName
@@ -29,6 +29,8 @@ from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import ValidationSchedule
 
 _LATENCY_REPEATS = 10
+_SPEED_REPEATS = 3
+_TIMED_TOKENS = 16  # generated a row and repeat
 
 
 class EvaluationContext:
@@ -85,6 +87,7 @@ class EvaluationContext:
         if rungs:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
+        self._merged_speeds: dict[Configuration, float] = {}
         folder = None if cache is None else cache / "hidden_states"
         self.hidden_states = HiddenStateCache(backbone, task, self.data, self.training, folder)
 
@@ -95,6 +98,7 @@ class EvaluationContext:
         values = {
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
+            "adapter_bytes": float(sum(each.nbytes for each in attachment.parameters.values())),
         }
         if "peak_memory" in self.needed:
             values["peak_memory"] = float(self.peak_bytes(attachment))
@@ -157,12 +161,40 @@ class EvaluationContext:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
         batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
+        return self._median_seconds(lambda: self.task.forward(model, batch), _LATENCY_REPEATS)
+
+    @section("evaluate")
+    def generation_speed(self) -> float:
+        """Return the tokens a second that are generated, as attached now."""
+        model, counts = self.backbone.model, set()
+
+        def generate() -> None:
+            counts.add(self.task.generate_tokens(model, self.data, _TIMED_TOKENS))
+
+        seconds = self._median_seconds(generate, _SPEED_REPEATS)
+        (tokens,) = counts
+        return tokens / seconds
+
+    def merged_generation_speed(self, configuration: Configuration) -> float:
+        """Return the tokens a second with what can be merged in the weights; nothing may be attached.
+
+        What is merged computes nothing of its own, so the rest of the configuration is attached alone. It is
+        measured once for all configurations that share it: else noise would tell them apart.
+        """
+        rest = unmergeable(configuration)
+        if rest not in self._merged_speeds:
+            with Attachment(self.backbone, rest, self.seed):
+                self._merged_speeds[rest] = self.generation_speed()
+        return self._merged_speeds[rest]
+
+    def _median_seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """Return the median time of a piece of work without gradients, done once more to begin with."""
         seconds = []
-        model.eval()
+        self.backbone.model.eval()
         with torch.inference_mode(), self.backbone.computing_in(self.backbone.own_precision):
-            for _ in range(_LATENCY_REPEATS + 1):
+            for _ in range(repeats + 1):
                 started = time.perf_counter()
-                self.task.forward(model, batch)
+                work()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - started)

@@ -110,6 +110,8 @@ class EvaluationRun:
                 if attachment.parameters:  # else they would serve a single validation
                     evaluator.hidden_states.open()
                 self._train(attachment)
+        if not self.violations:
+            self.measure_merged()
 
     def _begin(self, attachment: Attachment) -> None:
         """Note the costs and the constraints that they violate, and load the initial weights."""
@@ -191,6 +193,8 @@ class EvaluationRun:
             self.values["peak_memory_measured"] = max(peak, float(self.memory.peak_bytes))
         if "inference_latency" in evaluator.needed:
             self.values["inference_latency"] = evaluator.latency()
+        if "tokens_per_second" in self._unknown:
+            self.values["tokens_per_second"] = evaluator.generation_speed()
         if self.pause is None:
             self.values |= evaluator.measured_at_end("validation")
         for metric, step, value in self.curve.points:
@@ -199,6 +203,17 @@ class EvaluationRun:
         for objective in evaluator.objectives:
             if objective.name in self.values and not math.isfinite(self.values[objective.name]):
                 raise DivergenceError(f"{objective.name} is {self.values[objective.name]}")
+
+    def measure_merged(self) -> None:
+        """Note how fast text is generated once adapters are merged; nothing may be attached."""
+        if "tokens_per_second_merged" in self._unknown:
+            speed = self.evaluator.merged_generation_speed(self.configuration)
+            self.values["tokens_per_second_merged"] = speed
+
+    @property
+    def _unknown(self) -> frozenset[str]:
+        """What is asked for and was not measured, as at a pause."""
+        return self.evaluator.needed - self.values.keys()
 
     def outcome(self, reason: str | None) -> Trained:
         """Return what came out."""

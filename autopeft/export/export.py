@@ -25,10 +25,10 @@ from autopeft.export.folder_format import (
     write_adapters,
 )
 from autopeft.export.loading import load_adapter
-from autopeft.export.merging import MERGEABLE, merged_model, unmergeable
+from autopeft.export.merging import merged_model
 from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
-from autopeft.methods import placements
+from autopeft.methods import MERGEABLE, placements, unmergeable
 from autopeft.models.backbone import Backbone
 
 __all__ = ["ExportReport", "export_adapter", "load_adapter"]
@@ -116,7 +116,7 @@ def export_adapter(
     _check_target(target, overwrite)
     if not len(configuration) and not backbone.head:
         raise ValueError("Nothing was trained: the untrained model is the base model itself.")
-    others = unmergeable(configuration)
+    others = [f"{site} ({adapter.method})" for site, adapter in unmergeable(configuration)]
     if merged and others:
         raise ValueError(
             f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "

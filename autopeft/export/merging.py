@@ -16,16 +16,6 @@ from autopeft.methods import placements
 from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
 
-MERGEABLE = ("lora", "ia3", "layernorm", "bitfit")
-"""Methods whose adapters are an update of weights; the others add computation of their own."""
-
-
-def unmergeable(configuration: Configuration) -> list[str]:
-    """Return the adapters that no weight can take in, by site and method."""
-    return [
-        f"{site} ({adapter.method})" for site, adapter in configuration if adapter.method not in MERGEABLE
-    ]
-
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return new modules that share every parameter and buffer with the model's."""

@@ -11,10 +11,9 @@ from pathlib import Path
 import yaml
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.objectives import COST_OBJECTIVES
+from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
 from autopeft.export.folder_format import Manifest, peft_groups
-from autopeft.export.merging import unmergeable
-from autopeft.methods import placements
+from autopeft.methods import placements, unmergeable
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
@@ -115,7 +114,7 @@ def servers(manifest: Manifest, configuration: Configuration) -> str:
         text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
     if room := _vllm_rank(configuration):
         text += f" vLLM takes {'the adapter' if not obstacles else 'such ranks'} with max_lora_rank={room}."
-    if not unmergeable(configuration):
+    if not len(unmergeable(configuration)):
         text += " Export it with merged=True for a model that needs no support for adapters."
     return text
 
@@ -227,7 +226,7 @@ def _figures(values: Mapping[str, float]) -> str:
         return "None were given."
     rows = []
     for name, value in sorted(values.items(), key=lambda item: item[0].startswith(_TEST)):
-        cost = COST_OBJECTIVES.get(name)
+        cost = COST_OBJECTIVES.get(name) or GENERATION_SPEEDS.get(name)
         split = "test" if name.startswith(_TEST) else "validation"
         if cost is not None or name in _OF_NO_SPLIT:
             split = "–"

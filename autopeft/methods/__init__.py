@@ -10,10 +10,11 @@ from autopeft.methods.attachment import (
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod
-from autopeft.methods.registry import METHODS, carries_adapters
+from autopeft.methods.registry import MERGEABLE, METHODS, carries_adapters, unmergeable
 from autopeft.methods.switch import adapters_off
 
 __all__ = [
+    "MERGEABLE",
     "METHODS",
     "Attachment",
     "FullFineTuning",
@@ -26,4 +27,5 @@ __all__ = [
     "count_parameters",
     "count_site",
     "placements",
+    "unmergeable",
 ]

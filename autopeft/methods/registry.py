@@ -8,6 +8,7 @@ from types import MappingProxyType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods.base import Method
 from autopeft.methods.bitfit import BitFit
@@ -19,10 +20,23 @@ from autopeft.methods.prefix_tuning import Prefix, PrefixTuning
 
 _METHODS = (Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning())
 
+MERGEABLE = ("lora", "ia3", "layernorm", "bitfit")
+"""Methods whose adapters are an update of weights; the others add computation of their own."""
+
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
 """The torch side of every method in `METHOD_SPECS`; those that replace modules come first."""
 
 assert METHODS.keys() == METHOD_SPECS.keys()
+
+
+def unmergeable(configuration: Configuration) -> Configuration:
+    """Return the adapters that no weight can take in, as a configuration of their own."""
+    return Configuration(
+        {
+            site: [adapter for adapter in several if adapter.method not in MERGEABLE]
+            for site, several in configuration.adapters.items()
+        }
+    )
 
 
 def carries_adapters(model: nn.Module) -> bool:

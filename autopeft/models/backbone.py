@@ -177,7 +177,7 @@ class Backbone:
 
     @property
     def own_precision(self) -> Precision:
-        """What it computes in unless told otherwise: below single precision, autocast meets float32 adapters."""
+        """What it computes in: below single precision, under autocast, as adapters are in float32."""
         return "bf16-mixed" if self.model.dtype.itemsize < 4 else "32-true"
 
     @contextmanager

@@ -68,7 +68,7 @@ class SearchProgress:
 def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front: bool) -> str:
     """Write a finished trial as one line."""
     evaluation = record.evaluation
-    what = record.baseline or methods_label(evaluation.configuration)
+    what = record.baseline or methods_label(evaluation.configuration, evaluation.values)
     if evaluation.status != "complete":
         return f"trial {record.number:>3}    {evaluation.status}: {evaluation.reason}  [{what}]"
     values = "  ".join(f"{objective.name} {evaluation.format(objective)}" for objective in objectives)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 140
 
 
-def methods_label(configuration: Configuration) -> str:
-    """Return the methods of a configuration, as in "lora+prefix"."""
-    return "+".join(configuration.methods) or "no adapter"
+def methods_label(configuration: Configuration, values: Mapping[str, float] | None = None) -> str:
+    """Return the methods of a configuration, as in "lora+prefix"; its values tell of a trained head."""
+    alone = "head alone" if (values or {}).get("trainable_parameters") else "no adapter"
+    return "+".join(configuration.methods) or alone
 
 
 def titled_table(title: str, headings: Iterable[str], *, words: Collection[str]) -> Table:
     """Return a table without rows; columns of words are aligned to the left, others to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in words else "right", overflow="fold")
     return table
@@ -61,7 +62,9 @@ class Tabular:
         rows = zip(*(column.cells for column in table.columns), strict=True)
         body = "".join(_html_row(row, "td") for row in rows)
         title = html.escape(str(table.title))
-        return f"<p>{title}</p><table><thead>{heading}</thead><tbody>{body}</tbody></table>"
+        caption = html.escape(str(table.caption or ""))
+        shown = f"<table><thead>{heading}</thead><tbody>{body}</tbody></table>"
+        return f"<p>{title}</p>{shown}<p>{caption}</p>"
 
 
 def _html_row(cells: Iterable[object], tag: str) -> str:

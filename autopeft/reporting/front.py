@@ -17,6 +17,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
 from autopeft.reporting.formats import Tabular, methods_label, titled_table
+from autopeft.reporting.uniform_lora import against_uniform_lora
 
 if TYPE_CHECKING:
     import pandas
@@ -101,10 +102,13 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
         costs = [objective for objective in self.objectives if not objective.is_metric]
-        names = [objective.name for objective in (*costs, self.metric)]
         self._points = sorted(
             (self._point(record) for record in front_records(self.records, self.objectives)),
-            key=lambda point: [*(point.values[name] for name in names), point.number],
+            key=lambda point: [
+                *(-cost.sign * point.values[cost.name] for cost in costs),
+                point.values[self.metric.name],
+                point.number,
+            ],
         )
 
     @classmethod
@@ -239,19 +243,21 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         return front_figure(self.records, self.members, self.objectives)
 
     def table(self) -> Table:
-        """Return the front as a rich table."""
+        """Return the front as a rich table, with a line that says whether it beats uniform LoRA."""
         says_start = any(point.record.evaluation.warm_start for point in self._points)
         title = f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
         headings = ["trial", *(objective.name for objective in self.objectives)]
         headings += ["methods", "adapters", "blocks", "learning rate"]
         headings += ["initialised from"] if says_start else []
         table = titled_table(title, headings, words=("methods", "initialised from"))
+        if self._points:
+            table.caption = against_uniform_lora(self.records, self.objectives)
         for point in self._points:
             configuration, evaluation = point.configuration, point.record.evaluation
             table.add_row(
                 str(point.number),
                 *(evaluation.format(objective) for objective in self.objectives),
-                methods_label(configuration),
+                methods_label(configuration, point.values),
                 str(len(configuration)),
                 str(len({site.block for site in configuration.adapters})),
                 f"{configuration.learning_rate:.2g}",

@@ -65,10 +65,11 @@ def front_figure(
     """Draw the front for a browser.
 
     One panel for each pair of `projections`; with three objectives a panel in three dimensions too.
-    Completed trials only. Pointing at a trial shows its number, values and configuration; a bar is the
-    standard deviation over the trainings of a trial that was trained again. The stairs join the members that
-    are best in the panel's own two objectives: with three objectives, a member above them is on the front
-    by the third. `members` are the numbers of the trials on the front.
+    Completed trials only; one that has none of a cost, as the untrained model has no parameters, has no place
+    on a logarithmic axis and is a line at the height of its metric. Pointing at a trial shows its number,
+    values and configuration; a bar is the standard deviation over the trainings of a trial that was trained
+    again. The stairs join the members that are best in the panel's own two objectives: with three objectives,
+    a member above them is on the front by the third. `members` are the numbers of the trials on the front.
     """
     pairs, drawn = projections(objectives), _drawable(records, objectives)
     groups = _groups(drawn, members)
@@ -87,6 +88,21 @@ def front_figure(
                 row=1,
                 col=column,
             )
+        for record in _off_scale(records, objectives) if drawn else ():
+            height = _shown([record], y) * 2
+            figure.add_scatter(
+                x=[min(_shown(drawn, x)), max(_shown(drawn, x))],
+                y=height,
+                mode="lines",
+                line={"color": REFERENCE_COLOUR, "width": 1.5, "dash": "dot"},
+                name=_name(record),
+                legendgroup=_name(record),
+                showlegend=column == 1,
+                text=[_hover(record, objectives)] * 2,
+                hoverinfo="text",
+                row=1,
+                col=column,
+            )
         figure.update_xaxes(_plotly_axis(x, drawn), row=1, col=column)
         figure.update_yaxes(_plotly_axis(y, drawn), row=1, col=column)
     if len(pairs) == 2:
@@ -101,7 +117,7 @@ def front_figure(
         camera = {"eye": {"x": -1.9, "y": -1.9, "z": 1.1}, "center": {"z": -0.25}}
         scene = {f"{letter}axis": _plotly_axis(objective, drawn) for letter, objective in axes.items()}
         figure.update_scenes(scene | {"camera": camera})
-    figure.update_layout(title={"text": _title(records, drawn, members), "x": 0.02})
+    figure.update_layout(title={"text": _title(records, objectives, members), "x": 0.02})
     return figure
 
 
@@ -131,11 +147,14 @@ def _plotly_axis(objective: Objective, drawn: Sequence[TrialRecord]) -> dict[str
 
 def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
     evaluation = record.evaluation
-    name = f"trial {record.number}" + (f" · {record.baseline}" if record.baseline else "")
     values = [f"{objective.name} {evaluation.format(objective)}" for objective in objectives]
     rest = f"learning_rate {evaluation.configuration.learning_rate:g}"
     grid = html.escape(evaluation.configuration.grid()).splitlines()
-    return "<br>".join([f"<b>{html.escape(name)}</b>", *values, rest, "", *grid])
+    return "<br>".join([f"<b>{html.escape(_name(record))}</b>", *values, rest, "", *grid])
+
+
+def _name(record: TrialRecord) -> str:
+    return f"trial {record.number}" + (f" · {record.baseline}" if record.baseline else "")
 
 
 def static_front_figure(
@@ -144,9 +163,11 @@ def static_front_figure(
     """Draw the front's panels for a file; trials on the stairs carry their number where there is room."""
     pairs, drawn = projections(objectives), _drawable(records, objectives)
     figure = Figure(figsize=(5.6 * len(pairs), 4.6), dpi=120, layout="constrained")
-    figure.suptitle(_title(records, drawn, members), fontsize=12)
+    figure.suptitle(_title(records, objectives, members), fontsize=12)
     for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         _draw_panel(axes, drawn, members, x, y)
+        for record in _off_scale(records, objectives):
+            axes.axhline(*_shown([record], y), color=REFERENCE_COLOUR, ls=":", lw=1.5, label=_name(record))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
@@ -199,16 +220,29 @@ def _draw_panel(
 
 def _drawable(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
     """Return the completed trials with a finite value of every objective, log-scale ones above 0."""
+    return [record for record in _finite(records, objectives) if not _has_zeros(record, objectives)]
+
+
+def _off_scale(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
+    """Return the completed trials that have none of a cost, which a logarithmic axis has no place for."""
+    costs = [objective for objective in objectives if not objective.is_metric]
+    others = [objective for objective in objectives if objective.is_metric]
+    finite = _finite(records, objectives)
+    return [record for record in finite if _has_zeros(record, costs) and not _has_zeros(record, others)]
+
+
+def _finite(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
     return [
         record
         for record in records
         if record.evaluation.status == "complete"
-        and all(
-            math.isfinite(value := record.evaluation.values.get(objective.name, math.nan))
-            and (value > 0 or not objective.log_scale)
-            for objective in objectives
-        )
+        and all(math.isfinite(record.evaluation.values.get(each.name, math.nan)) for each in objectives)
     ]
+
+
+def _has_zeros(record: TrialRecord, objectives: Sequence[Objective]) -> bool:
+    """Whether a value on a logarithmic axis is not above 0."""
+    return any(each.log_scale and record.evaluation.values[each.name] <= 0 for each in objectives)
 
 
 def _groups(drawn: Sequence[TrialRecord], members: Collection[int]) -> list[_Group]:
@@ -265,7 +299,8 @@ def _axis_title(objective: Objective) -> str:
     return objective.name.replace("_", " ") + units.get(objective.unit, "")
 
 
-def _title(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord], members: Collection[int]) -> str:
+def _title(records: Sequence[TrialRecord], objectives: Sequence[Objective], members: Collection[int]) -> str:
+    drawn = [*_drawable(records, objectives), *_off_scale(records, objectives)]
     left_out = sum(record.evaluation.status != "complete" for record in records)
     on_front = sum(record.number in members for record in drawn)
     rest = f"; {left_out} did not complete" if left_out else ""

@@ -85,6 +85,11 @@ class Task(ABC):
         """The metrics, the default one first."""
 
     @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What can be traded off beside what every task costs: the metrics, and speeds if it generates."""
+        return self.metrics
+
+    @property
     @abstractmethod
     def head(self) -> HeadSpec:
         """What a backbone is loaded with for this task."""
@@ -161,6 +166,13 @@ class Task(ABC):
         """Return the metrics that are `at_end`, by name, of a model in evaluation mode."""
         return {}
 
+    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+        """Generate so many tokens for each of a few rows, and return how many these are together.
+
+        Tasks do that which have `GENERATION_SPEEDS` among their objectives.
+        """
+        raise NotImplementedError(f"{type(self).__name__} generates nothing.")
+
     @abstractmethod
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what a model that learnt nothing scores in validation."""
@@ -179,6 +191,10 @@ class Task(ABC):
         if name not in by_name:
             raise unknown_choice("metric", name, by_name)
         return by_name[name]
+
+    def describe(self) -> str:
+        """Return the settings, and what was found in the data, for people."""
+        return repr(self)
 
     @abstractmethod
     def identity(self) -> Mapping[str, str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -21,16 +19,14 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.objectives import Objective
+from autopeft.core.objectives import GENERATION_SPEEDS, Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_task import SPLITS, DatasetTask
-from autopeft.tasks.generation import TEXT_METRICS, TextMetric, generate_texts
+from autopeft.tasks.generation import TEXT_METRICS, TextMetric, continue_prompts, generate_texts
+from autopeft.tasks.language_data import LanguageData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
-from autopeft.tasks.length_bucketing import TokenisedSplit
-from autopeft.tasks.packing import pack
-from autopeft.tasks.row_data import RowData
 from autopeft.tasks.splits import split_groups
 
 _logger = logging.getLogger(__name__)
@@ -45,52 +41,6 @@ class _Perplexity(MeanMetric):
         """Return the perplexity, a scalar."""
         mean: Tensor = super().compute()
         return mean.exp()
-
-
-class LanguageData(RowData):
-    """Batches of token rows, and the rows that texts are generated for.
-
-    Args:
-        rows: Gives the token rows of a split; called once a split, when it is first needed.
-        tokenizer: The backbone's.
-        batch_size: Rows a training batch; with packing, packs.
-        seed: Seed of shuffling.
-        length: Tokens of a pack; None to leave each row alone.
-    """
-
-    def __init__(
-        self,
-        rows: Callable[[SplitName], tuple[TokenRow, ...]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        length: int | None,
-    ) -> None:
-        # Padding goes behind: not every model counts positions from the first token that is none of it.
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.padding_side = "right"
-        super().__init__(self._tokenised, tokenizer, batch_size=batch_size, seed=seed)
-        self._rows = rows
-        self._length = length
-        self._known: dict[SplitName, tuple[TokenRow, ...]] = {}
-
-    def rows(self, name: SplitName) -> tuple[TokenRow, ...]:
-        """Return the token rows of a split."""
-        if name not in self._known:
-            self._known[name] = self._rows(name)
-        return self._known[name]
-
-    def _tokenised(self, name: SplitName) -> TokenisedSplit:
-        rows = self.rows(name)
-        if self._length is not None:
-            return pack(rows, self._length)
-        return TokenisedSplit(
-            tokens={"input_ids": np.concatenate([np.array(row.tokens) for row in rows])},
-            offsets=np.cumsum([0, *(len(row.tokens) for row in rows)]),
-            labels=np.concatenate([np.array(row.labels) for row in rows]),
-            token_labels=True,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +99,11 @@ class CausalLM(DatasetTask):
         return loss, perplexity, *(Objective.score(name, at_end=True) for name in self._generated)
 
     @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The metrics, and how fast text is generated."""
+        return *self.metrics, *GENERATION_SPEEDS.values()
+
+    @property
     def head(self) -> HeadSpec:
         """The language model's own, which is not trained."""
         return HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
@@ -163,7 +118,6 @@ class CausalLM(DatasetTask):
                 f"The {different} split has the layout {layouts[different]!r}, the train split "
                 f"{layouts['train']!r}: expected the same columns in both."
             )
-        _logger.info("The data have the layout %r.", layouts["train"])
         return layouts["train"]
 
     def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -297,12 +251,20 @@ class CausalLM(DatasetTask):
         functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
         return {name: float(functions[name](texts, references)) for name in self._generated}
 
+    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+        """Continue a batch of validation rows; see `Task.generate_tokens`."""
+        assert isinstance(data, LanguageData)
+        rows = data.rows("validation")[:_GENERATION_BATCH]
+        prompts = [row.tokens[: row.prompt or len(row.tokens) // 2 or 1] for row in rows]
+        exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return continue_prompts(model, data.tokenizer, prompts, **exactly).numel()
+
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what predicting each token by its frequency in training scores; 0 for generated text."""
         if self.metric(metric).at_end:
             return 0.0
         assert isinstance(data, LanguageData)
-        train, validation = (_learnt(data.rows(name)) for name in SPLITS[:2])
+        train, validation = (data.learnt(name) for name in SPLITS[:2])
         words = 1 + int(max(train.max(), validation.max()))
         counts = 1 + np.bincount(train, minlength=words)
         loss = -float(np.log(counts / counts.sum())[validation].mean())
@@ -311,6 +273,10 @@ class CausalLM(DatasetTask):
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
         return {"loss": 0.0}.get(metric, 1.0)
+
+    def describe(self) -> str:
+        """Return the settings, and the layout that was recognised."""
+        return f"{self!r}; rows of the layout {self.layout!r}"
 
     def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
         source, rows = self._drawn(name)
@@ -331,10 +297,3 @@ class CausalLM(DatasetTask):
 
 def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-
-
-def _learnt(rows: Sequence[TokenRow]) -> NDArray[np.int64]:
-    """Return the learnt tokens of rows; the first token of a row is never predicted."""
-    labels: NDArray[np.int64] = np.concatenate([np.array(row.labels[1:]) for row in rows])
-    learnt: NDArray[np.int64] = labels[labels != IGNORED]
-    return learnt

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics.text import BLEUScore, CHRFScore
 from torchmetrics.text.rouge import ROUGEScore
 from transformers import PreTrainedTokenizerBase
@@ -68,22 +69,26 @@ def generate_texts(
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        longest = max(len(prompts[row]) for row in rows)
-        pads = [longest - len(prompts[row]) for row in rows]
-        ids = [
-            [tokenizer.pad_token_id] * pad + list(prompts[row]) for pad, row in zip(pads, rows, strict=True)
-        ]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-        with torch.inference_mode():
-            found = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for row, text in zip(
-            rows, tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True), strict=True
-        ):
+        found = continue_prompts(model, tokenizer, [prompts[row] for row in rows], max_new_tokens=new_tokens)
+        for row, text in zip(rows, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
             texts[row] = text.strip()
     return texts
+
+
+def continue_prompts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: int
+) -> Tensor:
+    """Return the new tokens of each prompt, a row each, decoded greedily; options are `generate`'s."""
+    longest = max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    ids = [[tokenizer.pad_token_id] * pad + [*prompt] for pad, prompt in zip(pads, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+    with torch.inference_mode():
+        found: Tensor = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+    return found[:, longest:]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from autopeft.core.objectives import (
     COST_OBJECTIVES,
+    GENERATION_SPEEDS,
     Constraint,
     Objective,
     parse_quantity,
@@ -79,6 +80,14 @@ class TestObjectives:
             assert one.name == name
             assert (one.direction, one.log_scale) == ("minimize", True)
 
+    def test_speeds_are_maximised_where_a_task_has_them(self) -> None:
+        found = resolve_objectives(("loss", "tokens_per_second"), (LOSS, *GENERATION_SPEEDS.values()))
+        assert (found[1].direction, found[1].log_scale, found[1].is_metric) == ("maximize", True, False)
+        with pytest.raises(ValueError, match="Unknown objective 'tokens_per_second'"):
+            resolve_objectives(("loss", "tokens_per_second"), (LOSS,))
+        with pytest.raises(ValueError, match="tokens_per_second is only known after training"):
+            resolve_constraints({"tokens_per_second": 10}, (LOSS, *GENERATION_SPEEDS.values()))
+
 
 @pytest.mark.parametrize(
     ("unit", "value", "text"),
@@ -95,6 +104,7 @@ class TestObjectives:
         ("seconds", 12.34, "12.3 s"),
         ("seconds", 1.0, "1.0 s"),
         ("seconds", 0.0123, "12.30 ms"),
+        ("tokens/s", 1234.56, "1,234.6 tokens/s"),
         ("score", math.nan, "–"),
         ("bytes", math.nan, "–"),
     ],

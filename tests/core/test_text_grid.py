@@ -33,7 +33,7 @@ def test_columns_line_up_in_networks_of_many_blocks() -> None:
 
 
 def test_says_so_when_there_are_no_adapters() -> None:
-    assert text_grid({}) == "(no adapters: the head alone is trained)"
+    assert text_grid({}) == "(no adapters)"
     assert Configuration().grid() == text_grid({})
 
 

@@ -10,7 +10,7 @@ import torch
 from autopeft.core.configuration import Configuration
 from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
-from examples.demo import full_fine_tuning, head_alone
+from examples.demo import full_fine_tuning, head_alone, uniform_lora
 from tests.learnable import learner, tiny_evaluator
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_tokenizer
 
@@ -54,6 +54,17 @@ def test_the_best_learning_rate_is_taken() -> None:
     assert baseline.name == "head alone"
     assert baseline.evaluation.values["accuracy"] == max(scores.values())
     assert baseline.evaluation.values["trainable_parameters"] == evaluator.backbone.head_parameters
+
+
+def test_uniform_lora_is_on_every_query_and_value() -> None:
+    evaluator = tiny_evaluator()
+    baseline = uniform_lora(evaluator, (1e-2,))
+    configuration = baseline.evaluation.configuration
+    assert {(site.role, str(adapter)) for site, adapter in configuration} == {
+        ("query", "lora(8)"),
+        ("value", "lora(8)"),
+    }
+    assert len(configuration) == 2 * len(evaluator.backbone.blocks)
 
 
 def test_full_fine_tuning_costs_more_memory_than_the_head() -> None:

@@ -86,7 +86,7 @@ def test_costs_before_training_are_those_of_the_evaluation() -> None:
     evaluator = tiny_evaluator()
     configuration = lora(evaluator.backbone)
     costs = evaluator.costs(configuration)
-    assert costs.keys() == {"trainable_parameters", "adapter_parameters", "peak_memory"}
+    assert costs.keys() == {"trainable_parameters", "adapter_parameters", "adapter_bytes", "peak_memory"}
     head = evaluator.backbone.head_parameters
     assert costs["adapter_parameters"] == costs["trainable_parameters"] - head > 0
     values = evaluator.evaluate(configuration).values

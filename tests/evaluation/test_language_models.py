@@ -30,7 +30,7 @@ def evaluator_of(
     """Return an evaluator of a tiny Llama, whose own head stays frozen, on a random language."""
     task = task_of(**options)
     backbone = Backbone.load(tiny_language_model("llama"), task.head, tiny_chat_tokenizer())
-    return Evaluator(backbone, task, training, resolve_objectives(objectives, task.metrics), rungs=(0.5,))
+    return Evaluator(backbone, task, training, resolve_objectives(objectives, task.objectives), rungs=(0.5,))
 
 
 def lora(backbone: Backbone, learning_rate: float = 1e-2) -> Configuration:

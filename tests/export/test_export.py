@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.export.export import export_adapter, load_adapter
 from autopeft.export.folder_format import Manifest
 from autopeft.export.verification import check_export, trained_logits
@@ -30,7 +31,7 @@ from tests.exports import (
     lora_of_many_ranks,
     trained,
 )
-from tests.learnable import learnable_task
+from tests.learnable import learnable_task, learner, tiny_evaluator
 from tests.tiny_models import (
     everywhere,
     fingerprint,
@@ -73,6 +74,22 @@ def test_there_is_nothing_to_export_of_the_untrained_model(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="Nothing was trained: the untrained model is the base model"):
             export_adapter(backbone, Configuration(), {}, tmp_path / "out", probe=tiny_batch(), merged=merged)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("methods", [("lora",), ("lora", "series", "layernorm")])
+def test_adapter_bytes_are_those_of_the_tensors_on_disk(methods: tuple[str, ...], tmp_path: Path) -> None:
+    evaluator = tiny_evaluator(learner())
+    adapters: dict[Site, Any] = {}
+    for method in methods:
+        adapters |= everywhere(evaluator.backbone, method).adapters
+    configuration = Configuration(adapters)
+    state = trained(evaluator.backbone, configuration)
+    export_adapter(
+        evaluator.backbone, configuration, state, tmp_path / "out", probe=tiny_batch(), verify=False
+    )
+    files = (tmp_path / "out").rglob("*.safetensors")
+    on_disk = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert evaluator.costs(configuration)["adapter_bytes"] == on_disk
 
 
 def test_lora_with_a_rank_a_layer_loads_with_plain_peft_in_a_fresh_process(

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -106,6 +107,27 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
     figure = front_figure(records, [0, 1, 2, 3], TWO)
     assert sum(len(one.x) for one in figure.data if one.mode == "markers") == 2
     assert "2 did not complete" not in figure.layout.title.text
+
+
+def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
+    records = synthetic_records(6)
+    untrained = with_values(replace(records[0], baseline="untrained model"), trainable_parameters=0.0)
+    records[0] = untrained
+    accuracy = untrained.evaluation.values["accuracy"]
+    figure = front_figure(records, [0, 1], OBJECTIVES)
+    lines = [one for one in figure.data if one.name == "trial 0 · untrained model"]
+    assert [(one.mode, set(one.y), one.xaxis) for one in lines] == [
+        ("lines", {accuracy}, "x"),
+        ("lines", {accuracy}, "x2"),
+    ]
+    assert lines[0].x[0] > 0
+    assert "6 trials, 2 on the front" in figure.layout.title.text
+    panels = static_front_figure(records, [0, 1], OBJECTIVES).axes
+    for panel in panels:
+        assert [
+            np.asarray(line.get_ydata()).tolist() for line in panel.lines if line.get_label() == lines[0].name
+        ] == [[accuracy, accuracy]]
+    assert not any("untrained" in str(one.name) for one in front_figure(records[:1], [0], OBJECTIVES).data)
 
 
 @pytest.mark.parametrize("count", [0, 1, 60])

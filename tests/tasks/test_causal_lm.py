@@ -17,6 +17,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 
+from autopeft import Search
+from autopeft.search_spaces import Uniform
 from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.generation import bleu, chrf, exact_match, generate_texts, rouge_l
@@ -159,6 +161,16 @@ def test_chats_are_read_from_a_file(tmp_path: Path) -> None:
     task = CausalLM(dataset=path)
     task.validate()
     assert (task.name, task.layout, task.identity()["layout"]) == ("chat", "messages", "messages")
+    search = Search(
+        tiny_language_model("llama"),
+        task,
+        Uniform(ranks=(1, 2)),
+        objectives=("loss", "trainable_parameters"),
+        tokenizer=tiny_chat_tokenizer(),
+        folder=tmp_path,
+        tracking=None,
+    )
+    assert "; rows of the layout 'messages'\n" in search.describe()
     data = task.data(tiny_chat_tokenizer(), batch_size=4, seed=0)
     assert len(data.rows("train")) == 24
 

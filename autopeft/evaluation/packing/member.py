@@ -103,6 +103,8 @@ class MemberRun(EvaluationRun):
             if not float((logits - alone).abs().max()) <= tolerance:
                 raise PackingError("a trial has other logits in the pack than alone")
             self.reason = reason_of_failure(self._measure)
+        if self.reason is None:
+            self.reason = reason_of_failure(self.measure_merged)
 
     def outcome(self, reason: str | None) -> Trained:
         """Return what came out, charged with the member's share of the compute."""

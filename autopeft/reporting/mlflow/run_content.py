@@ -18,6 +18,7 @@ from autopeft.core.objectives import Objective
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
+from autopeft.reporting.uniform_lora import against_uniform_lora
 
 SettingGroups = Mapping[str, Mapping[str, str]]
 """What a search is: settings by their group and name."""
@@ -73,7 +74,7 @@ def trial_params(record: TrialRecord) -> dict[str, str]:
     params = {
         "learning_rate": f"{configuration.learning_rate:g}",
         "weight_decay": f"{configuration.weight_decay:g}",
-        "methods": methods_label(configuration),
+        "methods": methods_label(configuration, record.evaluation.values),
         "adapters": str(len(configuration)),
         "lowest_block": "none" if lowest is None else str(lowest),
         "seed": str(record.evaluation.seed),
@@ -144,12 +145,15 @@ def front_markdown(
     rows = [["trial", *(objective.name for objective in objectives), "methods"]]
     rows.append(["---"] * len(rows[0]))
     for record in on_front[:_MOST_ROWS]:
-        values = [record.evaluation.format(objective) for objective in objectives]
-        rows.append([str(record.number), *values, methods_label(record.evaluation.configuration)])
+        evaluation = record.evaluation
+        methods = methods_label(evaluation.configuration, evaluation.values)
+        rows.append([str(record.number), *map(evaluation.format, objectives), methods])
     rest = len(on_front) - _MOST_ROWS
     more = f"\n\n… and {rest} more in the artifact pareto/front.csv" if rest > 0 else ""
     title = f"**Pareto front: {len(on_front)} of {len(records)} trials**\n\n"
-    return title + "\n".join(f"| {' | '.join(row)} |" for row in rows) + more
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    verdict = f"\n\n{against_uniform_lora(records, objectives)}" if on_front else ""
+    return title + table + more + verdict
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:

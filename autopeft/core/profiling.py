@@ -12,6 +12,7 @@ SECTIONS = {
     "load": "read the backbone",
     "tokenise": "read and tokenise the data",
     "score": "score the sites without training",
+    "rehearse": "run one batch through all that a trial does, before the first",
     "ask": "choose the next configuration, or the paused trial that goes on",
     "attach": "put adapters in and take them out",
     "count": "count peak memory and FLOPs before training",

@@ -14,7 +14,7 @@ from optuna.distributions import distribution_to_json
 from autopeft.core.cache_folder import cache_folder
 from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import Axis, fixed_axes
-from autopeft.core.profiling import section
+from autopeft.core.profiling import section, whole_section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.rehearsal import naming, rehearse
 from autopeft.evaluation.site_scoring import score_sites
@@ -148,7 +148,7 @@ def single_adapters(space: SearchSpace, backbone: Backbone) -> list[Configuratio
     return list(found.values()) or [space.point()]
 
 
-@section("rehearse")
+@whole_section("rehearse")
 def rehearse_export(evaluator: Evaluator, configurations: Iterable[Configuration]) -> None:
     """Write adapters that are hardly trained to a temporary folder, and load them in this process.
 
@@ -156,7 +156,8 @@ def rehearse_export(evaluator: Evaluator, configurations: Iterable[Configuration
         ValueError: The model, or a configuration, cannot be exported.
     """
     with naming(f"Exporting {type(evaluator.task).__name__}"), TemporaryDirectory() as folder:
-        probe = evaluator.model_call()
+        # One row: logits of many tokens over a large vocabulary take gigabytes.
+        probe = {name: tensor[:1] for name, tensor in evaluator.model_call().items()}
         for number, configuration in enumerate(configurations):
             with attach(evaluator.backbone, configuration, evaluator.seed) as attachment:
                 # New adapters add nothing: that one was lost would not show.
@@ -172,7 +173,7 @@ def rehearse_export(evaluator: Evaluator, configurations: Iterable[Configuration
             )
 
 
-@section("rehearse")
+@whole_section("rehearse")
 def rehearse_sampler(settings: SearchSettings, space: SearchSpace, backbone: Backbone) -> None:
     """Ask the sampler for a configuration, and encode it as a trial's.
 

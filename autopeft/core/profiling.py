@@ -112,3 +112,14 @@ def section(name: str) -> Iterator[None]:
         yield
     finally:
         profile.leave(depth)
+
+
+@contextmanager
+def whole_section(name: str) -> Iterator[None]:
+    """Count a block, or the calls of a function, to one section with all sections in it."""
+    with section(name):
+        token = current_profile.set(None)
+        try:
+            yield
+        finally:
+            current_profile.reset(token)

@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation
-from autopeft.core.profiling import section
+from autopeft.core.profiling import whole_section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
 from autopeft.evaluation.run import best_weights, interrupts_stay_interrupts
@@ -26,7 +26,7 @@ from autopeft.training.training_checkpoint import CaptureState, TrainingCheckpoi
 from autopeft.training.trial_callbacks import new_callbacks
 
 
-@section("rehearse")
+@whole_section("rehearse")
 def rehearse(evaluator: EvaluationContext, configuration: Configuration) -> None:
     """Train a configuration for one step, validate it on one batch, and keep and read its state.
 

@@ -15,7 +15,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForMaskedLM
 
 from autopeft import Search
+from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
+from autopeft.search_spaces import Uniform
+from autopeft.search_spaces.suggest_trial import SuggestTrial
 from tests.learnable import learner, tiny_search
 from tests.own_tasks import OwnTask
 from tests.tiny_models import fingerprint, tiny_classifier, tiny_model, tiny_tokenizer
@@ -188,3 +191,15 @@ def test_a_batch_may_have_names_of_its_own(positional: bool, tmp_path: Path) -> 
 def test_a_sampler_that_does_not_fit_is_refused(sampler: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         search_for(OwnTask(), tmp_path, sampler=sampler).validate()
+
+
+class ChoosesTypes(Uniform):
+    def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> Any:
+        trial.suggest_categorical("type", (int, float))
+        return super().suggest_adapters(trial, backbone)
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+def test_a_parameter_that_no_study_can_keep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^Sampling ChoosesTypes by tpe: TypeError: .*not JSON"):
+        search_for(OwnTask(), tmp_path, space=ChoosesTypes()).validate()

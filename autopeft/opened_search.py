@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from optuna import create_study
+from optuna.distributions import distribution_to_json
 
 from autopeft.core.cache_folder import cache_folder
+from autopeft.core.configuration import Configuration
 from autopeft.core.pareto import Axis, fixed_axes
-from autopeft.core.profiling import section
+from autopeft.core.profiling import section, whole_section
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.rehearsal import naming, rehearse
 from autopeft.evaluation.site_scoring import score_sites
 from autopeft.evaluation.supernet.warm_start import WarmStart, WarmStarts
+from autopeft.export.export import export_adapter
+from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
+from autopeft.optimization.ehvi_sampler import encoded
+from autopeft.optimization.samplers import make_sampler
+from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
-from autopeft.search_identity import SearchSettings
+from autopeft.search_identity import SearchSettings, describe_sampler
 from autopeft.search_spaces import SearchSpace
+
+_SLIGHTLY = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +94,14 @@ class OpenSearch:
 
 
 def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
-    """Load backbone and data, check that the space fits, and compute the scores that it needs.
+    """Load backbone and data, check that the space fits, rehearse a trial, and compute the space's scores.
 
     Args:
         settings: The search's.
         scores: Folder where scores are kept.
 
     Raises:
-        ValueError: Data, backbone, space or schedule are not valid.
+        ValueError: Data, backbone, task, space or schedule are not valid.
     """
     task, space = settings.task, settings.space
     with section("tokenise"):
@@ -107,8 +122,13 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         seed=settings.seed,
         cache=cache_folder(),
     )
+    # Before scores and costs, which run the task as well and cannot say what is wrong with it.
+    single = single_adapters(space, backbone)
+    rehearse(evaluator, single[0])
+    rehearse_export(evaluator, single)
     if space.scores_needed:
         space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
+    rehearse_sampler(settings, space, backbone)
     ends = [evaluator.costs(configuration) for configuration in space.ends(backbone)]
     bounds = {
         metric.name: (task.trivial_score(metric.name, evaluator.data), task.best_score(metric.name))
@@ -117,3 +137,57 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
     return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)
+
+
+def single_adapters(space: SearchSpace, backbone: Backbone) -> list[Configuration]:
+    """Return the smallest adapter of each of a space's methods alone; the head alone where it has none."""
+    found: dict[str, Configuration] = {}
+    for site, methods in space.choices(backbone).items():
+        for method, choice in methods.items():
+            found.setdefault(method, space.point({site: choice.smallest}))
+    return list(found.values()) or [space.point()]
+
+
+@whole_section("rehearse")
+def rehearse_export(evaluator: Evaluator, configurations: Iterable[Configuration]) -> None:
+    """Write adapters that are hardly trained to a temporary folder, and load them in this process.
+
+    Raises:
+        ValueError: The model, or a configuration, cannot be exported.
+    """
+    with naming(f"Exporting {type(evaluator.task).__name__}"), TemporaryDirectory() as folder:
+        # One row: logits of many tokens over a large vocabulary take gigabytes.
+        probe = {name: tensor[:1] for name, tensor in evaluator.model_call().items()}
+        for number, configuration in enumerate(configurations):
+            with attach(evaluator.backbone, configuration, evaluator.seed) as attachment:
+                # New adapters add nothing: that one was lost would not show.
+                state = {name: tensor + _SLIGHTLY for name, tensor in attachment.state_dict().items()}
+            export_adapter(
+                evaluator.backbone,
+                configuration,
+                state,
+                Path(folder, str(number)),
+                prediction=evaluator.task.prediction,
+                probe=probe,
+                fresh=False,
+            )
+
+
+@whole_section("rehearse")
+def rehearse_sampler(settings: SearchSettings, space: SearchSpace, backbone: Backbone) -> None:
+    """Ask the sampler for a configuration, and encode it as a trial's.
+
+    Raises:
+        ValueError: Sampler and space do not go together, or a parameter cannot be kept.
+    """
+    with naming(f"Sampling {type(space).__name__} by {describe_sampler(settings.sampler)}"):
+        # A copy: what a sampler of the user's own draws here would be missing in the search.
+        sampler = make_sampler(copy.deepcopy(settings.sampler), settings.seed)
+        with quiet_optuna():
+            directions = [objective.direction for objective in settings.objectives]
+            study = create_study(directions=directions, sampler=sampler)
+        configuration = space.suggest(study.ask(), backbone)
+        backbone.check(configuration)
+        _, distributions = encoded(space, configuration, backbone)
+        for distribution in distributions.values():
+            distribution_to_json(distribution)

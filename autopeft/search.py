@@ -24,7 +24,6 @@ from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
 _logger = logging.getLogger(__name__)
@@ -78,17 +77,20 @@ class Search(SearchSettings):
     """Whether Ctrl-C ended the latest call of `run`."""
 
     def open(self) -> OpenSearch:
-        """Load backbone and data and compute the scores that the space needs; later calls return the same.
+        """Load backbone and data, try them on a batch, and score the sites; later calls return the same.
 
         Raises:
-            ValueError: Data, backbone or space are not valid.
+            ValueError: Data, backbone, task or space are not valid.
         """
         if self._opened is None:
             self._opened = open_search(self, self._score_folder)
         return self._opened
 
     def validate(self) -> None:
-        """Find everything that can be wrong before training: data, backbone, space, constraints.
+        """Find everything that can be wrong before training: data, backbone, task, space, constraints.
+
+        One batch is run through forward pass, loss, metrics, a step, a checkpoint and an export, and the
+        sampler is asked once.
 
         Raises:
             ValueError: Says what was wrong, what was expected, and the nearest valid choice.
@@ -275,7 +277,7 @@ class Search(SearchSettings):
             },
             prediction=self.task.prediction,
             trainings=evaluation.trainings,
-            probe=model_inputs(opened.evaluator.data.largest_batch()),
+            probe=opened.evaluator.model_call(),
             merged=merged,
             overwrite=overwrite,
         )

@@ -6,6 +6,7 @@ The tables say what YAML can express; `yaml_config` reads by them what is writte
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from autopeft.core.atomic_files import replacing
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
-from autopeft.tasks import TASKS
+from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
+from autopeft.tasks import TASKS, Task
 from autopeft.training.settings import Training
 
 TYPES: Mapping[str, tuple[type[Any], ...]] = {
@@ -25,6 +26,8 @@ TYPES: Mapping[str, tuple[type[Any], ...]] = {
     "space": (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper),
 }
 """Sections whose class stands under "type"."""
+BASES: Mapping[str, type[Any]] = {"task": Task, "space": SearchSpace}
+"""What a class of a user's own derives from, which stands there by its import path."""
 SECTIONS: Mapping[str, type[Any]] = {
     "training": Training,
     "halving": SuccessiveHalving,
@@ -39,7 +42,9 @@ _FILLED_IN = "site_scores"
 
 
 def save_document(path: Path, arguments: Mapping[str, Any]) -> None:
-    """Write the arguments of a search as YAML; a user's own objects stand below `LOST`, by import path.
+    """Write the arguments of a search as YAML; what it cannot express stands below `LOST`, by import path.
+
+    A task or a space of a user's own is written where it is a data class that can be imported.
 
     Raises:
         OSError: See `replacing`.
@@ -68,13 +73,21 @@ def _plain(value: Any, name: str, lost: dict[str, str]) -> Any:
         return {str(key): _plain(part, f"{name}.{key}", lost) for key, part in value.items()}
     if type(value) in TYPES.get(name, ()):
         return {"type": type(value).__name__, **_fields(value, name, lost)}
+    if name in BASES and dataclasses.is_dataclass(value) and _is_importable(type(value)):
+        return {"type": f"{type(value).__module__}:{type(value).__name__}", **_fields(value, name, lost)}
     if type(value) is SECTIONS.get(name):
         return _fields(value, name, lost)
     lost[name] = import_path(value)
     return None
 
 
+def _is_importable(made: type[Any]) -> bool:
+    """Whether a class is found under its name in a module other than the script that was run."""
+    module = sys.modules.get(made.__module__)
+    return made.__module__ != "__main__" and getattr(module, made.__name__, None) is made
+
+
 def _fields(section: Any, name: str, lost: dict[str, str]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(section) if field.name != _FILLED_IN]
+    names = [field.name for field in dataclasses.fields(section) if field.init and field.name != _FILLED_IN]
     plain = {each: _plain(getattr(section, each), f"{name}.{each}", lost) for each in names}
     return {each: value for each, value in plain.items() if each not in ONLY_IN_PYTHON}

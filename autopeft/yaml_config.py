@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.budget import Budget
 from autopeft.search import Search
-from autopeft.search_document import LOST, ONLY_IN_PYTHON, SECTIONS, TYPES
+from autopeft.search_document import BASES, LOST, ONLY_IN_PYTHON, SECTIONS, TYPES
 
 _RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds", "retry_failed")
 
@@ -124,10 +125,33 @@ def _choose(section: str, given: Any, choices: Mapping[str, type[Any]]) -> Any:
     arguments = dict(given)
     name = arguments.pop("type", next(iter(choices)) if len(choices) == 1 else None)
     if name is None:
-        raise ValueError(f"{section!r} needs a 'type': one of {', '.join(choices)}.")
+        raise ValueError(
+            f"{section!r} needs a 'type': one of {', '.join(choices)}, or an import path as in "
+            f"'my_module:My{section.title()}'."
+        )
+    if isinstance(name, str) and re.search(r"\w[.:]\w", name):
+        return _build(_imported(section, name), arguments, section)
     if not isinstance(name, str) or name not in choices:
         raise unknown_choice(f"{section} type", str(name), choices)
     return _build(choices[name], arguments, section)
+
+
+def _imported(section: str, path: str) -> type[Any]:
+    """Return a user's own class by its import path, with a colon or a point before its name."""
+    where, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = vars(importlib.import_module(where))
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(
+            f"{section} type {path!r}: importing {where!r} failed with {type(error).__name__}: {error}. "
+            "Modules are looked for where Python finds them, by the command `autopeft` also in the working "
+            "directory."
+        ) from error
+    base = BASES[section]
+    own = {key: made for key, made in found.items() if isinstance(made, type) and issubclass(made, base)}
+    if name not in own:
+        raise unknown_choice(f"{base.__name__} in {where}", name, sorted(own.keys() - {base.__name__}))
+    return own[name]
 
 
 def _build(made: type[Any], given: Any, section: str = "") -> Any:
@@ -144,15 +168,21 @@ def _build(made: type[Any], given: Any, section: str = "") -> Any:
         schema(**values)
     except ValidationError as error:
         raise ValueError(_explain(error, section, given)) from error
-    return made(**values)
+    try:
+        return made(**values)
+    except TypeError as error:  # such as a method that a class of the user's own lacks
+        raise ValueError(f"{where}: {error}.") from error
 
 
 def _schema(made: type[Any]) -> type[BaseModel]:
     """Return a pydantic model with the arguments of a class, for their types alone."""
     # Of a data class also the fields that another module's class gives it.
-    hints = get_type_hints(made if is_dataclass(made) else made.__init__)
+    try:
+        hints = get_type_hints(made if is_dataclass(made) else made.__init__)
+    except NameError as error:
+        raise ValueError(f"The types of {made.__name__}'s arguments cannot be read: {error}.") from error
     fields: dict[str, Any] = {
-        name: (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+        name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
         for name, parameter in inspect.signature(made).parameters.items()
         if name not in ONLY_IN_PYTHON
     }
@@ -166,7 +196,9 @@ def _as_argument(value: Any, expected: Any) -> Any:
         return tuple(_as_argument(part, Any) for part in value)
     kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
     takes_sequence = any(get_origin(kind) is Sequence for kind in kinds)
-    return (value,) if isinstance(value, str) and takes_sequence and str not in kinds else value
+    if isinstance(value, str) and str not in kinds and (takes_sequence or Path in kinds):
+        return (value,) if takes_sequence else Path(value)
+    return value
 
 
 def _explain(error: ValidationError, section: str, given: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ SECTIONS = {
     "load": "read the backbone",
     "tokenise": "read and tokenise the data",
     "score": "score the sites without training",
+    "rehearse": "run one batch through all that a trial does, before the first",
     "ask": "choose the next configuration, or the paused trial that goes on",
     "attach": "put adapters in and take them out",
     "count": "count peak memory and FLOPs before training",
@@ -111,3 +112,14 @@ def section(name: str) -> Iterator[None]:
         yield
     finally:
         profile.leave(depth)
+
+
+@contextmanager
+def whole_section(name: str) -> Iterator[None]:
+    """Count a block, or the calls of a function, to one section with all sections in it."""
+    with section(name):
+        token = current_profile.set(None)
+        try:
+            yield
+        finally:
+            current_profile.reset(token)

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from autopeft.core.configuration import Configuration
@@ -20,7 +22,7 @@ from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.methods import Attachment, unmergeable
 from autopeft.models.backbone import Backbone
-from autopeft.tasks import Task
+from autopeft.tasks import Task, TaskData
 from autopeft.tasks.base import SplitName
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
@@ -31,6 +33,10 @@ from autopeft.training.validation_schedule import ValidationSchedule
 _LATENCY_REPEATS = 10
 _SPEED_REPEATS = 3
 _TIMED_TOKENS = 16  # generated a row and repeat
+
+
+class _CalledError(Exception):
+    """Ends a forward pass that begins, with its arguments."""
 
 
 class EvaluationContext:
@@ -83,6 +89,9 @@ class EvaluationContext:
             backbone.enable_checkpointing()
         with section("tokenise"):
             self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
+        if not isinstance(self.data, TaskData):
+            got = f"{type(task).__name__}.data returned a {type(self.data).__name__}"
+            raise ValueError(f"{got}, expected a TaskData such as LoaderData.")
         self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)
         if rungs:
             check_states(new_callbacks(training.callbacks))
@@ -155,6 +164,27 @@ class EvaluationContext:
         model.eval()
         with torch.inference_mode(), self.backbone.computing_in(self.training.resolved_precision()):
             return self.task.measure_at_end(model, self.data, split)
+
+    def model_call(self) -> dict[str, Tensor]:
+        """Return the tensors that the task calls the model with for the largest batch, by argument.
+
+        Raises:
+            ValueError: The task's forward pass does not call the model.
+        """
+        model = self.backbone.model
+        names = list(signature(model.forward).parameters)
+
+        def stop(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            raise _CalledError(dict(zip(names, inputs, strict=False)) | named)
+
+        batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
+        with model.register_forward_pre_hook(stop, with_kwargs=True):
+            try:
+                self.task.forward(model, batch)
+            except _CalledError as call:
+                (given,) = call.args
+                return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        raise ValueError(f"{type(self.task).__name__}.forward does not call the model it is given.")
 
     @section("evaluate")
     def latency(self) -> float:

@@ -87,6 +87,7 @@ def export_adapter(
     merged: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    fresh: bool = True,
 ) -> ExportReport:
     """Write a trained configuration, head included, and check that it loads and gives the same logits.
 
@@ -105,7 +106,8 @@ def export_adapter(
         base: What the folder says of its base model; by default where the backbone came from.
         merged: Write a whole model with the adapters merged into the weights.
         overwrite: Replace an earlier export in the folder.
-        verify: Whether to load the folder again, in a fresh process, and compare.
+        verify: Whether to load the folder again and compare.
+        fresh: Whether that happens in a fresh process, which takes some seconds.
 
     Raises:
         ValueError: The folder cannot be written or holds something, the tensors do not belong to the
@@ -147,7 +149,9 @@ def export_adapter(
             backbone.tokenizer.save_pretrained(unfinished)
             configuration.save(unfinished / CONFIGURATION_FILE)
             manifest.save(unfinished)
-        check = check_export(unfinished, manifest, backbone, probe, expected, prediction) if verify else None
+        check = None
+        if verify:
+            check = check_export(unfinished, manifest, backbone, probe, expected, prediction, fresh=fresh)
         checked = "It was not loaded again to be checked." if check is None else str(check)
         card = model_card(
             manifest=manifest,

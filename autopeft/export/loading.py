@@ -57,8 +57,9 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
         for shape in manifest.sites.values():
             _require_module(model, shape.module)  # peft skips what it does not find
         with warnings.catch_warnings():
-            # peft's LayerNorm tuning says so of every norm.
-            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            # peft's LayerNorm tuning says the former of every norm, and peft calls the latter.
+            for message in ("Unsupported layer type", "`is_gradient_checkpointing` is deprecated"):
+                warnings.filterwarnings("ignore", message=message)
             if manifest.layout == "peft":
                 for file in (PEFT_CONFIG_FILE, PEFT_FILE):
                     require_file(folder / file)  # peft would ask the hub for it, under the folder's name

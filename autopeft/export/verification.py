@@ -92,11 +92,13 @@ def check_export(
     probe: Mapping[str, Tensor],
     expected: Tensor,
     prediction: str = "logits",
+    *,
+    fresh: bool = True,
 ) -> Check:
     """Load an exported folder and compare its logits with the expected ones.
 
-    This happens in a fresh Python process, without autopeft where the layout does not need it. Where the
-    base model cannot be loaded again, a copy of it in this process stands for it.
+    This happens in a fresh Python process, without autopeft where the layout does not need it. Where that is
+    not wanted, or the base model cannot be loaded again, a copy of it in this process stands for it.
 
     Args:
         folder: What the export wrote.
@@ -105,15 +107,17 @@ def check_export(
         probe: A batch, without labels.
         expected: What `trained_logits` gave for it.
         prediction: The field of the model's output that is compared.
+        fresh: Whether to use a fresh process; a merged model always has one.
 
     Raises:
         RuntimeError: The folder does not load, or the logits differ by more than rounding.
     """
-    if manifest.layout == "merged" or stored_config(backbone.origin) is not None:
+    if manifest.layout == "merged" or (fresh and stored_config(backbone.origin) is not None):
         how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")
         found = _predicted_by_fresh_process(folder, manifest, backbone, probe, prediction)
     else:
-        how = "in this process, on a copy of the base model, which cannot be loaded from anywhere"
+        why = ", which cannot be loaded from anywhere" if fresh else ""
+        how = f"in this process, on a copy of the base model{why}"
         found = _predicted(load_adapter(shared_copy(backbone.model), folder), probe, prediction)
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)

@@ -129,7 +129,14 @@ class Task(ABC):
         return model(**model_inputs(batch))
 
     def predicted(self, output: Any) -> Tensor:
-        """Return the tensor of the model's output that an export has to reproduce."""
+        """Return the tensor of the model's output that an export has to reproduce.
+
+        Raises:
+            ValueError: The output has no field of the name `prediction`.
+        """
+        if not hasattr(output, self.prediction):
+            fields = [name for name, value in vars(output).items() if isinstance(value, Tensor)]
+            raise unknown_choice(f"field of a {type(output).__name__}", self.prediction, fields)
         found: Tensor = getattr(output, self.prediction)
         return found
 

@@ -196,6 +196,7 @@ def test_a_profiled_search_is_the_same_search_and_says_where_its_time_went(
     assert kept["trainings"] == 3
     assert kept["seconds"] == pytest.approx(sum(span["seconds"] for span in kept["sections"].values()))
     assert kept["sections"]["forward"]["calls"] == 3 * 48 // 8
+    assert kept["sections"]["rehearse"]["calls"] == 3  # a step, an export, the sampler
     assert kept["sections"]["record"]["seconds"] > 0
     assert kept["sections"]["log"]["seconds"] > 0
     assert kept["mlflow"]["calls"] > 3

@@ -1,23 +1,29 @@
-"""The task of a user's own in the documentation, run as it stands there."""
+"""The task of a user's own in the documentation, run as it stands there, from Python and from a file."""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
-import autopeft
 from autopeft import Adapter, Configuration, Site, Training
+from autopeft.cli import app
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.models.backbone import Backbone
+from autopeft.yaml_config import load_config
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-task.md"
+MODULE = "own_preferences"
 
 
 def pairs(count: int, seed: int) -> list[dict[str, str]]:
@@ -28,16 +34,25 @@ def pairs(count: int, seed: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def task() -> Any:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a working directory with the page's module, pairs and a base model."""
     (code, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 50
-    names: dict[str, Any] = {"__name__": "own_task"}
-    exec(code, names)
-    splits = {"train": pairs(48, 0), "validation": pairs(24, 1), "test": pairs(24, 2)}
-    return names["Preferences"](splits)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 55
+    (tmp_path / f"{MODULE}.py").write_text(code)
+    for seed, (split, count) in enumerate({"train": 48, "validation": 24, "test": 24}.items()):
+        lines = [json.dumps(pair) for pair in pairs(count, seed)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    tiny_language_model("llama").save_pretrained(tmp_path / "base")
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    return tmp_path
 
 
-def test_a_task_of_ones_own_learns(task: Any) -> None:
+def test_a_task_of_ones_own_learns(place: Path) -> None:
+    import own_preferences  # type: ignore[import-not-found]
+
+    task: Any = own_preferences.Preferences(str(place))
     backbone = Backbone.load(tiny_language_model("llama"), task.head, tiny_chat_tokenizer())
     evaluator = Evaluator(
         backbone,
@@ -60,20 +75,23 @@ def test_a_task_of_ones_own_learns(task: Any) -> None:
     assert all(torch.equal(tensor, again.state[name]) for name, tensor in trained.state.items())  # type: ignore[index]
 
 
-def test_a_search_over_a_task_of_ones_own_exports(task: Any, tmp_path: Path) -> None:
-    model = tiny_language_model("llama")
-    model.save_pretrained(tmp_path / "base")
-    search = autopeft.Search(
-        tmp_path / "base",
-        task,
-        tokenizer=tiny_chat_tokenizer(),
-        training=Training(epochs=2, batch_size=8, device="cpu"),
-        folder=tmp_path,
-        tracking=None,
-        seeds=1,
-    )
+def test_a_task_of_ones_own_is_searched_and_exported_from_a_file(place: Path) -> None:
+    settings = {
+        "backbone": str(place / "base"),
+        "task": {"type": f"{MODULE}:Preferences", "folder": str(place), "beta": 0.2},
+        "training": {"epochs": 2, "batch_size": 8, "device": "cpu"},
+        "folder": str(place / "runs"),
+        "tracking": None,
+        "seeds": 1,
+    }
+    (place / "preferences.yaml").write_text(yaml.safe_dump(settings))
+    search = load_config(place / "preferences.yaml").search
+    assert vars(search.task) == {"folder": str(place), "beta": 0.2}
     front = search.run(trials=5, progress=False)
     best = max(front, key=lambda point: point.values["trainable_parameters"])
-    report = search.export(best.number, tmp_path / "adapter")
-    assert report.max_logit_difference is not None
-    assert report.max_logit_difference < 1e-3
+    kept = yaml.safe_load((search.folder / "search.yaml").read_text())
+    assert kept["task"] == settings["task"]
+    arguments = ["export", str(best.number), "--to", str(place / "out"), "--folder", str(place / "runs")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "Checked: loaded in a fresh process" in result.output
+    assert (place / "out" / "adapter_model.safetensors").is_file()

@@ -36,7 +36,7 @@ class MemoryCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._counts: dict[Hashable, int] = {}
+        self._counts: dict[Hashable, tuple[int, Task]] = {}
 
     def count(
         self,
@@ -64,12 +64,12 @@ class MemoryCounter:
             return self._follow(batch, task, precision)
         shapes = frozenset((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         trained = tuple(name for name, each in self._model.named_parameters() if each.requires_grad)
-        case = (attached, trained, shapes, task, precision)
+        case = (attached, trained, shapes, id(task), precision)  # a data class may have no hash
         if case not in self._counts:
-            self._counts[case] = self._follow(batch, task, precision)
+            self._counts[case] = self._follow(batch, task, precision), task
             if len(self._counts) > _MOST_COUNTS:
                 del self._counts[next(iter(self._counts))]
-        return self._counts[case]
+        return self._counts[case][0]
 
     def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
         was_training = self._model.training

@@ -177,8 +177,9 @@ class SearchSettings:
                 f"backbone {backbone!r}",
                 f"task {self.task!r}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
-                f"training {training.epochs} epochs, batch size {training.batch_size}, "
-                f"{training.resolved_device()}, {training.resolved_precision()}"
+                f"training {training.epochs} epochs, batch size {training.batch_size}"
+                + (f" in {training.accumulate} parts, " if training.accumulate > 1 else ", ")
+                + f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.halving is None else f"; {self.halving.describe()}")
                 + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
                 f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"

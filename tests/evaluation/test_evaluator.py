@@ -318,7 +318,7 @@ def test_defaults_are_those_of_a_search() -> None:
 def test_steps_after_the_last_validation_are_judged_too() -> None:
     training = Training(epochs=3, batch_size=8, max_steps=9, device="cpu", precision="32-true")
     evaluator = tiny_evaluator(training=training)
-    assert evaluator.data.steps_per_epoch == 6
+    assert evaluator.steps_per_epoch == 6
     curve = evaluator.evaluate(Configuration(learning_rate=1e-2)).curves
     assert [point.step for point in curve if point.metric == "accuracy"] == [6, 9]
 

@@ -96,7 +96,8 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
     )
 }
 """Objectives every task has. Adapter parameters are the trainable ones without the head's; forward FLOPs are
-those of the largest training batch; inference latency is the median time of one forward pass over it."""
+those of the largest batch that runs at once in training; inference latency is the median time of one forward
+pass over it."""
 
 
 def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tuple[Objective, ...]:

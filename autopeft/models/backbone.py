@@ -179,13 +179,8 @@ class Backbone:
             ]
             if not layers:
                 raise ValueError(
-                    f"head='last', but {type(self.model).__name__} has "
-                    + (
-                        f"no layer with {labels} outputs in its head"
-                        if self.head
-                        else "no head that is trained"
-                    )
-                    + ": use head='whole'."
+                    f"head='last' needs a trained head with a layer of {labels} outputs, which "
+                    f"{type(self.model).__name__} does not have here: use head='whole'."
                 )
             self.trained_head = (layers[-1],)
         trained = map(self.model.get_submodule, self.trained_head)

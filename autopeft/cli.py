@@ -76,6 +76,7 @@ def estimate(
     rank: Annotated[int, typer.Option(help="Rank of LoRA, width of other adapters.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is trained in.")] = 1,
     nf4: Annotated[bool, typer.Option("--nf4", help="With the linear layers packed in 4 bits.")] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With activations computed again.")
@@ -90,6 +91,7 @@ def estimate(
         rank=rank,
         batch_size=batch_size,
         length=length,
+        accumulate=accumulate,
         nf4=nf4,
         checkpointing=checkpointing,
     )

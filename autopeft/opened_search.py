@@ -111,6 +111,7 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         backbone = Backbone.load(
             settings.backbone, task.head, settings.tokenizer, options=settings.loading, device=device
         )
+    backbone.train_head(settings.head)
     space.validate(backbone)
     evaluator = Evaluator(
         backbone,

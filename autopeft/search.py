@@ -66,6 +66,8 @@ class Search(SearchSettings):
         dtype: See `LoadOptions`, as of the next two. A loaded model is taken as it is.
         quantization: "nf4" or "int8" to pack the backbone's weights.
         attention: transformers' name of an implementation of attention.
+        head: "whole", or "last" to train its last layer alone; the layers before it then stay as they are
+            drawn by a training's seed, those of a pretrained head as they are.
 
     Raises:
         ValueError: An argument is not valid; what needs the backbone or the data is checked by

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from optuna.samplers import BaseSampler
@@ -23,6 +23,7 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
+from autopeft.models.head_spec import HeadPart
 from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
@@ -80,12 +81,15 @@ class SearchSettings:
         dtype: Dtype = "auto",
         quantization: Quantization | None = None,
         attention: str | None = None,
+        head: HeadPart = "whole",
     ) -> None:
         make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
         if isinstance(executor, str) and executor != "local":
             raise unknown_choice("executor", executor, ("local",))
+        if head not in get_args(HeadPart):
+            raise unknown_choice("head", str(head), get_args(HeadPart))
         self.backbone = backbone
         self.task = task
         self.space = ScoreGuided() if space is None else space
@@ -105,6 +109,7 @@ class SearchSettings:
         self.tracking = tracking
         self.experiment = experiment
         self.tokenizer = tokenizer
+        self.head = head
         self.dtype, self.quantization, self.attention = dtype, quantization, attention
         self.loading = LoadOptions(dtype=dtype, quantization=quantization, attention=attention)
         self._name = name
@@ -161,6 +166,7 @@ class SearchSettings:
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
                 **({} if self.executor == "local" else {"executor": str(self.executor)}),
                 "baselines": str(self.baselines),
+                **({} if self.head == "whole" else {"head": self.head}),
             },
         }
 
@@ -177,8 +183,9 @@ class SearchSettings:
                 f"backbone {backbone!r}",
                 f"task {self.task.describe()}",
                 f"objectives {names}" + (f"; constraints {bounds}" if bounds else ""),
-                f"training {training.epochs} epochs, batch size {training.batch_size}, "
-                f"{training.resolved_device()}, {training.resolved_precision()}"
+                f"training {training.epochs} epochs, batch size {training.batch_size}"
+                + (f" in {training.accumulate} parts, " if training.accumulate > 1 else ", ")
+                + f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.halving is None else f"; {self.halving.describe()}")
                 + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
                 f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"

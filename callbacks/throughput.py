@@ -9,6 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
+def rows_in(batch: Any) -> int:
+    """Return the rows of a batch's first tensor; of a batch in parts, of all of them."""
+    if isinstance(batch, dict):
+        return len(next(iter(batch.values())))
+    return sum(map(rows_in, batch)) if isinstance(batch[0], dict) else len(batch[0])
+
+
 class Throughput(Callback):
     """Time training epochs, without the validations between them.
 
@@ -37,9 +44,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; the time up to here is training."""
-        first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
         self.steps += 1
-        self.examples += len(first)
+        self.examples += rows_in(batch)
         if trainer.is_last_batch:
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)

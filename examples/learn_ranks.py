@@ -27,7 +27,7 @@ MEAN_RANK = 3
 def learn(evaluator: Evaluator, start: Configuration) -> tuple[Configuration, dict[str, Tensor]]:
     """Train with growing ranks; return the configuration they ended with and its trained tensors."""
     backbone = evaluator.backbone
-    steps = evaluator.training.total_steps(evaluator.data.steps_per_epoch)
+    steps = evaluator.plan.total_steps
     growths = MEAN_RANK * 2
     growth = IncreLoRA(
         budget=MEAN_RANK * len(start),

@@ -99,8 +99,8 @@ COST_OBJECTIVES: Mapping[str, Objective] = {
     )
 }
 """Objectives every task has. Adapter parameters are the trainable ones without the head's; adapter bytes are
-those of the tensors that an export writes, the head's included; forward FLOPs are those of the largest
-training batch; inference latency is the median time of one forward pass over it."""
+those of the tensors that an export writes, the head's included; forward FLOPs are those of the largest batch
+that runs at once in training; inference latency is the median time of one forward pass over it."""
 
 GENERATION_SPEEDS: Mapping[str, Objective] = {
     name: Objective(name=name, direction="maximize", unit="tokens/s", log_scale=True)

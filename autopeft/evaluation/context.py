@@ -28,7 +28,7 @@ from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoint, check_states
 from autopeft.training.trial_callbacks import new_callbacks
-from autopeft.training.validation_schedule import ValidationSchedule
+from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
 
 _LATENCY_REPEATS = 10
 _SPEED_REPEATS = 3
@@ -55,6 +55,7 @@ class EvaluationContext:
     Attributes:
         monitor: The metric that decides which weights are kept.
         needed: Names of the values that an objective or a constraint asks for.
+        steps_per_epoch: Optimizer steps an epoch.
 
     Raises:
         ValueError: The training has too few steps for its rungs, or the state of a callback cannot be kept at
@@ -88,17 +89,23 @@ class EvaluationContext:
         if training.gradient_checkpointing:
             backbone.enable_checkpointing()
         with section("tokenise"):
-            self.data = task.data(backbone.tokenizer, batch_size=training.batch_size, seed=seed, cache=cache)
+            self.data = task.data(backbone.tokenizer, batch_size=training.part_size, seed=seed, cache=cache)
         if not isinstance(self.data, TaskData):
             got = f"{type(task).__name__}.data returned a {type(self.data).__name__}"
             raise ValueError(f"{got}, expected a TaskData such as LoaderData.")
-        self.plan = ValidationSchedule.of(training, self.data.steps_per_epoch, rungs)
+        self.steps_per_epoch = training.steps_per_epoch(self.data.batches_per_epoch)
+        self.plan = ValidationSchedule.of(training, self.steps_per_epoch, rungs)
         if rungs:
             check_states(new_callbacks(training.callbacks))
         self._memory = MemoryCounter(backbone.model)
         self._merged_speeds: dict[Configuration, float] = {}
         folder = None if cache is None else cache / "hidden_states"
         self.hidden_states = HiddenStateCache(backbone, task, self.data, self.training, folder)
+
+    def batches(self, seed: int, step: int = 0, plan: ValidationSchedule | None = None) -> SegmentedBatches:
+        """Return the training batches from a step on, to the stops of a plan; by default the own one."""
+        loader = self.data.train_dataloader(seed)
+        return SegmentedBatches(loader, plan or self.plan, step, self.training.accumulate)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -123,6 +130,7 @@ class EvaluationContext:
             self.data.largest_batch(),
             self.task,
             precision=self.training.resolved_precision(),
+            accumulate=self.training.accumulate,
             attached=attachment.structure,
         )
 

@@ -20,6 +20,7 @@ from autopeft.evaluation.memory.packed_weights import pack
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import CausalLM, Task, TextClassification
+from autopeft.training.settings import Training
 
 METHODS = ("lora", "parallel", "ia3")
 """The families that are estimated unless others are asked for."""
@@ -97,6 +98,7 @@ def estimate(
     batch_size: int = 4,
     length: int = 512,
     methods: Sequence[str] = METHODS,
+    accumulate: int = 1,
     nf4: bool = False,
     checkpointing: bool = False,
 ) -> Estimates:
@@ -113,14 +115,16 @@ def estimate(
         batch_size: Rows a step.
         length: Tokens a row.
         methods: Adapter families.
+        accumulate: Parts of a batch, which run through the model one after another.
         nf4: Whether the blocks' linear layers lie packed in 4 bits, as in QLoRA.
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
         ValueError: An argument is not valid, or there is no such model.
     """
-    for name, value in (("rank", rank), ("batch_size", batch_size), ("length", length)):
+    for name, value in (("rank", rank), ("length", length)):
         check_whole(name, value, least=1)
+    training = Training(batch_size=batch_size, accumulate=accumulate)
     for method in methods:
         if method not in METHOD_SPECS:
             raise unknown_choice("method", method, METHOD_SPECS)
@@ -132,7 +136,7 @@ def estimate(
     if checkpointing:
         backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
-    batch = task.example_batch(batch_size, length)
+    batch = task.example_batch(training.part_size, length)
     counter = MemoryCounter(backbone.model)
     rows = []
     for method in methods:
@@ -141,7 +145,7 @@ def estimate(
             if not len(configuration):
                 continue
             with attach(backbone, configuration) as attachment:
-                peak = counter.count(batch, task, precision="bf16-mixed")
+                peak = counter.count(batch, task, precision="bf16-mixed", accumulate=accumulate)
                 specification = METHOD_SPECS[method]
                 rows.append(
                     Estimate(

@@ -40,7 +40,6 @@ from autopeft.training.training_checkpoint import (
     restore_state,
 )
 from autopeft.training.trial_callbacks import new_callbacks
-from autopeft.training.validation_schedule import SegmentedBatches
 
 _logger = logging.getLogger(__name__)
 
@@ -272,12 +271,7 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
 def _fit(
     trainer: Trainer, module: FineTuning, evaluator: EvaluationContext, best: BestWeights, seed: int
 ) -> None:
-    batches = SegmentedBatches(
-        evaluator.data.train_dataloader(seed),
-        evaluator.plan,
-        evaluator.data.steps_per_epoch,
-        step=module.first_step,
-    )
+    batches = evaluator.batches(seed, module.first_step)
     precision = evaluator.training.resolved_precision()
     lowered = evaluator.backbone.cached_casts.in_place(precision)
     with interrupts_stay_interrupts(), quiet_lightning(), lowered:

@@ -52,12 +52,13 @@ def score_sites(
 
     check_whole("batches", batches, what="a number of training batches", least=1)
     precision = evaluator.training.resolved_precision()
+    parts = batches * evaluator.training.accumulate
     identity = {
         "backbone": evaluator.backbone.identity(),
         "task": dict(evaluator.task.identity()),
         "seed": evaluator.seed,
-        "batch_size": evaluator.training.batch_size,
-        "batches": batches,
+        "batch_size": evaluator.training.part_size,
+        "batches": parts,
         "precision": precision,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -67,7 +68,7 @@ def score_sites(
     missing = [name for name in names if name not in known]
     if missing:
         with torch.random.fork_rng(devices=[]):
-            first = list(islice(evaluator.data.train_dataloader(), batches))
+            first = list(islice(evaluator.data.train_dataloader(), parts))
         known |= compute_scores(
             evaluator.backbone,
             first,

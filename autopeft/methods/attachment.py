@@ -86,7 +86,7 @@ def load_tensors(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Ten
 class Attachment:
     """A configuration attached to a backbone; use it in a `with` block, which detaches it.
 
-    While attached, exactly the adapters' and the head's parameters require gradients.
+    While attached, exactly the parameters of the adapters and of `Backbone.trained_head` require gradients.
 
     Args:
         backbone: The resident backbone; one configuration at a time.
@@ -127,14 +127,19 @@ class Attachment:
 
     def _select_trainable(self) -> None:
         model = self.backbone.model.requires_grad_(False)
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(self._is_trained(name))
         found = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         expected = self.trainable_parameters
         if found != expected:
             raise RuntimeError(
                 f"{found} parameters require gradients after attaching, the configuration has {expected}."
             )
+
+    def _is_trained(self, name: str) -> bool:
+        return not name.startswith("head.") or name.startswith(
+            tuple(f"head.{module}." for module in self.backbone.trained_head)
+        )
 
     @property
     def trainable_parameters(self) -> int:
@@ -153,7 +158,7 @@ class Attachment:
         return len(self.backbone.blocks) if lowest is None else lowest
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the trained tensors: adapters under "site.method.name", then the head."""
+        """Return copies of the trained tensors: adapters under "site.method.name", then the head, whole."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

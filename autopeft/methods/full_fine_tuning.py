@@ -35,6 +35,9 @@ class FullFineTuning(Attachment):
                 swap(module, name, copy, self._undo)
                 self.parameters.setdefault(f"full.{path}.{name}", copy)
 
+    def _is_trained(self, name: str) -> bool:
+        return True
+
     @property
     def cut(self) -> None:
         """None: nothing is frozen."""

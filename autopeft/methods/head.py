@@ -1,4 +1,4 @@
-"""The head that every configuration trains: in a copy, so that the backbone's own head is left as it was."""
+"""The head that configurations train, all or its last layer: in a copy, so that the backbone's own stays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NORMAL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
 
 
 def copy_head(backbone: Backbone, undo: ExitStack) -> dict[str, nn.Parameter]:
-    """Put trainable copies in the place of the head's parameters, drawn anew where the head is a new one.
+    """Put copies in the place of the head's parameters, drawn anew where the head is a new one.
 
     Weights are drawn on the CPU from torch's global generator, wherever the head lies: a seed means the same
     weights on every device. The copies are returned under "head.<module>.<parameter>", and `undo` is given

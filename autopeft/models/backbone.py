@@ -25,7 +25,7 @@ from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
 from autopeft.core.precision import Precision, autocast
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
-from autopeft.models.head_spec import HeadSpec
+from autopeft.models.head_spec import HeadPart, HeadSpec
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 
 
@@ -68,13 +68,15 @@ class Backbone:
             and detached in place, and the head is trained in a copy.
         tokenizer: The tokenizer that belongs to it.
         name: How tables and runs call it.
-        head: Qualified names of the modules that are trained whole for the task; none where the model's own
-            head stays frozen.
+        head: Qualified names of the modules that are the task's; none where the model's own head stays
+            frozen.
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
         cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
+        trained_head: Qualified names of the head's modules that are trained.
+        head_parameters: Number of their parameters; trained with every configuration.
 
     Raises:
         ValueError: No transformer block was found, or a head module does not exist.
@@ -105,6 +107,7 @@ class Backbone:
                 "pass a model with a task head, or the name of one that autopeft can load."
             )
         model.requires_grad_(False)
+        self.train_head("whole")
         self._block_modules = find_blocks(model)
         self.sites: Mapping[Site, SiteShape] = {
             shape.site: shape
@@ -158,6 +161,32 @@ class Backbone:
         modules = head_modules(model, head)
         return cls(model, words, name=name, head=modules, new_head=False, origin=str(source))
 
+    def train_head(self, part: HeadPart) -> None:
+        """Train the whole head, or its last layer alone: the rest then stays as it is drawn or was loaded.
+
+        Raises:
+            ValueError: No layer of the head has an output a label.
+        """
+        self.trained_head = self.head
+        if part == "last":
+            labels = getattr(self.model.config, "num_labels", None)
+            layers = [
+                name
+                for head in self.head
+                for name, module in self.model.get_submodule(head).named_modules(prefix=head)
+                if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+                and len(weight) == labels
+            ]
+            if not layers:
+                raise ValueError(
+                    f"head='last' needs a trained head with a layer of {labels} outputs, which "
+                    f"{type(self.model).__name__} does not have here: use head='whole'."
+                )
+            self.trained_head = (layers[-1],)
+        trained = map(self.model.get_submodule, self.trained_head)
+        parameters = {parameter for module in trained for parameter in module.parameters()}
+        self.head_parameters = sum(parameter.numel() for parameter in parameters)
+
     def enable_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them.
 
@@ -192,12 +221,6 @@ class Backbone:
         """The roles that occur, in the vocabulary's order."""
         present = {site.role for site in self.sites}
         return tuple(role for role in ROLES if role in present)
-
-    @cached_property
-    def head_parameters(self) -> int:
-        """Number of parameters of the head; trained with every configuration."""
-        heads = map(self.model.get_submodule, self.head)
-        return sum(parameter.numel() for parameter in {own for head in heads for own in head.parameters()})
 
     @cached_property
     def parameters(self) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+HeadPart = Literal["whole", "last"]
+"""What of a head is trained: all of it, or its last layer alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ _CELLS = 4096  # of the unit cube: the standard error of a gain of 1 % is 0.16 %
 _COMPUTE_BESIDE_BLOCKS = 0.25  # of what all blocks take in a step: head, loop and optimizer
 _SAME_RATE_FACTOR = 1.2  # learning rates by less than this factor apart are taken for the same
 _RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
-_COUNTED = "trainable_parameters"
+_COUNTED = ("trainable_parameters", "adapter_parameters")
 _Adapters = tuple[tuple[Site, Adapter], ...]
 
 
@@ -133,7 +133,7 @@ class ExpectedImprovement:
 
     A metric is modelled with noise, by features and placement. A cost is modelled by the features alone, from
     which it nearly follows, and without noise where it is exact before training: counting memory takes longer
-    than asking a model. Trainable parameters are counted. The expectation is the integral, over the
+    than asking a model. Parameters are counted. The expectation is the integral, over the
     part of the unit cube that no trial dominates, of the probability that the candidate does (Emmerich,
     Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
     Random Field Metamodels", 2006), times the probability that it keeps the constraints.
@@ -157,7 +157,7 @@ class ExpectedImprovement:
         self._models = {
             objective.name: self._model(objective)
             for objective in dict.fromkeys(objectives)
-            if objective.name != _COUNTED
+            if objective.name not in _COUNTED
         }
         self._cells = self._not_dominated()
         self._known: dict[Configuration, float] = {}
@@ -255,9 +255,11 @@ class ExpectedImprovement:
 
     def _predicted(self, objective: Objective, candidates: Sequence[Configuration]) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
-        if objective.name != _COUNTED:
+        if objective.name not in _COUNTED:
             return self._models[objective.name].predict(self._features.inputs(candidates, objective))
-        counts = (count_parameters(self._features.backbone, candidate) for candidate in candidates)
+        backbone = self._features.backbone
+        head = backbone.head_parameters if objective.name == "adapter_parameters" else 0
+        counts = (count_parameters(backbone, candidate) - head for candidate in candidates)
         return np.array([_scaled(objective, count) for count in counts]), np.zeros(len(candidates))
 
 

@@ -48,7 +48,7 @@ class TaskData(LightningDataModule, ABC):
         return None
 
     @property
-    def steps_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         """Number of training batches an epoch."""
         return len(self.train_dataloader())
 
@@ -107,7 +107,7 @@ class Task(ABC):
 
         Args:
             tokenizer: The backbone's.
-            batch_size: Examples a training batch.
+            batch_size: Examples that run through the model at once.
             seed: Seed of shuffling.
             cache: Folder for tokenised texts; None to keep them in memory alone.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -146,6 +148,12 @@ class ShuffledBatches(Sampler[list[int]]):
         rows = self.order(generator)
         for index in torch.randperm(len(self), generator=generator).tolist():
             yield rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def joined(self, batches: int) -> Self:
+        """Return a sampler of the same rows whose batches are so many times as large."""
+        larger = copy.copy(self)
+        larger.batch_size = batches * self.batch_size
+        return larger
 
     def order(self, generator: torch.Generator) -> list[int]:
         """Return the rows in the order in which they are cut into batches."""

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from autopeft.core.evaluation import VALIDATION_LOSS
-from autopeft.tasks import Task
+from autopeft.tasks import Batch, Task
+from autopeft.training.accumulation import TrainingBatch, loss_in_parts, with_shares
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
 """Returns the context in which the forward pass of a batch runs."""
@@ -63,15 +65,28 @@ class FineTuning(LightningModule):
         self.metrics = task.metric_collection() if metrics is None else metrics
         self.metrics.reset()  # a training that failed may have left rows
         self._losses: list[tuple[Tensor, Tensor]] = []
+        self._adds_up = False
 
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Return the model's output."""
         with self.serve(batch):
             return self.task.forward(self.model, batch)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Return the loss of one batch."""
+    def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
+        """Return the loss of one batch; of a batch in parts, all gradients but the last's are there then."""
+        self._adds_up = isinstance(batch, list)
+        if not isinstance(batch, list):
+            return self._loss(batch)
+        self.zero_grad()
+        return loss_in_parts(with_shares(self.task, batch), self._loss)
+
+    def _loss(self, batch: Batch) -> Tensor:
         return self.task.loss(self(batch), batch)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Free the gradients of the step before, where `training_step` has not done so."""
+        if not self._adds_up:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Add one batch to the metrics and the loss."""

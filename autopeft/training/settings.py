@@ -32,6 +32,9 @@ class Training:
         epochs: Passes over the training split.
         max_steps: Stop after this many optimizer steps at the latest; None for no bound.
         batch_size: Examples a step.
+        accumulate: Parts that a batch runs through the model in, one after another. Results are those of
+            whole batches but for rounding and dropout; activations take memory for one part at a time. With
+            data loaders of a task's own, as many of their batches make a step.
         warmup_share: Share of the steps in which the learning rate rises; it then falls linearly to 0.
         gradient_clip: Largest norm of the gradient; None for no bound.
         patience: Stop after this many validations without improvement; None to train to the end.
@@ -57,6 +60,7 @@ class Training:
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 32
+    accumulate: int = 1
     warmup_share: float = 0.06
     gradient_clip: float | None = 1.0
     patience: int | None = None
@@ -69,11 +73,18 @@ class Training:
     callbacks: Sequence[CallbackSource] = ()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every"):
+        for name in ("epochs", "batch_size", "accumulate", "validate_every"):
             check_whole(name, getattr(self, name), least=1)
         for name in ("max_steps", "patience"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), least=1)
+        if self.batch_size % self.accumulate:
+            fitting = [parts for parts in range(1, self.batch_size + 1) if self.batch_size % parts == 0]
+            nearest = min(fitting, key=lambda parts: abs(parts - self.accumulate))
+            raise ValueError(
+                f"accumulate={self.accumulate} does not cut batch_size={self.batch_size} into equal parts: "
+                f"the nearest number that does is {nearest}."
+            )
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share is a share in [0, 1], got {self.warmup_share!r}.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -102,6 +113,15 @@ class Training:
         """Return the precision candidates are trained in."""
         return quickest_precision(self.resolved_device()) if self.precision == "auto" else self.precision
 
+    @property
+    def part_size(self) -> int:
+        """Examples that run through the model at once."""
+        return self.batch_size // self.accumulate
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Return the number of optimizer steps in which so many batches of `part_size` are trained on."""
+        return -(-batches // self.accumulate)
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of a training that is not stopped early."""
         steps = self.epochs * steps_per_epoch
@@ -109,11 +129,13 @@ class Training:
 
     def identity(self) -> dict[str, str]:
         """Return every setting that results depend on, as text."""
-        apart = ("callbacks", "gradient_checkpointing")
+        apart = ("callbacks", "gradient_checkpointing", "accumulate")  # named where they are set
         names = [each.name for each in dataclasses.fields(self) if each.compare and each.name not in apart]
         identity = {"class": type(self).__name__, **{name: str(getattr(self, name)) for name in names}}
         if self.gradient_checkpointing:
             identity["gradient_checkpointing"] = "True"
+        if self.accumulate > 1:
+            identity["accumulate"] = str(self.accumulate)
         if self.callbacks:
             identity["callbacks"] = ", ".join(map(describe_callback, new_callbacks(self.callbacks)))
         return identity

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from autopeft.tasks import Batch
+from autopeft.training.accumulation import TrainingBatch
 from autopeft.training.settings import Training
 
 
@@ -69,32 +70,38 @@ class SegmentedBatches:
     Args:
         loader: Has a batch sampler with `set_epoch`, that draws the same batches for the same epoch.
         plan: Where to stop.
-        steps_per_epoch: Batches an epoch.
         step: Optimizer steps already taken.
+        accumulate: Parts of a batch; above 1, the sampler is a `ShuffledBatches`.
     """
 
     def __init__(
-        self, loader: DataLoader[Batch], plan: ValidationSchedule, steps_per_epoch: int, step: int = 0
+        self, loader: DataLoader[Batch], plan: ValidationSchedule, step: int = 0, accumulate: int = 1
     ) -> None:
+        sampler: Any = loader.batch_sampler
+        self._sampler = sampler if accumulate == 1 else sampler.joined(accumulate)
         self._loader = loader
         self._plan = plan
-        self._steps_per_epoch = steps_per_epoch
         self._step = step
+        self._accumulate = accumulate
         self._epoch = -1
         self._batches: list[list[int]] = []
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         end = self._plan.next_stop(self._step)
         dataset: Any = self._loader.dataset
         while self._step < end:
             rows = self._rows(self._step)
             self._step += 1  # before the batch is given away: an iterator may be left at its last one
-            yield self._loader.collate_fn([dataset[row] for row in rows])
+            size = -(-len(rows) // self._accumulate)
+            parts = [
+                self._loader.collate_fn([dataset[row] for row in rows[at : at + size]])
+                for at in range(0, len(rows), size)
+            ]
+            yield parts if self._accumulate > 1 else parts[0]
 
     def _rows(self, step: int) -> list[int]:
-        epoch, position = divmod(step, self._steps_per_epoch)
+        epoch, position = divmod(step, len(self._sampler))
         if epoch != self._epoch:
-            sampler: Any = self._loader.batch_sampler
-            sampler.set_epoch(epoch)
-            self._epoch, self._batches = epoch, list(sampler)
+            self._sampler.set_epoch(epoch)
+            self._epoch, self._batches = epoch, list(self._sampler)
         return self._batches[position]

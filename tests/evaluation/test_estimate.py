@@ -65,16 +65,17 @@ def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing:
     assert found.rows[0].peak_memory == pytest.approx(count, rel=0.03)
 
 
-def test_packed_weights_and_checkpointing_take_less(config: Path) -> None:
-    plain, packed, checkpointed = (
+def test_packed_weights_checkpointing_and_parts_take_less(config: Path) -> None:
+    plain, packed, checkpointed, in_parts = (
         estimates(config, methods=("lora",), **options)
-        for options in ({}, {"nf4": True}, {"checkpointing": True})
+        for options in ({}, {"nf4": True}, {"checkpointing": True}, {"accumulate": ROWS})
     )
     assert packed.rows[0].peak_memory < plain.rows[0].peak_memory
     assert packed.weight_bytes < plain.weight_bytes
     assert packed.parameters == plain.parameters
     assert packed.rows[0].trainable_parameters == plain.rows[0].trainable_parameters
     assert checkpointed.rows[0].peak_memory < plain.rows[0].peak_memory
+    assert in_parts.rows[0].peak_memory < plain.rows[0].peak_memory
 
 
 def test_fewer_blocks_take_less(config: Path) -> None:
@@ -100,6 +101,7 @@ def test_the_table_names_families_and_placements(config: Path) -> None:
         ({"task": "chat"}, "task 'chat'.*causal-lm"),
         ({"methods": ("lore",)}, "method 'lore'.*lora"),
         ({"rank": 0}, "rank"),
+        ({"batch_size": 4, "accumulate": 3}, "accumulate=3 does not cut batch_size=4"),
     ],
 )
 def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message: str) -> None:

@@ -172,16 +172,18 @@ def test_too_little_memory_is_an_outcome() -> None:
     assert evaluator.evaluate(lora(evaluator.backbone)).status == "complete"
 
 
-def test_an_infeasible_candidate_is_not_trained() -> None:
+@pytest.mark.parametrize("bounded", ["trainable_parameters", "adapter_parameters"])
+def test_an_infeasible_candidate_is_not_trained(bounded: str) -> None:
     backbone = learner()
     small, large = lora(backbone, 1), lora(backbone, 8)
-    bound = count_parameters(backbone, small)
-    evaluator = tiny_evaluator(backbone, constraints={"trainable_parameters": bound})
+    head = backbone.head_parameters if bounded == "adapter_parameters" else 0
+    bound = count_parameters(backbone, small) - head
+    evaluator = tiny_evaluator(backbone, constraints={bounded: bound})
     trained = evaluator.train(large)
     assert trained.state is None
     assert trained.evaluation.status == "infeasible"
     assert trained.evaluation.reason is not None
-    assert trained.evaluation.reason.startswith("trainable_parameters")
+    assert trained.evaluation.reason.startswith(bounded)
     assert "allowed ≤" in trained.evaluation.reason
     assert trained.evaluation.cost.steps == 0
     assert "accuracy" not in trained.evaluation.values
@@ -318,7 +320,7 @@ def test_defaults_are_those_of_a_search() -> None:
 def test_steps_after_the_last_validation_are_judged_too() -> None:
     training = Training(epochs=3, batch_size=8, max_steps=9, device="cpu", precision="32-true")
     evaluator = tiny_evaluator(training=training)
-    assert evaluator.data.steps_per_epoch == 6
+    assert evaluator.steps_per_epoch == 6
     curve = evaluator.evaluate(Configuration(learning_rate=1e-2)).curves
     assert [point.step for point in curve if point.metric == "accuracy"] == [6, 9]
 

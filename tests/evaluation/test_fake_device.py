@@ -115,7 +115,7 @@ def optimizer_step(
     optimizer = module.configure_optimizers()["optimizer"] if optimizer is None else optimizer
     assert optimizer is not None
     module.train()
-    module.training_step(batch, 0).backward()
+    module.training_step(dict(batch), 0).backward()
     optimizer.step()
     optimizer.zero_grad()
     return optimizer

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Configuration
-from autopeft.methods import attach
+from autopeft.methods import FullFineTuning, attach
 from autopeft.models.backbone import Backbone
-from tests.tiny_models import LABELS, draw_parameters, fingerprint, tiny_classifier, tiny_tokenizer
+from tests.tiny_models import (
+    LABELS,
+    draw_parameters,
+    everywhere,
+    fingerprint,
+    tiny_backbone,
+    tiny_classifier,
+    tiny_language_model,
+    tiny_tokenizer,
+)
 
 
 class Scaled(nn.Module):
@@ -73,3 +83,50 @@ def test_a_head_that_was_trained_is_left_as_it_is() -> None:
     own = backbone.model.get_submodule("classifier").state_dict()
     for name, values in head_of(backbone, 3).items():
         assert torch.equal(values, own[name.removeprefix("head.classifier.")])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "last"),
+    [
+        ("bert", "classifier"),
+        ("deberta-v2", "classifier"),
+        ("distilbert", "classifier"),
+        ("llama", "score"),
+        ("modernbert", "classifier"),
+        ("roberta", "classifier.out_proj"),
+        ("t5", "classification_head.out_proj"),
+    ],
+)
+def test_the_last_layer_can_be_trained_alone(architecture: str, last: str) -> None:
+    backbone = tiny_backbone(architecture, new_head=True)
+    whole = head_of(backbone, 5)
+    backbone.train_head("last")
+    before = fingerprint(backbone.model)
+    layer = {f"{last}.{name}": each for name, each in backbone.model.get_submodule(last).named_parameters()}
+    assert backbone.trained_head == (last,)
+    assert backbone.head_parameters == sum(parameter.numel() for parameter in layer.values())
+    with attach(backbone, everywhere(backbone, "layernorm"), seed=5) as attachment:
+        trained = {name for name, each in backbone.model.named_parameters() if each.requires_grad}
+        heads = tuple(f"{head}." for head in backbone.head)
+        assert {name for name in trained if name.startswith(heads)} == layer.keys()
+        assert sum(each.requires_grad for each in attachment.parameters.values()) == len(trained)
+        state = attachment.state_dict()
+    for name, values in whole.items():
+        assert torch.equal(state[name], values), (
+            "what is trained of a head changes nothing in how it is drawn"
+        )
+    with FullFineTuning(backbone, Configuration()) as attachment:
+        assert attachment.trainable_parameters == backbone.parameters
+        assert all(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert fingerprint(backbone.model) == before
+    backbone.train_head("whole")
+    assert backbone.head_parameters == sum(values.numel() for values in whole.values())
+
+
+def test_a_head_without_a_layer_of_labels_is_refused() -> None:
+    backbone = backbone_with(nn.Sequential(nn.Linear(32, LABELS + 1)), new_head=True)
+    with pytest.raises(ValueError, match=rf"with a layer of {LABELS} outputs, which Bert.* use head='whole'"):
+        backbone.train_head("last")
+    language_model = Backbone(tiny_language_model("llama"), tiny_tokenizer(), name="tiny", head=())
+    with pytest.raises(ValueError, match=r"needs a trained head .*Llama.* use head='whole'"):
+        language_model.train_head("last")

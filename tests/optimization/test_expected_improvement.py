@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.objectives import COST_OBJECTIVES, Objective, resolve_constraints
+from autopeft.core.objectives import COST_OBJECTIVES, Constraint, Objective, resolve_constraints
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
@@ -148,22 +148,24 @@ def test_a_metric_that_is_minimised_gains_as_much(is_log: bool) -> None:
     assert ExpectedImprovement(mirrored, FEATURES)(candidates) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_trial_without_adapter_parameters_is_no_outlier() -> None:
+def test_adapter_parameters_are_counted_also_where_there_are_none() -> None:
     adapters = COST_OBJECTIVES["adapter_parameters"]
     trials, candidates = [*drawn(12, 0), Configuration(learning_rate=3e-3)], drawn(12, 1)
     axes = (AXES[0], Axis(objective=adapters, worst=MOST, best=1.0))
-    known = History(
-        trials=[
-            (one, {"accuracy": values(one)["accuracy"], "adapter_parameters": float(adapter_count(one))})
-            for one in trials
-        ],
-        axes=axes,
-        constraints=(),
+
+    def values_of(one: Configuration) -> dict[str, float]:
+        return {"accuracy": values(one)["accuracy"], "adapter_parameters": float(adapter_count(one))}
+
+    counts = sorted(map(adapter_count, candidates))
+    bound = Constraint(objective=adapters, bound=counts[5])
+    trial_values = [(one, values_of(one)) for one in trials]
+    free, bounded = (
+        ExpectedImprovement(History(trials=trial_values, axes=axes, constraints=constraints), FEATURES)
+        for constraints in ((), (bound,))
     )
-    model = ExpectedImprovement(known, FEATURES)._models["adapter_parameters"]
-    means, _ = model.predict(FEATURES.inputs(candidates, adapters))
-    for mean, candidate in zip(means.tolist(), candidates, strict=True):
-        assert mean == pytest.approx(math.log(adapter_count(candidate)), abs=1.0)
+    for candidate, gain, kept in zip(candidates, free(candidates), bounded(candidates), strict=True):
+        assert kept == (gain if adapter_count(candidate) <= counts[5] else 0)
+    assert all(0 <= gain < 1 for gain in free([Configuration(learning_rate=1e-2)]))
 
 
 def adapter_count(configuration: Configuration) -> int:

@@ -111,7 +111,7 @@ def test_the_search_never_reads_the_test_split(tokenizer: PreTrainedTokenizerFas
     loaded.identity()
     loaded.trivial_score("accuracy")
     data = loaded.data(tokenizer, batch_size=8, seed=0)
-    assert len(list(data.train_dataloader())) == data.steps_per_epoch
+    assert len(list(data.train_dataloader())) == data.batches_per_epoch
     list(data.val_dataloader())
     data.largest_batch()
     assert set(loaded.__dict__["_read_splits"]) == {"train", "validation"}

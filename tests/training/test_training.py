@@ -79,6 +79,8 @@ def module(total_steps: int = 20, rate: float = 0.1) -> FineTuning:
     [
         ({"epochs": 0}, "epochs is a whole number from 1 up"),
         ({"batch_size": 2.5}, "batch_size"),
+        ({"accumulate": 0}, "accumulate is a whole number from 1 up"),
+        ({"accumulate": 5}, "accumulate=5 does not cut batch_size=32 .* nearest number that does is 4"),
         ({"max_steps": -1}, "max_steps"),
         ({"patience": True}, "patience"),
         ({"warmup_share": 1.5}, r"share in \[0, 1\]"),
@@ -103,6 +105,7 @@ def test_a_missing_gpu_is_said() -> None:
 def test_total_steps() -> None:
     assert Training(epochs=3).total_steps(10) == 30
     assert Training(epochs=3, max_steps=7).total_steps(10) == 7
+    assert Training(accumulate=4).steps_per_epoch(10) == 3
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -145,7 +145,7 @@ class HiddenStateCache:
     def _rows(self) -> dict[SplitName, RowIndex]:
         """The rows of both splits; none where a task does not say which rows a batch holds."""
         collators = {name: self.data.collator(name) for name in _SPLITS}
-        batch_size = self.training.batch_size
+        batch_size = self.training.part_size
         rows = {name: RowIndex(own, batch_size) for name, own in collators.items() if own is not None}
         return rows if len(rows) == len(_SPLITS) else {}
 
@@ -163,7 +163,8 @@ class HiddenStateCache:
         return fits and expected.pays(self._trainings)
 
     def _estimate(self, cut: int) -> Estimate:
-        backbone, steps = self.backbone, self.data.steps_per_epoch
+        backbone = self.backbone
+        steps = self.training.steps_per_epoch(self.data.batches_per_epoch)
         epochs = self.training.total_steps(steps) / steps
         times = {"train": epochs, "validation": max(1.0, epochs / self.training.validate_every)}
         linear = [shape.parameters for shape in backbone.sites.values() if shape.kind == "linear"]

@@ -3,7 +3,8 @@
 Two optimizer steps are followed in the order Lightning takes them: forward with the gradients of the step
 before still there, gradients freed, backward, AdamW. Forward and backward are run once on tensors without
 data while every live storage is counted; what the optimizer adds follows from the trainable parameters. What
-kernels allocate for themselves inside one operation is not seen.
+kernels allocate for themselves inside one operation is not seen. Of a batch in parts two are followed: the
+backward pass of the second adds to the gradients of the first.
 
 Fake CPU tensors take every path that the CPU would take, at about 0.1 ms an operation. A count is kept, so
 that a configuration that differs in its hyper-parameters alone is not counted again.
@@ -21,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
 from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
-from autopeft.tasks import Task
+from autopeft.tasks import Batch, Task
+from autopeft.training.accumulation import loss_in_parts
 
 _MOST_COUNTS = 4096
 _STEP_COUNTER_BYTES = 4  # AdamW keeps one float32 step counter a parameter
@@ -44,6 +46,7 @@ class MemoryCounter:
         task: Task,
         *,
         precision: Precision = "32-true",
+        accumulate: int = 1,
         attached: Hashable = None,
     ) -> int:
         """Return the largest number of live bytes at any moment of a step, of what is attached now.
@@ -51,9 +54,10 @@ class MemoryCounter:
         Model, gradients and random generators stay untouched.
 
         Args:
-            batch: The largest training batch; only its shapes matter.
+            batch: The largest training batch, or part of one; only its shapes matter.
             task: Gives the forward pass and the loss.
             precision: "bf16-mixed" counts under autocast.
+            accumulate: Parts of a training batch.
             attached: What is attached, sizes included (`Attachment.structure`): a count of the same is
                 returned without another run. None to count in any case.
 
@@ -61,22 +65,23 @@ class MemoryCounter:
             ValueError: The model does something that takes data, as a mixture of experts does.
         """
         if attached is None:
-            return self._follow(batch, task, precision)
+            return self._follow(batch, task, precision, accumulate)
         shapes = frozenset((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
         trained = tuple(name for name, each in self._model.named_parameters() if each.requires_grad)
-        case = (attached, trained, shapes, id(task), precision)  # a data class may have no hash
+        # By identity: a task that is a data class may have no hash.
+        case = (attached, trained, shapes, id(task), precision, accumulate)
         if case not in self._counts:
-            self._counts[case] = self._follow(batch, task, precision), task
+            self._counts[case] = self._follow(batch, task, precision, accumulate), task
             if len(self._counts) > _MOST_COUNTS:
                 del self._counts[next(iter(self._counts))]
         return self._counts[case][0]
 
-    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
+    def _follow(self, batch: Mapping[str, Tensor], task: Task, precision: Precision, accumulate: int) -> int:
         was_training = self._model.training
         try:
             self._model.train()
             with with_packed_stand_ins(self._model):
-                return _follow_step(self._model, batch, task, precision)
+                return _follow_step(self._model, batch, task, precision, accumulate)
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
@@ -97,9 +102,10 @@ class _Step(nn.Module):
 
     def forward(
         self,
-        batch: Mapping[str, Tensor],
+        batch: Batch,
         counter: StorageCounter | None = None,
         precision: Precision = "32-true",
+        accumulate: int = 1,
     ) -> int:
         """Return the peak of the forward pass; what is left in the counter is that of the backward pass.
 
@@ -109,15 +115,21 @@ class _Step(nn.Module):
             self.task.forward(self.model, batch)
             return 0
         with autocast(precision, "cpu"):
-            loss = self.task.loss(self.task.forward(self.model, batch), batch)
+            parts = [(0.5, batch)] * 2
+            loss = self._loss(batch) if accumulate == 1 else loss_in_parts(parts, self._loss)
         forward_peak = counter.peak_bytes
         counter.restart_peak()
         if loss.requires_grad:  # an untrained model has nothing to train
             loss.backward()
         return forward_peak
 
+    def _loss(self, batch: Batch) -> Tensor:
+        return self.task.loss(self.task.forward(self.model, batch), batch)
 
-def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
+
+def _follow_step(
+    model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision, accumulate: int
+) -> int:
     """Run forward and backward once on fake tensors, and return the peak of a training."""
     counter = StorageCounter()
     step = _Step(model, task)
@@ -127,15 +139,17 @@ def _follow_step(model: nn.Module, batch: Mapping[str, Tensor], task: Task, prec
         inputs = {name: fake(tensor) for name, tensor in batch.items()}
         base = counter.exclude((*tensors.values(), *inputs.values()))
         with counter:
-            forward_peak: int = functional_call(step, tensors, (inputs, counter, precision))
+            forward_peak: int = functional_call(step, tensors, (inputs, counter, precision, accumulate))
             backward_peak = counter.peak_bytes
         sizes = [tensor.nbytes for tensor in tensors.values() if tensor.requires_grad]
     trainable = sum(sizes)
     optimizer_state = 2 * trainable + _STEP_COUNTER_BYTES * len(sizes)
     # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
     update = trainable + 2 * max(sizes, default=0)
-    # The gradients of the step before are alive during the forward pass.
-    return base + optimizer_state + max(trainable + forward_peak, backward_peak, update)
+    # Of a whole batch, the gradients of the step before are alive during the forward pass.
+    before = trainable if accumulate == 1 else 0
+    base += (accumulate - 1) * sum(tensor.nbytes for tensor in inputs.values())
+    return base + optimizer_state + max(before + forward_peak, backward_peak, update)
 
 
 def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> int:

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
+from autopeft.callbacks.throughput import rows_in
 from autopeft.core.configuration import Configuration
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
@@ -22,8 +25,8 @@ from autopeft.evaluation.packing.model import PackedModel
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.tasks.base import Batch
 from autopeft.tasks.batch import model_inputs
+from autopeft.training.accumulation import TrainingBatch, with_shares
 from autopeft.training.compute_meter import ComputeMeter
-from autopeft.training.validation_schedule import SegmentedBatches
 
 _logger = logging.getLogger(__name__)
 _PROBE_ROWS = 4
@@ -156,8 +159,7 @@ class _PackedTraining:
     def run(self, seed: int) -> None:
         """Train to the members' end; members that diverge leave the pack."""
         evaluator, plan = self.evaluator, self.evaluator.plan
-        loader = evaluator.data.train_dataloader(seed)
-        batches = SegmentedBatches(loader, plan, evaluator.data.steps_per_epoch)
+        batches = evaluator.batches(seed)
         self._model = PackedModel(self.evaluator.backbone, self.members, self.structure)
         try:
             for _ in range(plan.pieces(0, self.members[0].end)):
@@ -182,22 +184,26 @@ class _PackedTraining:
         self._charge(training=False)
 
     @section("data")
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.evaluator.device) for name, tensor in batch.items()}
+    def _on_device(self, batch: TrainingBatch) -> Any:
+        return move_data_to_device(batch, self.evaluator.device)
 
     def _precision(self) -> AbstractContextManager[None]:
         return self.evaluator.backbone.computing_in(self.evaluator.training.resolved_precision())
 
-    def _step(self, batch: Batch) -> None:
-        with section("forward"), self._precision():
-            losses = [self.evaluator.task.loss(output, batch) for output in self._model(batch)]
-        with section("backward"):
-            for member in self.members:
-                member.optimizer.zero_grad(set_to_none=False)  # gradients are views
-            torch.stack(losses).sum().backward()  # no member's loss depends on the parameters of another
+    def _step(self, batch: TrainingBatch) -> None:
+        task = self.evaluator.task
+        for member in self.members:
+            member.optimizer.zero_grad(set_to_none=False)  # gradients are views
+        losses = torch.zeros(len(self.members), device=self.evaluator.device)
+        for share, part in with_shares(task, batch):
+            with section("forward"), self._precision():
+                of_part = share * torch.stack([task.loss(output, part) for output in self._model(part)])
+            with section("backward"):
+                of_part.sum().backward()  # no member's loss depends on the parameters of another
+                losses = losses + of_part.detach()
         with section("optimizer"):
             for member, own in zip(self.members, losses, strict=True):
-                member.step(own.detach(), len(next(iter(batch.values()))))
+                member.step(own, rows_in(batch))
         if any(member.reason is not None for member in self.members):
             self._charge(training=True)
             self._model.remove()

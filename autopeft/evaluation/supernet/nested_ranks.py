@@ -1,4 +1,4 @@
-"""The sandwich rule over the rows of a batch, and the callback that trains each row with its own ranks."""
+"""The sandwich rule over the rows of a batch, and the hooks that train each row with its own ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class SandwichRankSampler:
         return np.where(on, ranks, 0)
 
 
-class PerRowRanks(Callback):
+class PerRowRanks:
     """Train each row of a batch with ranks of its own: one pass trains many sub-configurations.
 
     A row whose rank at a module is r computes W·x + s·B[:, :r]·A[:r]·x, and has a gradient in those ranks
@@ -71,18 +71,18 @@ class PerRowRanks(Callback):
         self._gates: dict[str, Tensor] = {}
 
     @contextmanager
-    def gating(self) -> Iterator[None]:
-        """Put the gates onto A's outputs, in a `with` block."""
+    def gating(self, training: LightningModule) -> Iterator[None]:
+        """Put the gates onto A's outputs in a `with` block, drawn for each batch that a training is given."""
         with ExitStack() as stack:
+            stack.callback(training.register_forward_pre_hook(self._draw).remove)
             for module in self._modules:
                 hook = module.down.register_forward_hook(partial(self._gate, module.name))
                 stack.callback(hook.remove)
             yield
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Tensor], batch_idx: int
-    ) -> None:
+    def _draw(self, _training: nn.Module, inputs: tuple[Mapping[str, Tensor]]) -> None:
         """Draw the ranks of a batch's rows."""
+        (batch,) = inputs
         ranks = torch.from_numpy(self._sampler.sandwich(len(next(iter(batch.values())))))
         for module, of_rows in zip(self._modules, ranks.T, strict=True):
             self._gates[module.name] = rank_gates(of_rows, module)

@@ -33,7 +33,7 @@ from autopeft.methods import attach
 from autopeft.methods.lora import lora_scaling
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
-from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
+from autopeft.training.validation_schedule import ValidationSchedule
 
 METHOD = "lora"
 """The only method that a supernet has."""
@@ -161,8 +161,7 @@ def _fit(
     evaluator: Evaluator, largest: Configuration, trainings: float, smallest_rank: int, seed: int
 ) -> int:
     """Train the attached adapters, and return the number of optimizer steps."""
-    steps_per_epoch = evaluator.data.steps_per_epoch
-    steps = max(1, round(trainings * evaluator.training.total_steps(steps_per_epoch)))
+    steps = max(1, round(trainings * evaluator.plan.total_steps))
     training = replace(evaluator.training, patience=None)
     plan = ValidationSchedule(total_steps=steps, rungs=(steps,), stops=(steps,))
     module = evaluator.module(largest, total_steps=steps)
@@ -173,16 +172,15 @@ def _fit(
         SandwichRankSampler(blocks, ranks, smallest_rank, seed),
         [modules[evaluator.backbone.shape(site).module] for site in largest.adapters],
     )
-    batches = SegmentedBatches(evaluator.data.train_dataloader(seed), plan, steps_per_epoch)
+    batches = evaluator.batches(seed, plan=plan)
     module.train()
     with ExitStack() as stack:
         stack.callback(module.eval)
         with seeded(seed, evaluator.device), quiet_lightning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You defined a `validation_step`")
-            callbacks = [StopOnDivergence(), row_ranks]
-            trainer = build_trainer(training, callbacks, monitor=evaluator.monitor, pieces=1)
+            trainer = build_trainer(training, [StopOnDivergence()], monitor=evaluator.monitor, pieces=1)
             stack.callback(dismantle, trainer)
             lowered = evaluator.backbone.cached_casts.in_place(training.resolved_precision())
-            with interrupts_stay_interrupts(), lowered, row_ranks.gating():
+            with interrupts_stay_interrupts(), lowered, row_ranks.gating(module):
                 trainer.fit(module, batches)
             return int(trainer.global_step)

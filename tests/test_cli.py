@@ -278,11 +278,10 @@ def test_a_search_from_python_is_exported_from_the_command_line(place: Path, tmp
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
-class OwnTask(TextClassification):
-    """A user's task."""
-
-
 def test_what_only_python_has_is_named_at_the_export(place: Path, tmp_path: Path) -> None:
+    class OwnTask(TextClassification):
+        """A user's task that cannot be imported."""
+
     search = python_search(
         place,
         tmp_path,
@@ -295,7 +294,7 @@ def test_what_only_python_has_is_named_at_the_export(place: Path, tmp_path: Path
     message = error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
     parts = (
         "backbone (autopeft.models.backbone.Backbone)",
-        f"task ({__name__}.OwnTask)",
+        f"task ({__name__}.{OwnTask.__qualname__})",
         "training.callbacks (autopeft.callbacks.throughput.Throughput)",
     )
     assert all(part in message for part in parts)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from autopeft.training.training_checkpoint import TrainingCheckpoint, check_stat
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
 
+_Result = TypeVar("_Result")
 _LATENCY_REPEATS = 10
 _SPEED_REPEATS = 3
 _TIMED_TOKENS = 16  # generated a row and repeat
@@ -199,19 +200,15 @@ class EvaluationContext:
         """Return the median seconds of a forward pass over the largest batch, as attached now."""
         model = self.backbone.model
         batch = {name: tensor.to(self.device) for name, tensor in self.data.largest_batch().items()}
-        return self._median_seconds(lambda: self.task.forward(model, batch), _LATENCY_REPEATS)
+        runs = self._timed(lambda: self.task.forward(model, batch), _LATENCY_REPEATS)
+        return statistics.median(seconds for seconds, _ in runs)
 
     @section("evaluate")
     def generation_speed(self) -> float:
-        """Return the tokens a second that are generated, as attached now."""
-        model, counts = self.backbone.model, set()
-
-        def generate() -> None:
-            counts.add(self.task.generate_tokens(model, self.data, _TIMED_TOKENS))
-
-        seconds = self._median_seconds(generate, _SPEED_REPEATS)
-        (tokens,) = counts
-        return tokens / seconds
+        """Return the median of the tokens a second that are generated, as attached now."""
+        model, data = self.backbone.model, self.data
+        runs = self._timed(lambda: self.task.generate_tokens(model, data, _TIMED_TOKENS), _SPEED_REPEATS)
+        return statistics.median(tokens / seconds for seconds, tokens in runs)
 
     def merged_generation_speed(self, configuration: Configuration) -> float:
         """Return the tokens a second with what can be merged in the weights; nothing may be attached.
@@ -225,15 +222,15 @@ class EvaluationContext:
                 self._merged_speeds[rest] = self.generation_speed()
         return self._merged_speeds[rest]
 
-    def _median_seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """Return the median time of a piece of work without gradients, done once more to begin with."""
-        seconds = []
+    def _timed(self, work: Callable[[], _Result], repeats: int) -> list[tuple[float, _Result]]:
+        """Return the seconds and the results of work without gradients, done once more to begin with."""
+        runs = []
         self.backbone.model.eval()
         with torch.inference_mode(), self.backbone.computing_in(self.backbone.own_precision):
             for _ in range(repeats + 1):
                 started = time.perf_counter()
-                work()
+                result = work()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:])
+                runs.append((time.perf_counter() - started, result))
+        return runs[1:]

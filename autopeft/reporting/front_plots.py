@@ -65,11 +65,12 @@ def front_figure(
     """Draw the front for a browser.
 
     One panel for each pair of `projections`; with three objectives a panel in three dimensions too.
-    Completed trials only; one that has none of a cost, as the untrained model has no parameters, has no place
-    on a logarithmic axis and is a line at the height of its metric. Pointing at a trial shows its number,
-    values and configuration; a bar is the standard deviation over the trainings of a trial that was trained
-    again. The stairs join the members that are best in the panel's own two objectives: with three objectives,
-    a member above them is on the front by the third. `members` are the numbers of the trials on the front.
+    Completed trials only; the best that has none of a cost, as the untrained model has no parameters, has no
+    place on a logarithmic axis and is a line at the height of its metric. Pointing at a trial shows its
+    number, values and configuration; a bar is the standard deviation over the trainings of a trial that was
+    trained again. The stairs join the members that are best in the panel's own two objectives: with three
+    objectives, a member above them is on the front by the third. `members` are the numbers of the trials on
+    the front.
     """
     pairs, drawn = projections(objectives), _drawable(records, objectives)
     groups = _groups(drawn, members)
@@ -224,11 +225,12 @@ def _drawable(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -
 
 
 def _off_scale(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """Return the completed trials that have none of a cost, which a logarithmic axis has no place for."""
+    """Return the best trial that has none of a cost, which a logarithmic axis has no place for, if any."""
     costs = [objective for objective in objectives if not objective.is_metric]
     others = [objective for objective in objectives if objective.is_metric]
-    finite = _finite(records, objectives)
-    return [record for record in finite if _has_zeros(record, costs) and not _has_zeros(record, others)]
+    finite, (_, metric) = _finite(records, objectives), projections(objectives)[0]
+    found = [record for record in finite if _has_zeros(record, costs) and not _has_zeros(record, others)]
+    return sorted(found, key=lambda record: -metric.sign * record.evaluation.values[metric.name])[:1]
 
 
 def _finite(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
@@ -300,7 +302,7 @@ def _axis_title(objective: Objective) -> str:
 
 
 def _title(records: Sequence[TrialRecord], objectives: Sequence[Objective], members: Collection[int]) -> str:
-    drawn = [*_drawable(records, objectives), *_off_scale(records, objectives)]
+    drawn = _finite(records, objectives)
     left_out = sum(record.evaluation.status != "complete" for record in records)
     on_front = sum(record.number in members for record in drawn)
     rest = f"; {left_out} did not complete" if left_out else ""

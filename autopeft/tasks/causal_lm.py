@@ -31,6 +31,7 @@ from autopeft.tasks.splits import split_groups
 
 _logger = logging.getLogger(__name__)
 _GENERATION_BATCH = 16
+_TIMED_ROWS = 8
 _AT_ONCE = 128  # tokens whose cross entropy is taken together
 
 
@@ -252,9 +253,9 @@ class CausalLM(DatasetTask):
         return {name: float(functions[name](texts, references)) for name in self._generated}
 
     def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
-        """Continue a batch of validation rows; see `Task.generate_tokens`."""
+        """Continue the first validation rows; see `Task.generate_tokens`."""
         assert isinstance(data, LanguageData)
-        rows = data.rows("validation")[:_GENERATION_BATCH]
+        rows = data.rows("validation")[:_TIMED_ROWS]
         prompts = [row.tokens[: row.prompt or len(row.tokens) // 2 or 1] for row in rows]
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
         return continue_prompts(model, data.tokenizer, prompts, **exactly).numel()

@@ -51,10 +51,10 @@ def test_what_is_merged_is_not_attached_and_measured_once(monkeypatch: pytest.Mo
 
 
 def test_a_speed_is_that_of_the_tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = evaluator_of(OBJECTIVES, count=40)
+    evaluator = evaluator_of(OBJECTIVES, count=100)
     rows = len(evaluator.data.rows("validation"))  # type: ignore[attr-defined]
     model = evaluator.backbone.model.eval()
-    assert evaluator.task.generate_tokens(model, evaluator.data, 5) == 5 * min(rows, 16)
+    assert evaluator.task.generate_tokens(model, evaluator.data, 5) == 5 * min(rows, 8)
     seconds = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
     monkeypatch.setitem(vars(evaluator.task), "generate_tokens", lambda *_: 80)

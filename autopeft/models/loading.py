@@ -34,6 +34,16 @@ _FEWEST_WORDS = 10
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
+_QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""Arguments of transformers' `BitsAndBytesConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,8 @@ class LoadOptions:
         dtype: Of the frozen weights. "auto" is the checkpoint's own; on a CPU that does not multiply it in
             hardware, single precision.
         quantization: "nf4" packs the linear layers in 4 bits as QLoRA does (Dettmers et al., 2023), "int8" in
-            8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them.
+            8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them. Arguments of transformers'
+            `BitsAndBytesConfig` give any other.
         attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
             "flash_attention_2"; None for its own choice.
 
@@ -53,7 +64,7 @@ class LoadOptions:
     """
 
     dtype: Dtype = "auto"
-    quantization: Quantization | None = None
+    quantization: Quantization | Mapping[str, Any] | None = None
     attention: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +72,7 @@ class LoadOptions:
             raise unknown_choice("dtype", str(self.dtype), get_args(Dtype))
         if self.quantization is None:
             return
-        if self.quantization not in get_args(Quantization):
+        if not isinstance(self.quantization, Mapping) and self.quantization not in get_args(Quantization):
             raise unknown_choice("quantization", str(self.quantization), get_args(Quantization))
         if find_spec("bitsandbytes") is None:
             raise ValueError(
@@ -84,17 +95,9 @@ class LoadOptions:
         if self.attention is not None:
             found["attn_implementation"] = self.attention
         if self.quantization is not None:
-            packed = (
-                BitsAndBytesConfig(load_in_8bit=True)
-                if self.quantization == "int8"
-                else BitsAndBytesConfig(
-                    load_in_4bit=True,
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=torch.bfloat16,
-                )
-            )
-            found |= {"quantization_config": packed, "device_map": {"": str(device)}}
+            given = self.quantization
+            packed = given if isinstance(given, Mapping) else _QUANTIZATIONS[given]
+            found |= {"quantization_config": BitsAndBytesConfig(**packed), "device_map": {"": str(device)}}
         return found
 
 

@@ -1,0 +1,35 @@
+"""Tiny language models whose linear layers bitsandbytes holds in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autopeft.models.backbone import Backbone
+from autopeft.models.loading import LoadOptions, Quantization
+from autopeft.tasks import Task
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
+
+QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "int8")
+WIDE: dict[str, dict[str, Any]] = {"gpt2": {"n_embd": 64}}
+"""Wide enough for whole blocks of 64 weights, as bitsandbytes packs them."""
+
+# bitsandbytes says what its CPU kernels lack, and each cast of 8-bit layers' inputs.
+quiet = pytest.mark.filterwarnings("ignore")
+
+
+def save_base(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a tiny model with its tokenizer; skip the test where bitsandbytes is not installed."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'autopeft[test]'")
+    options = WIDE.get(architecture, {"hidden_size": 64, "intermediate_size": 128})
+    tiny_language_model(architecture, **options).to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
+    tiny_chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def quantized(base: Path, quantization: Quantization | None, task: Task, **options: Any) -> Backbone:
+    """Load a tiny model in 4 or 8 bits, or as it is stored."""
+    return Backbone.load(base, task.head, options=LoadOptions(quantization=quantization, **options))

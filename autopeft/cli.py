@@ -80,6 +80,7 @@ def estimate(
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     nf4: Annotated[bool, typer.Option("--nf4", help="With the linear layers packed in 4 bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With the linear layers packed in 8 bits.")] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With activations computed again.")
     ] = False,
@@ -94,6 +95,7 @@ def estimate(
         batch_size=batch_size,
         length=length,
         nf4=nf4,
+        int8=int8,
         checkpointing=checkpointing,
     )
     wide_console().print(found.table())

@@ -22,10 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from autopeft.core.errors import unknown_choice
 from autopeft.core.precision import quickest_precision
+from autopeft.models.block_discovery import find_blocks
 from autopeft.models.head_spec import HeadSpec
 
 _logger = logging.getLogger(__name__)
@@ -180,13 +182,16 @@ def from_pretrained(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         names = _names(config)
+        arguments = options.arguments(config, device)
+        if packed := arguments.get("quantization_config"):
+            packed.llm_int8_skip_modules = packed.llm_int8_skip_modules or _outside_blocks(source, head)
         model, info = head.auto_class.from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **options.arguments(config, device),
+            **arguments,
             **head.config,
         )
     except (OSError, ValueError) as error:
@@ -201,6 +206,14 @@ def from_pretrained(
     if pretrained:
         raise ValueError(f"Cannot load the backbone {source!r}: {pretrained[0]} has another shape there.")
     return model, {str(key) for key in info["missing_keys"]} | mismatched, names
+
+
+def _outside_blocks(source: str, head: HeadSpec) -> list[str]:
+    """Return the linear layers outside the blocks, as of heads and poolers, which may have to be trained."""
+    model, _ = empty_model(source, head, torch.float32)
+    inside = tuple(f"{block.name}." for block in find_blocks(model))
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [name for name in linear if not name.startswith(inside)]
 
 
 def _names(config: Any) -> dict[int, Any]:

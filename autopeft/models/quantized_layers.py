@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 _WEIGHTS = ("Params4bit", "Int8Params")  # by name, as peft does: bitsandbytes need not be installed
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer's weight is held in 4 or 8 bits."""
-    return type(getattr(layer, "weight", None)).__name__ in _WEIGHTS
+    """Whether a layer's own weight, not that of one inside it, is held in 4 or 8 bits."""
+    return type(dict(layer.named_parameters(recurse=False)).get("weight")).__name__ in _WEIGHTS
 
 
 def full_weight(layer: nn.Module, weight: nn.Parameter | None = None) -> Tensor:
@@ -40,8 +40,6 @@ def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: The weights were rearranged already.
     """
-    # Says in every pass of an 8-bit layer that its inputs are cast to float16.
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
     names = []
     for name, module in model.named_modules():
         if not is_quantized(module):
@@ -59,3 +57,11 @@ def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:
             dtype = getattr(layer, "compute_dtype", None) or layer.bias.dtype
             layer.bias.data = layer.bias.data.bfloat16().to(dtype)
     return tuple(names)
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return how bitsandbytes quantised a model, as arguments of `BitsAndBytesConfig`; None if it did not."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig):
+        return None
+    return {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}

@@ -1,5 +1,6 @@
 """autopeft finds the PEFT configurations that trade accuracy, parameters and memory best."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from autopeft.reporting.front import FrontPoint, ParetoFront
     from autopeft.search import Search
     from autopeft.training.settings import Training
+
+# Of each cast of an 8-bit layer's inputs, and on some CPUs of kernels that it would take from a hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Imported when first used: torch, transformers and peft take seconds, which `autopeft --help` can do without.
 _HOMES = {

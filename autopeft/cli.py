@@ -78,6 +78,7 @@ def estimate(
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     accumulate: Annotated[int, typer.Option(help="Parts that a batch is trained in.")] = 1,
     nf4: Annotated[bool, typer.Option("--nf4", help="With the linear layers packed in 4 bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With the linear layers packed in 8 bits.")] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="With activations computed again.")
     ] = False,
@@ -93,6 +94,7 @@ def estimate(
         length=length,
         accumulate=accumulate,
         nf4=nf4,
+        int8=int8,
         checkpointing=checkpointing,
     )
     wide_console().print(found.table())

@@ -25,6 +25,9 @@ PRIVATE: Mapping[str, str] = MappingProxyType(
         "evaluation/memory/storage_tracker.py: torch.utils._python_dispatch.TorchDispatchMode": (
             "sees every operation of a step, the backward pass included"
         ),
+        "evaluation/memory/storage_tracker.py: torch.ops.aten._grouped_mm": (
+            "how a dispatch mode and a FLOP counter know torch.nn.functional.grouped_mm"
+        ),
     }
 )
 """Private names of other packages that may be imported, with the reason why there is no public way."""

@@ -104,6 +104,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "opt": _TEXT | {"ffn_dim": 64, "word_embed_proj_dim": 32},
         "phi3": _GROUPED,
         "qwen3": _GROUPED | {"head_dim": 8},
+        "qwen3_moe": _GROUPED
+        | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "roberta": _TEXT,
         "t5": {
             "vocab_size": VOCABULARY,

@@ -100,6 +100,7 @@ def estimate(
     methods: Sequence[str] = METHODS,
     accumulate: int = 1,
     nf4: bool = False,
+    int8: bool = False,
     checkpointing: bool = False,
 ) -> Estimates:
     """Count trainable parameters and peak memory of a training, without weights.
@@ -117,6 +118,7 @@ def estimate(
         methods: Adapter families.
         accumulate: Parts of a batch, which run through the model one after another.
         nf4: Whether the blocks' linear layers lie packed in 4 bits, as in QLoRA.
+        int8: Whether they lie packed in 8 bits.
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
@@ -125,14 +127,17 @@ def estimate(
     for name, value in (("rank", rank), ("length", length)):
         check_whole(name, value, least=1)
     training = Training(batch_size=batch_size, accumulate=accumulate)
+    if nf4 and int8:
+        raise ValueError("The linear layers lie packed in 4 bits or in 8: expected nf4 or int8, got both.")
     for method in methods:
         if method not in METHOD_SPECS:
             raise unknown_choice("method", method, METHOD_SPECS)
     task = _task(task) if isinstance(task, str) else task
     backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
     parameters = backbone.parameters
-    if nf4:
-        pack(backbone.model, (shape.module for shape in backbone.sites.values() if shape.kind == "linear"))
+    if nf4 or int8:
+        layers = (shape.module for shape in backbone.sites.values() if shape.kind == "linear")
+        pack(backbone.model, layers, 4 if nf4 else 8)
     if checkpointing:
         backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}

@@ -30,6 +30,7 @@ from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.methods import MERGEABLE, placements, unmergeable
 from autopeft.models.backbone import Backbone
+from autopeft.models.quantized_layers import quantization_of
 
 __all__ = ["ExportReport", "export_adapter", "load_adapter"]
 
@@ -131,6 +132,7 @@ def export_adapter(
         base_fingerprint=backbone.fingerprint,
         head=TaskHead.of(backbone),
         sites={site: backbone.shape(site) for site in configuration.adapters},
+        quantization=None if merged else quantization_of(backbone.model),
     )
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
     expected = trained_logits(backbone, configuration, state, probe, prediction)

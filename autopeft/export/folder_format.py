@@ -143,6 +143,8 @@ class Manifest:
         base_fingerprint: `Backbone.fingerprint` of the base, for the record.
         head: The head.
         sites: The modules that stand for each site of the configuration.
+        quantization: How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None
+            where it was not.
         versions: Versions of the packages that wrote the folder.
     """
 
@@ -151,6 +153,7 @@ class Manifest:
     base_fingerprint: str
     head: TaskHead
     sites: Mapping[Site, SiteShape]
+    quantization: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def save(self, folder: Path) -> None:

@@ -20,7 +20,6 @@ from autopeft.export.folder_format import (
     PEFT_CONFIG_FILE,
     PEFT_FILE,
     Manifest,
-    TaskHead,
     read_adapters,
     require_file,
 )
@@ -53,7 +52,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
             f"{manifest.head.auto_class}.from_pretrained({str(folder)!r})."
         )
     with torch.random.fork_rng(devices=[]):
-        model = _with_head(base, manifest.head)
+        model = _with_head(base, manifest)
         for shape in manifest.sites.values():
             _require_module(model, shape.module)  # peft skips what it does not find
         with warnings.catch_warnings():
@@ -106,11 +105,11 @@ def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
         ) from error
 
 
-def _with_head(base: str | Path | PreTrainedModel, head: TaskHead) -> PreTrainedModel:
-    spec = head.spec()
+def _with_head(base: str | Path | PreTrainedModel, manifest: Manifest) -> PreTrainedModel:
+    head, spec = manifest.head, manifest.head.spec()
     if isinstance(base, str | Path):
         dtype: Any = head.dtype
-        options = LoadOptions(dtype=dtype)
+        options = LoadOptions(dtype=dtype, quantization=manifest.quantization)
         model, _, _ = from_pretrained(os.path.expanduser(base), spec, options, torch.device("cpu"))
         return model
     if not isinstance(base, PreTrainedModel):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.configuration import Configuration
 from autopeft.export.loading import attach_tensors
 from autopeft.methods import placements
 from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
+from autopeft.models.quantized_layers import full_weight
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,13 +32,15 @@ def merged_model(
 ) -> PreTrainedModel:
     """Return the task's model with the adapters merged into its weights and the trained head.
 
-    Only the modules that carry adapters, and the head, have tensors of their own, on the CPU: the rest is
-    shared with the backbone, which stays as it is.
+    Only the modules that carry adapters, the head, and layers in 4 or 8 bits, which are unpacked, have
+    tensors of their own, on the CPU: the rest is shared with the backbone, which stays as it is.
 
     The backbone has to carry nothing, and nothing in the configuration may be `unmergeable`. Tensors that do
     not belong to it, as `Attachment.state_dict` names them, raise a ValueError.
     """
     model = shared_copy(backbone.model)
+    if backbone.quantized:
+        _unpack(model, backbone.quantized)
     for site in configuration.adapters:
         module = model.get_submodule(backbone.shape(site).module)
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -48,3 +54,21 @@ def merged_model(
     if hasattr(model, "peft_config"):
         del model.peft_config  # else save_pretrained would take the model for an adapter
     return model.requires_grad_(False)
+
+
+def _unpack(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Put layers as the architecture has them in place of quantised ones, in the model's type."""
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name in names:
+        packed, layer = model.get_submodule(name), plain.get_submodule(name)
+        weight = full_weight(packed).to("cpu", model.dtype)
+        if isinstance(layer, Conv1D):
+            weight = weight.mT.contiguous()
+        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        if packed.bias is not None:
+            bias = packed.get_parameter("bias").to("cpu", model.dtype)
+            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+        replace_module(model, name, layer)

@@ -27,6 +27,7 @@ from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
+from autopeft.models.quantized_layers import quantization_of
 
 _SCRIPT = Path(__file__).resolve().with_name("load_script.py")
 PROBE_ROWS = 8
@@ -164,14 +165,18 @@ def base_options(manifest: Manifest, origin: str) -> dict[str, object]:
         options["pad_token_id"] = head.pad_token_id
     if str(config.dtype or torch.float32).removeprefix("torch.") != head.dtype:
         options["dtype"] = head.dtype
+    if manifest.quantization is not None and getattr(config, "quantization_config", None) is None:
+        options["quantization_config"] = dict(manifest.quantization)
     return options
 
 
 def _tolerance(manifest: Manifest, model: PreTrainedModel, logits: Tensor) -> float:
-    share = _ROUNDING[model.dtype]
+    # Products with weights in 4 and 8 bits are formed in less, whatever the other weights are in.
+    dtype = model.dtype if quantization_of(model) is None else torch.bfloat16
+    share = _ROUNDING[dtype]
     if model.device.type != "cpu":
         share = max(share, _OTHER_KERNELS)
-    elif manifest.layout == "merged" and model.dtype.itemsize >= 4:
+    elif manifest.layout == "merged" and dtype.itemsize >= 4:
         share *= _MERGING
     # Small logits are differences of large numbers, and no more exact for being small.
     return share * max(1.0, float(logits.max() - logits.min()))
@@ -181,13 +186,16 @@ def _predicted_by_fresh_process(
     folder: Path, manifest: Manifest, backbone: Backbone, probe: Mapping[str, Tensor], prediction: str
 ) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="autopeft-check-") as scratch:
+        options = base_options(manifest, backbone.origin) if manifest.layout == "peft" else {}
+        if manifest.quantization is not None:
+            options["device_map"] = {"": "cpu"}  # else bitsandbytes takes the first GPU there is
         job = {
             "layout": manifest.layout,
             "auto_class": manifest.head.auto_class,
             "prediction": prediction,
             "base": backbone.origin,
             "folder": str(folder.resolve()),
-            "options": base_options(manifest, backbone.origin) if manifest.layout == "peft" else {},
+            "options": options,
             "threads": torch.get_num_threads(),
         }
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")

@@ -27,6 +27,7 @@ from autopeft.models.block_discovery import BlockModules, find_blocks, linear_si
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
+from autopeft.models.quantized_layers import keep_as_loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +75,14 @@ class Backbone:
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
+        quantized: Names of the layers whose weights bitsandbytes holds in 4 or 8 bits.
         cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
         trained_head: Qualified names of the head's modules that are trained.
         head_parameters: Number of their parameters; trained with every configuration.
 
     Raises:
-        ValueError: No transformer block was found, or a head module does not exist.
+        ValueError: No transformer block was found, a head module does not exist, or quantised weights were
+            rearranged for inference.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Backbone:
             )
         model.requires_grad_(False)
         self.train_head("whole")
+        self.quantized = frozenset(keep_as_loaded(model))
         self._block_modules = find_blocks(model)
         self.sites: Mapping[Site, SiteShape] = {
             shape.site: shape
@@ -225,7 +229,7 @@ class Backbone:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters of backbone and head together."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return self.model.num_parameters()  # 4-bit weights by the numbers they stand for
 
     def shape(self, site: Site) -> SiteShape:
         """Return what the backbone has at a site.
@@ -264,6 +268,8 @@ class Backbone:
             return f"it is a {shape.kind} site"
         if specification.needs_bias and not shape.bias:
             return f"{shape.module} has no bias"
+        if specification.needs_bias and shape.module in self.quantized:
+            return f"bitsandbytes casts the bias of {shape.module}, which it quantised"
         if specification.needs_attention_interface and not self.has_attention_interface:
             return (
                 f"{type(self.model).__name__} does not compute attention through transformers' "
@@ -377,12 +383,14 @@ def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any)
 def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
     module = model.get_submodule(name)
     bias = getattr(module, "bias", None)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    biases = 0 if bias is None else int(bias.numel())
     if KIND_OF_ROLE[site.role] == "linear":
         assert isinstance(module, nn.Linear | Conv1D)
         in_features, out_features = linear_sizes(module)
+        parameters = in_features * out_features + biases
     else:
         in_features = out_features = next(module.parameters()).numel()
+        parameters = sum(parameter.numel() for parameter in module.parameters())
     return SiteShape(
         site=site,
         kind=KIND_OF_ROLE[site.role],
@@ -391,6 +399,6 @@ def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
         in_features=in_features,
         out_features=out_features,
         parameters=parameters,
-        bias=0 if bias is None else int(bias.numel()),
+        bias=biases,
         transposed=isinstance(module, Conv1D),
     )

@@ -22,10 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from autopeft.core.errors import unknown_choice
 from autopeft.core.precision import quickest_precision
+from autopeft.models.block_discovery import find_blocks
 from autopeft.models.head_spec import HeadSpec
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +36,16 @@ _FEWEST_WORDS = 10
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
+_QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "int8": {"load_in_8bit": True},
+}
+"""Arguments of transformers' `BitsAndBytesConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,8 @@ class LoadOptions:
         dtype: Of the frozen weights. "auto" is the checkpoint's own; on a CPU that does not multiply it in
             hardware, single precision.
         quantization: "nf4" packs the linear layers in 4 bits as QLoRA does (Dettmers et al., 2023), "int8" in
-            8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them.
+            8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them. Arguments of transformers'
+            `BitsAndBytesConfig` give any other.
         attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
             "flash_attention_2"; None for its own choice.
 
@@ -53,7 +66,7 @@ class LoadOptions:
     """
 
     dtype: Dtype = "auto"
-    quantization: Quantization | None = None
+    quantization: Quantization | Mapping[str, Any] | None = None
     attention: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +74,7 @@ class LoadOptions:
             raise unknown_choice("dtype", str(self.dtype), get_args(Dtype))
         if self.quantization is None:
             return
-        if self.quantization not in get_args(Quantization):
+        if not isinstance(self.quantization, Mapping) and self.quantization not in get_args(Quantization):
             raise unknown_choice("quantization", str(self.quantization), get_args(Quantization))
         if find_spec("bitsandbytes") is None:
             raise ValueError(
@@ -84,17 +97,9 @@ class LoadOptions:
         if self.attention is not None:
             found["attn_implementation"] = self.attention
         if self.quantization is not None:
-            packed = (
-                BitsAndBytesConfig(load_in_8bit=True)
-                if self.quantization == "int8"
-                else BitsAndBytesConfig(
-                    load_in_4bit=True,
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=torch.bfloat16,
-                )
-            )
-            found |= {"quantization_config": packed, "device_map": {"": str(device)}}
+            given = self.quantization
+            packed = given if isinstance(given, Mapping) else _QUANTIZATIONS[given]
+            found |= {"quantization_config": BitsAndBytesConfig(**packed), "device_map": {"": str(device)}}
         return found
 
 
@@ -177,13 +182,16 @@ def from_pretrained(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         names = _names(config)
+        arguments = options.arguments(config, device)
+        if packed := arguments.get("quantization_config"):
+            packed.llm_int8_skip_modules = packed.llm_int8_skip_modules or _outside_blocks(source, head)
         model, info = head.auto_class.from_pretrained(
             source,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **options.arguments(config, device),
+            **arguments,
             **head.config,
         )
     except (OSError, ValueError) as error:
@@ -198,6 +206,14 @@ def from_pretrained(
     if pretrained:
         raise ValueError(f"Cannot load the backbone {source!r}: {pretrained[0]} has another shape there.")
     return model, {str(key) for key in info["missing_keys"]} | mismatched, names
+
+
+def _outside_blocks(source: str, head: HeadSpec) -> list[str]:
+    """Return the linear layers outside the blocks, as of heads and poolers, which may have to be trained."""
+    model, _ = empty_model(source, head, torch.float32)
+    inside = tuple(f"{block.name}." for block in find_blocks(model))
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [name for name in linear if not name.startswith(inside)]
 
 
 def _names(config: Any) -> dict[int, Any]:

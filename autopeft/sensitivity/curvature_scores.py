@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.mean_gradients import MeanGradients
-from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, forward_hooks
+from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, forward_hooks, times
 from autopeft.sensitivity.site_scores import SiteScores
 
 _MakeMatrix = Callable[[MatrixSite], Tensor]
@@ -79,8 +78,8 @@ def curvature(
     offsets = {matrix.site: torch.zeros_like(step, requires_grad=True) for matrix in subject.sites}
 
     def perturb(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
-        moved = output + step.to(output.device) * _times(given, matrix, direction)
-        return moved + offsets[matrix.site].to(output.device) * _times(given, matrix, functional)
+        moved = output + step.to(output.device) * times(given, partial(direction, matrix))
+        return moved + offsets[matrix.site].to(output.device) * times(given, partial(functional, matrix))
 
     # Of the attention kernels only the plain one can be differentiated twice.
     with sdpa_kernel(SDPBackend.MATH), forward_hooks(subject.sites, perturb):
@@ -90,35 +89,13 @@ def curvature(
     return {site: result.item() for site, result in zip(offsets, results, strict=True)}
 
 
-class _Times(torch.autograd.Function):
-    """Multiply by a matrix that is made anew for each pass: a graph keeps no copy of the weights' size."""
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor, matrix: MatrixSite, make: _MakeMatrix, turned: bool) -> Tensor:
-        """Return given (..., in) times the transposed matrix (out, in), or times the matrix if `turned`."""
-        ctx.matrix, ctx.make, ctx.turned = matrix, make, turned
-        made = make(matrix).to(given.dtype)
-        return given @ (made if turned else made.mT)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of `given`; it can itself be differentiated, as often as need be."""
-        return _times(gradients[0], ctx.matrix, ctx.make, not ctx.turned), None, None, None
-
-
-def _times(given: Tensor, matrix: MatrixSite, make: _MakeMatrix, turned: bool = False) -> Tensor:
-    product: Tensor = _Times.apply(given, matrix, make, turned)  # type: ignore[no-untyped-call]
-    return product
-
-
 def _weight(matrix: MatrixSite) -> Tensor:
     return matrix.weight
 
 
 def _rademacher(matrix: MatrixSite, name: str) -> Tensor:
     """Return −1 and 1 with equal probability, (out, in), the same for the same name and device type."""
-    weight = matrix.weight
+    device = matrix.stored.device
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    bits = torch.randint(0, 2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
-    return (2 * bits - 1).to(weight.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return 2 * torch.randint(0, 2, matrix.size, generator=generator, device=device, dtype=torch.int8) - 1

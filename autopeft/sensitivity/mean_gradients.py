@@ -8,6 +8,7 @@ sites, they are scored in groups, each with a pass over the batches.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -63,10 +64,10 @@ class MeanGradients:
     def __init__(self, sites: Sequence[MatrixSite], batches: int) -> None:
         self._sites = sites
         self._batches = batches
-        ends = np.cumsum([0, *(matrix.weight.numel() for matrix in sites)]).tolist()
+        ends = np.cumsum([0, *(math.prod(matrix.size) for matrix in sites)]).tolist()
         self._places = {matrix.site: slice(*ends[index : index + 2]) for index, matrix in enumerate(sites)}
         self._on_device = _fit_on_device(sites)
-        device = sites[0].weight.device
+        device = sites[0].stored.device
         self._totals = torch.zeros(ends[-1], device=device) if self._on_device else _zeros_on_disk(ends[-1])
 
     def add(self, layer: LayerGradient) -> None:
@@ -80,7 +81,7 @@ class MeanGradients:
     def mean(self, matrix: MatrixSite) -> Tensor:
         """Return Ḡ of a site, (out, in) in single precision, on the weight's device; 0 without gradients."""
         mean = torch.as_tensor(self._totals[self._places[matrix.site]]) / self._batches
-        return mean.view(matrix.weight.shape).to(matrix.weight.device)
+        return mean.view(matrix.size).to(matrix.stored.device)
 
     def means(self) -> Iterator[tuple[MatrixSite, Tensor]]:
         """Yield every site with its Ḡ, one after another."""
@@ -90,7 +91,7 @@ class MeanGradients:
 
 def bytes_of(sites: Sequence[MatrixSite]) -> int:
     """Return how many bytes the mean gradients of some sites take."""
-    return _BYTES * sum(matrix.weight.numel() for matrix in sites)
+    return _BYTES * sum(math.prod(matrix.size) for matrix in sites)
 
 
 def _zeros_on_disk(entries: int) -> _Totals:
@@ -103,7 +104,7 @@ def _zeros_on_disk(entries: int) -> _Totals:
 
 
 def _fit_on_device(sites: Sequence[MatrixSite]) -> bool:
-    device, *others = {matrix.weight.device for matrix in sites}
+    device, *others = {matrix.stored.device for matrix in sites}
     if others or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)

@@ -16,6 +16,7 @@ from autopeft.core.adapter import Site
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.seeding import seeded
 from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.quantized_layers import full_weight
 from autopeft.tasks import Task
 
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
@@ -25,14 +26,24 @@ _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64,
 class MatrixSite:
     """A site that is one weight matrix: an `nn.Linear`, or a Conv1D of transformers.
 
-    The weight is (out, in) however it is stored, a view that shares its memory. It is kept here, as the
-    module may be multiplying by a copy in lower precision.
+    The stored weight is kept here, as the module may be multiplying by a copy in lower precision.
     """
 
     site: Site
     shape: SiteShape
     module: nn.Module
-    weight: Tensor
+    stored: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) however it is stored: a view that shares its memory; of a quantised one a fresh copy."""
+        weight = full_weight(self.module, self.stored)
+        return weight.mT if self.shape.transposed else weight
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Output and input width."""
+        return self.shape.out_features, self.shape.in_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +116,16 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
         if shape.kind != "linear":
             continue
         module = backbone.model.get_submodule(shape.module)
-        weight = module.get_parameter("weight").detach()
-        weight = weight.mT if shape.transposed else weight
-        expected = (shape.out_features, shape.in_features)
-        if tuple(weight.shape) != expected or not weight.is_floating_point():
+        matrix = MatrixSite(site, shape, module, module.get_parameter("weight"))
+        weight = matrix.stored
+        is_plain = weight.is_floating_point() and sorted(weight.shape) == sorted(matrix.size)
+        if not is_plain and shape.module not in backbone.quantized:
             raise ValueError(
                 f"The weight of {site} ({shape.module}) is {tuple(weight.shape)} of {weight.dtype}, expected "
-                f"{expected} of floating-point numbers: load the model without quantisation."
+                f"{matrix.size} of floating-point numbers: load the model without quantisation, or with "
+                "bitsandbytes'."
             )
-        found.append(MatrixSite(site, shape, module, weight))
+        found.append(matrix)
     if not found:
         raise ValueError(f"{backbone.name} has no site that is one weight matrix: nothing can be scored.")
     return tuple(found)
@@ -153,3 +165,27 @@ def forward_hooks(
         for site in sites:
             handles.enter_context(site.module.register_forward_hook(partial(run, site)))
         yield
+
+
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, make: Callable[[], Tensor], turned: bool) -> Tensor:
+        ctx.make, ctx.turned = make, turned
+        made = make().to(given.dtype)
+        return given @ (made if turned else made.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return times(gradients[0], ctx.make, not ctx.turned), None, None
+
+
+def times(given: Tensor, make: Callable[[], Tensor], turned: bool = False) -> Tensor:
+    """Multiply by a matrix that is made anew for each pass: a graph keeps no copy of the weights' size.
+
+    Args:
+        given: (..., in); its gradient can itself be differentiated, as often as need be.
+        make: Makes the matrix (out, in), always the same.
+        turned: Whether to multiply by the matrix, and not by the transposed one.
+    """
+    product: Tensor = _Times.apply(given, make, turned)  # type: ignore[no-untyped-call]
+    return product

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import eigvalsh, svdvals
 
 from autopeft.core.adapter import Site
+from autopeft.models.quantized_layers import full_weight, is_quantized
 from autopeft.sensitivity.layer_gradients import LayerGradient, layer_gradients
-from autopeft.sensitivity.scored_matrices import MatrixSite, Subject
+from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, times
 from autopeft.sensitivity.site_scores import SiteScores
 
 _OBLONG = 2
@@ -62,13 +63,22 @@ def synflow_scores(subject: Subject) -> SiteScores:
     def add(layer: LayerGradient) -> None:
         values[layer.site.site] = layer.weighted_norms[0].item()
 
+    def absolute(layer: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        found = times(given[0], lambda: full_weight(layer).abs())
+        return found if layer.bias is None else found + layer.get_parameter("bias").to(found.dtype)
+
     embeddings: nn.Module = subject.model.get_input_embeddings()  # type: ignore[operator]
+    quantized = [layer for layer in subject.model.modules() if is_quantized(layer)]
+    kept = [*_only_in(embeddings, subject.model), *(layer.get_parameter("weight") for layer in quantized)]
     row = {name: tensor[:1] for name, tensor in subject.batch(0).items()}
     with (
-        absolute_parameters(subject.model, except_for=_only_in(embeddings, subject.model)),
+        ExitStack() as hooks,
+        absolute_parameters(subject.model, except_for=kept),
         embeddings.register_forward_hook(lambda *given: torch.ones_like(given[-1])),
-        layer_gradients(subject.sites, add) as run_backward,
     ):
+        for layer in quantized:
+            hooks.enter_context(layer.register_forward_hook(absolute))
+        run_backward = hooks.enter_context(layer_gradients(subject.sites, add))  # sees what they give
         run_backward(subject.task.predicted(subject.output(row)).sum())
     return SiteScores(name="synflow", values=values)
 

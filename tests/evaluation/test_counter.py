@@ -21,7 +21,8 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
 from benchmarks.memory import measure_live_storage
 from tests.learnable import learnable_task
-from tests.tiny_models import CROSS_ENTROPY, LossTask
+from tests.tasks.test_causal_lm import task_of
+from tests.tiny_models import CROSS_ENTROPY, LossTask, tiny_language_model
 
 LORA = {"method": "lora", "size": 4}
 SITES: dict[str, dict[str, Any]] = {
@@ -199,6 +200,19 @@ def test_an_adapter_costs_flops(tiny_bert: Any) -> None:
     plain = count_flops(backbone.model, batch, CROSS_ENTROPY)
     with attach(backbone, Configuration.from_dict({"sites": SITES["series"]})):
         assert count_flops(backbone.model, batch, CROSS_ENTROPY) > plain
+
+
+def test_flops_of_experts_are_those_of_the_tokens_that_go_through_them() -> None:
+    task, model = task_of(24), tiny_language_model("mixtral")
+    batch = task.example_batch(3, 7)
+    config: Any = model.config
+    before = count_flops(model, batch, task)
+    config.num_experts_per_tok += 1
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = config.num_experts_per_tok
+    products = 3 * config.hidden_size * config.intermediate_size  # gate, up and down
+    assert count_flops(model, batch, task) - before == 2 * 3 * 7 * products * config.num_hidden_layers
 
 
 def test_weighted_losses_are_counted(tiny_bert: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,26 +15,37 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.export.export import export_adapter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import LoadOptions
 from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import model_inputs
 from benchmarks.memory import measure_live_storage
+from tests.quantized import QUANTIZATIONS, bytes_of_scales, quantized, quiet, save_base
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
-ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3")
-DTYPES = (torch.float32, torch.bfloat16)
+pytestmark = quiet
+ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral", "qwen3_moe")
+PRECISIONS = ("float32", "bfloat16")
+QUANTIZED = [(architecture, precision) for precision in QUANTIZATIONS for architecture in ("llama", "gpt2")]
+CASES = [*itertools.product(ARCHITECTURES, PRECISIONS), *QUANTIZED]
 TRAINING = Training(epochs=3, batch_size=8, device="cpu")
 
 
-def backbone_of(architecture: str, dtype: torch.dtype, task: CausalLM) -> Backbone:
-    model = tiny_language_model(architecture).to(dtype)  # type: ignore[arg-type]
-    return Backbone.load(model, task.head, tiny_chat_tokenizer())
+def backbone_of(architecture: str, precision: str, task: CausalLM, folder: Path) -> Backbone:
+    """Write a tiny model to a folder, and load it."""
+    if precision in QUANTIZATIONS:
+        return quantized(save_base(folder, architecture), precision, task)
+    dtype: Any = getattr(torch, precision)
+    tiny_language_model(architecture).to(dtype).save_pretrained(folder)
+    tiny_chat_tokenizer().save_pretrained(folder)
+    return Backbone.load(folder, task.head, options=LoadOptions(dtype=precision))  # type: ignore[arg-type]
 
 
-def evaluator_of(architecture: str, dtype: torch.dtype, training: Training = TRAINING) -> Evaluator:
+def evaluator_of(architecture: str, precision: str, folder: Path, training: Training = TRAINING) -> Evaluator:
     task = task_of(48)
     objectives = resolve_objectives(("loss", "trainable_parameters", "peak_memory"), task.metrics)
-    return Evaluator(backbone_of(architecture, dtype, task), task, training, objectives, rungs=(0.5,))
+    backbone = backbone_of(architecture, precision, task, folder)
+    return Evaluator(backbone, task, training, objectives, rungs=(0.5,))
 
 
 def lora(backbone: Backbone, rank: int = 4) -> Configuration:
@@ -40,18 +53,15 @@ def lora(backbone: Backbone, rank: int = 4) -> Configuration:
     return Configuration(sites, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
-def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(architecture: str, dtype: torch.dtype) -> None:
-    evaluator = evaluator_of(architecture, dtype)
+@pytest.mark.parametrize(("architecture", "precision"), CASES)
+def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(
+    architecture: str, precision: str, tmp_path: Path
+) -> None:
+    evaluator = evaluator_of(architecture, precision, tmp_path)
     assert evaluator.backbone.head == ()
     weights = {name: tensor.clone() for name, tensor in evaluator.backbone.model.state_dict().items()}
     configuration = lora(evaluator.backbone)
-    untrained = evaluator.evaluate(Configuration()).values["loss"] if architecture != "mixtral" else 10.0
-    if architecture == "mixtral":
-        evaluator.needed = frozenset(
-            {"loss", "trainable_parameters"}
-        )  # routing takes data: it is not counted
+    untrained = evaluator.evaluate(Configuration()).values["loss"]
     whole = evaluator.train(configuration)
     assert whole.evaluation.status == "complete", whole.evaluation.reason
     assert whole.evaluation.values["loss"] < untrained
@@ -69,18 +79,22 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(architecture: str, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_memory_is_counted_as_it_is(architecture: str, checkpointing: bool) -> None:
-    evaluator = evaluator_of(
-        architecture, torch.float32, Training(device="cpu", gradient_checkpointing=checkpointing)
-    )
+@pytest.mark.parametrize(
+    ("architecture", "precision"), [*itertools.product(ARCHITECTURES, ["float32"]), *QUANTIZED]
+)
+def test_memory_is_counted_as_it_is(
+    architecture: str, precision: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    training = Training(device="cpu", gradient_checkpointing=checkpointing)
+    evaluator = evaluator_of(architecture, precision, tmp_path, training)
     backbone, batch = evaluator.backbone, evaluator.data.largest_batch()
     with attach(backbone, lora(backbone)) as attachment:
         backbone.model.train()
         try:
             counted = evaluator.peak_bytes(attachment)
-            precision = evaluator.training.resolved_precision()
-            real = measure_live_storage(backbone.model, batch, evaluator.task, precision=precision)
+            computed = evaluator.training.resolved_precision()
+            real = measure_live_storage(backbone.model, batch, evaluator.task, precision=computed)
+            real += bytes_of_scales(backbone.model)
         finally:
             backbone.model.eval()
     assert counted == pytest.approx(real, rel=0.02)
@@ -90,14 +104,12 @@ def test_memory_is_counted_as_it_is(architecture: str, checkpointing: bool) -> N
     ("architecture", "merged"),
     [("llama", False), ("llama", True), *((name, False) for name in ("gpt2", "gemma2", "qwen3"))],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_exports_are_plain_peft_folders(
-    architecture: str, merged: bool, dtype: torch.dtype, tmp_path: Path
+    architecture: str, merged: bool, precision: str, tmp_path: Path
 ) -> None:
     task = task_of(24)
-    tiny_language_model(architecture).to(dtype).save_pretrained(tmp_path / "base")  # type: ignore[arg-type]
-    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
-    backbone = Backbone.load(tmp_path / "base", task.head)
+    backbone = backbone_of(architecture, precision, task, tmp_path / "base")
     configuration = lora(backbone)
     with attach(backbone, configuration) as attachment:
         for parameter in attachment.parameters.values():
@@ -113,8 +125,8 @@ def test_exports_are_plain_peft_folders(
     assert "Labels" not in card
 
 
-def test_sites_of_a_language_model_are_the_classifiers() -> None:
-    backbone = backbone_of("llama", torch.float32, task_of(24))
+def test_sites_of_a_language_model_are_the_classifiers(tmp_path: Path) -> None:
+    backbone = backbone_of("llama", "float32", task_of(24), tmp_path)
     assert {site.block for site in backbone.sites} == {0, 1}
     assert Site(0, "query") in backbone.sites
     assert backbone.head_parameters == 0

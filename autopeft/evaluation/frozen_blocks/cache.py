@@ -29,6 +29,7 @@ from autopeft.evaluation.frozen_blocks.row_index import RowIndex
 from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
+from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.base import SplitName, Task, TaskData
 from autopeft.tasks.batch import rows_of
 from autopeft.training.compute_meter import ComputeMeter
@@ -79,6 +80,11 @@ class HiddenStateCache:
         self._files: HiddenStateFiles | None = None
         if self.training.frozen_blocks == "cached" and self.folder is not None:
             limit = int(parse_quantity(self.training.hidden_state_cache, "bytes"))
+            if (quantization_of(self.backbone.model) or {}).get("load_in_8bit"):
+                _logger.info(
+                    "No hidden states are kept of an 8-bit backbone: they depend on the whole batch."
+                )
+                return
             self._files = HiddenStateFiles(self.folder, limit)
             # Before anything is attached: a fingerprint of the adapters too would fit nothing else.
             settings = self.backbone.model.config.to_json_string(use_diff=False)
@@ -250,7 +256,7 @@ class HiddenStateCache:
         with self.backbone.computing_in(precision):
             states = rows.padded([self._states(cut, rows, [row]) for row in rows.probe()])
             error = self._error(cut, rows, states)
-        if not error <= _tolerance(states, precision):
+        if not error <= self._tolerance(states, precision):
             raise UnservableError(
                 f"a row's depend on the padding of its batch (the difference is {error:.2g} of them)"
             )
@@ -262,7 +268,7 @@ class HiddenStateCache:
             states = rows.gather(stored, rows.probe()).to(self._device)
             with self.backbone.computing_in(self._precision):
                 error = self._error(cut, rows, states)
-            if error <= _tolerance(states, self._precision):
+            if error <= self._tolerance(states, self._precision):
                 self._verified.add(key)
         return key in self._verified
 
@@ -284,7 +290,7 @@ class HiddenStateCache:
         of_prediction = (served - plain).abs().max() / plain.abs().max()
         return float(torch.maximum(of_states.max(), of_prediction))
 
-
-def _tolerance(states: Tensor, precision: str) -> float:
-    """Return the largest relative difference that is rounding."""
-    return 1e-3 if states.dtype == torch.float32 and precision == "32-true" else 0.1
+    def _tolerance(self, states: Tensor, precision: str) -> float:
+        """Return the largest relative difference that is rounding."""
+        is_single = states.dtype == torch.float32 and precision == "32-true" and not self.backbone.quantized
+        return 1e-3 if is_single else 0.1

@@ -12,7 +12,8 @@ that a configuration that differs in its hyper-parameters alone is not counted a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.packed_weights import with_packed_stand_ins
-from autopeft.evaluation.memory.storage_tracker import StorageCounter, without_data
+from autopeft.evaluation.memory.storage_tracker import GROUPED_PRODUCT, StorageCounter, without_data
 from autopeft.tasks import Batch, Task
 from autopeft.training.accumulation import loss_in_parts
 
@@ -62,7 +63,8 @@ class MemoryCounter:
                 returned without another run. None to count in any case.
 
         Raises:
-            ValueError: The model does something that takes data, as a mixture of experts does.
+            ValueError: The model does something that takes data, as a mixture of experts that run one by one
+                does (transformers' `experts_implementation="eager"`).
         """
         if attached is None:
             return self._follow(batch, task, precision, accumulate)
@@ -157,11 +159,15 @@ def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> in
 
     Counted by `torch.utils.flop_counter` (matrix products and attention).
     """
-    step = _Step(model, task)
+
+    def of_experts(rows: Sequence[int], weights: Sequence[int], *_: object, **__: object) -> int:
+        return 2 * math.prod(rows) * weights[-1]
+
+    step, experts = _Step(model, task), {GROUPED_PRODUCT: of_experts}
     with with_packed_stand_ins(model), without_data() as fake, torch.no_grad():
         named = (*step.named_parameters(), *step.named_buffers())
         tensors = {name: fake(tensor) for name, tensor in named}
         inputs = {name: fake(tensor) for name, tensor in batch.items()}
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=experts) as counter:
             functional_call(step, tensors, (inputs,))
     return int(counter.get_total_flops())

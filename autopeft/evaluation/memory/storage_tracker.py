@@ -16,6 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
+"""The operation of `torch.nn.functional.grouped_mm`, by which transformers' experts multiply."""
+
 
 class StorageCounter(TorchDispatchMode):
     """Count the bytes of live storages that operations make while the mode is on.
@@ -78,13 +81,27 @@ def _tensors_in(result: Any) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
+class _ShapesAlone(FakeTensorMode):
+    """Fake tensors, grouped products in any precision: torch's rule for their shapes knows bfloat16 alone."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation on shapes alone."""
+        if func is GROUPED_PRODUCT.default and args[0].dtype != torch.bfloat16:
+            first, second, *others = args
+            product = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {}))
+            return product.to(first.dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
 @contextmanager
 def without_data() -> Iterator[Callable[[Tensor], Tensor]]:
     """Compute with shapes alone in a `with` block, on what the given function makes of real tensors.
 
     It returns tensors without data on the CPU, as a count must not depend on where the model lies.
     """
-    with FakeTensorMode() as mode:
+    with _ShapesAlone() as mode:
 
         def fake(tensor: Tensor) -> Tensor:
             copy: Tensor = mode.from_tensor(tensor)

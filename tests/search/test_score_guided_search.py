@@ -25,9 +25,9 @@ from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.search_spaces.per_layer import draw, rank_percentiles
-from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, Allocation, site_values
+from autopeft.search_spaces.score_allocation import Allocation, site_values
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.allocation import find_allocator
+from autopeft.sensitivity.allocation import ALLOCATORS
 from tests.learnable import TRAINING, outcomes, tiny_search
 from tests.tiny_models import tiny_backbone
 
@@ -73,9 +73,9 @@ def test_five_trials_try_every_method_and_have_few_baselines(tmp_path: Path) -> 
     assert max(adapter.size or 1 for configuration in baselines for _, adapter in configuration) == 1
 
 
-@pytest.mark.parametrize("allocator", SCORE_ALLOCATORS)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path: Path) -> None:
-    is_spectral = find_allocator(allocator).evidence == "spectra"
+    is_spectral = ALLOCATORS[allocator].evidence == "spectra"
     score = "gradient_spectrum" if is_spectral else "gradient_norm"
     space = ScoreGuided(scores=(score,), ranks=(1, 8), allocator=allocator)
     search = tiny_search(tmp_path, space=space, score_check=False)
@@ -93,7 +93,6 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     ("settings", "message"),
     [
         ({"allocator": "proportionl"}, "did you mean 'proportional'"),
-        ({"allocator": "structured"}, "allocator of scores 'structured'"),
         ({"allocator": "water_filling"}, "score with spectra, which the allocator 'water_filling' reads"),
     ],
 )

@@ -116,15 +116,3 @@ def bounded_shares(weights: Mapping[Site, float], budget: RankBudget) -> dict[Si
     level = np.interp(budget.total, bounded @ costs, levels)
     shares = np.clip(level * relative, budget.smallest, budget.largest)
     return dict(zip(weights, shares.tolist(), strict=True))
-
-
-def fill_evenly(chosen: Collection[Site], scores: Mapping[Site, float], budget: RankBudget) -> Ranks:
-    """Raise the chosen sites together, of equal ranks the one with the best score first.
-
-    What they cannot take goes to the others, the one with the best score to its cap first.
-    """
-    return greedy_allocate(
-        scores,
-        budget,
-        lambda site, rank: (1, -rank, scores[site]) if site in chosen else (0, scores[site], -rank),
-    )

@@ -12,7 +12,7 @@ from autopeft.core.adapter import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
 
-Evidence = Literal["scores", "spectra", "counts"]
+Evidence = Literal["scores", "spectra"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Allocator:
 
     Attributes:
         rule: The function that allocates. Its evidence is checked, in the order of the sites.
-        evidence: What it reads: "scores" (one number a site), "spectra" (what each further rank at a site
-            adds) or "counts" (of sensitive weights, one number a site); all of at least 0.
+        evidence: What it reads: "scores" (one number a site) or "spectra" (what each further rank at a site
+            adds); all of at least 0.
     """
 
     rule: Callable[..., Ranks]
@@ -90,10 +90,3 @@ def allocator(evidence: Evidence) -> Callable[[Callable[..., Ranks]], Allocator]
         return ALLOCATORS.setdefault(rule.__name__, Allocator(rule=rule, evidence=evidence))
 
     return register
-
-
-def find_allocator(name: str) -> Allocator:
-    """Return an allocator by its name; raise a ValueError where there is none."""
-    if name not in ALLOCATORS:
-        raise unknown_choice("allocator", name, ALLOCATORS)
-    return ALLOCATORS[name]

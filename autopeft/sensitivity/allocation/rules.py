@@ -5,11 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from autopeft.core.adapter import Site
-from autopeft.core.errors import check_whole
 from autopeft.sensitivity.allocation.rank_budget import (
     DECIMALS,
     Priority,
@@ -17,7 +13,6 @@ from autopeft.sensitivity.allocation.rank_budget import (
     Ranks,
     bounded_shares,
     by_largest_remainder,
-    fill_evenly,
     greedy_allocate,
 )
 from autopeft.sensitivity.allocation.registry import allocator
@@ -95,58 +90,11 @@ def top_k(scores: _Scores, budget: RankBudget, share: float = 0.5) -> Ranks:
     ranking = sorted(scores, key=lambda site: (-scores[site], site))
     # A share of k/n chooses k sites, though k/n·n may come out just above k.
     chosen = frozenset(ranking[: math.ceil(round(share * len(ranking), DECIMALS)) or 1])
-    return fill_evenly(chosen, scores, budget)
-
-
-@allocator("counts")
-def structured(counts: _Scores, budget: RankBudget, alpha: float = 5.0, rank: int = 8) -> Ranks:
-    """Give the sites where an adapter of low rank beats training the sensitive weights alone the same rank.
-
-    Those are the sites where count_i ≥ params_i/α (≥ as in the paper's code), with params_i = rank·cost_i the
-    parameters of LoRA there. SPT gives each of them rank 8 and the others a sparse mask; here they share the
-    whole budget evenly. What they cannot take, or all where none is chosen, goes to the site with the most
-    sensitive weights among the others.
-
-    SPT (He et al., ICCV 2023, arXiv:2303.08566).
-
-    Args:
-        counts: How many of the most sensitive weights lie at each site, as by `sensitive_counts`.
-        budget: What may be spent; its costs must be in parameters.
-        alpha: How readily a site is given a structured adapter, above 0.
-        rank: The rank whose parameters a site's count is compared with, at least 1.
-    """
-    _check_option("alpha", alpha, alpha > 0, "above 0")
-    check_whole("The rank of a structured adapter", rank, least=1)
-    chosen = {site for site, count in counts.items() if count * alpha >= rank * budget.costs[site]}
-    return fill_evenly(chosen, counts, budget)
-
-
-def sensitive_counts(sensitivities: Mapping[Site, ArrayLike], count: int) -> dict[Site, int]:
-    """Count how many of the globally most sensitive weights lie at each site.
-
-    SPT (He et al., ICCV 2023, arXiv:2303.08566): a weight's sensitivity is Σ g² over batches, and the τ
-    weights with the highest are selected. Equal sensitivities go to the earlier site.
-
-    Args:
-        sensitivities: The sensitivity of each weight of a site, of any shape and in any order. The `count`
-            highest of each site are enough.
-        count: τ, how many weights to select, at least 0; all of them where there are fewer.
-
-    Raises:
-        ValueError: There are no weights, the count is negative, or a sensitivity is not a number.
-    """
-    check_whole("The count of sensitive weights", count, least=0)
-    flat = {site: np.asarray(sensitivities[site], dtype=float).ravel() for site in sorted(sensitivities)}
-    sizes = [len(values) for values in flat.values()]
-    if not sum(sizes):
-        raise ValueError("No weights to select from: expected the sensitivities of at least one site.")
-    for site, values in flat.items():
-        if np.isnan(values).any():
-            raise ValueError(f"A sensitivity at {site} is not a number (NaN).")
-    highest = np.argsort(-np.concatenate(list(flat.values())), kind="stable")[:count]
-    site_of_weight = np.repeat(np.arange(len(flat)), sizes)
-    counts = np.bincount(site_of_weight[highest], minlength=len(flat))
-    return dict(zip(flat, counts.tolist(), strict=True))
+    return greedy_allocate(
+        scores,
+        budget,
+        lambda site, rank: (1, -rank, scores[site]) if site in chosen else (0, scores[site], -rank),
+    )
 
 
 @allocator("spectra")

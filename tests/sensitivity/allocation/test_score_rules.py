@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autopeft.sensitivity.allocation import (
-    RankBudget,
+from autopeft.sensitivity.allocation import RankBudget
+from autopeft.sensitivity.allocation.rules import (
     fisher,
     gora,
     proportional,

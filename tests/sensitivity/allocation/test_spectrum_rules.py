@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.core.adapter import Site
-from autopeft.sensitivity.allocation import (
-    RankBudget,
+from autopeft.sensitivity.allocation import RankBudget
+from autopeft.sensitivity.allocation.rules import (
     explained_variance,
     water_filling,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import Objective
@@ -89,12 +89,6 @@ class Evaluation:
     by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     failures: Mapping[int, str] = field(default_factory=dict)
     warm_start: bool = False
-
-    def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise ValueError(f"status is one of {get_args(Status)}, got {self.status!r}.")
-        if (self.reason is None) != (self.status == "complete"):
-            raise ValueError(f"A {self.status} evaluation with reason {self.reason!r}.")
 
     @property
     def trainings(self) -> int:
@@ -195,14 +189,14 @@ def _means(trainings: Sequence[Mapping[str, float]], metrics: Collection[str]) -
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One finished trial of a search.
+    """One trial of a search: finished, or paused at a rung.
 
     Attributes:
         number: The trial's number in the study, from 0.
         evaluation: Its outcome.
         duplicate_of: Number of the earlier trial with the same configuration, whose outcome this
             trial took over without training; None where it was trained itself.
-        baseline: Name of the reference point this trial is ("uniform lora 8"), None when sampled.
+        baseline: Name of the baseline configuration this trial is ("lora(8) everywhere"), None when sampled.
     """
 
     number: int

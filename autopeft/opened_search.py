@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from autopeft.core.cache_folder import cache_folder
 from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
@@ -117,3 +117,14 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
     return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)
+
+
+def cache_folder() -> Path:
+    """Return where what can be computed again is kept: tokenised texts and hidden states.
+
+    The environment variable AUTOPEFT_CACHE names the folder; by default it is `autopeft` in the user's cache
+    folder (XDG_CACHE_HOME, or ~/.cache).
+    """
+    if named := os.environ.get("AUTOPEFT_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autopeft"

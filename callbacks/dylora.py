@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import RankGates, check_at_least
+from autopeft.callbacks.rank_gates import RankGates
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,9 +37,9 @@ class DyLoRA(RankGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, minimum_rank=self.minimum_rank)
+        check_numbers(least=1, minimum_rank=self.minimum_rank)
         if self.maximum_rank is not None:
-            check_at_least(self.minimum_rank, maximum_rank=self.maximum_rank)
+            check_numbers(least=self.minimum_rank, maximum_rank=self.maximum_rank)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._drawn: tuple[int, int] | None = None
 
@@ -98,7 +99,7 @@ class DyLoRA(RankGates):
             rank: How many ranks to keep, from 1 (else a ValueError) to what a module has; None for all.
         """
         if rank is not None:
-            check_at_least(1, rank=rank)
+            check_numbers(least=1, rank=rank)
         return self._truncated(lambda name: self._factors_of(name, rank))
 
     def state_dict(self) -> dict[str, Any]:

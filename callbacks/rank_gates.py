@@ -173,17 +173,3 @@ def refuse_loss_scaling(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} reads gradients during the backward pass, which precision "
             "16-mixed scales: train in bf16-mixed or 32-true."
         )
-
-
-def check_at_least(minimum: float, **arguments: float) -> None:
-    """Raise a ValueError where an argument is below a minimum, or NaN."""
-    for name, value in arguments.items():
-        if not value >= minimum:
-            raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}.")
-
-
-def check_above_zero(**arguments: float) -> None:
-    """Raise a ValueError where an argument is not above 0."""
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value!r}.")

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, TrialRecord
 
 _MOST_INFEASIBLE = 500
@@ -65,9 +66,7 @@ class Budget:
             raise ValueError(
                 "A search needs a budget: trials=..., hours=..., gpu_seconds=... or cpu_seconds=..."
             )
-        for name, bound in self.bounds.items():
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
-                raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
+        check_numbers(above=0, **self.bounds)
         if self.trials is not None and not float(self.trials).is_integer():
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
         if self.gpu_seconds is not None and not torch.cuda.is_available():

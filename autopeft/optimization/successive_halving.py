@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import VALIDATION_LOSS, TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, contributions, front_records, non_dominated, non_dominated_sort
@@ -45,8 +46,7 @@ class SuccessiveHalving:
         if not shares or not all(0 < share < 1 for share in shares) or sorted({*shares}) != [*shares]:
             raise ValueError(f"rungs are increasing shares of the training in (0, 1), got {self.rungs!r}.")
         object.__setattr__(self, "rungs", shares)
-        if not (math.isfinite(self.reduction_factor) and self.reduction_factor > 1):
-            raise ValueError(f"reduction_factor is a number above 1, got {self.reduction_factor!r}.")
+        check_numbers(above=1, reduction_factor=self.reduction_factor)
 
     def describe(self) -> str:
         """Say in a line what goes on."""

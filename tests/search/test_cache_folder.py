@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.core.cache_folder import cache_folder
+from autopeft.opened_search import cache_folder
 
 
 def test_the_environment_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

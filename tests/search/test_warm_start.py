@@ -205,7 +205,7 @@ def test_the_supernet_covers_every_lora_configuration_of_the_space(space: Search
 
 @pytest.mark.parametrize("trainings", [0, -1.0, float("inf"), float("nan")])
 def test_bad_settings_are_refused(trainings: float) -> None:
-    with pytest.raises(ValueError, match="trainings is a number above 0"):
+    with pytest.raises(ValueError, match="trainings must be a finite number above 0"):
         WarmStart(trainings=trainings)
 
 

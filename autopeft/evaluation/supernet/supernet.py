@@ -7,7 +7,6 @@ the others, and the model without the adapter of any site.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
 from autopeft.core.configuration import Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.evaluator import Evaluator
@@ -68,7 +68,6 @@ class LoraSupernet:
         largest: Configuration,
         *,
         trainings: float = 1.0,
-        smallest_rank: int = 1,
         seed: int | None = None,
     ) -> Self:
         """Train a supernet; every row of a batch trains a sub-configuration of its own.
@@ -77,7 +76,6 @@ class LoraSupernet:
             evaluator: Gives backbone, task and training settings.
             largest: LoRA at one or more sites, of the largest ranks; its learning rate is used.
             trainings: Length, in trainings of one configuration.
-            smallest_rank: Smallest rank that is trained for.
             seed: Seed of initialisation and sampling; the evaluator's by default.
 
         Raises:
@@ -89,14 +87,12 @@ class LoraSupernet:
             raise ValueError(
                 f"A supernet is {METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
             )
-        for name, value in (("trainings", trainings), ("smallest_rank", smallest_rank)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is a number above 0, got {value!r}.")
+        check_numbers(above=0, trainings=trainings)
         evaluator.backbone.check(largest)
         seed = evaluator.seed if seed is None else seed
         meter = ComputeMeter(evaluator.device)
         with attach(evaluator.backbone, largest, seed) as attachment:
-            steps = _fit(evaluator, largest, trainings, smallest_rank, seed)
+            steps = _fit(evaluator, largest, trainings, seed)
             tensors = attachment.state_dict()
         return cls(largest=largest, tensors=tensors, cost=meter.read(steps))
 
@@ -157,9 +153,7 @@ class LoraSupernet:
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
 
 
-def _fit(
-    evaluator: Evaluator, largest: Configuration, trainings: float, smallest_rank: int, seed: int
-) -> int:
+def _fit(evaluator: Evaluator, largest: Configuration, trainings: float, seed: int) -> int:
     """Train the attached adapters, and return the number of optimizer steps."""
     steps_per_epoch = evaluator.data.steps_per_epoch
     steps = max(1, round(trainings * evaluator.training.total_steps(steps_per_epoch)))
@@ -170,7 +164,7 @@ def _fit(
     blocks: NDArray[np.int64] = np.array([site.block for site in largest.adapters])
     ranks: NDArray[np.int64] = np.array([adapter.size for _, adapter in largest])
     row_ranks = PerRowRanks(
-        SandwichRankSampler(blocks, ranks, smallest_rank, seed),
+        SandwichRankSampler(blocks, ranks, seed),
         [modules[evaluator.backbone.shape(site).module] for site in largest.adapters],
     )
     batches = SegmentedBatches(evaluator.data.train_dataloader(seed), plan, steps_per_epoch)

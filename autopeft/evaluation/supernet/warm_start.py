@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.durable_files import load_json, save_json
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
@@ -45,8 +45,7 @@ class WarmStart:
     trainings: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.trainings) and self.trainings > 0):
-            raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
+        check_numbers(above=0, trainings=self.trainings)
 
     def describe(self) -> str:
         """Describe the settings in a line."""

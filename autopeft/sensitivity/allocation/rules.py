@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from autopeft.core.adapter import Site
+from autopeft.core.errors import check_numbers
 from autopeft.sensitivity.allocation.rank_budget import (
     DECIMALS,
     Priority,
@@ -34,7 +35,7 @@ def proportional(scores: _Scores, budget: RankBudget, temperature: float = 1.0) 
         temperature: τ, at least 0. At 0 all sites get the same rank, at 1 ranks are as the scores, and the
             larger it is, the more goes to the best.
     """
-    _check_option("temperature", temperature, temperature >= 0, "of at least 0")
+    check_numbers(least=0, temperature=temperature)
     weights = {site: weight**temperature for site, weight in _weights(scores).items()}
     return by_largest_remainder(bounded_shares(weights, budget), weights, budget)
 
@@ -86,7 +87,8 @@ def top_k(scores: _Scores, budget: RankBudget, share: float = 0.5) -> Ranks:
         budget: What may be spent.
         share: The share of the sites to choose, above 0 and at most 1.
     """
-    _check_option("share", share, 0 < share <= 1, "above 0 and at most 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be a number above 0 and at most 1, got {share!r}.")
     ranking = sorted(scores, key=lambda site: (-scores[site], site))
     # A share of k/n chooses k sites, though k/n·n may come out just above k.
     chosen = frozenset(ranking[: math.ceil(round(share * len(ranking), DECIMALS)) or 1])
@@ -113,7 +115,7 @@ def explained_variance(spectra: _Spectra, budget: RankBudget, rho: float = 2.0) 
         budget: A component's cost does not change its place in the order.
         rho: ρ, how far a site may go above the uniform rank, at least 1.
     """
-    _check_option("rho", rho, rho >= 1, "of at least 1")
+    check_numbers(least=1, rho=rho)
     uniform_rank = budget.total / sum(budget.costs[site] for site in spectra)
     # Rounded up: rounded down, the caps could add up to less than the budget.
     cap = min(budget.largest, max(budget.smallest, math.ceil(round(rho * uniform_rank, DECIMALS))))
@@ -155,8 +157,3 @@ def _weights(scores: _Scores) -> dict[Site, float]:
 
 def _component(spectrum: tuple[float, ...], rank: int) -> float:
     return spectrum[rank] if rank < len(spectrum) else 0.0
-
-
-def _check_option(name: str, value: float, is_valid: bool, expected: str) -> None:
-    if not math.isfinite(value) or not is_valid:
-        raise ValueError(f"{name} is a finite number {expected}, got {value!r}.")

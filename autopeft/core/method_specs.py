@@ -37,7 +37,6 @@ NORM_ROLES = (
     "query_norm",
     "key_norm",
 )
-SUBLAYER_ROLES: tuple[Kind, Kind] = ("attention", "ffn")
 
 KIND_OF_ROLE: Mapping[str, Kind] = {
     **dict.fromkeys(LINEAR_ROLES, "linear"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
-from autopeft.core.configuration import Configuration
+from autopeft.core.configuration import Adapter, Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost
@@ -96,19 +96,15 @@ class LoraSupernet:
             tensors = attachment.state_dict()
         return cls(largest=largest, tensors=tensors, cost=meter.read(steps))
 
-    def obstacle(self, configuration: Configuration) -> str | None:
-        """Say why a configuration is no sub-configuration; None where it is one."""
-        for site, adapter in configuration:
-            whole = self.largest.adapters.get(site, ())
-            if adapter.method != METHOD:
-                return f"{site} has {adapter.method}, not {METHOD}"
-            if not whole:
-                return f"the supernet has no adapter at {site}"
-            if (adapter.size or 0) > (whole[0].size or 0):
-                return f"rank {adapter.size} at {site} is above {whole[0].size}"
-            if adapter.options != whole[0].options:
-                return f"the options at {site} differ: {adapter}, not {whole[0]}"
-        return None
+    def contains(self, configuration: Configuration) -> bool:
+        """Say whether a configuration is a sub-configuration."""
+
+        def fits(largest: Adapter, adapter: Adapter) -> bool:
+            alike = (adapter.method, adapter.options) == (largest.method, largest.options)
+            return alike and (adapter.size or 0) <= (largest.size or 0)
+
+        pairs = ((self.largest.adapters.get(site), adapter) for site, adapter in configuration)
+        return all(whole is not None and fits(whole[0], adapter) for whole, adapter in pairs)
 
     def state(self, configuration: Configuration) -> dict[str, Tensor]:
         """Return copies of a sub-configuration's tensors, as its `Attachment` loads them.
@@ -116,8 +112,8 @@ class LoraSupernet:
         Raises:
             ValueError: It is no sub-configuration.
         """
-        if (obstacle := self.obstacle(configuration)) is not None:
-            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet: {obstacle}.")
+        if not self.contains(configuration):
+            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet.")
         tensors: dict[str, Tensor] = {}
         for site, adapter in configuration:
             largest, name = self.largest.adapters[site][0], f"{site}.{METHOD}"

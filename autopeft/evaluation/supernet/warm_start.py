@@ -129,7 +129,7 @@ class WarmStarts:
         if not set(configuration.methods) <= {METHOD}:
             return None
         supernet = self.supernet()
-        if supernet is None or supernet.obstacle(configuration) is not None:
+        if supernet is None or not supernet.contains(configuration):
             return None
         return supernet.state(configuration)
 

@@ -300,7 +300,9 @@ def test_what_only_python_has_is_named_at_the_export(place: Path, tmp_path: Path
     assert all(part in message for part in parts)
     assert "search.export(number, folder)" in message
     (tmp_path / "tiny" / "search.yaml").unlink()
-    assert "earlier version" in error("export", "0", "--to", tmp_path / "out", "--folder", tmp_path)
+    assert "call search.export(number, folder)" in error(
+        "export", "0", "--to", tmp_path / "out", "--folder", tmp_path
+    )
 
 
 def test_failed_trials_are_tried_again_where_the_settings_or_the_option_say_so(

@@ -142,9 +142,8 @@ class Evaluation:
                 CurvePoint(metric=metric, step=step, value=value) for metric, step, value in data["curves"]
             ),
             "cost": Cost(**data["cost"]),
-            # Not in the oldest records, as fidelity and warm start.
-            "by_seed": {int(seed): values for seed, values in data.get("by_seed", {}).items()},
-            "failures": {int(seed): reason for seed, reason in data.get("failures", {}).items()},
+            "by_seed": {int(seed): values for seed, values in data["by_seed"].items()},
+            "failures": {int(seed): reason for seed, reason in data["failures"].items()},
         }
         return cls(**{**data, **read})
 

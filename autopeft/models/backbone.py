@@ -166,9 +166,7 @@ class Backbone:
         """
         if not self.model.supports_gradient_checkpointing:
             raise ValueError(f"{type(self.model).__name__} cannot compute its activations again.")
-        # The second name is that of transformers before 5.20.
-        enable = getattr(self.model, "activation_checkpointing_enable", None)
-        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -125,11 +125,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 "stopped."
             )
         settings = attributes["identity"]["search"]["objectives"].split(", ")
-        metrics = [
-            # Searches of earlier versions kept names alone.
-            Objective.score(metric) if isinstance(metric, str) else Objective(**metric)
-            for metric in attributes["metrics"]
-        ]
+        metrics = [Objective(**metric) for metric in attributes["metrics"]]
         objectives = resolve_objectives(settings, metrics)
         known = {objective.name: objective for objective in objectives}
         axes = [

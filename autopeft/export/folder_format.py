@@ -46,17 +46,18 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _HEAD_PREFIX = "head."
-AUTO_CLASSES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    f"AutoModelFor{name}": (peft_type, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
-    for name, peft_type, mapping in (
-        ("SequenceClassification", "SEQ_CLS", "SEQUENCE_CLASSIFICATION"),
-        ("CausalLM", "CAUSAL_LM", "CAUSAL_LM"),
-        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "SEQ_TO_SEQ_CAUSAL_LM"),
-        ("TokenClassification", "TOKEN_CLS", "TOKEN_CLASSIFICATION"),
-        ("QuestionAnswering", "QUESTION_ANS", "QUESTION_ANSWERING"),
+AUTO_CLASSES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
+    for name, peft_type, pipeline, mapping in (
+        ("SequenceClassification", "SEQ_CLS", "text-classification", "SEQUENCE_CLASSIFICATION"),
+        ("CausalLM", "CAUSAL_LM", "text-generation", "CAUSAL_LM"),
+        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
+        ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
+        ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
     )
 }
-"""transformers' auto classes that a folder may be loaded with: peft's task type, and the model classes."""
+"""transformers' auto classes that a folder may be loaded with: peft's task type, the Hub's pipeline tag, and
+the model classes."""
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
 
@@ -97,7 +98,7 @@ class TaskHead:
         """
         model = backbone.model
         auto_class = next(
-            (name for name, (_, models) in AUTO_CLASSES.items() if type(model).__name__ in models.values()),
+            (name for name, (*_, known) in AUTO_CLASSES.items() if type(model).__name__ in known.values()),
             None,
         )
         if auto_class is None:
@@ -257,7 +258,7 @@ def write_adapters(
             if isinstance(getattr(config, option, None), set):
                 setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
-            config.task_type, _ = AUTO_CLASSES[head.auto_class]
+            config.task_type, *_ = AUTO_CLASSES[head.auto_class]
             config.modules_to_save = list(head.modules) or None
         config.save_pretrained(str(folder if is_plain else folder / name))
 

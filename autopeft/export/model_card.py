@@ -12,19 +12,12 @@ import yaml
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES
-from autopeft.export.folder_format import Manifest, peft_groups
+from autopeft.export.folder_format import AUTO_CLASSES, Manifest, peft_groups
 from autopeft.export.merging import unmergeable
 from autopeft.methods import placements
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
-_PIPELINES = {
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text2text-generation",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-}
 _TEST = "test_"
 _OF_NO_SPLIT = ("examples_per_second",)
 LAYOUTS = {
@@ -213,7 +206,7 @@ def _front_matter(manifest: Manifest, configuration: Configuration) -> str:
     merged = manifest.layout == "merged"
     data: dict[str, object] = {
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": _PIPELINES[manifest.head.auto_class],
+        "pipeline_tag": AUTO_CLASSES[manifest.head.auto_class][1],
         "tags": ["autopeft", *configuration.methods],
     }
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone

@@ -210,13 +210,8 @@ class HiddenStateCache:
         costs = {"train": 2, "validation": 1}
         return estimate(
             [
-                Passes(
-                    batches=len(rows.batches),
-                    tokens=rows.tokens,
-                    times=times[name],
-                    block_cost=costs[name],
-                )
-                for name, rows in self._rows.items()
+                Passes(batches=len(own.batches), tokens=own.tokens, times=times[name], block_cost=costs[name])
+                for name, own in self._rows.items()
             ],
             cut=cut,
             blocks=len(backbone.blocks),

@@ -24,7 +24,6 @@ from autopeft.search import Search
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
-from autopeft.search_spaces.per_layer import draw, rank_percentiles
 from autopeft.search_spaces.score_allocation import Allocation, site_values
 from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.allocation import ALLOCATORS
@@ -174,33 +173,6 @@ def test_the_sampler_is_told_whether_hidden_states_are_really_served(
     if executor == "local":
         assert used == {len(cuts) - 1 if cut is None else cut for cut in possible} & served
     assert is_known or not served
-
-
-def test_a_prior_leads_the_first_trials_to_the_best_sites(tmp_path: Path) -> None:
-    settings = {
-        "space": PerLayer(methods=("lora",), ranks=(1, 8), prior="gradient_norm"),
-        "sampler": EhviSampler(startup_trials=22),
-        "score_check": False,
-    }
-    whole = tiny_search(tmp_path / "whole", **settings)
-    front = whole.run(trials=22, progress=False)
-    space = whole.open().space
-    names = [baseline.name for baseline in space.baselines(whole.open().backbone)]
-    assert sum("gradient_norm with" in name for name in names) >= 2
-    assert isinstance(space, PerLayer)
-    slots = space.slots(whole.open().backbone)
-    standing = rank_percentiles(slots, space.site_scores["gradient_norm"])
-    generator = random.Random(0)
-    drawn = [draw(slots, standing, generator) for _ in range(200)]
-    counts = {slot.name: sum(slot.sites[0] in one for one in drawn) for slot in slots}
-    best, worst = max(standing, key=standing.__getitem__), min(standing, key=standing.__getitem__)
-    assert counts[best] > 150 > 60 > counts[worst] > 0
-    tried = [record.evaluation.configuration for record in front.records if not record.baseline]
-    standings = [
-        sum(standing[f"{site.block}.{site.role}"] for site in configuration.adapters) / len(configuration)
-        for configuration in tried
-    ]
-    assert sum(standings) / len(standings) > 0.55, "where an even draw has 0.5"
 
 
 def test_scores_are_computed_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,6 @@ class SensitivityGates(RankGates):
         every_n_steps: Optimizer steps between changes of the ranks.
         warmup_steps: Optimizer steps before the first change.
         betas: Decay of the averages of sensitivity and uncertainty.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     budget: int

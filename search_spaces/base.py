@@ -178,10 +178,7 @@ class SearchSpace(ABC):
     def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:
         """Return the points to try first, each once; see `all_baselines`.
 
-        Args:
-            backbone: The backbone.
-            trials: Trials of the search's budget, of which at most a quarter are baselines, but two at least;
-                None for all of them.
+        Of a search's budget of `trials` at most a quarter are baselines, but two at least; None for all.
         """
         found: dict[Configuration, Baseline] = {}
         for baseline in self.all_baselines(backbone):

@@ -1,4 +1,8 @@
-"""How autopeft says what was wrong, what was expected and the nearest valid choice."""
+"""How autopeft says what was wrong, what was expected and the nearest valid choice.
+
+A ValueError is for what a user can mend, before anything is trained; a RuntimeError for a training or a check
+that failed; an OSError for the disk. Docstrings name them where a user calls, or a caller catches them.
+"""
 
 from __future__ import annotations
 

@@ -55,17 +55,11 @@ def _losses(points: Sequence[Values], objectives: Sequence[Objective]) -> NDArra
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis of the unit cube in which hypervolume is taken: 0 is the worst value, 1 the best.
+    """One axis of the unit cube in which hypervolume is taken: 0 is the worst value, 1 the best."""
 
-    Attributes:
-        objective: What is measured along it.
-        worst: Value at 0. Anything worse counts as 0.
-        best: Value at 1. Anything better counts as 1.
-    """
-
-    objective: Objective
-    worst: float
-    best: float
+    objective: Objective  # what is measured along it
+    worst: float  # value at 0; anything worse counts as 0
+    best: float  # value at 1; anything better counts as 1
 
     def __post_init__(self) -> None:
         better = self.best > self.worst if self.objective.direction == "maximize" else self.best < self.worst
@@ -93,10 +87,8 @@ def fixed_axes(
 ) -> tuple[Axis, ...]:
     """Return an axis for each objective whose ends are known before training.
 
-    Args:
-        objectives: The search's.
-        metric_bounds: The trivial score and the best value of each metric.
-        ends: What the space's smallest and its largest configuration cost.
+    `metric_bounds` has the trivial score and the best value of each metric, `ends` what the space's smallest
+    and its largest configuration cost.
     """
     axes = []
     for objective in objectives:
@@ -145,13 +137,8 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
 def knee(points: Sequence[Values], axes: Sequence[Axis], tolerance: float = 0.05) -> int:
     """Return the index of the point to take where costs matter, but the metric more.
 
-    Of the points whose metric is almost the best, it is the one closest to the best corner of the unit cube
-    (Euclidean, the metric left out).
-
-    Args:
-        points: Values by objective's name, at least one.
-        axes: The axes; the metric is the first metric among them.
-        tolerance: How far below the best a metric may lie, as a share of its axis.
+    Of the points whose metric is almost the best (at most `tolerance` of its axis below it), it is the one
+    closest to the best corner of the unit cube (Euclidean, the metric left out).
     """
     metric = next(axis for axis in axes if axis.objective.is_metric)
     places = [metric.position(point[metric.objective.name]) for point in points]

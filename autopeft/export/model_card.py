@@ -35,13 +35,7 @@ def kind_of(manifest: Manifest) -> str:
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
-    """Return a Python snippet that loads an export.
-
-    Args:
-        manifest: What was exported.
-        folder: The folder, as it is to be written in the snippet.
-        options: What the base model has to be told; see `verification.base_options`.
-    """
+    """Return a Python snippet that loads an export; for the options see `verification.base_options`."""
     auto_class = manifest.head.auto_class
     imported = f"{auto_class}, AutoTokenizer"
     base = "# base: the model that was in memory, loaded again"
@@ -153,15 +147,7 @@ def model_card(
 ) -> str:
     """Return the README.md of an export, with the metadata block of the Hugging Face hub.
 
-    Args:
-        manifest: What was exported.
-        configuration: What was trained.
-        values: See `export_adapter`.
-        details: See `export_adapter`.
-        folder: Name of the folder, as snippets call it.
-        options: What the base model has to be told; see `verification.base_options`.
-        check: How the export was checked.
-        trainings: See `export_adapter`.
+    Values, details and trainings are those of `export_adapter`; `check` says how the export was checked.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
     name = _escaped(Path(manifest.base).name or "base model")

@@ -47,9 +47,6 @@ class LoadOptions:
             8 bits (Dettmers et al., 2022), both by bitsandbytes; None leaves them.
         attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
             "flash_attention_2"; None for its own choice.
-
-    Raises:
-        ValueError: A choice is unknown, or bitsandbytes is missing.
     """
 
     dtype: Dtype = "auto"
@@ -70,12 +67,7 @@ class LoadOptions:
             )
 
     def arguments(self, config: Any, device: torch.device) -> dict[str, Any]:
-        """Return what `from_pretrained` is told.
-
-        Args:
-            config: The checkpoint's config.
-            device: Where the model will compute.
-        """
+        """Return what `from_pretrained` is told."""
         dtype: Any = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.dtype == "auto" and device.type == "cpu":
             is_quick = config.dtype == torch.bfloat16 and quickest_precision(device) == "bf16-mixed"
@@ -307,13 +299,7 @@ def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple
 def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str] = ()) -> tuple[str, ...]:
     """Return the modules that a task trains whole: those outside the base model, and new ones inside it.
 
-    Args:
-        model: With its head.
-        head: The task's.
-        missing: Parameters that were not in the checkpoint.
-
-    Raises:
-        ValueError: A head that stays frozen was not in the checkpoint.
+    New ones have parameters that were `missing` in the checkpoint.
     """
     prefix = model.base_model_prefix
     outside = [

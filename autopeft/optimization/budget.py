@@ -19,15 +19,10 @@ _MOST_ALIKE_FAILURES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What the trials of a search have used up.
+    """What the trials of a search have used up."""
 
-    Attributes:
-        trials: Trials that a budget counts: all but the infeasible ones.
-        cost: What all evaluations cost; a duplicate cost nothing.
-    """
-
-    trials: int = 0
-    cost: Cost = field(default_factory=Cost)
+    trials: int = 0  # trials that a budget counts: all but the infeasible ones
+    cost: Cost = field(default_factory=Cost)  # what all evaluations cost; a duplicate cost nothing
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
@@ -42,23 +37,14 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bounds of a search; it ends when one of them is reached.
+    """Bounds of a search; it ends when one of them is reached."""
 
-    Attributes:
-        trials: Finished trials of the whole search, earlier calls and failed trials included;
-            infeasible candidates cost nothing and do not count.
-        hours: Wall-clock hours of this call.
-        gpu_seconds: GPU-seconds of all evaluations of the search.
-        cpu_seconds: CPU-seconds of all evaluations of the search.
-
-    Raises:
-        ValueError: No bound is given, one is not above 0, or GPU-seconds are asked for without a GPU.
-    """
-
+    # Finished trials of the whole search, earlier calls and failed trials included; infeasible candidates
+    # cost nothing and do not count.
     trials: int | None = None
-    hours: float | None = None
-    gpu_seconds: float | None = None
-    cpu_seconds: float | None = None
+    hours: float | None = None  # wall-clock hours of this call
+    gpu_seconds: float | None = None  # GPU-seconds of all evaluations of the search
+    cpu_seconds: float | None = None  # CPU-seconds of all evaluations of the search
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,12 +96,7 @@ def is_exhausted(records: Sequence[TrialRecord], budget: Budget) -> bool:
 
 
 def raise_if_hopeless(records: Sequence[TrialRecord]) -> None:
-    """Raise where it is plain that going on finds nothing: what was recorded stays.
-
-    Raises:
-        RuntimeError: All candidates failed, and alike.
-        ValueError: No candidate has kept the constraints for long.
-    """
+    """Raise where it is plain that going on finds nothing: what was recorded stays."""
     own = (record.evaluation for record in records if record.duplicate_of is None)
     evaluated = [evaluation for evaluation in own if evaluation.status != "infeasible"]
     outcomes = {(evaluation.status, evaluation.reason) for evaluation in evaluated}

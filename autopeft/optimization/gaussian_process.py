@@ -30,15 +30,10 @@ _JITTER = 1e-8  # keeps the Cholesky factor of equal configurations finite
 
 
 class Inputs(NamedTuple):
-    """What is known of configurations before they are trained.
+    """What is known of configurations before they are trained."""
 
-    Attributes:
-        features: (configurations, features) numbers of which 1 is a large difference.
-        placements: (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size.
-    """
-
-    features: Array
-    placements: Array
+    features: Array  # (configurations, features) numbers of which 1 is a large difference
+    placements: Array  # (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size
 
 
 class _HyperParameters(NamedTuple):

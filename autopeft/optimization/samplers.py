@@ -58,9 +58,6 @@ def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> Base
             then repeats an uninterrupted one is up to that sampler.
         seed: Seed of the search.
         number: The trial's number.
-
-    Raises:
-        ValueError: The name is unknown, or the sampler's extra is not installed.
     """
     if isinstance(sampler, BaseSampler):
         return sampler

@@ -87,13 +87,8 @@ def _is_whole(record: TrialRecord) -> bool:
 class AshaPromoter:
     """Decides, from the records alone, which paused trial goes on next.
 
-    Args:
-        halving: The rule's settings.
-        steps: Optimizer steps of every rung, the whole training last.
-        objectives: The search's; those that only a whole training tells are left out.
-        axes: The fixed axes of the hypervolume; they break ties, and the metric's has the trivial score.
-        monitor: Metric of which the best validation counts.
-        references: Names of the baselines that go on whatever a rung says of them.
+    `steps` has the optimizer steps of every rung, the whole training last; the axes break ties, and that of
+    the metric `monitor` has the trivial score. The baselines in `references` go on whatever a rung says.
     """
 
     def __init__(

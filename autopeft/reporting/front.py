@@ -114,11 +114,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         records: Sequence[TrialRecord],
         export: Callable[..., Any] | None = None,
     ) -> ParetoFront:
-        """Return the front of a study that was read from disk; no model is loaded.
-
-        Raises:
-            ValueError: The search was stopped before its first trial.
-        """
+        """Return the front of a study that was read from disk; no model is loaded."""
         if not {"identity", "metrics", "axes"} <= attributes.keys():
             raise ValueError(
                 f"The search {attributes['name']!r} has no finished trial yet: run it, again if it was "

@@ -89,18 +89,15 @@ class RankGates(StepCallback):
         up = self._modules[name].up.weight
         return up * self.factors(name).to(up)
 
+    @torch.no_grad()
     def truncated_state(self) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA with the effective ranks, modules of rank 0 left out.
 
         Names are those of `LoraModule.truncated`.
         """
-        return self._truncated(self.factors)
-
-    @torch.no_grad()
-    def _truncated(self, factors: Callable[[str], Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, module in self._modules.items():
-            state |= module.truncated(factors(name))
+            state |= module.truncated(self.factors(name))
         return state
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _DRAWN_HYPER_PARAMETERS = 256  # from their prior; a power of two, for which Sobol sequences are even
-_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws, which takes as long as before
+_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws
 _KEPT_HYPER_PARAMETERS = 16  # the likeliest of those, as prediction takes time for each
 _LEAST_WEIGHT = 1e-3  # of the likeliest's: with many trials few draws have more
 # Priors of the hyper-parameters: median, and spread of the logarithm. They were chosen on the scores of

@@ -1,8 +1,4 @@
-"""A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights.
-
-LoRA of the largest rank at every site is trained with sampled ranks: the first r ranks of a site work without
-the others, and the model without the adapter of any site.
-"""
+"""A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights."""
 
 from __future__ import annotations
 
@@ -47,9 +43,7 @@ class LoraSupernet:
 
     A sub-configuration has at each site a LoRA of at most the largest rank with the same options, or none.
     Its weights are the first ranks of the supernet's, under the scaling of the largest rank; the head is
-    shared. The method is that of one-shot architecture search: Cai et al., "Once-for-All", 2020; Yu and
-    Huang, "Universally Slimmable Networks", 2019 (sandwich rule); Valipour et al., "DyLoRA", 2023 (nested
-    ranks).
+    shared. One-shot architecture search: Cai et al., "Once-for-All", 2020; see also `nested_ranks`.
 
     Attributes:
         largest: LoRA at every site, of the largest rank.

@@ -28,12 +28,7 @@ def proportional(scores: _Scores, budget: RankBudget, temperature: float = 1.0) 
 
     r_i = clip(λ·s_i^τ, smallest, largest), with λ such that Σ cost_i·r_i is the budget: what the bounds
     take or leave is divided among the other sites in proportion again. Scores that are all 0 count as equal.
-
-    Args:
-        scores: How much each site promises.
-        budget: What may be spent.
-        temperature: τ, at least 0. At 0 all sites get the same rank, at 1 ranks are as the scores, and the
-            larger it is, the more goes to the best.
+    At a temperature τ of 0 all sites get the same rank; the larger it is, the more goes to the best.
     """
     check_numbers(least=0, temperature=temperature)
     weights = {site: weight**temperature for site, weight in _weights(scores).items()}
@@ -45,11 +40,8 @@ def gora(scores: _Scores, budget: RankBudget) -> Ranks:
     """Divide the budget itself in proportion to the scores, whatever a rank costs.
 
     r_i = clip(⌊B·s_i / (Σs·cost_i)⌋, smallest, largest): of two sites that score the same, the one where a
-    rank costs half gets twice the rank, which `proportional` does not do. The paper leaves unspent, or
-    overspends, what the rounding and the bounds change; here it goes by largest remainder.
-
-    GoRA (He et al., arXiv:2502.12171), with B = Σ (d_in + d_out)·r and its score "gora". The paper rounds
-    each share to whole parameters before it divides, which with costs of 1 would undo the largest remainder.
+    rank costs half gets twice the rank, which `proportional` does not do. GoRA (He et al., arXiv:2502.12171),
+    with its score "gora"; what the paper leaves unspent, or overspends, goes by largest remainder.
     """
     weights = _weights(scores)
     whole = sum(weights.values())
@@ -62,8 +54,7 @@ def fisher(scores: _Scores, budget: RankBudget) -> Ranks:
     """Divide ranks in proportion to the scores, clamp once, and round by largest remainder.
 
     r_i = clip(N·s_i / Σs, smallest, largest), where N is the sum of ranks that the budget buys in these
-    shares: n·r for costs of 1. What the bounds leave or take is spread evenly over the other
-    sites, where `proportional` divides it in proportion to their scores.
+    shares. What the bounds leave or take is spread evenly over the other sites.
 
     "FIM-guided adaptive LoRA rank allocation" (proposal, github.com/huggingface/peft/issues/3203), with the
     score "fisher".
@@ -81,11 +72,6 @@ def top_k(scores: _Scores, budget: RankBudget, share: float = 0.5) -> Ranks:
     The best ⌈share·n⌉ of n sites are filled evenly, the better ones first. The next best site gets what
     they cannot take. Layer-wise placement as in "On Surgical Fine-tuning for Language Encoders" (Lodha et
     al., EMNLP Findings 2023).
-
-    Args:
-        scores: How much each site promises.
-        budget: What may be spent.
-        share: The share of the sites to choose, above 0 and at most 1.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be a number above 0 and at most 1, got {share!r}.")
@@ -106,14 +92,9 @@ def explained_variance(spectra: _Spectra, budget: RankBudget, rho: float = 2.0) 
     The components of all sites are pooled, and as many as the budget pays for are kept, highest
     explained-variance ratio first, of equal ratios the one at the lower rank. A site's rank is how many of
     its components are kept; it is capped at ⌈ρ·r⌉, with r = B / Σ cost_i the rank that all sites could have.
+    Components that are not given explain nothing: they are kept last.
 
     EVA (Paischer et al., arXiv:2410.07170).
-
-    Args:
-        spectra: The explained-variance ratios of each site. Components that are not given explain nothing:
-            they are kept last.
-        budget: A component's cost does not change its place in the order.
-        rho: ρ, how far a site may go above the uniform rank, at least 1.
     """
     check_numbers(least=1, rho=rho)
     uniform_rank = budget.total / sum(budget.costs[site] for site in spectra)
@@ -130,12 +111,8 @@ def water_filling(spectra: _Spectra, budget: RankBudget) -> Ranks:
 
     Maximises Σ_i Σ_{k ≤ r_i} σ_ik² subject to Σ cost_i·r_i ≤ B: how much of the squared norm of the
     gradients adapters of these ranks can follow (Eckart and Young, Psychometrika 1936). Ranks are granted
-    by σ²/cost, highest first. Gains fall along a spectrum, so no component is ever worth taking before the
-    one in front of it, and the order is a valid one.
-
-    At equal costs this is exact. At unequal costs the problem is the knapsack problem, which is NP-hard: the
-    ranks are optimal for what is spent until the first rank that is wanted but cannot be paid, and from there
-    on miss the optimum by less than the gain of that component (Dantzig, Operations Research 1957).
+    by σ²/cost, highest first. At equal costs this is exact; otherwise it misses the optimum by less than the
+    gain of the first component that cannot be paid (Dantzig, Operations Research 1957).
 
     The spectra are the singular values σ of each site, as of the score "gradient_spectrum". Components that
     are not given gain nothing.

@@ -50,17 +50,11 @@ InitialWeights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """An evaluation with what its training left.
+    """An evaluation with what its training left."""
 
-    Attributes:
-        evaluation: The outcome.
-        state: The trained tensors where it completed.
-        paused: What the training goes on from where it paused.
-    """
-
-    evaluation: Evaluation
-    state: Mapping[str, Tensor] | None = None
-    paused: TrainingCheckpoint | None = None
+    evaluation: Evaluation  # the outcome
+    state: Mapping[str, Tensor] | None = None  # the trained tensors where it completed
+    paused: TrainingCheckpoint | None = None  # what the training goes on from where it paused
 
     def with_added_cost(self, cost: Cost) -> Trained:
         """Return the same with more compute spent on it."""

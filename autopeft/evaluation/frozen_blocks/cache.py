@@ -90,23 +90,14 @@ class RowIndex:
 
 @dataclass(eq=False)
 class HiddenStateCache:
-    """Hidden states of one backbone on one task's training and validation split.
+    """Hidden states of one backbone on one task's training and validation split."""
 
-    Attributes:
-        backbone: The resident backbone, with nothing attached.
-        task: Says what the model predicts.
-        data: The task's splits.
-        training: Says how the blocks below the cut are run, and how much may be kept.
-        folder: Where files are kept; None to keep none.
-        uses: The trainings that were served, in their order.
-    """
-
-    backbone: Backbone
-    task: Task
-    data: TaskData
-    training: Training
-    folder: Path | None
-    uses: list[HiddenStateUse] = field(default_factory=list)
+    backbone: Backbone  # the resident backbone, with nothing attached
+    task: Task  # says what the model predicts
+    data: TaskData  # the task's splits
+    training: Training  # says how the blocks below the cut are run, and how much may be kept
+    folder: Path | None  # where files are kept; None to keep none
+    uses: list[HiddenStateUse] = field(default_factory=list)  # the trainings that were served, in their order
 
     def __post_init__(self) -> None:
         self._device = self.training.resolved_device()

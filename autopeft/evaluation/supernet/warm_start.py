@@ -39,7 +39,7 @@ class WarmStart:
         trainings: Length of a supernet's training, in trainings of one configuration.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: The length is not above 0.
     """
 
     trainings: float = 1.0
@@ -70,20 +70,13 @@ class WarmStarts:
 
     Supernet 0 initialises the first training of every trial, supernet n the training with the n-th further
     seed: with one supernet for all, its luck would be taken for the quality of the trials.
-
-    Attributes:
-        settings: Length of the training.
-        evaluator: Trains the supernets.
-        space: The largest LoRA of its configurations becomes the supernet's.
-        folder: Where supernets are kept.
-        trains: Whether to train those that are missing; only the process that runs the search may.
     """
 
-    settings: WarmStart
-    evaluator: Evaluator
-    space: SearchSpace
-    folder: Path
-    trains: bool = True
+    settings: WarmStart  # length of the training
+    evaluator: Evaluator  # trains the supernets
+    space: SearchSpace  # the largest LoRA of its configurations becomes the supernet's
+    folder: Path  # where supernets are kept
+    trains: bool = True  # whether to train those that are missing; only the process that runs the search may
 
     def __post_init__(self) -> None:
         self._supernets: dict[int, LoraSupernet] = {}

@@ -92,6 +92,7 @@ class PerLayer(SlotSpace):
         """Say what each role chooses from; see `SearchSpace.summary`."""
         groups = self.groups_of_slots(backbone)
         lines = [f"{len(groups)} groups of blocks ({', '.join(groups)}), each on or off; in each:"]
-        for slot in list(groups.values())[-1]:
-            lines.append(f"  {slot.sites[0].role}: off, {', '.join(map(str, slot.choices.values()))}")
+        offered = {slot.sites[0].role: slot for slots in groups.values() for slot in slots}
+        for role, slot in offered.items():
+            lines.append(f"  {role}: off, {', '.join(map(str, slot.choices.values()))}")
         return "\n".join(lines)

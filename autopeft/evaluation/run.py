@@ -240,7 +240,7 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
         raise
     except (Exception, SystemExit) as error:  # a model may call `sys.exit`
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        # The latter is how torch's CPU allocator says it.
+        # torch's CPU allocator raises a RuntimeError with this text.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             return f"out of memory: {first_line}"
         _logger.warning("A trial failed and the search goes on.", exc_info=True)

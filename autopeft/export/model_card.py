@@ -19,7 +19,7 @@ from autopeft.methods import placements
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
 _TEST = "test_"
-_OF_NO_SPLIT = ("examples_per_second",)
+_NOT_OF_A_SPLIT = ("examples_per_second",)
 LAYOUTS = {
     "peft": "a plain PEFT folder",
     "mixed": "a folder of autopeft: one folder a method",
@@ -31,7 +31,7 @@ LAYOUTS = {
 def kind_of(manifest: Manifest) -> str:
     """Return what kind of folder an export is, as a phrase."""
     has_head = manifest.head.modules and manifest.layout != "merged"
-    return LAYOUTS[manifest.layout] + ", the trained head included" * bool(has_head)
+    return LAYOUTS[manifest.layout] + (", the trained head included" if has_head else "")
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
@@ -208,7 +208,7 @@ def _figures(values: Mapping[str, float]) -> str:
     for name, value in sorted(values.items(), key=lambda item: item[0].startswith(_TEST)):
         cost = COST_OBJECTIVES.get(name)
         split = "test" if name.startswith(_TEST) else "validation"
-        if cost is not None or name in _OF_NO_SPLIT:
+        if cost is not None or name in _NOT_OF_A_SPLIT:
             split = "–"
         text = f"{value:.4f}" if cost is None else cost.format(value)
         rows.append((name.removeprefix(_TEST), split, text))

@@ -130,8 +130,8 @@ def load_model(
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no padding token and no end token to pad with.")
         tokenizer.pad_token = tokenizer.eos_token
-    # Decoders look for the last token that is none of padding: with another id they would pool elsewhere.
-    for config in (model.config, model.config.get_text_config()):  # one and the same but for composite models
+    # Decoders look for the last token that is not padding: with another id they would pool elsewhere.
+    for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
     modules = head_modules(model, head, missing)

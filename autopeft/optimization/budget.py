@@ -1,4 +1,4 @@
-"""When a search is done, and when going on with it finds nothing."""
+"""When a search is done, and when it is hopeless."""
 
 from __future__ import annotations
 

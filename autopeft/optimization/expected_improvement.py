@@ -268,7 +268,7 @@ def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> 
 def _scaled(objective: Objective, value: float) -> float:
     if not objective.log_scale:
         return value
-    # Counts may be 0: the head alone has no adapter parameters. So low a logarithm as that is no trial's.
+    # Counts may be 0: the head alone has no adapter parameters. No measured value is as low as 1e-300.
     return math.log(max(value, 1.0 if objective.before_training else 1e-300))
 
 

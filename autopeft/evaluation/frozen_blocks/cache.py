@@ -276,7 +276,7 @@ class HiddenStateCache:
         error = self._error(cut, rows, states)
         if not error <= _tolerance(states, "32-true"):
             raise UnservableError(
-                f"a row's depend on the padding of its batch (the difference is {error:.2g} of them)"
+                f"those of a row depend on the padding of its batch (by {error:.2g} of their size)"
             )
         self._token_bytes[cut] = states.shape[-1] * states.element_size()
 

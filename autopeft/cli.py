@@ -192,10 +192,7 @@ def export(
     assert trial is not None
     kept = place / SETTINGS_FILE
     if not kept.is_file():
-        raise ValueError(
-            f"{place} has no {SETTINGS_FILE}, as of a search from Python by an earlier version: make the "
-            "search again there, where search.export(number, folder) writes its adapters."
-        )
+        raise ValueError(f"{place} has no {SETTINGS_FILE}: call search.export(number, folder) from Python.")
     from autopeft.search_document import LOST
     from autopeft.yaml_config import build_config
 

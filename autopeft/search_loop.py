@@ -46,11 +46,6 @@ def run_loop(
 
     Returns:
         The front of all trials.
-
-    Raises:
-        KeyboardInterrupt: The user interrupted; what has finished is kept.
-        RuntimeError: All trials fail alike.
-        ValueError: No trial keeps the constraints.
     """
     with noticed_interrupts() as raise_if_interrupted:
         while True:

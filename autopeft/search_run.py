@@ -1,4 +1,4 @@
-"""One call of `Search.run`: what is set up for the loop, and what is put away after it."""
+"""One call of `Search.run`: what is set up before the loop, and closed after it."""
 
 from __future__ import annotations
 

@@ -8,13 +8,11 @@ from autopeft.callbacks.dylora import DyLoRA
 from autopeft.callbacks.elalora import ElaLoRA
 from autopeft.callbacks.increlora import IncreLoRA
 from autopeft.callbacks.ist import IST
-from autopeft.callbacks.learning_curve import LearningCurve
 from autopeft.callbacks.lisa import LISA
 from autopeft.callbacks.lora_modules import LoraModule, find_lora_modules
-from autopeft.callbacks.peak_memory import PeakMemory
+from autopeft.callbacks.measuring import LearningCurve, PeakMemory, Throughput
 from autopeft.callbacks.rank_gates import RankGates
 from autopeft.callbacks.sora import SoRA
-from autopeft.callbacks.throughput import Throughput
 
 __all__ = [
     "IST",

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import check_at_least
 from autopeft.callbacks.sora import SoRA
+from autopeft.core.errors import check_numbers
 
 Granularity = Literal["rank", "module"]
 
@@ -42,7 +42,7 @@ class ARDLoRA(SoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(0, total_variation=self.total_variation)
+        check_numbers(least=0, total_variation=self.total_variation)
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"granularity is 'rank' or 'module', got {self.granularity!r}.")
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import check_at_least
+from autopeft.core.errors import check_numbers
 
 
 class DivergenceError(RuntimeError):
@@ -30,7 +30,7 @@ class StopOnDivergence(Callback):
     every_n_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_at_least(1, every_n_steps=self.every_n_steps)
+        check_numbers(least=1, every_n_steps=self.every_n_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import RankGates, check_at_least
+from autopeft.callbacks.rank_gates import RankGates
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,11 +37,12 @@ class DyLoRA(RankGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, minimum_rank=self.minimum_rank)
+        check_numbers(least=1, minimum_rank=self.minimum_rank)
         if self.maximum_rank is not None:
-            check_at_least(self.minimum_rank, maximum_rank=self.maximum_rank)
+            check_numbers(least=self.minimum_rank, maximum_rank=self.maximum_rank)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._drawn: tuple[int, int] | None = None
+        self._used: int | None = None  # every rank
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the arguments with the ranks there are."""
@@ -67,26 +69,23 @@ class DyLoRA(RankGates):
             high = self.maximum_rank or self._highest_rank
             rank = int(torch.randint(self.minimum_rank, high + 1, (), generator=self._generator))
             self._drawn = trainer.global_step, rank
-        self._use(self._drawn[1])
+        self._used = self._drawn[1]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Use every rank; in a fit the next batch turns back to the drawn one."""
-        self._use(None)
+        self._used = None
 
     on_train_end = on_validation_start
 
     def fold(self) -> None:
         """Use every rank, and take the gates off."""
-        self._use(None)
+        self._used = None
         super().fold()
 
-    def _use(self, rank: int | None) -> None:
-        for name, gate in self._gates.items():
-            gate.copy_(self._factors_of(name, rank))
-
-    def _factors_of(self, name: str, rank: int | None) -> Tensor:
+    def factors(self, name: str) -> Tensor:
+        """Return what each rank of a module is multiplied by: those above the one in use by 0."""
         module = self._modules[name]
-        rank = min(rank or module.rank, module.rank)
+        rank = min(self._used or module.rank, module.rank)
         # The layer multiplies by the scaling of its full rank.
         rescaling = module.scaling(rank) / module.scaling(module.rank)
         return (torch.arange(module.rank, device=module.down.weight.device) < rank) * rescaling
@@ -98,8 +97,12 @@ class DyLoRA(RankGates):
             rank: How many ranks to keep, from 1 (else a ValueError) to what a module has; None for all.
         """
         if rank is not None:
-            check_at_least(1, rank=rank)
-        return self._truncated(lambda name: self._factors_of(name, rank))
+            check_numbers(least=1, rank=rank)
+        before, self._used = self._used, rank
+        try:
+            return super().truncated_state()
+        finally:
+            self._used = before
 
     def state_dict(self) -> dict[str, Any]:
         """Return the latest draw and the generator's state; the gates follow from them."""

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import check_at_least
 from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
+from autopeft.core.errors import check_numbers
 
 Move = tuple[str, int, str]
 """A rank that is moved: (module it leaves, its index there, module that gains one)."""
@@ -51,9 +51,9 @@ class ElaLoRA(SensitivityGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, moves=self.moves, minimum_rank=self.minimum_rank)
+        check_numbers(least=1, moves=self.moves, minimum_rank=self.minimum_rank)
         if self.stop_step is not None:
-            check_at_least(self.warmup_steps, stop_step=self.stop_step)
+            check_numbers(least=self.warmup_steps, stop_step=self.stop_step)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._added: list[tuple[str, int]] = []
 

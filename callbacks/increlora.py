@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from autopeft.callbacks.rank_gates import check_at_least, refuse_loss_scaling
+from autopeft.callbacks.rank_gates import refuse_loss_scaling
 from autopeft.callbacks.smoothed_sensitivity import SensitivityGates
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +46,7 @@ class IncreLoRA(SensitivityGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, modules_per_growth=self.modules_per_growth, initial_rank=self.initial_rank)
+        check_numbers(least=1, modules_per_growth=self.modules_per_growth, initial_rank=self.initial_rank)
         self._inputs: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._passes = 0

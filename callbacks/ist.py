@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autopeft.callbacks.lisa import LayerSampling, find_layers
 from autopeft.callbacks.lora_modules import find_lora_modules, has_lora
-from autopeft.callbacks.rank_gates import check_above_zero, check_at_least
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,8 +56,8 @@ class IST(LayerSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(2, trials=self.trials)
-        check_above_zero(learning_rate=self.learning_rate)
+        check_numbers(least=2, trials=self.trials)
+        check_numbers(above=0, learning_rate=self.learning_rate)
         shares = self.trained_share, self.suppressed_share
         if not 0 < shares[0] <= 1 or not 0 < shares[1] < 1:
             raise ValueError(f"trained_share lies in (0, 1] and suppressed_share in (0, 1), got {shares}.")

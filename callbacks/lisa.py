@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from autopeft.callbacks.rank_gates import check_at_least
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -35,7 +35,7 @@ class LayerSampling(Callback):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, every_n_steps=self.every_n_steps)
+        check_numbers(least=1, every_n_steps=self.every_n_steps)
         self.active: tuple[str, ...] = ()
         self._choose_every = self.every_n_steps
         self._fewest_layers = 2
@@ -147,7 +147,7 @@ class LISA(LayerSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, count=self.count)
+        check_numbers(least=1, count=self.count)
         self._fewest_layers = max(2, self.count)
 
     def choose(self, *_: Any) -> Collection[str]:

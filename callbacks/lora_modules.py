@@ -51,7 +51,7 @@ class LoraModule:
     def truncated(self, factors: Tensor) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA that computes what this one does under `factors`.
 
-        They are what each rank is multiplied by, of shape (rank,); ranks with 0 are dropped. The copies are
+        Each rank is multiplied by its factor, of shape (rank,); ranks with 0 are dropped. The copies are
         called "<name>.lora_A.weight" and "<name>.lora_B.weight", for the same α and rule of scaling; there
         are none where every factor is 0.
         """

@@ -89,18 +89,15 @@ class RankGates(StepCallback):
         up = self._modules[name].up.weight
         return up * self.factors(name).to(up)
 
+    @torch.no_grad()
     def truncated_state(self) -> dict[str, Tensor]:
         """Return the tensors of an ordinary LoRA with the effective ranks, modules of rank 0 left out.
 
         Names are those of `LoraModule.truncated`.
         """
-        return self._truncated(self.factors)
-
-    @torch.no_grad()
-    def _truncated(self, factors: Callable[[str], Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, module in self._modules.items():
-            state |= module.truncated(factors(name))
+            state |= module.truncated(self.factors(name))
         return state
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -173,17 +170,3 @@ def refuse_loss_scaling(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} reads gradients during the backward pass, which precision "
             "16-mixed scales: train in bf16-mixed or 32-true."
         )
-
-
-def check_at_least(minimum: float, **arguments: float) -> None:
-    """Raise a ValueError where an argument is below a minimum, or NaN."""
-    for name, value in arguments.items():
-        if not value >= minimum:
-            raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}.")
-
-
-def check_above_zero(**arguments: float) -> None:
-    """Raise a ValueError where an argument is not above 0."""
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value!r}.")

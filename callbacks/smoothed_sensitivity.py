@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autopeft.callbacks.rank_gates import RankGates, check_at_least
+from autopeft.callbacks.rank_gates import RankGates
+from autopeft.core.errors import check_numbers
 
 
 class SmoothedSensitivity:
@@ -52,9 +53,6 @@ class SensitivityGates(RankGates):
         every_n_steps: Optimizer steps between changes of the ranks.
         warmup_steps: Optimizer steps before the first change.
         betas: Decay of the averages of sensitivity and uncertainty.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     budget: int
@@ -65,8 +63,8 @@ class SensitivityGates(RankGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, budget=self.budget, every_n_steps=self.every_n_steps)
-        check_at_least(0, warmup_steps=self.warmup_steps)
+        check_numbers(least=1, budget=self.budget, every_n_steps=self.every_n_steps)
+        check_numbers(least=0, warmup_steps=self.warmup_steps)
         self._averages = SmoothedSensitivity(self.betas)
 
     def check_budget(self, least: int) -> None:

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from autopeft.callbacks.rank_gates import RankGates, check_above_zero, check_at_least, refuse_loss_scaling
+from autopeft.callbacks.rank_gates import RankGates, refuse_loss_scaling
+from autopeft.core.errors import check_numbers
 
 
 @dataclass(eq=False)
@@ -35,8 +36,8 @@ class SoRA(RankGates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(0, penalty=self.penalty)
-        check_above_zero(learning_rate=self.learning_rate)
+        check_numbers(least=0, penalty=self.penalty)
+        check_numbers(above=0, learning_rate=self.learning_rate)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put each gate on its module's device, and let it collect gradients."""

@@ -20,17 +20,11 @@ Encoding = Literal["fixed", "conditional"]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodChoice:
-    """A method that a site may carry.
-
-    Attributes:
-        method: Its name.
-        sizes: The sizes there are, rising; empty for a method without a size.
-        options: Options of its adapters.
-    """
+    """A method that a site may carry."""
 
     method: str
-    sizes: Sequence[int] = ()
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    sizes: Sequence[int] = ()  # the sizes there are, rising; empty for a method without a size
+    options: Mapping[str, OptionValue] = field(default_factory=dict)  # options of its adapters
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -79,17 +73,11 @@ Choices = Mapping[Site, Mapping[str, MethodChoice]]
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One role in one block or group of blocks: no adapter, or a method and its size.
+    """One role in one block or group of blocks: no adapter, or a method and its size."""
 
-    Attributes:
-        name: What the names of its parameters begin with, as in "0-1.query".
-        sites: The sites that get the same adapter.
-        choices: The methods to choose from, by name.
-    """
-
-    name: str
-    sites: tuple[Site, ...]
-    choices: Mapping[str, MethodChoice]
+    name: str  # what the names of its parameters begin with, as in "0-1.query"
+    sites: tuple[Site, ...]  # the sites that get the same adapter
+    choices: Mapping[str, MethodChoice]  # the methods to choose from, by name
 
     @property
     def count(self) -> int:

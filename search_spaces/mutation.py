@@ -82,16 +82,13 @@ class ParameterMutator(Mutator):
 
 @dataclass(frozen=True, kw_only=True)
 class SiteMutator(Mutator):
-    """Moves by site, role or block: resize, drop, add, cross over.
+    """Moves by site, role or block: resize, drop, add, cross over."""
 
-    Attributes:
-        choices: The methods there are for every site that chooses for itself, one adapter each; in order.
-        values: How much each of these promises, at least 0: the better are added to, the worse dropped first.
-        tied: Sites that carry the same, by the one of them that chooses; none where each does.
-    """
-
+    # The methods there are for every site that chooses for itself, one adapter each; in order.
     choices: Choices
+    # How much each of these promises, at least 0: the better are added to, the worse dropped first.
     values: Mapping[Site, float]
+    # Sites that carry the same, by the one of them that chooses; none where each does.
     tied: Mapping[Site, Sequence[Site]] = field(default_factory=dict)
 
     def changed(self, parent: Configuration, other: Configuration, generator: random.Random) -> Placed:

@@ -12,48 +12,35 @@ from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.allocation import ALLOCATORS, RankBudget, find_allocator
+from autopeft.sensitivity.allocation import ALLOCATORS, RankBudget
 
 _FFN = "ffn"
 _LORA = MethodChoice(method="lora", sizes=range(1, 65))
-SCORE_ALLOCATORS = tuple(name for name, rule in ALLOCATORS.items() if rule.evidence != "counts")
-"""Allocators that read the scores of sites; the others read counts of sensitive weights."""
 SCORES_WITH_SPECTRA = ("gradient_spectrum", "explained_variance")
 """Scores that say what each rank of an adapter adds, which some allocators read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """How a score becomes the sizes of a method's adapters.
+    """How a score becomes the sizes of a method's adapters."""
 
-    Attributes:
-        budget: Trainable parameters of all adapters together (the head not counted).
-        choice: A method with sizes, of which the largest bounds an adapter's, and its options.
-        allocator: One of `SCORE_ALLOCATORS`.
-        placement: Share of the sites that may carry an adapter, the best first, in (0, 1].
-        lowest_block: Blocks below it carry none, which is what saves memory.
-        roles: Roles that may carry an adapter; None for all that the method can sit on.
-        allocator_options: Options of the allocator, as `{"temperature": 0.5}`.
-    """
-
-    budget: int
+    budget: int  # trainable parameters of all adapters together (the head not counted)
+    # A method with sizes, of which the largest bounds an adapter's, and its options.
     choice: MethodChoice = _LORA
-    allocator: str = "proportional"
-    placement: float = 1.0
-    lowest_block: int = 0
+    allocator: str = "proportional"  # one of `ALLOCATORS`
+    placement: float = 1.0  # share of the sites that may carry an adapter, the best first, in (0, 1]
+    lowest_block: int = 0  # blocks below it carry none, which is what saves memory
+    # Roles that may carry an adapter; None for all that the method can sit on.
     roles: Sequence[str] | None = None
+    # Options of the allocator, as `{"temperature": 0.5}`.
     allocator_options: Mapping[str, float] = field(default_factory=dict)
 
     def adapters(self, backbone: Backbone, scores: SiteScores) -> dict[Site, Adapter]:
         """Return the adapters that the score's best sites get; a site may get none.
 
         The budget is kept by the sizes alone: series and parallel adapters have one bias more a site.
-
-        Raises:
-            ValueError: The method has no size or no site, the allocator reads what the score does not
-                have, or a number is out of range.
         """
-        rule = find_allocator(self.allocator)
+        rule = ALLOCATORS[self.allocator]
         method, options = self.choice.method, self.choice.options
         sites = [site for site in self.candidates(backbone) if site.block >= self.lowest_block]
         if not sites:

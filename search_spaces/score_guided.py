@@ -16,10 +16,10 @@ from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_choice import MethodChoice, placed
 from autopeft.search_spaces.method_space import SlotSpace, checked_names
-from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, SCORES_WITH_SPECTRA, Allocation
+from autopeft.search_spaces.score_allocation import SCORES_WITH_SPECTRA, Allocation
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SCORES
-from autopeft.sensitivity.allocation import find_allocator
+from autopeft.sensitivity.allocation import ALLOCATORS
 
 _GUIDED, _PLACED = "guided", "placed"
 _TEMPERATURE = "temperature"
@@ -83,9 +83,9 @@ class ScoreGuided(SlotSpace):
         _check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        if self.allocator not in SCORE_ALLOCATORS:
-            raise unknown_choice("allocator of scores", self.allocator, SCORE_ALLOCATORS)
-        if find_allocator(self.allocator).evidence == "spectra":
+        if self.allocator not in ALLOCATORS:
+            raise unknown_choice("allocator", self.allocator, ALLOCATORS)
+        if ALLOCATORS[self.allocator].evidence == "spectra":
             what = f"score with spectra, which the allocator {self.allocator!r} reads,"
             for score in self.scores:
                 if score not in SCORES_WITH_SPECTRA:
@@ -131,7 +131,7 @@ class ScoreGuided(SlotSpace):
 
     @property
     def _is_heated(self) -> bool:
-        return _TEMPERATURE in find_allocator(self.allocator).options
+        return _TEMPERATURE in ALLOCATORS[self.allocator].options
 
     def _highest_block(self, backbone: Backbone) -> int:
         """Return the highest block in which every method finds a site."""

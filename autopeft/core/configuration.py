@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,9 +13,8 @@ from typing import Any
 import yaml
 
 from autopeft.core.adapter import Adapter, Site, parse_sites
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
-from autopeft.core.text_grid import text_grid
 
 __all__ = ["Adapter", "Configuration", "Site"]
 
@@ -48,12 +46,8 @@ class Configuration:
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
     ) -> None:
-        _check_number("learning_rate", learning_rate)
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate must be a number above 0, got {learning_rate!r}.")
-        _check_number("weight_decay", weight_decay)
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be a number of at least 0, got {weight_decay!r}.")
+        check_numbers(above=0, learning_rate=learning_rate)
+        check_numbers(least=0, weight_decay=weight_decay)
         checked = {site: _of_site(site, given) for site, given in sorted((adapters or {}).items())}
         canonical = {site: several for site, several in checked.items() if several}
         object.__setattr__(self, "adapters", _FrozenMap(canonical))
@@ -185,17 +179,26 @@ class Configuration:
         return f"<p>{self!r}</p><pre>{self.grid()}</pre>"
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}{_number_hint(value)}.")
+def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
+    """Draw occupied cells, labels by (block, role), as a table of text, with a legend of the letters in use.
 
-
-def _number_hint(value: Any) -> str:
-    """Say what to write where YAML, which wants a point in "1.0e-3", took a number for text."""
-    try:
-        return f"; write {float(value):g}" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+    There is a line a block, from the highest occupied one down to block 0: the output is on top.
+    """
+    if not cells:
+        return "(no adapters)"
+    roles = [role for role in ROLES if any(role == used for _, used in cells)]
+    table = [("block", *roles)]
+    for block in range(max(block for block, _ in cells), -1, -1):
+        table.append((str(block), *(cells.get((block, role), "·") for role in roles)))
+    left, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    rows = ["  ".join([block.rjust(left), *map(str.center, labels, widths)]) for block, *labels in table]
+    letters = {part.rstrip("0123456789") for label in cells.values() for part in label.split("+")}
+    legend = ", ".join(
+        f"{method.symbol} {method.name}" + (f" ({method.size_name})" if method.size_name else "")
+        for method in METHOD_SPECS.values()
+        if method.symbol in letters
+    )
+    return "\n".join(line.rstrip() for line in [*rows, legend])
 
 
 def _read_adapters(site: Any, given: Any) -> tuple[Adapter, ...]:

@@ -31,11 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, of any device and layout, and texts to a safetensors file with a checksum of them.
-
-    Raises:
-        OSError: See `replacing`.
-    """
+    """Write tensors, of any device and layout, and texts to a safetensors file with a checksum of them."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
         try:
@@ -60,11 +56,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write JSON, with texts as keys, and a checksum.
-
-    Raises:
-        OSError: See `replacing`.
-    """
+    """Write JSON, with texts as keys, and a checksum."""
     text = json.dumps(content, indent=1)
     with replacing(path) as partial:
         partial.write_text(f'{{"{CHECKSUM}": "{_text_digest(text)}", "content": {text}}}\n', encoding="utf-8")

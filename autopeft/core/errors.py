@@ -1,9 +1,15 @@
-"""How autopeft says what was wrong, what was expected and the nearest valid choice."""
+"""How autopeft says what was wrong, what was expected and the nearest valid choice.
+
+A ValueError is for what a user can mend, before anything is trained; a RuntimeError for a training or a check
+that failed; an OSError for the disk. Docstrings name them where a user calls, or a caller catches them.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(given: str, valid: Iterable[str]) -> str | None:
@@ -32,3 +38,21 @@ def check_share(name: str, share: float, *, of: str) -> None:
     """Raise a ValueError where a value is no share in [0, 1] of something."""
     if not 0 <= share <= 1:
         raise ValueError(f"{name} is a share of the {of} in [0, 1], got {share!r}.")
+
+
+def check_numbers(*, least: float | None = None, above: float = -math.inf, **values: Any) -> None:
+    """Raise a ValueError where a value is no finite number from `least` up, or else `above` a bound."""
+    bound = f"above {above:g}" if least is None else f"of at least {least:g}"
+    for name, value in values.items():
+        is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_finite or (value <= above if least is None else value < least):
+            hint = _number_hint(value)
+            raise ValueError(f"{name} must be a finite number {bound}, got {value!r}{hint}.")
+
+
+def _number_hint(value: Any) -> str:
+    """Say what to write where YAML, which wants a point in "1.0e-3", took a number for text."""
+    try:
+        return f"; write {float(value):g}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""

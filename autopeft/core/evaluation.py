@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import Objective
@@ -90,12 +90,6 @@ class Evaluation:
     failures: Mapping[int, str] = field(default_factory=dict)
     warm_start: bool = False
 
-    def __post_init__(self) -> None:
-        if self.status not in get_args(Status):
-            raise ValueError(f"status is one of {get_args(Status)}, got {self.status!r}.")
-        if (self.reason is None) != (self.status == "complete"):
-            raise ValueError(f"A {self.status} evaluation with reason {self.reason!r}.")
-
     @property
     def trainings(self) -> int:
         """Number of whole trainings behind the values, at least 1 (also while the first is paused)."""
@@ -148,9 +142,8 @@ class Evaluation:
                 CurvePoint(metric=metric, step=step, value=value) for metric, step, value in data["curves"]
             ),
             "cost": Cost(**data["cost"]),
-            # Not in the oldest records, as fidelity and warm start.
-            "by_seed": {int(seed): values for seed, values in data.get("by_seed", {}).items()},
-            "failures": {int(seed): reason for seed, reason in data.get("failures", {}).items()},
+            "by_seed": {int(seed): values for seed, values in data["by_seed"].items()},
+            "failures": {int(seed): reason for seed, reason in data["failures"].items()},
         }
         return cls(**{**data, **read})
 
@@ -195,14 +188,14 @@ def _means(trainings: Sequence[Mapping[str, float]], metrics: Collection[str]) -
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One finished trial of a search.
+    """One trial of a search: finished, or paused at a rung.
 
     Attributes:
         number: The trial's number in the study, from 0.
         evaluation: Its outcome.
         duplicate_of: Number of the earlier trial with the same configuration, whose outcome this
             trial took over without training; None where it was trained itself.
-        baseline: Name of the reference point this trial is ("uniform lora 8"), None when sampled.
+        baseline: Name of the baseline configuration this trial is ("lora(8) everywhere"), None when sampled.
     """
 
     number: int

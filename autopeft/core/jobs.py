@@ -10,20 +10,13 @@ from autopeft.core.evaluation import TrialRecord
 
 @dataclass(frozen=True, kw_only=True)
 class New:
-    """Train a new trial.
-
-    Attributes:
-        number: The trial's number.
-        configuration: What it tries.
-        baseline: The name of the baseline that it is; None where it is another configuration.
-        rung: Rung to pause at; None to train to the end.
-        failed: What became of an earlier attempt, whose cost is added; None where this is the first.
-    """
+    """Train a new trial."""
 
     number: int
     configuration: Configuration
-    baseline: str | None = None
-    rung: int | None = None
+    baseline: str | None = None  # the name of the baseline that it is; None where it is another configuration
+    rung: int | None = None  # rung to pause at; None to train to the end
+    # What became of an earlier attempt, whose cost is added; None where this is the first.
     failed: TrialRecord | None = None
 
 
@@ -55,17 +48,11 @@ class Replicate(TrialJob):
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicate:
-    """Record a trial whose configuration was tried before: nothing is trained.
-
-    Attributes:
-        number: The trial's number.
-        original: The earlier trial, whose outcome it takes over.
-        baseline: See `New`.
-    """
+    """Record a trial whose configuration was tried before: nothing is trained."""
 
     number: int
-    original: TrialRecord
-    baseline: str | None = None
+    original: TrialRecord  # the earlier trial, whose outcome it takes over
+    baseline: str | None = None  # see `New`
 
 
 Job = New | Resume | Replicate | Duplicate

@@ -37,7 +37,6 @@ NORM_ROLES = (
     "query_norm",
     "key_norm",
 )
-SUBLAYER_ROLES: tuple[Kind, Kind] = ("attention", "ffn")
 
 KIND_OF_ROLE: Mapping[str, Kind] = {
     **dict.fromkeys(LINEAR_ROLES, "linear"),
@@ -51,32 +50,22 @@ ROLES = tuple(KIND_OF_ROLE)
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
-    """What a configuration may say of an adapter method.
+    """What a configuration may say of an adapter method."""
 
-    Attributes:
-        name: The name in configurations, as in "lora".
-        symbol: One or two letters for the compact picture.
-        kinds: The kinds of site it can sit on.
-        size_name: What its size means ("rank", "bottleneck width", ...); None for a method without one.
-        options: Every option with its default.
-        minimums: Options that are numbers with a lower bound (exclusive).
-        choices: Options that are names, with the valid ones.
-        excludes: Methods that train the same numbers or take the same place, so that a site carries
-            one of them at most.
-        needs_bias: Whether the module must have a bias.
-        needs_attention_interface: Whether the model must compute attention through transformers'
-            attention interface.
-    """
-
-    name: str
-    symbol: str
-    kinds: frozenset[Kind]
+    name: str  # the name in configurations, as in "lora"
+    symbol: str  # one or two letters for the compact picture
+    kinds: frozenset[Kind]  # the kinds of site it can sit on
+    # What its size means ("rank", "bottleneck width", ...); None for a method without one.
     size_name: str | None = None
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    options: Mapping[str, OptionValue] = field(default_factory=dict)  # every option with its default
+    # Options that are numbers with a lower bound (exclusive).
     minimums: Mapping[str, float] = field(default_factory=dict)
+    # Options that are names, with the valid ones.
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Methods that train the same numbers or take the same place, so that a site carries one of them at most.
     excludes: frozenset[str] = frozenset()
-    needs_bias: bool = False
+    needs_bias: bool = False  # whether the module must have a bias
+    # Whether the model must compute attention through transformers' attention interface.
     needs_attention_interface: bool = False
 
 

@@ -20,16 +20,12 @@ Values = Mapping[str, float]
 def non_dominated(points: Sequence[Values], objectives: Sequence[Objective]) -> list[bool]:
     """Say of each point whether no other point is at least as good everywhere and better somewhere.
 
-    Equal points are kept: none of them dominates the other. A point with NaN is never on the front.
+    Equal points are kept: none of them dominates the other.
     """
     if not points:
         return []
-    losses = _losses(points, objectives)
-    finite = np.isfinite(losses).all(axis=1)
-    keep = np.zeros(len(points), dtype=bool)
-    if finite.any():
-        keep[finite] = moocore.is_nondominated(losses[finite], keep_weakly=True)
-    return [bool(kept) for kept in keep]
+    kept = moocore.is_nondominated(_losses(points, objectives), keep_weakly=True)
+    return [bool(is_kept) for is_kept in kept]
 
 
 def non_dominated_sort(points: Sequence[Values], objectives: Sequence[Objective]) -> list[list[int]]:
@@ -59,17 +55,11 @@ def _losses(points: Sequence[Values], objectives: Sequence[Objective]) -> NDArra
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis of the unit cube in which hypervolume is taken: 0 is the worst value, 1 the best.
+    """One axis of the unit cube in which hypervolume is taken: 0 is the worst value, 1 the best."""
 
-    Attributes:
-        objective: What is measured along it.
-        worst: Value at 0. Anything worse counts as 0.
-        best: Value at 1. Anything better counts as 1.
-    """
-
-    objective: Objective
-    worst: float
-    best: float
+    objective: Objective  # what is measured along it
+    worst: float  # value at 0; anything worse counts as 0
+    best: float  # value at 1; anything better counts as 1
 
     def __post_init__(self) -> None:
         better = self.best > self.worst if self.objective.direction == "maximize" else self.best < self.worst
@@ -97,10 +87,8 @@ def fixed_axes(
 ) -> tuple[Axis, ...]:
     """Return an axis for each objective whose ends are known before training.
 
-    Args:
-        objectives: The search's.
-        metric_bounds: The trivial score and the best value of each metric.
-        ends: What the space's smallest and its largest configuration cost.
+    `metric_bounds` has the trivial score and the best value of each metric, `ends` what the space's smallest
+    and its largest configuration cost.
     """
     axes = []
     for objective in objectives:
@@ -123,14 +111,13 @@ def _axis_losses(points: Sequence[Values], axes: Sequence[Axis]) -> list[list[fl
 def hypervolume(points: Sequence[Values], axes: Sequence[Axis]) -> float:
     """Return the share of the unit cube that the points dominate, in [0, 1].
 
-    The axes are fixed, so figures can be compared between trials and searches over the same space. Points
-    with NaN are left out. Computed by moocore (Fonseca, Paquete and López-Ibáñez, "An Improved
-    Dimension-Sweep Algorithm for the Hypervolume Indicator", 2006).
+    The axes are fixed, so figures can be compared between trials and searches over the same space. Computed
+    by moocore (Fonseca, Paquete and López-Ibáñez, "An Improved Dimension-Sweep Algorithm for the Hypervolume
+    Indicator", 2006).
     """
-    usable = [p for p in points if all(math.isfinite(p[a.objective.name]) for a in axes)]
-    if not usable:
+    if not points:
         return 0.0
-    return float(moocore.hypervolume(np.array(_axis_losses(usable, axes)), ref=np.ones(len(axes))))
+    return float(moocore.hypervolume(np.array(_axis_losses(points, axes)), ref=np.ones(len(axes))))
 
 
 def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]:
@@ -150,25 +137,16 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
 def knee(points: Sequence[Values], axes: Sequence[Axis], tolerance: float = 0.05) -> int:
     """Return the index of the point to take where costs matter, but the metric more.
 
-    Of the points whose metric is almost the best, it is the one closest to the best corner of the unit cube
-    (Euclidean, the metric left out).
-
-    Args:
-        points: Values by objective's name; a ValueError is raised where there are none.
-        axes: The axes; the metric is the first metric among them. Without a metric all points are candidates.
-        tolerance: How far below the best a metric may lie, as a share of its axis.
+    Of the points whose metric is almost the best (at most `tolerance` of its axis below it), it is the one
+    closest to the best corner of the unit cube (Euclidean, the metric left out).
     """
-    if not points:
-        raise ValueError("An empty front has no knee point.")
-    metric = next((axis for axis in axes if axis.objective.is_metric), None)
-    candidates = list(range(len(points)))
-    if metric is not None:
-        places = [metric.position(point[metric.objective.name]) for point in points]
-        candidates = [index for index in candidates if places[index] >= max(places) - tolerance]
+    metric = next(axis for axis in axes if axis.objective.is_metric)
+    places = [metric.position(point[metric.objective.name]) for point in points]
+    candidates = [index for index, place in enumerate(places) if place >= max(places) - tolerance]
     costs = [axis for axis in axes if axis is not metric]
 
     def distance(index: int) -> tuple[float, float]:
         place = [axis.position(points[index][axis.objective.name]) for axis in costs]
-        return math.dist(place, [1.0] * len(costs)), 0.0 if metric is None else -places[index]
+        return math.dist(place, [1.0] * len(costs)), -places[index]
 
     return min(candidates, key=distance)

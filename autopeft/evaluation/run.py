@@ -49,17 +49,11 @@ InitialWeights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """An evaluation with what its training left.
+    """An evaluation with what its training left."""
 
-    Attributes:
-        evaluation: The outcome.
-        state: The trained tensors where it completed.
-        paused: What the training goes on from where it paused.
-    """
-
-    evaluation: Evaluation
-    state: Mapping[str, Tensor] | None = None
-    paused: TrainingCheckpoint | None = None
+    evaluation: Evaluation  # the outcome
+    state: Mapping[str, Tensor] | None = None  # the trained tensors where it completed
+    paused: TrainingCheckpoint | None = None  # what the training goes on from where it paused
 
     def with_added_cost(self, cost: Cost) -> Trained:
         """Return the same with more compute spent on it."""
@@ -260,7 +254,7 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
         raise
     except (Exception, SystemExit) as error:  # a model may call `sys.exit`
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        # The latter is how torch's CPU allocator says it.
+        # torch's CPU allocator raises a RuntimeError with this text.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             return f"out of memory: {first_line}"
         _logger.warning("A trial failed and the search goes on.", exc_info=True)

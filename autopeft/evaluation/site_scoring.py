@@ -39,9 +39,6 @@ def score_sites(
         names: Scores of `autopeft.sensitivity.SCORES`.
         batches: Training batches to use; fewer where the training split has fewer.
         folder: Where scores of all these settings are kept; None to keep none.
-
-    Raises:
-        ValueError: A score is unknown, batches is below 1, or a training for `leave_one_out` failed.
     """
 
     def train_one(configuration: Configuration) -> float:

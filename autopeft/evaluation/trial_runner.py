@@ -1,4 +1,4 @@
-"""Run one job: attach, count, check the constraints, train, measure, detach, and keep what is left."""
+"""Run one job: attach, count, check the constraints, train, measure, detach, and keep the trained tensors."""
 
 from __future__ import annotations
 

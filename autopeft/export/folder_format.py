@@ -46,42 +46,33 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _HEAD_PREFIX = "head."
-AUTO_CLASSES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    f"AutoModelFor{name}": (peft_type, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
-    for name, peft_type, mapping in (
-        ("SequenceClassification", "SEQ_CLS", "SEQUENCE_CLASSIFICATION"),
-        ("CausalLM", "CAUSAL_LM", "CAUSAL_LM"),
-        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "SEQ_TO_SEQ_CAUSAL_LM"),
-        ("TokenClassification", "TOKEN_CLS", "TOKEN_CLASSIFICATION"),
-        ("QuestionAnswering", "QUESTION_ANS", "QUESTION_ANSWERING"),
+AUTO_CLASSES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
+    for name, peft_type, pipeline, mapping in (
+        ("SequenceClassification", "SEQ_CLS", "text-classification", "SEQUENCE_CLASSIFICATION"),
+        ("CausalLM", "CAUSAL_LM", "text-generation", "CAUSAL_LM"),
+        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
+        ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
+        ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
     )
 }
-"""transformers' auto classes that a folder may be loaded with: peft's task type, and the model classes."""
+"""transformers' auto classes that a folder may be loaded with: peft's task type, the Hub's pipeline tag, and
+the model classes."""
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskHead:
-    """What a base model has to be told so that it gets the head an adapter was trained with.
+    """What a base model has to be told so that it gets the head an adapter was trained with."""
 
-    Attributes:
-        modules: Qualified names of the modules that were trained with the adapters; none where the base's own
-            head stayed frozen.
-        labels: Name of every label, in the order of the logits; none for a language model.
-        problem_type: transformers' name for the loss; None where the model did not fix it.
-        pad_token_id: The padding token the model was used with; None where it has none.
-        dtype: The weights' type, as in "float32".
-        auto_class: The transformers class that loads the base, of `AUTO_CLASSES`.
-
-    Raises:
-        ValueError: The class is unknown.
-    """
-
+    # Qualified names of the modules that were trained with the adapters; none where the base's own head
+    # stayed frozen.
     modules: tuple[str, ...]
-    labels: tuple[str, ...]
-    problem_type: str | None
-    pad_token_id: int | None
-    dtype: str
+    labels: tuple[str, ...]  # name of every label, in the order of the logits; none for a language model
+    problem_type: str | None  # transformers' name for the loss; None where the model did not fix it
+    pad_token_id: int | None  # the padding token the model was used with; None where it has none
+    dtype: str  # the weights' type, as in "float32"
+    # The transformers class that loads the base, of `AUTO_CLASSES`.
     auto_class: str = "AutoModelForSequenceClassification"
 
     def __post_init__(self) -> None:
@@ -90,14 +81,10 @@ class TaskHead:
 
     @classmethod
     def of(cls, backbone: Backbone) -> TaskHead:
-        """Read the head off a backbone.
-
-        Raises:
-            ValueError: The model is of no class that this format knows.
-        """
+        """Read the head off a backbone."""
         model = backbone.model
         auto_class = next(
-            (name for name, (_, models) in AUTO_CLASSES.items() if type(model).__name__ in models.values()),
+            (name for name, (*_, known) in AUTO_CLASSES.items() if type(model).__name__ in known.values()),
             None,
         )
         if auto_class is None:
@@ -135,25 +122,16 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `load_adapter` has to know beyond the configuration; kept in `autopeft.json`.
+    """What `load_adapter` has to know beyond the configuration; kept in `autopeft.json`."""
 
-    Attributes:
-        layout: "peft", "mixed" or "merged".
-        base: Hub name or folder of the base model; empty where it was only in memory.
-        base_fingerprint: `Backbone.fingerprint` of the base, for the record.
-        head: The head.
-        sites: The modules that stand for each site of the configuration.
-        quantization: How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None
-            where it was not.
-        versions: Versions of the packages that wrote the folder.
-    """
-
-    layout: Layout
-    base: str
-    base_fingerprint: str
+    layout: Layout  # "peft", "mixed" or "merged"
+    base: str  # Hub name or folder of the base model; empty where it was only in memory
+    base_fingerprint: str  # `Backbone.fingerprint` of the base, for the record
     head: TaskHead
-    sites: Mapping[Site, SiteShape]
+    sites: Mapping[Site, SiteShape]  # the modules that stand for each site of the configuration
+    # How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None where it was not.
     quantization: Mapping[str, Any] | None = None
+    # Versions of the packages that wrote the folder.
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def save(self, folder: Path) -> None:
@@ -166,11 +144,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read a folder's manifest.
-
-        Raises:
-            ValueError: The folder was not written by an export, or by a newer version of one.
-        """
+        """Read a folder's manifest."""
         file = folder / MANIFEST_FILE
         if not file.is_file():
             raise ValueError(
@@ -260,17 +234,13 @@ def write_adapters(
             if isinstance(getattr(config, option, None), set):
                 setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
-            config.task_type, _ = AUTO_CLASSES[head.auto_class]
+            config.task_type, *_ = AUTO_CLASSES[head.auto_class]
             config.modules_to_save = list(head.modules) or None
         config.save_pretrained(str(folder if is_plain else folder / name))
 
 
 def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str, Tensor]:
-    """Read what `write_adapters` wrote in the layout "mixed", under the names it was given.
-
-    Raises:
-        ValueError: A file is missing, damaged, or holds what the configuration does not name.
-    """
+    """Read what `write_adapters` wrote in the layout "mixed", under the names it was given."""
     state = {}
     for name, prefixes in _tensor_files(by_method).items():
         file = folder / name

@@ -79,12 +79,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
 def attach_tensors(
     model: PreTrainedModel, by_method: Mapping[str, Placement], state: Mapping[str, Tensor]
 ) -> None:
-    """Attach adapters for good, with trained tensors in them, and replace the head's parameters.
-
-    Raises:
-        RuntimeError: See `attach_methods`.
-        ValueError: The model has no such module, or a tensor is missing, left over or of another shape.
-    """
+    """Attach adapters for good, with trained tensors in them, and replace the head's parameters."""
     parameters = attach_methods(model, by_method, ExitStack())  # they stay
     for name in state:
         if name.startswith("head."):

@@ -12,20 +12,13 @@ import yaml
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
-from autopeft.export.folder_format import Manifest, peft_groups
+from autopeft.export.folder_format import AUTO_CLASSES, Manifest, peft_groups
 from autopeft.methods import placements, unmergeable
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM accepts as --max-lora-rank."""
-_PIPELINES = {
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text2text-generation",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-}
 _TEST = "test_"
-_OF_NO_SPLIT = ("examples_per_second",)
+_NOT_OF_A_SPLIT = ("examples_per_second",)
 LAYOUTS = {
     "peft": "a plain PEFT folder",
     "mixed": "a folder of autopeft: one folder a method",
@@ -37,17 +30,11 @@ LAYOUTS = {
 def kind_of(manifest: Manifest) -> str:
     """Return what kind of folder an export is, as a phrase."""
     has_head = manifest.head.modules and manifest.layout != "merged"
-    return LAYOUTS[manifest.layout] + ", the trained head included" * bool(has_head)
+    return LAYOUTS[manifest.layout] + (", the trained head included" if has_head else "")
 
 
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
-    """Return a Python snippet that loads an export.
-
-    Args:
-        manifest: What was exported.
-        folder: The folder, as it is to be written in the snippet.
-        options: What the base model has to be told; see `verification.base_options`.
-    """
+    """Return a Python snippet that loads an export; for the options see `verification.base_options`."""
     auto_class = manifest.head.auto_class
     imported = f"{auto_class}, AutoTokenizer"
     base = "# base: the model that was in memory, loaded again"
@@ -159,15 +146,7 @@ def model_card(
 ) -> str:
     """Return the README.md of an export, with the metadata block of the Hugging Face hub.
 
-    Args:
-        manifest: What was exported.
-        configuration: What was trained.
-        values: See `export_adapter`.
-        details: See `export_adapter`.
-        folder: Name of the folder, as snippets call it.
-        options: What the base model has to be told; see `verification.base_options`.
-        check: How the export was checked.
-        trainings: See `export_adapter`.
+    Values, details and trainings are those of `export_adapter`; `check` says how the export was checked.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
     name = _escaped(Path(manifest.base).name or "base model")
@@ -212,7 +191,7 @@ def _front_matter(manifest: Manifest, configuration: Configuration) -> str:
     merged = manifest.layout == "merged"
     data: dict[str, object] = {
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": _PIPELINES[manifest.head.auto_class],
+        "pipeline_tag": AUTO_CLASSES[manifest.head.auto_class][1],
         "tags": ["autopeft", *configuration.methods],
     }
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone
@@ -228,7 +207,7 @@ def _figures(values: Mapping[str, float]) -> str:
     for name, value in sorted(values.items(), key=lambda item: item[0].startswith(_TEST)):
         cost = COST_OBJECTIVES.get(name) or GENERATION_SPEEDS.get(name)
         split = "test" if name.startswith(_TEST) else "validation"
-        if cost is not None or name in _OF_NO_SPLIT:
+        if cost is not None or name in _NOT_OF_A_SPLIT:
             split = "–"
         text = f"{value:.4f}" if cost is None else cost.format(value)
         rows.append((name.removeprefix(_TEST), split, text))

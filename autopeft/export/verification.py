@@ -42,17 +42,11 @@ _MERGING = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """The outcome of loading an export again.
+    """The outcome of loading an export again."""
 
-    Attributes:
-        difference: Largest absolute difference of the logits.
-        tolerance: The largest difference that is taken for rounding.
-        how: Where it was loaded, as a phrase.
-    """
-
-    difference: float
-    tolerance: float
-    how: str
+    difference: float  # largest absolute difference of the logits
+    tolerance: float  # the largest difference that is taken for rounding
+    how: str  # where it was loaded, as a phrase
 
     def __str__(self) -> str:
         return (
@@ -72,9 +66,6 @@ def trained_logits(
 
     Adapters and head are in float32, whatever the base model is in; a base in less computes under autocast,
     as in training.
-
-    Raises:
-        ValueError: The tensors do not belong to the configuration, or the backbone carries another.
     """
     model = backbone.model
     training = model.training
@@ -99,19 +90,8 @@ def check_export(
     """Load an exported folder and compare its logits with the expected ones.
 
     This happens in a fresh Python process, without autopeft where the layout does not need it. Where that is
-    not wanted, or the base model cannot be loaded again, a copy of it in this process stands for it.
-
-    Args:
-        folder: What the export wrote.
-        manifest: Its manifest.
-        backbone: The backbone it was trained on.
-        probe: A batch, without labels.
-        expected: What `trained_logits` gave for it.
-        prediction: The field of the model's output that is compared.
-        fresh: Whether to use a fresh process; a merged model always has one.
-
-    Raises:
-        RuntimeError: The folder does not load, or the logits differ by more than rounding.
+    not wanted, or the base model cannot be loaded again, a copy of it in this process stands for it. A merged
+    model always has a process of its own.
     """
     if manifest.layout == "merged" or (fresh and stored_config(backbone.origin) is not None):
         how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")

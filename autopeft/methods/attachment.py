@@ -40,11 +40,7 @@ def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -
 def attach_methods(
     model: nn.Module, by_method: Mapping[str, Placement], undo: ExitStack
 ) -> dict[str, nn.Parameter]:
-    """Attach the methods' adapters to a model and return what is trainable, as "site.method.name".
-
-    Raises:
-        RuntimeError: A site does not carry what its adapter says.
-    """
+    """Attach the methods' adapters to a model and return what is trainable, as "site.method.name"."""
     parameters: dict[str, nn.Parameter] = {}
     for name, placement in by_method.items():
         trainable = METHODS[name].attach(model, placement, undo)
@@ -62,11 +58,7 @@ def attach_methods(
 
 
 def load_tensors(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Copy trained tensors into the parameters of the same names: all or none.
-
-    Raises:
-        ValueError: A tensor is missing or left over, or a shape differs.
-    """
+    """Copy trained tensors into the parameters of the same names: all or none."""
     if state.keys() != parameters.keys():
         difference = sorted(state.keys() ^ parameters.keys())
         raise ValueError(

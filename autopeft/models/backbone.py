@@ -32,33 +32,19 @@ from autopeft.models.quantized_layers import keep_as_loaded
 
 @dataclass(frozen=True, kw_only=True)
 class SiteShape:
-    """What a backbone has at one site.
+    """What a backbone has at one site."""
 
-    Attributes:
-        site: Block and role.
-        kind: "linear", "norm", "attention" or "ffn".
-        module: Qualified name of the module; of a sublayer, its output projection.
-        input_module: Qualified name of the module that is first given the site's input.
-        in_features: Width of the input.
-        out_features: Width of the output.
-        parameters: Number of parameters of the module itself (for sublayers: of the projection).
-        bias: Number of bias parameters of the module, 0 without one.
-        transposed: Whether the weight is stored as (input, output), as in GPT-2's Conv1D.
-        key_value_features: Attention only: width of one token's keys over all key heads.
-        attention_module: Attention only: qualified name of the module that computes attention.
-    """
-
-    site: Site
-    kind: Kind
-    module: str
-    input_module: str
-    in_features: int
-    out_features: int
-    parameters: int
-    bias: int
-    transposed: bool = False
-    key_value_features: int = 0
-    attention_module: str = ""
+    site: Site  # block and role
+    kind: Kind  # "linear", "norm", "attention" or "ffn"
+    module: str  # qualified name of the module; of a sublayer, its output projection
+    input_module: str  # qualified name of the module that is first given the site's input
+    in_features: int  # width of the input
+    out_features: int  # width of the output
+    parameters: int  # number of parameters of the module itself (for sublayers: of the projection)
+    bias: int  # number of bias parameters of the module, 0 without one
+    transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
+    key_value_features: int = 0  # attention only: width of one token's keys over all key heads
+    attention_module: str = ""  # attention only: qualified name of the module that computes attention
 
 
 class Backbone:
@@ -192,16 +178,10 @@ class Backbone:
         self.head_parameters = sum(parameter.numel() for parameter in parameters)
 
     def enable_checkpointing(self) -> None:
-        """Compute activations again in the backward pass instead of keeping them.
-
-        Raises:
-            ValueError: The model cannot.
-        """
+        """Compute activations again in the backward pass instead of keeping them."""
         if not self.model.supports_gradient_checkpointing:
             raise ValueError(f"{type(self.model).__name__} cannot compute its activations again.")
-        # The second name is that of transformers before 5.20.
-        enable = getattr(self.model, "activation_checkpointing_enable", None)
-        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

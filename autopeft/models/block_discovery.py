@@ -54,11 +54,7 @@ def linear_sizes(module: LinearLike) -> tuple[int, int]:
 
 
 def find_blocks(model: nn.Module) -> tuple[BlockModules, ...]:
-    """Return every transformer block of a model, from the input to the output.
-
-    Raises:
-        ValueError: No block was found; the message lists what the model consists of.
-    """
+    """Return every transformer block of a model, from the input to the output."""
     found: list[BlockModules] = []
     roots: list[str] = []
     for name, module in model.named_modules():

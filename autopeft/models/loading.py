@@ -60,9 +60,6 @@ class LoadOptions:
             `BitsAndBytesConfig` give any other.
         attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
             "flash_attention_2"; None for its own choice.
-
-    Raises:
-        ValueError: A choice is unknown, or bitsandbytes is missing.
     """
 
     dtype: Dtype = "auto"
@@ -83,12 +80,7 @@ class LoadOptions:
             )
 
     def arguments(self, config: Any, device: torch.device) -> dict[str, Any]:
-        """Return what `from_pretrained` is told.
-
-        Args:
-            config: The checkpoint's config.
-            device: Where the model will compute.
-        """
+        """Return what `from_pretrained` is told."""
         dtype: Any = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.dtype == "auto" and device.type == "cpu":
             is_quick = config.dtype == torch.bfloat16 and quickest_precision(device) == "bf16-mixed"
@@ -143,8 +135,8 @@ def load_model(
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no padding token and no end token to pad with.")
         tokenizer.pad_token = tokenizer.eos_token
-    # Decoders look for the last token that is none of padding: with another id they would pool elsewhere.
-    for config in (model.config, model.config.get_text_config()):  # one and the same but for composite models
+    # Decoders look for the last token that is not padding: with another id they would pool elsewhere.
+    for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
     modules = head_modules(model, head, missing)
@@ -323,13 +315,7 @@ def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple
 def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str] = ()) -> tuple[str, ...]:
     """Return the modules that a task trains whole: those outside the base model, and new ones inside it.
 
-    Args:
-        model: With its head.
-        head: The task's.
-        missing: Parameters that were not in the checkpoint.
-
-    Raises:
-        ValueError: A head that stays frozen was not in the checkpoint.
+    New ones have parameters that were `missing` in the checkpoint.
     """
     prefix = model.base_model_prefix
     outside = [

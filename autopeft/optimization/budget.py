@@ -1,4 +1,4 @@
-"""When a search is done, and when going on with it finds nothing."""
+"""When a search is done, and when it is hopeless."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, TrialRecord
 
 _MOST_INFEASIBLE = 500
@@ -18,15 +19,10 @@ _MOST_ALIKE_FAILURES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What the trials of a search have used up.
+    """What the trials of a search have used up."""
 
-    Attributes:
-        trials: Trials that a budget counts: all but the infeasible ones.
-        cost: What all evaluations cost; a duplicate cost nothing.
-    """
-
-    trials: int = 0
-    cost: Cost = field(default_factory=Cost)
+    trials: int = 0  # trials that a budget counts: all but the infeasible ones
+    cost: Cost = field(default_factory=Cost)  # what all evaluations cost; a duplicate cost nothing
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
@@ -41,23 +37,14 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bounds of a search; it ends when one of them is reached.
+    """Bounds of a search; it ends when one of them is reached."""
 
-    Attributes:
-        trials: Finished trials of the whole search, earlier calls and failed trials included;
-            infeasible candidates cost nothing and do not count.
-        hours: Wall-clock hours of this call.
-        gpu_seconds: GPU-seconds of all evaluations of the search.
-        cpu_seconds: CPU-seconds of all evaluations of the search.
-
-    Raises:
-        ValueError: No bound is given, one is not above 0, or GPU-seconds are asked for without a GPU.
-    """
-
+    # Finished trials of the whole search, earlier calls and failed trials included; infeasible candidates
+    # cost nothing and do not count.
     trials: int | None = None
-    hours: float | None = None
-    gpu_seconds: float | None = None
-    cpu_seconds: float | None = None
+    hours: float | None = None  # wall-clock hours of this call
+    gpu_seconds: float | None = None  # GPU-seconds of all evaluations of the search
+    cpu_seconds: float | None = None  # CPU-seconds of all evaluations of the search
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,9 +52,7 @@ class Budget:
             raise ValueError(
                 "A search needs a budget: trials=..., hours=..., gpu_seconds=... or cpu_seconds=..."
             )
-        for name, bound in self.bounds.items():
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
-                raise ValueError(f"{name} must be a number above 0, got {bound!r}.")
+        check_numbers(above=0, **self.bounds)
         if self.trials is not None and not float(self.trials).is_integer():
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
         if self.gpu_seconds is not None and not torch.cuda.is_available():
@@ -111,12 +96,7 @@ def is_exhausted(records: Sequence[TrialRecord], budget: Budget) -> bool:
 
 
 def raise_if_hopeless(records: Sequence[TrialRecord]) -> None:
-    """Raise where it is plain that going on finds nothing: what was recorded stays.
-
-    Raises:
-        RuntimeError: All candidates failed, and alike.
-        ValueError: No candidate has kept the constraints for long.
-    """
+    """Raise where it is plain that going on finds nothing: what was recorded stays."""
     own = (record.evaluation for record in records if record.duplicate_of is None)
     evaluated = [evaluation for evaluation in own if evaluation.status != "infeasible"]
     outcomes = {(evaluation.status, evaluation.reason) for evaluation in evaluated}

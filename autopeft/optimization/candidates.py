@@ -1,4 +1,4 @@
-"""What a trial may try: draws of a space, points near the front, single adapters, and what these lead to."""
+"""What a trial may try: draws of a space, points near the front, single adapters, and a local search."""
 
 from __future__ import annotations
 
@@ -100,12 +100,10 @@ def single_adapter_probes(
 
 
 class LearningRatePrior:
-    """The summed learning rates of the front, by the number of trainable parameters.
+    """The summed learning rates of the front (one member or more), by the number of trainable parameters.
 
-    Few adapters need higher rates than many: a rate drawn evenly from the whole range is wrong for most
-    configurations. One with the sum of a good configuration of about the same size seldom is; see
-    `summed_learning_rate`. The head alone, which has no adapters to sum over and bears higher rates, is
-    followed only where there is no other. The front has at least one member.
+    Few adapters need higher rates than many; see `summed_learning_rate`. The head alone, which bears higher
+    rates, is followed only where there is no other.
     """
 
     def __init__(
@@ -117,14 +115,14 @@ class LearningRatePrior:
         self._known = [
             (self._size(member), summed_learning_rate(member)) for member in members if member.adapters
         ]
-        self._of_head = members[0].learning_rate
+        self._fallback = members[0].learning_rate
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))
 
     def draw(self, configuration: Configuration, generator: random.Random) -> float:
         """Draw a learning rate whose sum is near that of the front's configuration nearest in size."""
-        rate = self._of_head
+        rate = self._fallback
         if self._known:
             size = self._size(configuration)
             _, summed = min(self._known, key=lambda known: abs(known[0] - size))
@@ -140,10 +138,9 @@ def local_search(
 ) -> list[Configuration]:
     """Return changed candidates, which a few rounds of choosing the best have led to.
 
-    Local search on an acquisition function, as SMAC does it from its best configurations (Hutter, Hoos and
-    Leyton-Brown, "Sequential Model-Based Optimization for General Algorithm Configuration", 2011): drawing
-    alone seldom meets what a model of many sites thinks best. There is at least one candidate, and none is
-    worth less than 0.
+    Local search on an acquisition function as in SMAC (Hutter, Hoos and Leyton-Brown, "Sequential Model-Based
+    Optimization for General Algorithm Configuration", 2011), of one candidate or more; none is worth less
+    than 0.
     """
     found: list[Configuration] = []
     best = list(candidates)

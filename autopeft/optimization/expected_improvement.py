@@ -42,20 +42,13 @@ class Features:
     costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
     what it reaches: the summed learning rate on a log scale, and its placement, one number a site. All lie in
     [0, 1] but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
-
-    Attributes:
-        backbone: Counts blocks and parameters.
-        choices: The methods there are for every site, or the first of several that carry the same.
-        methods: The methods there are.
-        highest_rate: The highest learning rate.
-        parameters: (fewest, most) trainable parameters.
     """
 
-    backbone: Backbone
-    choices: Choices
+    backbone: Backbone  # counts blocks and parameters
+    choices: Choices  # the methods there are for every site, or the first of several that carry the same
     methods: Sequence[str]
     highest_rate: float
-    parameters: tuple[int, int]
+    parameters: tuple[int, int]  # (fewest, most) trainable parameters
 
     @classmethod
     def of(cls, space: SearchSpace, backbone: Backbone) -> Self:
@@ -137,10 +130,6 @@ class ExpectedImprovement:
     part of the unit cube that no trial dominates, of the probability that the candidate does (Emmerich,
     Giannakoglou and Naujoks, "Single- and Multiobjective Evolutionary Optimization Assisted by Gaussian
     Random Field Metamodels", 2006), times the probability that it keeps the constraints.
-
-    Args:
-        history: The search so far; at least one trial with a value on every axis.
-        features: Turns a configuration into the inputs of the models.
     """
 
     def __init__(self, history: History, features: Features) -> None:
@@ -281,7 +270,7 @@ def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> 
 def _scaled(objective: Objective, value: float) -> float:
     if not objective.log_scale:
         return value
-    # Counts may be 0: the head alone has no adapter parameters. So low a logarithm as that is no trial's.
+    # Counts may be 0: the head alone has no adapter parameters. No measured value is as low as 1e-300.
     return math.log(max(value, 1.0 if objective.before_training else 1e-300))
 
 

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 _DRAWN_HYPER_PARAMETERS = 256  # from their prior; a power of two, for which Sobol sequences are even
-_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws, which takes as long as before
+_ALL_DRAWS_UP_TO = 64  # trials; with twice as many a quarter of the draws
 _KEPT_HYPER_PARAMETERS = 16  # the likeliest of those, as prediction takes time for each
 _LEAST_WEIGHT = 1e-3  # of the likeliest's: with many trials few draws have more
 # Priors of the hyper-parameters: median, and spread of the logarithm. They were chosen on the scores of
@@ -30,15 +30,10 @@ _JITTER = 1e-8  # keeps the Cholesky factor of equal configurations finite
 
 
 class Inputs(NamedTuple):
-    """What is known of configurations before they are trained.
+    """What is known of configurations before they are trained."""
 
-    Attributes:
-        features: (configurations, features) numbers of which 1 is a large difference.
-        placements: (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size.
-    """
-
-    features: Array
-    placements: Array
+    features: Array  # (configurations, features) numbers of which 1 is a large difference
+    placements: Array  # (configurations, sites) 0 where a site carries nothing, else in [0.5, 1] by the size
 
 
 class _HyperParameters(NamedTuple):

@@ -75,11 +75,10 @@ class Forecast:
     def gains(self, evaluation: Evaluation, step: int) -> list[float]:
         """Return what whole trainings gained after a step: those that were most like this one there.
 
-        A gain is up to the mean where there were several trainings: what another seed would give. What is
-        small learns less, and what has not begun to learn may not begin. So likeness is in the costs and in
-        the validation loss at that step, each by how much it differs between the whole trainings; a loss that
-        is not known is the highest that is. Trainings that are initialised from a supernet and those that are
-        not are never alike: the former have begun to learn before their first step.
+        A gain is up to the mean over several trainings: what another seed would give. Likeness is in the
+        costs and in the validation loss at that step, each by how much it differs between the whole
+        trainings; a loss that is not known is the highest that is. Trainings that start from a supernet's
+        weights and others are never alike.
         """
         kind = step, evaluation.warm_start
         if kind not in self._known:

@@ -20,26 +20,20 @@ def nothing_is_served(block: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a search has found so far and what it is after.
+    """What a search has found so far and what it is after."""
 
-    Attributes:
-        trials: Configurations that were tried, each with the values known of it: all objectives of a
-            complete trial, only the costs of one that broke a constraint, none of one that is being
-            trained. Where a training failed, its metrics are the worst there are; where it is paused, those
-            it is expected to reach.
-        axes: The axes of the hypervolume.
-        front: Configurations of the front, each with what it adds to the hypervolume.
-        constraints: Bounds on what is exact before training.
-        trainings: How many trainings the values of each trial are the means of; one each where empty.
-        are_states_served: Whether trainings whose lowest adapter sits in a block (or, where it is their
-            number, that have the head alone) read kept hidden states in place of running the blocks below.
-    """
-
+    # Configurations that were tried, each with the values known of it: all objectives of a complete trial,
+    # only the costs of one that broke a constraint, none of one that is being trained. Where a training
+    # failed, its metrics are the worst there are; where it is paused, those it is expected to reach.
     trials: Sequence[tuple[Configuration, Mapping[str, float]]]
     axes: Sequence[Axis]
+    # Configurations of the front, each with what it adds to the hypervolume.
     front: Mapping[Configuration, float] = field(default_factory=dict)
-    constraints: Sequence[Constraint] = ()
+    constraints: Sequence[Constraint] = ()  # bounds on what is exact before training
+    # How many trainings the values of each trial are the means of; one each where empty.
     trainings: Sequence[int] = ()
+    # Whether trainings whose lowest adapter sits in a block (or, where it is their number, that have the head
+    # alone) read kept hidden states in place of running the blocks below.
     are_states_served: Callable[[int], bool] = nothing_is_served
 
 
@@ -48,18 +42,12 @@ class Proposal:
     """A trial that is to begin.
 
     What Optuna's trials have as well is named as there.
-
-    Attributes:
-        configuration: What it tries.
-        params: The same, as the space's parameters.
-        distributions: What the parameters are from.
-        baseline: The name of the baseline that it is; None where it is another configuration.
-        system_attrs: What an Optuna sampler noted of the trial, as genetic ones note its generation; they
-            look for it when they are asked again.
     """
 
     configuration: Configuration
-    params: Mapping[str, Any]
-    distributions: Mapping[str, BaseDistribution]
-    baseline: str | None = None
+    params: Mapping[str, Any]  # the same, as the space's parameters
+    distributions: Mapping[str, BaseDistribution]  # what the parameters are from
+    baseline: str | None = None  # the name of the baseline that it is; None where it is another configuration
+    # What an Optuna sampler noted of the trial, as genetic ones note its generation; they look for it when
+    # they are asked again.
     system_attrs: Mapping[str, Any] = field(default_factory=dict)

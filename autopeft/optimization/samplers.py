@@ -13,8 +13,6 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 
-"""Ours, or one of Optuna's."""
-
 _STARTUP_TRIALS = 10
 _POPULATION = 20
 
@@ -38,29 +36,14 @@ SAMPLERS: Mapping[str, Callable[..., BaseSampler]] = {
     "gp": partial(GPSampler, n_startup_trials=_STARTUP_TRIALS),
     "botorch": _botorch,
 }
-"""By name, what makes an Optuna sampler from `seed=`.
-
-TPE models the parameters that all trials have jointly, and the others one by one: with `group=True`, which
-models these jointly too, an ask takes ten times as long where trials differ in their parameters. NSGA-II and
-NSGA-III suit searches of at least 60 trials.
-"""
+"""By name, what makes an Optuna sampler from `seed=`; NSGA-II and NSGA-III suit 60 trials or more."""
 
 
 def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> BaseSampler:
     """Return the sampler that chooses a trial.
 
-    A sampler's state is its random generator; everything else it reads from the study. With a new one for
-    each trial, what is asked depends on the seed, the trial's number and the study alone, and so does not on
-    whether the search was interrupted.
-
-    Args:
-        sampler: "ehvi", a name of `SAMPLERS`, or a sampler, which is used as it is: whether a resumed search
-            then repeats an uninterrupted one is up to that sampler.
-        seed: Seed of the search.
-        number: The trial's number.
-
-    Raises:
-        ValueError: The name is unknown, or the sampler's extra is not installed.
+    With a new one for each trial, what is asked depends on the seed, the trial's number and the study alone,
+    and not on whether the search was interrupted. A sampler of the caller's is used as it is.
     """
     if isinstance(sampler, BaseSampler):
         return sampler

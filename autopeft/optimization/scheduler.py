@@ -43,7 +43,7 @@ class Scheduler:
     retried: list[int] = field(default_factory=list)  # numbers of failed trials to try again, ascending
     running: dict[int, Job] = field(default_factory=dict, init=False)  # by the number of the trial
     _proposals: dict[int, Proposal] = field(default_factory=dict, init=False)  # of trials that are not over
-    # Numbers of those whose configuration is being trained by another trial:
+    # Numbers of trials whose configuration another trial is training; they become its duplicates.
     _held: list[int] = field(default_factory=list, init=False)
 
     @section("ask")

@@ -21,9 +21,6 @@ def lock_folder(folder: Path, name: str) -> TextIO:
     """Keep a search to this process, and return the file that holds the lock: until it is closed.
 
     The folder is made if it is not there. The lock is gone with its process, however that ends.
-
-    Raises:
-        ValueError: The folder cannot be written, or another process holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +50,6 @@ def open_journal(path: Path) -> JournalStorage:
     """Return the storage of a file that is to be written, without blank lines and half a line at its end.
 
     Optuna's own lock is kept while a line is written, since a dashboard may write to the file as well.
-
-    Raises:
-        ValueError: A line is damaged.
     """
     lock = JournalFileOpenLock(str(path), grace_period=_STALE_SECONDS)
     if path.exists():
@@ -73,11 +67,7 @@ def open_journal(path: Path) -> JournalStorage:
 
 
 def read_journal(path: Path) -> JournalStorage:
-    """Return the storage of a file that another process may be writing; it cannot be written.
-
-    Raises:
-        ValueError: A line is damaged.
-    """
+    """Return the storage of a file that another process may be writing; it cannot be written."""
     return JournalStorage(_Lines(_parsed(path, path.read_bytes())))
 
 

@@ -47,18 +47,7 @@ STATES: Mapping[Status, TrialState] = {
 
 
 class StudyStore:
-    """The study of one search in a folder, held by one process at a time.
-
-    Args:
-        folder: Made if it is not there.
-        name: Name of the study.
-        objectives: Give the study its directions.
-        constraints: Optuna is told by how much a trial violates each of them.
-
-    Raises:
-        ValueError: The folder cannot be written, another process runs this search, the folder holds another
-            search, or its file is damaged.
-    """
+    """The study of one search in a folder, held by one process at a time."""
 
     def __init__(
         self,
@@ -112,11 +101,7 @@ class StudyStore:
         return self._records
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Remember what this search is; on resuming, raise where it is another one.
-
-        Raises:
-            ValueError: The folder holds a search with other settings; the message says which differ.
-        """
+        """Remember what this search is; on resuming, raise where it is another one."""
         new = json.loads(json.dumps(dict(identity)))
         if differing := _differences(self._attributes().get(_IDENTITY, new), new):
             raise self._other_search(differing)
@@ -131,9 +116,8 @@ class StudyStore:
     def tell(self, record: TrialRecord, proposal: Proposal | None = None) -> list[TrialRecord]:
         """Write a finished or paused trial, or what became of one; after this it survives anything.
 
-        Args:
-            record: The trial. One with a known number takes the place of what was known of it.
-            proposal: What was proposed for a new trial; None for one that is known.
+        A record with a known number takes the place of what was known of the trial; a new trial comes with
+        what was proposed.
 
         Returns:
             The trial, and its duplicates that were paused with it and have now the same outcome.
@@ -199,13 +183,8 @@ class StudyStore:
     ) -> Study:
         """Return a study in memory for samplers to read; it is derived from the records and kept nowhere.
 
-        A trial that was trained several times has its means, a duplicate what its original has. Optuna copies
-        each trial that it is given: 1,000 trials of 121 parameters take 2 seconds.
-
-        Args:
-            expected: Returns the objectives that a paused trial is expected to reach. By default paused
-                trials are running ones.
-            running: What was proposed for trials that are not over.
+        A trial that was trained several times has its means, a duplicate what its original has. A paused
+        trial is a running one, or has the objectives that `expected` gives for it.
         """
         saved, trials = self._saved(), []
         for number, evaluation in self._outcomes().items():
@@ -263,11 +242,7 @@ class StudyStore:
 
 
 def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
-    """Read a search's attributes and its trials by number, without holding it (it may be running).
-
-    Raises:
-        ValueError: There is no search in the folder, or its file is damaged.
-    """
+    """Read a search's attributes and its trials by number, without holding it (it may be running)."""
     path = folder / STUDY_FILE
     if not path.is_file():
         raise ValueError(f"There is no search in {folder}: expected the file {STUDY_FILE} in it.")

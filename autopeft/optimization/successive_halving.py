@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import VALIDATION_LOSS, TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, contributions, front_records, non_dominated, non_dominated_sort
@@ -45,8 +46,7 @@ class SuccessiveHalving:
         if not shares or not all(0 < share < 1 for share in shares) or sorted({*shares}) != [*shares]:
             raise ValueError(f"rungs are increasing shares of the training in (0, 1), got {self.rungs!r}.")
         object.__setattr__(self, "rungs", shares)
-        if not (math.isfinite(self.reduction_factor) and self.reduction_factor > 1):
-            raise ValueError(f"reduction_factor is a number above 1, got {self.reduction_factor!r}.")
+        check_numbers(above=1, reduction_factor=self.reduction_factor)
 
     def describe(self) -> str:
         """Say in a line what goes on."""
@@ -87,13 +87,8 @@ def _is_whole(record: TrialRecord) -> bool:
 class AshaPromoter:
     """Decides, from the records alone, which paused trial goes on next.
 
-    Args:
-        halving: The rule's settings.
-        steps: Optimizer steps of every rung, the whole training last.
-        objectives: The search's; those that only a whole training tells are left out.
-        axes: The fixed axes of the hypervolume; they break ties, and the metric's has the trivial score.
-        monitor: Metric of which the best validation counts.
-        references: Names of the baselines that go on whatever a rung says of them.
+    `steps` has the optimizer steps of every rung, the whole training last; the axes break ties, and that of
+    the metric `monitor` has the trivial score. The baselines in `references` go on whatever a rung says.
     """
 
     def __init__(

@@ -118,22 +118,14 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         records: Sequence[TrialRecord],
         export: Callable[..., Any] | None = None,
     ) -> ParetoFront:
-        """Return the front of a study that was read from disk; no model is loaded.
-
-        Raises:
-            ValueError: The search was stopped before its first trial.
-        """
+        """Return the front of a study that was read from disk; no model is loaded."""
         if not {"identity", "metrics", "axes"} <= attributes.keys():
             raise ValueError(
                 f"The search {attributes['name']!r} has no finished trial yet: run it, again if it was "
                 "stopped."
             )
         settings = attributes["identity"]["search"]["objectives"].split(", ")
-        metrics = [
-            # Searches of earlier versions kept names alone.
-            Objective.score(metric) if isinstance(metric, str) else Objective(**metric)
-            for metric in attributes["metrics"]
-        ]
+        metrics = [Objective(**metric) for metric in attributes["metrics"]]
         objectives = resolve_objectives(settings, metrics)
         known = {objective.name: objective for objective in objectives}
         axes = [

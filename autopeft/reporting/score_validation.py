@@ -121,16 +121,7 @@ def implied_quality(configuration: Configuration, scores: SiteScores) -> float:
 def check_scores(
     records: Sequence[TrialRecord], scores: Mapping[str, SiteScores], metric: Objective
 ) -> ScoreCheck:
-    """Compare what scores imply of the trials with what training gave.
-
-    Args:
-        records: Trials of a search; those that completed and are no duplicates are compared.
-        scores: Scores by name, to which controls of the same sites are added.
-        metric: The metric that was trained for.
-
-    Raises:
-        ValueError: Fewer than `FEWEST_TRIALS` trials can be compared.
-    """
+    """Compare what scores imply of the trials with what training gave."""
     usable = [
         record.evaluation
         for record in records

@@ -34,8 +34,7 @@ from autopeft.tasks import Task
 _DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 _HESSIAN_PROBES = 4  # a batch
 _COMPONENTS = 64  # of a spectrum, and those that `explained_variance` carries along, up to the rank if more
-# EVA's 0.99 was off by up to a tenth after 64 batches of 16 questions, this by a fortieth.
-_CONVERGENCE = 0.999
+_CONVERGENCE = 0.999  # with EVA's 0.99 the scores are off by up to a tenth
 TrainOne = Callable[[Configuration], float]
 """Trains a configuration and returns its validation score, better when larger (a loss: its negative)."""
 _Receiver = Callable[[LayerGradient], None]
@@ -70,9 +69,8 @@ def compute_scores(
         seed: Seed of random, hessian and of the randomised SVD of explained_variance.
         train_one: See `TrainOne`; only leave_one_out needs it.
         precision: "bf16-mixed" runs the passes that first-order scores and explained_variance share under
-            autocast, and multiplies the weights' gradients in bfloat16 too: MiniLM's scores move by less than
-            a hundredth. "32-true": in the model's own precision, or single where that is less, as all other
-            scores.
+            autocast, and multiplies the weights' gradients in bfloat16 too. "32-true": in the model's own
+            precision, or single where that is less, as all other scores.
         mean_gradient_budget: Bytes that mean gradients (gora, gradient_spectrum, grasp) may take in a
             temporary file, 4 a scored weight, where they do not fit on the GPU. Beyond it the sites are
             scored in groups, each with a pass of its own; grasp needs all at once and is refused.
@@ -81,9 +79,8 @@ def compute_scores(
         The scores by name, in the order asked for.
 
     Raises:
-        ValueError: A score or the precision is unknown, the rank is below 1, there are no batches while a
-            score needs them, the loss or a score is not finite, something is attached to the backbone,
-            `train_one` is missing, a weight is quantised, or the mean gradients that grasp needs are beyond
+        ValueError: An argument is not valid or is missing, the loss or a score is not finite, something is
+            attached to the backbone, a weight is quantised, or the mean gradients that grasp needs are beyond
             their budget.
         OSError: The disk has no room for the mean gradients.
     """

@@ -26,18 +26,14 @@ _WORTH_DROPPING = 0.8
 
 @dataclass(frozen=True, eq=False)
 class LayerGradient:
-    """The gradient of a loss with respect to one site's weight.
-
-    Attributes:
-        site: The site.
-        products: Gradient of the output (..., out) and input (..., in) of each call of the module in the
-            forward pass: one, or more where blocks share their weights.
-        dtype: What is multiplied, less precise than single precision or not; None for single precision or
-            what is better.
-    """
+    """The gradient of a loss with respect to one site's weight."""
 
     site: MatrixSite
+    # Gradient of the output (..., out) and input (..., in) of each call of the module in the forward pass:
+    # one, or more where blocks share their weights.
     products: Sequence[_Product]
+    # What is multiplied, less precise than single precision or not; None for single precision or what is
+    # better.
     dtype: torch.dtype | None = None
 
     @cached_property

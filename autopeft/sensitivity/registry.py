@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
-
-Need = Literal["gradients", "inputs", "weights", "validation"]
 
 
 @dataclass(frozen=True)
@@ -16,99 +13,71 @@ class ScoreSpec:
 
     Attributes:
         name: The name to ask for it by.
-        needs: What it looks at: "gradients" of the loss, "inputs" of the layers (batches, no labels
-            used), "weights", results on "validation" data after training. Empty for controls.
         formula: The formula. W is a weight (out, in), G the loss' gradient with respect to it on one
             batch, Ḡ the mean of G over the batches.
         citation: Where it was proposed.
         cheap: Whether it costs at most one forward and backward pass a batch, shared by all scores.
+        needs_batches: Whether it looks at batches of training data.
     """
 
     name: str
-    needs: frozenset[Need]
     formula: str
     citation: str
     cheap: bool = True
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether batches are needed."""
-        return bool(self.needs & {"gradients", "inputs"})
+    needs_batches: bool = True
 
 
-_GRADIENTS: frozenset[Need] = frozenset({"gradients"})
-_WEIGHTS: frozenset[Need] = frozenset({"weights"})
-_INPUTS: frozenset[Need] = frozenset({"inputs"})
 _SPECS = (
-    ScoreSpec(
-        "gradient_norm", _GRADIENTS, "mean over batches of ‖G‖_F", "SPEFT (Liu et al., arXiv:2412.13488)"
-    ),
+    ScoreSpec("gradient_norm", "mean over batches of ‖G‖_F", "SPEFT (Liu et al., arXiv:2412.13488)"),
     ScoreSpec(
         "fisher",
-        _GRADIENTS,
         "mean over batches and over the entries of G²",
         "On Surgical Fine-tuning for Language Encoders (Lodha et al., EMNLP Findings 2023)",
     ),
-    ScoreSpec(
-        "snip",
-        _GRADIENTS | _WEIGHTS,
-        "mean over batches of Σ |W ⊙ G|",
-        "SNIP (Lee et al., ICLR 2019, arXiv:1810.02340)",
-    ),
+    ScoreSpec("snip", "mean over batches of Σ |W ⊙ G|", "SNIP (Lee et al., ICLR 2019, arXiv:1810.02340)"),
     ScoreSpec(
         "taylor2",
-        _GRADIENTS | _WEIGHTS,
         "mean over batches of Σ (W ⊙ G)²",
         "Taylor-FO (Molchanov et al., CVPR 2019, arXiv:1906.10771), as used by SPEFT",
     ),
-    ScoreSpec(
-        "gora",
-        _GRADIENTS | _WEIGHTS,
-        "mean over the entries of |W ⊙ Ḡ|",
-        "GoRA (He et al., arXiv:2502.12171)",
-    ),
+    ScoreSpec("gora", "mean over the entries of |W ⊙ Ḡ|", "GoRA (He et al., arXiv:2502.12171)"),
     ScoreSpec(
         "gradient_spectrum",
-        _GRADIENTS,
         "sqrt(Σ_{i≤r} σ_i(Ḡ)²)",
         "LoRA-GA (Wang et al., arXiv:2407.05000); gradient projection score of EvoLo-MOEAD",
     ),
     ScoreSpec(
         "explained_variance",
-        _INPUTS,
         "sum of the r largest explained-variance ratios of the layer's inputs",
         "EVA (Paischer et al., arXiv:2410.07170)",
     ),
-    ScoreSpec("condition_number", _WEIGHTS, "1 / κ(W) = σ_min(W) / σ_1(W)", "KappaTune"),
+    ScoreSpec("condition_number", "1 / κ(W) = σ_min(W) / σ_1(W)", "KappaTune", needs_batches=False),
     ScoreSpec(
         "synflow",
-        _INPUTS | _WEIGHTS,
         "Σ |W ⊙ ∂R/∂W|, R the summed logits with |parameters| and embeddings of ones",
         "SynFlow (Tanaka et al., NeurIPS 2020, arXiv:2006.05467), as used by SPEFT",
     ),
     ScoreSpec(
         "grasp",
-        _GRADIENTS | _WEIGHTS,
         "Σ W ⊙ (H Ḡ), H the Hessian with respect to all scored weights",
         "GraSP (Wang et al., ICLR 2020, arXiv:2002.07376), with the sign of SPEFT",
         cheap=False,
     ),
     ScoreSpec(
         "hessian",
-        _GRADIENTS | _WEIGHTS,
         "½ Σ h_ii w_ii², h the Hessian's diagonal by Hutchinson's estimate",
         "Sensitivity-LoRA; the estimate: Bekas et al., Applied Numerical Mathematics 2007",
         cheap=False,
     ),
     ScoreSpec(
         "leave_one_out",
-        frozenset({"validation"}),
         "validation score after training an adapter on the site alone",
         "NASPEFT",
         cheap=False,
+        needs_batches=False,
     ),
-    ScoreSpec("random", frozenset(), "uniform in [0, 1), drawn anew for every seed", "a control"),
-    ScoreSpec("uniform", frozenset(), "1", "a control"),
+    ScoreSpec("random", "uniform in [0, 1), drawn anew for every seed", "a control", needs_batches=False),
+    ScoreSpec("uniform", "1", "a control", needs_batches=False),
 )
 
 SCORES: Mapping[str, ScoreSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})

@@ -48,22 +48,14 @@ class MatrixSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is scored, and on what.
-
-    Attributes:
-        model: The transformers model.
-        sites: Its matrix sites.
-        batches: Training batches.
-        task: Gives the forward pass and the loss.
-        seed: Seed of whatever a score draws.
-        precision: What the model computes in, under autocast; "32-true" for its own precision.
-    """
+    """What is scored, and on what."""
 
     model: nn.Module
     sites: Sequence[MatrixSite]
     batches: Sequence[Mapping[str, Tensor]]
     task: Task
-    seed: int
+    seed: int  # seed of whatever a score draws
+    # What the model computes in, under autocast; "32-true" for its own precision.
     precision: Precision = "32-true"
 
     @property
@@ -90,11 +82,7 @@ class Subject:
             return self.task.forward(self.model, batch)
 
     def forward_loss(self, index: int) -> Tensor:
-        """Return the loss of a batch, a scalar with its graph.
-
-        Raises:
-            ValueError: The loss is not finite.
-        """
+        """Return the loss of a batch, a scalar with its graph."""
         batch = self.batch(index)
         value = self.task.loss(self.output(batch), batch)
         if not bool(torch.isfinite(value).all()):
@@ -106,11 +94,7 @@ class Subject:
 
 
 def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
-    """Return every site that is one weight matrix, from the input to the output.
-
-    Raises:
-        ValueError: There is none, or a weight is not stored as a plain matrix of floating-point numbers.
-    """
+    """Return every site that is one weight matrix, from the input to the output."""
     found = []
     for site, shape in sorted(backbone.sites.items()):
         if shape.kind != "linear":

@@ -9,8 +9,6 @@ from typing import Any
 
 from autopeft.core.adapter import Site
 
-_SHOWN = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class SiteScores:
@@ -25,7 +23,7 @@ class SiteScores:
             (`explained_variance`). The i-th says what the i-th rank of an adapter there adds.
 
     Raises:
-        ValueError: There are no values, a number is not finite, or a spectrum has no value beside it.
+        ValueError: There are no values or a number is not finite.
     """
 
     name: str
@@ -38,9 +36,6 @@ class SiteScores:
         for site, value in self.values.items():
             if not all(map(math.isfinite, (value, *self.spectra.get(site, ())))):
                 raise ValueError(f"The score {self.name!r} of {site} is not finite ({value}).")
-        strangers = self.spectra.keys() - self.values.keys()
-        if strangers:
-            raise ValueError(f"The score {self.name!r} has a spectrum but no value for {min(strangers)}.")
         object.__setattr__(self, "values", {site: float(self.values[site]) for site in sorted(self.values)})
         spectra = {site: tuple(map(float, self.spectra[site])) for site in sorted(self.spectra)}
         object.__setattr__(self, "spectra", spectra)
@@ -64,13 +59,7 @@ class SiteScores:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteScores:
-        """Read scores from what `to_dict` returned.
-
-        Raises:
-            ValueError: A key is unknown or missing, or a site or a number cannot be read.
-        """
-        if not {"name", "values"} <= data.keys() <= {"name", "values", "spectra"}:
-            raise ValueError(f"Scores have a name, values and maybe spectra, got the keys {sorted(data)}.")
+        """Read scores from what `to_dict` returned."""
         values, spectra = (
             {Site.parse(text): found for text, found in data.get(key, {}).items()}
             for key in ("values", "spectra")
@@ -78,7 +67,5 @@ class SiteScores:
         return cls(name=data["name"], values=values, spectra=spectra)
 
     def __repr__(self) -> str:
-        shown = [f"{site} {self.values[site]:.3g}" for site in self.ranking()]
-        if len(shown) > _SHOWN + 1:
-            shown = [*shown[:_SHOWN], "…", shown[-1]]
-        return f"SiteScores({self.name}; {len(self.values)} sites; {' ≥ '.join(shown)})"
+        best = self.ranking()[0]
+        return f"SiteScores({self.name}; {len(self.values)} sites; best {best} {self.values[best]:.3g})"

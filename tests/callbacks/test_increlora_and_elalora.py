@@ -130,7 +130,7 @@ def test_incremental_plans_that_cannot_work_are_refused(
 @pytest.mark.parametrize("name", ["budget", "every_n_steps", "modules_per_growth", "initial_rank"])
 def test_incremental_arguments_out_of_range_are_refused(name: str) -> None:
     settings: dict[str, Any] = {"budget": 8, "every_n_steps": 1, "modules_per_growth": 2, name: 0}
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 1, got 0"):
         IncreLoRA(**settings)
 
 
@@ -245,7 +245,7 @@ def test_a_budget_that_the_layers_cannot_hold_is_refused(
 def test_elastic_arguments_out_of_range_are_refused() -> None:
     settings = {"budget": 8, "every_n_steps": 1, "moves": 2}
     for name in (*settings, "minimum_rank"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 1"):
             ElaLoRA(**(settings | {name: 0}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="stop_step must be at least 5"):
+    with pytest.raises(ValueError, match="stop_step must be a finite number of at least 5"):
         ElaLoRA(8, every_n_steps=1, moves=1, warmup_steps=5, stop_step=4)

@@ -259,9 +259,9 @@ def test_plans_that_cannot_work_are_refused(tiny_llama: ModelFactory) -> None:
     [
         ({"trained_share": 0}, r"trained_share lies in \(0, 1\]"),
         ({"suppressed_share": 1.0}, r"suppressed_share in \(0, 1\)"),
-        ({"trials": 1}, "trials must be at least 2"),
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-        ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"trials": 1}, "trials must be a finite number of at least 2"),
+        ({"every_n_steps": 0}, "every_n_steps must be a finite number of at least 1"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number above 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -270,7 +270,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 
 def test_random_arguments_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="count must be at least 1"):
+    with pytest.raises(ValueError, match="count must be a finite number of at least 1"):
         LISA(0, every_n_steps=1)
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps must be a finite number of at least 1"):
         LISA(1, every_n_steps=0)

@@ -124,16 +124,16 @@ def test_neighbours_are_the_same_module_of_consecutive_blocks() -> None:
 
 @pytest.mark.parametrize("kind", [SoRA, ARDLoRA])
 def test_gate_arguments_out_of_range_are_refused(kind: Any) -> None:
-    with pytest.raises(ValueError, match="penalty must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="penalty must be a finite number of at least 0, got -1"):
         kind(-1)
-    with pytest.raises(ValueError, match="penalty must be at least 0, got nan"):
+    with pytest.raises(ValueError, match="penalty must be a finite number of at least 0, got nan"):
         kind(math.nan)
-    with pytest.raises(ValueError, match="learning_rate must be above 0"):
+    with pytest.raises(ValueError, match="learning_rate must be a finite number above 0"):
         kind(1.0, learning_rate=0)
 
 
 def test_scale_arguments_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="total_variation must be at least 0"):
+    with pytest.raises(ValueError, match="total_variation must be a finite number of at least 0"):
         ARDLoRA(1.0, total_variation=-0.1)
     with pytest.raises(ValueError, match="granularity is 'rank' or 'module', got 'head'"):
         ARDLoRA(1.0, granularity="head")  # type: ignore[arg-type]

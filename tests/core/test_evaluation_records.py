@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,20 +74,6 @@ def test_plain_data_is_plain() -> None:
         "failures": {},
         "warm_start": False,
     }
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"status": "done"}, "status is one of .*complete.*got 'done'"),
-        ({"status": "complete", "reason": "but"}, "A complete evaluation with reason 'but'"),
-        ({"status": "failed"}, "A failed evaluation with reason None"),
-        ({"status": "infeasible"}, "An? infeasible evaluation with reason None"),
-    ],
-)
-def test_status_and_reason_must_agree(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Evaluation(configuration=Configuration(), **settings)
 
 
 def test_costs_add_up() -> None:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site, text_grid
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.core.text_grid import text_grid
 
 
 def test_draws_blocks_down_and_roles_across() -> None:

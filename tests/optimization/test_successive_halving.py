@@ -33,7 +33,7 @@ def test_rungs_are_increasing_shares(rungs: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, float("inf"), float("nan")])
 def test_the_factor_is_above_one(factor: float) -> None:
-    with pytest.raises(ValueError, match="reduction_factor is a number above 1"):
+    with pytest.raises(ValueError, match="reduction_factor must be a finite number above 1"):
         SuccessiveHalving(reduction_factor=factor)
 
 

@@ -24,10 +24,9 @@ from autopeft.search import Search
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
-from autopeft.search_spaces.per_layer import draw, rank_percentiles
-from autopeft.search_spaces.score_allocation import SCORE_ALLOCATORS, Allocation, site_values
+from autopeft.search_spaces.score_allocation import Allocation, site_values
 from autopeft.sensitivity import SiteScores
-from autopeft.sensitivity.allocation import find_allocator
+from autopeft.sensitivity.allocation import ALLOCATORS
 from tests.learnable import TRAINING, outcomes, tiny_search
 from tests.tiny_models import tiny_backbone
 
@@ -73,9 +72,9 @@ def test_five_trials_try_every_method_and_have_few_baselines(tmp_path: Path) -> 
     assert max(adapter.size or 1 for configuration in baselines for _, adapter in configuration) == 1
 
 
-@pytest.mark.parametrize("allocator", SCORE_ALLOCATORS)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path: Path) -> None:
-    is_spectral = find_allocator(allocator).evidence == "spectra"
+    is_spectral = ALLOCATORS[allocator].evidence == "spectra"
     score = "gradient_spectrum" if is_spectral else "gradient_norm"
     space = ScoreGuided(scores=(score,), ranks=(1, 8), allocator=allocator)
     search = tiny_search(tmp_path, space=space, score_check=False)
@@ -93,7 +92,6 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     ("settings", "message"),
     [
         ({"allocator": "proportionl"}, "did you mean 'proportional'"),
-        ({"allocator": "structured"}, "allocator of scores 'structured'"),
         ({"allocator": "water_filling"}, "score with spectra, which the allocator 'water_filling' reads"),
     ],
 )
@@ -175,33 +173,6 @@ def test_the_sampler_is_told_whether_hidden_states_are_really_served(
     if executor == "local":
         assert used == {len(cuts) - 1 if cut is None else cut for cut in possible} & served
     assert is_known or not served
-
-
-def test_a_prior_leads_the_first_trials_to_the_best_sites(tmp_path: Path) -> None:
-    settings = {
-        "space": PerLayer(methods=("lora",), ranks=(1, 8), prior="gradient_norm"),
-        "sampler": EhviSampler(startup_trials=22),
-        "score_check": False,
-    }
-    whole = tiny_search(tmp_path / "whole", **settings)
-    front = whole.run(trials=22, progress=False)
-    space = whole.open().space
-    names = [baseline.name for baseline in space.baselines(whole.open().backbone)]
-    assert sum("gradient_norm with" in name for name in names) >= 2
-    assert isinstance(space, PerLayer)
-    slots = space.slots(whole.open().backbone)
-    standing = rank_percentiles(slots, space.site_scores["gradient_norm"])
-    generator = random.Random(0)
-    drawn = [draw(slots, standing, generator) for _ in range(200)]
-    counts = {slot.name: sum(slot.sites[0] in one for one in drawn) for slot in slots}
-    best, worst = max(standing, key=standing.__getitem__), min(standing, key=standing.__getitem__)
-    assert counts[best] > 150 > 60 > counts[worst] > 0
-    tried = [record.evaluation.configuration for record in front.records if not record.baseline]
-    standings = [
-        sum(standing[f"{site.block}.{site.role}"] for site in configuration.adapters) / len(configuration)
-        for configuration in tried
-    ]
-    assert sum(standings) / len(standings) > 0.55, "where an even draw has 0.5"
 
 
 def test_scores_are_computed_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_always_asks_for_the_same() -> None:
     ],
 )
 def test_other_points_have_no_encoding(adapters: dict[Site, Adapter]) -> None:
-    with pytest.raises(ValueError, match="no point of AutoPEFTPaper; one near it has"):
+    with pytest.raises(ValueError, match="no point of AutoPEFTPaper; one near it is"):
         SPACE.encode(Configuration(adapters, learning_rate=1e-4), BERT)
 
 

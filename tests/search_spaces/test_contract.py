@@ -99,17 +99,6 @@ def guided(backbone: Backbone, **options: Any) -> ScoreGuided:
     return space.with_scores(compute_scores(backbone, (), CROSS_ENTROPY, space.scores))
 
 
-PAIRS += [
-    pytest.param(
-        PerLayer(prior="random", groups=2).with_scores(
-            compute_scores(backbone, (), CROSS_ENTROPY, ("random",))
-        ),
-        backbone,
-        id=f"per-layer-prior-{architecture}",
-    )
-    for architecture, backbone in BACKBONES.items()
-]
-
 _GUIDED: dict[str, dict[str, Any]] = {
     "guided": {},
     "guided-gora": {"allocator": "gora"},

@@ -45,7 +45,7 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
         everywhere | {Site(1, "query"): Adapter("lora", 2)},
         everywhere | {Site(1, "key"): Adapter("lora", 4)},
     ):
-        with pytest.raises(ValueError, match=r"no point of Uniform; one near it has .* → "):
+        with pytest.raises(ValueError, match=r"no point of Uniform; one near it is Configuration"):
             space.encode(Configuration(adapters), BERT)
 
 

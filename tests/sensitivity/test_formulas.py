@@ -203,12 +203,12 @@ def test_sites_part_where_their_inputs_do() -> None:
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 21)])
-def test_singular_values_are_as_exact_as_the_matrix(shape: tuple[int, int]) -> None:
+def test_singular_values_are_exact_in_single_precision(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -6, shape[1]))
     exact = torch.linalg.svdvals(matrix.double())
     for dtype in (torch.float32, torch.float64):
         found = singular_values(matrix.to(dtype))
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-7 * float(exact[0]))
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-7 * float(exact[0]))
 
 
 def test_variance_of_nothing_and_of_constants() -> None:

@@ -13,9 +13,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from autopeft.core.objectives import parse_quantity
 from autopeft.evaluation.frozen_blocks.block_skipping import (
@@ -25,18 +28,19 @@ from autopeft.evaluation.frozen_blocks.block_skipping import (
     states_at,
 )
 from autopeft.evaluation.frozen_blocks.cost_model import Estimate, Passes, estimate, expected_trainings
-from autopeft.evaluation.frozen_blocks.row_index import RowIndex
 from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.base import SplitName, Task, TaskData
-from autopeft.tasks.batch import rows_of
+from autopeft.tasks.batch import model_inputs, rows_of
+from autopeft.tasks.length_bucketing import Collator, sorted_batches
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import Training
 
 _logger = logging.getLogger(__name__)
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
+_PROBE_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +52,53 @@ class HiddenStateUse:
     fill_seconds: float  # spent on computing those that were not there; on the CPU processor time
 
 
+class RowIndex:
+    """A split's rows, in the batches in whose order hidden states are computed and, unpadded, stored."""
+
+    def __init__(self, collator: Collator, batch_size: int) -> None:
+        self._collator = collator
+        self._lengths = collator.split.lengths
+        self._side: Literal["left", "right"] = "left" if collator.left else "right"
+        self.batches = sorted_batches(self._lengths, batch_size)
+        self.tokens = int(self._lengths.sum())
+        self.identity = f"{collator.split.fingerprint} {self._side} {batch_size}"
+        order = np.concatenate(self.batches)
+        self._starts = np.empty(len(order), dtype=np.int64)
+        self._starts[order] = np.cumsum(self._lengths[order]) - self._lengths[order]
+
+    def inputs(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """Return what a model is called with for these rows."""
+        return {name: tensor.to(device) for name, tensor in model_inputs(self._collator(rows)).items()}
+
+    def inside(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Return where a batch of these rows has tokens, of shape (rows, longest)."""
+        return torch.from_numpy(self._collator.positions(rows) >= 0).to(device)
+
+    def gather(self, states: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the hidden states of a batch, of shape (rows, longest, width), out of a file's."""
+        return self.padded([states[self._starts[row] :][: self._lengths[row]] for row in rows])
+
+    def padded(self, states: list[Tensor]) -> Tensor:
+        """Return the hidden states of rows, each of shape (tokens, width), as one batch, zeros at padding."""
+        return pad_sequence(states, batch_first=True, padding_side=self._side)
+
+    def probe(self) -> list[int]:
+        """Return a few rows, from the shortest to the longest."""
+        order = np.argsort(self._lengths, kind="stable")
+        ranks = np.linspace(0, len(order) - 1, min(_PROBE_ROWS, len(order))).astype(int)
+        return [int(row) for row in order[ranks]]
+
+
 @dataclass(eq=False)
 class HiddenStateCache:
-    """Hidden states of one backbone on one task's training and validation split.
+    """Hidden states of one backbone on one task's training and validation split."""
 
-    Attributes:
-        backbone: The resident backbone, with nothing attached.
-        task: Says what the model predicts.
-        data: The task's splits.
-        training: Says how the blocks below the cut are run, and how much may be kept.
-        folder: Where files are kept; None to keep none.
-        uses: The trainings that were served, in their order.
-    """
-
-    backbone: Backbone
-    task: Task
-    data: TaskData
-    training: Training
-    folder: Path | None
-    uses: list[HiddenStateUse] = field(default_factory=list)
+    backbone: Backbone  # the resident backbone, with nothing attached
+    task: Task  # says what the model predicts
+    data: TaskData  # the task's splits
+    training: Training  # says how the blocks below the cut are run, and how much may be kept
+    folder: Path | None  # where files are kept; None to keep none
+    uses: list[HiddenStateUse] = field(default_factory=list)  # the trainings that were served, in their order
 
     def __post_init__(self) -> None:
         self._device = self.training.resolved_device()
@@ -177,13 +209,8 @@ class HiddenStateCache:
         costs = {"train": 2, "validation": 1}
         return estimate(
             [
-                Passes(
-                    batches=len(rows.batches),
-                    tokens=rows.tokens,
-                    times=times[name],
-                    block_cost=costs[name],
-                )
-                for name, rows in self._rows.items()
+                Passes(batches=len(own.batches), tokens=own.tokens, times=times[name], block_cost=costs[name])
+                for name, own in self._rows.items()
             ],
             cut=cut,
             blocks=len(backbone.blocks),
@@ -258,7 +285,7 @@ class HiddenStateCache:
             error = self._error(cut, rows, states)
         if not error <= self._tolerance(states, precision):
             raise UnservableError(
-                f"a row's depend on the padding of its batch (the difference is {error:.2g} of them)"
+                f"those of a row depend on the padding of its batch (by {error:.2g} of their size)"
             )
         self._token_bytes[cut] = states.shape[-1] * states.element_size()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_MOST_TRAININGS = 4.0
+_MOST_TRAININGS = 4.0  # of one cut that are counted on, however long the search is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autopeft.core.atomic_files import replacing
+
 _logger = logging.getLogger(__name__)
 _NAME = "states"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -60,27 +62,20 @@ class HiddenStateFiles:
 
     def write(self, key: str, pieces: Iterable[Tensor]) -> None:
         """Write a file, piece after piece, each (positions, width); raise an OSError where that fails."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f"{key}.{os.getpid()}.part"
         positions = checksum = width = 0
         dtype = torch.float32
-        try:
-            with unfinished.open("wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(b" " * _HEADER_BYTES)
-                for states in pieces:
-                    width, dtype = states.shape[1], states.dtype
-                    content = _bytes_of(states.detach().cpu())
-                    checksum = zlib.crc32(content, checksum)
-                    positions += len(states)
-                    file.write(content)
-                file.seek(0)
-                file.write(_header(positions, width, dtype, checksum))
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(unfinished, self._path(key))
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replacing(self._path(key)) as unfinished, unfinished.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b" " * _HEADER_BYTES)
+            for states in pieces:
+                width, dtype = states.shape[1], states.dtype
+                content = _bytes_of(states.detach().cpu())
+                checksum = zlib.crc32(content, checksum)
+                positions += len(states)
+                file.write(content)
+            file.seek(0)
+            file.write(_header(positions, width, dtype, checksum))
+            os.fsync(file)  # while it is locked: what is left to do is quick
 
     def make_room(self, size: int, keep: Iterable[str] = ()) -> bool:
         """Remove the least recently used files, not `keep`, until `size` bytes fit; say whether they do."""

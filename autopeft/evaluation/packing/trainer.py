@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from autopeft.callbacks.throughput import rows_in
+from autopeft.callbacks.measuring import rows_in
 from autopeft.core.configuration import Configuration
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded

@@ -24,16 +24,15 @@ class SandwichRankSampler:
     """Draws sub-configurations of LoRA: a rank for each module and row, 0 where it has none.
 
     The sandwich rule of Yu and Huang, "Universally Slimmable Networks and Improved Training Techniques",
-    2019, over the rows of one batch: some train the largest configuration, some the smallest ranks
+    2019, over the rows of one batch: some train the largest configuration, some rank 1
     everywhere, the others random sub-configurations. Of these each has a lowest block, a share of the
     modules above it, and ranks log-uniform over powers of two, half of the time the same for all modules.
     For each module `blocks` has the index of its block, and `ranks` its largest rank.
     """
 
-    def __init__(self, blocks: NDArray[np.int64], ranks: NDArray[np.int64], smallest: int, seed: int) -> None:
+    def __init__(self, blocks: NDArray[np.int64], ranks: NDArray[np.int64], seed: int) -> None:
         self.blocks = blocks
         self.largest = ranks
-        self.smallest = np.minimum(smallest, ranks)
         self._generator = np.random.default_rng(seed)
 
     def sandwich(self, rows: int) -> NDArray[np.int64]:
@@ -41,7 +40,7 @@ class SandwichRankSampler:
         largest = max(1, round(_LARGEST_SHARE * rows))
         smallest = min(rows - largest, max(1, round(_SMALLEST_SHARE * rows)))
         drawn = [self.draw() for _ in range(rows - largest - smallest)]
-        ranks = np.array([self.largest] * largest + [self.smallest] * smallest + drawn)
+        ranks = np.array([self.largest] * largest + [np.ones_like(self.largest)] * smallest + drawn)
         return self._generator.permutation(ranks)
 
     def draw(self) -> NDArray[np.int64]:
@@ -51,9 +50,9 @@ class SandwichRankSampler:
         density = generator.uniform(_LEAST_DENSITY, 1.0)
         on = (self.blocks >= lowest) & (generator.random(len(self.blocks)) < density)
         place = generator.random() if generator.random() < 0.5 else generator.random(len(self.blocks))
-        # Equal shares of [0, 1) for the powers of two from the smallest to the largest rank.
-        doublings = np.floor(place * (np.log2(self.largest / self.smallest) + 1))
-        ranks = np.minimum(self.smallest * 2.0**doublings, self.largest).astype(np.int64)
+        # Equal shares of [0, 1) for the powers of two from 1 to the largest rank.
+        doublings = np.floor(place * (np.log2(self.largest) + 1))
+        ranks = np.minimum(2.0**doublings, self.largest).astype(np.int64)
         return np.where(on, ranks, 0)
 
 

@@ -1,13 +1,8 @@
-"""A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights.
-
-LoRA of the largest rank at every site is trained with sampled ranks: the first r ranks of a site work without
-the others, and the model without the adapter of any site.
-"""
+"""A LoRA supernet: one training that gives every LoRA sub-configuration its initial weights."""
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,8 +17,9 @@ from torch import Tensor
 
 from autopeft.callbacks import StopOnDivergence
 from autopeft.callbacks.lora_modules import find_lora_modules, truncated_tensors
-from autopeft.core.configuration import Configuration
+from autopeft.core.configuration import Adapter, Configuration
 from autopeft.core.durable_files import load_tensors, save_tensors
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.evaluator import Evaluator
@@ -47,9 +43,7 @@ class LoraSupernet:
 
     A sub-configuration has at each site a LoRA of at most the largest rank with the same options, or none.
     Its weights are the first ranks of the supernet's, under the scaling of the largest rank; the head is
-    shared. The method is that of one-shot architecture search: Cai et al., "Once-for-All", 2020; Yu and
-    Huang, "Universally Slimmable Networks", 2019 (sandwich rule); Valipour et al., "DyLoRA", 2023 (nested
-    ranks).
+    shared. One-shot architecture search: Cai et al., "Once-for-All", 2020; see also `nested_ranks`.
 
     Attributes:
         largest: LoRA at every site, of the largest rank.
@@ -68,7 +62,6 @@ class LoraSupernet:
         largest: Configuration,
         *,
         trainings: float = 1.0,
-        smallest_rank: int = 1,
         seed: int | None = None,
     ) -> Self:
         """Train a supernet; every row of a batch trains a sub-configuration of its own.
@@ -77,7 +70,6 @@ class LoraSupernet:
             evaluator: Gives backbone, task and training settings.
             largest: LoRA at one or more sites, of the largest ranks; its learning rate is used.
             trainings: Length, in trainings of one configuration.
-            smallest_rank: Smallest rank that is trained for.
             seed: Seed of initialisation and sampling; the evaluator's by default.
 
         Raises:
@@ -89,30 +81,24 @@ class LoraSupernet:
             raise ValueError(
                 f"A supernet is {METHOD} at one or more sites, got {', '.join(others) or 'no adapters'}."
             )
-        for name, value in (("trainings", trainings), ("smallest_rank", smallest_rank)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is a number above 0, got {value!r}.")
+        check_numbers(above=0, trainings=trainings)
         evaluator.backbone.check(largest)
         seed = evaluator.seed if seed is None else seed
         meter = ComputeMeter(evaluator.device)
         with attach(evaluator.backbone, largest, seed) as attachment:
-            steps = _fit(evaluator, largest, trainings, smallest_rank, seed)
+            steps = _fit(evaluator, largest, trainings, seed)
             tensors = attachment.state_dict()
         return cls(largest=largest, tensors=tensors, cost=meter.read(steps))
 
-    def obstacle(self, configuration: Configuration) -> str | None:
-        """Say why a configuration is no sub-configuration; None where it is one."""
-        for site, adapter in configuration:
-            whole = self.largest.adapters.get(site, ())
-            if adapter.method != METHOD:
-                return f"{site} has {adapter.method}, not {METHOD}"
-            if not whole:
-                return f"the supernet has no adapter at {site}"
-            if (adapter.size or 0) > (whole[0].size or 0):
-                return f"rank {adapter.size} at {site} is above {whole[0].size}"
-            if adapter.options != whole[0].options:
-                return f"the options at {site} differ: {adapter}, not {whole[0]}"
-        return None
+    def contains(self, configuration: Configuration) -> bool:
+        """Say whether a configuration is a sub-configuration."""
+
+        def fits(largest: Adapter, adapter: Adapter) -> bool:
+            alike = (adapter.method, adapter.options) == (largest.method, largest.options)
+            return alike and (adapter.size or 0) <= (largest.size or 0)
+
+        pairs = ((self.largest.adapters.get(site), adapter) for site, adapter in configuration)
+        return all(whole is not None and fits(whole[0], adapter) for whole, adapter in pairs)
 
     def state(self, configuration: Configuration) -> dict[str, Tensor]:
         """Return copies of a sub-configuration's tensors, as its `Attachment` loads them.
@@ -120,8 +106,8 @@ class LoraSupernet:
         Raises:
             ValueError: It is no sub-configuration.
         """
-        if (obstacle := self.obstacle(configuration)) is not None:
-            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet: {obstacle}.")
+        if not self.contains(configuration):
+            raise ValueError(f"{configuration!r} is no sub-configuration of the supernet.")
         tensors: dict[str, Tensor] = {}
         for site, adapter in configuration:
             largest, name = self.largest.adapters[site][0], f"{site}.{METHOD}"
@@ -157,9 +143,7 @@ class LoraSupernet:
         return cls(largest=largest, tensors=tensors, cost=Cost(**metadata["cost"]))
 
 
-def _fit(
-    evaluator: Evaluator, largest: Configuration, trainings: float, smallest_rank: int, seed: int
-) -> int:
+def _fit(evaluator: Evaluator, largest: Configuration, trainings: float, seed: int) -> int:
     """Train the attached adapters, and return the number of optimizer steps."""
     steps = max(1, round(trainings * evaluator.plan.total_steps))
     training = replace(evaluator.training, patience=None)
@@ -169,7 +153,7 @@ def _fit(
     blocks: NDArray[np.int64] = np.array([site.block for site in largest.adapters])
     ranks: NDArray[np.int64] = np.array([adapter.size for _, adapter in largest])
     row_ranks = PerRowRanks(
-        SandwichRankSampler(blocks, ranks, smallest_rank, seed),
+        SandwichRankSampler(blocks, ranks, seed),
         [modules[evaluator.backbone.shape(site).module] for site in largest.adapters],
     )
     batches = evaluator.batches(seed, plan=plan)

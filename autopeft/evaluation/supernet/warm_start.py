@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.durable_files import load_json, save_json
+from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
@@ -39,14 +39,13 @@ class WarmStart:
         trainings: Length of a supernet's training, in trainings of one configuration.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: The length is not above 0.
     """
 
     trainings: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.trainings) and self.trainings > 0):
-            raise ValueError(f"trainings is a number above 0, got {self.trainings!r}.")
+        check_numbers(above=0, trainings=self.trainings)
 
     def describe(self) -> str:
         """Describe the settings in a line."""
@@ -71,20 +70,13 @@ class WarmStarts:
 
     Supernet 0 initialises the first training of every trial, supernet n the training with the n-th further
     seed: with one supernet for all, its luck would be taken for the quality of the trials.
-
-    Attributes:
-        settings: Length of the training.
-        evaluator: Trains the supernets.
-        space: The largest LoRA of its configurations becomes the supernet's.
-        folder: Where supernets are kept.
-        trains: Whether to train those that are missing; only the process that runs the search may.
     """
 
-    settings: WarmStart
-    evaluator: Evaluator
-    space: SearchSpace
-    folder: Path
-    trains: bool = True
+    settings: WarmStart  # length of the training
+    evaluator: Evaluator  # trains the supernets
+    space: SearchSpace  # the largest LoRA of its configurations becomes the supernet's
+    folder: Path  # where supernets are kept
+    trains: bool = True  # whether to train those that are missing; only the process that runs the search may
 
     def __post_init__(self) -> None:
         self._supernets: dict[int, LoraSupernet] = {}
@@ -130,7 +122,7 @@ class WarmStarts:
         if not set(configuration.methods) <= {METHOD}:
             return None
         supernet = self.supernet()
-        if supernet is None or supernet.obstacle(configuration) is not None:
+        if supernet is None or not supernet.contains(configuration):
             return None
         return supernet.state(configuration)
 

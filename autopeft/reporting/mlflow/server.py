@@ -34,11 +34,7 @@ class MlflowServer(NamedTuple):
 
 @contextmanager
 def mlflow_server(uri: str, port: int = 5000) -> Iterator[MlflowServer]:
-    """Run an MLflow server over a tracking store until the `with` block ends, on a port, or a free one.
-
-    Raises:
-        RuntimeError: The server does not start.
-    """
+    """Run an MLflow server over a tracking store until the `with` block ends, on a port, or a free one."""
     port = _free_port(port)
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
     command += ["--host", HOST, "--port", str(port)]
@@ -83,10 +79,6 @@ def serve(uri: str, *, port: int = 5000) -> None:
     """Serve the UI until Ctrl-C or SIGTERM, and print a link to the front of every search in the store.
 
     A store that is a server's address has its UI there: its links are printed, and nothing is served.
-
-    Raises:
-        ValueError: The store cannot be opened.
-        RuntimeError: The server does not start.
     """
     uri, _ = checked_store(uri)
     if uri.startswith("http"):
@@ -117,11 +109,7 @@ def _print_links(url: str, fronts: list[tuple[str, str, str | None]], remark: st
 
 
 def find_fronts(uri: str) -> list[tuple[str, str, str | None]]:
-    """Return every search of a store, the latest first: its name, experiment and saved view.
-
-    Raises:
-        ValueError: MLflow cannot open the store.
-    """
+    """Return every search of a store, the latest first: its name, experiment and saved view."""
     try:
         client = MlflowClient(tracking_uri=uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]

@@ -22,9 +22,6 @@ def checked_store(uri: str) -> tuple[str, str | None]:
 
     Artifacts of a local store go beside the database, by absolute path: a server that is started in
     another folder then finds them too. None leaves the place to the server.
-
-    Raises:
-        ValueError: The store is a plain folder, lies in memory, cannot be written, or holds Optuna studies.
     """
     if uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         return uri, None
@@ -69,11 +66,7 @@ def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowC
 
 
 def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], object], place: str) -> str:
-    """Write the files that `save` puts into a folder to a run of their own, and return its id.
-
-    Raises:
-        ValueError: MLflow cannot use the store.
-    """
+    """Write the files that `save` puts into a folder to a run of their own, and return its id."""
     store, artifacts = checked_store(uri)
     try:
         client, experiment_id = open_experiment(store, artifacts, experiment)

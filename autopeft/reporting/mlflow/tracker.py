@@ -54,9 +54,6 @@ class Tracker:
         failures: How often something could not be written.
         link: Opens the UI, of the store's server or on port 5000; once begun, on the charts of the trials.
         worked: The time of the thread that writes.
-
-    Raises:
-        ValueError: The store cannot be written, or is a plain folder, which MLflow 3 refuses.
     """
 
     def __init__(
@@ -106,12 +103,6 @@ class Tracker:
         """Find or create the search's run, and bring its trials' runs in line with the study.
 
         Where MLflow does not answer, a warning says so and nothing is recorded until the next call.
-
-        Args:
-            note: What the search is, as text.
-            identity: Groups of settings; "environment" may change between calls.
-            records: The study's finished trials.
-            members: Numbers of those that are on the front.
         """
         try:
             self._open(note, identity, records)

@@ -10,31 +10,8 @@ Every allocator keeps the same promises:
 * the same input gives the same ranks, in whatever order its sites are given. Ties go to the earlier site.
 """
 
+from autopeft.sensitivity.allocation import rules
 from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
-from autopeft.sensitivity.allocation.registry import ALLOCATORS, Allocator, find_allocator
-from autopeft.sensitivity.allocation.rules import (
-    explained_variance,
-    fisher,
-    gora,
-    proportional,
-    sensitive_counts,
-    structured,
-    top_k,
-    water_filling,
-)
+from autopeft.sensitivity.allocation.registry import ALLOCATORS, Allocator
 
-__all__ = [
-    "ALLOCATORS",
-    "Allocator",
-    "RankBudget",
-    "Ranks",
-    "explained_variance",
-    "find_allocator",
-    "fisher",
-    "gora",
-    "proportional",
-    "sensitive_counts",
-    "structured",
-    "top_k",
-    "water_filling",
-]
+__all__ = ["ALLOCATORS", "Allocator", "RankBudget", "Ranks", "rules"]

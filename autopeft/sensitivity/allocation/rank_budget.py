@@ -31,9 +31,6 @@ class RankBudget:
             a budget in the sum of ranks. It may name more sites than are scored; only those get ranks.
         smallest: The rank that every site gets whatever its score; 0 lets a site go without.
         largest: The rank that no site exceeds.
-
-    Raises:
-        ValueError: A number is not whole or out of range, or there are no costs.
     """
 
     total: int
@@ -60,12 +57,8 @@ def greedy_allocate(
 ) -> Ranks:
     """Start at the smallest rank everywhere and grant ranks one by one until no site can take another.
 
-    Args:
-        sites: The sites, in the order that breaks ties.
-        budget: What may be spent; it must pay for the smallest ranks.
-        priority: How much a site wants its next rank, given the rank it has. It must not grow with the
-            rank, or the order is not the order of the priorities.
-        largest: The rank no site exceeds; None for the budget's.
+    `priority` says how much a site wants its next rank, given the rank it has. It must not grow with the
+    rank, or the order is not the order of the priorities. The order of the sites breaks ties.
     """
     largest = budget.largest if largest is None else largest
     ranks = dict.fromkeys(sites, budget.smallest)
@@ -116,15 +109,3 @@ def bounded_shares(weights: Mapping[Site, float], budget: RankBudget) -> dict[Si
     level = np.interp(budget.total, bounded @ costs, levels)
     shares = np.clip(level * relative, budget.smallest, budget.largest)
     return dict(zip(weights, shares.tolist(), strict=True))
-
-
-def fill_evenly(chosen: Collection[Site], scores: Mapping[Site, float], budget: RankBudget) -> Ranks:
-    """Raise the chosen sites together, of equal ranks the one with the best score first.
-
-    What they cannot take goes to the others, the one with the best score to its cap first.
-    """
-    return greedy_allocate(
-        scores,
-        budget,
-        lambda site, rank: (1, -rank, scores[site]) if site in chosen else (0, scores[site], -rank),
-    )

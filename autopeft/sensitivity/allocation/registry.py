@@ -12,20 +12,17 @@ from autopeft.core.adapter import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
 
-Evidence = Literal["scores", "spectra", "counts"]
+Evidence = Literal["scores", "spectra"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocator:
-    """A rule by its name, for a search space or a YAML file.
+    """A rule by its name, for a search space or a YAML file."""
 
-    Attributes:
-        rule: The function that allocates. Its evidence is checked, in the order of the sites.
-        evidence: What it reads: "scores" (one number a site), "spectra" (what each further rank at a site
-            adds) or "counts" (of sensitive weights, one number a site); all of at least 0.
-    """
-
+    # The function that allocates. Its evidence is checked, in the order of the sites.
     rule: Callable[..., Ranks]
+    # What it reads: "scores" (one number a site) or "spectra" (what each further rank at a site adds); all of
+    # at least 0.
     evidence: Evidence
 
     @property
@@ -46,10 +43,6 @@ class Allocator:
             evidence: A number for each site, or for "spectra" several, in any order.
             budget: What may be spent.
             **options: Options of the rule.
-
-        Raises:
-            ValueError: An option is unknown or out of range, a number is negative or not finite, there is no
-                site or one has no cost, or the budget does not pay for the smallest ranks.
         """
         for name in options:
             if name not in self.options:
@@ -90,10 +83,3 @@ def allocator(evidence: Evidence) -> Callable[[Callable[..., Ranks]], Allocator]
         return ALLOCATORS.setdefault(rule.__name__, Allocator(rule=rule, evidence=evidence))
 
     return register
-
-
-def find_allocator(name: str) -> Allocator:
-    """Return an allocator by its name; raise a ValueError where there is none."""
-    if name not in ALLOCATORS:
-        raise unknown_choice("allocator", name, ALLOCATORS)
-    return ALLOCATORS[name]

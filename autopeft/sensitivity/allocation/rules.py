@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from autopeft.core.adapter import Site
-from autopeft.core.errors import check_whole
+from autopeft.core.errors import check_numbers
 from autopeft.sensitivity.allocation.rank_budget import (
     DECIMALS,
     Priority,
@@ -17,7 +14,6 @@ from autopeft.sensitivity.allocation.rank_budget import (
     Ranks,
     bounded_shares,
     by_largest_remainder,
-    fill_evenly,
     greedy_allocate,
 )
 from autopeft.sensitivity.allocation.registry import allocator
@@ -32,14 +28,9 @@ def proportional(scores: _Scores, budget: RankBudget, temperature: float = 1.0) 
 
     r_i = clip(λ·s_i^τ, smallest, largest), with λ such that Σ cost_i·r_i is the budget: what the bounds
     take or leave is divided among the other sites in proportion again. Scores that are all 0 count as equal.
-
-    Args:
-        scores: How much each site promises.
-        budget: What may be spent.
-        temperature: τ, at least 0. At 0 all sites get the same rank, at 1 ranks are as the scores, and the
-            larger it is, the more goes to the best.
+    At a temperature τ of 0 all sites get the same rank; the larger it is, the more goes to the best.
     """
-    _check_option("temperature", temperature, temperature >= 0, "of at least 0")
+    check_numbers(least=0, temperature=temperature)
     weights = {site: weight**temperature for site, weight in _weights(scores).items()}
     return by_largest_remainder(bounded_shares(weights, budget), weights, budget)
 
@@ -49,11 +40,8 @@ def gora(scores: _Scores, budget: RankBudget) -> Ranks:
     """Divide the budget itself in proportion to the scores, whatever a rank costs.
 
     r_i = clip(⌊B·s_i / (Σs·cost_i)⌋, smallest, largest): of two sites that score the same, the one where a
-    rank costs half gets twice the rank, which `proportional` does not do. The paper leaves unspent, or
-    overspends, what the rounding and the bounds change; here it goes by largest remainder.
-
-    GoRA (He et al., arXiv:2502.12171), with B = Σ (d_in + d_out)·r and its score "gora". The paper rounds
-    each share to whole parameters before it divides, which with costs of 1 would undo the largest remainder.
+    rank costs half gets twice the rank, which `proportional` does not do. GoRA (He et al., arXiv:2502.12171),
+    with its score "gora"; what the paper leaves unspent, or overspends, goes by largest remainder.
     """
     weights = _weights(scores)
     whole = sum(weights.values())
@@ -66,8 +54,7 @@ def fisher(scores: _Scores, budget: RankBudget) -> Ranks:
     """Divide ranks in proportion to the scores, clamp once, and round by largest remainder.
 
     r_i = clip(N·s_i / Σs, smallest, largest), where N is the sum of ranks that the budget buys in these
-    shares: n·r for costs of 1. What the bounds leave or take is spread evenly over the other
-    sites, where `proportional` divides it in proportion to their scores.
+    shares. What the bounds leave or take is spread evenly over the other sites.
 
     "FIM-guided adaptive LoRA rank allocation" (proposal, github.com/huggingface/peft/issues/3203), with the
     score "fisher".
@@ -85,68 +72,17 @@ def top_k(scores: _Scores, budget: RankBudget, share: float = 0.5) -> Ranks:
     The best ⌈share·n⌉ of n sites are filled evenly, the better ones first. The next best site gets what
     they cannot take. Layer-wise placement as in "On Surgical Fine-tuning for Language Encoders" (Lodha et
     al., EMNLP Findings 2023).
-
-    Args:
-        scores: How much each site promises.
-        budget: What may be spent.
-        share: The share of the sites to choose, above 0 and at most 1.
     """
-    _check_option("share", share, 0 < share <= 1, "above 0 and at most 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be a number above 0 and at most 1, got {share!r}.")
     ranking = sorted(scores, key=lambda site: (-scores[site], site))
     # A share of k/n chooses k sites, though k/n·n may come out just above k.
     chosen = frozenset(ranking[: math.ceil(round(share * len(ranking), DECIMALS)) or 1])
-    return fill_evenly(chosen, scores, budget)
-
-
-@allocator("counts")
-def structured(counts: _Scores, budget: RankBudget, alpha: float = 5.0, rank: int = 8) -> Ranks:
-    """Give the sites where an adapter of low rank beats training the sensitive weights alone the same rank.
-
-    Those are the sites where count_i ≥ params_i/α (≥ as in the paper's code), with params_i = rank·cost_i the
-    parameters of LoRA there. SPT gives each of them rank 8 and the others a sparse mask; here they share the
-    whole budget evenly. What they cannot take, or all where none is chosen, goes to the site with the most
-    sensitive weights among the others.
-
-    SPT (He et al., ICCV 2023, arXiv:2303.08566).
-
-    Args:
-        counts: How many of the most sensitive weights lie at each site, as by `sensitive_counts`.
-        budget: What may be spent; its costs must be in parameters.
-        alpha: How readily a site is given a structured adapter, above 0.
-        rank: The rank whose parameters a site's count is compared with, at least 1.
-    """
-    _check_option("alpha", alpha, alpha > 0, "above 0")
-    check_whole("The rank of a structured adapter", rank, least=1)
-    chosen = {site for site, count in counts.items() if count * alpha >= rank * budget.costs[site]}
-    return fill_evenly(chosen, counts, budget)
-
-
-def sensitive_counts(sensitivities: Mapping[Site, ArrayLike], count: int) -> dict[Site, int]:
-    """Count how many of the globally most sensitive weights lie at each site.
-
-    SPT (He et al., ICCV 2023, arXiv:2303.08566): a weight's sensitivity is Σ g² over batches, and the τ
-    weights with the highest are selected. Equal sensitivities go to the earlier site.
-
-    Args:
-        sensitivities: The sensitivity of each weight of a site, of any shape and in any order. The `count`
-            highest of each site are enough.
-        count: τ, how many weights to select, at least 0; all of them where there are fewer.
-
-    Raises:
-        ValueError: There are no weights, the count is negative, or a sensitivity is not a number.
-    """
-    check_whole("The count of sensitive weights", count, least=0)
-    flat = {site: np.asarray(sensitivities[site], dtype=float).ravel() for site in sorted(sensitivities)}
-    sizes = [len(values) for values in flat.values()]
-    if not sum(sizes):
-        raise ValueError("No weights to select from: expected the sensitivities of at least one site.")
-    for site, values in flat.items():
-        if np.isnan(values).any():
-            raise ValueError(f"A sensitivity at {site} is not a number (NaN).")
-    highest = np.argsort(-np.concatenate(list(flat.values())), kind="stable")[:count]
-    site_of_weight = np.repeat(np.arange(len(flat)), sizes)
-    counts = np.bincount(site_of_weight[highest], minlength=len(flat))
-    return dict(zip(flat, counts.tolist(), strict=True))
+    return greedy_allocate(
+        scores,
+        budget,
+        lambda site, rank: (1, -rank, scores[site]) if site in chosen else (0, scores[site], -rank),
+    )
 
 
 @allocator("spectra")
@@ -156,16 +92,11 @@ def explained_variance(spectra: _Spectra, budget: RankBudget, rho: float = 2.0) 
     The components of all sites are pooled, and as many as the budget pays for are kept, highest
     explained-variance ratio first, of equal ratios the one at the lower rank. A site's rank is how many of
     its components are kept; it is capped at ⌈ρ·r⌉, with r = B / Σ cost_i the rank that all sites could have.
+    Components that are not given explain nothing: they are kept last.
 
     EVA (Paischer et al., arXiv:2410.07170).
-
-    Args:
-        spectra: The explained-variance ratios of each site. Components that are not given explain nothing:
-            they are kept last.
-        budget: A component's cost does not change its place in the order.
-        rho: ρ, how far a site may go above the uniform rank, at least 1.
     """
-    _check_option("rho", rho, rho >= 1, "of at least 1")
+    check_numbers(least=1, rho=rho)
     uniform_rank = budget.total / sum(budget.costs[site] for site in spectra)
     # Rounded up: rounded down, the caps could add up to less than the budget.
     cap = min(budget.largest, max(budget.smallest, math.ceil(round(rho * uniform_rank, DECIMALS))))
@@ -180,12 +111,8 @@ def water_filling(spectra: _Spectra, budget: RankBudget) -> Ranks:
 
     Maximises Σ_i Σ_{k ≤ r_i} σ_ik² subject to Σ cost_i·r_i ≤ B: how much of the squared norm of the
     gradients adapters of these ranks can follow (Eckart and Young, Psychometrika 1936). Ranks are granted
-    by σ²/cost, highest first. Gains fall along a spectrum, so no component is ever worth taking before the
-    one in front of it, and the order is a valid one.
-
-    At equal costs this is exact. At unequal costs the problem is the knapsack problem, which is NP-hard: the
-    ranks are optimal for what is spent until the first rank that is wanted but cannot be paid, and from there
-    on miss the optimum by less than the gain of that component (Dantzig, Operations Research 1957).
+    by σ²/cost, highest first. At equal costs this is exact; otherwise it misses the optimum by less than the
+    gain of the first component that cannot be paid (Dantzig, Operations Research 1957).
 
     The spectra are the singular values σ of each site, as of the score "gradient_spectrum". Components that
     are not given gain nothing.
@@ -207,8 +134,3 @@ def _weights(scores: _Scores) -> dict[Site, float]:
 
 def _component(spectrum: tuple[float, ...], rank: int) -> float:
     return spectrum[rank] if rank < len(spectrum) else 0.0
-
-
-def _check_option(name: str, value: float, is_valid: bool, expected: str) -> None:
-    if not math.isfinite(value) or not is_valid:
-        raise ValueError(f"{name} is a finite number {expected}, got {value!r}.")

@@ -5,14 +5,8 @@ from typing import Any
 
 import pytest
 
-from autopeft.sensitivity.allocation import (
-    ALLOCATORS,
-    Allocator,
-    RankBudget,
-    find_allocator,
-    gora,
-    proportional,
-)
+from autopeft.sensitivity.allocation import ALLOCATORS, Allocator, RankBudget
+from autopeft.sensitivity.allocation.rules import gora, proportional
 from tests.sensitivity.allocation.cases import (
     SITES,
     equal_costs,
@@ -60,18 +54,11 @@ class TestErrors:
 
 class TestByName:
     def test_names(self) -> None:
-        assert all(find_allocator(name).name == name for name in ALLOCATORS)
-        assert find_allocator("gora") is gora
-
-    def test_an_unknown_name_is_answered_with_the_nearest(self) -> None:
-        with pytest.raises(
-            ValueError, match=r"Unknown allocator 'waterfilling'.*did you mean 'water_filling'"
-        ):
-            find_allocator("waterfilling")
+        assert all(rule.name == name for name, rule in ALLOCATORS.items())
+        assert ALLOCATORS["gora"] is gora
 
     def test_options(self) -> None:
         assert dict(ALLOCATORS["proportional"].options) == {"temperature": 1.0}
-        assert dict(ALLOCATORS["structured"].options) == {"alpha": 5.0, "rank": 8}
         assert dict(ALLOCATORS["gora"].options) == {}
         scores, budget = sited([9, 1]), equal_costs(8, 2)
         assert ranks_of(ALLOCATORS["proportional"](scores, budget, temperature=0.0)) == [4, 4]

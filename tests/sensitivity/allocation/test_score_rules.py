@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autopeft.sensitivity.allocation import (
-    RankBudget,
+from autopeft.sensitivity.allocation import RankBudget
+from autopeft.sensitivity.allocation.rules import (
     fisher,
     gora,
     proportional,
@@ -92,7 +92,7 @@ class TestProportional:
 
     @pytest.mark.parametrize("temperature", [-0.1, math.nan, math.inf])
     def test_temperature_must_be_a_number_of_at_least_zero(self, temperature: float) -> None:
-        with pytest.raises(ValueError, match=r"temperature is a finite number of at least 0, got"):
+        with pytest.raises(ValueError, match=r"temperature must be a finite number of at least 0, got"):
             proportional(sited([1, 2]), equal_costs(8, 2), temperature=temperature)
 
 
@@ -166,5 +166,5 @@ class TestTopK:
 
     @pytest.mark.parametrize("share", [0.0, 1.5, -1.0, math.nan])
     def test_the_share_is_a_share(self, share: float) -> None:
-        with pytest.raises(ValueError, match="share is a finite number above 0 and at most 1, got"):
+        with pytest.raises(ValueError, match="share must be a number above 0 and at most 1, got"):
             top_k(sited([1, 2]), equal_costs(8, 2), share=share)

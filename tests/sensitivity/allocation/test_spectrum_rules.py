@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopeft.core.adapter import Site
-from autopeft.sensitivity.allocation import (
-    RankBudget,
+from autopeft.sensitivity.allocation import RankBudget
+from autopeft.sensitivity.allocation.rules import (
     explained_variance,
     water_filling,
 )
@@ -51,7 +51,7 @@ class TestExplainedVariance:
 
     @pytest.mark.parametrize("rho", [0.9, math.nan])
     def test_rho_is_at_least_one(self, rho: float) -> None:
-        with pytest.raises(ValueError, match="rho is a finite number of at least 1, got"):
+        with pytest.raises(ValueError, match="rho must be a finite number of at least 1, got"):
             explained_variance(sited([[1.0]]), equal_costs(8, 1), rho=rho)
 
 

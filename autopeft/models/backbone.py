@@ -181,7 +181,9 @@ class Backbone:
         """Compute activations again in the backward pass instead of keeping them."""
         if not self.model.supports_gradient_checkpointing:
             raise ValueError(f"{type(self.model).__name__} cannot compute its activations again.")
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        # The second name is that of transformers before 5.20.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

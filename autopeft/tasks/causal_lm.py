@@ -225,7 +225,10 @@ class CausalLM(DatasetTask):
 
     def metric_collection(self) -> MetricCollection:
         """Return loss and perplexity."""
-        return MetricCollection({"loss": MeanMetric(), "perplexity": _Perplexity()}, compute_groups=False)
+        return MetricCollection(
+            {"loss": MeanMetric(nan_strategy="disable"), "perplexity": _Perplexity(nan_strategy="disable")},
+            compute_groups=False,
+        )
 
     def update_metrics(
         self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor

@@ -7,8 +7,10 @@ a device that autograd knows in every build. What depends on `device.type == "cu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Self
 from unittest.mock import MagicMock, patch
 
@@ -18,19 +20,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopeft.callbacks import BestWeights
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation
+from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.run import best_weights
 from autopeft.methods import METHODS, Attachment, FullFineTuning, attach
 from autopeft.methods.bottleneck import Bottleneck
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import Quantization
 from autopeft.sensitivity import compute_scores
 from autopeft.sensitivity.gradient_scores import BATCH_SCORES
 from autopeft.sensitivity.scored_matrices import Subject
 from autopeft.training.module import FineTuning
 from autopeft.training.training_checkpoint import TrainingCheckpoint, capture_state, restore_state
-from tests.learnable import tiny_evaluator
+from tests.learnable import TRAINING, tiny_evaluator
+from tests.quantized import quantized, save_base
+from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import LABELS, everywhere, places, tiny_backbone, tiny_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -84,6 +90,26 @@ def moved(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
     return module
 
 
+def copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """Copy a fake tensor; torch cannot where it remembers the number it was made of, as metrics' means."""
+    if tensor.constant is not None:
+        return tensor.clone()
+    own: Tensor = Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-untyped-call]
+    return own
+
+
+def faked_attributes(attributes: Mapping[str, Any], fake: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return an object's attributes with fake tensors, also in the objects that hold scales."""
+    found = dict(attributes)
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            found[name] = fake(value)
+        elif type(value).__name__ == "QuantState":
+            found[name] = copy.copy(value)
+            vars(found[name]).update(faked_attributes(vars(value), fake))
+    return found
+
+
 @contextmanager
 def faked(
     model: nn.Module, device: torch.device, batch: Mapping[str, Tensor] = BATCH
@@ -97,15 +123,19 @@ def faked(
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        return made.setdefault(id(tensor), FakeTensor(mode, torch.empty_like(tensor, device="meta"), device))
+        shape = torch.empty_like(tensor.detach().as_subclass(Tensor), device="meta")
+        return made.setdefault(id(tensor), FakeTensor(mode, shape, device))
 
     for module in model.modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
-            setattr(module, name, nn.Parameter(fake(parameter), requires_grad=False))
+            own = nn.Parameter(fake(parameter), requires_grad=False)
+            vars(own).update(faked_attributes(vars(parameter), fake))  # of 4-bit weights: their scales
+            setattr(module, name, own)
         for name, buffer in [*module.named_buffers(recurse=False)]:
             setattr(module, name, fake(buffer))
     moved_batch = {name: fake(tensor) for name, tensor in batch.items()}
-    with patch.object(nn.Module, "to", moved), mode, values:
+    copies = patch.object(FakeTensor, "__deepcopy__", copied, create=True)
+    with patch.object(nn.Module, "to", moved), copies, mode, values:
         yield moved_batch, values
 
 
@@ -133,7 +163,7 @@ def trial(
     evaluator: Evaluator, kind: type[Attachment], configuration: Configuration, batch: Mapping[str, Tensor]
 ) -> None:
     """Attach, train, evaluate, pause, resume, restore the best weights, and load trained tensors."""
-    best, resumed = BestWeights("accuracy"), BestWeights("accuracy")
+    best, resumed = best_weights(evaluator.monitor), best_weights(evaluator.monitor)
     device = batch["labels"].device
     with kind(evaluator.backbone, configuration, 1) as attachment:
         module = evaluator.module(configuration)
@@ -175,6 +205,19 @@ def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> N
     evaluator = tiny_evaluator(backbone)
     with faked(backbone.model, LAZY) as (batch, _):
         trial(evaluator, kind, configuration, batch)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_trial_of_a_language_model_keeps_to_the_models_device(
+    quantization: Quantization | None, tmp_path: Path
+) -> None:
+    task = task_of(24)
+    backbone = quantized(save_base(tmp_path), quantization, task, dtype="bfloat16")
+    objectives = resolve_objectives(("loss", "trainable_parameters"), task.metrics)
+    evaluator = Evaluator(backbone, task, TRAINING, objectives)
+    with faked(backbone.model, LAZY, task.example_batch(3, 9)) as (batch, _):
+        assert backbone.model.dtype == torch.bfloat16
+        trial(evaluator, Attachment, everywhere(backbone, "lora"), batch)
 
 
 @pytest.mark.parametrize("method", METHODS)

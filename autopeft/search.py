@@ -24,7 +24,6 @@ from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.sensitivity import CHEAP_SCORES
-from autopeft.tasks.batch import model_inputs
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
 _logger = logging.getLogger(__name__)
@@ -271,7 +270,7 @@ class Search(SearchSettings):
             },
             prediction=self.task.prediction,
             trainings=evaluation.trainings,
-            probe=model_inputs(opened.evaluator.data.largest_batch()),
+            probe=self.task.inputs(opened.backbone.model, opened.evaluator.data.largest_batch()),
             merged=merged,
             overwrite=overwrite,
         )

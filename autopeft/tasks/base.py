@@ -119,9 +119,13 @@ class Task(ABC):
         """
         raise ValueError(f"{type(self).__name__} has no batches without data.")
 
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that a model is called with for a batch, by argument."""
+        return model_inputs(batch)
+
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch."""
-        return model(**model_inputs(batch))
+        return model(**self.inputs(model, batch))
 
     def predicted(self, output: Any) -> Tensor:
         """Return the tensor of the model's output that an export has to reproduce."""

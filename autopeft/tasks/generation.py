@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torchmetrics.text import BLEUScore, CHRFScore
 from torchmetrics.text.rouge import ROUGEScore
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 TextMetric = Callable[[Sequence[str], Sequence[str]], float]
 """Maps generated texts and references to a score that is better when larger."""
@@ -52,11 +53,11 @@ def generate_texts(
     new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Continue prompts greedily.
+    """Write on from prompts greedily.
 
     Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer; says with what shorter prompts are padded, on their left.
+        model: A language model in evaluation mode, with an encoder or without.
+        tokenizer: Its tokenizer; says with what shorter prompts are padded, for an encoder on their right.
         prompts: Token ids.
         new_tokens: Tokens to generate at most.
         batch_size: Prompts at once.
@@ -64,26 +65,23 @@ def generate_texts(
     Returns:
         The new text of each prompt, special tokens left out.
     """
+    padded = copy.copy(tokenizer)
+    padded.padding_side = "right" if model.config.is_encoder_decoder else "left"
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        longest = max(len(prompts[row]) for row in rows)
-        pads = [longest - len(prompts[row]) for row in rows]
-        ids = [
-            [tokenizer.pad_token_id] * pad + list(prompts[row]) for pad, row in zip(pads, rows, strict=True)
-        ]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        given = DataCollatorWithPadding(padded)([{"input_ids": list(prompts[row])} for row in rows])
+        first = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
         with torch.inference_mode():
             found = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
+                **{name: tensor.to(model.device) for name, tensor in given.items()},
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
         for row, text in zip(
-            rows, tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True), strict=True
+            rows, tokenizer.batch_decode(found[:, first:], skip_special_tokens=True), strict=True
         ):
             texts[row] = text.strip()
     return texts

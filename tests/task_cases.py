@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from autopeft.tasks import MultiLabelClassification, Regression, TextClassification, TokenClassification
+from autopeft.tasks import (
+    MultiLabelClassification,
+    Regression,
+    Seq2Seq,
+    TextClassification,
+    TokenClassification,
+)
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.learnable import learnable_rows
 
@@ -29,10 +35,12 @@ class TaskCase:
     Attributes:
         make: Makes the task, of its class, with 48 training rows.
         reference: Its loss and metrics by name, of rows.
+        architectures: Of models that it is for.
     """
 
     make: Callable[[], DatasetTask]
     reference: Callable[[Sequence[Row]], Mapping[str, float]]
+    architectures: tuple[str, ...] = ("bert", "llama")
 
 
 def splits_of(rows: Callable[[int, int], Mapping[str, Sequence[Any]]]) -> DatasetDict:
@@ -156,6 +164,26 @@ def _words(rows: Sequence[Row]) -> dict[str, float]:
     return {"loss": classes["loss"], "accuracy": classes["accuracy"], "f1": f1}
 
 
+def answered_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return sources, and as targets one of two texts, by the sources' first word."""
+    draw = random.Random(seed)
+    sources = [[draw.randrange(3, 90) for _ in range(draw.randint(3, 8))] for _ in range(count)]
+    return {
+        "source": [" ".join(f"w{word}" for word in words) for words in sources],
+        "target": ["w5 w6 w7" if words[0] < 45 else "w8 w9" for words in sources],
+    }
+
+
+def _tokens(rows: Sequence[Row]) -> dict[str, float]:
+    kept = ((logits[labels != -100], labels[labels != -100]) for logits, labels in rows)
+    losses = [
+        -_log_softmax(word)[label]
+        for logits, labels in kept
+        for word, label in zip(logits, labels, strict=True)
+    ]
+    return {"loss": np.mean(losses), "perplexity": np.exp(np.mean(losses))}
+
+
 TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
     {
         "TextClassification": TaskCase(lambda: TextClassification(splits_of(learnable_rows)), _classes),
@@ -164,5 +192,6 @@ TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
         ),
         "TokenClassification": TaskCase(lambda: TokenClassification(splits_of(spelt_rows)), _words),
         "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
+        "Seq2Seq": TaskCase(lambda: Seq2Seq(splits_of(answered_rows)), _tokens, ("t5", "bart")),
     }
 )

@@ -60,6 +60,22 @@ _IMAGE: dict[str, Any] = {
 OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "albert": _TEXT | {"embedding_size": 16},
+        "bart": {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": None,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_position_embeddings": 64,
+        },
         "bert": _TEXT,
         "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
         "cohere": _GROUPED,

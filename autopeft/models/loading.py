@@ -245,11 +245,12 @@ def with_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel, 
 
     Also returned are the names of the parameters that are new.
     """
-    if model.base_model is model:
-        return _give_head(model, head)
     with torch.device("meta"):
         expected = type(head.auto_class.from_config(copy.deepcopy(model.config)))
-    if not isinstance(model, expected):
+    has_head = isinstance(model, expected)
+    if model.base_model is model and not has_head:  # T5 is its own base model with its head
+        return _give_head(model, head)
+    if not has_head:
         raise ValueError(
             f"The task needs a {expected.__name__}, got a {type(model).__name__}: pass its base "
             "model (model.base_model) to get a new head."

@@ -5,6 +5,7 @@ from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.multi_label_classification import MultiLabelClassification
 from autopeft.tasks.regression import Regression
+from autopeft.tasks.seq2seq import Seq2Seq
 from autopeft.tasks.text_classification import TextClassification
 from autopeft.tasks.token_classification import TokenClassification
 
@@ -14,6 +15,7 @@ TASKS: tuple[type[Task], ...] = (
     TokenClassification,
     Regression,
     CausalLM,
+    Seq2Seq,
 )
 """The tasks there are, which YAML names by their class."""
 
@@ -24,6 +26,7 @@ __all__ = [
     "LoaderData",
     "MultiLabelClassification",
     "Regression",
+    "Seq2Seq",
     "Task",
     "TaskData",
     "TextClassification",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.text import BLEUScore, CHRFScore
 from torchmetrics.text.rouge import ROUGEScore
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 TextMetric = Callable[[Sequence[str], Sequence[str]], float]
 """Maps generated texts and references to a score that is better when larger."""
@@ -53,11 +54,11 @@ def generate_texts(
     new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Continue prompts greedily.
+    """Write on from prompts greedily.
 
     Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Its tokenizer; says with what shorter prompts are padded, on their left.
+        model: A language model in evaluation mode, with an encoder or without.
+        tokenizer: Its tokenizer; says with what shorter prompts are padded, for an encoder on their right.
         prompts: Token ids.
         new_tokens: Tokens to generate at most.
         batch_size: Prompts at once.
@@ -79,16 +80,15 @@ def continue_prompts(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: int
 ) -> Tensor:
     """Return the new tokens of each prompt, a row each, decoded greedily; options are `generate`'s."""
-    longest = max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = [[tokenizer.pad_token_id] * pad + [*prompt] for pad, prompt in zip(pads, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+    encodes = model.config.is_encoder_decoder
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right" if encodes else "left"
+    given = DataCollatorWithPadding(tokenizer)([{"input_ids": list(prompt)} for prompt in prompts])
     with torch.inference_mode():
         found: Tensor = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            **{name: tensor.to(model.device) for name, tensor in given.items()},
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )
-    return found[:, longest:]
+    return found[:, 1 if encodes else given["input_ids"].shape[1] :]

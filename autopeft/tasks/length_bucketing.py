@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,13 +28,13 @@ class TokenisedSplit(Dataset[int]):
     Attributes:
         tokens: Input name → all rows' values one after another (input_ids, token_type_ids …).
         offsets: Row i lies at offsets[i]:offsets[i + 1].
-        labels: Label of each row, or of each token.
+        labels: Label of each row, several labels a row (rows, labels), or one of each token.
         token_labels: Whether there is a label a token.
     """
 
     tokens: dict[str, NDArray[np.int64]]
     offsets: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     token_labels: bool = False
 
     def __len__(self) -> int:
@@ -104,7 +104,10 @@ class Collator:
         if self.split.token_labels:
             batch[LABELS] = self._padded(self.split.labels, rows, fill=IGNORED)
         else:
-            batch[LABELS] = torch.from_numpy(self.split.labels[rows])
+            labels = self.split.labels[rows]
+            if labels.ndim == 2:  # of targets, those tokens that one of the rows has
+                labels = labels[:, (labels != IGNORED).any(axis=0)]
+            batch[LABELS] = torch.from_numpy(labels)
         if self.name is not None:
             batch[rows_key(self.name)] = torch.tensor(rows)
         return batch

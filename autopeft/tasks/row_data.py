@@ -61,19 +61,23 @@ class RowData(TaskData):
             self._splits[name] = self._read(name)
         return self._splits[name]
 
-    def collator(self, name: SplitName) -> Collator:
-        """Return what makes batches of a split's rows; test batches do not say which rows they hold."""
+    def collator(self, name: SplitName) -> Collator | None:
+        """Return what makes batches of a split's rows."""
+        return self._collator(name)
+
+    def _collator(self, name: SplitName) -> Collator:
+        # Test batches do not say which rows they hold.
         return Collator(self.split(name), self.tokenizer, None if name == "test" else name)
 
     def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
         """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
         split = self.split("train")
         seed = self._seed if seed is None else seed
-        return loader(self.collator("train"), LengthGroupedBatches(split.lengths, self.batch_size, seed))
+        return loader(self._collator("train"), LengthGroupedBatches(split.lengths, self.batch_size, seed))
 
     def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
         # No larger than training batches: a trial that was allowed its training memory needs no more here.
-        return loader(self.collator(name), sorted_batches(self.split(name).lengths, self.batch_size))
+        return loader(self._collator(name), sorted_batches(self.split(name).lengths, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches."""

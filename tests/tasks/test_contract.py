@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torchmetrics import MeanMetric
 
 from autopeft import Adapter, Configuration, Training
 from autopeft.core.objectives import resolve_objectives
@@ -23,22 +24,25 @@ from autopeft.export.verification import trained_logits
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import TASKS, CausalLM
-from autopeft.tasks.batch import LABELS, model_inputs
+from autopeft.tasks.batch import LABELS
 from autopeft.tasks.dataset_task import DatasetTask
 from benchmarks.memory import measure_live_storage
 from tests.evaluation.test_fake_device import LAZY, faked, optimizer_step
 from tests.task_cases import TASK_CASES
 from tests.tiny_models import tiny_headed, tiny_tokenizer
 
-ARCHITECTURES = ("bert", "llama")
 TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
 
 every_task = pytest.mark.parametrize("name", TASK_CASES)
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_model = pytest.mark.parametrize(
+    ("name", "architecture"),
+    [(name, architecture) for name, case in TASK_CASES.items() for architecture in case.architectures],
+)
 
 
-def evaluator_of(name: str, architecture: str) -> Evaluator:
+def evaluator_of(name: str, architecture: str | None = None) -> Evaluator:
     task = TASK_CASES[name].make()
+    architecture = architecture or TASK_CASES[name].architectures[0]
     backbone = Backbone.load(tiny_headed(task.head, architecture), task.head, tiny_tokenizer())
     names = (task.metrics[0].name, "trainable_parameters", "peak_memory")
     objectives = resolve_objectives(names, task.metrics)
@@ -68,8 +72,7 @@ def test_every_task_of_a_data_set_has_a_case() -> None:
     assert of_data_sets - {CausalLM.__name__} == set(TASK_CASES)  # which has a contract of its own
 
 
-@every_architecture
-@every_task
+@every_model
 def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(name: str, architecture: str) -> None:
     evaluator = evaluator_of(name, architecture)
     evaluator.task.validate()
@@ -77,11 +80,14 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(name: str, architec
     whole = evaluator.train(configuration)
     assert whole.evaluation.status == "complete", whole.evaluation.reason
     assert whole.state is not None
-    trained = validated(evaluator, whole.state)
-    assert trained["validation_loss"] < 0.9 * validated(evaluator)["validation_loss"]
+    trained, untrained = validated(evaluator, whole.state), validated(evaluator)
+    assert trained["validation_loss"] < 0.9 * untrained["validation_loss"]
     metric = evaluator.task.metrics[0]
     assert trained[metric.name] == pytest.approx(whole.evaluation.values[metric.name])
-    assert metric.is_better(trained[metric.name], evaluator.task.trivial_score(metric.name, evaluator.data))
+    trivial = evaluator.task.trivial_score(metric.name, evaluator.data)
+    assert metric.is_better(
+        trained[metric.name], trivial if evaluator.backbone.head else untrained[metric.name]
+    )
     paused = evaluator.train(configuration, rung=0)
     resumed = evaluator.train(configuration, paused=paused.paused)
     for measured in evaluator.task.metrics:
@@ -90,8 +96,7 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(name: str, architec
     assert all(torch.equal(tensor, resumed.state[key]) for key, tensor in whole.state.items())
 
 
-@every_architecture
-@every_task
+@every_model
 def test_loss_and_metrics_equal_a_slow_reference(name: str, architecture: str) -> None:
     evaluator = evaluator_of(name, architecture)
     rows = []
@@ -104,16 +109,16 @@ def test_loss_and_metrics_equal_a_slow_reference(name: str, architecture: str) -
     assert found.pop("validation_loss") == pytest.approx(expected["loss"], rel=1e-5)
     assert set(found) == {metric.name for metric in evaluator.task.metrics}
     for metric, value in found.items():
-        assert value == pytest.approx(expected[metric], abs=1e-5), metric
+        assert value == pytest.approx(expected[metric], rel=1e-5, abs=1e-5), metric
 
 
 @every_task
 def test_memory_is_counted_as_it_is(name: str) -> None:
-    evaluator = evaluator_of(name, "bert")
+    evaluator = evaluator_of(name)
     batch = evaluator.data.largest_batch()
     example = evaluator.task.example_batch(*batch["input_ids"].shape)
-    assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
-        key: (value.shape, value.dtype) for key, value in batch.items()
+    assert {key: (value.dtype, len(value)) for key, value in example.items()} == {
+        key: (value.dtype, len(value)) for key, value in batch.items()
     }
     with attach(evaluator.backbone, lora(evaluator.backbone)) as attachment:
         model = evaluator.backbone.model.train()
@@ -123,7 +128,7 @@ def test_memory_is_counted_as_it_is(name: str) -> None:
 
 @every_task
 def test_a_step_keeps_to_the_models_device(name: str) -> None:
-    evaluator = evaluator_of(name, "bert")
+    evaluator = evaluator_of(name)
     configuration, batch = lora(evaluator.backbone), evaluator.data.largest_batch()
     module = evaluator.module(configuration)
     with (
@@ -132,6 +137,8 @@ def test_a_step_keeps_to_the_models_device(name: str) -> None:
     ):
         optimizer_step(module, fake)
         for metric in module.metrics.values():
+            if isinstance(metric, MeanMetric):
+                metric.nan_strategy = "disable"  # it would look at values
             for state, value in metric.metric_state.items():
                 if isinstance(value, torch.Tensor):
                     setattr(metric, state, torch.empty(value.shape, dtype=value.dtype, device=LAZY))
@@ -142,26 +149,26 @@ def test_exports_load_in_plain_peft(tmp_path: Path) -> None:
     """One fresh process, which never imports autopeft, loads the exports of all tasks."""
     expected = {}
     for name in TASK_CASES:
-        evaluator = evaluator_of(name, "bert")
+        evaluator = evaluator_of(name)
         backbone, folder = evaluator.backbone, tmp_path / name
         configuration = lora(backbone)
         with attach(backbone, configuration) as attachment:
             for parameter in attachment.parameters.values():
                 torch.nn.init.normal_(parameter, std=0.1)
             state = attachment.state_dict()
-        probe = model_inputs(evaluator.data.largest_batch())
+        probe = evaluator.model_call()
         expected[name] = trained_logits(backbone, configuration, state, probe)
         export_adapter(backbone, configuration, state, folder / "adapter", probe=probe)
         head = TaskHead.of(backbone)
-        base: Any = backbone.model.base_model
-        base.save_pretrained(folder / "base")  # without the head
+        base: Any = backbone.model.base_model if head.modules else backbone.model
+        base.save_pretrained(folder / "base")  # without a head that was trained
         job = {
             "layout": "peft",
             "auto_class": head.auto_class,
             "prediction": "logits",
             "base": str(folder / "base"),
             "folder": str(folder / "adapter"),
-            "options": {"num_labels": len(head.labels)},
+            "options": {"num_labels": len(head.labels)} if head.labels else {},
             "threads": torch.get_num_threads(),
         }
         (folder / "job.json").write_text(json.dumps(job))

@@ -44,7 +44,8 @@ class PackedTrainer:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
-        self._is_refuted = False
+        # Blocks of an encoder-decoder do not all have the same rows and tokens.
+        self._is_refuted = bool(evaluator.backbone.model.config.is_encoder_decoder)
 
     def can_pack(self, configuration: Configuration) -> bool:
         """Return whether a configuration has LoRA alone, and the settings allow for packs."""

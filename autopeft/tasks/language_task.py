@@ -1,0 +1,204 @@
+"""What tasks have in common whose model writes text: loss a token, perplexity, metrics of generated text."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanMetric, MetricCollection
+
+from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.objectives import GENERATION_SPEEDS, Objective
+from autopeft.tasks.base import Batch, SplitName, TaskData
+from autopeft.tasks.batch import IGNORED, LABELS
+from autopeft.tasks.dataset_task import SPLITS, DatasetTask
+from autopeft.tasks.generation import TEXT_METRICS, TextMetric, continue_prompts, generate_texts
+from autopeft.tasks.row_data import RowData
+from autopeft.tasks.splits import split_groups
+
+_GENERATION_BATCH = 16
+_TIMED_ROWS = 8
+_AT_ONCE = 128  # tokens whose cross entropy is taken together
+
+
+class _Perplexity(MeanMetric):
+    """Exponential of the mean loss a token."""
+
+    def compute(self) -> Tensor:
+        """Return the perplexity, a scalar."""
+        mean: Tensor = super().compute()
+        return mean.exp()
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageTask(DatasetTask):
+    """A task whose model writes text. Its own head is used and stays frozen.
+
+    Metrics: loss, the mean cross entropy a token in nats; perplexity; and those of `generate`.
+
+    The attributes of `DatasetTask` (rows with the same prompt stay in one split), and:
+
+    Attributes:
+        max_length: Tokens of a row at most, or of its prompt; longer ones are cut at their end.
+        generate: Metrics of text that is generated for prompts when a training has ended: "exact_match",
+            "rouge_l", "bleu", "chrf"; or by name, functions of the generated texts and the references that
+            return a score, better when larger.
+        generated_rows: Rows of a split that text is generated for, drawn by seed.
+        new_tokens: Tokens that are generated for a row at most.
+    """
+
+    _: KW_ONLY
+    max_length: int = 512
+    generate: Sequence[str] | Mapping[str, TextMetric] = ()
+    generated_rows: int = 64
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_length", "generated_rows", "new_tokens"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in () if isinstance(self.generate, Mapping) else self._generated:
+            if name not in TEXT_METRICS:
+                raise unknown_choice("metric of generated text", name, TEXT_METRICS)
+
+    @property
+    def _generated(self) -> tuple[str, ...]:
+        return (self.generate,) if isinstance(self.generate, str) else tuple(self.generate)
+
+    @property
+    def metrics(self) -> tuple[Objective, ...]:
+        """The metrics, the default one first."""
+        loss = Objective(name="loss", direction="minimize", unit="nats", is_metric=True)
+        perplexity = Objective(
+            name="perplexity", direction="minimize", unit="perplexity", is_metric=True, log_scale=True
+        )
+        return loss, perplexity, *(Objective.score(name, at_end=True) for name in self._generated)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The metrics, and how fast text is generated."""
+        return *self.metrics, *GENERATION_SPEEDS.values()
+
+    @property
+    @abstractmethod
+    def _keys(self) -> Sequence[str]:
+        """What tells examples of the training split apart: rows of one prompt are one example."""
+
+    @abstractmethod
+    def _predicted_labels(self, labels: Tensor) -> Tensor:
+        """Return what the first logits of each row predict, of labels (rows, tokens)."""
+
+    @abstractmethod
+    def _learnt(self, data: RowData, name: SplitName) -> NDArray[np.int64]:
+        """Return the tokens of a split that are predicted."""
+
+    @abstractmethod
+    def _examples(self, data: RowData, name: SplitName) -> tuple[Sequence[Sequence[int]], Sequence[str]]:
+        """Return the tokens that text is generated from, and what it is compared with, of each row."""
+
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        keys = [self._keys[row] for row in rows]
+        return split_groups(keys, max(1, round(share * len(rows))), self.seed)
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full rows; see `Task.example_batch`."""
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: ids.clone()}
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean cross entropy of the learnt tokens, a scalar.
+
+        Args:
+            output: Has logits of shape (rows, tokens, vocabulary).
+            batch: Has labels of shape (rows, tokens).
+        """
+        labels = self._predicted_labels(batch[LABELS])
+        labels = functional.pad(labels, (0, output.logits.shape[1] - labels.shape[1]), value=IGNORED)
+        logits = output.logits.flatten(0, 1)
+        parts = zip(logits.split(_AT_ONCE), labels.flatten().split(_AT_ONCE), strict=True)
+        # A vocabulary's logits in single precision are most of a training's memory: a few at a time, and
+        # again in the backward pass.
+        sums = [
+            checkpoint(_summed_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
+        ]
+        return torch.stack(sums).sum() / self.weight(batch)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of learnt tokens in a batch."""
+        return (self._predicted_labels(batch[LABELS]) != IGNORED).sum().clamp(min=1)
+
+    def metric_collection(self) -> MetricCollection:
+        """Return loss and perplexity."""
+        return MetricCollection(
+            {"loss": MeanMetric(nan_strategy="disable"), "perplexity": _Perplexity(nan_strategy="disable")},
+            compute_groups=False,
+        )
+
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch to the metrics."""
+        metrics.update(loss, self.weight(batch))
+
+    def measure_at_end(self, model: nn.Module, data: TaskData, split: SplitName) -> dict[str, float]:
+        """Return the metrics of generated text, by name."""
+        if not self._generated:
+            return {}
+        assert isinstance(data, RowData)
+        prompts, references = self._examples(data, split)
+        generator = np.random.default_rng(self.seed)
+        chosen = generator.permutation(len(prompts))[: self.generated_rows]
+        texts = generate_texts(
+            model,
+            data.tokenizer,
+            [prompts[index] for index in chosen],
+            new_tokens=self.new_tokens,
+            batch_size=_GENERATION_BATCH,
+        )
+        expected = [references[index] for index in chosen]
+        functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
+        return {name: float(functions[name](texts, expected)) for name in self._generated}
+
+    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+        """Continue the first validation rows; see `Task.generate_tokens`."""
+        assert isinstance(data, RowData)
+        prompts = self._examples(data, "validation")[0][:_TIMED_ROWS]
+        exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return continue_prompts(model, data.tokenizer, prompts, **exactly).numel()
+
+    def trivial_score(self, metric: str, data: TaskData) -> float:
+        """Return what predicting each token by its frequency in training scores; 0 for generated text."""
+        if self.metric(metric).at_end:
+            return 0.0
+        assert isinstance(data, RowData)
+        train, validation = (self._learnt(data, name) for name in SPLITS[:2])
+        words = 1 + int(max(train.max(), validation.max()))
+        counts = 1 + np.bincount(train, minlength=words)
+        loss = -float(np.log(counts / counts.sum())[validation].mean())
+        return loss if metric == "loss" else math.exp(loss)
+
+    def best_score(self, metric: str) -> float:
+        """Return the best value a metric can take."""
+        return {"loss": 0.0}.get(metric, 1.0)
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "generate": ", ".join(self._generated),
+            "generated_rows": str(self.generated_rows) if self._generated else "",
+            "new_tokens": str(self.new_tokens) if self._generated else "",
+            "max_length": str(self.max_length),
+        }
+
+
+def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -132,7 +132,7 @@ class Backbone:
         """
         if isinstance(source, Backbone):
             return source
-        return cls(**vars(load_model(source, head, tokenizer, options, device)))
+        return cls(**load_model(source, head, tokenizer, options, device))
 
     @classmethod
     def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:

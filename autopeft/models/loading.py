@@ -95,26 +95,14 @@ class LoadOptions:
         return found
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with a head, its tokenizer, and which modules were not pretrained."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    head: tuple[str, ...]
-    new_head: bool
-    origin: str
-
-
 def load_model(
     source: str | Path | PreTrainedModel,
     head: HeadSpec,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: LoadOptions | None = None,
     device: torch.device | None = None,
-) -> LoadedModel:
-    """Load or wrap a model for a task; see `Backbone.load`."""
+) -> dict[str, Any]:
+    """Load or wrap a model for a task, and return the arguments of its `Backbone`."""
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(_HEAD_SEED)
         if isinstance(source, PreTrainedModel):
@@ -139,8 +127,8 @@ def load_model(
     for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
         config.pad_token_id = tokenizer.pad_token_id
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    modules = head_modules(model, head, missing)
-    return LoadedModel(model, tokenizer, name, modules, new_head=bool(missing), origin=origin)
+    modules, new_head = head_modules(model, head, missing), bool(missing)
+    return dict(model=model, tokenizer=tokenizer, name=name, head=modules, new_head=new_head, origin=origin)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import Attachment, attach, count_site
 from autopeft.methods.prefix_tuning import Prefix, prefix_attention
 from autopeft.models.backbone import Backbone
-from autopeft.models.loading import load_model
 from tests.tiny_models import (
     draw_parameters,
     head_spec,
@@ -222,8 +221,7 @@ def test_the_models_own_attention_comes_back(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_reaches_a_model_that_was_given_a_head(implementation: str) -> None:
     base = tiny_model("bert", attn_implementation=implementation)
-    loaded = load_model(base, head_spec(), tiny_tokenizer())
-    backbone = Backbone(loaded.model, loaded.tokenizer, name="bare", head=loaded.head, new_head=False)
+    backbone = Backbone.load(base, head_spec(), tiny_tokenizer())
     configurations = {
         id(module.config): module.config
         for module in backbone.model.modules()

@@ -20,7 +20,7 @@ from transformers import (
 from autopeft.models import loading
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
-from autopeft.models.loading import LoadOptions, load_model
+from autopeft.models.loading import LoadOptions
 from tests.learnable import learnable_task
 from tests.tiny_models import (
     HEADS,
@@ -246,7 +246,7 @@ class TestFrozenHead:
 
 
 def test_reports_what_was_loaded(tmp_path: Path) -> None:
-    loaded = load_model(_saved(tiny_model("bert"), tmp_path), head_spec(), None)
+    loaded = Backbone.load(_saved(tiny_model("bert"), tmp_path), head_spec())
     assert (loaded.head, loaded.new_head, loaded.origin) == (("classifier",), True, str(tmp_path))
 
 

@@ -219,9 +219,7 @@ def ui(
 def main() -> None:
     """Run the command line; errors a user can mend are printed without a traceback."""
     sys.path.append(str(Path.cwd()))  # last: a task of one's own there hides no module
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # misses kernels of a hub when imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses kernels of a hub when imported
     try:
         app()
     except (ValueError, RuntimeError) as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import COST_OBJECTIVES
+from autopeft.core.tables import Tabular, titled_table
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.packed_weights import pack
 from autopeft.methods import attach
@@ -46,8 +46,8 @@ class Estimate:
     peak_memory: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimates:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Estimates(Tabular):
     """What `estimate` found.
 
     Attributes:
@@ -65,15 +65,10 @@ class Estimates:
     def table(self) -> Table:
         """Return the estimates as a rich table."""
         memory, parameters = COST_OBJECTIVES["peak_memory"], COST_OBJECTIVES["trainable_parameters"]
-        table = Table(
-            title=f"{self.model}: {parameters.format(self.parameters)} parameters, "
-            f"{memory.format(self.weight_bytes)} of weights",
-            title_justify="left",
-        )
-        for heading in ("method", "blocks"):
-            table.add_column(heading)
-        for heading in ("trainable parameters", "peak memory"):
-            table.add_column(heading, justify="right")
+        size, weights = parameters.format(self.parameters), memory.format(self.weight_bytes)
+        words = ("method", "blocks")
+        headings = (*words, "trainable parameters", "peak memory")
+        table = titled_table(f"{self.model}: {size} parameters, {weights} of weights", headings, words=words)
         for row in self.rows:
             table.add_row(
                 row.method,
@@ -82,12 +77,6 @@ class Estimates:
                 memory.format(row.peak_memory),
             )
         return table
-
-    def __repr__(self) -> str:
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
 
 
 def estimate(

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -23,6 +21,7 @@ from autopeft.core.adapter import Site, block_ranges
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
 from autopeft.core.precision import Precision, autocast
+from autopeft.core.tables import as_text, titled_table
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec
@@ -296,7 +295,7 @@ class Backbone:
     def summary(self) -> str:
         """Return the roles as text, a row each, with blocks, shapes and the methods it takes."""
         headings = ("role", "kind", "blocks", "module", "shape", "methods")
-        table = Table(*headings, title=repr(self), title_justify="left")
+        table = titled_table(repr(self), headings, words=headings)
         for role in self.roles:
             shapes = [shape for site, shape in self.sites.items() if site.role == role]
             first = shapes[0]
@@ -310,13 +309,9 @@ class Backbone:
                 ", ".join(sizes),
                 ", ".join(methods) or "–",
             )
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
-            left_out = sorted({leaf for block in self._block_modules for leaf in block.unrecognised})
-            if left_out:
-                console.print(f"Linear layers without a role: {', '.join(left_out)}")
-        return capture.get()
+        left_out = sorted({leaf for block in self._block_modules for leaf in block.unrecognised})
+        note = f"\nLinear layers without a role: {', '.join(left_out)}" if left_out else ""
+        return as_text(table) + note
 
     def __repr__(self) -> str:
         return (

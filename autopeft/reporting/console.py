@@ -13,7 +13,8 @@ from rich.table import Table
 
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.formats import TEXT_WIDTH, methods_label
+from autopeft.core.tables import TEXT_WIDTH
+from autopeft.reporting.formats import methods_label
 
 
 def wide_console() -> Console:

@@ -16,7 +16,8 @@ from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
-from autopeft.reporting.formats import Tabular, methods_label, titled_table
+from autopeft.core.tables import Tabular, titled_table
+from autopeft.reporting.formats import methods_label
 from autopeft.reporting.uniform_lora import against_uniform_lora
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from scipy import stats
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.formats import Tabular, html_page, titled_table
+from autopeft.core.tables import Tabular, titled_table
+from autopeft.reporting.formats import html_page
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.computation import random_scores, uniform_scores

@@ -15,8 +15,8 @@ from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.profiling import SECTIONS, current_profile, section
+from autopeft.core.tables import as_text, titled_table
 from autopeft.reporting.console import SearchProgress, trial_line
-from autopeft.reporting.formats import as_text, titled_table
 from autopeft.reporting.front import ParetoFront
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from autopeft.core.adapter import Site
 from autopeft.core.method_specs import ROLES
-from autopeft.reporting.formats import Tabular, html_page, titled_table
+from autopeft.core.tables import Tabular, titled_table
+from autopeft.reporting.formats import html_page
 from autopeft.sensitivity import SiteScores
 
 _COLUMNS = 3

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import GENERATION_SPEEDS, Objective
@@ -24,19 +23,39 @@ from autopeft.tasks.dataset_task import SPLITS, DatasetTask
 from autopeft.tasks.generation import TEXT_METRICS, TextMetric, continue_prompts, generate_texts
 from autopeft.tasks.row_data import RowData
 from autopeft.tasks.splits import split_groups
+from autopeft.tasks.token_loss import summed_cross_entropy
 
 _GENERATION_BATCH = 16
 _TIMED_ROWS = 8
-_AT_ONCE = 128  # tokens whose cross entropy is taken together
 
 
-class _Perplexity(MeanMetric):
+class _MeanLoss(Metric):
+    """Mean loss a token; torchmetrics' own mean leaves NaN out, or the weights."""
+
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "tokens"):
+            self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor) -> None:
+        """Add the mean loss of so many tokens."""
+        self.total += loss * tokens
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Return the mean, a scalar."""
+        return self.total / self.tokens
+
+
+class _Perplexity(_MeanLoss):
     """Exponential of the mean loss a token."""
 
     def compute(self) -> Tensor:
         """Return the perplexity, a scalar."""
-        mean: Tensor = super().compute()
-        return mean.exp()
+        return super().compute().exp()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +142,7 @@ class LanguageTask(DatasetTask):
         """
         labels = self._predicted_labels(batch[LABELS])
         labels = functional.pad(labels, (0, output.logits.shape[1] - labels.shape[1]), value=IGNORED)
-        logits = output.logits.flatten(0, 1)
-        parts = zip(logits.split(_AT_ONCE), labels.flatten().split(_AT_ONCE), strict=True)
-        # A vocabulary's logits in single precision are most of a training's memory: a few at a time, and
-        # again in the backward pass.
-        sums = [
-            checkpoint(_summed_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in parts
-        ]
-        return torch.stack(sums).sum() / self.weight(batch)
+        return summed_cross_entropy(output.logits.flatten(0, 1), labels.flatten()) / self.weight(batch)
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the number of learnt tokens in a batch."""
@@ -139,10 +150,7 @@ class LanguageTask(DatasetTask):
 
     def metric_collection(self) -> MetricCollection:
         """Return loss and perplexity."""
-        return MetricCollection(
-            {"loss": MeanMetric(nan_strategy="disable"), "perplexity": _Perplexity(nan_strategy="disable")},
-            compute_groups=False,
-        )
+        return MetricCollection({"loss": _MeanLoss(), "perplexity": _Perplexity()}, compute_groups=False)
 
     def update_metrics(
         self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
@@ -198,7 +206,3 @@ class LanguageTask(DatasetTask):
             "new_tokens": str(self.new_tokens) if self._generated else "",
             "max_length": str(self.max_length),
         }
-
-
-def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -184,7 +184,7 @@ def test_a_front_is_read_from_a_study(front: ParetoFront) -> None:
     attributes = {
         "name": "mine",
         "identity": {"search": {"objectives": "accuracy, trainable_parameters, peak_memory"}},
-        "metrics": ["accuracy", "f1"],
+        "metrics": [asdict(Objective.score(name)) for name in ("accuracy", "f1")],
         "axes": json.loads(json.dumps(front.stored_axes())),
     }
     stored = ParetoFront.stored(attributes, list(reversed(front.records)))

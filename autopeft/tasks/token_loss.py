@@ -1,0 +1,51 @@
+"""Cross entropy over a vocabulary, a few tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autopeft.tasks.batch import IGNORED
+
+_AT_ONCE = 128  # tokens
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy summed over tokens, a scalar in single precision.
+
+    In single precision, the logits of a vocabulary, their softmax and its gradient are most of what a training
+    of a language model takes. Here they exist for a few tokens, once in each pass.
+
+    Args:
+        logits: Of shape (tokens, vocabulary).
+        labels: Of shape (tokens,); those that are `IGNORED` count for nothing.
+    """
+    total: Tensor = _SummedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        sums = [
+            functional.cross_entropy(part.float(), of_part, ignore_index=IGNORED, reduction="sum")
+            for part, of_part in zip(logits.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+        ]
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the softmax less 1 at each label; of operations that can be differentiated once more."""
+        logits, labels = ctx.saved_tensors
+        (gradient,) = gradients
+        parts = []
+        for part, of_part in zip(logits.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
+            is_learnt = (of_part != IGNORED).unsqueeze(1).float()
+            place = of_part.clamp(min=0).unsqueeze(1)
+            error = part.float().softmax(dim=1).scatter_add(1, place, -torch.ones_like(is_learnt))
+            parts.append((error * is_learnt * gradient).to(logits.dtype))
+        return torch.cat(parts), None

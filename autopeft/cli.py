@@ -5,7 +5,6 @@ What loads models, trains or serves MLflow takes seconds to import; the commands
 
 from __future__ import annotations
 
-import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -219,7 +218,6 @@ def ui(
 def main() -> None:
     """Run the command line; errors a user can mend are printed without a traceback."""
     sys.path.append(str(Path.cwd()))  # last: a task of one's own there hides no module
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses kernels of a hub when imported
     try:
         app()
     except (ValueError, RuntimeError) as error:

@@ -11,11 +11,14 @@ from torch import nn
 from transformers import AutoConfig
 
 import autopeft
+from autopeft.core.configuration import Adapter, Configuration
 from autopeft.evaluation.estimate import Estimates
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import Quantization
 from autopeft.tasks import CausalLM
+from tests.quantized import QUANTIZATIONS, quantized, quiet, save_base
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import OPTIONS, tiny_chat_tokenizer, tiny_language_model
 
@@ -40,6 +43,16 @@ def built(task: CausalLM) -> Backbone:
     return Backbone.load(model, task.head, tiny_chat_tokenizer())
 
 
+def count(backbone: Backbone, task: CausalLM, trainable_parameters: int) -> int:
+    """Return the counted memory of LoRA everywhere, after a look at its number of parameters."""
+    linear = [site for site, shape in backbone.sites.items() if shape.kind == "linear"]
+    everywhere = Configuration(dict.fromkeys(linear, Adapter("lora", RANK)), learning_rate=1e-3)
+    with attach(backbone, everywhere) as attachment:
+        assert attachment.trainable_parameters == trainable_parameters
+        counter = MemoryCounter(backbone.model)
+        return counter.count(task.example_batch(ROWS, LENGTH), task, precision="bf16-mixed")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing: bool) -> None:
     task = task_of()
@@ -49,29 +62,38 @@ def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing:
     found = estimates(config, methods=("lora", "layernorm"), checkpointing=checkpointing)
     assert [row.placement for row in found.rows] == ["everywhere", "top half", "top quarter"] * 2
     assert found.parameters == backbone.parameters
-    everywhere = autopeft.Configuration(
-        {
-            site: autopeft.Adapter("lora", RANK)
-            for site, shape in backbone.sites.items()
-            if shape.kind == "linear"
-        },
-        learning_rate=1e-3,
-    )
-    with attach(backbone, everywhere) as attachment:
-        count = MemoryCounter(backbone.model).count(
-            task.example_batch(ROWS, LENGTH), task, precision="bf16-mixed"
-        )
-        assert found.rows[0].trainable_parameters == attachment.trainable_parameters
-    assert found.rows[0].peak_memory == pytest.approx(count, rel=0.03)
+    first = found.rows[0]
+    assert first.peak_memory == pytest.approx(count(backbone, task, first.trainable_parameters), rel=0.03)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@quiet
+def test_packed_weights_are_estimated_as_they_are_counted(
+    architecture: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    task = task_of()
+    base = save_base(tmp_path / "base", architecture)
+    backbone = quantized(base, quantization, task, dtype="bfloat16")
+    found = estimates(base, methods=("lora",), **{quantization: True})
+    assert found.parameters == backbone.parameters
+    first = found.rows[0]
+    assert first.peak_memory == pytest.approx(count(backbone, task, first.trainable_parameters), rel=0.03)
 
 
 def test_packed_weights_checkpointing_and_parts_take_less(config: Path) -> None:
-    plain, packed, checkpointed, in_parts = (
-        estimates(config, methods=("lora",), **options)
-        for options in ({}, {"nf4": True}, {"checkpointing": True}, {"accumulate": ROWS})
+    options: list[dict[str, Any]] = [
+        {},
+        {"nf4": True},
+        {"int8": True},
+        {"checkpointing": True},
+        {"accumulate": ROWS},
+    ]
+    plain, packed, bytewise, checkpointed, in_parts = (
+        estimates(config, methods=("lora",), **each) for each in options
     )
+    assert packed.weight_bytes < bytewise.weight_bytes < plain.weight_bytes
     assert packed.rows[0].peak_memory < plain.rows[0].peak_memory
-    assert packed.weight_bytes < plain.weight_bytes
     assert packed.parameters == plain.parameters
     assert packed.rows[0].trainable_parameters == plain.rows[0].trainable_parameters
     assert checkpointed.rows[0].peak_memory < plain.rows[0].peak_memory
@@ -102,6 +124,7 @@ def test_the_table_names_families_and_placements(config: Path) -> None:
         ({"methods": ("lore",)}, "method 'lore'.*lora"),
         ({"rank": 0}, "rank"),
         ({"batch_size": 4, "accumulate": 3}, "accumulate=3 does not cut batch_size=4"),
+        ({"nf4": True, "int8": True}, "4 bits or in 8.*both"),
     ],
 )
 def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message: str) -> None:

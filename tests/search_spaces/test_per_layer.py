@@ -260,7 +260,7 @@ class TestLearningRate:
 
     @pytest.mark.parametrize(
         ("rate", "message"),
-        [(1e-4, "near it is .*learning_rate=0.0003"), (0.00123456, "near it is .*learning_rate=0.00123;")],
+        [(1e-4, r"near it is .*learning_rate=0.0003"), (0.00123456, r"near it is .*learning_rate=0.00123;")],
     )
     def test_others_have_no_encoding(self, rate: float, message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -271,7 +271,7 @@ class TestLearningRate:
         assert space.suggest(FixedTrial(space.encode(Configuration(learning_rate=2e-3), BERT)), BERT) == (
             Configuration(learning_rate=2e-3)
         )
-        with pytest.raises(ValueError, match="near it is .*learning_rate=0.002"):
+        with pytest.raises(ValueError, match=r"near it is .*learning_rate=0.002"):
             space.encode(Configuration(learning_rate=1e-3), BERT)
 
 

@@ -37,7 +37,7 @@ def test_sum_and_gradient_are_those_of_torch(count: int, dtype: torch.dtype) -> 
 
 def test_it_can_be_differentiated_twice() -> None:
     logits, labels = tokens(5)
-    curvatures = []
+    curvatures: list[Tensor] = []
     for function in (summed_cross_entropy, partial(functional.cross_entropy, reduction="sum")):
         (gradient,) = torch.autograd.grad(function(logits, labels), logits, create_graph=True)
         curvatures += torch.autograd.grad(gradient.square().sum(), logits)

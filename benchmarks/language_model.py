@@ -80,11 +80,13 @@ def best_rate(evaluator: Evaluator, backbone: Backbone) -> Configuration:
 
 
 def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str, Any]]:
-    """Export every point of the front; return its test loss here and in a fresh process."""
+    """Export every trained point of the front; return its test loss here and in a fresh process."""
     opened = search.open()
     checkpoints = AdapterCheckpoints(search.folder / "adapters")
     rows = []
     for point in front:
+        if not len(point.configuration):
+            continue  # the untrained model is the base itself
         report = point.export(folder / str(point.number), overwrite=True)
         state = checkpoints.load(point.number)
         assert state is not None  # members of the front keep their tensors

@@ -16,8 +16,8 @@ _AT_ONCE = 128  # tokens
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy summed over tokens, a scalar in single precision.
 
-    In single precision, the logits of a vocabulary, their softmax and its gradient are most of what a training
-    of a language model takes. Here they exist for a few tokens, once in each pass.
+    In single precision, the logits of a vocabulary, their softmax and its gradient are most of what training
+    a language model takes. Here they exist for a few tokens, once in each pass.
 
     Args:
         logits: Of shape (tokens, vocabulary).

@@ -79,7 +79,7 @@ class Backbone:
         origin: str = "",
     ) -> None:
         self.model = model
-        self.processor = processor
+        self.processor: Any = processor  # of the class that the task's head names
         self.name = name
         self.head = tuple(head)
         self.new_head = new_head

@@ -62,7 +62,8 @@ class Search(SearchSettings):
         folder: Where searches are kept, each in a folder of its own name.
         tracking: MLflow tracking URI; None to record nothing in MLflow.
         experiment: MLflow experiment.
-        tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+        tokenizer: Or another processor that the task needs, as of images. Needed where a loaded model does
+            not say where it lies.
         dtype: See `LoadOptions`, as of the next two. A loaded model is taken as it is.
         quantization: "nf4" or "int8" to pack the backbone's weights.
         attention: transformers' name of an implementation of attention.

@@ -16,14 +16,14 @@ from typing import Any, get_args
 
 import torch
 from optuna.samplers import BaseSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
-from autopeft.models.head_spec import HeadPart
+from autopeft.models.head_spec import HeadPart, Processor
 from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
@@ -77,7 +77,7 @@ class SearchSettings:
         folder: str | Path = "autopeft_runs",
         tracking: str | None = "sqlite:///mlflow.db",
         experiment: str = "autopeft",
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processor | None = None,
         dtype: Dtype = "auto",
         quantization: Quantization | None = None,
         attention: str | None = None,

@@ -9,12 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from autopeft.tasks import (
+    ImageClassification,
     MultiLabelClassification,
     Regression,
     Seq2Seq,
@@ -174,6 +176,17 @@ def answered_rows(count: int, seed: int) -> dict[str, list[Any]]:
     }
 
 
+def drawn_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return images of 20 pixels a side in noise, more of it red, green or blue."""
+    draw = np.random.default_rng(seed)
+    labels = [row % 3 for row in range(count)]
+    pixels = draw.integers(0, 160, (count, 20, 20, 3), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[..., label] += 90
+    names = [("red", "green", "blue")[label] for label in labels]
+    return {"image": [PIL.Image.fromarray(image) for image in pixels], "label": names}
+
+
 def _tokens(rows: Sequence[Row]) -> dict[str, float]:
     kept = ((logits[labels != -100], labels[labels != -100]) for logits, labels in rows)
     losses = [
@@ -192,6 +205,9 @@ TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
         ),
         "TokenClassification": TaskCase(lambda: TokenClassification(splits_of(spelt_rows)), _words),
         "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
+        "ImageClassification": TaskCase(
+            lambda: ImageClassification(splits_of(drawn_rows)), _classes, ("vit", "dinov2")
+        ),
         "Seq2Seq": TaskCase(lambda: Seq2Seq(splits_of(answered_rows)), _tokens, ("t5", "bart")),
     }
 )

@@ -18,18 +18,20 @@ from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
 )
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.models.backbone import Backbone
-from autopeft.models.head_spec import HeadSpec
+from autopeft.models.head_spec import HeadSpec, Processor
 from autopeft.tasks import TextClassification
 
 VOCABULARY = 128
@@ -204,6 +206,13 @@ def tiny_language_model(architecture: str, *, seed: int = 0, **options: Any) -> 
 def tiny_headed(head: HeadSpec, architecture: str, *, seed: int = 0) -> PreTrainedModel:
     """Return a fresh model with the head of a task, in evaluation mode."""
     return _build(head.auto_class, architecture, seed, head.config)
+
+
+def tiny_processor(head: HeadSpec) -> Processor:
+    """Return the processor that a task's head needs: of words, or of images of 16 pixels a side."""
+    if head.processor_class is AutoImageProcessor:
+        return ViTImageProcessorPil(size={"height": 16, "width": 16})
+    return tiny_tokenizer()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

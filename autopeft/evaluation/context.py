@@ -90,7 +90,7 @@ class EvaluationContext:
         if training.gradient_checkpointing:
             backbone.enable_checkpointing()
         with section("tokenise"):
-            self.data = task.data(backbone.tokenizer, batch_size=training.part_size, seed=seed, cache=cache)
+            self.data = task.data(backbone.processor, batch_size=training.part_size, seed=seed, cache=cache)
         if not isinstance(self.data, TaskData):
             got = f"{type(task).__name__}.data returned a {type(self.data).__name__}"
             raise ValueError(f"{got}, expected a TaskData such as LoaderData.")

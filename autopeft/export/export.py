@@ -148,7 +148,8 @@ def export_adapter(
                 _write_merged(unfinished, merged_model(backbone, configuration, state))
             else:
                 write_adapters(unfinished, by_method, state, base=manifest.base, head=manifest.head)
-            backbone.tokenizer.save_pretrained(unfinished)
+            if backbone.processor is not None:
+                backbone.processor.save_pretrained(unfinished)
             configuration.save(unfinished / CONFIGURATION_FILE)
             manifest.save(unfinished)
         check = None

@@ -46,7 +46,7 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _HEAD_PREFIX = "head."
-AUTO_CLASSES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
     f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
     for name, peft_type, pipeline, mapping in (
         ("SequenceClassification", "SEQ_CLS", "text-classification", "SEQUENCE_CLASSIFICATION"),
@@ -54,10 +54,11 @@ AUTO_CLASSES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
         ("Seq2SeqLM", "SEQ_2_SEQ_LM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
         ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
         ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
+        ("ImageClassification", None, "image-classification", "IMAGE_CLASSIFICATION"),
     )
 }
-"""transformers' auto classes that a folder may be loaded with: peft's task type, the Hub's pipeline tag, and
-the model classes."""
+"""transformers' auto classes that a folder may be loaded with: peft's task type where it has one, the Hub's
+pipeline tag, and the model classes."""
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
 
@@ -102,9 +103,14 @@ class TaskHead:
             dtype=str(model.dtype).removeprefix("torch."),
         )
 
+    @property
+    def processor_class(self) -> str:
+        """Name of the transformers auto class that loads the processor."""
+        return "AutoImageProcessor" if "Image" in self.auto_class else "AutoTokenizer"
+
     def spec(self) -> HeadSpec:
         """Return what gives a base model this head."""
-        options: dict[str, Any] = {"pad_token_id": self.pad_token_id}
+        options: dict[str, Any] = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
         if self.labels:
             labelled = HeadSpec.of_labels(None, self.labels)
             options |= {**labelled.config, "problem_type": self.problem_type}

@@ -36,7 +36,8 @@ def kind_of(manifest: Manifest) -> str:
 def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) -> str:
     """Return a Python snippet that loads an export; for the options see `verification.base_options`."""
     auto_class = manifest.head.auto_class
-    imported = f"{auto_class}, AutoTokenizer"
+    processor = manifest.head.processor_class
+    imported = f"{auto_class}, {processor}"
     base = "# base: the model that was in memory, loaded again"
     if manifest.layout == "merged":
         lines = [
@@ -45,16 +46,17 @@ def how_to_load(manifest: Manifest, folder: str, options: Mapping[str, object]) 
         ]
     elif manifest.layout == "mixed":
         base = f"base = {manifest.base!r}" if manifest.base else base
-        lines = ["import autopeft", "from transformers import AutoTokenizer\n", base]
+        lines = ["import autopeft", f"from transformers import {processor}\n", base]
         lines.append(f"model = autopeft.load_adapter(base, {folder!r})")
     else:
         if manifest.base:
             base = _load_base(manifest, options)
         else:
-            imported = "AutoTokenizer"
+            imported = processor
         lines = ["from peft import PeftModel", f"from transformers import {imported}\n", base]
         lines.append(f"model = PeftModel.from_pretrained(base, {folder!r}).eval()")
-    return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"])
+    made = "tokenizer" if processor == "AutoTokenizer" else "processor"
+    return "\n".join([*lines, f"{made} = {processor}.from_pretrained({folder!r})"])
 
 
 def _load_base(manifest: Manifest, options: Mapping[str, object]) -> str:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.adapter import Site, block_ranges
@@ -24,7 +22,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.core.tables import as_text, titled_table
 from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
 from autopeft.models.cached_casts import CachedCasts
-from autopeft.models.head_spec import HeadPart, HeadSpec
+from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 from autopeft.models.quantized_layers import keep_as_loaded
 
@@ -52,7 +50,7 @@ class Backbone:
     Args:
         model: A transformers model with a head. Its weights are never changed: adapters are attached
             and detached in place, and the head is trained in a copy.
-        tokenizer: The tokenizer that belongs to it.
+        processor: What makes its inputs of data, as a tokenizer; None where the task needs none.
         name: How tables and runs call it.
         head: Qualified names of the modules that are the task's; none where the model's own head stays
             frozen.
@@ -73,7 +71,7 @@ class Backbone:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor | None,
         *,
         name: str,
         head: Iterable[str],
@@ -81,7 +79,7 @@ class Backbone:
         origin: str = "",
     ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.processor: Any = processor  # of the class that the task's head names
         self.name = name
         self.head = tuple(head)
         self.new_head = new_head
@@ -111,7 +109,7 @@ class Backbone:
         cls,
         source: str | Path | PreTrainedModel | Backbone,
         head: HeadSpec,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: Processor | None = None,
         *,
         options: LoadOptions | None = None,
         device: torch.device | None = None,
@@ -122,7 +120,7 @@ class Backbone:
             source: Hub name, local folder, a loaded transformers model (with or without a head), or a
                 backbone, which is returned as it is.
             head: The task's, as in `task.head`.
-            tokenizer: Needed where a loaded model does not say where its tokenizer lies.
+            processor: Needed where a loaded model does not say where the one lies that the task needs.
             options: How weights are loaded; by default as they are stored. A loaded model is taken as it is.
             device: Where the model will compute; the CPU by default.
 
@@ -131,7 +129,7 @@ class Backbone:
         """
         if isinstance(source, Backbone):
             return source
-        return cls(**load_model(source, head, tokenizer, options, device))
+        return cls(**load_model(source, head, processor, options, device))
 
     @classmethod
     def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:
@@ -146,9 +144,8 @@ class Backbone:
             ValueError: There is no such config, or transformers has no such model for the task.
         """
         model, name = empty_model(source, head, dtype)
-        words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
         modules = head_modules(model, head)
-        return cls(model, words, name=name, head=modules, new_head=False, origin=str(source))
+        return cls(model, None, name=name, head=modules, new_head=False, origin=str(source))
 
     def train_head(self, part: HeadPart) -> None:
         """Train the whole head, or its last layer alone: the rest then stays as it is drawn or was loaded.

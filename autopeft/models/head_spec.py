@@ -6,6 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from transformers import (
+    AutoTokenizer,
+    BaseImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+)
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin
+"""What makes a model's inputs of data."""
+
 HeadPart = Literal["whole", "last"]
 """What of a head is trained: all of it, or its last layer alone."""
 
@@ -18,14 +28,19 @@ class HeadSpec:
         auto_class: The transformers auto class that builds the model with its head.
         config: What the model's config is told: number and names of labels, for a classifier.
         is_trained: Whether the head is trained with the adapters. A pretrained one that is not stays frozen.
+        processor_class: The auto class of the task's processor: `AutoTokenizer`, `AutoImageProcessor`,
+            `AutoFeatureExtractor`, or None where the task needs none.
     """
 
     auto_class: Any
     config: Mapping[str, Any] = field(default_factory=dict)
     is_trained: bool = True
+    processor_class: Any = AutoTokenizer
 
     @classmethod
-    def of_labels(cls, auto_class: Any, labels: Sequence[str], **config: Any) -> Self:
+    def of_labels(
+        cls, auto_class: Any, labels: Sequence[str], *, processor_class: Any = AutoTokenizer, **config: Any
+    ) -> Self:
         """Return the head of a classifier whose labels have these names, in the order of the logits.
 
         What else the model's config is told goes by name.
@@ -33,7 +48,7 @@ class HeadSpec:
         names = dict(enumerate(labels))
         label2id = {name: index for index, name in names.items()}
         config |= {"num_labels": len(names), "id2label": names, "label2id": label2id}
-        return cls(auto_class=auto_class, config=config)
+        return cls(auto_class=auto_class, config=config, processor_class=processor_class)
 
     @property
     def num_labels(self) -> int | None:

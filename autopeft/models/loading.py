@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
+    AutoImageProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,11 +28,12 @@ from transformers.utils import logging as transformers_logging
 from autopeft.core.errors import unknown_choice
 from autopeft.core.precision import quickest_precision
 from autopeft.models.block_discovery import find_blocks
-from autopeft.models.head_spec import HeadSpec
+from autopeft.models.head_spec import HeadSpec, Processor
 
 _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
 _FEWEST_WORDS = 10
+_KINDS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
@@ -98,7 +99,7 @@ class LoadOptions:
 def load_model(
     source: str | Path | PreTrainedModel,
     head: HeadSpec,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
     options: LoadOptions | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
@@ -118,17 +119,13 @@ def load_model(
                 f"A backbone is a hub name, a folder or a transformers model, got a {type(source).__name__}."
             )
         missing = _name_labels(model, head.labels, names, missing)
-    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(origin)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has no padding token and no end token to pad with.")
-        tokenizer.pad_token = tokenizer.eos_token
-    # Decoders look for the last token that is not padding: with another id they would pool elsewhere.
-    for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
-        config.pad_token_id = tokenizer.pad_token_id
+    if processor is None and head.processor_class is not None:
+        processor = _load_processor(origin, head.processor_class)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _pad_alike(model, processor)
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
     modules, new_head = head_modules(model, head, missing), bool(missing)
-    return dict(model=model, tokenizer=tokenizer, name=name, head=modules, new_head=new_head, origin=origin)
+    return dict(model=model, processor=processor, name=name, head=modules, new_head=new_head, origin=origin)
 
 
 @contextmanager
@@ -269,16 +266,31 @@ def _give_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel,
     return headed, expected - pretrained
 
 
-def _load_tokenizer(origin: str) -> PreTrainedTokenizerBase:
+def _pad_alike(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokenizer and model the same padding token."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no padding token and no end token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token
+    # Decoders look for the last token that is not padding: with another id they would pool elsewhere.
+    for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _load_processor(origin: str, processor_class: Any) -> Processor:
+    kind = _KINDS.get(processor_class.__name__, "processor")
+    # Images are processed alike with and without torchvision.
+    options = {"backend": "pil"} if processor_class is AutoImageProcessor else {}
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
+        loaded: Processor = processor_class.from_pretrained(origin, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No tokenizer was found for the backbone {origin!r}: pass one as tokenizer=..."
+            f"No {kind} was found for the backbone {origin!r}: pass one as tokenizer=..."
         ) from error
-    assert isinstance(loaded, PreTrainedTokenizerBase)
     # Where there is no vocabulary, transformers hands out a tokenizer of special tokens (and a blank
     # or two), for which every text reads alike.
+    if not isinstance(loaded, PreTrainedTokenizerBase):
+        return loaded
     if len(loaded) - len(loaded.all_special_tokens) < _FEWEST_WORDS:
         raise ValueError(
             f"No tokenizer was found for the backbone {origin!r} (there is no vocabulary): "

@@ -2,6 +2,7 @@
 
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
+from autopeft.tasks.image_classification import ImageClassification
 from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.multi_label_classification import MultiLabelClassification
 from autopeft.tasks.regression import Regression
@@ -14,6 +15,7 @@ TASKS: tuple[type[Task], ...] = (
     MultiLabelClassification,
     TokenClassification,
     Regression,
+    ImageClassification,
     CausalLM,
     Seq2Seq,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "CausalLM",
+    "ImageClassification",
     "LoaderData",
     "MultiLabelClassification",
     "Regression",

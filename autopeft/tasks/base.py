@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
-from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.errors import unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.batch import model_inputs
-from autopeft.tasks.length_bucketing import Collator
 
 Batch = dict[str, Tensor]
 SplitName = Literal["train", "validation", "test"]
+
+
+class RowCollator(Protocol):
+    """Makes batches of a split's rows, the same of a row each time."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """Return a batch of these rows."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Tokens of each row; None where a model makes as many of every row, as of images."""
+
+    @property
+    def left(self) -> bool:
+        """Whether padding goes in front."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells apart what a model is given of the split; labels are left out."""
 
 
 class TaskData(LightningDataModule, ABC):
@@ -43,7 +64,7 @@ class TaskData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return test batches; the first call reads the test split."""
 
-    def collator(self, name: SplitName) -> Collator | None:
+    def collator(self, name: SplitName) -> RowCollator | None:
         """Return what makes batches of a split's rows, for hidden states kept by row; None to keep none."""
         return None
 
@@ -97,7 +118,7 @@ class Task(ABC):
     @abstractmethod
     def data(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Any,
         *,
         batch_size: int,
         seed: int,
@@ -106,13 +127,13 @@ class Task(ABC):
         """Return the splits, ready for a model.
 
         Args:
-            tokenizer: The backbone's.
+            processor: The backbone's, as the head's `processor_class` loads it.
             batch_size: Examples that run through the model at once.
             seed: Seed of shuffling.
-            cache: Folder for tokenised texts; None to keep them in memory alone.
+            cache: Folder for what the processor makes of the data; None to keep them in memory alone.
 
         Raises:
-            ValueError: Data and tokenizer do not go together.
+            ValueError: Data and processor do not go together.
         """
 
     def example_batch(self, rows: int, length: int) -> Batch:

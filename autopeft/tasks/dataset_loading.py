@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, DatasetDict
@@ -83,23 +83,35 @@ def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
         raise ValueError(f"subset={subset!r} is for hub data sets, but {source!r} is a local path.")
     if path.is_dir():
         files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _FORMATS}
+        if not files and not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(
+                f"The folder {source} holds no {', '.join(_FORMATS)} file, and no folders of images."
+            )
         if not files:
-            raise ValueError(f"The folder {source} holds no {', '.join(_FORMATS)} file.")
-        return {name: _read(file) for name, file in files.items()}
+            images: Mapping[str, Dataset] = _read(
+                path, lambda: datasets.load_dataset("imagefolder", data_dir=str(path))
+            )
+            return images
+        return {name: _read_file(file) for name, file in files.items()}
     if not path.is_file():
         raise ValueError(f"There is no data set file {source}.")
     if path.suffix not in _FORMATS:
         raise unknown_choice("data set suffix", path.suffix, _FORMATS)
-    return {"train": _read(path)}
+    return {"train": _read_file(path)}
 
 
-def _read(path: Path) -> Dataset:
+def _read_file(path: Path) -> Dataset:
     readers = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    return _read(path, lambda: readers[_FORMATS[path.suffix]](str(path), keep_in_memory=True, **options))
+
+
+def _read(path: Path, reader: Callable[[], Any]) -> Any:
+    """Return what a reader reads of a path, without a progress bar; raise a ValueError where it cannot."""
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return readers[_FORMATS[path.suffix]](str(path), keep_in_memory=True, **options)
+        return reader()
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"Cannot read {path}: {error}") from error
     finally:

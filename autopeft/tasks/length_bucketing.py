@@ -77,6 +77,19 @@ class Collator:
     tokenizer: PreTrainedTokenizerBase
     name: str | None = None
 
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each row."""
+        return self.split.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the split."""
+        return self.split.fingerprint
+
     @property
     def left(self) -> bool:
         """Whether padding goes in front."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +14,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_whole
 from autopeft.tasks.base import Batch, SplitName
-from autopeft.tasks.dataset_task import DatasetTask
-from autopeft.tasks.label_column import labelled_rows
+from autopeft.tasks.labelled_task import LabelledTask
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.splits import stratified_sample, stratified_split
+from autopeft.tasks.splits import stratified_sample
 from autopeft.tasks.tokenization import tokenise
 
 _logger = logging.getLogger(__name__)
@@ -44,23 +41,18 @@ class LabelledTexts:
 
 
 @dataclass(frozen=True, eq=False)
-class TextTask(DatasetTask):
+class TextTask(LabelledTask):
     """A task whose rows are a text, or a pair of texts, with a label.
 
-    The attributes of `DatasetTask`, and:
+    The attributes of `LabelledTask`, and:
 
     Attributes:
         text: The column with the text, or the two of a pair. Rows without any text are left out.
-        label: The column with the label, or several.
         max_length: Tokens a row at most.
-        no_label: What stands for no label; rows with it are left out.
     """
-
-    no_label: ClassVar[tuple[object, ...]] = (None, -1)
 
     _: KW_ONLY
     text: str | Sequence[str] = "text"
-    label: str | Sequence[str] = "label"
     max_length: int = 128
 
     def __post_init__(self) -> None:
@@ -68,73 +60,19 @@ class TextTask(DatasetTask):
         check_whole("max_length", self.max_length, least=1)
         if len(self.columns) not in (1, 2) or len(set(self.columns)) != len(self.columns):
             raise ValueError(f"text is one column, or two different ones, got {self.text!r}.")
-        for label in self.label_columns:
-            if label in self.columns:
-                raise ValueError(f"label names the column of labels, got {label!r}, which is a text column.")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The text columns: one, or two for pairs."""
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
 
-    @property
-    def label_columns(self) -> tuple[str, ...]:
-        """The columns of labels."""
-        return (self.label,) if isinstance(self.label, str) else tuple(self.label)
-
-    def _check_text(self, split: Dataset, name: str) -> None:
+    def _check_inputs(self, split: Dataset, name: str) -> None:
         """Raise ValueError for columns of text that hold none, by their type."""
         for column in self.columns:
             if getattr(split.features[column], "dtype", None) not in TEXT:
                 raise ValueError(
                     f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
                 )
-
-    @abstractmethod
-    def _check_labels(self, split: Dataset, name: str) -> None:
-        """Raise ValueError for labels that are none; no text is read."""
-
-    @abstractmethod
-    def _read_labels(self, split: Dataset, name: str) -> tuple[Any, ...]:
-        """Return the label of each row, as the loss takes it."""
-
-    def _strata(self, labels: Sequence[Any]) -> Sequence[int]:
-        """Return the kind of each label: splits and limits have of each kind its share."""
-        return [0] * len(labels)
-
-    def _usable(self, split: Dataset, name: str) -> Dataset:
-        lacks_labels = name == "test" and not set(self.label_columns) <= set(split.column_names)
-        for column in (*self.columns, *(() if lacks_labels else self.label_columns)):
-            if column not in split.column_names:
-                raise unknown_choice(f"column of the {name} split", column, split.column_names)
-        if not len(split):
-            return split
-        self._check_text(split, name)
-        if not lacks_labels:
-            self._check_labels(split, name)
-        labelled = labelled_rows(split, name, self.label_columns, self.no_label)
-        if name == "train" and not len(labelled):
-            columns = ", ".join(map(repr, self.label_columns))
-            raise ValueError(f"The column {columns} has no labels in the training split.")
-        return labelled
-
-    @cached_property
-    def _train_strata(self) -> Sequence[int]:
-        return self._strata(self._read_labels(self._sources["train"], "train"))
-
-    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
-        kept, taken = stratified_split([self._train_strata[row] for row in rows], share, self.seed)
-        return kept.tolist(), taken.tolist()
-
-    def split(self, name: SplitName) -> LabelledTexts:
-        """Return one of the three splits, limited as asked for. The search never asks for "test"."""
-        if name not in self._read_splits:
-            self._read_splits[name] = self._read(name)
-        return self._read_splits[name]
-
-    @cached_property
-    def _read_splits(self) -> dict[SplitName, LabelledTexts]:
-        return {}
 
     def _read(self, name: SplitName) -> LabelledTexts:
         source, rows = self._parts[name]
@@ -168,11 +106,8 @@ class TextTask(DatasetTask):
         return *split.columns, split.labels
 
     def _settings(self) -> dict[str, str]:
-        return {
-            "text": ", ".join(self.columns),
-            "label": ", ".join(self.label_columns),
-            "max_length": str(self.max_length),
-        }
+        own = {"text": ", ".join(self.columns), "max_length": str(self.max_length)}
+        return super()._settings() | own
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full rows without labels; see `Task.example_batch`."""

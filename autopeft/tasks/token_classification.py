@@ -83,7 +83,7 @@ class TokenClassification(TextTask):
         rows = (labels or () for labels in split[self.label][:])
         return [label_texts((label for label in row if label not in _UNCOUNTED), feature) for row in rows]
 
-    def _check_text(self, split: Dataset, name: str) -> None:
+    def _check_inputs(self, split: Dataset, name: str) -> None:
         for column, expected in ((self.text, "a list of words"), (self.label, "a list of labels")):
             feature = split.features.get(column)
             inner = getattr(feature, "feature", None)

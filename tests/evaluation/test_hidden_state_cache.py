@@ -34,7 +34,7 @@ DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers"}
 def backbone_of(architecture: str = "bert", side: str = "right") -> Backbone:
     depth = {DEPTH.get(architecture, "num_hidden_layers"): BLOCKS}
     backbone = tiny_backbone(architecture, new_head=True, **depth)
-    backbone.tokenizer.padding_side = side
+    backbone.processor.padding_side = side
     return backbone
 
 

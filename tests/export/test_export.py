@@ -64,7 +64,7 @@ def minilm(minilm_folder: Path) -> Backbone:
 
 @pytest.fixture(scope="module")
 def question_batch(minilm: Backbone) -> dict[str, Tensor]:
-    return dict(minilm.tokenizer(QUESTIONS, padding=True, return_tensors="pt"))
+    return dict(minilm.processor(QUESTIONS, padding=True, return_tensors="pt"))
 
 
 def test_there_is_nothing_to_export_of_the_untrained_model(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_lora_with_a_rank_a_layer_loads_with_plain_peft_in_a_fresh_process(
             "with torch.no_grad():",
             "    logits = model(**load_file('batch.safetensors')).logits",
             f"assert tuple(model.config.id2label.values()) == {LABELS}",
-            f"assert tokenizer('Who ?')['input_ids'] == {minilm.tokenizer('Who ?')['input_ids']}",
+            f"assert tokenizer('Who ?')['input_ids'] == {minilm.processor('Who ?')['input_ids']}",
             "save_file({'logits': logits}, 'logits.safetensors')",
         ]
     )

@@ -40,7 +40,7 @@ def test_merged_is_a_model_of_its_own(architecture: str, methods: tuple[str, ...
     assert difference(model.eval(), tiny_batch(), expected) <= TOLERANCE
     plain = {name for name, _ in backbone.model.named_parameters()}
     assert {name for name, _ in model.named_parameters()} == plain
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(backbone.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(backbone.processor)
 
 
 def test_merging_refuses_what_no_weight_can_take(tmp_path: Path) -> None:

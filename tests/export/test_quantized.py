@@ -35,7 +35,7 @@ def export(
     backbone = quantized(save_base(folder / "base", architecture), quantization, task)
     sites = {site: [Adapter("lora", 4)] for site, shape in backbone.sites.items() if shape.kind == "linear"}
     configuration = Configuration(sites | ({Site(1, "ffn"): [Adapter("series", 4)]} if series else {}))
-    probe = model_inputs(task.data(backbone.tokenizer, batch_size=4, seed=0).largest_batch())
+    probe = model_inputs(task.data(backbone.processor, batch_size=4, seed=0).largest_batch())
     state = trained(backbone, configuration)
     return export_adapter(backbone, configuration, state, folder / "out", probe=probe, merged=merged)
 

@@ -129,7 +129,7 @@ class TestFolder:
         backbone = Backbone.load(minilm_folder, head_spec())
         assert len(backbone.blocks) == 6
         assert backbone.head == ("classifier",)
-        assert backbone.tokenizer("What is it?")["input_ids"][0] == 101
+        assert backbone.processor("What is it?")["input_ids"][0] == 101
 
     def test_refuses_a_folder_without_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
@@ -153,7 +153,7 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"No tokenizer was found.*pass one as tokenizer"):
             Backbone.load(tmp_path, head_spec())
         backbone = Backbone.load(tmp_path, head_spec(), tiny_tokenizer())
-        assert backbone.tokenizer.pad_token == "[PAD]"
+        assert backbone.processor.pad_token == "[PAD]"
 
     def test_refuses_an_architecture_without_the_tasks_head(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Cannot load the backbone"):
@@ -197,7 +197,7 @@ class TestLoadedModel:
         model = tiny_classifier("gpt2")
         model.config.pad_token_id = None
         backbone = Backbone.load(model, head_spec(), tokenizer)
-        assert backbone.tokenizer.pad_token == "w5"
+        assert backbone.processor.pad_token == "w5"
         assert backbone.model.config.pad_token_id == tokenizer.eos_token_id
 
     def test_refuses_a_tokenizer_that_cannot_pad(self) -> None:
@@ -317,7 +317,7 @@ def test_the_models_padding_token_is_the_tokenizers() -> None:
     backbone = Backbone.load(
         tiny_classifier("llama", pad_token_id=7), learnable_task().head, tiny_tokenizer()
     )
-    assert backbone.model.config.pad_token_id == backbone.tokenizer.pad_token_id == 0
+    assert backbone.model.config.pad_token_id == backbone.processor.pad_token_id == 0
 
 
 def test_the_padding_token_is_set_where_a_composite_models_head_looks(

@@ -109,7 +109,7 @@ def test_weights_that_were_rearranged_are_refused(base: Path, monkeypatch: pytes
     layer: Any = backbone.model.get_submodule(backbone.shape(Site(0, "query")).module)
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match=r"q_proj were rearranged for inference.*made no predictions"):
-        Backbone.load(backbone.model, task_of(24).head, backbone.tokenizer)
+        Backbone.load(backbone.model, task_of(24).head, backbone.processor)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

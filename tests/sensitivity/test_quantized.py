@@ -34,7 +34,7 @@ def test_quantised_weights_are_scored_as_the_numbers_they_stand_for(
             weight = plain.model.get_submodule(name).get_parameter("weight")
             numbers = full_weight(packed.model.get_submodule(name))
             weight.copy_(numbers.mT if architecture == "gpt2" else numbers)  # GPT-2's lie transposed
-    loader = task.data(packed.tokenizer, batch_size=4, seed=0).train_dataloader(0)
+    loader = task.data(packed.processor, batch_size=4, seed=0).train_dataloader(0)
     batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
     found = compute_scores(packed, batches, task, NAMES)
     for name, expected in compute_scores(plain, batches, task, NAMES).items():

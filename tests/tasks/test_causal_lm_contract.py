@@ -115,7 +115,7 @@ def test_exports_are_plain_peft_folders(
         for parameter in attachment.parameters.values():
             torch.nn.init.normal_(parameter, std=0.1)
         state = attachment.state_dict()
-    data = task.data(backbone.tokenizer, batch_size=4, seed=0)
+    data = task.data(backbone.processor, batch_size=4, seed=0)
     probe = model_inputs(data.largest_batch())
     report = export_adapter(backbone, configuration, state, tmp_path / "out", probe=probe, merged=merged)
     assert "in a fresh process that never imported autopeft" in report.checked

@@ -234,7 +234,10 @@ def mapped(**columns: list[Any]) -> Callable[[], TextClassification]:
             mapped(text=["a"] * 4, label=[[0, 1], [1], [0], [0]]),
             "several labels a text are for MultiLabelClassification",
         ),
-        (lambda: task(label="text"), "label names the column of labels, got 'text', which is a text column"),
+        (
+            lambda: task(label="text"),
+            "label names the column of labels, got 'text', which is read",
+        ),
         (
             mapped(text=["a"] * 9, label=list("abcdefghi")),
             "Every row of the column 'label' has a value of its own",

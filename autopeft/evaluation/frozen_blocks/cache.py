@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,9 +33,9 @@ from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
 from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
-from autopeft.tasks.base import SplitName, Task, TaskData
+from autopeft.tasks.base import RowCollator, SplitName, Task, TaskData
 from autopeft.tasks.batch import model_inputs, rows_of
-from autopeft.tasks.length_bucketing import Collator, sorted_batches
+from autopeft.tasks.length_bucketing import sorted_batches
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import Training
 
@@ -55,13 +56,13 @@ class HiddenStateUse:
 class RowIndex:
     """A split's rows, in the batches in whose order hidden states are computed and, unpadded, stored."""
 
-    def __init__(self, collator: Collator, batch_size: int) -> None:
+    def __init__(self, collator: RowCollator, lengths: NDArray[np.int64], batch_size: int) -> None:
         self._collator = collator
-        self._lengths = collator.split.lengths
+        self._lengths = lengths
         self._side: Literal["left", "right"] = "left" if collator.left else "right"
         self.batches = sorted_batches(self._lengths, batch_size)
         self.tokens = int(self._lengths.sum())
-        self.identity = f"{collator.split.fingerprint} {self._side} {batch_size}"
+        self.identity = f"{collator.fingerprint} {self._side} {batch_size}"
         order = np.concatenate(self.batches)
         self._starts = np.empty(len(order), dtype=np.int64)
         self._starts[order] = np.cumsum(self._lengths[order]) - self._lengths[order]
@@ -72,7 +73,7 @@ class RowIndex:
 
     def inside(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return where a batch of these rows has tokens, of shape (rows, longest)."""
-        return torch.from_numpy(self._collator.positions(rows) >= 0).to(device)
+        return self.padded([torch.ones(self._lengths[row], dtype=torch.bool, device=device) for row in rows])
 
     def gather(self, states: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the hidden states of a batch, of shape (rows, longest, width), out of a file's."""
@@ -184,8 +185,22 @@ class HiddenStateCache:
         """The rows of both splits; none where a task does not say which rows a batch holds."""
         collators = {name: self.data.collator(name) for name in _SPLITS}
         batch_size = self.training.part_size
-        rows = {name: RowIndex(own, batch_size) for name, own in collators.items() if own is not None}
+        rows = {
+            name: RowIndex(own, self._lengths(own), batch_size)
+            for name, own in collators.items()
+            if own is not None
+        }
         return rows if len(rows) == len(_SPLITS) else {}
+
+    def _lengths(self, collator: RowCollator) -> NDArray[np.int64]:
+        """Return how many tokens the model makes of each row."""
+        if collator.lengths is not None:
+            return collator.lengths
+        model = self.backbone.model.eval()
+        inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(collator([0])).items()}
+        with torch.no_grad(), self.backbone.computing_in(self.backbone.own_precision):
+            states = states_at([1], self.backbone, self.task, inputs)[1]
+        return np.full(len(collator), states.shape[1])
 
     @cached_property
     def _structure(self) -> Structure:

@@ -3,10 +3,11 @@
     python -m benchmarks.language_model [--config configs/dialogue.yaml] [--folder FOLDER]
 
 The search runs in a process of its own, as the command line runs it, so that its peak resident memory can be
-read. Uniform LoRA of rank 8 on query and value is trained for the same steps with three learning rates; the
-best of them in validation, and the best point of the front, are trained with three seeds and scored on the
-test split. Every point of the front is exported, loaded in a fresh process (by plain peft, where the folder
-is a plain one) and scored there on the same test rows. The same call goes on where it was stopped.
+read. Uniform LoRA of rank 8 on query and value is trained for the same steps with three learning rates, the
+best of them in validation with three seeds. Both, and the untrained model, are scored on the test split; the
+best point of the front by the weights that the search kept. Every trained point of the front is exported,
+loaded in a fresh process (by plain peft, where the folder is a plain one) and scored there on the same test
+rows. The same call goes on where it was stopped; its memory is then that of what was left.
 """
 
 from __future__ import annotations
@@ -53,30 +54,29 @@ def searched(config: Path, folder: Path) -> float:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
 
 
-def tested(evaluator: Evaluator, configuration: Configuration) -> dict[str, Any]:
-    """Train a configuration with each seed; return what it scores in validation and test."""
-    runs = []
-    for seed in SEEDS:
-        trained = evaluator.train(configuration, seed)
-        if trained.state is None:
-            raise RuntimeError(f"{configuration} failed: {trained.evaluation.reason}")
-        runs.append((trained.evaluation.values["loss"], evaluator.test(configuration, trained.state)["loss"]))
+def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tuple[float, float]:
+    """Train a configuration; return its loss in validation and on the test split."""
+    found = evaluator.train(configuration, seed)
+    if found.state is None:
+        raise RuntimeError(f"{configuration} failed: {found.evaluation.reason}")
+    return found.evaluation.values["loss"], evaluator.test(configuration, found.state)["loss"]
+
+
+def uniform_losses(evaluator: Evaluator, backbone: Backbone) -> dict[str, Any]:
+    """Train uniform LoRA with every learning rate, the best with every seed."""
+    first, *seeds = SEEDS
+    by_rate = {rate: trained(evaluator, uniform(backbone, rate), first) for rate in RATES}
+    rate = min(by_rate, key=lambda rate: by_rate[rate][0])
+    best = uniform(backbone, rate)
+    runs = [by_rate[rate], *(trained(evaluator, best, seed) for seed in seeds)]
     validation, test = zip(*runs, strict=True)
     return {
-        "learning_rate": configuration.learning_rate,
-        "trainable_parameters": evaluator.costs(configuration)["trainable_parameters"],
-        "validation_loss": validation,
-        "test_loss": test,
+        "learning_rate": rate,
+        "trainable_parameters": evaluator.costs(best)["trainable_parameters"],
+        "validation_losses_by_rate": {str(rate): losses[0] for rate, losses in by_rate.items()},
+        "validation_losses": validation,
+        "test_losses": test,
     }
-
-
-def best_rate(evaluator: Evaluator, backbone: Backbone) -> Configuration:
-    """Return uniform LoRA with the learning rate that has the lowest validation loss."""
-    losses = {}
-    for rate in RATES:
-        configuration = uniform(backbone, rate)
-        losses[configuration] = evaluator.train(configuration).evaluation.values.get("loss", float("inf"))
-    return min(losses, key=lambda configuration: losses[configuration])
 
 
 def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
             {
                 "trial": point.number,
                 "values": point.values,
-                "check": str(report.check),
+                "check": report.checked,
                 "test_loss": opened.evaluator.test(point.configuration, state)["loss"],
                 "test_loss_in_fresh_process": fresh_loss(job, batches),
             }
@@ -118,26 +118,27 @@ def main() -> None:
     weights = sum(tensor.nbytes for tensor in opened.backbone.model.parameters())
     completed = [record for record in front.records if record.evaluation.status == "complete"]
     counted = max(record.evaluation.values["peak_memory"] for record in completed)
-    untrained = Configuration({}, learning_rate=RATES[0])
-    results: dict[str, Any] = {
-        "untrained": opened.evaluator.test(untrained, {})["loss"],
-        "uniform": tested(opened.evaluator, best_rate(opened.evaluator, opened.backbone)),
-        "autopeft": tested(opened.evaluator, front.best().configuration),
-    }
     points = exported(search, front, arguments.folder / "exports")
+    untrained = opened.evaluator.test(Configuration({}, learning_rate=RATES[0]), {})["loss"]
+    found = uniform_losses(opened.evaluator, opened.backbone)
+    best = next(row for row in points if row["trial"] == front.best().number)
     table = Table(title=f"{search.name}: {len(front.records)} trials, a front of {len(front)}")
-    for heading in ("", "parameters", "test loss of three seeds", "mean"):
+    for heading in ("", "parameters", "loss in validation", "on the test split"):
         table.add_column(heading)
-    table.add_row("untrained", "0", "", f"{results['untrained']:.4f}")
-    for name in ("uniform", "autopeft"):
-        losses = results[name]["test_loss"]
-        table.add_row(
-            name,
-            f"{results[name]['trainable_parameters']:,.0f}",
-            " ".join(f"{loss:.4f}" for loss in losses),
-            f"{statistics.mean(losses):.4f}",
-        )
-    Console(width=100).print(table)
+    table.add_row("untrained", "0", "", f"{untrained:.4f}")
+    table.add_row(
+        f"uniform LoRA, r = {RANK}, rate {found['learning_rate']:g}",
+        f"{found['trainable_parameters']:,.0f}",
+        " ".join(f"{loss:.4f}" for loss in found["validation_losses"]),
+        f"{statistics.mean(found['test_losses']):.4f} (mean of {len(SEEDS)} seeds)",
+    )
+    table.add_row(
+        f"autopeft, trial {best['trial']}",
+        f"{best['values']['trainable_parameters']:,.0f}",
+        f"{best['values']['loss']:.4f} (mean of the search's seeds)",
+        f"{best['test_loss']:.4f}",
+    )
+    Console(width=120).print(table)
     difference = max(abs(row["test_loss"] - row["test_loss_in_fresh_process"]) for row in points)
     print(f"Peak resident memory of the search: {memory / 2**30:.2f} GiB; weights {weights / 2**30:.2f} GiB,")
     print(f"largest counted peak (weights included) {counted / 2**30:.2f} GiB.")
@@ -150,7 +151,8 @@ def main() -> None:
         "peak_resident_bytes": memory,
         "weight_bytes": weights,
         "largest_counted_bytes": counted,
-        **results,
+        "untrained_test_loss": untrained,
+        "uniform": found,
         "points": points,
     }
     path = RESULTS / f"language_model_{arguments.config.stem}.json"

@@ -141,9 +141,12 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
 
 
 def single_adapters(space: SearchSpace, backbone: Backbone) -> list[Configuration]:
-    """Return the smallest adapter of each of a space's methods alone; the head alone where it has none."""
+    """Return the smallest adapter of each of a space's methods alone, as high as it can be.
+
+    There it takes least memory. Of a space without methods it is the head alone.
+    """
     found: dict[str, Configuration] = {}
-    for site, methods in space.choices(backbone).items():
+    for site, methods in reversed([*space.choices(backbone).items()]):
         for method, choice in methods.items():
             found.setdefault(method, space.point({site: choice.smallest}))
     return list(found.values()) or [space.point()]
@@ -182,8 +185,10 @@ def rehearse_sampler(settings: SearchSettings, space: SearchSpace, backbone: Bac
         ValueError: Sampler and space do not go together, or a parameter cannot be kept.
     """
     with naming(f"Sampling {type(space).__name__} by {describe_sampler(settings.sampler)}"):
-        # A copy: what a sampler of the user's own draws here would be missing in the search.
-        sampler = make_sampler(copy.deepcopy(settings.sampler), settings.seed)
+        try:  # a copy: what a sampler of the user's own draws here would be missing in the search
+            sampler = make_sampler(copy.deepcopy(settings.sampler), settings.seed)
+        except TypeError:  # it holds what cannot be copied, such as a lock
+            return
         with quiet_optuna():
             directions = [objective.direction for objective in settings.objectives]
             study = create_study(directions=directions, sampler=sampler)

@@ -274,5 +274,12 @@ def _fields(settings: Any) -> dict[str, str]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return str({key: dict(item) if isinstance(item, Mapping) else item for key, item in value.items()})
+        return str({key: _comparable(item) for key, item in value.items()})
     return str(value)
+
+
+def _comparable(item: Any) -> Any:
+    """Return an item as what has the same text in every process; a function's has its address in it."""
+    if isinstance(item, Mapping):
+        return dict(item)
+    return import_path(item) if callable(item) else item

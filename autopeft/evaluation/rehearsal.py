@@ -9,12 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation
+from autopeft.core.objectives import GENERATION_SPEEDS
 from autopeft.core.profiling import whole_section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
@@ -44,12 +46,15 @@ def rehearse(evaluator: EvaluationContext, configuration: Configuration) -> None
             loader = data.train_dataloader(evaluator.seed)
             if not hasattr(loader.batch_sampler, "set_epoch"):
                 raise ValueError("expected a batch sampler with set_epoch, such as LoaderData makes.")
+            if evaluator.training.accumulate > 1 and not hasattr(loader.batch_sampler, "joined"):
+                raise ValueError("for accumulate, expected a batch sampler such as LoaderData makes.")
             batch = _first(loader)
         with naming(f"{name}'s validation data"):
             validation = _first(data.val_dataloader())
         is_trained = bool(attachment.parameters)
         _check_outputs(evaluator, batch, is_trained=is_trained)
         _check_words(evaluator)
+        _check_generation(evaluator)
         if is_trained:
             with naming(f"A training step of {name}"):
                 _step(evaluator, configuration, batch, validation)
@@ -139,6 +144,22 @@ def _check_words(evaluator: EvaluationContext) -> None:
                     raise ValueError(f"expected a finite number, got {score!r}.")
 
 
+def _check_generation(evaluator: EvaluationContext) -> None:
+    """Generate a token, where that is needed when a training ends: trials would all fail there."""
+    task, needed = evaluator.task, evaluator.needed
+    ends = {metric.name for metric in task.metrics if metric.at_end}
+    generates = {objective.name for objective in task.objectives} & GENERATION_SPEEDS.keys()
+    if generates and needed & (ends | generates):
+        evaluator.backbone.model.eval()
+        precision = evaluator.training.resolved_precision()
+        with (
+            naming(f"Generating with {evaluator.backbone.name}"),
+            torch.inference_mode(),
+            evaluator.backbone.computing_in(precision),
+        ):
+            task.generate_tokens(evaluator.backbone.model, evaluator.data, 1)
+
+
 def _step(
     evaluator: EvaluationContext, configuration: Configuration, batch: Batch, validation: Batch
 ) -> None:
@@ -161,7 +182,8 @@ def _step(
             total_steps=evaluator.plan.total_steps,
         )
         ending.callback(dismantle, trainer)
-        rows: Any = [batch], [validation]  # data sets of one; Lightning would take a list for several loaders
+        parts = [batch] * 2 if evaluator.training.accumulate > 1 else batch
+        rows: Any = [parts], [validation]  # data sets of one; Lightning would take a list for several loaders
         trainer.fit(module, DataLoader(rows[0], batch_size=None), DataLoader(rows[1], batch_size=None))
     assert capture.state is not None  # one validation is too early to stop
     paused = Evaluation(configuration=configuration, status="paused", reason="rehearsed")

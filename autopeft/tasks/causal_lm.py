@@ -103,6 +103,12 @@ class CausalLM(LanguageTask):
         )
         for name in SPLITS[:2]:
             data.rows(name)  # what is wrong with them is said now
+        if self._generated and not self._examples(data, "validation")[0]:
+            raise ValueError(
+                f"No row of the validation split has a prompt and the beginning of its reply within "
+                f"max_length={self.max_length} tokens: {', '.join(self._generated)} "
+                "would have nothing to compare."
+            )
         return data
 
     def _read(self, reader: RowReader, name: SplitName) -> tuple[TokenRow, ...]:
@@ -120,10 +126,10 @@ class CausalLM(LanguageTask):
                 f"No row of the {name} split has a completion within max_length={self.max_length} tokens "
                 f"(the longest row has {longest}): raise max_length, or shorten the prompts."
             )
-        if shortened:
+        if shortened or len(rows) < len(read):
             _logger.warning(
-                "%s of the %s rows of the %s split are cut at %s tokens; %s have nothing left to learn and "
-                "are left out.",
+                "%s of the %s rows of the %s split are cut at %s tokens; %s, cut or not, have nothing "
+                "to learn and are left out.",
                 f"{shortened:,}",
                 f"{len(read):,}",
                 name,
@@ -147,9 +153,10 @@ class CausalLM(LanguageTask):
     def _examples(self, data: RowData, name: SplitName) -> tuple[list[tuple[int, ...]], list[str]]:
         assert isinstance(data, LanguageData)
         rows = data.rows(name)
-        # Plain text has no prompts: how fast it is generated is measured from the first half.
-        prompts = [row.tokens[: row.prompt or len(row.tokens) // 2 or 1] for row in rows]
-        return prompts, [row.completion for row in rows]
+        if self.layout == "text":  # without prompts: how fast text is generated is measured from half of each
+            return [row.tokens[: len(row.tokens) // 2 or 1] for row in rows], [""] * len(rows)
+        whole = [row for row in rows if 0 < row.prompt < len(row.tokens)]  # the last reply may be cut away
+        return [row.tokens[: row.prompt] for row in whole], [row.completion for row in whole]
 
     def describe(self) -> str:
         """Return the settings, and the layout that was recognised."""

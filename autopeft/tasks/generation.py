@@ -88,6 +88,7 @@ def continue_prompts(
         found: Tensor = model.generate(
             **{name: tensor.to(model.device) for name, tensor in given.items()},
             do_sample=False,
+            num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )

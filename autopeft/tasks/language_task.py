@@ -89,6 +89,20 @@ class LanguageTask(DatasetTask):
             if name not in TEXT_METRICS:
                 raise unknown_choice("metric of generated text", name, TEXT_METRICS)
 
+    def validate(self) -> None:
+        """Raise ValueError for whatever is wrong with data or settings; functions are tried on a word."""
+        super().validate()
+        for name, function in self.generate.items() if isinstance(self.generate, Mapping) else ():
+            try:
+                found = float(function(["word"], ["word"]))
+            except Exception as error:
+                raise ValueError(
+                    f"The metric {name!r} fails for the texts ['word'] and ['word']: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            if not math.isfinite(found):
+                raise ValueError(f"The metric {name!r} of two equal texts is {found!r}, expected a number.")
+
     @property
     def _generated(self) -> tuple[str, ...]:
         return (self.generate,) if isinstance(self.generate, str) else tuple(self.generate)

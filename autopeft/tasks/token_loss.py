@@ -42,10 +42,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         """Return the softmax less 1 at each label; of operations that can be differentiated once more."""
         logits, labels = ctx.saved_tensors
         (gradient,) = gradients
-        parts = []
-        for part, of_part in zip(logits.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
+        found = torch.empty_like(logits)
+        for start in range(0, len(logits), _AT_ONCE):
+            place = slice(start, start + _AT_ONCE)
+            part, of_part = logits[place], labels[place]
             is_learnt = (of_part != IGNORED).unsqueeze(1).float()
-            place = of_part.clamp(min=0).unsqueeze(1)
-            error = part.float().softmax(dim=1).scatter_add(1, place, -torch.ones_like(is_learnt))
-            parts.append((error * is_learnt * gradient).to(logits.dtype))
-        return torch.cat(parts), None
+            label = of_part.clamp(min=0).unsqueeze(1)
+            error = part.float().softmax(dim=1).scatter_add(1, label, -torch.ones_like(is_learnt))
+            found[place] = error * is_learnt * gradient
+        return found, None

@@ -96,7 +96,7 @@ def _key(
 ) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items())
     settings = [type(tokenizer).__name__, str(max_length), repr(tokenizer.special_tokens_map)]
-    settings += [WORDS] if words else []
+    settings += [tokenizer.truncation_side, *([WORDS] if words else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())

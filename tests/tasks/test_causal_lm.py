@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from autopeft import Search
+from autopeft.search_identity import task_settings
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import IGNORED, LABELS
@@ -235,3 +236,46 @@ def test_text_metrics_know_equal_and_different_texts() -> None:
     for metric in (exact_match, rouge_l, bleu, chrf):
         assert metric(same, same) == pytest.approx(1)
         assert metric(same, other) < 0.3
+
+
+def broken(texts: Sequence[str], references: Sequence[str]) -> float:
+    """A user's metric that fails."""
+    raise KeyError("reference")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(broken, "metric 'own' fails for .*KeyError"), (lambda *_: math.nan, "metric 'own' .* is nan")],
+)
+def test_a_users_metric_is_tried_before_training(function: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_of(generate={"own": function}).validate()
+
+
+def test_the_same_function_makes_the_same_search() -> None:
+    (text,) = {str(task_settings(task_of(generate={"own": exact_match}))) for _ in range(2)}
+    assert "autopeft.tasks.generation.exact_match" in text
+    assert " at 0x" not in text
+
+
+def test_replies_that_were_cut_away_are_not_generated() -> None:
+    def chat(number: int, exchanges: int) -> list[dict[str, str]]:
+        return [
+            {"role": role, "content": f"w{number}"}
+            for _ in range(exchanges)
+            for role in ("user", "assistant")
+        ]
+
+    tokenizer = tiny_chat_tokenizer()
+    rows = [{"messages": chat(number, 1 + number % 2)} for number in range(60)]
+    (longest,) = {
+        row.prompt
+        for row in CausalLM(Dataset.from_list(rows[1::2])).data(tokenizer, batch_size=4, seed=0).rows("train")
+    }
+    task = CausalLM(Dataset.from_list(rows), max_length=longest, generate="exact_match")
+    data = task.data(tokenizer, batch_size=4, seed=0)
+    prompts, replies = task._examples(data, "validation")
+    assert 0 < len(prompts) == len(replies) < len(data.rows("validation"))
+    cut = CausalLM(Dataset.from_list(rows[1::2]), max_length=longest, generate="exact_match")
+    with pytest.raises(ValueError, match="a prompt and the beginning of its reply"):
+        cut.data(tokenizer, batch_size=4, seed=0)

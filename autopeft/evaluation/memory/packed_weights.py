@@ -50,11 +50,11 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, layer: nn.Linear | Conv1D, bits: Bits) -> None:
         super().__init__(*linear_sizes(layer), bias=False, device="meta")
-        numbers, device = self.in_features * self.out_features, layer.weight.device
+        numbers = self.in_features * self.out_features
         scales = -(-numbers // _BLOCK)
 
         def empty(count: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(count, dtype=dtype, device=device)
+            return torch.empty(count, dtype=dtype, device="meta")  # it is counted, and computes nothing
 
         packed = empty(-(-numbers // 2), torch.uint8) if bits == 4 else empty(numbers, torch.int8)
         self.weight = nn.Parameter(packed, requires_grad=False)

@@ -131,6 +131,7 @@ class TestEverySpace:
             study.tell(trial, list(values(space, found[-1]).values()))
         assert len({*found}) > 1
 
+    @pytest.mark.slow
     def test_finds_more_than_draws_do(self, name: str) -> None:
         space = SPACES[name]
         worth = {

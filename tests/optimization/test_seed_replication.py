@@ -256,6 +256,7 @@ def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
     assert all(point.record.evaluation.trainings == 3 for point in front if point.number != begun[-1])
 
 
+@pytest.mark.slow
 def test_an_export_says_what_its_figures_are(tmp_path: Path) -> None:
     one = search(tmp_path, backbone=str(save_tiny_model(tmp_path / "base")))
     front = one.run(trials=5, progress=False)

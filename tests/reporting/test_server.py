@@ -40,7 +40,7 @@ def read_until(process: subprocess.Popen[str], last: str) -> str:
     raise AssertionError(f"{last!r} was not said, but:\n{said}")
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_link_is_printed_and_the_server_ends_with_the_command(
     end: signal.Signals, busy_port: int, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from tests.learnable import tiny_search
 TRIALS = 2
 
 
-@pytest.fixture(params=["sqlite", "http"])
+@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.slow), "http"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with nullcontext() if request.param == "sqlite" else mlflow_server(store, 5131) as server:

@@ -39,7 +39,15 @@ def parameters_of(search: Search) -> list[dict[str, Any]]:
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.parametrize("space", [SPACE, PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8))])
+@pytest.mark.parametrize(
+    "space",
+    [
+        SPACE,
+        pytest.param(
+            PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8)), marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_it_draws_then_chooses_by_gain_and_resumes_as_if_uninterrupted(
     space: SearchSpace, tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def _exact_hessian(backbone: Backbone, batches: list[dict[str, Tensor]]) -> Tens
     return torch.stack(rows).double()
 
 
+@pytest.mark.slow
 def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_bert(hidden_size=6, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     draw_parameters(model.parameters(), std=0.3)

@@ -102,7 +102,11 @@ def test_memory_is_counted_as_it_is(
 
 @pytest.mark.parametrize(
     ("architecture", "merged"),
-    [("llama", False), ("llama", True), *((name, False) for name in ("gpt2", "gemma2", "qwen3"))],
+    [
+        ("llama", False),
+        ("llama", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "qwen3")),
+    ],
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_exports_are_plain_peft_folders(

@@ -7,7 +7,7 @@ read. Uniform LoRA of rank 8 on query and value is trained for the same steps wi
 best of them in validation with three seeds. Both, and the untrained model, are scored on the test split; the
 best point of the front by the weights that the search kept. Every trained point of the front is exported,
 loaded in a fresh process (by plain peft, where the folder is a plain one) and scored there on the same test
-rows. The same call goes on where it was stopped; its memory is then that of what was left.
+rows. The same call goes on where it was stopped; the memory of the search is then not known.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def uniform(backbone: Backbone, rate: float) -> Configuration:
     return Configuration(sites, learning_rate=rate)
 
 
-def searched(config: Path, folder: Path) -> float:
-    """Run the search in a process of its own; return its peak resident memory in bytes."""
+def searched(config: Path, folder: Path) -> float | None:
+    """Run the search in a process of its own; return its peak resident memory in bytes, if it began here."""
+    was_begun = folder.exists()
     program = Path(sys.executable).with_name("autopeft")
     command = [str(program), "search", str(config), f"folder={folder}", "tracking=null"]
     subprocess.run(command, check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
+    return None if was_begun else resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
 
 
 def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tuple[float, float]:
@@ -140,7 +141,8 @@ def main() -> None:
     )
     Console(width=120).print(table)
     difference = max(abs(row["test_loss"] - row["test_loss_in_fresh_process"]) for row in points)
-    print(f"Peak resident memory of the search: {memory / 2**30:.2f} GiB; weights {weights / 2**30:.2f} GiB,")
+    resident = "not known" if memory is None else f"{memory / 2**30:.2f} GiB"
+    print(f"Peak resident memory of the search: {resident}; weights {weights / 2**30:.2f} GiB,")
     print(f"largest counted peak (weights included) {counted / 2**30:.2f} GiB.")
     print(f"Largest difference of a test loss in a fresh process: {difference:.1e}.")
     record = {

@@ -18,18 +18,12 @@ from autopeft.export.loading import attach_tensors
 from autopeft.methods import placements
 from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
-from autopeft.models.quantized_layers import full_weight, is_quantized
+from autopeft.models.quantized_layers import full_weight, state_tensors
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return new modules that share every parameter and buffer with the model's."""
-    states = [
-        vars(module.state) for module in model.modules() if is_quantized(module) and hasattr(module, "state")
-    ]
-    held = (
-        each for state in states for each in state.values() if isinstance(each, Tensor)
-    )  # of 8-bit layers
-    tensors = chain(model.parameters(), model.buffers(), held)
+    tensors = chain(model.parameters(), model.buffers(), state_tensors(model))
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 

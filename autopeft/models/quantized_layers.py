@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from peft.utils.integrations import dequantize_bnb_weight
@@ -28,6 +29,13 @@ def full_weight(layer: nn.Module, weight: nn.Parameter | None = None) -> Tensor:
         return weight.detach()
     found: Tensor = dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
     return found
+
+
+def state_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what 8-bit layers hold beside their parameters: after a prediction also the weights again."""
+    for layer in model.modules():
+        if is_quantized(layer) and hasattr(layer, "state"):
+            yield from (each for each in vars(layer.state).values() if isinstance(each, Tensor))
 
 
 def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:

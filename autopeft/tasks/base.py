@@ -78,6 +78,30 @@ class TaskData(LightningDataModule, ABC):
         """Return a training batch of the largest shape that can be drawn, labels included."""
 
 
+class SplitData(TaskData):
+    """Splits that are evaluated alike, and whose largest batch is looked for once."""
+
+    @abstractmethod
+    def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
+        """Return the batches of a split in an order of its own."""
+
+    @property
+    @abstractmethod
+    def _largest(self) -> Batch: ...
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return validation batches."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return test batches; the first call reads the test split."""
+        return self._evaluation_loader("test")
+
+    def largest_batch(self) -> Batch:
+        """Return a training batch of the largest shape that can be drawn, labels included."""
+        return dict(self._largest)
+
+
 class Task(ABC):
     """What to fine-tune for.
 

@@ -24,6 +24,15 @@ _SPLIT_NAMES = {
     "test": "test",
 }
 
+TEXT = ("string", "large_string", "null")
+"""Types of a column of texts; "null" is one without any."""
+
+
+def check_text(split: Dataset, name: str, column: str) -> None:
+    """Raise ValueError for a column that holds no text, by its type."""
+    if len(split) and getattr(split.features[column], "dtype", None) not in TEXT:
+        raise ValueError(f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text.")
+
 
 def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
     """Return the splits a source has, under the names train, validation and test.

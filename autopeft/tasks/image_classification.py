@@ -21,12 +21,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import Batch, SplitName, TaskData
+from autopeft.tasks.base import Batch, SplitData, SplitName
 from autopeft.tasks.batch import LABELS, rows_key
 from autopeft.tasks.classification_task import ClassificationTask
 from autopeft.tasks.dataset_task import SPLITS
 from autopeft.tasks.length_bucketing import ShuffledBatches
-from autopeft.tasks.splits import stratified_sample
 
 _LEAST_AREA = 0.25
 _LARGEST_RATIO = 4 / 3
@@ -144,7 +143,7 @@ class _NumberedOn(ShuffledBatches):
         return ([first + row for row in rows] for rows in super().__iter__())
 
 
-class ImageData(TaskData):
+class ImageData(SplitData):
     """Batches of images.
 
     Args:
@@ -182,22 +181,11 @@ class ImageData(TaskData):
         collate = ImageCollator(split, self._processor, None if name == "test" else name)
         return DataLoader(split, batch_size=self._batch_size, collate_fn=collate)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return validation batches."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return test batches; the first call reads the test split."""
-        return self._evaluation_loader("test")
-
     @cached_property
     def _largest(self) -> Batch:
+        """The first training rows as one batch: the processor makes all images of one size."""
         split = self._task.split("train")
         return ImageCollator(split, self._processor)(range(min(self._batch_size, len(split))))
-
-    def largest_batch(self) -> Batch:
-        """Return the first training rows as one batch: the processor makes all images of one size."""
-        return dict(self._largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,8 +233,7 @@ class ImageClassification(ClassificationTask):
         source, rows = self._parts[name]
         split = self._sources[source].select(rows)
         labels = self._read_labels(split, source)
-        limit = getattr(self, f"{name}_examples") or len(rows)
-        chosen = stratified_sample(self._strata(labels), limit, self.seed).tolist()
+        chosen = self._limited(name, labels)
         images = split.select(chosen).select_columns([self.image])
         return LabelledImages(
             images.cast_column(self.image, datasets.Image(decode=False)),

@@ -14,7 +14,7 @@ from autopeft.core.errors import unknown_choice
 from autopeft.tasks.base import SplitName
 from autopeft.tasks.dataset_task import DatasetTask
 from autopeft.tasks.label_column import labelled_rows
-from autopeft.tasks.splits import stratified_split
+from autopeft.tasks.splits import stratified_sample, stratified_split
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,12 @@ class LabelledTask(DatasetTask):
     @abstractmethod
     def _read(self, name: SplitName) -> Any:
         """Return one of the three splits."""
+
+    def _limited(self, name: SplitName, labels: Sequence[Any]) -> list[int]:
+        """Return which rows of a split are used, of each kind of label its share."""
+        limit = getattr(self, f"{name}_examples")
+        rows: list[int] = stratified_sample(self._strata(labels), limit or len(labels), self.seed).tolist()
+        return rows
 
     def _settings(self) -> dict[str, str]:
         return {"label": ", ".join(self.label_columns)}

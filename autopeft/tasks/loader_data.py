@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from autopeft.tasks.base import Batch, SplitName, TaskData
+from autopeft.tasks.base import Batch, SplitData, SplitName
 from autopeft.tasks.length_bucketing import ShuffledBatches
 
 
-class LoaderData(TaskData):
+class LoaderData(SplitData):
     """The splits of ordinary data loaders, for a task of one's own.
 
     Training batches are of the loader's data set, batch size and collate function, in an order of autopeft's
@@ -51,23 +51,15 @@ class LoaderData(TaskData):
             num_workers=self._train.num_workers,
         )
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return validation batches."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return test batches; the first call reads the test split."""
-        return self._loader("test")
+    def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
+        return self._loader(name)
 
     @cached_property
     def _largest(self) -> Batch:
+        """The largest training rows as one batch."""
         data: Any = self._train.dataset
         collate = self._train.collate_fn
         sizes = [sum(tensor.numel() for tensor in collate([row]).values()) for row in data]
         largest = sorted(range(len(sizes)), key=sizes.__getitem__)[-(self._train.batch_size or 1) :]
         batch: Batch = collate([data[index] for index in largest])
         return batch
-
-    def largest_batch(self) -> Batch:
-        """Return the largest training rows as one batch, looked for once."""
-        return dict(self._largest)

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.tasks.base import Batch, SplitName, TaskData
+from autopeft.tasks.base import Batch, SplitData, SplitName
 from autopeft.tasks.length_bucketing import (
     Collator,
     LengthGroupedBatches,
@@ -18,7 +18,7 @@ from autopeft.tasks.length_bucketing import (
 )
 
 
-class RowData(TaskData):
+class RowData(SplitData):
     """Batches of rows of like length.
 
     Args:
@@ -79,20 +79,9 @@ class RowData(TaskData):
         # No larger than training batches: a trial that was allowed its training memory needs no more here.
         return loader(self._collator(name), sorted_batches(self.split(name).lengths, self.batch_size))
 
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return validation batches."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return test batches; the first call reads the test split."""
-        return self._evaluation_loader("test")
-
     @cached_property
     def _largest(self) -> Batch:
+        """The longest training rows as one batch: no drawn batch has a larger shape."""
         split = self.split("train")
         (longest, *_) = sorted_batches(split.lengths, self.batch_size)
         return Collator(split, self.tokenizer)(longest)
-
-    def largest_batch(self) -> Batch:
-        """Return the longest training rows as one batch: no drawn batch has a larger shape."""
-        return dict(self._largest)

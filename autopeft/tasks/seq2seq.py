@@ -21,11 +21,11 @@ from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
+from autopeft.tasks.dataset_loading import check_text
 from autopeft.tasks.label_column import labelled_rows
 from autopeft.tasks.language_task import LanguageTask
 from autopeft.tasks.length_bucketing import Collator, TokenisedSplit
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.text_task import TEXT
 from autopeft.tasks.tokenization import tokenise
 
 _logger = logging.getLogger(__name__)
@@ -85,10 +85,7 @@ class Seq2Seq(LanguageTask):
                 if column == self.target and name == "test":
                     continue
                 raise unknown_choice(f"column of the {name} split", column, split.column_names)
-            if len(split) and getattr(split.features[column], "dtype", None) not in TEXT:
-                raise ValueError(
-                    f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
-                )
+            check_text(split, name, column)
         return labelled_rows(split, name, (self.target,), (None, ""))
 
     @cached_property

@@ -16,15 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from autopeft.core.errors import check_whole
 from autopeft.tasks.base import Batch, SplitName
+from autopeft.tasks.dataset_loading import check_text
 from autopeft.tasks.labelled_task import LabelledTask
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.row_data import RowData
-from autopeft.tasks.splits import stratified_sample
 from autopeft.tasks.tokenization import tokenise
 
 _logger = logging.getLogger(__name__)
-TEXT = ("string", "large_string", "null")
-"""Types of a column of texts; "null" is one without any."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,7 @@ class TextTask(LabelledTask):
     def _check_inputs(self, split: Dataset, name: str) -> None:
         """Raise ValueError for columns of text that hold none, by their type."""
         for column in self.columns:
-            if getattr(split.features[column], "dtype", None) not in TEXT:
-                raise ValueError(
-                    f"Row 0 of the {name} split has {split[0][column]!r} in {column!r}, expected text."
-                )
+            check_text(split, name, column)
 
     def _read(self, name: SplitName) -> LabelledTexts:
         source, rows = self._parts[name]
@@ -89,10 +84,7 @@ class TextTask(LabelledTask):
                 name,
             )
             texts = texts.rows(filled)
-        limit = getattr(self, f"{name}_examples")
-        if limit is None:
-            return texts
-        return texts.rows(stratified_sample(self._strata(texts.labels), limit, self.seed).tolist())
+        return texts.rows(self._limited(name, texts.labels))
 
     def validate(self) -> None:
         """Raise ValueError for whatever is wrong with data or settings."""

@@ -21,10 +21,11 @@ from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS
+from autopeft.tasks.dataset_loading import TEXT
 from autopeft.tasks.dataset_task import SPLITS
 from autopeft.tasks.label_column import check_known, label_texts
 from autopeft.tasks.length_bucketing import TokenisedSplit
-from autopeft.tasks.text_task import TEXT, TextTask
+from autopeft.tasks.text_task import TextTask
 from autopeft.tasks.tokenization import WORDS, tokenise
 from autopeft.tasks.word_metrics import EntityF1, WordAccuracy
 

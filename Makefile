@@ -44,11 +44,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice
-	$(PYTHON) assets/prepare.py minilm questions
+	$(PYTHON) -m assets.prepare minilm questions
 	$(PYTHON) examples/demo.py
 
 demo-lm: setup ## The same for a chat model on film dialogues, in about half an hour
-	$(PYTHON) assets/prepare.py smollm2 dialogue
+	$(PYTHON) -m assets.prepare smollm2 dialogue
 	$(VENV)/bin/autopeft search configs/dialogue.yaml
 	$(VENV)/bin/autopeft export --knee --overwrite --to autopeft_runs/dialogue-adapter
 
@@ -65,7 +65,7 @@ lint: setup ## Only the static checks
 	$(VENV)/bin/mypy
 
 bench: setup ## Measure; writes benchmarks/results
-	$(PYTHON) assets/prepare.py minilm questions movies
+	$(PYTHON) -m assets.prepare minilm questions movies
 	$(PYTHON) -m benchmarks.run
 
 ui: setup ## MLflow UI on the front of the latest search

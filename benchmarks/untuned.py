@@ -1,6 +1,6 @@
 """The default search against a uniform LoRA sweep, on a backbone and a data set nothing was tuned on.
 
-    python -m benchmarks.untuned [--seeds 3] [--model smollm2] [--dataset snippets]
+    python -m benchmarks.untuned [--seeds 3] [--model dinov2] [--dataset cifar10]
 
 The sweep trains nine uniform LoRA configurations to the end: ranks 2, 8 and 32 on every linear module, each
 with three learning rates. The search is given `Search(model, task)` alone, the same training settings and the
@@ -32,7 +32,8 @@ from autopeft.core.pareto import Axis, hypervolume, non_dominated
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
-from autopeft.tasks import TextClassification
+from autopeft.tasks import ImageClassification, TextClassification
+from autopeft.tasks.classification_task import ClassificationTask
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +51,16 @@ def uniform(backbone: Backbone, rank: int, rate: float) -> Configuration:
     return Configuration(sites, learning_rate=rate)
 
 
-def compare(model: str, task: TextClassification, seed: int) -> dict[str, Any]:
+def classification(dataset: str) -> ClassificationTask:
+    """Return a task of few training rows on one of the prepared data sets."""
+    (file,) = prepare(dataset).glob(f"{dataset}.*")
+    examples: dict[str, Any] = {"train_examples": 256, "validation_examples": 200, "test_examples": 500}
+    if file.suffix == ".parquet":
+        return ImageClassification(dataset=str(file), **examples)
+    return TextClassification(dataset=str(file), max_length=48, **examples)
+
+
+def compare(model: str, task: ClassificationTask, seed: int) -> dict[str, Any]:
     """Run the sweep, then the search, with one seed."""
     objectives = resolve_objectives((METRIC, COST), task.metrics)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,17 +114,11 @@ def main() -> None:
     """Compare, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dataset", default="snippets")
+    parser.add_argument("--model", default="dinov2")
+    parser.add_argument("--dataset", default="cifar10")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    task = TextClassification(
-        dataset=str(prepare(arguments.dataset) / f"{arguments.dataset}.csv"),
-        max_length=48,
-        train_examples=256,
-        validation_examples=200,
-        test_examples=500,
-    )
+    task = classification(arguments.dataset)
     runs = [compare(str(prepare(arguments.model)), task, seed) for seed in range(arguments.seeds)]
     table = Table(
         title=f"{arguments.model}, {arguments.dataset}: hypervolume at the compute of nine trainings"

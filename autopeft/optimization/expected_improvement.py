@@ -150,6 +150,7 @@ class ExpectedImprovement:
         }
         self._cells = self._not_dominated()
         self._known: dict[Configuration, float] = {}
+        self._is_served = cache(history.are_states_served)
 
     def _model(self, objective: Objective) -> GaussianProcess:
         name, trials = objective.name, enumerate(self._history.trials)
@@ -221,8 +222,7 @@ class ExpectedImprovement:
         """
         new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._known]
         if new:
-            served = self._history.are_states_served
-            compute = [self._features.compute(candidate, served) for candidate in new]
+            compute = [self._features.compute(candidate, self._is_served) for candidate in new]
             self._known |= dict(zip(new, (self(new) / compute).tolist(), strict=True))
         return np.array([self._known[candidate] for candidate in candidates])
 

@@ -27,6 +27,7 @@ from autopeft.export.folder_format import (
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
+from autopeft.export.servable import uniform_lora
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
 from autopeft.methods import MERGEABLE, placements, unmergeable
 from autopeft.models.backbone import Backbone
@@ -86,6 +87,7 @@ def export_adapter(
     trainings: int = 1,
     base: str | None = None,
     merged: bool = False,
+    servable: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     fresh: bool = True,
@@ -106,13 +108,16 @@ def export_adapter(
         trainings: Number of trainings behind the figures, each with a seed of its own.
         base: What the folder says of its base model; by default where the backbone came from.
         merged: Write a whole model with the adapters merged into the weights.
+        servable: Write LoRA with one rank and one scale for all modules, as vLLM, SGLang and llama.cpp read
+            it; the function is the same.
         overwrite: Replace an earlier export in the folder.
         verify: Whether to load the folder again and compare.
         fresh: Whether that happens in a fresh process, which takes some seconds.
 
     Raises:
         ValueError: The folder cannot be written or holds something, the tensors do not belong to the
-            configuration, a method cannot be merged, or the model is of no class that can be exported.
+            configuration, a method cannot be merged or served, both are asked for, or the model is of no
+            class that can be exported.
         RuntimeError: What was written does not load, or gives other logits.
     """
     target = Path(folder).expanduser()
@@ -120,11 +125,17 @@ def export_adapter(
     if not len(configuration) and not backbone.head:
         raise ValueError("Nothing was trained: the untrained model is the base model itself.")
     others = [f"{site} ({adapter.method})" for site, adapter in unmergeable(configuration)]
+    if merged and servable:
+        raise ValueError("A merged model is served as it is: choose merged=True or servable=True.")
     if merged and others:
         raise ValueError(
             f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
             "Export with merged=False."
         )
+    probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
+    expected = trained_logits(backbone, configuration, state, probe, prediction)
+    if servable:
+        configuration, state = uniform_lora(configuration, state)
     by_method = placements(configuration, backbone.sites)
     manifest = Manifest(
         layout="merged" if merged else adapter_layout(by_method),
@@ -134,8 +145,6 @@ def export_adapter(
         sites={site: backbone.shape(site) for site in configuration.adapters},
         quantization=None if merged else quantization_of(backbone.model),
     )
-    probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
-    expected = trained_logits(backbone, configuration, state, probe, prediction)
     options = base_options(manifest, backbone.origin)
     with _names_folder(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -35,11 +35,17 @@ class Lora(PeftMethod):
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return a LoraConfig with a rank and an alpha for every module."""
         shape, adapter = next(iter(placement.values()))
+        rank, alpha = adapter.size, adapter.option("alpha")
         # PEFT reads pattern keys as regular expressions behind an optional "(.*\.)?" prefix, so a full
-        # module name matches itself alone.
-        ranks = {shape.module: adapter.size for shape, adapter in placement.values()}
-        alphas = {shape.module: adapter.option("alpha") for shape, adapter in placement.values()}
-        patterns: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+        # module name matches itself alone. Servers read no patterns: they name what differs alone.
+        ranks = {shape.module: each.size for shape, each in placement.values() if each.size != rank}
+        alphas = {shape.module: each.option("alpha") for shape, each in placement.values()}
+        patterns: dict[str, Any] = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": ranks,
+            "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
+        }
         return LoraConfig(
             **patterns,
             target_modules=module_names(placement),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autopeft.evaluation.estimate import estimate
     from autopeft.evaluation.evaluator import Evaluator
     from autopeft.evaluation.packing.executor import PackedExecutor
+    from autopeft.evaluation.ray_executor import RayExecutor
     from autopeft.evaluation.supernet.supernet import LoraSupernet
     from autopeft.evaluation.supernet.warm_start import WarmStart
     from autopeft.export.export import ExportReport, load_adapter
@@ -35,6 +36,7 @@ _HOMES = {
     "FrontPoint": "reporting.front",
     "LoraSupernet": "evaluation.supernet.supernet",
     "PackedExecutor": "evaluation.packing.executor",
+    "RayExecutor": "evaluation.ray_executor",
     "ParetoFront": "reporting.front",
     "Search": "search",
     "Site": "core.configuration",
@@ -60,6 +62,7 @@ __all__ = [
     "LoraSupernet",
     "PackedExecutor",
     "ParetoFront",
+    "RayExecutor",
     "Search",
     "Site",
     "SuccessiveHalving",

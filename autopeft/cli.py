@@ -38,6 +38,12 @@ def search(
     config: Config,
     overrides: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Train in executor.workers processes of a Ray cluster: address, auto, or local to start."
+        ),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try failed trials again, each once.")
     ] = False,
@@ -46,7 +52,10 @@ def search(
     from autopeft.core.profiling import Profile
     from autopeft.yaml_config import load_config
 
-    loaded = load_config(config, overrides or ())
+    changes = [*(overrides or ())]
+    if ray is not None:
+        changes += ["executor.type=RayExecutor", f"executor.address={'null' if ray == 'local' else ray}"]
+    loaded = load_config(config, changes)
     if not loaded.run:
         raise ValueError("The settings have no budget: add for example run.trials=50.")
     settings = dict(loaded.run)
@@ -175,6 +184,9 @@ def export(
     ] = None,
     knee: Annotated[bool, typer.Option(help="Take the knee point.")] = False,
     merged: Annotated[bool, typer.Option(help="Merge the adapters into the weights.")] = False,
+    servable: Annotated[
+        bool, typer.Option(help="Write LoRA with one rank and scale, as vLLM, SGLang and llama.cpp read it.")
+    ] = False,
     retrain: Annotated[bool, typer.Option(help="Train the configuration again first.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     folder: Folder = Path("autopeft_runs"),
@@ -201,7 +213,8 @@ def export(
     # The folder may have been moved, and a name made from the data's content may come out another today.
     found_here = {"folder": str(place.parent), "name": place.name, LOST: lost}
     loaded = build_config({**settings, **found_here})
-    print(loaded.search.export(trial, to, merged=merged, retrain=retrain, overwrite=overwrite))
+    how = {"merged": merged, "servable": servable, "retrain": retrain, "overwrite": overwrite}
+    print(loaded.search.export(trial, to, **how))
 
 
 @app.command()

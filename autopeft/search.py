@@ -217,6 +217,7 @@ class Search(SearchSettings):
         folder: str | Path,
         *,
         merged: bool = False,
+        servable: bool = False,
         retrain: bool = False,
         seed: int | None = None,
         overwrite: bool = False,
@@ -227,6 +228,8 @@ class Search(SearchSettings):
             number: The trial.
             folder: Where to write; must be empty or missing.
             merged: Write a full model with the adapters merged into the weights.
+            servable: Write LoRA with one rank and one scale for all modules, as vLLM, SGLang and llama.cpp
+                read it.
             retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
                 also where the search kept its tensors; off the front it kept none, and the log says so.
             seed: Seed of re-training; that of the trial's first training by default.
@@ -234,7 +237,7 @@ class Search(SearchSettings):
 
         Raises:
             ValueError: There is no such completed trial, the folder cannot be written, a method cannot be
-                merged, or the supernet the trial was initialised from is gone.
+                merged or served, or the supernet the trial was initialised from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
         front, checkpoints = self.front(), AdapterCheckpoints(self.folder / "adapters")
@@ -282,6 +285,7 @@ class Search(SearchSettings):
             trainings=evaluation.trainings,
             probe=opened.evaluator.model_call(),
             merged=merged,
+            servable=servable,
             overwrite=overwrite,
         )
 

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from autopeft.core.atomic_files import replacing
+from autopeft.evaluation.packing.executor import PackedExecutor
+from autopeft.evaluation.ray_executor import RayExecutor
 from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
@@ -24,9 +26,10 @@ from autopeft.training.settings import Training
 TYPES: Mapping[str, tuple[type[Any], ...]] = {
     "task": TASKS,
     "space": (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper),
+    "executor": (PackedExecutor, RayExecutor),
 }
 """Sections whose class stands under "type"."""
-BASES: Mapping[str, type[Any]] = {"task": Task, "space": SearchSpace}
+BASES: Mapping[str, type[Any]] = {"task": Task, "space": SearchSpace, "executor": object}
 """What a class of a user's own derives from, which stands there by its import path."""
 SECTIONS: Mapping[str, type[Any]] = {
     "training": Training,

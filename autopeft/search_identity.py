@@ -147,6 +147,11 @@ class SearchSettings:
             "tracking": None if self.tracking is None else redact(self.tracking),
         }
 
+    @property
+    def _alters_trials(self) -> bool:
+        """Whether a trial is another one for the executor that trains it."""
+        return not isinstance(self.executor, str) and getattr(self.executor, "alters_trials", True)
+
     def _identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
         """Return the settings as text, with what tells backbone and task from others."""
         bounds = [f"{constraint.objective.name}={constraint.bound:g}" for constraint in self.constraints]
@@ -164,7 +169,7 @@ class SearchSettings:
                 "sampler": describe_sampler(self.sampler),
                 "seed": str(self.seed),
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
-                **({} if self.executor == "local" else {"executor": str(self.executor)}),
+                **({"executor": str(self.executor)} if self._alters_trials else {}),
                 "baselines": str(self.baselines),
                 **({} if self.head == "whole" else {"head": self.head}),
             },

@@ -91,7 +91,7 @@ def build_config(settings: Mapping[str, Any]) -> SearchConfig:
         )
     run = _checked_run(arguments.pop("run", None) or {})
     for section, types in TYPES.items():
-        if arguments.get(section) is not None:
+        if arguments.get(section) not in (None, "local"):
             arguments[section] = _choose(section, arguments[section], {made.__name__: made for made in types})
     for section, settings_class in SECTIONS.items():
         if arguments.get(section) is not None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +84,7 @@ class EvaluationContext:
         wanted = (*objectives, *(constraint.objective for constraint in constraints))
         self.needed = frozenset(objective.name for objective in wanted)
         self.seed = seed
+        self._rungs, self._cache = rungs, cache
         self.monitor = next(each for each in objectives if each.is_metric and not each.at_end)
         self.device = training.resolved_device()
         nn.Module.to(backbone.model, self.device)
@@ -102,6 +103,15 @@ class EvaluationContext:
         self._merged_speeds: dict[Configuration, float] = {}
         folder = None if cache is None else cache / "hidden_states"
         self.hidden_states = HiddenStateCache(backbone, task, self.data, self.training, folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes its own: with a copy of the backbone, and data loaded anew."""
+        shared = (self.backbone, self.task, self.training, self.objectives, self.constraints)
+        make = partial(type(self), rungs=self._rungs, seed=self.seed, cache=self._cache)
+        return make, shared, self.hidden_states.trials
+
+    def __setstate__(self, trials: int | None) -> None:
+        self.hidden_states.expect(trials)
 
     def batches(self, seed: int, step: int = 0, plan: ValidationSchedule | None = None) -> SegmentedBatches:
         """Return the training batches from a step on, to the stops of a plan; by default the own one."""

@@ -41,7 +41,10 @@ class Executor(Protocol):
 
 
 ExecutorFactory = Callable[[TrialRunner], Executor]
-"""Makes an executor from what runs a job in this process."""
+"""Makes an executor from what runs a job in this process.
+
+Where its attribute `alters_trials` is False, a search that was begun with another executor may go on with it.
+"""
 
 
 class LocalExecutor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.core.seeding import training_seed
@@ -13,6 +14,8 @@ from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
+
+_NOTHING = Cost()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +87,24 @@ class TrialRunner:
             self.checkpoints.save(record.number, trained.state, trained.evaluation.seed)
         return replace(record, evaluation=trained.evaluation)
 
+    def failed(self, job: New | Resume | Replicate, reason: str) -> TrialRecord:
+        """Return the record of a job whose process is gone."""
+        if isinstance(job, New):
+            return self.recorded(job, Trained(_failed(job.configuration, self.seed_of(job), reason)))
+        evaluation = job.record.evaluation
+        seed = self._seed_of_replicate(job) if isinstance(job, Replicate) else evaluation.seed
+        failed = _failed(evaluation.configuration, seed, reason)
+        if isinstance(job, Replicate):
+            return replace(job.record, evaluation=with_replicate(evaluation, failed, self._worst))
+        return replace(job.record, evaluation=replace(failed, cost=evaluation.cost))
+
+    def _seed_of_replicate(self, job: Replicate) -> int:
+        return training_seed(self.seed, job.number, job.training)
+
     def _replicated(self, job: Replicate) -> TrialRecord:
         """Train a trial again; of its trainings the tensors of the best are kept."""
         record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
-        seed = training_seed(self.seed, record.number, job.training)
+        seed = self._seed_of_replicate(job)
         trained = self._trained(evaluation, seed, training=job.training)
         if trained.state is not None:
             # A trial that was off the front for a while may have none.
@@ -112,15 +129,8 @@ class TrialRunner:
             # A checkpoint holds the weights; where its file is gone, the training starts anew.
             weights = None if paused is not None else initial_weights(self.warm_starts, evaluation, training)
         except WarmStartError as error:
-            failed = Evaluation(
-                configuration=configuration,
-                status="failed",
-                reason=str(error),
-                cost=evaluation.cost if training == 0 else Cost(),  # a further training's is added to it
-                seed=seed,
-                fidelity=0.0,
-            )
-            return Trained(failed)
+            cost = evaluation.cost if training == 0 else _NOTHING  # a further training's is added to it
+            return Trained(_failed(configuration, seed, str(error), cost))
         return self.evaluator.train(configuration, seed, rung=rung, paused=paused, initial_weights=weights)
 
     @cached_property
@@ -128,3 +138,9 @@ class TrialRunner:
         """The metrics of a replicate that fails."""
         task, data = self.evaluator.task, self.evaluator.data
         return {metric.name: task.trivial_score(metric.name, data) for metric in task.metrics}
+
+
+def _failed(configuration: Configuration, seed: int, reason: str, cost: Cost = _NOTHING) -> Evaluation:
+    return Evaluation(
+        configuration=configuration, status="failed", reason=reason, cost=cost, seed=seed, fidelity=0.0
+    )

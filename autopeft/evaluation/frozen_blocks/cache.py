@@ -107,7 +107,7 @@ class HiddenStateCache:
         self._token_bytes: dict[int, int] = {}
         self._unservable: set[int] = set()
         self._verified: set[str] = set()
-        self._trainings = expected_trainings(None, len(self.backbone.blocks))
+        self.expect(None)
         self._cut = 0  # of what is attached
         self._served: dict[str, tuple[RowIndex, Tensor]] = {}
         self._files: HiddenStateFiles | None = None
@@ -125,6 +125,7 @@ class HiddenStateCache:
 
     def expect(self, trials: int | None) -> None:
         """Say how many trials the budget has, or None: hidden states are kept where they pay for so many."""
+        self.trials = trials
         self._trainings = expected_trainings(trials, len(self.backbone.blocks))
 
     def is_served(self, cut: int) -> bool:

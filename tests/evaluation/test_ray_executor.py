@@ -1,0 +1,190 @@
+"""Trials trained by real Ray workers of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopeft import RayExecutor, Search, SuccessiveHalving, Training, WarmStart
+from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.jobs import Duplicate, Job, New
+from autopeft.evaluation.executor import Executor
+from autopeft.tasks import TextClassification
+from tests.quantized import quiet
+
+pytest.importorskip("ray", reason="needs the extra autopeft[ray]")
+pytestmark = [quiet, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class DyingRunner:
+    """A runner whose process is killed: by trial 1 the first time, by trial 2 every time."""
+
+    folder: Path
+
+    def run(self, job: Job) -> TrialRecord:
+        assert isinstance(job, New | Duplicate)
+        if isinstance(job, Duplicate):
+            return replace(job.original, number=job.number)
+        tries = self.folder / f"{job.number}.{os.getpid()}"
+        tries.touch()
+        attempts = len(list(self.folder.glob(f"{job.number}.*")))
+        if job.number == 2 or (job.number == 1 and attempts == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        evaluation = Evaluation(
+            configuration=job.configuration, status="complete", values={"process": float(os.getpid())}
+        )
+        return TrialRecord(number=job.number, evaluation=evaluation)
+
+    def failed(self, job: New, reason: str) -> TrialRecord:
+        evaluation = Evaluation(configuration=job.configuration, status="failed", reason=reason)
+        return TrialRecord(number=job.number, evaluation=evaluation)
+
+
+@pytest.fixture
+def dying(tmp_path: Path) -> Iterator[Executor]:
+    runner: Any = DyingRunner(tmp_path)
+    executor = RayExecutor(workers=2)(runner)
+    yield executor
+    executor.close()
+
+
+def test_a_job_of_a_dead_worker_is_run_again_and_one_that_kills_two_fails(dying: Executor) -> None:
+    assert dying.free == 2
+    jobs = [New(number=number, configuration=Configuration()) for number in range(6)]
+    found: dict[int, TrialRecord] = {}
+    while len(found) < len(jobs):
+        while jobs and dying.free:
+            dying.submit(jobs.pop(0))
+        record = dying.wait()
+        assert record.number not in found
+        found[record.number] = record
+        if not jobs and len(found) == 6:
+            break
+    statuses = {number: record.evaluation.status for number, record in found.items()}
+    assert statuses == {
+        0: "complete",
+        1: "complete",
+        2: "failed",
+        3: "complete",
+        4: "complete",
+        5: "complete",
+    }
+    assert "2 workers died of it" in str(found[2].evaluation.reason)
+    assert len({found[number].evaluation.values["process"] for number in (0, 1, 3, 4, 5)}) >= 2
+    assert dying.free == 2
+    dying.submit(Duplicate(number=6, original=found[0]))
+    assert dying.free == 0
+    assert dying.wait().number == 6
+
+
+def test_more_workers_than_a_cluster_has_room_for() -> None:
+    runner: Any = None
+    with pytest.raises(ValueError, match=r"2 workers take 2 GPUs, but the cluster has 0"):
+        RayExecutor(workers=2, gpus_per_worker=1)(runner)
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    runner: Any = None
+    with pytest.raises(ValueError, match=r"No Ray cluster was found at '127.0.0.1:1'"):
+        RayExecutor(workers=1, address="127.0.0.1:1")(runner)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("workers", 0), ("cpus_per_worker", 0), ("gpus_per_worker", -1.0)]
+)
+def test_numbers_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}|cores"):
+        RayExecutor(**{"workers": 1, name: value})  # type: ignore[arg-type]
+
+
+def search(folder: Path, minilm: Path, questions: Path, executor: Any, **settings: Any) -> Search:
+    task = TextClassification(
+        str(questions), train_examples=64, validation_examples=40, test_examples=40, max_length=32
+    )
+    training = Training(epochs=1, batch_size=16, device="cpu")
+    arguments = {"sampler": "random", "halving": None, "seeds": 1, **settings}
+    return Search(
+        minilm, task, training=training, executor=executor, folder=folder, tracking=None, **arguments
+    )
+
+
+def test_a_trial_is_the_same_on_every_worker_and_in_this_process(
+    tmp_path: Path, minilm_folder: Path, questions_csv: Path
+) -> None:
+    local = search(tmp_path / "local", minilm_folder, questions_csv, "local")
+    local.run(trials=6, progress=False)
+    shared = search(tmp_path / "ray", minilm_folder, questions_csv, RayExecutor(workers=2))
+    shared.run(trials=4, progress=False)
+    # It goes on in this process: workers do not tell one search from another.
+    search(tmp_path / "ray", minilm_folder, questions_csv, "local").run(trials=6, progress=False)
+
+    def found(folder: str) -> dict[int, Any]:
+        front = search(tmp_path / folder, minilm_folder, questions_csv, "local").front()
+        return {
+            record.number: (record.evaluation.configuration, record.evaluation.values)
+            for record in front.records
+        }
+
+    assert found("local") == found("ray")
+
+
+def test_rungs_replicates_and_warm_starts_go_to_any_worker(
+    tmp_path: Path, minilm_folder: Path, questions_csv: Path
+) -> None:
+    settings = {
+        "halving": SuccessiveHalving(rungs=(0.5,)),
+        "seeds": 2,
+        "warm_start": WarmStart(),
+        "sampler": "ehvi",
+    }
+    executor = RayExecutor(workers=2)
+    run = search(tmp_path, minilm_folder, questions_csv, executor, **settings)
+    front = run.run(trials=8, progress=False)
+    assert len(front.records) == 8
+    assert {record.evaluation.status for record in front.records} <= {"complete", "paused"}
+    assert all(record.evaluation.trainings <= 2 for record in front.records)
+    point = front.best()
+    assert "fresh process" in point.export(tmp_path / "adapter").checked
+
+
+def test_a_search_whose_workers_are_killed_loses_nothing(
+    tmp_path: Path, minilm_folder: Path, questions_csv: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_one(record: TrialRecord, front: Any) -> None:
+        for process in _worker_processes():
+            if len(killed) < 2:
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+                break
+
+    run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2))
+    front = run.run(trials=6, progress=False, callbacks=[kill_one])
+    assert len(killed) == 2
+    assert [record.number for record in sorted(front.records, key=lambda each: each.number)] == list(range(6))
+    assert all(record.evaluation.status == "complete" for record in front.records)
+
+
+def _worker_processes() -> list[int]:
+    """Return the processes of this test's Ray workers."""
+    time.sleep(0.5)
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::_Worker"):
+                found.append(int(folder.name))
+    return found

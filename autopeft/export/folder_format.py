@@ -31,8 +31,9 @@ from transformers.models.auto import modeling_auto
 from autopeft.core.configuration import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
-from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
+from autopeft.models.site_shapes import SiteShape
 
 Layout = Literal["peft", "mixed", "merged"]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Method, Placement, Trainable, replace_module
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 
 class PeftMethod(Method):

@@ -9,11 +9,15 @@ models share.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from autopeft.core.adapter import Place, stack_order
 
 LinearLike = nn.Linear | Conv1D
 
@@ -34,6 +38,14 @@ _NORM_ORDER: Mapping[int, tuple[str, ...]] = {
 }
 """Roles of a block's norms in order, by how many it has; three where it attends to an encoder."""
 _GATE = re.compile(r"gate|wi_0|w1", re.IGNORECASE)
+_STACKS = (
+    ("vision", re.compile(r"vision|visual|image|pixel", re.IGNORECASE)),
+    ("audio", re.compile(r"audio|speech", re.IGNORECASE)),
+    ("text", re.compile(r"text|language", re.IGNORECASE)),
+    ("encoder", re.compile(r"encoder", re.IGNORECASE)),
+    ("decoder", re.compile(r"decoder", re.IGNORECASE)),
+)
+"""Names of stacks, by what the names of their modules have in them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class BlockModules:
     name: str
     roles: Mapping[str, str]
     unrecognised: tuple[str, ...]
+    place: Place = ("", 0)
 
 
 def linear_sizes(module: LinearLike) -> tuple[int, int]:
@@ -54,7 +67,7 @@ def linear_sizes(module: LinearLike) -> tuple[int, int]:
 
 
 def find_blocks(model: nn.Module) -> tuple[BlockModules, ...]:
-    """Return every transformer block of a model, from the input to the output."""
+    """Return every transformer block of a model, stack after stack, from the input to the output."""
     found: list[BlockModules] = []
     roots: list[str] = []
     for name, module in model.named_modules():
@@ -68,7 +81,26 @@ def find_blocks(model: nn.Module) -> tuple[BlockModules, ...]:
             found += [block for block in blocks if block is not None]
     if not found:
         raise ValueError(_nothing_found(model))
-    return tuple(found)
+    return _in_stacks(found)
+
+
+def _in_stacks(blocks: Sequence[BlockModules]) -> tuple[BlockModules, ...]:
+    """Give blocks their places: a stack is named by where the names of lists first differ, numbers apart."""
+    paths = [[part for part in block.name.split(".") if not part.isdigit()] for block in blocks]
+    columns = zip(*paths, strict=False)
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, columns))
+    is_one = all(len(path) == shared for path in paths)
+    stacks = ["" if is_one else _stack_name((path[shared:] or path)[0]) for path in paths]
+    seen: Counter[str] = Counter()
+    placed = []
+    for stack, block in zip(stacks, blocks, strict=True):
+        placed.append(replace(block, place=(stack, seen[stack])))
+        seen[stack] += 1
+    return tuple(sorted(placed, key=lambda block: stack_order(block.place[0])))
+
+
+def _stack_name(part: str) -> str:
+    return next((name for name, pattern in _STACKS if pattern.search(part)), part)
 
 
 def _nothing_found(model: nn.Module) -> str:

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autopeft.core.adapter import Site
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.seeding import seeded
-from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight
+from autopeft.models.site_shapes import SiteShape
 from autopeft.tasks import Task
 
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)

@@ -84,8 +84,8 @@ class Allocation:
 def site_values(scores: SiteScores, sites: Iterable[Site]) -> dict[Site, float]:
     """Return a score of at least 0 for every site, also for those that are no single matrix.
 
-    A sublayer has the sum of its matrices' scores (a gradient's share of the sublayer), a norm the mean
-    of its block's. Numbers below 0, which some scores give, count as 0.
+    A sublayer has the sum of its matrices' scores (a gradient's share of the sublayer), anything else, as a
+    norm, the mean of its block's. Numbers below 0, which some scores give, count as 0.
     """
     values = {site: max(0.0, value) for site, value in scores.values.items()}
     return {site: values[site] if site in values else _value_of_block(values, site) for site in sites}
@@ -93,7 +93,7 @@ def site_values(scores: SiteScores, sites: Iterable[Site]) -> dict[Site, float]:
 
 def _value_of_block(values: Mapping[Site, float], site: Site) -> float:
     block = {scored: value for scored, value in values.items() if scored.place == site.place}
-    if site.kind == "norm":
+    if site.kind not in ("attention", "ffn"):
         return sum(block.values()) / max(1, len(block))
     is_ffn = site.role == _FFN
     return sum(value for scored, value in block.items() if scored.role.startswith(_FFN) == is_ffn)

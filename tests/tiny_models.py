@@ -106,6 +106,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "eos_token_id": 2,
         },
         "gpt_neox": _TEXT,
+        "gpt_oss": _GROUPED
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
         "llama": _GROUPED,
         "mixtral": _GROUPED | {"num_local_experts": 4},
         "modernbert": _TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},

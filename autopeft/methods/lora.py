@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Placement
-from autopeft.methods.peft_base import PeftMethod, module_names
+from autopeft.methods.peft_base import PeftMethod
 from autopeft.models.site_shapes import SiteShape
 
 
@@ -24,9 +24,9 @@ class Lora(PeftMethod):
     name = "lora"
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
-        """Return r·(d_in + d_out)."""
+        """Return r·(d_in + d_out), of every expert."""
         assert adapter.size is not None
-        return adapter.size * (shape.in_features + shape.out_features)
+        return adapter.size * (shape.in_features + shape.out_features) * shape.experts
 
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what peft holds once a config."""
@@ -37,12 +37,13 @@ class Lora(PeftMethod):
         shape, adapter = next(iter(placement.values()))
         # PEFT reads pattern keys as regular expressions behind an optional "(.*\.)?" prefix, so a full
         # module name matches itself alone.
-        ranks = {shape.module: adapter.size for shape, adapter in placement.values()}
-        alphas = {shape.module: adapter.option("alpha") for shape, adapter in placement.values()}
+        ranks = {shape.target: adapter.size for shape, adapter in placement.values()}
+        alphas = {shape.target: adapter.option("alpha") for shape, adapter in placement.values()}
         patterns: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
         return LoraConfig(
             **patterns,
-            target_modules=module_names(placement),
+            target_modules=[shape.target for shape, _ in placement.values() if not shape.parameter],
+            target_parameters=[shape.target for shape, _ in placement.values() if shape.parameter] or None,
             use_rslora=bool(adapter.option("rslora")),
             lora_dropout=float(adapter.option("dropout")),
             fan_in_fan_out=shape.transposed,

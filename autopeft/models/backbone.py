@@ -255,7 +255,10 @@ class Backbone:
     def check(self, configuration: Configuration) -> None:
         """Raise a ValueError where a configuration names a site or a method this backbone cannot carry."""
         for site, adapter in configuration:
-            obstacle = self.obstacle(self.shape(site), adapter.method)
+            shape = self.shape(site)
+            obstacle = self.obstacle(shape, adapter.method)
+            if shape.experts > 1 and not obstacle and adapter.option("dropout"):
+                obstacle = "peft has no dropout in front of experts (set dropout to 0)"
             if obstacle is not None:
                 raise ValueError(f"{adapter.method!r} cannot sit on {site} of {self.name}: {obstacle}.")
 
@@ -299,7 +302,7 @@ class Backbone:
                 role,
                 first.kind,
                 block_ranges(shape.site.place for shape in shapes),
-                first.module.removeprefix(
+                first.target.removeprefix(
                     f"{self._block_modules[self.blocks_below(first.site.place)].name}."
                 ),
                 ", ".join(sizes),

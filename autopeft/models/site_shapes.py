@@ -19,7 +19,7 @@ class SiteShape:
     """What a backbone has at one site."""
 
     site: Site  # block and role
-    kind: Kind  # "linear", "norm", "attention" or "ffn"
+    kind: Kind  # what is there
     module: str  # qualified name of the module; of a sublayer, its output projection
     input_module: str  # qualified name of the module that is first given the site's input
     in_features: int  # width of the input
@@ -29,6 +29,13 @@ class SiteShape:
     transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
     key_value_features: int = 0  # attention only: width of one token's keys over all key heads
     attention_module: str = ""  # attention only: qualified name of the module that computes attention
+    parameter: str = ""  # experts only: name of the module's parameter of shape (experts, ., .)
+    experts: int = 1  # experts only: how many matrices the parameter holds
+
+    @property
+    def target(self) -> str:
+        """Qualified name of what is adapted: the module, or of experts the parameter."""
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
 def site_shapes(model: nn.Module, block: BlockModules) -> Iterable[SiteShape]:
@@ -71,6 +78,8 @@ def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any)
 
 
 def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
+    if site.kind == "experts":
+        return _experts_shape(model, site, name)
     module = model.get_submodule(name)
     bias = getattr(module, "bias", None)
     biases = 0 if bias is None else int(bias.numel())
@@ -91,4 +100,23 @@ def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
         parameters=parameters,
         bias=biases,
         transposed=isinstance(module, Conv1D),
+    )
+
+
+def _experts_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
+    module, _, parameter = name.rpartition(".")
+    experts, *sizes = model.get_parameter(name).shape
+    transposed = bool(getattr(model.get_submodule(module), "is_transposed", False))  # transformers' mark
+    in_features, out_features = sizes if transposed else reversed(sizes)
+    return SiteShape(
+        site=site,
+        kind="experts",
+        module=module,
+        input_module=module,
+        in_features=in_features,
+        out_features=out_features,
+        parameters=experts * in_features * out_features,
+        bias=0,
+        parameter=parameter,
+        experts=experts,
     )

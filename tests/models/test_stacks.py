@@ -133,7 +133,7 @@ class TestPictures:
         assert self.CONFIGURATION.grid().splitlines()[:4] == [
             "    block  query  ffn",
             "decoder.0    ·     S2",
-            "encoder.1   L4     ·",
+            "encoder.1    L4    ·",
             "encoder.0    ·     ·",
         ]
 

@@ -86,10 +86,10 @@ class PerLayer(SlotSpace):
         everywhere = self.slots(backbone)
         by_stack: dict[str, list[tuple[Slot, ...]]] = {stack: [] for stack in backbone.stacks}
         groups = zip(self.block_groups(backbone), self.groups_of_slots(backbone).values(), strict=True)
-        for ((stack, _), *_), slots in groups:
-            by_stack[stack].append(slots)
+        for ((stack, _), *_), of_group in groups:
+            by_stack[stack].append(of_group)
         halves = (of_stack[(len(of_stack) + 1) // 2 :] for of_stack in by_stack.values())
-        top = [slot for half in halves for slots in half for slot in slots]
+        top = [slot for half in halves for of_group in half for slot in of_group]
         yield Baseline(name="head alone", configuration=self.point())
         candidates = [(self.choice_of(method).smallest, "everywhere", everywhere) for method in methods]
         for adapter in first.three_adapters:

@@ -50,7 +50,7 @@ def merged_model(
     for name, layer in reversed(list(model.named_modules())):  # of layers around another, the inner one first
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
-            replace_module(model, name, layer.base_layer)
+            replace_module(model, name, model.get_submodule(f"{name}.base_layer"))
     if hasattr(model, "peft_config"):
         del model.peft_config  # else save_pretrained would take the model for an adapter
     return model.requires_grad_(False)

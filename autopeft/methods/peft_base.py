@@ -24,6 +24,11 @@ from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Method, Placement, Trainable, replace_module
 from autopeft.models.site_shapes import SiteShape
 
+UNMATCHED = "The following (rank|alpha)_pattern keys did not match"
+"""What peft warns of patterns for experts, which it takes: it looks for them among the modules.
+
+That each site has its rank is checked by `attach`."""
+
 
 class PeftMethod(Method):
     """A method that peft implements, injected with one peft config a group of like adapters."""
@@ -79,8 +84,7 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Unsupported layer type")
-        # It looks for experts among the modules; that each site has its rank is checked by `attach`.
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", message=UNMATCHED)
         yield
 
 

@@ -159,14 +159,13 @@ def _mixer_modules(
     name: str, block: nn.Module, linears: Sequence[tuple[str, LinearLike]]
 ) -> BlockModules | None:
     """Assign roles inside a block without attention; None where it is a stage of such blocks, or no block."""
-    norms = _norms(block)
+    # Norms that are not part of a mixer.
+    norms = [path for path in _norms(block) if "." not in path or _in_attention(path) or _FFN.match(path)]
     if not linears or not norms or isinstance(block, nn.ModuleList) or _is_stage(block):
         return None
     hidden = next(block.get_submodule(norms[0]).parameters()).numel()
     within = [(path, module) for path, module in linears if any(map(_FFN.search, path.split(".")))]
-    # Norms that are not part of a mixer.
-    outer = [path for path in norms if "." not in path or _in_attention(path) or _FFN.match(path)]
-    roles = _ffn_roles(within, hidden) | _expert_roles(block) | _norm_roles(outer, crossed=False)
+    roles = _ffn_roles(within, hidden) | _expert_roles(block) | _norm_roles(norms, crossed=False)
     convolutions = [path for path, module in block.named_modules() if isinstance(module, _CONVOLUTIONS)]
     if len(convolutions) == 1:
         roles["convolution"] = convolutions[0]

@@ -77,7 +77,7 @@ class TestAttached:
             backbone.model(**batch).loss.backward()
             assert all(parameter.grad.any() for parameter in attachment.parameters.values())  # type: ignore[union-attr]
 
-    def test_memory_is_counted_exactly(self, architecture: str) -> None:
+    def test_memory_is_counted(self, architecture: str) -> None:
         backbone, task, batch = backbone_of(architecture), task_of(), batch_of()
         with attach(backbone, lora_of(backbone)):
             counted = MemoryCounter(backbone.model).count(batch, task)

@@ -95,9 +95,9 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "wav2vec2": _SPEECH,
     "whisper": _BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16},
     # State spaces and mixtures.
-    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2},
-    "mamba2": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8},
-    "rwkv": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2},
+    "mamba": OPTIONS["mamba"],
+    "mamba2": OPTIONS["mamba2"],
+    "rwkv": OPTIONS["rwkv"],
     "gpt_oss": OPTIONS["gpt_oss"],
     "mixtral": OPTIONS["mixtral"],
     "qwen3_moe": OPTIONS["qwen3_moe"],

@@ -46,7 +46,7 @@ class Backbone:
         head_parameters: Number of their parameters; trained with every configuration.
 
     Raises:
-        ValueError: No transformer block was found, a head module does not exist, or quantised weights were
+        ValueError: No block was found, a head module does not exist, or quantised weights were
             rearranged for inference.
     """
 
@@ -217,7 +217,7 @@ class Backbone:
         block = place_name(site.place)
         if site.place not in self.places:
             raise ValueError(
-                f"{self.name} has no block {block} (site {site}): its {len(self.places)} blocks are "
+                f"{self.name} has no block {block} (site {site}): its {len(self.places)} blocks are numbered "
                 f"{block_ranges(self.places)}."
             )
         present = [there.role for there in sorted(self.sites) if there.place == site.place]

@@ -78,7 +78,9 @@ class TestSites:
         assert block_ranges(places) == "encoder.0-1, decoder.0, decoder.3"
 
     def test_that_are_not_there_are_said(self, t5: Backbone) -> None:
-        with pytest.raises(ValueError, match=r"no block 3 .* its 6 blocks are encoder.0-1, decoder.0-3"):
+        with pytest.raises(
+            ValueError, match=r"no block 3 .* its 6 blocks are numbered encoder.0-1, decoder.0-3"
+        ):
             t5.shape(Site(3, "query"))
         with pytest.raises(ValueError, match=r"'cross_query' in block encoder.1; it has query, key"):
             t5.shape(Site(1, "cross_query", "encoder"))

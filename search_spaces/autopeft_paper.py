@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autopeft.core.adapter import Place, place_name
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline, SearchSpace
@@ -31,41 +32,42 @@ class AutoPEFTPaper(SearchSpace):
 
     def validate(self, backbone: Backbone) -> None:
         """Raise ValueError where a block cannot carry one of the three methods."""
-        for block in range(len(backbone.blocks)):
+        for stack, block in backbone.places:
             for method, role in _ROLES.items():
-                obstacle = backbone.obstacle(backbone.shape(Site(block, role)), method)
+                site = Site(block, role, stack)
+                obstacle = backbone.obstacle(backbone.shape(site), method)
                 if obstacle is not None:
                     raise ValueError(
-                        f"AutoPEFTPaper needs {method!r} on {block}.{role} of {backbone.name}, "
+                        f"AutoPEFTPaper needs {method!r} on {site} of {backbone.name}, "
                         f"but {obstacle}; PerLayer can leave it out."
                     )
 
     def sizes(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the sizes, rising from 0 to the hidden width."""
-        hidden = backbone.shape(Site(0, "ffn")).out_features
+        hidden = backbone.shape(Site(0, "ffn", backbone.places[0][0])).out_features
         return tuple(sorted({0, *(hidden // 2**halvings for halvings in range(_HALVINGS))}))
 
     def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, tuple[Adapter, ...]]:
         """Ask for three sizes and for each block; see `SearchSpace.suggest_adapters`."""
         ladder = self.sizes(backbone)
         sizes = {method: trial.suggest_categorical(f"{method}.size", ladder) for method in _ROLES}
-        blocks = range(len(backbone.blocks))
-        on = [block for block in blocks if trial.suggest_categorical(f"{block}.on", (True, False))]
+        on = [place for place in backbone.places if trial.suggest_categorical(_switch(place), (True, False))]
         return _adapters(sizes, on)
 
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the sizes and the blocks that are on; see `SearchSpace.encode_adapters`."""
         sizes = {f"{adapter.method}.size": adapter.size for _, adapter in configuration}
-        on = {site.block for site in configuration.adapters}
-        return sizes | {f"{block}.on": block in on for block in range(len(backbone.blocks))}
+        on = {site.place for site in configuration.adapters}
+        return sizes | {_switch(place): place in on for place in backbone.places}
 
     def choices(self, backbone: Backbone) -> dict[Site, dict[str, MethodChoice]]:
         """Return the three methods at the two sublayers of every block; see `SearchSpace.choices`."""
         sizes = self.sizes(backbone)[1:]
         found: dict[Site, dict[str, MethodChoice]] = {}
-        for block in range(len(backbone.blocks)):
+        for stack, block in backbone.places:
             for method, role in _ROLES.items():
-                found.setdefault(Site(block, role), {})[method] = MethodChoice(method=method, sizes=sizes)
+                choice = MethodChoice(method=method, sizes=sizes)
+                found.setdefault(Site(block, role, stack), {})[method] = choice
         return dict(sorted(found.items()))
 
     def all_baselines(self, backbone: Backbone) -> Iterator[Baseline]:
@@ -74,31 +76,36 @@ class AutoPEFTPaper(SearchSpace):
         size = ladder[len(ladder) // 2]
         yield Baseline(name="head alone", configuration=self.point())
         for method in _ROLES:
-            adapters = _adapters({method: size}, range(len(backbone.blocks)))
+            adapters = _adapters({method: size}, backbone.places)
             yield Baseline(name=f"{method}({size}) everywhere", configuration=self.point(adapters))
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
         """Return the head alone, and all three methods at the hidden width in every block."""
         sizes = dict.fromkeys(_ROLES, self.sizes(backbone)[-1])
-        return self.point(), self.point(_adapters(sizes, range(len(backbone.blocks))))
+        return self.point(), self.point(_adapters(sizes, backbone.places))
 
     def count(self, backbone: Backbone) -> int:
         """Return the number of different configurations: those without any adapter count once."""
-        sizes, patterns = len(self.sizes(backbone)) ** len(_ROLES), 2 ** len(backbone.blocks)
+        sizes, patterns = len(self.sizes(backbone)) ** len(_ROLES), 2 ** len(backbone.places)
         return int((sizes - 1) * (patterns - 1) + 1)
 
     def summary(self, backbone: Backbone) -> str:
         """Say what is searched; see `SearchSpace.summary`."""
-        ladder, blocks = "|".join(map(str, self.sizes(backbone))), len(backbone.blocks)
+        ladder, blocks = "|".join(map(str, self.sizes(backbone))), len(backbone.places)
         return f"global sizes of series, parallel and prefix, each of {ladder}; {blocks} blocks on or off"
 
 
-def _adapters(sizes: Mapping[str, int], blocks: Iterable[int]) -> dict[Site, tuple[Adapter, ...]]:
+def _switch(place: Place) -> str:
+    """Return the name of the parameter that says whether a block is on."""
+    return f"{place_name(place)}.on"
+
+
+def _adapters(sizes: Mapping[str, int], places: Iterable[Place]) -> dict[Site, tuple[Adapter, ...]]:
     """Return the methods whose size is above 0 in all of the blocks."""
     adapters: dict[Site, tuple[Adapter, ...]] = {}
-    for block in blocks:
+    for stack, block in places:
         for method, size in sizes.items():
-            site = Site(block, _ROLES[method])
+            site = Site(block, _ROLES[method], stack)
             if size:
                 adapters[site] = (*adapters.get(site, ()), Adapter(method, size))
     return adapters

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+from autopeft.core.adapter import Place, block_ranges
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS, ROLES
@@ -78,9 +79,9 @@ class MethodSpace(SearchSpace):
         bounds = _BOUNDS[size_name]
         return MethodChoice(method=method, sizes=size_ladder(getattr(self, bounds), bounds), options=options)
 
-    def block_groups(self, backbone: Backbone) -> tuple[tuple[int, ...], ...]:
+    def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
         """Return the groups of blocks that share their choices; here each block is one."""
-        return tuple((block,) for block in range(len(backbone.blocks)))
+        return tuple((place,) for place in backbone.places)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the slots on backbones of this process."""
@@ -97,11 +98,12 @@ class MethodSpace(SearchSpace):
     def _groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
         choices = [self.choice_of(method) for method in self._offered]
         groups: dict[str, tuple[Slot, ...]] = {}
-        for blocks in self.block_groups(backbone):
-            group = "-".join(str(block) for block in dict.fromkeys((blocks[0], blocks[-1])))
+        for places in self.block_groups(backbone):
+            group = block_ranges(places)
             slots = []
             for role in self.roles or backbone.roles:
-                sites = tuple(site for block in blocks if (site := Site(block, role)) in backbone.sites)
+                asked = (Site(block, role, stack) for stack, block in places)
+                sites = tuple(site for site in asked if site in backbone.sites)
                 possible = {
                     choice.method: choice
                     for choice in choices

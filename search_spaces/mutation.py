@@ -120,8 +120,8 @@ class SiteMutator(Mutator):
             return adapters
         what = generator.choice(("lowest block", "anywhere", "least promising"))
         if what == "lowest block":
-            lowest = min(site.block for site in adapters)
-            return {site: adapter for site, adapter in adapters.items() if site.block != lowest}
+            lowest = min(adapters).place
+            return {site: adapter for site, adapter in adapters.items() if site.place != lowest}
         order = sorted((site for site in self.choices if site in adapters), key=self.values.__getitem__)
         if what == "anywhere":
             generator.shuffle(order)
@@ -139,7 +139,7 @@ class SiteMutator(Mutator):
         promised = [self.values[site] for site in empty]
         weighted = sum(promised) > 0 and generator.random() < 0.5
         first = generator.choices(empty, promised if weighted else None)[0]
-        added = [first, *(site for site in self._scope(empty, generator) if site.block == first.block)]
+        added = [first, *(site for site in self._scope(empty, generator) if site.place == first.place)]
         sizes = sorted(adapter.size or 1 for adapter in adapters.values())
         changed = dict(adapters)
         for site in added:
@@ -150,10 +150,10 @@ class SiteMutator(Mutator):
     @staticmethod
     def _cross(theirs: Adapters, adapters: Adapters, generator: random.Random) -> Adapters:
         """Take each block from one parent or the other."""
-        blocks = sorted({site.block for site in (*adapters, *theirs)})
-        ours = {block for block in blocks if generator.random() < 0.5}
-        mixed = {site: adapter for site, adapter in adapters.items() if site.block in ours}
-        return mixed | {site: adapter for site, adapter in theirs.items() if site.block not in ours}
+        places = dict.fromkeys(site.place for site in sorted((*adapters, *theirs)))
+        ours = {place for place in places if generator.random() < 0.5}
+        mixed = {site: adapter for site, adapter in adapters.items() if site.place in ours}
+        return mixed | {site: adapter for site, adapter in theirs.items() if site.place not in ours}
 
     @staticmethod
     def _scope(sites: Sequence[Site], generator: random.Random) -> list[Site]:
@@ -161,7 +161,7 @@ class SiteMutator(Mutator):
         if not sites:
             return []
         chosen = generator.choice(sites)
-        shared = generator.choice((("block", "role"), ("role",), ("block",), ()))
+        shared = generator.choice((("place", "role"), ("role",), ("place",), ()))
         return [
             site for site in sites if all(getattr(site, name) == getattr(chosen, name) for name in shared)
         ]

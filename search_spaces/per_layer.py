@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
 
+from autopeft.core.adapter import Place
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
-from autopeft.search_spaces.method_choice import Encoding, placed
+from autopeft.search_spaces.method_choice import Encoding, Slot, placed
 from autopeft.search_spaces.method_space import SlotSpace
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
@@ -23,8 +24,8 @@ class PerLayer(SlotSpace):
     Further arguments, and the errors raised, are those of `MethodSpace`.
 
     Attributes:
-        groups: Number of groups of consecutive blocks that share their choices; None for one group a
-            block.
+        groups: Number of groups of consecutive blocks that share their choices, of each stack; None for one
+            group a block.
         encoding: How choices are laid before an Optuna sampler: "fixed" asks for every parameter every time,
             so that a trial also has the sizes of methods that it does not use, and of blocks that are off;
             "conditional" asks only for those that matter. The set of configurations is the same.
@@ -40,15 +41,19 @@ class PerLayer(SlotSpace):
         if self.groups is not None:
             check_whole("groups", self.groups, what="a number of groups of blocks", least=1)
 
-    def block_groups(self, backbone: Backbone) -> tuple[tuple[int, ...], ...]:
-        """Split the blocks into groups of consecutive ones, as even as can be."""
+    def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
+        """Split the blocks of each stack into groups of consecutive ones, as even as can be."""
         if self.groups is None:
             return super().block_groups(backbone)
-        total = len(backbone.blocks)
-        if self.groups > total:
-            raise ValueError(f"groups={self.groups}, but {backbone.name} has only {total} blocks.")
-        edges = [round(index * total / self.groups) for index in range(self.groups + 1)]
-        return tuple(tuple(range(*pair)) for pair in pairwise(edges))
+        groups: list[tuple[Place, ...]] = []
+        for stack, places in backbone.stacks.items():
+            total = len(places)
+            if self.groups > total:
+                what = f"{total} {stack}".rstrip()
+                raise ValueError(f"groups={self.groups}, but {backbone.name} has only {what} blocks.")
+            edges = [round(index * total / self.groups) for index in range(self.groups + 1)]
+            groups += [places[slice(*pair)] for pair in pairwise(edges)]
+        return tuple(groups)
 
     def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> dict[Site, Adapter]:
         """Ask for on/off a group, then for every slot; see `SearchSpace.suggest_adapters`."""
@@ -74,13 +79,17 @@ class PerLayer(SlotSpace):
     def all_baselines(self, backbone: Backbone) -> Iterator[Baseline]:
         """Yield the head alone, each method at its smallest everywhere, and the first at more sizes.
 
-        These are in the top half and everywhere: memory follows the lowest adapted block.
+        These are in the top half of each stack and everywhere: memory follows the lowest adapted block.
         """
         methods = self.methods_on(backbone)
         first = self.choice_of(methods[0])
-        groups = list(self.groups_of_slots(backbone).values())
         everywhere = self.slots(backbone)
-        top = [slot for slots in groups[(len(groups) + 1) // 2 :] for slot in slots]
+        by_stack: dict[str, list[tuple[Slot, ...]]] = {stack: [] for stack in backbone.stacks}
+        groups = zip(self.block_groups(backbone), self.groups_of_slots(backbone).values(), strict=True)
+        for ((stack, _), *_), of_group in groups:
+            by_stack[stack].append(of_group)
+        halves = (of_stack[(len(of_stack) + 1) // 2 :] for of_stack in by_stack.values())
+        top = [slot for half in halves for of_group in half for slot in of_group]
         yield Baseline(name="head alone", configuration=self.point())
         candidates = [(self.choice_of(method).smallest, "everywhere", everywhere) for method in methods]
         for adapter in first.three_adapters:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopeft.core.adapter import Adapter, Site
-from autopeft.core.method_specs import KIND_OF_ROLE
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.method_choice import MethodChoice
@@ -29,7 +28,10 @@ class Allocation:
     choice: MethodChoice = _LORA
     allocator: str = "proportional"  # one of `ALLOCATORS`
     placement: float = 1.0  # share of the sites that may carry an adapter, the best first, in (0, 1]
-    lowest_block: int = 0  # blocks below it carry none, which is what saves memory
+    # Blocks below it carry none, which is what saves memory. It counts in the longest stack; shorter ones
+    # have the like share of their blocks below.
+    lowest_block: int = 0
+    stacks: Sequence[str] | None = None  # stacks that may carry an adapter; None for all
     # Roles that may carry an adapter; None for all that the method can sit on.
     roles: Sequence[str] | None = None
     # Options of the allocator, as `{"temperature": 0.5}`.
@@ -42,7 +44,12 @@ class Allocation:
         """
         rule = ALLOCATORS[self.allocator]
         method, options = self.choice.method, self.choice.options
-        sites = [site for site in self.candidates(backbone) if site.block >= self.lowest_block]
+        longest = max(map(len, backbone.stacks.values()))
+        sites = [
+            site
+            for site in self.candidates(backbone)
+            if site.block >= self.lowest_block * len(backbone.stacks[site.stack]) // longest
+        ]
         if not sites:
             raise ValueError(
                 f"{method!r} can sit on no site of {backbone.name} in the blocks from "
@@ -64,11 +71,12 @@ class Allocation:
         return {site: Adapter(method, sizes[site], options) for site in chosen if sizes[site]}
 
     def candidates(self, backbone: Backbone) -> list[Site]:
-        """Return the sites that the method can sit on, in the chosen roles."""
+        """Return the sites that the method can sit on, in the chosen roles and stacks."""
         return [
             site
             for site, shape in backbone.sites.items()
             if (self.roles is None or site.role in self.roles)
+            and (self.stacks is None or site.stack in self.stacks)
             and not backbone.obstacle(shape, self.choice.method)
         ]
 
@@ -76,16 +84,16 @@ class Allocation:
 def site_values(scores: SiteScores, sites: Iterable[Site]) -> dict[Site, float]:
     """Return a score of at least 0 for every site, also for those that are no single matrix.
 
-    A sublayer has the sum of its matrices' scores (a gradient's share of the sublayer), a norm the mean
-    of its block's. Numbers below 0, which some scores give, count as 0.
+    A sublayer has the sum of its matrices' scores (a gradient's share of the sublayer), anything else, as a
+    norm, the mean of its block's. Numbers below 0, which some scores give, count as 0.
     """
     values = {site: max(0.0, value) for site, value in scores.values.items()}
     return {site: values[site] if site in values else _value_of_block(values, site) for site in sites}
 
 
 def _value_of_block(values: Mapping[Site, float], site: Site) -> float:
-    block = {scored: value for scored, value in values.items() if scored.block == site.block}
-    if KIND_OF_ROLE[site.role] == "norm":
+    block = {scored: value for scored, value in values.items() if scored.place == site.place}
+    if site.kind not in ("attention", "ffn"):
         return sum(block.values()) / max(1, len(block))
     is_ffn = site.role == _FFN
     return sum(value for scored, value in block.items() if scored.role.startswith(_FFN) == is_ffn)

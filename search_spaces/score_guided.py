@@ -22,6 +22,7 @@ from autopeft.sensitivity import SCORES
 from autopeft.sensitivity.allocation import ALLOCATORS
 
 _GUIDED, _PLACED = "guided", "placed"
+_ALL_STACKS = "all"
 _TEMPERATURE = "temperature"
 _FEWEST_SITES_SHARE = 8  # the smallest budget pays for the smallest adapter at an eighth of the sites
 
@@ -51,10 +52,11 @@ class ScoreGuided(SlotSpace):
     """A score ranks the sites; budget, temperature and placement turn it into the size of every adapter.
 
     Six or seven dimensions whatever the number of blocks: budget, temperature, placement, lowest block,
-    learning rate, and score and method where there are several. These are the guided configurations, which
-    `draw` gives. The space has every other placement of its methods and sizes too, so that a sampler can
-    change single sites, roles or blocks of what proved good (resize, drop, add, cross over). Further
-    arguments, and the errors raised, are those of `MethodSpace`; all sizes between bounds are searched.
+    learning rate, and score, method and stacks (all or one) where there are several. These are the guided
+    configurations, which `draw` gives. The space has every other placement of its methods and sizes too, so
+    that a sampler can change single sites, roles or blocks of what proved good (resize, drop, add, cross
+    over). Further arguments, and the errors raised, are those of `MethodSpace`; all sizes between bounds are
+    searched.
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
@@ -127,17 +129,36 @@ class ScoreGuided(SlotSpace):
             temperature=trial.suggest_float(_TEMPERATURE, *self.temperature) if self._is_heated else 0.0,
             placement=trial.suggest_float("placement", *self.placement),
             lowest_block=trial.suggest_int("lowest_block", 0, self._highest_block(backbone)),
+            stacks=self._suggest_stacks(trial, backbone),
         )
+
+    def _suggest_stacks(self, trial: SuggestTrial, backbone: Backbone) -> tuple[str, ...] | None:
+        """Ask which stacks carry adapters: one of those in which every method finds a site, or all."""
+        if len(backbone.stacks) == 1:
+            return None
+        of_methods = [{site.stack for site in sites} for sites in self._sites_of_methods(backbone)]
+        able = [stack for stack in backbone.stacks if all(stack in stacks for stacks in of_methods)]
+        chosen = trial.suggest_categorical("stacks", (_ALL_STACKS, *able))
+        return None if chosen == _ALL_STACKS else (chosen,)
 
     @property
     def _is_heated(self) -> bool:
         return _TEMPERATURE in ALLOCATORS[self.allocator].options
 
     def _highest_block(self, backbone: Backbone) -> int:
-        """Return the highest block in which every method finds a site."""
+        """Return the highest block in which every method finds a site, in the longest stack's numbers."""
+        lengths = {stack: len(places) for stack, places in backbone.stacks.items()}
+        longest = max(lengths.values())
+        highest = [{site.stack: site.block for site in sites} for sites in self._sites_of_methods(backbone)]
+        return min(
+            math.ceil((block + 1) * longest / lengths[stack]) - 1
+            for of_method in highest
+            for stack, block in of_method.items()
+        )
+
+    def _sites_of_methods(self, backbone: Backbone) -> list[list[Site]]:
         slots = self.slots(backbone)
-        sites = [placed(self.choice_of(method).smallest, slots) for method in self.methods]
-        return min(max(site.block for site in of_method) for of_method in sites)
+        return [sorted(placed(self.choice_of(method).smallest, slots)) for method in self.methods]
 
     def _guided(
         self, backbone: Backbone, score: str, method: str, *, temperature: float, **numbers: Any

@@ -106,7 +106,28 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "eos_token_id": 2,
         },
         "gpt_neox": _TEXT,
+        "gpt_oss": _GROUPED
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
+        "jamba": _GROUPED
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_d_state": 4,
+            "mamba_expand": 2,
+            "use_mamba_kernels": False,
+        },
         "llama": _GROUPED,
+        "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        "mamba2": {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 4,
+            "n_groups": 1,
+        },
         "mixtral": _GROUPED | {"num_local_experts": 4},
         "modernbert": _TEXT | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
         "mpnet": _TEXT,
@@ -125,6 +146,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3_moe": _GROUPED
         | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "roberta": _TEXT,
+        "rwkv": {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "attention_hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "context_length": 64,
+        },
         "t5": {
             "vocab_size": VOCABULARY,
             "pad_token_id": 0,

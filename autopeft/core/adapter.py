@@ -14,12 +14,17 @@ from autopeft.core.method_specs import (
     KIND_OF_ROLE,
     METHOD_SPECS,
     ROLES,
+    Kind,
     MethodSpec,
     OptionValue,
 )
 
-_SITE = re.compile(r"(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>\w+)")
+_SITE = re.compile(r"((?P<stack>[a-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
 _MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
+_STACKS = ("vision", "audio", "encoder", "text", "decoder")  # in the order in which models run them
+
+Place = tuple[str, int]
+"""A block: the name of its stack, empty in a model that has one, and its index from the stack's input."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,10 @@ class Site:
     """A place for adapters: the module of one role (or a whole sublayer) in one block.
 
     Args:
-        block: Index of the transformer block, from 0 at the input.
-        role: One of `autopeft.core.method_specs.ROLES`.
+        block: Index of the transformer block, from 0 at the input of its stack.
+        role: One of `autopeft.core.method_specs.ROLES`; where a block has no role for a linear layer, the
+            layer's name in it, as "mixer.in_proj".
+        stack: Name of the stack of blocks, as "decoder"; empty in a model that has one.
 
     Raises:
         ValueError: The role is unknown or the block is negative.
@@ -36,39 +43,75 @@ class Site:
 
     block: int
     role: str
+    stack: str = ""
 
     def __post_init__(self) -> None:
-        if self.role not in KIND_OF_ROLE:
+        if self.role not in KIND_OF_ROLE and not is_module_name(self.role):
             raise unknown_choice("role", self.role, ROLES)
         if self.block < 0:
             raise ValueError(f"A block index counts from 0, got {self.block}.")
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read a site from "3.query"."""
+        """Read a site from "3.query", or from "decoder.3.query"."""
         sites = parse_sites(text)
         if len(sites) != 1:
             raise ValueError(f"Expected one site such as '3.query', got {text!r}.")
         return sites[0]
 
     def __str__(self) -> str:
-        return f"{self.block}.{self.role}"
+        return f"{place_name(self.place)}.{self.role}"
 
     def __lt__(self, other: Site) -> bool:
         return self._order < other._order
 
     @property
-    def _order(self) -> tuple[int, int]:
-        return self.block, ROLES.index(self.role)
+    def place(self) -> Place:
+        """The block it is in."""
+        return self.stack, self.block
+
+    @property
+    def kind(self) -> Kind:
+        """What is there: a layer that is named by its module is linear."""
+        return KIND_OF_ROLE.get(self.role, "linear")
+
+    @property
+    def _order(self) -> tuple[int, str, int, int, str]:
+        return *stack_order(self.stack), self.block, role_order(self.role), self.role
+
+
+def is_module_name(role: str) -> bool:
+    """Whether a role is a layer's name in its block, as "mixer.in_proj"."""
+    parts = role.split(".")
+    return len(parts) > 1 and all(map(str.isidentifier, parts)) and parts[-1] not in ("weight", "bias")
+
+
+def role_order(role: str) -> int:
+    """Return a role's place in tables and pictures; layers that are named by their modules come last."""
+    return ROLES.index(role) if role in KIND_OF_ROLE else len(ROLES)
+
+
+def stack_order(stack: str) -> tuple[int, str]:
+    """Return a stack's place among others, from the input to the output."""
+    return _STACKS.index(stack) if stack in _STACKS else len(_STACKS), stack
+
+
+def place_name(place: Place) -> str:
+    """Write a block as in "3", or with its stack as in "decoder.3"."""
+    stack, block = place
+    return f"{stack}.{block}" if stack else str(block)
 
 
 def parse_sites(text: str) -> tuple[Site, ...]:
-    """Read one site, or a range of blocks, from "3.query" or "0-5.query" (both ends included)."""
+    """Read one site, or a range of blocks, from "3.query" or "0-5.query" (both ends included).
+
+    A stack may stand in front, as in "decoder.3.query".
+    """
     match = _SITE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
             f"Cannot read the site {text!r}: expected 'block.role' or 'first-last.role', "
-            "for example '3.query' or '0-5.ffn_down'."
+            "for example '3.query', '0-5.ffn_down' or 'decoder.3.query'."
         )
     first = int(match["first"])
     last = int(match["last"]) if match["last"] is not None else first
@@ -76,14 +119,16 @@ def parse_sites(text: str) -> tuple[Site, ...]:
         raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
     if last >= _MOST_BLOCKS:
         raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {_MOST_BLOCKS - 1}.")
-    return tuple(Site(block, match["role"]) for block in range(first, last + 1))
+    stack = match["stack"] or ""
+    return tuple(Site(block, match["role"], stack) for block in range(first, last + 1))
 
 
-def block_ranges(blocks: Iterable[int]) -> str:
-    """Write block numbers as in "0-5, 7"."""
-    runs = groupby(enumerate(sorted(blocks)), key=lambda entry: entry[1] - entry[0])
-    spans = [[block for _, block in run] for _, run in runs]
-    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+def block_ranges(places: Iterable[Place]) -> str:
+    """Write blocks as in "0-5, 7", or with their stacks as in "encoder.0-5, decoder.3"."""
+    ordered = sorted(places, key=lambda place: (stack_order(place[0]), place[1]))
+    runs = groupby(enumerate(ordered), key=lambda entry: (entry[1][0], entry[1][1] - entry[0]))
+    spans = [[place for _, place in run] for _, run in runs]
+    return ", ".join(place_name(span[0]) + (f"-{span[-1][1]}" if len(span) > 1 else "") for span in spans)
 
 
 @dataclass(frozen=True, init=False)

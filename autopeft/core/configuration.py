@@ -12,7 +12,15 @@ from typing import Any
 
 import yaml
 
-from autopeft.core.adapter import Adapter, Site, parse_sites
+from autopeft.core.adapter import (
+    Adapter,
+    Place,
+    Site,
+    parse_sites,
+    place_name,
+    role_order,
+    stack_order,
+)
 from autopeft.core.errors import check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
 
@@ -73,9 +81,9 @@ class Configuration:
         return tuple(name for name in METHOD_SPECS if name in used)
 
     @property
-    def lowest_block(self) -> int | None:
-        """Index of the lowest block with an adapter (backpropagation stops there), or None."""
-        return min((site.block for site in self.adapters), default=None)
+    def lowest_block(self) -> Place | None:
+        """The lowest block with an adapter (backpropagation stops there), or None."""
+        return next((site.place for site in self.adapters), None)
 
     def __iter__(self) -> Any:
         """Iterate over (site, adapter) pairs in canonical order."""
@@ -159,10 +167,10 @@ class Configuration:
         """Return the compact picture: a row a block, a column a role, a letter and size a cell."""
         return text_grid(self.cells())
 
-    def cells(self) -> dict[tuple[int, str], str]:
+    def cells(self) -> dict[tuple[Place, str], str]:
         """Return the label of every occupied cell of the picture, by (block, role)."""
         return {
-            (site.block, site.role): "+".join(
+            (site.place, site.role): "+".join(
                 f"{adapter.specification.symbol}{adapter.size or ''}" for adapter in adapters
             )
             for site, adapters in self.adapters.items()
@@ -179,17 +187,30 @@ class Configuration:
         return f"<p>{self!r}</p><pre>{self.grid()}</pre>"
 
 
-def text_grid(cells: Mapping[tuple[int, str], str]) -> str:
+def grid_axes(cells: Iterable[tuple[Place, str]]) -> tuple[list[Place], list[str]]:
+    """Return the blocks of a picture, from 0 of each stack to its highest occupied one, and the roles."""
+    highest: dict[str, int] = {}
+    roles: set[str] = set()
+    for (stack, block), role in cells:
+        highest[stack] = max(block, highest.get(stack, 0))
+        roles.add(role)
+    places = [
+        (stack, block) for stack in sorted(highest, key=stack_order) for block in range(highest[stack] + 1)
+    ]
+    return places, sorted(roles, key=lambda role: (role_order(role), role))
+
+
+def text_grid(cells: Mapping[tuple[Place, str], str]) -> str:
     """Draw occupied cells, labels by (block, role), as a table of text, with a legend of the letters in use.
 
-    There is a line a block, from the highest occupied one down to block 0: the output is on top.
+    There is a line a block, from the highest occupied one of a stack down to block 0: the output is on top.
     """
     if not cells:
         return "(no adapters)"
-    roles = [role for role in ROLES if any(role == used for _, used in cells)]
+    places, roles = grid_axes(cells)
     table = [("block", *roles)]
-    for block in range(max(block for block, _ in cells), -1, -1):
-        table.append((str(block), *(cells.get((block, role), "·") for role in roles)))
+    for place in reversed(places):
+        table.append((place_name(place), *(cells.get((place, role), "·") for role in roles)))
     left, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
     rows = ["  ".join([block.rjust(left), *map(str.center, labels, widths)]) for block, *labels in table]
     letters = {part.rstrip("0123456789") for label in cells.values() for part in label.split("+")}
@@ -213,7 +234,7 @@ def _read_adapters(site: Any, given: Any) -> tuple[Adapter, ...]:
 
 def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
     several = (given,) if isinstance(given, Adapter) else tuple(given)
-    kind = KIND_OF_ROLE[site.role]
+    kind = site.kind
     for adapter in several:
         kinds = adapter.specification.kinds
         if kind not in kinds:

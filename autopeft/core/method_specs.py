@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["linear", "norm", "attention", "ffn"]
+Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn"]
 OptionValue = bool | int | float | str
 
 LINEAR_ROLES = (
@@ -28,6 +28,9 @@ LINEAR_ROLES = (
     "ffn_gate_up",
     "ffn_down",
 )
+ENCODER_FED_ROLES = ("cross_key", "cross_value")
+"""Roles in a decoder that are given what the encoder returns."""
+EXPERT_ROLES = ("ffn_experts_up", "ffn_experts_gate_up", "ffn_experts_down")
 NORM_ROLES = (
     "attention_norm",
     "attention_post_norm",
@@ -40,7 +43,9 @@ NORM_ROLES = (
 
 KIND_OF_ROLE: Mapping[str, Kind] = {
     **dict.fromkeys(LINEAR_ROLES, "linear"),
+    **dict.fromkeys(EXPERT_ROLES, "experts"),
     **dict.fromkeys(NORM_ROLES, "norm"),
+    "convolution": "convolution",
     "attention": "attention",
     "ffn": "ffn",
 }
@@ -79,7 +84,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         MethodSpec(
             name="lora",
             symbol="L",
-            kinds=_LINEAR,
+            kinds=frozenset({"linear", "experts"}),
             size_name="rank",
             options={"alpha": 8, "rslora": True, "dropout": 0.0},
             minimums={"alpha": 0.0},
@@ -90,7 +95,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         MethodSpec(
             name="bitfit",
             symbol="B",
-            kinds=frozenset({"linear", "norm"}),
+            kinds=frozenset({"linear", "norm", "convolution"}),
             excludes=frozenset({"layernorm"}),
             needs_bias=True,
         ),

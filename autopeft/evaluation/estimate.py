@@ -172,14 +172,17 @@ def _task(name: str) -> Task:
 
 
 def _placed(backbone: Backbone, method: str, size: int, share: float) -> Configuration:
-    """Return a method at its usual sites of the top blocks."""
-    count = len(backbone.blocks)
-    lowest = count - max(1, round(share * count))
+    """Return a method at its usual sites of the top blocks of each stack."""
+    top = {
+        place
+        for places in backbone.stacks.values()
+        for place in places[len(places) - max(1, round(share * len(places))) :]
+    }
     adapter = Adapter(method, size if METHOD_SPECS[method].size_name else None)
     sites: dict[Site, Adapter] = {
         site: adapter
         for site, shape in backbone.sites.items()
-        if site.block >= lowest
+        if site.place in top
         and not backbone.obstacle(shape, method)
         and (method != "ia3" or site.role in _IA3_ROLES)
         and (method != "parallel" or site.role == "ffn")

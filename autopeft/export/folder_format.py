@@ -31,8 +31,10 @@ from transformers.models.auto import modeling_auto
 from autopeft.core.configuration import Site
 from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
-from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.methods.peft_base import stored_names
+from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
+from autopeft.models.site_shapes import SiteShape
 
 Layout = Literal["peft", "mixed", "merged"]
 
@@ -193,7 +195,7 @@ def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str
     """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
     files = {
         f"{folder}/{PEFT_FILE}": {
-            f"{_PEFT_PREFIX}{shape.module}.": f"{site}.{method.name}." for site, (shape, _) in group.items()
+            _PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
         }
         for folder, (method, group) in peft_groups(by_method).items()
     }
@@ -236,7 +238,7 @@ def write_adapters(
         config: Any = method.peft_config(group)
         config.base_model_name_or_path = base or None
         config.inference_mode = True
-        for option in ("target_modules", "feedforward_modules"):
+        for option in ("target_modules", "target_parameters", "feedforward_modules"):
             if isinstance(getattr(config, option, None), set):
                 setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
@@ -256,7 +258,7 @@ def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str,
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}): export it again.") from error
         for key, tensor in tensors.items():
-            stored = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+            stored = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
             if stored is None:
                 raise ValueError(f"{file} holds {key}, which the configuration does not name.")
             state[prefixes[stored] + key.removeprefix(stored)] = tensor

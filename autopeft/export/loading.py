@@ -25,6 +25,7 @@ from autopeft.export.folder_format import (
 )
 from autopeft.methods import Placement, carries_adapters, placements
 from autopeft.methods.attachment import attach_methods, load_tensors
+from autopeft.methods.peft_base import UNMATCHED
 from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
 
@@ -57,7 +58,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
             _require_module(model, shape.module)  # peft skips what it does not find
         with warnings.catch_warnings():
             # peft's LayerNorm tuning says the former of every norm, and peft calls the latter.
-            for message in ("Unsupported layer type", "`is_gradient_checkpointing` is deprecated"):
+            for message in ("Unsupported layer type", "`is_gradient_checkpointing` is deprecated", UNMATCHED):
                 warnings.filterwarnings("ignore", message=message)
             if manifest.layout == "peft":
                 for file in (PEFT_CONFIG_FILE, PEFT_FILE):

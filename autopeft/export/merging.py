@@ -47,10 +47,10 @@ def merged_model(
             own = parameter.detach().to("cpu", copy=True)  # the device need not hold the model twice
             setattr(module, name, nn.Parameter(own, requires_grad=False))
     attach_tensors(model, placements(configuration, backbone.sites), state)
-    for name, layer in list(model.named_modules()):
+    for name, layer in reversed(list(model.named_modules())):  # of layers around another, the inner one first
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
-            replace_module(model, name, layer.get_base_layer())
+            replace_module(model, name, model.get_submodule(f"{name}.base_layer"))
     if hasattr(model, "peft_config"):
         del model.peft_config  # else save_pretrained would take the model for an adapter
     return model.requires_grad_(False)

@@ -116,6 +116,8 @@ def _lora_obstacles(manifest: Manifest, configuration: Configuration) -> list[st
     }
     if len(peft_groups(placements(configuration, manifest.sites))) > 1:
         obstacles.append("it takes one LoRA config, not several")
+    if any(site.kind == "experts" for site in configuration.adapters):
+        obstacles.append("it has other names for LoRA of experts")
     if len(ranks) > 1:
         obstacles.append(
             f"it scales all modules by one rank and alpha, these have ranks {ranks[0]} to {ranks[-1]}"

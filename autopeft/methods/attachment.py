@@ -15,7 +15,8 @@ from autopeft.core.seeding import seeded
 from autopeft.methods.base import Placement
 from autopeft.methods.head import copy_head
 from autopeft.methods.registry import METHODS
-from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.backbone import Backbone
+from autopeft.models.site_shapes import SiteShape
 
 
 def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
@@ -146,8 +147,7 @@ class Attachment:
     @property
     def cut(self) -> int | None:
         """Number of blocks below everything that is trained; None where nothing is frozen."""
-        lowest = self.configuration.lowest_block
-        return len(self.backbone.blocks) if lowest is None else lowest
+        return self.backbone.blocks_below(self.configuration.lowest_block)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the trained tensors: adapters under "site.method.name", then the head, whole."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 """The adapters of one method to attach: site → (what the backbone has there, the adapter)."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Trainable, swap
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 
 class BitFit(Method):

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 

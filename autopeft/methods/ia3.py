@@ -9,7 +9,7 @@ from peft import IA3Config, PeftConfig
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Placement
 from autopeft.methods.peft_base import PeftMethod, module_names
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 
 class IA3(PeftMethod):

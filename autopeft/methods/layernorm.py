@@ -7,7 +7,7 @@ from peft import LNTuningConfig, PeftConfig
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Placement
 from autopeft.methods.peft_base import PeftMethod, module_names
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 
 class LayerNormTuning(PeftMethod):

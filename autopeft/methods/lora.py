@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftConfig
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Placement
-from autopeft.methods.peft_base import PeftMethod, module_names
-from autopeft.models.backbone import SiteShape
+from autopeft.methods.peft_base import PeftMethod
+from autopeft.models.site_shapes import SiteShape
 
 
 class Lora(PeftMethod):
@@ -24,9 +24,9 @@ class Lora(PeftMethod):
     name = "lora"
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
-        """Return r·(d_in + d_out)."""
+        """Return r·(d_in + d_out), of every expert."""
         assert adapter.size is not None
-        return adapter.size * (shape.in_features + shape.out_features)
+        return adapter.size * (shape.in_features + shape.out_features) * shape.experts
 
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what peft holds once a config."""
@@ -38,8 +38,8 @@ class Lora(PeftMethod):
         rank, alpha = adapter.size, adapter.option("alpha")
         # PEFT reads pattern keys as regular expressions behind an optional "(.*\.)?" prefix, so a full
         # module name matches itself alone. Servers read no patterns: they name what differs alone.
-        ranks = {shape.module: each.size for shape, each in placement.values() if each.size != rank}
-        alphas = {shape.module: each.option("alpha") for shape, each in placement.values()}
+        ranks = {shape.target: each.size for shape, each in placement.values() if each.size != rank}
+        alphas = {shape.target: each.option("alpha") for shape, each in placement.values()}
         patterns: dict[str, Any] = {
             "r": rank,
             "lora_alpha": alpha,
@@ -48,7 +48,8 @@ class Lora(PeftMethod):
         }
         return LoraConfig(
             **patterns,
-            target_modules=module_names(placement),
+            target_modules=[shape.target for shape, _ in placement.values() if not shape.parameter],
+            target_parameters=[shape.target for shape, _ in placement.values() if shape.parameter] or None,
             use_rslora=bool(adapter.option("rslora")),
             lora_dropout=float(adapter.option("dropout")),
             fan_in_fan_out=shape.transposed,

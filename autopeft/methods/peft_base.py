@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import cast
 
 from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Method, Placement, Trainable, replace_module
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
+
+UNMATCHED = "The following (rank|alpha)_pattern keys did not match"
+"""What peft warns of patterns for experts, which it takes: it looks for them among the modules.
+
+That each site has its rank is checked by `attach`."""
 
 
 class PeftMethod(Method):
@@ -60,6 +67,8 @@ class PeftMethod(Method):
         for adapter_name, group in groups.items():
             for site, (shape, _) in group.items():
                 layer = model.get_submodule(shape.module)
+                while isinstance(layer, ParamWrapper) and layer.parameter_name != shape.parameter:
+                    layer = layer.base_layer  # one a parameter, each around the one before
                 if isinstance(layer, BaseTunerLayer):
                     # Injecting a peft adapter makes it the active one of every layer, also of those that
                     # carry another.
@@ -71,10 +80,11 @@ class PeftMethod(Method):
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silence warnings of what we are here for: several adapters on disjoint modules, norms of any class."""
+    """Silence warnings of what we are here for: adapters on disjoint modules, norms of any class, experts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Unsupported layer type")
+        warnings.filterwarnings("ignore", message=UNMATCHED)
         yield
 
 
@@ -89,6 +99,19 @@ def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Par
         if holder in layer.adapter_layer_names and adapter == adapter_name:
             found[".".join([holder, *local])] = parameter
     return found
+
+
+def stored_names(placement: Placement) -> dict[Site, str]:
+    """Return how peft's names of the tensors at each site of a group begin.
+
+    The layers around several parameters of one module lie in each other, the last parameter's outermost.
+    """
+    outer: Counter[str] = Counter()
+    names: dict[Site, str] = {}
+    for site, (shape, _) in reversed(sorted(placement.items())):
+        names[site] = f"{shape.module}." + "base_layer." * outer[shape.module]
+        outer[shape.module] += 1
+    return names
 
 
 def module_names(placement: Placement) -> list[str]:

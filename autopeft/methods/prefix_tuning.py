@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
-from autopeft.models.backbone import SiteShape
+from autopeft.models.site_shapes import SiteShape
 
 _IMPLEMENTATION = "autopeft_prefix"
 _CHILD = "autopeft_prefix"

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.method_specs import KIND_OF_ROLE
 from autopeft.models.backbone import Backbone
 
 
@@ -66,9 +65,7 @@ def site_of_module(backbone: Backbone, name: str) -> Site:
 
     Where there is no such module, a ValueError names the nearest one.
     """
-    modules = {
-        shape.module: site for site, shape in backbone.sites.items() if KIND_OF_ROLE[site.role] == "linear"
-    }
+    modules = {shape.module: site for site, shape in backbone.sites.items() if shape.kind == "linear"}
     # The longest name wins: one module's name may end another's.
     fitting = [module for module in modules if name == module or name.endswith(f".{module}")]
     if not fitting:

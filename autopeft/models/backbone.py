@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from autopeft.core.adapter import Site, block_ranges
+from autopeft.core.adapter import Place, Site, block_ranges, place_name, role_order
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, Kind
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.tables import as_text, titled_table
-from autopeft.models.block_discovery import BlockModules, find_blocks, linear_sizes
+from autopeft.models.block_discovery import find_blocks
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 from autopeft.models.quantized_layers import keep_as_loaded
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteShape:
-    """What a backbone has at one site."""
-
-    site: Site  # block and role
-    kind: Kind  # "linear", "norm", "attention" or "ffn"
-    module: str  # qualified name of the module; of a sublayer, its output projection
-    input_module: str  # qualified name of the module that is first given the site's input
-    in_features: int  # width of the input
-    out_features: int  # width of the output
-    parameters: int  # number of parameters of the module itself (for sublayers: of the projection)
-    bias: int  # number of bias parameters of the module, 0 without one
-    transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
-    key_value_features: int = 0  # attention only: width of one token's keys over all key heads
-    attention_module: str = ""  # attention only: qualified name of the module that computes attention
+from autopeft.models.site_shapes import SiteShape, site_shapes
 
 
 class Backbone:
@@ -64,7 +46,7 @@ class Backbone:
         head_parameters: Number of their parameters; trained with every configuration.
 
     Raises:
-        ValueError: No transformer block was found, a head module does not exist, or quantised weights were
+        ValueError: No block was found, a head module does not exist, or quantised weights were
             rearranged for inference.
     """
 
@@ -97,9 +79,7 @@ class Backbone:
         self.quantized = frozenset(keep_as_loaded(model))
         self._block_modules = find_blocks(model)
         self.sites: Mapping[Site, SiteShape] = {
-            shape.site: shape
-            for index, block in enumerate(self._block_modules)
-            for shape in _shapes(model, index, block)
+            shape.site: shape for block in self._block_modules for shape in site_shapes(model, block)
         }
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
         self.cached_casts = CachedCasts(map(model.get_submodule, names))  # before anything is put around them
@@ -183,8 +163,25 @@ class Backbone:
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """The transformer blocks, from the input to the output."""
+        """The transformer blocks, stack after stack, from the input to the output."""
         return tuple(self.model.get_submodule(block.name) for block in self._block_modules)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The stack of each block, and its index there."""
+        return tuple(block.place for block in self._block_modules)
+
+    @cached_property
+    def stacks(self) -> Mapping[str, tuple[Place, ...]]:
+        """The places of each stack's blocks, by its name; the only one of a model has none."""
+        return {
+            stack: tuple(place for place in self.places if place[0] == stack)
+            for stack in dict.fromkeys(stack for stack, _ in self.places)
+        }
+
+    def blocks_below(self, place: Place | None) -> int:
+        """Return how many blocks run before one, those of the stacks before it included; all before None."""
+        return len(self.places) if place is None else self.places.index(place)
 
     @property
     def own_precision(self) -> Precision:
@@ -202,7 +199,7 @@ class Backbone:
     def roles(self) -> tuple[str, ...]:
         """The roles that occur, in the vocabulary's order."""
         present = {site.role for site in self.sites}
-        return tuple(role for role in ROLES if role in present)
+        return tuple(sorted(present, key=lambda role: (role_order(role), role)))
 
     @cached_property
     def parameters(self) -> int:
@@ -217,15 +214,15 @@ class Backbone:
         """
         if site in self.sites:
             return self.sites[site]
-        count = len(self._block_modules)
-        if site.block >= count:
+        block = place_name(site.place)
+        if site.place not in self.places:
             raise ValueError(
-                f"{self.name} has no block {site.block} (site {site}): its {count} blocks are "
-                f"numbered 0 to {count - 1}."
+                f"{self.name} has no block {block} (site {site}): its {len(self.places)} blocks are numbered "
+                f"{block_ranges(self.places)}."
             )
-        present = [role for role in self.roles if Site(site.block, role) in self.sites]
+        present = [there.role for there in sorted(self.sites) if there.place == site.place]
         raise ValueError(
-            f"{self.name} has nothing in the role {site.role!r} in block {site.block}; "
+            f"{self.name} has nothing in the role {site.role!r} in block {block}; "
             f"it has {', '.join(present)}."
         )
 
@@ -258,7 +255,10 @@ class Backbone:
     def check(self, configuration: Configuration) -> None:
         """Raise a ValueError where a configuration names a site or a method this backbone cannot carry."""
         for site, adapter in configuration:
-            obstacle = self.obstacle(self.shape(site), adapter.method)
+            shape = self.shape(site)
+            obstacle = self.obstacle(shape, adapter.method)
+            if shape.experts > 1 and not obstacle and adapter.option("dropout"):
+                obstacle = "peft has no dropout in front of experts (set dropout to 0)"
             if obstacle is not None:
                 raise ValueError(f"{adapter.method!r} cannot sit on {site} of {self.name}: {obstacle}.")
 
@@ -301,8 +301,10 @@ class Backbone:
             table.add_row(
                 role,
                 first.kind,
-                block_ranges(shape.site.block for shape in shapes),
-                first.module.removeprefix(f"{self._block_modules[first.site.block].name}."),
+                block_ranges(shape.site.place for shape in shapes),
+                first.target.removeprefix(
+                    f"{self._block_modules[self.blocks_below(first.site.place)].name}."
+                ),
                 ", ".join(sizes),
                 ", ".join(methods) or "–",
             )
@@ -311,68 +313,23 @@ class Backbone:
         return as_text(table) + note
 
     def __repr__(self) -> str:
+        counts = [f"{len(places)} {stack}".strip() for stack, places in self.stacks.items()]
+        left_out = f", without sites: {', '.join(self.left_out)}" if self.left_out else ""
         return (
             f"Backbone({self.name!r}, {type(self.model).__name__}, "
-            f"{len(self._block_modules)} blocks, {self.parameters:,} parameters)"
+            f"{' and '.join(counts)} blocks, {self.parameters:,} parameters{left_out})"
         )
 
-
-def _shapes(model: nn.Module, index: int, block: BlockModules) -> Iterable[SiteShape]:
-    names = {role: f"{block.name}.{path}" for role, path in block.roles.items()}
-    shapes = {role: _module_shape(model, Site(index, role), name) for role, name in names.items()}
-    yield from shapes.values()
-    source = shapes.get("query", shapes.get("qkv"))
-    output = shapes.get("attention_output")
-    if source is not None and output is not None:
-        yield _sublayer(
-            Site(index, "attention"),
-            source,
-            output,
-            key_value_features=_key_value_features(shapes),
-            attention_module=source.module.rpartition(".")[0],
-        )
-    first = shapes.get("ffn_up", shapes.get("ffn_gate_up"))
-    if first is not None and "ffn_down" in shapes:
-        yield _sublayer(Site(index, "ffn"), first, shapes["ffn_down"])
-
-
-def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:
-    if "key" in shapes:
-        return shapes["key"].out_features
-    return (shapes["qkv"].out_features - shapes["attention_output"].in_features) // 2
-
-
-def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any) -> SiteShape:
-    return replace(
-        output,
-        site=site,
-        kind=KIND_OF_ROLE[site.role],
-        input_module=first.module,
-        in_features=first.in_features,
-        transposed=False,
-        **attention,
-    )
-
-
-def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
-    module = model.get_submodule(name)
-    bias = getattr(module, "bias", None)
-    biases = 0 if bias is None else int(bias.numel())
-    if KIND_OF_ROLE[site.role] == "linear":
-        assert isinstance(module, nn.Linear | Conv1D)
-        in_features, out_features = linear_sizes(module)
-        parameters = in_features * out_features + biases
-    else:
-        in_features = out_features = next(module.parameters()).numel()
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-    return SiteShape(
-        site=site,
-        kind=KIND_OF_ROLE[site.role],
-        module=name,
-        input_module=name,
-        in_features=in_features,
-        out_features=out_features,
-        parameters=parameters,
-        bias=biases,
-        transposed=isinstance(module, Conv1D),
-    )
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """Modules beside several stacks, as a projector from one to the other, that have linear layers."""
+        if len(self.stacks) == 1:
+            return ()
+        inside = tuple(f"{name}." for name in (*self.head, *(block.name for block in self._block_modules)))
+        output = self.model.get_output_embeddings()
+        names = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not output and not name.startswith(inside)
+        ]
+        return tuple(name for name in names if name not in self.head)

@@ -86,18 +86,13 @@ class Features:
         `are_states_served` says of a block whether kept hidden states are read in place of running the others
         below it.
         """
-        frozen, lowest = self.frozen_share(configuration), configuration.lowest_block
-        is_served = are_states_served(self._blocks if lowest is None else lowest)
+        frozen = self.frozen_share(configuration)
+        is_served = are_states_served(self.backbone.blocks_below(configuration.lowest_block))
         return _COMPUTE_BESIDE_BLOCKS + 1 - (frozen if is_served else frozen / 2)
 
     def frozen_share(self, configuration: Configuration) -> float:
         """Return the share of the blocks that lie below the lowest adapted one."""
-        lowest = configuration.lowest_block
-        return 1.0 if lowest is None else lowest / self._blocks
-
-    @cached_property
-    def _blocks(self) -> int:
-        return len(self.backbone.blocks)
+        return self.backbone.blocks_below(configuration.lowest_block) / len(self.backbone.places)
 
     def placement(self, configuration: Configuration) -> list[float]:
         """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 
+from autopeft.core.adapter import Place, place_name
 from autopeft.core.evaluation import TrialRecord, deviation_of
 from autopeft.core.objectives import Objective
 
@@ -32,7 +33,7 @@ def front_frame(
         **{key: [each.deviation(metric) for each in evaluations] for key, metric in metrics.items()},
         "methods": ["+".join(configuration.methods) for configuration in configurations],
         "adapters": [len(configuration) for configuration in configurations],
-        "lowest_block": [configuration.lowest_block for configuration in configurations],
+        "lowest_block": [_block(configuration.lowest_block) for configuration in configurations],
         "learning_rate": [configuration.learning_rate for configuration in configurations],
         "weight_decay": [configuration.weight_decay for configuration in configurations],
         "seed": [evaluation.seed for evaluation in evaluations],
@@ -46,4 +47,10 @@ def front_frame(
     }
     # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
     frame = pd.DataFrame(columns).astype(dict.fromkeys(metrics, float))
-    return frame.astype({"front": bool, "lowest_block": "Int64", "duplicate_of": "Int64"})
+    frame["lowest_block"] = frame["lowest_block"].convert_dtypes()
+    return frame.astype({"front": bool, "duplicate_of": "Int64"})
+
+
+def _block(place: Place | None) -> int | str | None:
+    """Return the number of a block, or its name where there are several stacks."""
+    return place_name(place) if place and place[0] else place and place[1]

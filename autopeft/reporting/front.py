@@ -252,7 +252,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 *(evaluation.format(objective) for objective in self.objectives),
                 methods_label(configuration, point.values),
                 str(len(configuration)),
-                str(len({site.block for site in configuration.adapters})),
+                str(len({site.place for site in configuration.adapters})),
                 f"{configuration.learning_rate:.2g}",
                 *([evaluation.initialised_from] if says_start else []),
             )

@@ -14,8 +14,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from rich.table import Table
 
-from autopeft.core.adapter import Site
-from autopeft.core.method_specs import ROLES
+from autopeft.core.adapter import Site, place_name, role_order
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.reporting.formats import html_page
 from autopeft.sensitivity import SiteScores
@@ -42,8 +41,13 @@ class SensitivityReport(Tabular):
         return tuple(sorted({site for scores in self.scores.values() for site in scores.values}))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a row a site: block, role, and a column a score, in the scores' own units."""
-        frame = pd.DataFrame(((site.block, site.role) for site in self.sites), columns=["block", "role"])
+        """Return a row a site: block, role, and a column a score, in the scores' own units.
+
+        A block is called by its number, or as in "decoder.3" where there are several stacks.
+        """
+        places = [site.place for site in self.sites]
+        blocks: list[object] = [place_name(place) if place[0] else place[1] for place in places]
+        frame = pd.DataFrame({"block": blocks, "role": [site.role for site in self.sites]})
         for name, scores in self.scores.items():
             frame[name] = [scores.values.get(site, math.nan) for site in self.sites]
         return frame
@@ -70,7 +74,10 @@ class SensitivityReport(Tabular):
         figure = make_subplots(rows=rows, cols=min(_COLUMNS, len(names)), subplot_titles=names)
         for index, name in enumerate(names):
             cells = relative.dropna(subset=name).pivot(index="block", columns="role", values=name)
-            cells = cells.reindex(columns=[role for role in ROLES if role in cells])
+            cells = cells.reindex(
+                index=[block for block in relative["block"].unique() if block in cells.index],
+                columns=sorted(cells, key=lambda role: (role_order(role), role)),
+            )
             figure.add_heatmap(
                 z=cells,
                 x=list(cells.columns),

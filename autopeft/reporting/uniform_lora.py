@@ -48,7 +48,8 @@ def _is_uniform(configuration: Configuration, sites: Collection[Site]) -> bool:
     roles = {site.role for site in configuration.adapters}
     everywhere = {site for site in sites if site.role in roles}
     is_one = len({adapter for _, adapter in configuration}) == 1 and configuration.methods == ("lora",)
-    return is_one and configuration.lowest_block == 0 and configuration.adapters.keys() == everywhere
+    lowest = configuration.lowest_block
+    return is_one and lowest is not None and lowest[1] == 0 and configuration.adapters.keys() == everywhere
 
 
 def _said(record: TrialRecord, metric: Objective) -> str:

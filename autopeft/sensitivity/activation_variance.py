@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, ref
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import cosine_similarity
 
+from autopeft.core.adapter import Site
 from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
 from autopeft.sensitivity.site_scores import SiteScores
 
@@ -114,13 +115,14 @@ class InputVariance:
 
     def __init__(self, sites: Sequence[MatrixSite], state: IncrementalVariance) -> None:
         self._sites = sites
-        self._states = {matrix.site: state for matrix in sites}
+        self._states = {matrix.site: state for matrix in sites if not matrix.is_fused}
 
     @contextmanager
-    def watch(self, attention_mask: Tensor | None) -> Iterator[None]:
+    def watch(self, mask_of: Callable[[Site], Tensor | None]) -> Iterator[None]:
         """Add the inputs of every site during one forward pass inside.
 
-        Where the mask (rows, tokens) is 0, a token is left out; inputs of other dimensions are taken whole.
+        Where a site's mask (rows, positions) is 0, a token is left out; inputs of other dimensions are taken
+        whole, and so are patches and frames, which have no mask.
         """
         # What a state became by a tensor. A tensor that is gone, or was changed since, is another one.
         known: WeakKeyDictionary[IncrementalVariance, list[tuple[ref[Tensor], int, IncrementalVariance]]]
@@ -135,7 +137,7 @@ class InputVariance:
                     return
             moved = copy.copy(state)
             with torch.no_grad():
-                moved.add(_vectors(given.detach(), attention_mask))
+                moved.add(_vectors(given.detach(), mask_of(matrix.site)))
             successors.append((ref(given), given._version, moved))
             self._states[matrix.site] = moved
 
@@ -144,6 +146,8 @@ class InputVariance:
 
     def scores(self, rank: int) -> SiteScores:
         """Return the sum of the `rank` largest explained-variance ratios of each site's inputs.
+
+        Experts, of which each has inputs of its own, have none.
 
         The ratios themselves are the spectra. Sites that share their input score alike.
         """

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.method_specs import ENCODER_FED_ROLES
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision
 from autopeft.models.backbone import Backbone
@@ -155,14 +157,19 @@ def _run_pass(subject: Subject, receivers: Sequence[_Receiver], watched: InputVa
 
     dtype = _DTYPES[subject.precision]
     for index in range(len(subject.batches) if receivers or watched else 0):
-        mask = subject.batch(index).get("attention_mask")
-        with watched.watch(mask) if watched else nullcontext():
+        mask_of = partial(_mask, subject.task, subject.batch(index))
+        with watched.watch(mask_of) if watched else nullcontext():
             if receivers:
                 with layer_gradients(subject.sites, receive, dtype) as run_backward:
                     run_backward(subject.forward_loss(index))
             else:
                 with torch.no_grad():
                     subject.output(subject.batch(index))
+
+
+def _mask(task: Task, batch: Mapping[str, Tensor], site: Site) -> Tensor | None:
+    """Return the mask of what a site is given: keys and values of cross-attention are the encoder's."""
+    return task.mask(batch, is_decoder=site.stack == "decoder" and site.role not in ENCODER_FED_ROLES)
 
 
 def _groups(

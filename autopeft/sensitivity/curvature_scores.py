@@ -68,14 +68,15 @@ def _mean(name: str, draws: Sequence[Mapping[Site, float]]) -> SiteScores:
 def curvature(
     subject: Subject, batch: int, direction: _MakeMatrix, functional: _MakeMatrix
 ) -> dict[Site, float]:
-    """Return Σ A ⊙ (H v) for every site, H the Hessian of one batch's loss in all scored weights.
+    """Return Σ A ⊙ (H v) for every site but experts', H the Hessian of a batch's loss in all scored weights.
 
     `direction` makes v of a site, (out, in), and `functional` A; called again, they have to make the same.
     """
     device = subject.device
     dtype = next(subject.model.parameters()).dtype
     step = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
-    offsets = {matrix.site: torch.zeros_like(step, requires_grad=True) for matrix in subject.sites}
+    scored = [matrix.site for matrix in subject.sites if not matrix.is_fused]
+    offsets = {site: torch.zeros_like(step, requires_grad=True) for site in scored}
 
     def perturb(matrix: MatrixSite, given: Tensor, output: Tensor) -> Tensor:
         moved = output + step.to(output.device) * times(given, partial(direction, matrix))

@@ -2,14 +2,14 @@
 
 A frozen linear layer y = x Wᵀ gets no gradient from autograd, but hooks see all it takes: a forward hook the
 input x, a hook on y its gradient δ. G = δᵀ x is formed when δ arrives, handed over, and freed before the
-pass reaches the next layer.
+pass reaches the next layer. Experts in one parameter have theirs from autograd, freed in the same way.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,10 +35,13 @@ class LayerGradient:
     # What is multiplied, less precise than single precision or not; None for single precision or what is
     # better.
     dtype: torch.dtype | None = None
+    of_experts: Tensor | None = None  # the gradient of a parameter that has a matrix for each of them
 
     @cached_property
     def gradient(self) -> Tensor:
         """G, (out, in), in single precision or what is better."""
+        if self.of_experts is not None:
+            return self.of_experts.flatten(0, 1).to(torch.promote_types(self.of_experts.dtype, torch.float32))
         first, *others = [_outer(*product, self.dtype) for product in self.products]
         for other in others:
             first += other
@@ -111,5 +114,25 @@ def layer_gradients(
         for matrix in list(products):  # a module with a call that had no influence
             hand_over(matrix)
 
-    with forward_hooks(sites, watch):
+    with forward_hooks(sites, watch), ExitStack() as experts:
+        for matrix in (matrix for matrix in sites if matrix.is_fused):
+            experts.enter_context(_parameter_gradient(matrix, receive))
         yield run_backward
+
+
+@contextmanager
+def _parameter_gradient(matrix: MatrixSite, receive: Callable[[LayerGradient], None]) -> Iterator[None]:
+    """Hand over the gradient of a parameter when it is whole; what it has as `.grad` comes back."""
+    before, was_trained = matrix.stored.grad, matrix.stored.requires_grad
+
+    def hand_over(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        receive(LayerGradient(matrix, (), of_experts=gradient))
+
+    matrix.stored.grad = None
+    handle = matrix.stored.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+    try:
+        yield
+    finally:
+        handle.remove()
+        matrix.stored.requires_grad_(was_trained).grad = before

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from autopeft.core.adapter import Site
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.seeding import seeded
-from autopeft.models.backbone import Backbone, SiteShape
+from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight
+from autopeft.models.site_shapes import SiteShape
 from autopeft.tasks import Task
 
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
@@ -25,6 +26,9 @@ _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64,
 @dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class MatrixSite:
     """A site that is one weight matrix: an `nn.Linear`, or a Conv1D of transformers.
+
+    Experts in one parameter of shape (experts, rows, columns) are one matrix (experts × rows, columns). No
+    hook sees what each of them is given and returns.
 
     The stored weight is kept here, as the module may be multiplying by a copy in lower precision.
     """
@@ -37,13 +41,23 @@ class MatrixSite:
     @property
     def weight(self) -> Tensor:
         """(out, in) however it is stored: a view that shares its memory; of a quantised one a fresh copy."""
+        if self.is_fused:
+            return self.stored.flatten(0, 1)
         weight = full_weight(self.module, self.stored)
         return weight.mT if self.shape.transposed else weight
 
     @property
     def size(self) -> tuple[int, int]:
-        """Output and input width."""
+        """Output and input width; of experts, rows of all and columns."""
+        if self.is_fused:
+            experts, rows, columns = self.stored.shape
+            return experts * rows, columns
         return self.shape.out_features, self.shape.in_features
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return bool(self.shape.parameter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +111,13 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     """Return every site that is one weight matrix, from the input to the output."""
     found = []
     for site, shape in sorted(backbone.sites.items()):
-        if shape.kind != "linear":
+        if shape.kind not in ("linear", "experts"):
             continue
         module = backbone.model.get_submodule(shape.module)
-        matrix = MatrixSite(site, shape, module, module.get_parameter("weight"))
+        matrix = MatrixSite(site, shape, module, module.get_parameter(shape.parameter or "weight"))
         weight = matrix.stored
-        is_plain = weight.is_floating_point() and sorted(weight.shape) == sorted(matrix.size)
+        fits = matrix.is_fused or sorted(weight.shape) == sorted(matrix.size)
+        is_plain = weight.is_floating_point() and fits
         if not is_plain and shape.module not in backbone.quantized:
             raise ValueError(
                 f"The weight of {site} ({shape.module}) is {tuple(weight.shape)} of {weight.dtype}, expected "
@@ -140,13 +155,16 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 def forward_hooks(
     sites: Sequence[MatrixSite], hook: Callable[[MatrixSite, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call `hook(site, input, output)` after each run of a site's module; its result replaces the output."""
+    """Call `hook(site, input, output)` after each run of a site's module; its result replaces the output.
+
+    Sites of experts are left out.
+    """
 
     def run(site: MatrixSite, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return hook(site, arguments[0], output)
 
     with ExitStack() as handles:
-        for site in sites:
+        for site in (site for site in sites if not site.is_fused):
             handles.enter_context(site.module.register_forward_hook(partial(run, site)))
         yield
 

@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from autopeft.core.errors import unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.batch import model_inputs
+from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 
 Batch = dict[str, Tensor]
 SplitName = Literal["train", "validation", "test"]
@@ -172,6 +172,16 @@ class Task(ABC):
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch."""
         return model(**model_inputs(batch))
+
+    def mask(self, batch: Mapping[str, Tensor], *, is_decoder: bool = False) -> Tensor | None:
+        """Return which positions count, of shape (rows, positions); None where all do.
+
+        Those of a decoder beside an encoder are those that have a label.
+        """
+        if is_decoder:
+            labels = batch.get(LABELS)
+            return None if labels is None else labels != IGNORED
+        return batch.get("attention_mask")
 
     def predicted(self, output: Any) -> Tensor:
         """Return the tensor of the model's output that an export has to reproduce.

@@ -24,7 +24,7 @@ from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_loading import check_text
 from autopeft.tasks.label_column import labelled_rows
 from autopeft.tasks.language_task import LanguageTask
-from autopeft.tasks.length_bucketing import Collator, TokenisedSplit
+from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.row_data import RowData
 from autopeft.tasks.tokenization import tokenise
 
@@ -32,11 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _PairData(RowData):
-    """Batches of sources of like length; the encoder's hidden states are not kept by row."""
-
-    def collator(self, name: SplitName) -> Collator | None:
-        """Return None."""
-        return None
+    """Batches of sources of like length."""
 
     @cached_property
     def _largest(self) -> Batch:

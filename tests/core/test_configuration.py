@@ -42,7 +42,7 @@ class TestSite:
             ("query", "'block.role'"),
             ("3", "'block.role'"),
             ("-1.query", "'block.role'"),
-            ("3.query.weight", "'block.role'"),
+            ("3.query.weight", "did you mean 'query'"),
             ("5-2.query", "backwards: 5 > 2"),
             ("0-999999999.attention", "expected blocks from 0 to 4095"),
             ("0-99999999999.attention", "'block.role'"),
@@ -303,9 +303,9 @@ class TestPictures:
 
     def test_what_it_consists_of(self) -> None:
         assert self.before.methods == ("lora", "series")
-        assert self.before.lowest_block == 0
+        assert self.before.lowest_block == ("", 0)
         assert len(self.before) == 3
-        assert self.before.cells()[(1, "ffn")] == "S4"
+        assert self.before.cells()[("", 1), "ffn"] == "S4"
 
 
 @given(st.data())

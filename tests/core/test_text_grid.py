@@ -23,7 +23,7 @@ def test_draws_blocks_down_and_roles_across() -> None:
 
 
 def test_columns_line_up_in_networks_of_many_blocks() -> None:
-    grid = text_grid({(11, "query"): "L64", (0, "ffn_down"): "L1"})
+    grid = text_grid({(("", 11), "query"): "L64", (("", 0), "ffn_down"): "L1"})
     heading, *rows = grid.splitlines()[:-1]
     assert len(rows) == 12
     assert [row.split()[0] for row in rows] == [str(block) for block in range(11, -1, -1)]
@@ -38,7 +38,7 @@ def test_says_so_when_there_are_no_adapters() -> None:
 
 def test_labels() -> None:
     adapters = {Site(0, "query"): Adapter("lora", 8), Site(1, "key"): Adapter("ia3")}
-    assert Configuration(adapters).cells() == {(0, "query"): "L8", (1, "key"): "I"}
+    assert Configuration(adapters).cells() == {(("", 0), "query"): "L8", (("", 1), "key"): "I"}
 
 
 def test_every_method_has_its_own_symbol() -> None:

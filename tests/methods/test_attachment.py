@@ -261,7 +261,7 @@ def test_an_error_while_attaching_leaves_nothing_behind(backbone: Backbone, site
 @pytest.mark.parametrize(
     ("architecture", "site", "adapter", "message"),
     [
-        ("bert", Site(2, "query"), Adapter("lora", 2), "no block 2.*its 2 blocks are numbered 0 to 1"),
+        ("bert", Site(2, "query"), Adapter("lora", 2), "no block 2.*its 2 blocks are numbered 0-1"),
         ("bert", Site(0, "ffn_gate"), Adapter("lora", 2), "nothing in the role 'ffn_gate' in block 0"),
         ("gpt2", Site(1, "query"), Adapter("lora", 2), "it has qkv, attention_output, ffn_up"),
         ("modernbert", Site(0, "attention_norm"), Adapter("layernorm"), "'attention_norm' in block 0"),

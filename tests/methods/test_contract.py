@@ -73,8 +73,7 @@ class TestMethod:
         self, method: str, architecture: str, backbones: dict[str, Backbone]
     ) -> None:
         backbone = backbones[architecture]
-        blocks = {site.block for site in places(backbone, method)}
-        assert blocks == set(range(len(backbone.blocks)))
+        assert {site.place for site in places(backbone, method)} == set(backbone.places)
 
     def test_count_is_what_torch_counts(
         self, method: str, architecture: str, backbones: dict[str, Backbone]

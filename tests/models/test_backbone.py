@@ -183,7 +183,7 @@ class TestHead:
 def test_a_model_without_blocks_is_refused() -> None:
     model = tiny_classifier("bert")
     model.bert.encoder.layer = nn.ModuleList()  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="No transformer block was found"):
+    with pytest.raises(ValueError, match="No block was found"):
         _backbone(model)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.models.block_discovery import find_blocks, linear_sizes
@@ -125,8 +125,12 @@ EXPECTED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
     "gpt_neox": ("layers.1", GPT_NEOX),
     "llama": ("layers.1", LLAMA),
-    # The experts are no linear layers.
-    "mixtral": ("layers.1", _without(LLAMA, "ffn_up", "ffn_gate", "ffn_down")),
+    # The experts are parameters.
+    "mixtral": (
+        "layers.1",
+        _without(LLAMA, "ffn_up", "ffn_gate", "ffn_down")
+        | {"ffn_experts_gate_up": "mlp.experts.gate_up_proj", "ffn_experts_down": "mlp.experts.down_proj"},
+    ),
     "modernbert": (
         "layers.1",
         {
@@ -292,6 +296,26 @@ def test_stages_are_no_blocks() -> None:
     assert {"query", "key", "value", "attention_output", "ffn_up", "ffn_down"} <= blocks[0].roles.keys()
 
 
+def test_blocks_with_attention_and_with_mixers_stand_in_one_list() -> None:
+    config = AutoConfig.for_model("jamba", **OPTIONS["jamba"])
+    with torch.device("meta"):
+        mamba, attention = find_blocks(AutoModel.from_config(config))
+    assert (mamba.has_attention, attention.has_attention) == (False, True)
+    assert (mamba.roles["mamba.in_proj"], mamba.roles["ffn_up"]) == ("mamba.in_proj", "feed_forward.up_proj")
+    assert attention.roles["query"] == "self_attn.q_proj"
+
+
+def test_a_list_of_stages_is_no_list_of_blocks() -> None:
+    config = AutoConfig.for_model("convnext", hidden_sizes=[8, 16], depths=[1, 2], num_stages=2)
+    with torch.device("meta"):
+        blocks = find_blocks(AutoModel.from_config(config))
+    assert [block.name for block in blocks] == [
+        "encoder.stages.0.layers.0",
+        "encoder.stages.1.layers.0",
+        "encoder.stages.1.layers.1",
+    ]
+
+
 def test_names_count_from_the_model_that_is_asked() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -303,22 +327,13 @@ def test_names_count_from_the_model_that_is_asked() -> None:
 
 class TestNothingFound:
     def test_a_plain_network(self) -> None:
-        with pytest.raises(ValueError, match="No transformer block was found in Sequential") as error:
+        with pytest.raises(ValueError, match="No block was found in Sequential") as error:
             find_blocks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
         assert "Module lists: none. Linear layers are named: 0, 2." in str(error.value)
 
     def test_a_network_without_linear_layers(self) -> None:
         with pytest.raises(ValueError, match="Linear layers are named: none"):
             find_blocks(nn.Sequential(nn.Conv1d(4, 4, 1)))
-
-    def test_a_transformer_that_keeps_its_projections_as_bare_tensors(self) -> None:
-        config = AutoConfig.for_model("xlnet", **OPTIONS["xlnet"])
-        model = AutoModel.from_config(config)
-        assert isinstance(model, PreTrainedModel)
-        with pytest.raises(ValueError, match="No transformer block was found in XLNetModel") as error:
-            find_blocks(model)
-        assert "Module lists: layer (2 × XLNetLayer)" in str(error.value)
-        assert "Linear layers are named: layer_1, layer_2" in str(error.value)
 
     def test_a_list_of_other_modules(self) -> None:
         class Layered(nn.Module):

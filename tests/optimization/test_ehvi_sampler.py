@@ -64,7 +64,7 @@ def values(space: SearchSpace, configuration: Configuration) -> dict[str, float]
     fewest, most = (count_parameters(BACKBONE, end) for end in space.extremes(BACKBONE))
     size = log_place(count_parameters(BACKBONE, configuration), fewest, most)
     rate = math.log10(summed_learning_rate(configuration)) + 2
-    lowest = 2 if configuration.lowest_block is None else configuration.lowest_block
+    lowest = 2 if configuration.lowest_block is None else configuration.lowest_block[1]
     return {
         "accuracy": 0.2 + 0.7 * math.exp(-2 * rate**2) * min(1.0, 1.5 * size),
         "trainable_parameters": float(count_parameters(BACKBONE, configuration)),

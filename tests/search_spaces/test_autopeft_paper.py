@@ -117,7 +117,9 @@ def test_anchors() -> None:
 
 @pytest.mark.parametrize("architecture", ["deberta-v2", "t5"])
 def test_needs_all_three_methods_in_every_block(architecture: str) -> None:
-    with pytest.raises(ValueError, match=r"AutoPEFTPaper needs 'prefix' on 0\.attention.*PerLayer"):
+    with pytest.raises(
+        ValueError, match=r"AutoPEFTPaper needs 'prefix' on (encoder.)?0\.attention.*PerLayer"
+    ):
         SPACE.validate(tiny_backbone(architecture))
 
 

@@ -1,7 +1,8 @@
 """The frozen blocks below the lowest adapter: run in evaluation mode, looked at, or left out.
 
 A cut k divides the blocks: those below, 0 to k - 1, carry nothing that is trained. What they give for a row
-is the same in every epoch and for every candidate with that cut, once their dropout is off.
+is the same in every epoch and for every candidate with that cut, once their dropout is off. Below a cut in a
+decoder lies the whole encoder, whose output is served; the decoder's own blocks below the cut are run.
 
 No architecture is known here. In the model's own forward pass each block below the cut returns what it was
 given, and the last one the hidden states; masks and positions are computed as ever.
@@ -20,6 +21,11 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
 
 _HIDDEN = "hidden_states"
+
+
+def servable_blocks(backbone: Backbone) -> int:
+    """Return how many blocks can be left out at most: those of the first stack, as a whole encoder."""
+    return len(next(iter(backbone.stacks.values())))
 
 
 class UnservableError(ValueError):
@@ -95,25 +101,35 @@ class Structure:
         self._blocks = blocks = backbone.blocks
         self._lengths = [0] * len(blocks)  # of the tuple that a block returns; 0 where it returns a tensor
         self._obstacles = ["is not run"] * len(blocks)
+        self._extras = [False] * len(blocks)  # whether a block returns more than hidden states
+        self._servable = servable_blocks(backbone)
         order: list[int] = []
 
         def look(index: int, _block: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
             order.append(index)
             self._lengths[index] = len(output) if isinstance(output, tuple) else 0
             self._obstacles[index] = _obstacle(inputs[0] if inputs else keywords.get(_HIDDEN), output)
+            rest = output[1:] if isinstance(output, tuple) else ()
+            self._extras[index] = any(part is not None for part in rest)
 
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
                 hook = block.register_forward_hook(partial(look, index), with_kwargs=True)
                 stack.callback(hook.remove)
             task.forward(backbone.model, inputs)
-        if order != list(range(len(blocks))):
+        if [index for index in order if index < self._servable] != list(range(self._servable)):
             self._obstacles = ["is not run once, after the one below it"] * len(blocks)
 
     def obstacle(self, cut: int) -> str | None:
         """Say why the blocks below a cut cannot be left out; None where they can."""
-        found = (f"block {index} {why}" for index, why in enumerate(self._obstacles[:cut]) if why)
-        return next(found, None)
+        if cut > self._servable:
+            return f"block {self._servable} begins another stack, which is given more than hidden states"
+        for index in range(cut):
+            if why := self._obstacles[index]:
+                return f"block {index} {why}"
+            if self._extras[index] and cut < self._servable:  # above a whole stack nothing asks for it
+                return f"block {index} returns more than hidden states, which later blocks may need"
+        return None
 
     @contextmanager
     def serving(self, cut: int, states: Tensor) -> Iterator[None]:
@@ -164,6 +180,4 @@ def _obstacle(given: Any, output: Any) -> str:
         return "does not take and return hidden states of one shape"
     if hidden.ndim != 3:
         return f"has hidden states of shape {tuple(hidden.shape)}, not (rows, tokens, width)"
-    if isinstance(output, tuple) and any(part is not None for part in output[1:]):
-        return "returns more than hidden states, which later blocks may need"
     return ""

@@ -26,6 +26,7 @@ from autopeft.evaluation.frozen_blocks.block_skipping import (
     Structure,
     UnservableError,
     evaluation_mode_below,
+    servable_blocks,
     states_at,
 )
 from autopeft.evaluation.frozen_blocks.cost_model import Estimate, Passes, estimate, expected_trainings
@@ -34,7 +35,7 @@ from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.base import RowCollator, SplitName, Task, TaskData
-from autopeft.tasks.batch import model_inputs, rows_of
+from autopeft.tasks.batch import rows_of
 from autopeft.tasks.length_bucketing import sorted_batches
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.settings import Training
@@ -68,8 +69,8 @@ class RowIndex:
         self._starts[order] = np.cumsum(self._lengths[order]) - self._lengths[order]
 
     def inputs(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """Return what a model is called with for these rows."""
-        return {name: tensor.to(device) for name, tensor in model_inputs(self._collator(rows)).items()}
+        """Return a batch of these rows."""
+        return {name: tensor.to(device) for name, tensor in self._collator(rows).items()}
 
     def inside(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return where a batch of these rows has tokens, of shape (rows, longest)."""
@@ -108,7 +109,8 @@ class HiddenStateCache:
         self._unservable: set[int] = set()
         self._verified: set[str] = set()
         self.expect(None)
-        self._cut = 0  # of what is attached
+        self._cut = 0  # of what is attached, or where a first stack ends before it
+        self._servable = servable_blocks(self.backbone)
         self._served: dict[str, tuple[RowIndex, Tensor]] = {}
         self._files: HiddenStateFiles | None = None
         if self.training.frozen_blocks == "cached" and self.folder is not None:
@@ -130,11 +132,12 @@ class HiddenStateCache:
 
     def is_served(self, cut: int) -> bool:
         """Whether trainings with so many frozen blocks are served hidden states instead of running them."""
+        cut = min(cut, self._servable)
         return self._may_serve(cut) and self._pays(self._estimate(cut))
 
     def describe(self) -> str | None:
         """Say where hidden states will be kept and how large they may become; None where none are kept."""
-        cuts = range(1, len(self.backbone.blocks) + 1)
+        cuts = range(1, self._servable + 1)
         sizes = [self._estimate(cut).bytes for cut in cuts if self.is_served(cut)]
         if self._files is None or not sizes:
             return None
@@ -150,7 +153,7 @@ class HiddenStateCache:
         """Run what lies below an attached configuration as the training settings say, in a `with` block."""
         with ExitStack() as stack:
             if self.training.frozen_blocks != "train" and attachment.cut is not None:
-                self._cut = attachment.cut
+                self._cut = min(attachment.cut, self._servable)
                 stack.enter_context(evaluation_mode_below(attachment.cut, self.backbone))
             try:
                 yield
@@ -198,7 +201,7 @@ class HiddenStateCache:
         if collator.lengths is not None:
             return collator.lengths
         model = self.backbone.model.eval()
-        inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(collator([0])).items()}
+        inputs = {name: tensor.to(model.device) for name, tensor in collator([0]).items()}
         with torch.no_grad(), self.backbone.computing_in(self.backbone.own_precision):
             states = states_at([1], self.backbone, self.task, inputs)[1]
         return np.full(len(collator), states.shape[1])

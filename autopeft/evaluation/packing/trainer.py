@@ -48,10 +48,11 @@ class PackedTrainer:
         self._is_refuted = bool(evaluator.backbone.model.config.is_encoder_decoder)
 
     def can_pack(self, configuration: Configuration) -> bool:
-        """Return whether a configuration has LoRA alone, and the settings allow for packs."""
+        """Return whether a configuration has LoRA of layers alone, and settings and model allow for packs."""
         training = self._evaluator.training
         is_alone = self._is_refuted or training.patience or training.callbacks
-        return not is_alone and set(configuration.methods) <= {"lora"}
+        is_plain = set(configuration.methods) <= {"lora"} and len(self._evaluator.backbone.stacks) == 1
+        return is_plain and not is_alone and all(site.kind != "experts" for site in configuration.adapters)
 
     def train(
         self,

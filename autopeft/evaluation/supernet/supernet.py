@@ -150,7 +150,9 @@ def _fit(evaluator: Evaluator, largest: Configuration, trainings: float, seed: i
     plan = ValidationSchedule(total_steps=steps, rungs=(steps,), stops=(steps,))
     module = evaluator.module(largest, total_steps=steps)
     modules = find_lora_modules(evaluator.backbone.model)
-    blocks: NDArray[np.int64] = np.array([site.block for site in largest.adapters])
+    blocks: NDArray[np.int64] = np.array(
+        [evaluator.backbone.blocks_below(site.place) for site in largest.adapters]
+    )
     ranks: NDArray[np.int64] = np.array([adapter.size for _, adapter in largest])
     row_ranks = PerRowRanks(
         SandwichRankSampler(blocks, ranks, seed),

@@ -12,7 +12,7 @@ from typing import Final
 
 from mlflow.entities import Dataset, Metric, RunStatus
 
-from autopeft.core.adapter import block_ranges
+from autopeft.core.adapter import Place, block_ranges, place_name
 from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.reporting.formats import methods_label
@@ -76,16 +76,16 @@ def trial_params(record: TrialRecord) -> dict[str, str]:
         "weight_decay": f"{configuration.weight_decay:g}",
         "methods": methods_label(configuration, record.evaluation.values),
         "adapters": str(len(configuration)),
-        "lowest_block": "none" if lowest is None else str(lowest),
+        "lowest_block": "none" if lowest is None else place_name(lowest),
         "seed": str(record.evaluation.seed),
         "warm_start": str(record.evaluation.warm_start).lower(),
         KEY_PARAM: configuration.key,
     }
-    by_role: dict[str, dict[str, list[int]]] = {}
+    by_role: dict[str, dict[str, list[Place]]] = {}
     for site, adapter in configuration:
-        by_role.setdefault(site.role, {}).setdefault(str(adapter).removesuffix("()"), []).append(site.block)
+        by_role.setdefault(site.role, {}).setdefault(str(adapter).removesuffix("()"), []).append(site.place)
     for role, by_adapter in by_role.items():
-        text = "; ".join(f"{adapter} at {block_ranges(blocks)}" for adapter, blocks in by_adapter.items())
+        text = "; ".join(f"{adapter} at {block_ranges(places)}" for adapter, places in by_adapter.items())
         params[f"adapters/{role}"] = shortened(text)
     if record.baseline is not None:
         params["baseline"] = shortened(record.baseline)

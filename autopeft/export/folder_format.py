@@ -55,6 +55,8 @@ AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
         ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
         ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
         ("ImageClassification", None, "image-classification", "IMAGE_CLASSIFICATION"),
+        ("AudioClassification", None, "audio-classification", "AUDIO_CLASSIFICATION"),
+        ("SpeechSeq2Seq", None, "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
     )
 }
 """transformers' auto classes that a folder may be loaded with: peft's task type where it has one, the Hub's
@@ -106,7 +108,8 @@ class TaskHead:
     @property
     def processor_class(self) -> str:
         """Name of the transformers auto class that loads the processor."""
-        return "AutoImageProcessor" if "Image" in self.auto_class else "AutoTokenizer"
+        kinds = {"Image": "AutoImageProcessor", "Audio": "AutoFeatureExtractor", "Speech": "AutoProcessor"}
+        return next((name for kind, name in kinds.items() if kind in self.auto_class), "AutoTokenizer")
 
     def spec(self) -> HeadSpec:
         """Return what gives a base model this head."""

@@ -149,7 +149,8 @@ class AudioCollator:
         """Return what a model is given of some rows."""
         rate = self.extractor.sampling_rate
         waves = [self.split.wave(row, rate) for row in rows]
-        return dict(self.extractor(waves, sampling_rate=rate, return_tensors="pt", **self.padding))
+        with torch.autocast("cpu", enabled=False):  # Whisper's extractor multiplies by torch
+            return dict(self.extractor(waves, sampling_rate=rate, return_tensors="pt", **self.padding))
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return a batch: what the feature extractor makes, and labels."""

@@ -23,7 +23,7 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/cifar10/cifar10.parquet columns image, label; 10,000 images of 32 pixels; of the same download
     models/dinov2-small/         made from an ONNX file; needs `pip install onnx`; its image processor is set
                                  to 98 pixels
-    models/whisper-tiny.en-2s/   Whisper for recordings of 2 seconds, made from a CTranslate2 file; also -6s
+    models/whisper-tiny.en-2s/   Whisper for recordings of 2 seconds, made from a CTranslate2 file; also -5s
                                  and -30s
     data/commands/speech.parquet columns audio, label (20 words), voice; 1,200 recordings made by eSpeak NG
                                  with noise (Linux on x86-64)

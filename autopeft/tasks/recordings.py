@@ -48,7 +48,8 @@ class Recordings(FileSplit):
             limits = np.iinfo(samples.dtype)
             half = (float(limits.max) - limits.min + 1) / 2
             samples = (samples - (limits.min + half)) / half
-        wave = samples.astype(np.float32).reshape(len(samples), -1).mean(axis=1)
+        wave = samples.astype(np.float32)
+        wave = wave if wave.ndim == 1 else wave.mean(axis=1)
         if not len(wave) or not np.isfinite(wave).all():
             raise ValueError("it has no samples" if not len(wave) else "not all samples are numbers")
         return wave, rate

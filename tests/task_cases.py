@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from datasets import Dataset, DatasetDict
+from datasets import Audio, Dataset, DatasetDict
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.io import wavfile
 from sklearn import metrics as sklearn_metrics
 
 from autopeft.tasks import (
+    AudioClassification,
     ImageClassification,
     MultiLabelClassification,
     Regression,
     Seq2Seq,
+    SpeechRecognition,
     TextClassification,
     TokenClassification,
 )
@@ -187,6 +191,39 @@ def drawn_rows(count: int, seed: int) -> dict[str, list[Any]]:
     return {"image": [PIL.Image.fromarray(image) for image in pixels], "label": names}
 
 
+def _spoken(notes: Sequence[Sequence[int]], seed: int) -> list[dict[str, bytes]]:
+    """Return WAV files in which notes of 0.15 seconds each, of some hertz, follow each other in noise."""
+    draw = np.random.default_rng(seed)
+    files = []
+    for row in notes:
+        phases = [2 * np.pi * (note * np.arange(2400) / 16_000 + draw.random()) for note in row]
+        wave = np.concatenate([np.sin(phase) for phase in phases]) + 0.1 * draw.normal(size=2400 * len(row))
+        file = io.BytesIO()
+        wavfile.write(file, 16_000, (8_000 * wave).astype(np.int16))
+        files.append({"bytes": file.getvalue()})
+    return files
+
+
+def sung_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return recordings of one low, middle or high note, of different lengths."""
+    labels = [row % 3 for row in range(count)]
+    notes = [[(300, 1000, 3000)[label]] * (2 + row // 3 % 3) for row, label in enumerate(labels)]
+    return {"audio": _spoken(notes, seed), "label": [("low", "middle", "high")[label] for label in labels]}
+
+
+def dictated_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return recordings of notes, and a word for each of them."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(2) for _ in range(draw.randint(2, 4))] for _ in range(count)]
+    notes = [[(300, 2000)[note] for note in row] for row in rows]
+    return {"audio": _spoken(notes, seed), "text": [" ".join(f"w{note}" for note in row) for row in rows]}
+
+
+def heard(dataset: DatasetDict) -> DatasetDict:
+    """Return splits whose column "audio" is of the type `datasets.Audio`."""
+    return dataset.cast_column("audio", Audio(decode=False))
+
+
 def _tokens(rows: Sequence[Row]) -> dict[str, float]:
     kept = ((logits[labels != -100], labels[labels != -100]) for logits, labels in rows)
     losses = [
@@ -207,6 +244,14 @@ TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
         "Regression": TaskCase(lambda: Regression(splits_of(scored_rows), text=("text", "other")), _numbers),
         "ImageClassification": TaskCase(
             lambda: ImageClassification(splits_of(drawn_rows)), _classes, ("vit", "dinov2")
+        ),
+        "AudioClassification": TaskCase(
+            lambda: AudioClassification(heard(splits_of(sung_rows))),
+            _classes,
+            ("wav2vec2", "whisper", "audio-spectrogram-transformer"),
+        ),
+        "SpeechRecognition": TaskCase(
+            lambda: SpeechRecognition(heard(splits_of(dictated_rows))), _tokens, ("whisper",)
         ),
         "Seq2Seq": TaskCase(lambda: Seq2Seq(splits_of(answered_rows)), _tokens, ("t5", "bart")),
     }

@@ -17,15 +17,22 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
+    ASTFeatureExtractor,
     AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ViTImageProcessorPil,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -61,6 +68,13 @@ _IMAGE: dict[str, Any] = {
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "audio-spectrogram-transformer": {
+            **{name: value for name, value in _IMAGE.items() if "image" not in name},
+            "num_mel_bins": 16,
+            "max_length": 64,
+            "time_stride": 8,
+            "frequency_stride": 8,
+        },
         "albert": _TEXT | {"embedding_size": 16},
         "bart": {
             "vocab_size": VOCABULARY,
@@ -173,11 +187,30 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "conv_dim": (16, 16),
-            "conv_stride": (2, 2),
-            "conv_kernel": (3, 3),
+            "conv_stride": (16, 10),
+            "conv_kernel": (16, 10),
             "num_feat_extract_layers": 2,
             "num_conv_pos_embeddings": 16,
             "num_conv_pos_embedding_groups": 2,
+        },
+        "whisper": {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 12,
+            "bos_token_id": 12,
+            "eos_token_id": 12,
+            "decoder_start_token_id": 13,
+            "begin_suppress_tokens": None,
+            "num_mel_bins": 16,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_source_positions": 25,
+            "max_target_positions": 64,
+            "classifier_proj_size": 32,
         },
         "xlnet": {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
     }
@@ -237,11 +270,30 @@ def tiny_headed(head: HeadSpec, architecture: str, *, seed: int = 0) -> PreTrain
     return _build(head.auto_class, architecture, seed, head.config)
 
 
-def tiny_processor(head: HeadSpec) -> Processor:
-    """Return the processor that a task's head needs: of words, or of images of 16 pixels a side."""
+def tiny_processor(head: HeadSpec, architecture: str = "") -> Processor:
+    """Return the processor that a task's head needs: of words, of 16 pixels a side, or of 16 mel bins."""
     if head.processor_class is AutoImageProcessor:
         return ViTImageProcessorPil(size={"height": 16, "width": 16})
+    if head.processor_class is AutoProcessor:
+        return WhisperProcessor(_whisper_features(), _whisper_tokenizer())
+    if head.processor_class is AutoFeatureExtractor:
+        if architecture == "wav2vec2":
+            return Wav2Vec2FeatureExtractor()
+        is_whisper = architecture == "whisper"
+        return _whisper_features() if is_whisper else ASTFeatureExtractor(num_mel_bins=16, max_length=64)
     return tiny_tokenizer()
+
+
+def _whisper_features() -> WhisperFeatureExtractor:
+    """Return log-mel features of 50 frames of a second."""
+    return WhisperFeatureExtractor(feature_size=16, hop_length=320, chunk_length=1)
+
+
+def _whisper_tokenizer() -> WhisperTokenizer:
+    """Return a tokenizer of digits, "w" and blanks, which begins and ends texts as Whisper's does."""
+    special = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
+    words = {word: index for index, word in enumerate([*"w0123456789\u0120", *special])}
+    return WhisperTokenizer(vocab=words, merges=[], pad_token=special[0])
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

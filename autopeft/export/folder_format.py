@@ -26,6 +26,12 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import (
+    BaseImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.auto import modeling_auto
 
 from autopeft.core.configuration import Site
@@ -57,10 +63,18 @@ AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
         ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
         ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
         ("ImageClassification", None, "image-classification", "IMAGE_CLASSIFICATION"),
+        ("AudioClassification", None, "audio-classification", "AUDIO_CLASSIFICATION"),
+        ("SpeechSeq2Seq", None, "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
     )
 }
 """transformers' auto classes that a folder may be loaded with: peft's task type where it has one, the Hub's
 pipeline tag, and the model classes."""
+_PROCESSORS = {
+    PreTrainedTokenizerBase: "AutoTokenizer",
+    BaseImageProcessor: "AutoImageProcessor",
+    FeatureExtractionMixin: "AutoFeatureExtractor",
+    ProcessorMixin: "AutoProcessor",
+}
 _PACKAGES = ("autopeft", "torch", "transformers", "peft")
 
 
@@ -77,6 +91,7 @@ class TaskHead:
     dtype: str  # the weights' type, as in "float32"
     # The transformers class that loads the base, of `AUTO_CLASSES`.
     auto_class: str = "AutoModelForSequenceClassification"
+    processor_class: str = "AutoTokenizer"  # that which loads what makes its inputs
 
     def __post_init__(self) -> None:
         if self.auto_class not in AUTO_CLASSES:
@@ -98,17 +113,16 @@ class TaskHead:
         labels: Any = model.config.id2label if auto_class.endswith("Classification") else {}
         return cls(
             auto_class=auto_class,
+            processor_class=next(
+                (name for kind, name in _PROCESSORS.items() if isinstance(backbone.processor, kind)),
+                cls.processor_class,
+            ),
             modules=backbone.head,
             labels=tuple(str(labels[index]) for index in range(len(labels))),
             problem_type=getattr(model.config, "problem_type", None),
             pad_token_id=getattr(model.config, "pad_token_id", None),
             dtype=str(model.dtype).removeprefix("torch."),
         )
-
-    @property
-    def processor_class(self) -> str:
-        """Name of the transformers auto class that loads the processor."""
-        return "AutoImageProcessor" if "Image" in self.auto_class else "AutoTokenizer"
 
     def spec(self) -> HeadSpec:
         """Return what gives a base model this head."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.method_specs import EXPERT_ROLES
 from autopeft.methods.lora import lora_scaling
 
 
@@ -27,9 +28,11 @@ def uniform_lora(
     Raises:
         ValueError: There is another method than LoRA, or none.
     """
-    if configuration.methods != ("lora",):
-        methods = ", ".join(configuration.methods) or "a head alone"
-        raise ValueError(f"Servers take LoRA alone, this is {methods}: export it with merged=True.")
+    methods = ", ".join(configuration.methods) or "a head alone"
+    if any(site.role in EXPERT_ROLES for site, _ in configuration):
+        methods = "LoRA on experts"
+    if methods != "lora":
+        raise ValueError(f"Servers take LoRA on linear layers alone, this is {methods}: use merged=True.")
     rank = max(adapter.size or 0 for _, adapter in configuration)
     folded = dict(state)
     for site, adapter in configuration:

@@ -75,6 +75,7 @@ class Backbone:
                 "pass a model with a task head, or the name of one that autopeft can load."
             )
         model.requires_grad_(False)
+        _leave_out_chance(model)
         self.train_head("whole")
         self.quantized = frozenset(keep_as_loaded(model))
         self._block_modules = find_blocks(model)
@@ -333,3 +334,17 @@ class Backbone:
             if isinstance(module, nn.Linear) and module is not output and not name.startswith(inside)
         ]
         return tuple(name for name in names if name not in self.head)
+
+
+def _leave_out_chance(model: nn.Module) -> None:
+    """Turn off what speech models do to their inputs and blocks at random, by NumPy's global generator too.
+
+    A training that goes on where it paused would differ, and a step's memory would not be known beforehand.
+    """
+    config: Any = getattr(model, "config", None)
+    for name, value in (("apply_spec_augment", False), ("layerdrop", 0.0)):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    # Else the first layers are given inputs that require gradients, and compute all theirs in vain.
+    if (freeze := getattr(model, "freeze_feature_encoder", None)) is not None:
+        freeze()

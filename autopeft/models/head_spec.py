@@ -11,9 +11,10 @@ from transformers import (
     BaseImageProcessor,
     FeatureExtractionMixin,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
-Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 """What makes a model's inputs of data."""
 
 HeadPart = Literal["whole", "last"]
@@ -29,7 +30,7 @@ class HeadSpec:
         config: What the model's config is told: number and names of labels, for a classifier.
         is_trained: Whether the head is trained with the adapters. A pretrained one that is not stays frozen.
         processor_class: The auto class of the task's processor: `AutoTokenizer`, `AutoImageProcessor`,
-            `AutoFeatureExtractor`, or None where the task needs none.
+            `AutoFeatureExtractor`, `AutoProcessor`, or None where the task needs none.
     """
 
     auto_class: Any

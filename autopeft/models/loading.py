@@ -33,7 +33,11 @@ from autopeft.models.head_spec import HeadSpec, Processor
 _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
 _FEWEST_WORDS = 10
-_KINDS = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+_KINDS = {
+    "AutoTokenizer": "tokenizer",
+    "AutoImageProcessor": "image processor",
+    "AutoFeatureExtractor": "feature extractor",
+}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
@@ -213,8 +217,8 @@ def _name_labels(
     known = list(map(str, names.values()))
     if missing or known == list(labels) or all(re.fullmatch(r"LABEL_\d+", name) for name in known):
         return missing
-    base = f"{model.base_model_prefix}."
-    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(base)}
+    modules = tuple(f"{name}." for name in _outside(model))
+    head = {name: parameter for name, parameter in model.named_parameters() if name.startswith(modules)}
     if sorted(known) != sorted(labels):
         return set(head)
     order = [known.index(label) for label in labels]
@@ -253,6 +257,10 @@ def _give_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel,
     config.update(dict(head.config))
     headed: PreTrainedModel = head.auto_class.from_config(config, dtype=model.dtype)
     prefix = headed.base_model_prefix
+    if not hasattr(headed, prefix):
+        raise ValueError(
+            f"A {type(model).__name__} cannot be put into a {type(headed).__name__}: name its folder instead."
+        )
     expected = {name for name, _ in headed.named_parameters()}
     setattr(headed, prefix, model)
     nn.Module.to(headed, model.device).train(model.training)
@@ -319,11 +327,7 @@ def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str
     New ones have parameters that were `missing` in the checkpoint.
     """
     prefix = model.base_model_prefix
-    outside = [
-        name
-        for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
-    ]
+    outside = _outside(model)
     if not head.is_trained:
         if missing:
             raise ValueError(
@@ -342,6 +346,18 @@ def head_modules(model: PreTrainedModel, head: HeadSpec, missing: Collection[str
     if inside:
         _logger.info("Not in the checkpoint, trained with the head: %s", ", ".join(inside))
     return (*outside, *inside)
+
+
+def _outside(model: PreTrainedModel) -> list[str]:
+    """Return the modules beside the base model, or beside those that hold its blocks (Whisper's encoder)."""
+    blocks = [block.name for block in find_blocks(model)]
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix
+        and any(True for _ in child.parameters())
+        and not any(block.startswith(f"{name}.") for block in blocks)
+    ]
 
 
 def _first_line(error: BaseException) -> str:

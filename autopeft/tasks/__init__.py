@@ -1,5 +1,6 @@
 """What to fine-tune for: what to load, data, forward pass, loss and metrics."""
 
+from autopeft.tasks.audio_classification import AudioClassification
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.image_classification import ImageClassification
@@ -7,6 +8,7 @@ from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.multi_label_classification import MultiLabelClassification
 from autopeft.tasks.regression import Regression
 from autopeft.tasks.seq2seq import Seq2Seq
+from autopeft.tasks.speech_recognition import SpeechRecognition
 from autopeft.tasks.text_classification import TextClassification
 from autopeft.tasks.token_classification import TokenClassification
 
@@ -16,13 +18,16 @@ TASKS: tuple[type[Task], ...] = (
     TokenClassification,
     Regression,
     ImageClassification,
+    AudioClassification,
     CausalLM,
     Seq2Seq,
+    SpeechRecognition,
 )
 """The tasks there are, which YAML names by their class."""
 
 __all__ = [
     "TASKS",
+    "AudioClassification",
     "Batch",
     "CausalLM",
     "ImageClassification",
@@ -30,6 +35,7 @@ __all__ = [
     "MultiLabelClassification",
     "Regression",
     "Seq2Seq",
+    "SpeechRecognition",
     "Task",
     "TaskData",
     "TextClassification",

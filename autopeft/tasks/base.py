@@ -165,7 +165,7 @@ class Task(ABC):
 
         Args:
             rows: Its rows.
-            length: What each of them has: tokens, for a text.
+            length: What each of them has: tokens, for a text; pixels a side, for an image.
         """
         raise ValueError(f"{type(self).__name__} has no batches without data.")
 

@@ -75,7 +75,7 @@ class ClassificationTask(LabelledTask):
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes: the data set's own, or the sorted values of the label column."""
-        return label_names(self._sources["train"], self.label)
+        return label_names(self._sources["train"], self.label, self._kept["train"])
 
     def _check_labels(self, split: Dataset, name: str) -> None:
         check_classes(split, name, self.label)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from autopeft.core.errors import unknown_choice
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict | Mapping[str, Dataset]
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -45,7 +46,7 @@ def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
     Raises:
         ValueError: The source cannot be read, or has no training split.
     """
-    if isinstance(source, Dataset):
+    if isinstance(source, Dataset | IterableDataset):
         found: Mapping[str, Dataset] = {"train": source}
     elif isinstance(source, Mapping):
         found = source
@@ -53,6 +54,11 @@ def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
         found = _from_path(str(source), subset)
     splits: dict[str, Dataset] = {}
     for name, split in found.items():
+        if not isinstance(split, Dataset):
+            raise ValueError(
+                f"The split {name!r} is a {type(split).__name__}, expected a datasets.Dataset: streamed rows "
+                "cannot be drawn again for each trial. Load it without streaming=True."
+            )
         role = _SPLIT_NAMES.get(str(name))
         if role is not None and role not in splits:
             splits[role] = split
@@ -68,6 +74,12 @@ def source_name(source: Source, subset: str | None) -> str:
     if not isinstance(source, str | Path):
         return ""
     return "-".join(part for part in (Path(source).stem, subset) if part)
+
+
+def data_folder(source: Source) -> Path:
+    """Return the folder that names of files in a source's columns are relative to."""
+    path = Path(source).expanduser() if isinstance(source, str | Path) else Path()
+    return path.parent if path.suffix in _FORMATS else path if path.is_dir() else Path()
 
 
 def check_shares(validation: float, test: float) -> None:
@@ -94,8 +106,11 @@ def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
         files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _FORMATS}
         if not files and not any(file.is_file() for file in path.rglob("*")):
             raise ValueError(
-                f"The folder {source} holds no {', '.join(_FORMATS)} file, and no folders of images."
+                f"The folder {source} holds no {', '.join(_FORMATS)} file, and no folders of images or "
+                "recordings."
             )
+        if not files and (recordings := _recordings(path)):
+            return recordings
         if not files:
             images: Mapping[str, Dataset] = _read(
                 path, lambda: datasets.load_dataset("imagefolder", data_dir=str(path))
@@ -107,6 +122,22 @@ def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
     if path.suffix not in _FORMATS:
         raise unknown_choice("data set suffix", path.suffix, _FORMATS)
     return {"train": _read_file(path)}
+
+
+def _recordings(path: Path) -> dict[str, Dataset]:
+    """Return names of recordings and of their folders, by split; datasets' own reader needs torchcodec."""
+    splits = {place.name: place for place in path.iterdir() if place.name in _SPLIT_NAMES}
+    files = {
+        name: sorted(file for file in place.rglob("*") if file.suffix.lower() in _RECORDINGS)
+        for name, place in (splits or {"train": path}).items()
+    }
+    return {
+        name: Dataset.from_dict(
+            {"audio": [str(file.absolute()) for file in own], "label": [file.parent.name for file in own]}
+        )
+        for name, own in files.items()
+        if own
+    }
 
 
 def _read_file(path: Path) -> Dataset:

@@ -62,13 +62,13 @@ class DatasetTask(Task):
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
         return source_name(self.dataset, self.subset) or kind
 
-    def _usable(self, split: Dataset, name: str) -> Dataset:
-        """Return the rows of a split of the source that can be learnt from.
+    def _usable(self, split: Dataset, name: str) -> Sequence[int]:
+        """Return which rows of a split of the source can be learnt from.
 
         Raises:
             ValueError: They lack what the task needs.
         """
-        return split
+        return range(len(split))
 
     @abstractmethod
     def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
@@ -87,12 +87,17 @@ class DatasetTask(Task):
         return load_splits(self.dataset, self.subset)
 
     @cached_property
-    def _sources(self) -> dict[str, Dataset]:
-        """The usable rows of the splits of the source that have any."""
+    def _kept(self) -> dict[str, Sequence[int]]:
+        """Which rows of the splits of the source are usable, of those that have any."""
         usable = {name: self._usable(split, name) for name, split in self._loaded.items()}
         if not len(usable["train"]):
             raise ValueError("The training split has no rows.")
-        return {name: split for name, split in usable.items() if len(split)}
+        return {name: rows for name, rows in usable.items() if len(rows)}
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        """The usable rows of the splits of the source that have any."""
+        return {name: self._loaded[name].select(rows) for name, rows in self._kept.items()}
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Sequence[int]]]:

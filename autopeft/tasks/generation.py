@@ -6,14 +6,15 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.text import BLEUScore, CHRFScore
+from torchmetrics.text import BLEUScore, CHRFScore, WordErrorRate
 from torchmetrics.text.rouge import ROUGEScore
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 TextMetric = Callable[[Sequence[str], Sequence[str]], float]
-"""Maps generated texts and references to a score that is better when larger."""
+"""Maps generated texts and references to a score that is better when larger; an error rate, when smaller."""
 
 
 def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
@@ -38,52 +39,71 @@ def chrf(generated: Sequence[str], references: Sequence[str]) -> float:
     return float(CHRFScore()(list(generated), [[reference] for reference in references]))
 
 
+def word_error_rate(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Return the words to be changed, left out or put in, by the words of the references."""
+    return float(WordErrorRate()(list(generated), list(references)))
+
+
 TEXT_METRICS: Mapping[str, TextMetric] = {
     "exact_match": exact_match,
     "rouge_l": rouge_l,
     "bleu": bleu,
     "chrf": chrf,
+    "word_error_rate": word_error_rate,
 }
+ERROR_RATES = ("word_error_rate",)
+"""Metrics that are better when smaller: 1 of a model that writes nothing."""
 
 
 def generate_texts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    examples: Sequence[Any],
+    inputs: Callable[[Sequence[Any]], Mapping[str, Tensor]],
     *,
     new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Write on from prompts greedily.
+    """Write on from prompts, or for what an encoder reads, greedily.
 
     Args:
         model: A language model in evaluation mode, with an encoder or without.
-        tokenizer: Its tokenizer; says with what shorter prompts are padded, for an encoder on their right.
-        prompts: Token ids.
+        tokenizer: Its tokenizer.
+        examples: Token ids of prompts, or row numbers.
+        inputs: Gives what the model is given of examples.
         new_tokens: Tokens to generate at most.
-        batch_size: Prompts at once.
+        batch_size: Examples at once.
 
     Returns:
-        The new text of each prompt, special tokens left out.
+        The new text of each example, special tokens left out.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
+    order = sorted(range(len(examples)), key=lambda index: np.size(examples[index]))
+    texts = [""] * len(examples)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        found = continue_prompts(model, tokenizer, [prompts[row] for row in rows], max_new_tokens=new_tokens)
+        given = inputs([examples[row] for row in rows])
+        found = new_ids(model, tokenizer, given, max_new_tokens=new_tokens)
         for row, text in zip(rows, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
             texts[row] = text.strip()
     return texts
 
 
-def continue_prompts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: int
-) -> Tensor:
-    """Return the new tokens of each prompt, a row each, decoded greedily; options are `generate`'s."""
-    encodes = model.config.is_encoder_decoder
+def padded(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> Mapping[str, Tensor]:
+    """Return prompts as a batch, padded where the model generates from: an encoder's on the right."""
     tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = "right" if encodes else "left"
-    given = DataCollatorWithPadding(tokenizer)([{"input_ids": list(prompt)} for prompt in prompts])
+    tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
+    batch: Mapping[str, Tensor] = DataCollatorWithPadding(tokenizer)(
+        [{"input_ids": list(prompt)} for prompt in prompts]
+    )
+    return batch
+
+
+def new_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Tensor], **options: int
+) -> Tensor:
+    """Return the new tokens of each row, decoded greedily; options are `generate`'s."""
     with torch.inference_mode():
         found: Tensor = model.generate(
             **{name: tensor.to(model.device) for name, tensor in given.items()},
@@ -92,4 +112,7 @@ def continue_prompts(
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )
-    return found[:, 1 if encodes else given["input_ids"].shape[1] :]
+    if not model.config.is_encoder_decoder:
+        return found[:, given["input_ids"].shape[1] :]
+    has_start = (found[:, 0] == model.config.decoder_start_token_id).all()  # Whisper's have not
+    return found[:, int(has_start) :]

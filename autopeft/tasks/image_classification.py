@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +15,30 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
+from autopeft.core.errors import check_whole
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import Batch, SplitData, SplitName
+from autopeft.tasks.base import Batch, RowCollator, SplitName
 from autopeft.tasks.batch import LABELS, rows_key
 from autopeft.tasks.classification_task import ClassificationTask
 from autopeft.tasks.dataset_task import SPLITS
+from autopeft.tasks.file_split import FileSplit
+from autopeft.tasks.grouped_data import GroupedData
 from autopeft.tasks.length_bucketing import ShuffledBatches
 
 _LEAST_AREA = 0.25
 _LARGEST_RATIO = 4 / 3
 
 
-@dataclass(frozen=True)
-class LabelledImages(torch.utils.data.Dataset[int]):
-    """One split; images are read and decoded when they are asked for.
+class Images(FileSplit):
+    """One split of images."""
 
-    Attributes:
-        images: One column of images, not decoded.
-        labels: The class of each row.
-        source: Name of the split of the source it was taken from, for errors.
-        rows: The rows' numbers there.
-    """
-
-    images: Dataset
-    labels: tuple[int, ...]
-    source: str
-    rows: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def image(self, row: int) -> PIL.Image.Image:
-        """Return a row's image in red, green and blue.
-
-        Raises:
-            ValueError: It cannot be read.
-        """
-        try:
-            return PIL.Image.open(io.BytesIO(self._bytes(row))).convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError) as error:
-            where = f"Row {self.rows[row]} of the {self.source} split"
-            raise ValueError(f"{where} has no image that can be read: {error}.") from error
-
-    def _bytes(self, row: int) -> bytes:
-        (found,) = self.images[row].values()
-        return found["bytes"] or Path(found["path"]).read_bytes()
-
-    @cached_property
-    def digests(self) -> tuple[str, ...]:
-        """SHA-256 (hex) of each row's file."""
-        return tuple(hashlib.sha256(self._bytes(row)).hexdigest() for row in range(len(self)))
+    def _decoded(self, file: Mapping[str, Any]) -> PIL.Image.Image:
+        """Return an image in red, green and blue."""
+        return PIL.Image.open(io.BytesIO(self._bytes(file))).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -86,7 +52,7 @@ class ImageCollator:
         seed: Seed of the augmentation of rows that are numbered on from epoch to epoch; None for none.
     """
 
-    split: LabelledImages
+    split: Images
     processor: BaseImageProcessor
     name: str | None = None
     seed: int | None = None
@@ -106,7 +72,7 @@ class ImageCollator:
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return a batch: pixel_values, of shape (rows, channels, height, width), and labels."""
         places = [row % len(self) for row in rows]
-        images = [self.split.image(place) for place in places]
+        images = [self.split.decoded(place) for place in places]
         if self.seed is not None:
             images = [
                 augmented(image, np.random.default_rng((self.seed, row)))
@@ -143,8 +109,8 @@ class _NumberedOn(ShuffledBatches):
         return ([first + row for row in rows] for rows in super().__iter__())
 
 
-class ImageData(SplitData):
-    """Batches of images.
+class ImageData(GroupedData):
+    """Batches of images, which the processor makes all of one size.
 
     Args:
         task: Gives the splits.
@@ -156,36 +122,28 @@ class ImageData(SplitData):
     def __init__(
         self, task: ImageClassification, processor: BaseImageProcessor, *, batch_size: int, seed: int
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, seed=seed, workers=task.workers)
         self._task = task
         self._processor = processor
-        self._batch_size = batch_size
-        self._seed = seed
 
-    def collator(self, name: SplitName) -> ImageCollator | None:
+    def lengths(self, name: SplitName) -> NDArray[np.int64]:
+        """Return 1 for each row."""
+        return np.ones(len(self._task.split(name)), dtype=np.int64)
+
+    def collator(self, name: SplitName) -> RowCollator | None:
         """Return what makes batches of a split's rows; None of training rows that are augmented."""
-        is_augmented = name == "train" and self._task.augment
-        return None if is_augmented else ImageCollator(self._task.split(name), self._processor, name)
+        return None if name == "train" and self._task.augment else super().collator(name)
 
-    def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
-        """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
-        seed = self._seed if seed is None else seed
-        split = self._task.split("train")
+    def _collator(self, name: SplitName, mark: SplitName | None) -> ImageCollator:
+        return ImageCollator(self._task.split(name), self._processor, mark)
+
+    def _training_collator(self, seed: int) -> ImageCollator:
+        split, is_augmented = self._task.split("train"), self._task.augment
+        return ImageCollator(split, self._processor, *((None, seed) if is_augmented else ("train", None)))
+
+    def _shuffled(self, seed: int) -> ShuffledBatches:
         sampler = _NumberedOn if self._task.augment else ShuffledBatches
-        collate = self.collator("train") or ImageCollator(split, self._processor, seed=seed)
-        batches = sampler(len(split), self._batch_size, seed)
-        return DataLoader(split, batch_sampler=batches, collate_fn=collate)
-
-    def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
-        split = self._task.split(name)
-        collate = ImageCollator(split, self._processor, None if name == "test" else name)
-        return DataLoader(split, batch_size=self._batch_size, collate_fn=collate)
-
-    @cached_property
-    def _largest(self) -> Batch:
-        """The first training rows as one batch: the processor makes all images of one size."""
-        split = self._task.split("train")
-        return ImageCollator(split, self._processor)(range(min(self._batch_size, len(split))))
+        return sampler(len(self._task.split("train")), self.batch_size, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +159,7 @@ class ImageClassification(ClassificationTask):
         image: The column with the image.
         augment: Whether training images are cropped and mirrored at random, anew in every epoch. Hidden
             states below the lowest adapter are then not kept: they would differ from epoch to epoch.
+        workers: Processes that decode; 0 decodes in this one.
 
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
@@ -209,6 +168,11 @@ class ImageClassification(ClassificationTask):
     _: KW_ONLY
     image: str = "image"
     augment: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("workers", self.workers, least=0)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -229,17 +193,17 @@ class ImageClassification(ClassificationTask):
                 "image (a column of the type datasets.Image)."
             )
 
-    def _read(self, name: SplitName) -> LabelledImages:
+    def _read(self, name: SplitName) -> Images:
         source, rows = self._parts[name]
         split = self._sources[source].select(rows)
         labels = self._read_labels(split, source)
         chosen = self._limited(name, labels)
         images = split.select(chosen).select_columns([self.image])
-        return LabelledImages(
+        return Images(
             images.cast_column(self.image, datasets.Image(decode=False)),
             tuple(labels[row] for row in chosen),
             source,
-            [rows[row] for row in chosen],
+            [self._kept[source][rows[row]] for row in chosen],
         )
 
     def validate(self) -> None:
@@ -248,7 +212,12 @@ class ImageClassification(ClassificationTask):
         for name in SPLITS[:2]:
             split = self.split(name)
             for row in range(len(split)):
-                split.image(row)
+                split.decoded(row)
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of square images, `length` pixels a side; see `Task.example_batch`."""
+        labels = torch.zeros(rows, dtype=torch.int64)
+        return {"pixel_values": torch.zeros(rows, 3, length, length), LABELS: labels}
 
     def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
         split = self.split(name)

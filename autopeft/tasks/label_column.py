@@ -14,8 +14,10 @@ from autopeft.core.errors import nearest, unknown_choice
 _logger = logging.getLogger(__name__)
 
 
-def labelled_rows(split: Dataset, name: str, columns: Sequence[str], missing: Sequence[object]) -> Dataset:
-    """Return the rows of a split that have a label; no text is read.
+def labelled_rows(
+    split: Dataset, name: str, columns: Sequence[str], missing: Sequence[object]
+) -> Sequence[int]:
+    """Return which rows of a split have a label; no text is read.
 
     Args:
         split: A split of the source.
@@ -29,7 +31,7 @@ def labelled_rows(split: Dataset, name: str, columns: Sequence[str], missing: Se
         values = enumerate(zip(*(split[column][:] for column in columns), strict=True))
         kept = [row for row, found in values if all(own not in missing and own == own for own in found)]
         if len(kept) == len(split):
-            return split
+            return range(len(split))
     if kept or name == "train":
         # Loud, for -1 may have been meant as a class.
         _logger.warning(
@@ -41,11 +43,13 @@ def labelled_rows(split: Dataset, name: str, columns: Sequence[str], missing: Se
         )
     else:
         _logger.info("The %s split has no labels and is not used.", name)
-    return split.select(kept)
+    return kept
 
 
-def label_names(train: Dataset, column: str) -> tuple[str, ...]:
+def label_names(train: Dataset, column: str, rows: Sequence[int]) -> tuple[str, ...]:
     """Return the names of the classes: the data set's own, or the sorted values of the column.
+
+    Rows are numbered in errors as given.
 
     Raises:
         ValueError: The values are fractions, or no two rows have the same.
@@ -58,8 +62,8 @@ def label_names(train: Dataset, column: str) -> tuple[str, ...]:
     if fraction is not None:
         raise ValueError(
             f"The column {column!r} holds fractions such as {fraction!r} (row "
-            f"{train[column][:].index(fraction)} of the train split), expected classes: numbers are for "
-            "the task Regression."
+            f"{rows[train[column][:].index(fraction)]} of the train split), expected classes: numbers are "
+            "for the task Regression."
         )
     if len(values) == len(train) > 1:
         raise ValueError(

@@ -65,13 +65,13 @@ class LabelledTask(DatasetTask):
         """Return the kind of each label: splits and limits have of each kind its share."""
         return [0] * len(labels)
 
-    def _usable(self, split: Dataset, name: str) -> Dataset:
+    def _usable(self, split: Dataset, name: str) -> Sequence[int]:
         lacks_labels = name == "test" and not set(self.label_columns) <= set(split.column_names)
         for column in (*self.columns, *(() if lacks_labels else self.label_columns)):
             if column not in split.column_names:
                 raise unknown_choice(f"column of the {name} split", column, split.column_names)
         if not len(split):
-            return split
+            return ()
         self._check_inputs(split, name)
         if not lacks_labels:
             self._check_labels(split, name)

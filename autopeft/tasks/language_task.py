@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,17 @@ from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
 from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.objectives import GENERATION_SPEEDS, Objective
+from autopeft.core.objectives import GENERATION_SPEEDS, Direction, Objective
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.dataset_task import SPLITS, DatasetTask
-from autopeft.tasks.generation import TEXT_METRICS, TextMetric, continue_prompts, generate_texts
-from autopeft.tasks.row_data import RowData
+from autopeft.tasks.generation import ERROR_RATES, TEXT_METRICS, TextMetric, generate_texts, new_ids, padded
 from autopeft.tasks.splits import split_groups
 from autopeft.tasks.token_loss import summed_cross_entropy
 
 _GENERATION_BATCH = 16
 _TIMED_ROWS = 8
+_DIRECTIONS: tuple[Direction, Direction] = ("maximize", "minimize")
 
 
 class _MeanLoss(Metric):
@@ -69,8 +69,8 @@ class LanguageTask(DatasetTask):
     Attributes:
         max_length: Tokens of a row at most, or of its prompt; longer ones are cut at their end.
         generate: Metrics of text that is generated for prompts when a training has ended: "exact_match",
-            "rouge_l", "bleu", "chrf"; or by name, functions of the generated texts and the references that
-            return a score, better when larger.
+            "rouge_l", "bleu", "chrf", "word_error_rate"; or by name, functions of the generated texts and
+            the references that return a score, better when larger.
         generated_rows: Rows of a split that text is generated for, drawn by seed.
         new_tokens: Tokens that are generated for a row at most.
     """
@@ -114,7 +114,11 @@ class LanguageTask(DatasetTask):
         perplexity = Objective(
             name="perplexity", direction="minimize", unit="perplexity", is_metric=True, log_scale=True
         )
-        return loss, perplexity, *(Objective.score(name, at_end=True) for name in self._generated)
+        generated = (
+            replace(Objective.score(name, at_end=True), direction=_DIRECTIONS[name in ERROR_RATES])
+            for name in self._generated
+        )
+        return loss, perplexity, *generated
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -131,12 +135,18 @@ class LanguageTask(DatasetTask):
         """Return what the first logits of each row predict, of labels (rows, tokens)."""
 
     @abstractmethod
-    def _learnt(self, data: RowData, name: SplitName) -> NDArray[np.int64]:
+    def _learnt(self, data: Any, name: SplitName) -> NDArray[np.int64]:
         """Return the tokens of a split that are predicted."""
 
     @abstractmethod
-    def _examples(self, data: RowData, name: SplitName) -> tuple[Sequence[Sequence[int]], Sequence[str]]:
-        """Return the tokens that text is generated from, and what it is compared with, of each row."""
+    def _examples(self, data: Any, name: SplitName) -> tuple[Sequence[Any], Sequence[str]]:
+        """Return what text is generated from, and what it is compared with, of each row."""
+
+    def _inputs(
+        self, model: nn.Module, data: Any, name: SplitName, examples: Sequence[Any]
+    ) -> Mapping[str, Tensor]:
+        """Return what a model is given of such examples of a split; here they are tokens."""
+        return padded(model, data.tokenizer, examples)
 
     def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
         keys = [self._keys[row] for row in rows]
@@ -172,18 +182,18 @@ class LanguageTask(DatasetTask):
         """Add a batch to the metrics."""
         metrics.update(loss, self.weight(batch))
 
-    def measure_at_end(self, model: nn.Module, data: TaskData, split: SplitName) -> dict[str, float]:
+    def measure_at_end(self, model: nn.Module, data: Any, split: SplitName) -> dict[str, float]:
         """Return the metrics of generated text, by name."""
         if not self._generated:
             return {}
-        assert isinstance(data, RowData)
-        prompts, references = self._examples(data, split)
+        examples, references = self._examples(data, split)
         generator = np.random.default_rng(self.seed)
-        chosen = generator.permutation(len(prompts))[: self.generated_rows]
+        chosen = generator.permutation(len(examples))[: self.generated_rows]
         texts = generate_texts(
             model,
             data.tokenizer,
-            [prompts[index] for index in chosen],
+            [examples[index] for index in chosen],
+            lambda rows: self._inputs(model, data, split, rows),
             new_tokens=self.new_tokens,
             batch_size=_GENERATION_BATCH,
         )
@@ -191,18 +201,17 @@ class LanguageTask(DatasetTask):
         functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
         return {name: float(functions[name](texts, expected)) for name in self._generated}
 
-    def generate_tokens(self, model: nn.Module, data: TaskData, tokens: int) -> int:
+    def generate_tokens(self, model: nn.Module, data: Any, tokens: int) -> int:
         """Continue the first validation rows; see `Task.generate_tokens`."""
-        assert isinstance(data, RowData)
-        prompts = self._examples(data, "validation")[0][:_TIMED_ROWS]
+        examples = self._examples(data, "validation")[0][:_TIMED_ROWS]
+        given = self._inputs(model, data, "validation", examples)
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        return continue_prompts(model, data.tokenizer, prompts, **exactly).numel()
+        return new_ids(model, data.tokenizer, given, **exactly).numel()
 
     def trivial_score(self, metric: str, data: TaskData) -> float:
-        """Return what predicting each token by its frequency in training scores; 0 for generated text."""
+        """Return what predicting each token by its frequency in training scores; without a text, 0 or 1."""
         if self.metric(metric).at_end:
-            return 0.0
-        assert isinstance(data, RowData)
+            return float(metric in ERROR_RATES)
         train, validation = (self._learnt(data, name) for name in SPLITS[:2])
         words = 1 + int(max(train.max(), validation.max()))
         counts = 1 + np.bincount(train, minlength=words)
@@ -211,7 +220,7 @@ class LanguageTask(DatasetTask):
 
     def best_score(self, metric: str) -> float:
         """Return the best value a metric can take."""
-        return {"loss": 0.0}.get(metric, 1.0)
+        return 0.0 if metric in ("loss", *ERROR_RATES) else 1.0
 
     def _settings(self) -> dict[str, str]:
         return {

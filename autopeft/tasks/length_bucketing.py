@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from autopeft.tasks.base import Batch, RowCollator
 from autopeft.tasks.batch import IGNORED, LABELS, POSITIONS, rows_key
 
 _BATCHES_A_POOL = 50
 
 
 @dataclass(frozen=True)
-class TokenisedSplit(Dataset[int]):
+class TokenisedSplit:
     """The rows of one split as token ids, concatenated.
 
     Attributes:
@@ -39,9 +40,6 @@ class TokenisedSplit(Dataset[int]):
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
     def features(self, row: int) -> dict[str, list[int]]:
         """Return what the tokenizer gave for a row."""
@@ -117,10 +115,7 @@ class Collator:
         if self.split.token_labels:
             batch[LABELS] = self._padded(self.split.labels, rows, fill=IGNORED)
         else:
-            labels = self.split.labels[rows]
-            if labels.ndim == 2:  # of targets, those tokens that one of the rows has
-                labels = labels[:, (labels != IGNORED).any(axis=0)]
-            batch[LABELS] = torch.from_numpy(labels)
+            batch[LABELS] = labels_of(rows, self.split.labels)
         if self.name is not None:
             batch[rows_key(self.name)] = torch.tensor(rows)
         return batch
@@ -206,13 +201,36 @@ def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> list[list[int
     return [rows[at : at + batch_size].tolist() for at in range(0, len(rows), batch_size)]
 
 
+def labels_of(rows: Sequence[int], labels: NDArray[Any]) -> Tensor:
+    """Return the labels of some rows; of several a row, as of targets, those that one of the rows has."""
+    found = labels[rows]
+    return torch.from_numpy(found[:, (found != IGNORED).any(axis=0)] if found.ndim == 2 else found)
+
+
+def longest_labels(labels: NDArray[Any], rows: int) -> Tensor:
+    """Return the labels of so many rows, of those with most."""
+    counts = (labels != IGNORED).reshape(len(labels), -1).sum(axis=1)
+    return labels_of(np.argsort(-counts, kind="stable")[:rows].tolist(), labels)
+
+
+@dataclass(frozen=True)
+class _RowNumbers(Dataset[Any]):
+    """The numbers of a split's rows, of which batches are made."""
+
+    collator: RowCollator
+
+    def __len__(self) -> int:
+        return len(self.collator)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 def loader(
-    collator: Collator, batches: Sampler[list[int]] | list[list[int]]
-) -> DataLoader[dict[str, Tensor]]:
-    """Return a loader in this process: batches are made faster than workers would hand them over."""
-    made: DataLoader[dict[str, Tensor]] = DataLoader(
-        collator.split,  # type: ignore[arg-type]
-        batch_sampler=batches,
-        collate_fn=collator,
-    )
-    return made
+    collator: RowCollator, batches: Sampler[list[int]] | list[list[int]], workers: int = 0
+) -> DataLoader[Batch]:
+    """Return a loader whose batches are made in so many processes; by default in this one.
+
+    Batches of tokens are made faster than workers would hand them over.
+    """
+    return DataLoader(_RowNumbers(collator), batch_sampler=batches, collate_fn=collator, num_workers=workers)

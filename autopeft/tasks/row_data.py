@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
-from torch.utils.data import DataLoader
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.tasks.base import Batch, SplitData, SplitName
-from autopeft.tasks.length_bucketing import (
-    Collator,
-    LengthGroupedBatches,
-    TokenisedSplit,
-    loader,
-    sorted_batches,
-)
+from autopeft.tasks.base import SplitName
+from autopeft.tasks.grouped_data import GroupedData
+from autopeft.tasks.length_bucketing import Collator, TokenisedSplit
 
 
-class RowData(SplitData):
-    """Batches of rows of like length.
+class RowData(GroupedData):
+    """Batches of token rows of like length.
 
     Args:
         read: Gives a split; called once a split, when it is first needed.
@@ -29,7 +24,6 @@ class RowData(SplitData):
 
     Attributes:
         tokenizer: The same.
-        batch_size: The same.
 
     Raises:
         ValueError: The tokenizer has no padding token.
@@ -43,16 +37,14 @@ class RowData(SplitData):
         batch_size: int,
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, seed=seed)
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
                 "to tokenizer.eos_token."
             )
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self._read = read
-        self._seed = seed
         self._splits: dict[SplitName, TokenisedSplit] = {}
 
     def split(self, name: SplitName) -> TokenisedSplit:
@@ -61,27 +53,9 @@ class RowData(SplitData):
             self._splits[name] = self._read(name)
         return self._splits[name]
 
-    def collator(self, name: SplitName) -> Collator | None:
-        """Return what makes batches of a split's rows."""
-        return self._collator(name)
+    def lengths(self, name: SplitName) -> NDArray[np.int64]:
+        """Return the number of tokens of each row of a split."""
+        return self.split(name).lengths
 
-    def _collator(self, name: SplitName) -> Collator:
-        # Test batches do not say which rows they hold.
-        return Collator(self.split(name), self.tokenizer, None if name == "test" else name)
-
-    def train_dataloader(self, seed: int | None = None) -> DataLoader[Batch]:
-        """Return training batches, shuffled anew each epoch, by the seed or else by the data's own."""
-        split = self.split("train")
-        seed = self._seed if seed is None else seed
-        return loader(self._collator("train"), LengthGroupedBatches(split.lengths, self.batch_size, seed))
-
-    def _evaluation_loader(self, name: SplitName) -> DataLoader[Batch]:
-        # No larger than training batches: a trial that was allowed its training memory needs no more here.
-        return loader(self._collator(name), sorted_batches(self.split(name).lengths, self.batch_size))
-
-    @cached_property
-    def _largest(self) -> Batch:
-        """The longest training rows as one batch: no drawn batch has a larger shape."""
-        split = self.split("train")
-        (longest, *_) = sorted_batches(split.lengths, self.batch_size)
-        return Collator(split, self.tokenizer)(longest)
+    def _collator(self, name: SplitName, mark: SplitName | None) -> Collator:
+        return Collator(self.split(name), self.tokenizer, mark)

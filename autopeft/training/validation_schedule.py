@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from autopeft.tasks import Batch
@@ -88,16 +89,25 @@ class SegmentedBatches:
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         end = self._plan.next_stop(self._step)
-        dataset: Any = self._loader.dataset
-        while self._step < end:
-            rows = self._rows(self._step)
+        steps = [self._parts(step) for step in range(self._step, end)]
+        batches = iter(
+            DataLoader(
+                self._loader.dataset,
+                batch_sampler=[part for parts in steps for part in parts],
+                collate_fn=self._loader.collate_fn,
+                num_workers=self._loader.num_workers,
+                generator=torch.Generator(),  # it draws seeds for workers, even where there are none
+            )
+        )
+        for parts in steps:
             self._step += 1  # before the batch is given away: an iterator may be left at its last one
-            size = -(-len(rows) // self._accumulate)
-            parts = [
-                self._loader.collate_fn([dataset[row] for row in rows[at : at + size]])
-                for at in range(0, len(rows), size)
-            ]
-            yield parts if self._accumulate > 1 else parts[0]
+            made = [next(batches) for _ in parts]
+            yield made if self._accumulate > 1 else made[0]
+
+    def _parts(self, step: int) -> list[list[int]]:
+        rows = self._rows(step)
+        size = -(-len(rows) // self._accumulate)
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def _rows(self, step: int) -> list[int]:
         epoch, position = divmod(step, len(self._sampler))

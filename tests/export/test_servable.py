@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods.lora import lora_scaling
 from tests.exports import export, lora_of_many_ranks, trained
 from tests.tiny_models import places, tiny_backbone
 
 
-def by_vllm(config: Mapping[str, Any], down: Tensor, up: Tensor) -> Tensor:
+def by_vllm(config: Mapping[str, float], down: Tensor, up: Tensor) -> Tensor:
     """vLLM and SGLang: one rank and one alpha for all modules, patterns are not read."""
-    return config["lora_alpha"] / config["r"] * up @ down
+    return up @ down * (config["lora_alpha"] / config["r"])
 
 
-def by_llama_cpp(config: Mapping[str, Any], down: Tensor, up: Tensor) -> Tensor:
+def by_llama_cpp(config: Mapping[str, float], down: Tensor, up: Tensor) -> Tensor:
     """llama.cpp: one alpha, divided by the rank of each tensor."""
-    return config["lora_alpha"] / len(down) * up @ down
+    return up @ down * (config["lora_alpha"] / len(down))
 
 
 @pytest.mark.parametrize("rule", [by_vllm, by_llama_cpp])
@@ -33,7 +33,7 @@ def test_servers_compute_what_was_trained(rule: Callable[..., Tensor], tmp_path:
     backbone = tiny_backbone("llama")
     configuration = lora_of_many_ranks(backbone)
     site = next(iter(configuration.adapters))
-    adapters = {**configuration.adapters, site: Adapter("lora", 3, {"rslora": False})}
+    adapters: dict[Site, Any] = {**configuration.adapters, site: Adapter("lora", 3, {"rslora": False})}
     configuration = Configuration(adapters)
     state = trained(backbone, configuration)
     report = export(backbone, configuration, tmp_path / "out", servable=True)
@@ -53,7 +53,7 @@ def test_servers_compute_what_was_trained(rule: Callable[..., Tensor], tmp_path:
 def test_other_methods_are_refused(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     site = places(backbone, "ia3")[0]
-    with pytest.raises(ValueError, match="Servers take LoRA alone, this is ia3"):
+    with pytest.raises(ValueError, match="linear layers alone, this is ia3"):
         export(backbone, Configuration({site: Adapter("ia3")}), tmp_path / "out", servable=True)
     with pytest.raises(ValueError, match="choose merged=True or servable=True"):
         export(backbone, lora_of_many_ranks(backbone), tmp_path / "out", servable=True, merged=True)

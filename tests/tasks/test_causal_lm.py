@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from autopeft.search_identity import task_settings
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import IGNORED, LABELS
-from autopeft.tasks.generation import bleu, chrf, exact_match, generate_texts, rouge_l
+from autopeft.tasks.generation import bleu, chrf, exact_match, generate_texts, padded, rouge_l
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
 ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral")
@@ -206,8 +207,9 @@ def test_metrics_say_their_direction() -> None:
 def test_generation_is_that_of_each_prompt_alone() -> None:
     model, tokenizer = tiny_language_model("llama"), tiny_chat_tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    together = generate_texts(model, tokenizer, prompts, new_tokens=6, batch_size=3)
-    alone = [generate_texts(model, tokenizer, [prompt], new_tokens=6, batch_size=1)[0] for prompt in prompts]
+    given = partial(generate_texts, model, tokenizer, inputs=partial(padded, model, tokenizer), new_tokens=6)
+    together = given(prompts, batch_size=3)
+    alone = [given([prompt], batch_size=1)[0] for prompt in prompts]
     assert together == alone
     assert all(len(text.split()) <= 6 for text in together)
     assert len(set(together)) == 3

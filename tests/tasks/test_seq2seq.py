@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import Seq2Seq
 from autopeft.tasks.batch import IGNORED, LABELS
-from autopeft.tasks.generation import generate_texts
+from autopeft.tasks.generation import generate_texts, padded
 from tests.task_cases import answered_rows, splits_of
 from tests.tiny_models import everywhere, tiny_chat_tokenizer, tiny_headed
 
@@ -84,8 +85,9 @@ def test_long_targets_are_cut_aloud(caplog: pytest.LogCaptureFixture) -> None:
 def test_generation_is_that_of_each_source_alone(architecture: str) -> None:
     model, tokenizer = tiny_headed(task().head, architecture), tiny_chat_tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    together = generate_texts(model, tokenizer, prompts, new_tokens=6, batch_size=3)
-    alone = [generate_texts(model, tokenizer, [prompt], new_tokens=6, batch_size=1)[0] for prompt in prompts]
+    given = partial(generate_texts, model, tokenizer, inputs=partial(padded, model, tokenizer), new_tokens=6)
+    together = given(prompts, batch_size=3)
+    alone = [given([prompt], batch_size=1)[0] for prompt in prompts]
     assert together == alone
     with torch.no_grad():
         ids = torch.tensor([[8]])

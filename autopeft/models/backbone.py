@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -237,6 +239,14 @@ class Backbone:
         except (ValueError, ImportError):
             return False
 
+    @cached_property
+    def taken_for_experts(self) -> frozenset[str]:
+        """Names of linear layers that peft's LoRA takes for experts, which had layers in transformers 4."""
+        names = {shape.module for shape in self.sites.values() if shape.kind == "linear"}
+        config = LoraConfig(target_modules=names)
+        convert_peft_config_for_transformers(config, self.model, None)
+        return frozenset(names - {*(config.target_modules or ())})
+
     def obstacle(self, shape: SiteShape, method: str) -> str | None:
         """Say why a method cannot sit on a site, or return None where it can."""
         specification = METHOD_SPECS[method]
@@ -246,6 +256,8 @@ class Backbone:
             return f"{shape.module} has no bias"
         if specification.needs_bias and shape.module in self.quantized:
             return f"bitsandbytes casts the bias of {shape.module}, which it quantised"
+        if method == "lora" and shape.module in self.taken_for_experts:
+            return f"peft takes {shape.module} for an expert"
         if specification.needs_attention_interface and not self.has_attention_interface:
             return (
                 f"{type(self.model).__name__} does not compute attention through transformers' "

@@ -163,7 +163,8 @@ def _mixer_modules(
     norms = [path for path in _norms(block) if "." not in path or _in_attention(path) or _FFN.match(path)]
     if not linears or not norms or isinstance(block, nn.ModuleList) or _is_stage(block):
         return None
-    hidden = next(block.get_submodule(norms[0]).parameters()).numel()
+    outermost = min(norms, key=lambda path: path.count("."))
+    hidden = next(block.get_submodule(outermost).parameters()).numel()
     within = [(path, module) for path, module in linears if any(map(_FFN.search, path.split(".")))]
     roles = _ffn_roles(within, hidden) | _expert_roles(block) | _norm_roles(norms, crossed=False)
     convolutions = [path for path, module in block.named_modules() if isinstance(module, _CONVOLUTIONS)]

@@ -24,7 +24,7 @@ from autopeft.sensitivity.registry import SCORES
 from benchmarks.memory import measure_live_storage
 from tests.exports import export, trained
 from tests.tasks.test_causal_lm import task_of
-from tests.tiny_models import OPTIONS, fingerprint, places, tiny_batch, tiny_language_model
+from tests.tiny_models import OPTIONS, everywhere, fingerprint, places, tiny_batch, tiny_language_model
 
 ARCHITECTURES = ("mixtral", "gpt_oss", "qwen3_moe")
 ROLES = ("ffn_experts_gate_up", "ffn_experts_down")
@@ -146,6 +146,20 @@ def test_dropout_is_refused() -> None:
     configuration = Configuration({Site(0, ROLES[1]): Adapter("lora", 2, {"dropout": 0.1})})
     with pytest.raises(ValueError, match="no dropout in front of experts"):
         backbone.check(configuration)
+
+
+def test_layers_that_peft_takes_for_experts_have_no_lora() -> None:
+    """DeepSeek's first block has a dense ffn, whose layers are called as experts were in transformers 4."""
+    backbone = backbone_of("deepseek_v3")
+    found = {site.role for site in places(backbone, "lora") if site.block == 0}
+    assert found == {
+        f"self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")
+    }
+    assert "takes model.layers.0.mlp.up_proj for an expert" in str(
+        backbone.obstacle(backbone.shape(Site(0, "ffn_up")), "lora")
+    )
+    with attach(backbone, everywhere(backbone, "lora")) as attachment:
+        assert any(name.startswith("1.ffn_experts_down") for name in attachment.parameters)
 
 
 def test_an_expert_is_no_layer_and_a_router_no_site() -> None:

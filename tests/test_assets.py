@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -12,18 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Audio, Dataset
+from scipy.io import wavfile
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
     AutoTokenizer,
 )
 
 from assets import packages
 from assets import prepare as module
 from assets.prepare import ASSETS, assets_folder, prepare
+from autopeft.tasks.generation import word_error_rate
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -150,6 +155,29 @@ def test_claims_are_distinct_pairs() -> None:
     rows = read_rows(prepare("claims") / "claims.csv")
     assert len(rows) == len({(row["evidence"], row["claim"]) for row in rows}) > 50_000
     assert {row["label"] for row in rows} == {"True", "False", "Neither"}
+
+
+@pytest.mark.slow
+def test_whisper_hears_what_is_spoken() -> None:
+    speech = Dataset.from_parquet(str(prepare("sentences") / "speech.parquet"))
+    rows = speech.cast_column("audio", Audio(decode=False))
+    assert len(set(rows["text"])) == len(rows) == 600
+    spoken = [row for row in rows if row["voice"] in ("en-us+m3", "en-us+f2", "en-us+Alex")][:16]
+    model: Any = AutoModelForSpeechSeq2Seq.from_pretrained(prepare("whisper-5s"))
+    processor: Any = AutoProcessor.from_pretrained(prepare("whisper-5s"))
+    waves = [wavfile.read(io.BytesIO(row["audio"]["bytes"]))[1] / 2**15 for row in spoken]
+    features = processor.feature_extractor(waves, sampling_rate=16_000, return_tensors="pt")
+    heard = processor.tokenizer.batch_decode(
+        model.generate(**features, do_sample=False, max_new_tokens=24), skip_special_tokens=True
+    )
+    assert word_error_rate(heard, [row["text"] for row in spoken]) < 0.8  # a model of noise has above 1
+
+
+@pytest.mark.slow
+def test_commands_are_as_many_of_each_word() -> None:
+    rows = Dataset.from_parquet(str(prepare("commands") / "speech.parquet"))
+    assert Counter(Counter(rows["label"]).values()) == {60: 20}
+    assert len(set(rows["voice"])) == 50
 
 
 def test_source_is_written_beside_the_files(questions_csv: Path) -> None:

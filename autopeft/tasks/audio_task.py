@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -47,9 +48,9 @@ class AudioTask(DatasetTask):
         if not self.max_seconds > 0:
             raise ValueError(f"max_seconds is above 0, got {self.max_seconds!r}.")
 
+    @abstractmethod
     def recordings(self, name: SplitName) -> Recordings:
         """Return the recordings of one of the three splits, limited as asked for."""
-        raise NotImplementedError
 
     def _check_audio(self, split: Dataset, name: str) -> None:
         """Raise ValueError for a column that holds no recordings, by its type."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -23,8 +22,6 @@ from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
 from autopeft.tasks.length_bucketing import TokenisedSplit, longest_labels
 from autopeft.tasks.row_data import RowData
 from autopeft.tasks.tokenization import tokenise
-
-_logger = logging.getLogger(__name__)
 
 
 class _PairData(RowData):

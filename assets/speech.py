@@ -93,6 +93,13 @@ def _renamed(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str,
                 yield f"{prefix}{module}.{leaf}", part
 
 
+_SIZES: dict[str, Any] = {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in (("layers", 4), ("attention_heads", 6), ("ffn_dim", 1536))
+}
+
+
 def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> None:
     """Write the model with as many of its encoder's positions as so many seconds take."""
     # Here, so that the other assets do without these packages.
@@ -113,11 +120,8 @@ def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> No
         "eos_token_id": 50256,
         "decoder_start_token_id": 50257,
     }
-    widths: dict[str, Any] = {
-        f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in _SIZES.items()
-    }
     positions = 50 * seconds
-    config = WhisperConfig(vocab_size=51864, d_model=384, max_source_positions=positions, **widths, **tokens)
+    config = WhisperConfig(vocab_size=51864, d_model=384, max_source_positions=positions, **_SIZES, **tokens)
     model = WhisperForConditionalGeneration(config)
     weights = {
         name: torch.from_numpy(array.astype(np.float32))
@@ -143,7 +147,6 @@ def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> No
         WhisperProcessor(WhisperFeatureExtractor(chunk_length=seconds), tokenizer).save_pretrained(folder)
 
 
-_SIZES = {"layers": 4, "attention_heads": 6, "ffn_dim": 1536}
 Speak = Callable[[str, str, int, int], NDArray[np.int16]]
 
 

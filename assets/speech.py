@@ -93,6 +93,13 @@ def _renamed(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str,
                 yield f"{prefix}{module}.{leaf}", part
 
 
+_SIZES: dict[str, Any] = {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in (("layers", 4), ("attention_heads", 6), ("ffn_dim", 1536))
+}
+
+
 def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> None:
     """Write the model with as many of its encoder's positions as so many seconds take."""
     # Here, so that the other assets do without these packages.
@@ -113,9 +120,8 @@ def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> No
         "eos_token_id": 50256,
         "decoder_start_token_id": 50257,
     }
-    widths = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in _SIZES.items()}
     positions = 50 * seconds
-    config = WhisperConfig(vocab_size=51864, d_model=384, max_source_positions=positions, **widths, **tokens)
+    config = WhisperConfig(vocab_size=51864, d_model=384, max_source_positions=positions, **_SIZES, **tokens)
     model = WhisperForConditionalGeneration(config)
     weights = {
         name: torch.from_numpy(array.astype(np.float32))
@@ -141,7 +147,6 @@ def _extract_whisper(seconds: int, archive: zipfile.ZipFile, folder: Path) -> No
         WhisperProcessor(WhisperFeatureExtractor(chunk_length=seconds), tokenizer).save_pretrained(folder)
 
 
-_SIZES = {"layers": 4, "attention_heads": 6, "ffn_dim": 1536}
 Speak = Callable[[str, str, int, int], NDArray[np.int16]]
 
 
@@ -153,16 +158,17 @@ def _speaker(archive: zipfile.ZipFile, folder: Path) -> Speak:
     rate = library.espeak_Initialize(2, 0, str(folder / "espeakng_loader/espeak-ng-data").encode(), 0)
     heard: list[NDArray[np.int16]] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def listen(samples: Any, count: int, _: Any) -> int:
         if samples and count:
             heard.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    library.espeak_SetSynthCallback(listen)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    callback = kind(listen)
+    library.espeak_SetSynthCallback(callback)
 
     def speak(text: str, voice: str, words: int, pitch: int) -> NDArray[np.int16]:
-        assert listen  # kept alive as long as the library may call it
+        assert callback  # kept alive as long as the library may call it
         heard.clear()
         if library.espeak_SetVoiceByName(voice.encode()):
             raise RuntimeError(f"eSpeak NG has no voice {voice!r}.")
@@ -171,8 +177,8 @@ def _speaker(archive: zipfile.ZipFile, folder: Path) -> Speak:
         spoken = text.encode()
         library.espeak_Synth(spoken, ctypes.c_size_t(len(spoken) + 1), 0, 1, 0, 1, None, None)
         library.espeak_Synchronize()
-        wave = np.concatenate(heard)
-        return resample_poly(wave.astype(np.float64), _RATE, rate).astype(np.int16)
+        wave: NDArray[np.float64] = resample_poly(np.concatenate(heard).astype(np.float64), _RATE, rate)
+        return wave.astype(np.int16)
 
     return speak
 

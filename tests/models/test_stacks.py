@@ -180,6 +180,7 @@ class TestSpaces:
         drawn = [space.draw(random.Random(seed), t5) for seed in range(40)]
         found = {frozenset(site.stack for site in configuration.adapters) for configuration in drawn}
         assert found == {frozenset(["encoder"]), frozenset(["decoder"]), frozenset(["encoder", "decoder"])}
+        assert "lowest block 0 to 3, in encoder, decoder or all;" in space.summary(t5)
 
     def test_the_lowest_block_counts_in_the_longest_stack(self, t5: Backbone) -> None:
         scores = uniform_scores(site for site, shape in t5.sites.items() if shape.kind == "linear")

@@ -133,13 +133,16 @@ class ScoreGuided(SlotSpace):
         )
 
     def _suggest_stacks(self, trial: SuggestTrial, backbone: Backbone) -> tuple[str, ...] | None:
-        """Ask which stacks carry adapters: one of those in which every method finds a site, or all."""
+        """Ask which stacks carry adapters: one of those that can, or all; None for all."""
         if len(backbone.stacks) == 1:
             return None
-        of_methods = [{site.stack for site in sites} for sites in self._sites_of_methods(backbone)]
-        able = [stack for stack in backbone.stacks if all(stack in stacks for stacks in of_methods)]
-        chosen = trial.suggest_categorical("stacks", (_ALL_STACKS, *able))
+        chosen = trial.suggest_categorical("stacks", (_ALL_STACKS, *self._able_stacks(backbone)))
         return None if chosen == _ALL_STACKS else (chosen,)
+
+    def _able_stacks(self, backbone: Backbone) -> list[str]:
+        """Return the stacks in which every method finds a site."""
+        of_methods = [{site.stack for site in sites} for sites in self._sites_of_methods(backbone)]
+        return [stack for stack in backbone.stacks if all(stack in stacks for stacks in of_methods)]
 
     @property
     def _is_heated(self) -> bool:
@@ -219,10 +222,11 @@ class ScoreGuided(SlotSpace):
         (cheap, dear), top = self.budgets(backbone), self._highest_block(backbone)
         coldest, hottest, fewest, most = *self.temperature, *self.placement
         heat = f"{_TEMPERATURE} {coldest:g} to {hottest:g}, " if self._is_heated else ""
+        stacks = f", in {', '.join(self._able_stacks(backbone))} or all" if len(backbone.stacks) > 1 else ""
         return (
             f"{', '.join(self.scores)} place {', '.join(self.methods)} ({self.allocator}); "
             f"budget {cheap:,} to {dear:,} parameters, {heat}placement {fewest:g} to {most:g}, "
-            f"lowest block 0 to {top}; any other placement near those"
+            f"lowest block 0 to {top}{stacks}; any other placement near those"
         )
 
 

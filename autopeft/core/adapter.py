@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ from autopeft.core.method_specs import (
     OptionValue,
 )
 
-_SITE = re.compile(r"((?P<stack>[a-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
+_SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
 _MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
 _STACKS = ("vision", "audio", "encoder", "text", "decoder")  # in the order in which models run them
 
@@ -86,11 +87,13 @@ def is_module_name(role: str) -> bool:
     return len(parts) > 1 and all(map(str.isidentifier, parts)) and parts[-1] not in ("weight", "bias")
 
 
+@cache
 def role_order(role: str) -> int:
     """Return a role's place in tables and pictures; layers that are named by their modules come last."""
     return ROLES.index(role) if role in KIND_OF_ROLE else len(ROLES)
 
 
+@cache
 def stack_order(stack: str) -> tuple[int, str]:
     """Return a stack's place among others, from the input to the output."""
     return _STACKS.index(stack) if stack in _STACKS else len(_STACKS), stack

@@ -105,7 +105,7 @@ def test_a_block_that_is_run_twice_cannot_be_left_out() -> None:
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return shared(shared(hidden))  # type: ignore[no-any-return]
 
-    backbone: Any = SimpleNamespace(model=Twice(), blocks=(shared,))
+    backbone: Any = SimpleNamespace(model=Twice(), blocks=(shared,), stacks={"": (("", 0),)})
     with torch.no_grad():
         structure = Structure(backbone, CROSS_ENTROPY, {"hidden": torch.zeros(1, 2, 4)})
     assert structure.obstacle(0) is None

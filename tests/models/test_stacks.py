@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTraine
 
 from autopeft.core.adapter import Adapter, Site, block_ranges, parse_sites
 from autopeft.core.configuration import Configuration
+from autopeft.evaluation.estimate import estimate
 from autopeft.evaluation.memory.counter import MemoryCounter
-from autopeft.methods import attach
+from autopeft.methods import attach, count_site
 from autopeft.models.backbone import Backbone
 from autopeft.reporting.configuration_image import configuration_figure
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, Uniform
@@ -126,6 +128,18 @@ class TestBackbone:
         assert peaks["encoder.1.ffn_down"] > peaks["decoder.0.ffn_down"] > peaks["decoder.3.ffn_down"]
 
 
+def test_an_estimate_places_adapters_in_the_top_half_of_each_stack(t5: Backbone, tmp_path: Path) -> None:
+    t5.model.config.save_pretrained(tmp_path)
+    found = estimate(tmp_path, Seq2Seq("unused"), rank=4, methods=("lora",), batch_size=1, length=8)
+    trained = {row.placement: row.trainable_parameters for row in found.rows}
+    top = {("encoder", 1), ("decoder", 2), ("decoder", 3)}
+    sites = [site for site, shape in t5.sites.items() if shape.kind == "linear"]
+    below = sum(count_site(t5, site, LORA) for site in sites if site.place not in top)
+    assert trained["everywhere"] - trained["top half"] == below
+    peaks = [row.peak_memory for row in found.rows]
+    assert peaks == sorted(peaks, reverse=True)
+
+
 class TestPictures:
     CONFIGURATION = Configuration(
         {Site(1, "query", "encoder"): LORA, Site(0, "ffn", "decoder"): Adapter("series", 2)}
@@ -166,6 +180,7 @@ class TestSpaces:
         drawn = [space.draw(random.Random(seed), t5) for seed in range(40)]
         found = {frozenset(site.stack for site in configuration.adapters) for configuration in drawn}
         assert found == {frozenset(["encoder"]), frozenset(["decoder"]), frozenset(["encoder", "decoder"])}
+        assert "lowest block 0 to 3, in encoder, decoder or all;" in space.summary(t5)
 
     def test_the_lowest_block_counts_in_the_longest_stack(self, t5: Backbone) -> None:
         scores = uniform_scores(site for site, shape in t5.sites.items() if shape.kind == "linear")

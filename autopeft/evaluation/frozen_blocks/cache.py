@@ -194,7 +194,12 @@ class HiddenStateCache:
             for name, own in collators.items()
             if own is not None
         }
-        return rows if len(rows) == len(_SPLITS) else {}
+        if len(rows) == len(_SPLITS):
+            return rows
+        _logger.info(
+            "No hidden states are kept: %s does not give a row the same states each time.", self.task.name
+        )
+        return {}
 
     def _lengths(self, collator: RowCollator) -> NDArray[np.int64]:
         """Return how many tokens the model makes of each row."""

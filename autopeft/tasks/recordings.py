@@ -18,7 +18,7 @@ from scipy.io import wavfile
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from autopeft.tasks.base import Batch, SplitName
+from autopeft.tasks.base import Batch, RowCollator, SplitName
 from autopeft.tasks.batch import LABELS, rows_key
 from autopeft.tasks.file_split import FileSplit
 from autopeft.tasks.grouped_data import GroupedData
@@ -225,10 +225,9 @@ class AudioData(GroupedData):
         """Return what a model is given of some rows of a split."""
         return self._collator(name, None).features(rows)
 
-    def collator(self, name: SplitName) -> AudioCollator | None:
+    def collator(self, name: SplitName) -> RowCollator | None:
         """Return what makes batches of a split's rows; None where only the model knows their length."""
-        is_kept = self._is_of_one_size and self.tokenizer is None  # an encoder's states are not kept by row
-        return self._collator(name, None if name == "test" else name) if is_kept else None
+        return super().collator(name) if self._is_of_one_size else None
 
     @cached_property
     def _largest(self) -> Batch:

@@ -16,24 +16,21 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import ImageClassification, Seq2Seq
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.evaluation.test_hidden_state_cache import assert_alike, served_cuts
-from tests.task_cases import answered_rows, drawn_rows, splits_of
+from tests.task_cases import TASK_CASES, answered_rows, drawn_rows, splits_of
 from tests.tiny_models import fingerprint, tiny_chat_tokenizer, tiny_headed, tiny_processor
 
-TRAINING = Training(epochs=2, batch_size=8, device="cpu", precision="32-true", frozen_blocks="cached")
-METRICS = ("loss", "trainable_parameters")
+TRAINING = Training(epochs=1, batch_size=8, device="cpu", precision="32-true", frozen_blocks="cached")
 
 
 def backbone_of(architecture: str, task: DatasetTask) -> Backbone:
-    model = tiny_headed(task.head, architecture)
     is_text = isinstance(task, Seq2Seq)
-    processor = tiny_chat_tokenizer() if is_text else tiny_processor(task.head)
-    head = () if is_text else ("classifier",)
-    return Backbone(model, processor, name=f"tiny-{architecture}", head=head, new_head=not is_text)
+    processor = tiny_chat_tokenizer() if is_text else tiny_processor(task.head, architecture)
+    return Backbone.load(tiny_headed(task.head, architecture), task.head, processor)
 
 
 def evaluator_of(backbone: Backbone, task: DatasetTask, folder: Path | None) -> Evaluator:
-    names = METRICS if isinstance(task, Seq2Seq) else ("accuracy", *METRICS[1:])
-    return Evaluator(backbone, task, TRAINING, resolve_objectives(names, task.metrics), cache=folder)
+    objectives = resolve_objectives((task.metrics[0].name, "trainable_parameters"), task.metrics)
+    return Evaluator(backbone, task, TRAINING, objectives, cache=folder)
 
 
 def above(backbone: Backbone, cut: int) -> Configuration:
@@ -47,12 +44,13 @@ def above(backbone: Backbone, cut: int) -> Configuration:
 
 @pytest.mark.parametrize(
     ("architecture", "cut", "served"),
-    [("bart", 1, 1), ("bart", 2, 2), ("bart", 3, 2), ("t5", 2, 2), ("t5", 3, 2)],
+    [("bart", 1, 1), ("bart", 2, 2), ("bart", 3, 2), ("t5", 2, 2), ("t5", 3, 2), ("whisper", 3, 2)],
 )
 def test_a_decoder_is_served_what_the_encoder_returns(
     architecture: str, cut: int, served: int, tmp_path: Path
 ) -> None:
-    task = Seq2Seq(splits_of(answered_rows))
+    case = TASK_CASES["SpeechRecognition" if architecture == "whisper" else "Seq2Seq"]
+    task = case.make()
     backbone = backbone_of(architecture, task)
     before = fingerprint(backbone.model)
     cached = evaluator_of(backbone, task, tmp_path)

@@ -71,7 +71,6 @@ def test_the_largest_batch_has_the_longest_sources_and_the_longest_targets() -> 
     largest = data.largest_batch()
     assert largest["input_ids"].shape == (4, 3)
     assert largest[LABELS].shape == (4, 6)
-    assert data.collator("train") is None
 
 
 def test_long_targets_are_cut_aloud(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,8 @@ def show(
             seed, f"{found.metric.name} {found.metric.format(values[found.metric.name])}"
         )
         print(f"  training with seed {seed}: {outcome}")
+    if record.derived_from is not None:
+        print(f"  cut from: trial {record.derived_from}")
     if evaluation.status in ("complete", "paused"):
         print(f"  initialised from: {evaluation.initialised_from}")
     cost = evaluation.cost

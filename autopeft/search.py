@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from autopeft.core.profiling import Profile
+from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
@@ -53,6 +54,9 @@ class Search(SearchSettings):
             has a seed of its own, made from it.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
+        derive: Whether a trial's LoRA is cut to fewer parameters when it was trained, each time that may give
+            a point of the front. Such a point is no trial: it takes one validation, has a number of its own
+            (the trial's and 100,000 or a multiple), and as many trainings as the trial.
         executor: Where and how trials are trained: "local" for one at a time in this process, or what makes
             an `Executor`, as `PackedExecutor(size=8)` does.
         baselines: Whether to try the space's baselines first: what people do today.
@@ -252,17 +256,22 @@ class Search(SearchSettings):
         opened = self.open()
         state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
         if state is None:
+            parent = evaluation
+            if record.derived_from is not None:
+                parent = front.trial(record.derived_from).record.evaluation
             if not retrain:
                 _logger.warning(
                     "Trial %d is not on the front, and its trained tensors were not kept: it is trained "
                     "again, which took %.0f s in the search.",
                     number,
-                    evaluation.cost.wall_seconds / evaluation.trainings,
+                    parent.cost.wall_seconds / parent.trainings,
                 )
             warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
             weights = initial_weights(warm_starts, evaluation)
             seed = evaluation.seed if seed is None else seed
-            trained = opened.evaluator.train(configuration, seed, initial_weights=weights)
+            trained = opened.evaluator.train(parent.configuration, seed, initial_weights=weights)
+            if trained.state is not None and record.derived_from is not None:
+                trained = measured_cut(opened.evaluator, trained, configuration)
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
@@ -276,6 +285,7 @@ class Search(SearchSettings):
             details={
                 "search": self.name,
                 "trial": str(number),
+                **({} if record.derived_from is None else {"cut from": f"trial {record.derived_from}"}),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
                 "frozen blocks in training": self.training.frozen_blocks,

@@ -26,9 +26,11 @@ class Spent:
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
-        """Return the sum over trials, and what was spent beside them."""
+        """Return the sum over trials, and what was spent beside them; derived points are no trials."""
         trials, costs = 0, [Cost() if more is None else more]
         for record in records:
+            if record.derived_from is not None:
+                continue  # what it cost is in its trial's
             trials += record.evaluation.status != "infeasible"
             if record.duplicate_of is None:
                 costs.append(record.evaluation.cost)

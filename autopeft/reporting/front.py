@@ -84,7 +84,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     """The trials that no other trial beats in every objective, cheapest first.
 
     Args:
-        records: Every finished trial of the search.
+        records: Every finished trial of the search; points derived from them are added.
         objectives: The search's objectives; the first metric sorts and chooses.
         axes: The fixed axes of hypervolume and knee point.
         export: `Search.export` of the search; None for a front read without it.
@@ -97,7 +97,9 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         axes: Sequence[Axis],
         export: Callable[..., Any] | None = None,
     ) -> None:
-        self.records = tuple(sorted(records, key=lambda record: record.number))
+        trials = [record for record in records if record.derived_from is None]
+        points = [point for record in trials for point in record.points]
+        self.records = tuple(sorted(points, key=lambda record: record.number))
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
         self.metric = next(objective for objective in objectives if objective.is_metric)

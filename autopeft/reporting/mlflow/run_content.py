@@ -107,6 +107,8 @@ def outcome_tags(record: TrialRecord) -> dict[str, str]:
         tags[f"autopeft.reason.{seed}"] = shortened(reason)
     if record.duplicate_of is not None:
         tags["autopeft.duplicate_of"] = str(record.duplicate_of)
+    if record.derived_from is not None:
+        tags["autopeft.derived_from"] = str(record.derived_from)
     return tags
 
 

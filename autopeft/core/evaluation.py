@@ -218,6 +218,11 @@ class TrialRecord:
     derived_from: int | None = None
 
     @property
+    def trained(self) -> int:
+        """The number of the trial that was trained: its own, or that of the one it was cut from."""
+        return self.number if self.derived_from is None else self.derived_from
+
+    @property
     def points(self) -> list[TrialRecord]:
         """The record itself, then those of the points derived from the trial; a duplicate has none."""
         derived = self.evaluation.derived if self.duplicate_of is None else ()

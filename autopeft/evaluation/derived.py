@@ -84,10 +84,12 @@ def measured_cut(evaluator: Evaluator, trained: Trained, cut: Configuration) -> 
     """
     meter, values = ComputeMeter(evaluator.device), dict(trained.evaluation.values)
     assert trained.state is not None
-    state = cut_state(trained.evaluation.configuration, trained.state, cut)
+    whole = trained.evaluation.configuration
+    state = cut_state(whole, trained.state, cut)
+    frozen = evaluator.backbone.blocks_below(whole.lowest_block)
 
     def attempt() -> None:
-        for name, value in evaluator.measure(cut, state).items():
+        for name, value in evaluator.measure(cut, state, frozen).items():
             if not math.isfinite(value):
                 raise DivergenceError(f"{name} is {value}")
             values[name] = value
@@ -121,14 +123,13 @@ def cut_configuration(
         if left < 0 or value == 0:
             break
         ranks[site] += 1
-    adapters = {
-        site: [
-            Adapter(Lora.name, ranks[site], dict(adapter.options)) if adapter.method == Lora.name else adapter
-            for adapter in several
-            if adapter.method != Lora.name or ranks[site]
-        ]
-        for site, several in configuration.adapters.items()
-    }
+    adapters: dict[Site, list[Adapter]] = {}
+    for site, adapter in configuration:
+        if adapter is not loras.get(site):
+            adapters.setdefault(site, []).append(adapter)
+        elif ranks[site]:
+            cut = Adapter(Lora.name, ranks[site], dict(adapter.options))
+            adapters.setdefault(site, []).append(cut)
     return configuration.replace(adapters=adapters)
 
 
@@ -149,7 +150,12 @@ def cut_state(
 
 
 def _loras(configuration: Configuration) -> dict[Site, Adapter]:
-    return {site: adapter for site, adapter in configuration if adapter.method == Lora.name}
+    """Return what can be cut: one peft adapter of fused experts has several updates, which stay whole."""
+    return {
+        site: adapter
+        for site, adapter in configuration
+        if adapter.method == Lora.name and site.kind == "linear"
+    }
 
 
 def _names(site: Site) -> tuple[str, str]:

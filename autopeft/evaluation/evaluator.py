@@ -88,13 +88,19 @@ class Evaluator(EvaluationContext):
             attachment.load_state_dict(state)
             return self._scored(configuration, "test")
 
-    def measure(self, configuration: Configuration, state: Mapping[str, Tensor]) -> dict[str, float]:
+    def measure(
+        self, configuration: Configuration, state: Mapping[str, Tensor], frozen: int | None
+    ) -> dict[str, float]:
         """Return all of trained tensors that needs no training: sizes, speeds, metrics in validation.
 
-        See `test`.
+        For the arguments see `test`; `frozen` is the number of blocks below what was trained just now.
         """
-        with attach(self.backbone, configuration, self.seed) as attachment:
+        with (
+            attach(self.backbone, configuration, self.seed) as attachment,
+            self.hidden_states.below(attachment, frozen),
+        ):
             attachment.load_state_dict(state)
+            self.hidden_states.open()
             values = self.sizes(attachment) | self.speeds(self.needed)
             values |= self._scored(configuration, "validation")
         if "tokens_per_second_merged" in self.needed:

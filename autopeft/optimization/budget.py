@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -59,6 +59,17 @@ class Budget:
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
+
+    def less(self, share: float) -> Self:
+        """Return what is left of hours and seconds when a share of them is kept for a verdict.
+
+        Raises:
+            ValueError: It is no share in [0, 1).
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"verdict is a share of the compute, from 0 up and below 1, got {share!r}.")
+        left = {name: bound * (1 - share) for name, bound in self.bounds.items() if name != "trials"}
+        return replace(self, **left)
 
     @property
     def bounds(self) -> dict[str, float]:

@@ -75,8 +75,7 @@ class Scheduler:
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the trials on the front, or with a derived point there, that lack trainings."""
-        front = self._front(records)
-        members = {point.number if point.derived_from is None else point.derived_from for point in front}
+        members = {point.trained for point in self._front(records)}
         return under_replicated((record for record in records if record.number in members), self.seeds)
 
     def _front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:

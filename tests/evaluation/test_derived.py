@@ -109,7 +109,7 @@ def test_a_cut_has_its_own_size_and_metrics_and_the_cost_of_its_training(
     assert values["trainable_parameters"] == count_parameters(evaluator.backbone, cut)
     assert values["peak_memory"] == 1e6
     assert values["training_seconds"] == 3.0
-    assert values["accuracy"] == evaluator.measure(cut, found.state)["accuracy"] != 0.9
+    assert values["accuracy"] == evaluator.measure(cut, found.state, 0)["accuracy"] != 0.9
     assert (found.evaluation.seed, found.evaluation.status) == (7, "complete")
     broken = {name: tensor * torch.nan for name, tensor in state.items()} | {
         name: tensor for name, tensor in state.items() if ".lora." in name
@@ -125,7 +125,7 @@ def test_only_what_may_come_onto_the_front_is_measured(
     scores = {0.5: 0.8, 0.25: 0.85, 0.125: 0.3}
     measured: list[float] = []
 
-    def measure(cut: Configuration, tensors: Any) -> dict[str, float]:
+    def measure(cut: Configuration, tensors: Any, lowest: Any) -> dict[str, float]:
         measured.append(scores[[*scores][len(measured)]])
         return {"accuracy": measured[-1], "trainable_parameters": count_parameters(evaluator.backbone, cut)}
 

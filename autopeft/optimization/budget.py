@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -68,8 +68,8 @@ class Budget:
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(f"verdict is a share of the compute, from 0 up and below 1, got {share!r}.")
-        left = {name: bound * (1 - share) for name, bound in self.bounds.items() if name != "trials"}
-        return replace(self, **left)
+        left: dict[str, Any] = {name: bound * (1 - share) for name, bound in self.bounds.items()}
+        return replace(self, **{**left, "trials": self.trials})
 
     @property
     def bounds(self) -> dict[str, float]:

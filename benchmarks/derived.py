@@ -72,10 +72,10 @@ class Tested(LocalExecutor):
         runner.evaluator.measure = self._timed  # type: ignore[method-assign]
 
     def _timed(
-        self, configuration: Configuration, state: Mapping[str, Tensor], lowest: int | None
+        self, configuration: Configuration, state: Mapping[str, Tensor], frozen: int | None
     ) -> dict[str, float]:
         started = time.process_time()
-        found = self._measure(configuration, state, lowest)
+        found = self._measure(configuration, state, frozen)
         self._cutting += time.process_time() - started
         return found
 

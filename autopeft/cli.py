@@ -1,4 +1,4 @@
-"""The command line: search, validate, estimate, sensitivity, front, show, export, ui.
+"""The command line: search, validate, estimate, sensitivity, front, show, export, verdict, ui.
 
 What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -17,6 +17,9 @@ from autopeft.core.errors import unknown_choice
 from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
+
+if TYPE_CHECKING:
+    from autopeft.search import Search
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -167,6 +170,8 @@ def show(
             seed, f"{found.metric.name} {found.metric.format(values[found.metric.name])}"
         )
         print(f"  training with seed {seed}: {outcome}")
+    if record.derived_from is not None:
+        print(f"  cut from: trial {record.derived_from}")
     if evaluation.status in ("complete", "paused"):
         print(f"  initialised from: {evaluation.initialised_from}")
     cost = evaluation.cost
@@ -202,19 +207,19 @@ def export(
     elif knee:
         trial = found.knee().number
     assert trial is not None
-    kept = place / SETTINGS_FILE
-    if not kept.is_file():
-        raise ValueError(f"{place} has no {SETTINGS_FILE}: call search.export(number, folder) from Python.")
-    from autopeft.search_document import LOST
-    from autopeft.yaml_config import build_config
-
-    settings = yaml.safe_load(kept.read_text())
-    lost = {name: given for name, given in settings.pop(LOST, {}).items() if name not in _NOT_FOR_EXPORT}
-    # The folder may have been moved, and a name made from the data's content may come out another today.
-    found_here = {"folder": str(place.parent), "name": place.name, LOST: lost}
-    loaded = build_config({**settings, **found_here})
     how = {"merged": merged, "servable": servable, "retrain": retrain, "overwrite": overwrite}
-    print(loaded.search.export(trial, to, **how))
+    print(_stored_search(place).export(trial, to, **how))
+
+
+@app.command()
+def verdict(
+    share: Annotated[float, typer.Option(help="Compute of the sweep, of what the search took.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Fresh trainings of each point.")] = 3,
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+) -> None:
+    """Say whether the front beats a uniform LoRA sweep, which is trained beside it, on the test split."""
+    _stored_search(_search_folder(folder, name)).verdict(share, seeds=seeds)
 
 
 @app.command()
@@ -248,6 +253,21 @@ def _search_folder(folder: Path, name: str | None) -> Path:
     if name not in names:
         raise unknown_choice("search", name, names)
     return folder / name
+
+
+def _stored_search(place: Path) -> Search:
+    """Make the search in a folder again."""
+    kept = place / SETTINGS_FILE
+    if not kept.is_file():
+        raise ValueError(f"{place} has no {SETTINGS_FILE}: use the search from Python.")
+    from autopeft.search_document import LOST
+    from autopeft.yaml_config import build_config
+
+    settings = yaml.safe_load(kept.read_text())
+    lost = {name: given for name, given in settings.pop(LOST, {}).items() if name not in _NOT_FOR_EXPORT}
+    # The folder may have been moved, and a name made from the data's content may come out another today.
+    found_here = {"folder": str(place.parent), "name": place.name, LOST: lost}
+    return build_config({**settings, **found_here}).search
 
 
 def _read_front(place: Path) -> ParetoFront:

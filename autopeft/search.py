@@ -9,20 +9,25 @@ from pathlib import Path
 
 from torch import Tensor
 
+from autopeft.core.errors import check_numbers, check_whole
 from autopeft.core.profiling import Profile
+from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.export import ExportReport, export_adapter
 from autopeft.opened_search import OpenSearch, open_search
-from autopeft.optimization.budget import Budget
+from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
+from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
+from autopeft.reporting.verdict import Verdict
 from autopeft.search_document import save_document
 from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
+from autopeft.search_verdict import FinalTests, reach_verdict, sweep_settings
 from autopeft.sensitivity import CHEAP_SCORES
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
@@ -53,6 +58,9 @@ class Search(SearchSettings):
             has a seed of its own, made from it.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial
             are the means over its trainings; where these do not hold, it leaves the front.
+        derive: Whether a trial's LoRA is cut to fewer parameters when it was trained, each time that may give
+            a point of the front. Such a point is no trial: it takes one validation, has a number of its own
+            (the trial's and 100,000 or a multiple), and as many trainings as the trial.
         executor: Where and how trials are trained: "local" for one at a time in this process, or what makes
             an `Executor`, as `PackedExecutor(size=8)` does.
         baselines: Whether to try the space's baselines first: what people do today.
@@ -159,6 +167,7 @@ class Search(SearchSettings):
         gpu_seconds: float | None = None,
         cpu_seconds: float | None = None,
         retry_failed: bool = False,
+        verdict: float = 0.0,
         progress: bool = True,
         profile: bool = False,
         callbacks: Sequence[TrialListener] = (),
@@ -170,6 +179,9 @@ class Search(SearchSettings):
 
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
+
+        With a `verdict`, that share of the hours or seconds is kept for the uniform sweep of the method of
+        this name, which is called at the end.
 
         With `retry_failed` trials that have failed are tried again, each once, as after a mistake in a task
         was mended.
@@ -184,13 +196,14 @@ class Search(SearchSettings):
             ValueError: Something is not valid (see `validate`), or no candidate is feasible.
             RuntimeError: All candidates fail alike.
         """
-        budget = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
+        whole = Budget(trials=trials, hours=hours, gpu_seconds=gpu_seconds, cpu_seconds=cpu_seconds)
+        budget = whole.less(verdict)
         with Profile() if profile else nullcontext():
             self.validate()
             opened, identity = self.open(), self.identity()
             with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
-                save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": budget.bounds})
+                save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": whole.bounds})
                 run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 front = run.run(
                     description=self.describe(),
@@ -200,7 +213,49 @@ class Search(SearchSettings):
                     check_scores=lambda: (self.sensitivity(), self.check_scores()),
                 )
                 self.interrupted = run.interrupted
+            if not verdict or self.interrupted:
                 return front
+            self.verdict(verdict / (1 - verdict), progress=progress)
+            return self.front()
+
+    def verdict(self, share: float = 1.0, *, seeds: int = 3, progress: bool = True) -> Verdict:
+        """Say whether the front beats a uniform LoRA sweep, on the test split and with an interval.
+
+        The sweep trains one LoRA on all linear modules, rank and learning rate chosen by TPE, as a search in
+        this one's folder. The points that add most to each front are then trained again with fresh seeds,
+        which takes further compute. The same call again goes on where it was stopped.
+
+        Args:
+            share: Compute of the sweep, as a share of what the search took.
+            seeds: Fresh trainings of each point.
+            progress: Whether to print.
+
+        Raises:
+            ValueError: An argument is not valid, the front is empty, or no uniform LoRA is feasible.
+        """
+        check_numbers(above=0, share=share)
+        check_whole("seeds", seeds, what="a number of trainings", least=2)
+        front, opened, said = self.front(), self.open(), SearchProgress(enabled=progress)
+        front.best()  # raises where it is empty
+        spent = Spent.of(front.records).cost
+        device = "gpu_seconds" if spent.gpu_seconds else "cpu_seconds"
+        seconds = share * getattr(spent, device)
+        said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested.")
+        sweep = Search(**self.arguments() | sweep_settings(self, opened.backbone))
+        swept = sweep.run(progress=False, **{device: seconds})
+        warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
+        tests = FinalTests(opened.evaluator, warm_starts, self.folder / "tests.json", self.seed, seeds)
+        found = reach_verdict(front, swept, tests, share)
+        said.say(str(found))
+        with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
+            study.set_attribute("verdict", {"trials": len(study.records), "text": str(found)})
+            if self.tracking is not None:
+                from autopeft.reporting.mlflow.run_content import SEARCH_TAG, STUDY_TAG, VERDICT_TAG
+                from autopeft.reporting.mlflow.store import tag_run
+
+                tags = {SEARCH_TAG: self.name, STUDY_TAG: study.study_id}
+                tag_run(self.tracking, self.experiment, tags, {VERDICT_TAG: str(found)})
+        return found
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.
@@ -252,17 +307,22 @@ class Search(SearchSettings):
         opened = self.open()
         state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
         if state is None:
+            parent = evaluation
+            if record.derived_from is not None:
+                parent = front.trial(record.trained).record.evaluation
             if not retrain:
                 _logger.warning(
                     "Trial %d is not on the front, and its trained tensors were not kept: it is trained "
                     "again, which took %.0f s in the search.",
                     number,
-                    evaluation.cost.wall_seconds / evaluation.trainings,
+                    parent.cost.wall_seconds / parent.trainings,
                 )
             warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
             weights = initial_weights(warm_starts, evaluation)
             seed = evaluation.seed if seed is None else seed
-            trained = opened.evaluator.train(configuration, seed, initial_weights=weights)
+            trained = opened.evaluator.train(parent.configuration, seed, initial_weights=weights)
+            if trained.state is not None and record.derived_from is not None:
+                trained = measured_cut(opened.evaluator, trained, configuration)
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
@@ -276,6 +336,7 @@ class Search(SearchSettings):
             details={
                 "search": self.name,
                 "trial": str(number),
+                **({} if record.derived_from is None else {"cut from": f"trial {record.derived_from}"}),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
                 "frozen blocks in training": self.training.frozen_blocks,

@@ -70,6 +70,7 @@ class SearchSettings:
         sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
         seeds: int = 3,
+        derive: bool = False,
         executor: str | ExecutorFactory = "local",
         baselines: bool = True,
         score_check: bool = False,
@@ -103,6 +104,7 @@ class SearchSettings:
         self.sampler = sampler
         self.seed = seed
         self.seeds = seeds
+        self.derive = derive
         self.executor = executor
         self.baselines = baselines
         self.score_check = score_check
@@ -169,6 +171,7 @@ class SearchSettings:
                 "sampler": describe_sampler(self.sampler),
                 "seed": str(self.seed),
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
+                **({"derive": "True"} if self.derive else {}),
                 **({"executor": str(self.executor)} if self._alters_trials else {}),
                 "baselines": str(self.baselines),
                 **({} if self.head == "whole" else {"head": self.head}),
@@ -195,6 +198,7 @@ class SearchSettings:
                 + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
                 f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"
                 + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
+                + ("; smaller points are cut from whole trainings" if self.derive else "")
                 + ("" if self.executor == "local" else f"; trials are trained by {self.executor}"),
                 space.describe(backbone),
             ]

@@ -84,6 +84,7 @@ class SearchRun:
             seeds=settings.seeds,
             promoter=self.promoter,
             overhead=self.warm_starts,
+            derives=settings.derive,
             retried=failed if retry_failed else [],
         )
 

@@ -19,7 +19,7 @@ from autopeft.optimization.budget import Budget
 from autopeft.search import Search
 from autopeft.search_document import BASES, LOST, ONLY_IN_PYTHON, SECTIONS, TYPES
 
-_RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds", "retry_failed")
+_RUN_KEYS = ("trials", "hours", "gpu_seconds", "cpu_seconds", "verdict", "retry_failed")
 
 _PLAIN = {
     "a valid integer": "a whole number",
@@ -107,12 +107,12 @@ def _checked_run(run: Any) -> Mapping[str, Any]:
         if key not in _RUN_KEYS:
             raise unknown_choice("key of 'run'", str(key), _RUN_KEYS)
     bounds = dict(run)
-    retry_failed = bounds.pop("retry_failed", False)
+    retry_failed, verdict = bounds.pop("retry_failed", False), bounds.pop("verdict", 0.0)
     if not isinstance(retry_failed, bool):
         raise ValueError(f"run.retry_failed should be true or false, got {retry_failed!r}.")
     if run:
         try:
-            Budget(**bounds)
+            Budget(**bounds).less(verdict)
         except ValueError as error:
             raise ValueError(f"'run': {error}") from error
     return run

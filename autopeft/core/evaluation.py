@@ -16,6 +16,8 @@ VALIDATION_LOSS = "validation_loss"
 
 
 FAILED_SEEDS = "failed_seeds"
+DERIVED_NUMBERS = 100_000
+"""A trial's number and those of the points derived from it are so far apart: no search has more trials."""
 _PEAK_MEASURED = "peak_memory_measured"
 
 
@@ -76,6 +78,7 @@ class Evaluation:
         failures: Why a training failed, by its seed, of those after the first.
         warm_start: Whether its trainings were initialised from given weights instead of random ones: in a
             search, those of a supernet.
+        derived: What its trainings gave when they were cut to fewer parameters.
     """
 
     configuration: Configuration
@@ -89,6 +92,7 @@ class Evaluation:
     by_seed: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     failures: Mapping[int, str] = field(default_factory=dict)
     warm_start: bool = False
+    derived: tuple[Evaluation, ...] = ()
 
     @property
     def trainings(self) -> int:
@@ -131,6 +135,7 @@ class Evaluation:
             "cost": asdict(self.cost),
             "by_seed": {str(seed): dict(values) for seed, values in self.by_seed.items()},
             "failures": {str(seed): reason for seed, reason in self.failures.items()},
+            "derived": [point.to_dict() for point in self.derived],
         }
 
     @classmethod
@@ -144,6 +149,7 @@ class Evaluation:
             "cost": Cost(**data["cost"]),
             "by_seed": {int(seed): values for seed, values in data["by_seed"].items()},
             "failures": {int(seed): reason for seed, reason in data["failures"].items()},
+            "derived": tuple(cls.from_dict(point) for point in data.get("derived", ())),
         }
         return cls(**{**data, **read})
 
@@ -153,7 +159,8 @@ def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping
 
     Metrics, times and losses become the means over the trainings, and each metric has its standard deviation
     beside it. A training that failed is a result: its metrics are the worst there are, as in `worst`. The new
-    training's curves stand after those there are, under names that say which training it is.
+    training's curves stand after those there are, under names that say which training it is. What was derived
+    from the first has its replicate in what was derived from the other.
     """
     by_seed = evaluation.each_training()
     number = len(by_seed) + 1
@@ -165,8 +172,12 @@ def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping
     by_seed[replicate.seed] = outcome
     values = _means(list(by_seed.values()), worst)
     curves = [replace(point, metric=f"{point.metric}/training_{number}") for point in replicate.curves]
+    lost = replace(replicate, values={}, curves=(), cost=Cost())
+    others = replicate.derived or [lost] * len(evaluation.derived)
+    derived = zip(evaluation.derived, others, strict=True)
     return replace(
         evaluation,
+        derived=tuple(with_replicate(point, other, worst) for point, other in derived),
         values=values | ({FAILED_SEEDS: float(len(failures))} if failures else {}),
         by_seed=by_seed,
         failures=failures,
@@ -196,12 +207,31 @@ class TrialRecord:
         duplicate_of: Number of the earlier trial with the same configuration, whose outcome this
             trial took over without training; None where it was trained itself.
         baseline: Name of the baseline configuration this trial is ("lora(8) everywhere"), None when sampled.
+        derived_from: Number of the trial whose trainings were cut to give this point, which was not trained
+            itself; None for a trial.
     """
 
     number: int
     evaluation: Evaluation
     duplicate_of: int | None = None
     baseline: str | None = None
+    derived_from: int | None = None
+
+    @property
+    def trained(self) -> int:
+        """The number of the trial that was trained: its own, or that of the one it was cut from."""
+        return self.number if self.derived_from is None else self.derived_from
+
+    @property
+    def points(self) -> list[TrialRecord]:
+        """The record itself, then those of the points derived from the trial; a duplicate has none."""
+        derived = self.evaluation.derived if self.duplicate_of is None else ()
+        return [self] + [
+            TrialRecord(
+                number=self.number + place * DERIVED_NUMBERS, evaluation=point, derived_from=self.number
+            )
+            for place, point in enumerate(derived, start=1)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data (for JSON)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
+
+Rivals = tuple[Mapping[str, float], ...]
+"""Values of the front: from a whole training, points are derived that may come onto it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,7 @@ class New:
     rung: int | None = None  # rung to pause at; None to train to the end
     # What became of an earlier attempt, whose cost is added; None where this is the first.
     failed: TrialRecord | None = None
+    rivals: Rivals | None = None  # None where nothing is derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class Resume(TrialJob):
     """Train a paused trial up to the rung of an index, of which the last is the whole training."""
 
     rung: int
+    rivals: Rivals | None = None  # see `New`
 
 
 @dataclass(frozen=True, kw_only=True)

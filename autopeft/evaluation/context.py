@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
@@ -121,14 +121,19 @@ class EvaluationContext:
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
         """Return every cost that is exact before training, of what is attached now."""
+        values = self.sizes(attachment)
+        if "peak_memory" in self.needed:
+            values["peak_memory"] = float(self.peak_bytes(attachment))
+        return values
+
+    def sizes(self, attachment: Attachment) -> dict[str, float]:
+        """Return the exact costs of what is attached now that do not depend on how it is trained."""
         parameters = attachment.trainable_parameters
         values = {
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
             "adapter_bytes": float(sum(each.nbytes for each in attachment.parameters.values())),
         }
-        if "peak_memory" in self.needed:
-            values["peak_memory"] = float(self.peak_bytes(attachment))
         if "forward_flops" in self.needed:
             values["forward_flops"] = float(
                 count_flops(self.backbone.model, self.data.largest_batch(), self.task)
@@ -204,6 +209,11 @@ class EvaluationContext:
                 (given,) = call.args
                 return {name: value for name, value in given.items() if isinstance(value, Tensor)}
         raise ValueError(f"{type(self.task).__name__}.forward does not call the model it is given.")
+
+    def speeds(self, unknown: Collection[str]) -> dict[str, float]:
+        """Return those of the speeds that are asked for, of what is attached now."""
+        measures = {"inference_latency": self.latency, "tokens_per_second": self.generation_speed}
+        return {name: measure() for name, measure in measures.items() if name in unknown}
 
     @section("evaluate")
     def latency(self) -> float:

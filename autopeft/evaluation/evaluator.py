@@ -13,6 +13,7 @@ from autopeft.core.evaluation import Evaluation
 from autopeft.evaluation.context import EvaluationContext
 from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, reason_of_failure
 from autopeft.methods import Attachment, attach
+from autopeft.tasks.base import SplitName
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoint
 
@@ -85,14 +86,39 @@ class Evaluator(EvaluationContext):
         """
         with attach(self.backbone, configuration, self.seed) as attachment:
             attachment.load_state_dict(state)
-            module = self.module(configuration)
-            module.eval()
-            precision = self.training.resolved_precision()
-            with quiet_lightning(), self.backbone.cached_casts.in_place(precision):
-                trainer = build_trainer(self.training, [], monitor=self.monitor)
-                try:
+            return self._scored(configuration, "test")
+
+    def measure(
+        self, configuration: Configuration, state: Mapping[str, Tensor], frozen: int | None
+    ) -> dict[str, float]:
+        """Return all of trained tensors that needs no training: sizes, speeds, metrics in validation.
+
+        For the arguments see `test`; `frozen` is the number of blocks below what was trained just now.
+        """
+        with (
+            attach(self.backbone, configuration, self.seed) as attachment,
+            self.hidden_states.below(attachment, frozen),
+        ):
+            attachment.load_state_dict(state)
+            self.hidden_states.open()
+            values = self.sizes(attachment) | self.speeds(self.needed)
+            values |= self._scored(configuration, "validation")
+        if "tokens_per_second_merged" in self.needed:
+            values["tokens_per_second_merged"] = self.merged_generation_speed(configuration)
+        return values
+
+    def _scored(self, configuration: Configuration, split: SplitName) -> dict[str, float]:
+        """Return the metrics of what is attached now on a split."""
+        module = self.module(configuration)
+        module.eval()
+        precision = self.training.resolved_precision()
+        with quiet_lightning(), self.backbone.cached_casts.in_place(precision):
+            trainer = build_trainer(self.training, [], monitor=self.monitor)
+            try:
+                if split == "test":
                     (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
-                finally:
-                    dismantle(trainer)
-            at_end = self.measured_at_end("test")
-        return {name: float(value) for name, value in metrics.items()} | at_end
+                else:
+                    (metrics,) = trainer.validate(module, self.data.val_dataloader(), verbose=False)
+            finally:
+                dismantle(trainer)
+        return {name: float(value) for name, value in metrics.items()} | self.measured_at_end(split)

@@ -184,10 +184,7 @@ class EvaluationRun:
         if self.memory.peak_bytes is not None:
             peak = self.values.get("peak_memory_measured", 0.0)
             self.values["peak_memory_measured"] = max(peak, float(self.memory.peak_bytes))
-        if "inference_latency" in evaluator.needed:
-            self.values["inference_latency"] = evaluator.latency()
-        if "tokens_per_second" in self._unknown:
-            self.values["tokens_per_second"] = evaluator.generation_speed()
+        self.values |= evaluator.speeds(self._unknown)
         if self.pause is None:
             self.values |= evaluator.measured_at_end("validation")
         for metric, step, value in self.curve.points:

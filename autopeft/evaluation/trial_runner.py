@@ -7,8 +7,9 @@ from functools import cached_property
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord, with_replicate
-from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
+from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume, Rivals
 from autopeft.core.seeding import training_seed
+from autopeft.evaluation.derived import derive, derive_again
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
@@ -52,7 +53,8 @@ class TrialRunner:
             case Resume(record=record, rung=rung):
                 paused = self.paused.load(record.number)
                 seed = record.evaluation.seed
-                return self._kept(record, self._trained(record.evaluation, seed, rung=rung, paused=paused))
+                trained = self._trained(record.evaluation, seed, rung=rung, paused=paused)
+                return self._kept(record, trained, job.rivals)
             case Replicate():
                 return self._replicated(job)
             case Duplicate(number=number, original=original, baseline=baseline):
@@ -78,14 +80,19 @@ class TrialRunner:
         if job.failed is not None:
             trained = trained.with_added_cost(replace(job.failed.evaluation.cost, steps=0))
         record = TrialRecord(number=job.number, evaluation=trained.evaluation, baseline=job.baseline)
-        return self._kept(record, trained)
+        return self._kept(record, trained, job.rivals)
 
-    def _kept(self, record: TrialRecord, trained: Trained) -> TrialRecord:
+    def _kept(self, record: TrialRecord, trained: Trained, rivals: Rivals | None) -> TrialRecord:
         if trained.paused is not None:
             self.paused.save(record.number, trained.paused)
-        if trained.state is not None:
-            self.checkpoints.save(record.number, trained.state, trained.evaluation.seed)
-        return replace(record, evaluation=trained.evaluation)
+        outcomes = [trained]
+        if trained.state is not None and rivals is not None:
+            outcomes = derive(self.evaluator, trained, rivals)
+        record = replace(record, evaluation=outcomes[0].evaluation)
+        for point, outcome in zip(record.points, outcomes, strict=True):
+            if outcome.state is not None:
+                self.checkpoints.save(point.number, outcome.state, outcome.evaluation.seed)
+        return record
 
     def failed(self, job: New | Resume | Replicate, reason: str) -> TrialRecord:
         """Return the record of a job whose process is gone."""
@@ -102,17 +109,30 @@ class TrialRunner:
         return training_seed(self.seed, job.number, job.training)
 
     def _replicated(self, job: Replicate) -> TrialRecord:
-        """Train a trial again; of its trainings the tensors of the best are kept."""
-        record, evaluation, monitor = job.record, job.record.evaluation, self.evaluator.monitor
+        """Train a trial again, and cut it to the points that were derived from it.
+
+        Of the trainings of the trial, and of each point, the tensors of the best are kept.
+        """
+        record, evaluation = job.record, job.record.evaluation
         seed = self._seed_of_replicate(job)
         trained = self._trained(evaluation, seed, training=job.training)
         if trained.state is not None:
-            # A trial that was off the front for a while may have none.
-            kept_seed = self.checkpoints.seed(record.number)
-            kept = None if kept_seed is None else evaluation.each_training().get(kept_seed)
-            if kept is None or monitor.is_better(trained.evaluation.values[monitor.name], kept[monitor.name]):
-                self.checkpoints.save(record.number, trained.state, seed)
+            cuts = (point.configuration for point in evaluation.derived)
+            trained, *derived = derive_again(self.evaluator, trained, cuts)
+            for point, outcome in zip(record.points, [trained, *derived], strict=True):
+                self._keep_better(point, outcome)
         return replace(record, evaluation=with_replicate(evaluation, trained.evaluation, self._worst))
+
+    def _keep_better(self, record: TrialRecord, trained: Trained) -> None:
+        """Keep the tensors of a further training if they are better than those that are kept."""
+        monitor, evaluation = self.evaluator.monitor, trained.evaluation
+        if trained.state is None:
+            return
+        # A trial that was off the front for a while may have none.
+        kept_seed = self.checkpoints.seed(record.number)
+        kept = None if kept_seed is None else record.evaluation.each_training().get(kept_seed)
+        if kept is None or monitor.is_better(evaluation.values[monitor.name], kept[monitor.name]):
+            self.checkpoints.save(record.number, trained.state, evaluation.seed)
 
     def _trained(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 
@@ -26,9 +26,11 @@ class Spent:
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
-        """Return the sum over trials, and what was spent beside them."""
+        """Return the sum over trials, and what was spent beside them; derived points are no trials."""
         trials, costs = 0, [Cost() if more is None else more]
         for record in records:
+            if record.derived_from is not None:
+                continue  # what it cost is in its trial's
             trials += record.evaluation.status != "infeasible"
             if record.duplicate_of is None:
                 costs.append(record.evaluation.cost)
@@ -57,6 +59,17 @@ class Budget:
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
         if self.gpu_seconds is not None and not torch.cuda.is_available():
             raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
+
+    def less(self, share: float) -> Self:
+        """Return what is left of hours and seconds when a share of them is kept for a verdict.
+
+        Raises:
+            ValueError: It is no share in [0, 1).
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"verdict is a share of the compute, from 0 up and below 1, got {share!r}.")
+        left: dict[str, Any] = {name: bound * (1 - share) for name, bound in self.bounds.items()}
+        return replace(self, **{**left, "trials": self.trials})
 
     @property
     def bounds(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from itertools import count
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, TrialRecord
-from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
+from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume, Rivals
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
@@ -40,6 +40,7 @@ class Scheduler:
     seeds: int = 1  # trainings that a member of the front is to have
     promoter: AshaPromoter | None = None  # says which paused trial goes on; None where trials do not pause
     overhead: WarmStarts | None = None  # supernets, which take compute beside the trials
+    derives: bool = False  # whether points are derived from whole trainings
     retried: list[int] = field(default_factory=list)  # numbers of failed trials to try again, ascending
     running: dict[int, Job] = field(default_factory=dict, init=False)  # by the number of the trial
     _proposals: dict[int, Proposal] = field(default_factory=dict, init=False)  # of trials that are not over
@@ -73,8 +74,19 @@ class Scheduler:
         return Spent.of(records, None if self.overhead is None else self.overhead.cost)
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Return the members of the front that were trained with fewer seeds than they are to be."""
-        return under_replicated(front_records(records, self.objectives), self.seeds)
+        """Return the trials on the front, or with a derived point there, that lack trainings."""
+        members = {point.trained for point in self._front(records)}
+        return under_replicated((record for record in records if record.number in members), self.seeds)
+
+    def _front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        return front_records([point for record in records for point in record.points], self.objectives)
+
+    def _rivals(self, records: Sequence[TrialRecord]) -> Rivals | None:
+        if not self.derives:
+            return None
+        names = [objective.name for objective in self.objectives]
+        front = (point.evaluation.values for point in self._front(records))
+        return tuple({name: values[name] for name in names} for values in front)
 
     def promising(self, records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, int]]:
         """Return the paused trials that are expected to come onto the front, and the rungs they go to."""
@@ -99,7 +111,7 @@ class Scheduler:
         if (record := next_to_replicate(waiting, latest, may_wait=may_wait)) is not None:
             return Replicate(record=record, training=record.evaluation.trainings)
         if (promoted := self._promoted(records, spent, reserved, begins=begins)) is not None:
-            return Resume(record=promoted[0], rung=promoted[1])
+            return Resume(record=promoted[0], rung=promoted[1], rivals=self._rivals(records))
         return self._new(records) if begins else None
 
     def _promoted(
@@ -132,6 +144,7 @@ class Scheduler:
                 baseline=record.baseline,
                 rung=self._first_rung,
                 failed=record,
+                rivals=self._rivals(records),
             )
         for number in self._held:
             if (job := self._of(number, self._proposals[number], records)) is not None:
@@ -167,4 +180,5 @@ class Scheduler:
                     return Duplicate(number=number, original=record, baseline=baseline)
                 break
         configuration, rung = proposal.configuration, self._first_rung
-        return New(number=number, configuration=configuration, baseline=baseline, rung=rung)
+        rivals = self._rivals(records)
+        return New(number=number, configuration=configuration, baseline=baseline, rung=rung, rivals=rivals)

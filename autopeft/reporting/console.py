@@ -75,6 +75,8 @@ def trial_line(record: TrialRecord, objectives: Sequence[Objective], *, on_front
     values = "  ".join(f"{objective.name} {evaluation.format(objective)}" for objective in objectives)
     mark = "●" if on_front else " "
     tail = f"{evaluation.cost.wall_seconds:.1f} s"
+    if record.derived_from is not None:
+        tail = f"cut from trial {record.derived_from} in {tail}"
     if record.duplicate_of is not None:
         tail = f"as trial {record.duplicate_of}"
     if evaluation.trainings > 1:

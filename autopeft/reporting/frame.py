@@ -42,13 +42,14 @@ def front_frame(
         "wall_seconds": [evaluation.cost.wall_seconds for evaluation in evaluations],
         "reference": [record.baseline for record in records],
         "duplicate_of": [record.duplicate_of for record in records],
+        "derived_from": [record.derived_from for record in records],
         "reason": [evaluation.reason for evaluation in evaluations],
         "configuration": [configuration.key for configuration in configurations],
     }
     # Otherwise a column of numbers with a gap would be shown as 3.0, and one of gaps as NaN.
     frame = pd.DataFrame(columns).astype(dict.fromkeys(metrics, float))
     frame["lowest_block"] = frame["lowest_block"].convert_dtypes()
-    return frame.astype({"front": bool, "duplicate_of": "Int64"})
+    return frame.astype({"front": bool, "duplicate_of": "Int64", "derived_from": "Int64"})
 
 
 def _block(place: Place | None) -> int | str | None:

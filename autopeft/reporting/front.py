@@ -18,7 +18,7 @@ from autopeft.core.objectives import Constraint, Objective, parse_quantity, reso
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.reporting.formats import methods_label
-from autopeft.reporting.uniform_lora import against_uniform_lora
+from autopeft.reporting.verdict import UNKNOWN
 
 if TYPE_CHECKING:
     import pandas
@@ -84,10 +84,11 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     """The trials that no other trial beats in every objective, cheapest first.
 
     Args:
-        records: Every finished trial of the search.
+        records: Every finished trial of the search; points derived from them are added.
         objectives: The search's objectives; the first metric sorts and chooses.
         axes: The fixed axes of hypervolume and knee point.
         export: `Search.export` of the search; None for a front read without it.
+        verdict: Whether it beats a uniform LoRA sweep, as a sentence.
     """
 
     def __init__(
@@ -96,12 +97,16 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
         export: Callable[..., Any] | None = None,
+        verdict: str = UNKNOWN,
     ) -> None:
-        self.records = tuple(sorted(records, key=lambda record: record.number))
+        trials = [record for record in records if record.derived_from is None]
+        points = [point for record in trials for point in record.points]
+        self.records = tuple(sorted(points, key=lambda record: record.number))
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
+        self.verdict = verdict
         costs = [objective for objective in self.objectives if not objective.is_metric]
         self._points = sorted(
             (self._point(record) for record in front_records(self.records, self.objectives)),
@@ -132,7 +137,9 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         axes = [
             Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
         ]
-        return cls(records, objectives, axes, export)
+        told = attributes.get("verdict", {})  # on the trials there were then
+        verdict = told["text"] if told.get("trials") == len(records) else UNKNOWN
+        return cls(records, objectives, axes, export, verdict)
 
     def stored_axes(self) -> list[tuple[str, float, float]]:
         """Return the axes as plain data, for a study's attributes."""
@@ -236,7 +243,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         return front_figure(self.records, self.members, self.objectives)
 
     def table(self) -> Table:
-        """Return the front as a rich table, with a line that says whether it beats uniform LoRA."""
+        """Return the front as a rich table, with a line that says whether it beats a uniform LoRA sweep."""
         says_start = any(point.record.evaluation.warm_start for point in self._points)
         title = f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
         headings = ["trial", *(objective.name for objective in self.objectives)]
@@ -244,7 +251,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         headings += ["initialised from"] if says_start else []
         table = titled_table(title, headings, words=("methods", "initialised from"))
         if self._points:
-            table.caption = against_uniform_lora(self.records, self.objectives)
+            table.caption = self.verdict
         for point in self._points:
             configuration, evaluation = point.configuration, point.record.evaluation
             table.add_row(

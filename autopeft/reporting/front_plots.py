@@ -155,7 +155,8 @@ def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
 
 
 def _name(record: TrialRecord) -> str:
-    return f"trial {record.number}" + (f" · {record.baseline}" if record.baseline else "")
+    origin = "" if record.derived_from is None else f" · cut from trial {record.derived_from}"
+    return f"trial {record.number}{origin}" + (f" · {record.baseline}" if record.baseline else "")
 
 
 def static_front_figure(

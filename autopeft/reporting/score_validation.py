@@ -126,7 +126,7 @@ def check_scores(
     usable = [
         record.evaluation
         for record in records
-        if record.evaluation.status == "complete" and record.duplicate_of is None
+        if record.evaluation.status == "complete" and record.duplicate_of is record.derived_from is None
     ]
     if len(usable) < FEWEST_TRIALS:
         raise ValueError(f"Scores are checked on {FEWEST_TRIALS} trials or more, got {len(usable)}.")

@@ -72,8 +72,9 @@ class SearchReport:
     def finished(self, record: TrialRecord, front: ParetoFront) -> None:
         """Show what became of a trial."""
         self.evaluations += 1
-        on_front = record.number in front.members
-        self.progress.say(trial_line(record, front.objectives, on_front=on_front))
+        for point in record.points:
+            on_front = point.number in front.members
+            self.progress.say(trial_line(point, front.objectives, on_front=on_front))
         is_counted = any(objective.name == "peak_memory" for objective in front.objectives)
         if self._says_memory and is_counted and record.evaluation.cost.steps:
             self._says_memory = False
@@ -91,7 +92,8 @@ class SearchReport:
         if self.tracker is None:
             return
         self.tracker.front_changed(front.members)
-        self.tracker.trial_finished(record)
+        for point in record.points:
+            self.tracker.trial_finished(point)
         _, cost = self._spent()
         figures = {f"cost/{name}": float(value) for name, value in asdict(cost).items()}
         figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
@@ -154,6 +156,7 @@ class SearchReport:
 
 
 def _resuming(records: Sequence[TrialRecord]) -> str:
+    records = [record for record in records if record.derived_from is None]
     counts = Counter(record.evaluation.status for record in records)
     each = ", ".join(f"{number} {status}" for status, number in counts.items())
     again = ". Failed trials are tried again by run(..., retry_failed=True)" if counts["failed"] else ""

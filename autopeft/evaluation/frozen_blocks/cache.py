@@ -149,12 +149,16 @@ class HiddenStateCache:
         )
 
     @contextmanager
-    def below(self, attachment: Attachment) -> Iterator[None]:
-        """Run what lies below an attached configuration as the training settings say, in a `with` block."""
+    def below(self, attachment: Attachment, frozen: int | None = None) -> Iterator[None]:
+        """Run what lies below an attached configuration as the training settings say, in a `with` block.
+
+        With `frozen`, only so many blocks are: those whose hidden states another configuration has used.
+        """
         with ExitStack() as stack:
-            if self.training.frozen_blocks != "train" and attachment.cut is not None:
-                self._cut = min(attachment.cut, self._servable)
-                stack.enter_context(evaluation_mode_below(attachment.cut, self.backbone))
+            cut = attachment.cut if frozen is None else frozen
+            if self.training.frozen_blocks != "train" and cut is not None:
+                self._cut = min(cut, self._servable)
+                stack.enter_context(evaluation_mode_below(cut, self.backbone))
             try:
                 yield
             finally:

@@ -18,7 +18,6 @@ from autopeft.core.objectives import Objective
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
-from autopeft.reporting.uniform_lora import against_uniform_lora
 
 SettingGroups = Mapping[str, Mapping[str, str]]
 """What a search is: settings by their group and name."""
@@ -29,6 +28,7 @@ TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
 STUDY_TAG: Final = "autopeft.study_id"
 VIEW_TAG: Final = "autopeft.view"
+VERDICT_TAG: Final = "autopeft.verdict"
 CURVE_TAG: Final = "autopeft.curve_points"
 NOTE_TAG: Final = "mlflow.note.content"
 KEY_PARAM: Final = "configuration_key"
@@ -107,6 +107,8 @@ def outcome_tags(record: TrialRecord) -> dict[str, str]:
         tags[f"autopeft.reason.{seed}"] = shortened(reason)
     if record.duplicate_of is not None:
         tags["autopeft.duplicate_of"] = str(record.duplicate_of)
+    if record.derived_from is not None:
+        tags["autopeft.derived_from"] = str(record.derived_from)
     return tags
 
 
@@ -152,8 +154,7 @@ def front_markdown(
     more = f"\n\n… and {rest} more in the artifact pareto/front.csv" if rest > 0 else ""
     title = f"**Pareto front: {len(on_front)} of {len(records)} trials**\n\n"
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    verdict = f"\n\n{against_uniform_lora(records, objectives)}" if on_front else ""
-    return title + table + more + verdict
+    return title + table + more
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:

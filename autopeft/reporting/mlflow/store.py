@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -76,6 +76,18 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
     except Exception as error:  # of MLflow, its database driver or the network
         raise unusable_store(uri, error) from None  # whose text may have a password
     return run_id
+
+
+def tag_run(uri: str, experiment: str, tags: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """Add new tags to the runs that have some tags."""
+    try:
+        client, experiment_id = open_experiment(*checked_store(uri), experiment)
+        wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        for run in client.search_runs([experiment_id], wanted):
+            for name, value in new.items():
+                client.set_tag(run.info.run_id, name, value)
+    except Exception as error:  # see `log_report_run`
+        raise unusable_store(uri, error) from None
 
 
 def log_folder(client: MlflowClient, run_id: str, save: Callable[[Path], object], place: str) -> None:

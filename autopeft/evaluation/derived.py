@@ -1,0 +1,170 @@
+"""Many points from one training: what is left of a trained LoRA at smaller budgets of parameters.
+
+The update of every site is split into ranks of falling singular values σ. One threshold on σ² for each
+parameter that a rank costs says over all sites which stay: ranks become smaller, and sites are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autopeft.callbacks import DivergenceError
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.evaluation import Cost
+from autopeft.core.jobs import Rivals
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.run import Trained, reason_of_failure
+from autopeft.methods import count_parameters, count_site
+from autopeft.methods.lora import Lora, lora_scaling
+from autopeft.models.backbone import Backbone
+from autopeft.training.compute_meter import ComputeMeter
+
+SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+"""Of a trial's LoRA parameters. What is cut to less mostly falls to nothing without further training."""
+
+
+def derive(evaluator: Evaluator, trained: Trained, rivals: Rivals) -> list[Trained]:
+    """Cut a whole training to one share after another, while that may give a point of the front.
+
+    A cut is measured if it would be on the front with the metrics of what has more parameters, and kept if it
+    is on the front with its own.
+
+    Returns:
+        The training, which bears the cost, and the cuts.
+    """
+    assert trained.state is not None
+    meter = ComputeMeter(evaluator.device)
+    backbone, configuration = evaluator.backbone, trained.evaluation.configuration
+    hoped = trained.evaluation.values
+    known, found = [*rivals, hoped], list[Trained]()
+
+    def adds(values: Mapping[str, float]) -> bool:
+        return not any(
+            all(not each.is_better(values[each.name], rival[each.name]) for each in evaluator.objectives)
+            for rival in known
+        )
+
+    for share in SHARES:
+        cut = cut_configuration(backbone, configuration, trained.state, share)
+        size = {"trainable_parameters": float(count_parameters(backbone, cut))}
+        if not len(cut) or not adds({**hoped, **size}):
+            break
+        point = measured_cut(evaluator, trained, cut)
+        if point.evaluation.status != "complete":
+            break
+        hoped = point.evaluation.values
+        if adds(hoped):
+            found.append(point)
+            known.append(hoped)
+    return _with_cuts(trained, found, meter.read())
+
+
+def derive_again(evaluator: Evaluator, trained: Trained, cuts: Iterable[Configuration]) -> list[Trained]:
+    """Cut another training of a trial to the configurations that the first was cut to; see `derive`."""
+    found = [measured_cut(evaluator, trained, cut) for cut in cuts]
+    return _with_cuts(trained, found, sum((cut.evaluation.cost for cut in found), Cost()))
+
+
+def _with_cuts(trained: Trained, cuts: Sequence[Trained], cost: Cost) -> list[Trained]:
+    evaluation = replace(trained.evaluation, derived=tuple(cut.evaluation for cut in cuts))
+    return [replace(trained, evaluation=evaluation).with_added_cost(cost), *cuts]
+
+
+def measured_cut(evaluator: Evaluator, trained: Trained, cut: Configuration) -> Trained:
+    """Cut a whole training to the ranks of a configuration, and measure that on the validation split.
+
+    What it took to train, peak memory too, is what its training took: there is no one without the other. What
+    it is by itself, as its parameters and its latency, is its own.
+    """
+    meter, values = ComputeMeter(evaluator.device), dict(trained.evaluation.values)
+    assert trained.state is not None
+    whole = trained.evaluation.configuration
+    state = cut_state(whole, trained.state, cut)
+    frozen = evaluator.backbone.blocks_below(whole.lowest_block)
+
+    def attempt() -> None:
+        for name, value in evaluator.measure(cut, state, frozen).items():
+            if not math.isfinite(value):
+                raise DivergenceError(f"{name} is {value}")
+            values[name] = value
+
+    reason = reason_of_failure(attempt)
+    evaluation = replace(
+        trained.evaluation,
+        configuration=cut,
+        status="complete" if reason is None else "failed",
+        reason=reason,
+        values=values,
+        curves=(),
+        cost=meter.read(),
+        derived=(),
+    )
+    return Trained(evaluation, state if reason is None else None)
+
+
+def cut_configuration(
+    backbone: Backbone, configuration: Configuration, state: Mapping[str, Tensor], share: float
+) -> Configuration:
+    """Return what is left of a trained configuration whose LoRA may have a share of its parameters."""
+    loras, worth, left = _loras(configuration), [], 0.0
+    for site, adapter in loras.items():
+        cost = count_site(backbone, site, adapter) // (adapter.size or 1)
+        worth += [(float(sigma**2) / cost, site, cost) for sigma in _decomposed(state, site, adapter)[1]]
+        left += share * count_site(backbone, site, adapter)
+    ranks: Counter[Site] = Counter()
+    for value, site, cost in sorted(worth, key=lambda rank: -rank[0]):
+        left -= cost
+        if left < 0 or value == 0:
+            break
+        ranks[site] += 1
+    adapters: dict[Site, list[Adapter]] = {}
+    for site, adapter in configuration:
+        if adapter is not loras.get(site):
+            adapters.setdefault(site, []).append(adapter)
+        elif ranks[site]:
+            cut = Adapter(Lora.name, ranks[site], dict(adapter.options))
+            adapters.setdefault(site, []).append(cut)
+    return configuration.replace(adapters=adapters)
+
+
+def cut_state(
+    configuration: Configuration, state: Mapping[str, Tensor], cut: Configuration
+) -> dict[str, Tensor]:
+    """Return a cut's tensors: at every site the largest singular values of what was trained there."""
+    trained = _loras(configuration)
+    of_loras = tuple(f"{site}.{Lora.name}." for site in trained)
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(of_loras)}
+    for site, adapter in _loras(cut).items():
+        left, sigma, right = _decomposed(state, site, trained[site])
+        root = (sigma[: adapter.size] / lora_scaling(adapter)).sqrt()
+        up, down = left[:, : adapter.size] * root, root[:, None] * right[: adapter.size]
+        for name, factor in zip(_names(site), (up, down), strict=True):
+            tensors[name] = factor.to(state[name].dtype)
+    return tensors
+
+
+def _loras(configuration: Configuration) -> dict[Site, Adapter]:
+    """Return what can be cut: one peft adapter of fused experts has several updates, which stay whole."""
+    return {
+        site: adapter
+        for site, adapter in configuration
+        if adapter.method == Lora.name and site.kind == "linear"
+    }
+
+
+def _names(site: Site) -> tuple[str, str]:
+    return f"{site}.{Lora.name}.lora_B.weight", f"{site}.{Lora.name}.lora_A.weight"
+
+
+def _decomposed(state: Mapping[str, Tensor], site: Site, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition U, σ, Vᵀ of a LoRA's update, by QR of its factors."""
+    up, down = (state[name].double() for name in _names(site))
+    (outer, of_up), (inner, of_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    left, sigma, right = torch.linalg.svd(of_up @ of_down.T, full_matrices=False)
+    return outer @ left, sigma * lora_scaling(adapter), right @ inner.T

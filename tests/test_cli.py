@@ -134,6 +134,7 @@ def test_sensitivity_scores_without_training(place: Path) -> None:
     assert "cannot be written" in error("sensitivity", place / "search.yaml", "--to", "/proc/none")
 
 
+@pytest.mark.slow
 def test_a_moved_search_exports(place: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(place / "runs", moved)
@@ -262,6 +263,7 @@ def python_search(place: Path, folder: Path, **changes: Any) -> Search:
     return tiny_search(folder, **(settings | changes))
 
 
+@pytest.mark.slow
 def test_a_search_from_python_is_exported_from_the_command_line(place: Path, tmp_path: Path) -> None:
     search = python_search(
         place, tmp_path, sampler=RandomSampler(seed=1), seeds=2, constraints={"peak_memory": "1 GiB"}

@@ -17,28 +17,19 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
-    ASTFeatureExtractor,
     AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    ViTImageProcessorPil,
-    Wav2Vec2FeatureExtractor,
-    WhisperFeatureExtractor,
-    WhisperProcessor,
-    WhisperTokenizer,
 )
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.models.backbone import Backbone
-from autopeft.models.head_spec import HeadSpec, Processor
+from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks import TextClassification
 
 VOCABULARY = 128
@@ -283,32 +274,6 @@ def tiny_language_model(architecture: str, *, seed: int = 0, **options: Any) -> 
 def tiny_headed(head: HeadSpec, architecture: str, *, seed: int = 0) -> PreTrainedModel:
     """Return a fresh model with the head of a task, in evaluation mode."""
     return _build(head.auto_class, architecture, seed, head.config)
-
-
-def tiny_processor(head: HeadSpec, architecture: str = "") -> Processor:
-    """Return the processor that a task's head needs: of words, of 16 pixels a side, or of 16 mel bins."""
-    if head.processor_class is AutoImageProcessor:
-        return ViTImageProcessorPil(size={"height": 16, "width": 16})
-    if head.processor_class is AutoProcessor:
-        return WhisperProcessor(_whisper_features(), _whisper_tokenizer())
-    if head.processor_class is AutoFeatureExtractor:
-        if architecture == "wav2vec2":
-            return Wav2Vec2FeatureExtractor()
-        is_whisper = architecture == "whisper"
-        return _whisper_features() if is_whisper else ASTFeatureExtractor(num_mel_bins=16, max_length=64)
-    return tiny_tokenizer()
-
-
-def _whisper_features() -> WhisperFeatureExtractor:
-    """Return log-mel features of 50 frames of a second."""
-    return WhisperFeatureExtractor(feature_size=16, hop_length=320, chunk_length=1)
-
-
-def _whisper_tokenizer() -> WhisperTokenizer:
-    """Return a tokenizer of digits, "w" and blanks, which begins and ends texts as Whisper's does."""
-    special = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
-    words = {word: index for index, word in enumerate([*"w0123456789\u0120", *special])}
-    return WhisperTokenizer(vocab=words, merges=[], pad_token=special[0])
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

@@ -165,6 +165,7 @@ def without_key_biases(trained: Trained) -> Trained:
     return replace(trained, state=state)
 
 
+@pytest.mark.slow
 def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Path) -> None:
     task = TextClassification(
         dataset=str(questions_csv), train_examples=96, validation_examples=60, test_examples=20

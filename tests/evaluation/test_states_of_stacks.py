@@ -17,7 +17,8 @@ from autopeft.tasks import ImageClassification, Seq2Seq
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.evaluation.test_hidden_state_cache import assert_alike, served_cuts
 from tests.task_cases import TASK_CASES, answered_rows, drawn_rows, splits_of
-from tests.tiny_models import fingerprint, tiny_chat_tokenizer, tiny_headed, tiny_processor
+from tests.tiny_models import fingerprint, tiny_chat_tokenizer, tiny_headed
+from tests.tiny_processors import tiny_processor
 
 TRAINING = Training(epochs=1, batch_size=8, device="cpu", precision="32-true", frozen_blocks="cached")
 

@@ -133,6 +133,7 @@ def run_python(script: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_export_checks_itself_in_a_fresh_process(
     minilm: Backbone, question_batch: dict[str, Tensor], tmp_path: Path
 ) -> None:

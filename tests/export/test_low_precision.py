@@ -54,7 +54,7 @@ def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path
     assert difference(loaded, inputs, expected) < 0.05 * float(expected.max() - expected.min())
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_exports_of_a_bf16_base_reproduce_it(architecture: str, merged: bool, tmp_path: Path) -> None:
     backbone = tiny_backbone(architecture)

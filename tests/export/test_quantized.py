@@ -48,6 +48,7 @@ def test_a_plain_folder_says_how_its_base_was_quantised(tmp_path: Path) -> None:
     assert (quantization_of(loaded.get_base_model()) or {})["load_in_4bit"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_several_methods_loads_its_base_quantised(tmp_path: Path) -> None:
     report = export(tmp_path, "int8", series=True)
     assert "in a fresh process" in report.checked

@@ -90,6 +90,7 @@ def test_a_study_has_an_id_of_its_own_that_stays(tmp_path: Path) -> None:
     assert again.study_id == stores[0].study_id == load_study(tmp_path / "a")[0]["study_id"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_loses_no_trial_it_was_told(tmp_path: Path) -> None:
     script = "\n".join(
         [

@@ -149,6 +149,7 @@ def test_a_constant_score_correlates_with_nothing() -> None:
     assert not check.frame.isna().any(axis=None)
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     space = PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8))

@@ -329,6 +329,7 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytes
     assert "someone" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_trial_costs_the_search_next_to_nothing(uri: str) -> None:
     records = synthetic_records(50)
     tracker = make(uri)

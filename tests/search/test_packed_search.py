@@ -36,7 +36,9 @@ def packed_search(folder: Path, *, size: int = 4, **settings: Any) -> Search:
     return tiny_search(folder, **(defaults | settings))
 
 
-@pytest.mark.parametrize("halving", [None, HALVING], ids=("whole", "rungs"))
+@pytest.mark.parametrize(
+    "halving", [None, pytest.param(HALVING, marks=pytest.mark.slow)], ids=("whole", "rungs")
+)
 def test_trials_of_a_packed_search_are_what_they_are_alone(
     halving: SuccessiveHalving | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +73,7 @@ def test_a_pack_has_the_seed_of_its_first_trial(tmp_path: Path) -> None:
     assert seeds == [training_seed(0, number // 4 * 4) for number in range(8)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_finds_what_an_uninterrupted_one_finds(tmp_path: Path) -> None:
     """Ctrl-C comes while the records of a pack are taken; what was taken is kept."""
     settings: dict[str, Any] = {"space": ScoreGuided(methods=("lora",), ranks=(1, 8)), "seeds": 2}

@@ -174,7 +174,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(tmp_path: Path) -> No
     assert outcomes(kept) == outcomes(front.records)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("nsga2", marks=pytest.mark.slow)])
 def test_after_ctrl_c_the_same_call_resumes(tmp_path: Path, sampler: str) -> None:
     settings = {"space": SPACES[0], "baselines": False, "sampler": sampler}
     whole = run(tiny_search(tmp_path / "whole", **settings), 13)

@@ -169,6 +169,7 @@ def test_a_supernet_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
     assert len(short.records) < 6
 
 
+@pytest.mark.slow
 def test_what_the_supernet_does_not_cover_starts_from_random_weights(tmp_path: Path) -> None:
     space = Uniform(methods=("lora", "series"), ranks=(1, 4), widths=(1, 4))
     search = warm_search(tmp_path, space=space, baselines=False)
@@ -290,6 +291,7 @@ def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> N
     assert again.cost == first.cost  # nothing was trained a second time
 
 
+@pytest.mark.slow
 def test_a_supernet_whose_training_fails_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,8 @@ from autopeft.tasks import AudioClassification, SpeechRecognition
 from autopeft.tasks.batch import IGNORED, LABELS, rows_of
 from autopeft.tasks.generation import word_error_rate
 from tests.task_cases import dictated_rows, heard, splits_of, sung_rows
-from tests.tiny_models import everywhere, tiny_headed, tiny_processor, tiny_tokenizer
+from tests.tiny_models import everywhere, tiny_headed, tiny_tokenizer
+from tests.tiny_processors import tiny_processor
 
 EXTRACTOR = Wav2Vec2FeatureExtractor()
 

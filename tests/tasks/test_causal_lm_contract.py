@@ -104,7 +104,7 @@ def test_memory_is_counted_as_it_is(
     ("architecture", "merged"),
     [
         ("llama", False),
-        ("llama", True),
+        pytest.param("llama", True, marks=pytest.mark.slow),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "qwen3")),
     ],
 )

@@ -29,7 +29,8 @@ from autopeft.tasks.dataset_task import DatasetTask
 from benchmarks.memory import measure_live_storage
 from tests.evaluation.test_fake_device import LAZY, faked, optimizer_step
 from tests.task_cases import TASK_CASES
-from tests.tiny_models import tiny_headed, tiny_processor
+from tests.tiny_models import tiny_headed
+from tests.tiny_processors import tiny_processor
 
 TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
 

@@ -19,7 +19,8 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import ImageClassification
 from autopeft.tasks.batch import LABELS, rows_of
 from tests.task_cases import drawn_rows, splits_of
-from tests.tiny_models import tiny_headed, tiny_processor, tiny_tokenizer
+from tests.tiny_models import tiny_headed, tiny_tokenizer
+from tests.tiny_processors import tiny_processor
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
 

@@ -103,6 +103,7 @@ def test_trials_are_not_packed() -> None:
     assert not PackedTrainer(evaluator).can_pack(everywhere(backbone, "lora"))
 
 
+@pytest.mark.slow
 def test_a_search_generates_and_exports(tmp_path: Path) -> None:
     seen: list[Sequence[str]] = []
 

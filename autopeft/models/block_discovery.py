@@ -135,7 +135,8 @@ def block_modules(name: str, block: nn.Module) -> BlockModules | None:
     """Assign roles inside a module, or return None where it is no block."""
     linears = _linears(block)
     inside = [(path, module) for path, module in linears if _in_attention(path)]
-    outside = [(path, module) for path, module in linears if not _in_attention(path)]
+    beside = [path for path, _ in linears if _in_state_space(block, path)]  # of attention, as in Falcon-H1
+    outside = [(path, module) for path, module in linears if not _in_attention(path) and path not in beside]
     attention = _attention_roles(inside)
     if attention is None:
         return None
@@ -144,6 +145,7 @@ def block_modules(name: str, block: nn.Module) -> BlockModules | None:
     hidden = linear_sizes(dict(linears)[attention.get("query", attention.get("qkv", ""))])[0]
     norms = _norm_roles(_norms(block), "cross_query" in attention)
     roles = attention | _ffn_roles(outside, hidden) | _expert_roles(block) | norms
+    roles |= {path: path for path in beside if not _is_read_past(block, path)}
     return _block(name, roles, linears, has_attention=True)
 
 
@@ -159,8 +161,9 @@ def _mixer_modules(
     name: str, block: nn.Module, linears: Sequence[tuple[str, LinearLike]]
 ) -> BlockModules | None:
     """Assign roles inside a block without attention; None where it is a stage of such blocks, or no block."""
-    # Norms that are not part of a mixer.
-    norms = [path for path in _norms(block) if "." not in path or _in_attention(path) or _FFN.match(path)]
+    norms = _norms(block)
+    outer = [path for path in norms if "." not in path or _in_attention(path) or _FFN.match(path)]
+    norms = outer or norms  # without those that are part of a mixer
     if not linears or not norms or isinstance(block, nn.ModuleList) or _is_stage(block):
         return None
     outermost = min(norms, key=lambda path: path.count("."))
@@ -188,8 +191,11 @@ def _is_read_past(block: nn.Module, path: str) -> bool:
     transformers' Mamba multiplies by `dt_proj.weight` itself, and with its kernels by those of `x_proj` and
     `out_proj` too: an adapter there would be passed over.
     """
-    parent, _, leaf = path.rpartition(".")
-    return hasattr(block.get_submodule(parent), "conv1d") and not leaf.startswith("in_proj")
+    return _in_state_space(block, path) and not path.rpartition(".")[2].startswith("in_proj")
+
+
+def _in_state_space(block: nn.Module, path: str) -> bool:
+    return hasattr(block.get_submodule(path.rpartition(".")[0]), "conv1d")
 
 
 def _expert_roles(block: nn.Module) -> dict[str, str]:

@@ -305,6 +305,28 @@ def test_blocks_with_attention_and_with_mixers_stand_in_one_list() -> None:
     assert attention.roles["query"] == "self_attn.q_proj"
 
 
+def test_a_state_space_beside_attention_is_no_ffn() -> None:
+    options = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4}
+    config = AutoConfig.for_model("falcon_h1", **OPTIONS["llama"], **options)
+    with torch.device("meta"):
+        block = find_blocks(AutoModel.from_config(config))[-1]
+    assert block.roles["ffn_down"] == "feed_forward.down_proj"
+    assert block.roles["mamba.in_proj"] == "mamba.in_proj"
+    assert block.unrecognised == ("mamba.out_proj",)
+
+
+def test_norms_of_sublayers_are_norms_of_a_block_without_attention() -> None:
+    options = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        block = find_blocks(AutoModel.from_config(AutoConfig.for_model("fnet", **options)))[-1]
+    assert dict(block.roles) == {
+        "attention_norm": "fourier.output.LayerNorm",
+        "ffn_norm": "output.LayerNorm",
+        "intermediate.dense": "intermediate.dense",
+        "output.dense": "output.dense",
+    }
+
+
 def test_a_list_of_stages_is_no_list_of_blocks() -> None:
     config = AutoConfig.for_model("convnext", hidden_sizes=[8, 16], depths=[1, 2], num_stages=2)
     with torch.device("meta"):

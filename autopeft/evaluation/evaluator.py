@@ -100,7 +100,8 @@ class Evaluator(EvaluationContext):
             self.hidden_states.below(attachment, frozen),
         ):
             attachment.load_state_dict(state)
-            self.hidden_states.open()
+            if any(use.cut == frozen for use in self.hidden_states.uses):
+                self.hidden_states.open()  # that they are computed would not pay for one validation
             values = self.sizes(attachment) | self.speeds(self.needed)
             values |= self._scored(configuration, "validation")
         if "tokens_per_second_merged" in self.needed:

@@ -73,6 +73,7 @@ def test_plain_data_is_plain() -> None:
         "by_seed": {},
         "failures": {},
         "warm_start": False,
+        "derived": [],
     }
 
 

@@ -35,7 +35,8 @@ class Configuration:
 
     Args:
         adapters: The adapters of each site. An empty map trains the task's head alone.
-        learning_rate: Peak learning rate of AdamW, above 0.
+        learning_rate: Peak learning rate of AdamW, above 0: that of LoRA, of which other methods take the
+            multiple in their specification.
         weight_decay: Decoupled weight decay, at least 0.
 
     Raises:
@@ -246,8 +247,10 @@ def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
     names = [adapter.method for adapter in several]
     if len(set(names)) != len(names):
         raise ValueError(f"Site {site} carries a method twice: {', '.join(names)}.")
+    wrapping = {adapter.method for adapter in several if adapter.specification.wraps}
     for adapter in several:
-        for rival in adapter.specification.excludes & set(names):
+        rivals = wrapping - {adapter.method} if adapter.specification.wraps else frozenset[str]()
+        for rival in sorted((adapter.specification.excludes | rivals) & set(names)):
             raise ValueError(
                 f"Site {site} carries {adapter.method} and {rival}, which take the same place: "
                 "a site takes one of them."

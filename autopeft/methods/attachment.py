@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import method_spec
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
-from autopeft.methods.base import Placement
+from autopeft.methods.base import RATE, Placement
 from autopeft.methods.head import copy_head
 from autopeft.methods.registry import METHODS
 from autopeft.models.backbone import Backbone
@@ -24,10 +25,21 @@ def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
     return METHODS[adapter.method].count(backbone.shape(site), adapter)
 
 
+def obstacle(backbone: Backbone, site: Site, adapter: Adapter) -> str | None:
+    """Say why an adapter of this method and size cannot sit on a site, or return None where it can."""
+    shape = backbone.shape(site)
+    why = backbone.obstacle(shape, adapter.method)
+    return why or METHODS[adapter.method].obstacle(shape, adapter, shape.module in backbone.quantized)
+
+
 def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
     """Return the exact number of trainable parameters, head included, before anything is built."""
     adapters = sum(count_site(backbone, site, adapter) for site, adapter in configuration)
-    return adapters + backbone.head_parameters
+    shared = 0
+    if any(METHODS[name].shares_state for name in configuration.methods):
+        by_method = placements(configuration, backbone.sites)
+        shared = sum(METHODS[name].count_shared(placement) for name, placement in by_method.items())
+    return adapters + shared + backbone.head_parameters
 
 
 def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
@@ -45,6 +57,7 @@ def attach_methods(
     parameters: dict[str, nn.Parameter] = {}
     for name, placement in by_method.items():
         trainable = METHODS[name].attach(model, placement, undo)
+        own: dict[str, nn.Parameter] = {}
         for site, (shape, adapter) in placement.items():
             at_site = trainable.get(site, {})
             expected = METHODS[name].count(shape, adapter)
@@ -54,7 +67,19 @@ def attach_methods(
                     f"{site} should carry {adapter} with {expected} parameters, but "
                     f"{shape.module} got {found}: {name} did not attach there."
                 )
-            parameters |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+            own |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+        shared = {
+            f"{group}.shared.{local}": parameter
+            for group, named in trainable.items()
+            if isinstance(group, str)
+            for local, parameter in named.items()
+        }
+        expected, found = METHODS[name].count_shared(placement), sum(map(Tensor.numel, shared.values()))
+        if found != expected:
+            raise RuntimeError(f"The sites of {name} should share {expected} parameters, but share {found}.")
+        for parameter in (own := own | shared).values():
+            setattr(parameter, RATE, method_spec(name).rate)
+        parameters |= own
     return parameters
 
 
@@ -95,7 +120,9 @@ class Attachment:
     def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:
         if backbone.attached is not None:
             raise ValueError(f"{backbone.name} already carries {backbone.attached!r}: detach that one first.")
-        backbone.check(configuration)
+        for site, adapter in configuration:
+            if (why := obstacle(backbone, site, adapter)) is not None:
+                raise ValueError(f"{adapter.method!r} cannot sit on {site} of {backbone.name}: {why}.")
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}

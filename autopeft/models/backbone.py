@@ -243,7 +243,7 @@ class Backbone:
     def taken_for_experts(self) -> frozenset[str]:
         """Names of linear layers that peft's LoRA takes for experts, which had layers in transformers 4."""
         names = {shape.module for shape in self.sites.values() if shape.kind == "linear"}
-        config = LoraConfig(target_modules=names)
+        config = LoraConfig(target_modules=sorted(names))
         convert_peft_config_for_transformers(config, self.model, None)
         return frozenset(names - {*(config.target_modules or ())})
 

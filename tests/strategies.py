@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hypothesis import strategies as st
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, OptionValue
+from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, OptionValue, PeftSpec
 from autopeft.models.backbone import Backbone
 
 _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
@@ -18,6 +18,10 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
     "scaling": st.floats(0.125, 8.0),
     "initial_std": st.sampled_from((0.02, 0.1)),
 }
+
+
+ANYWHERE = [name for name, one in METHOD_SPECS.items() if not isinstance(one, PeftSpec)] + ["dora", "vera"]
+"""Methods that take any size at any site of their kinds."""
 
 
 @st.composite
@@ -31,7 +35,8 @@ def adapters(draw: st.DrawFn, methods: Iterable[str] = tuple(METHOD_SPECS), larg
 
 def _compatible(methods: Iterable[str]) -> bool:
     names = set(methods)
-    return not any(METHOD_SPECS[name].excludes & names for name in names)
+    is_apart = not any(METHOD_SPECS[name].excludes & names for name in names)
+    return is_apart and sum(METHOD_SPECS[name].wraps for name in names) < 2
 
 
 @st.composite
@@ -65,7 +70,7 @@ def configurations_of(draw: st.DrawFn, backbone: Backbone, largest: int = 5) -> 
     """Draw a valid configuration that a backbone can carry."""
     placed: dict[Site, list[Adapter]] = {}
     for site, shape in backbone.sites.items():
-        fitting = [name for name in METHOD_SPECS if not backbone.obstacle(shape, name)]
+        fitting = [name for name in ANYWHERE if not backbone.obstacle(shape, name)]
         occupied = draw(st.booleans())
         if fitting and occupied:
             placed[site] = draw(_several(fitting, largest))

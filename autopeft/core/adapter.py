@@ -11,14 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from autopeft.core.errors import unknown_choice
-from autopeft.core.method_specs import (
-    KIND_OF_ROLE,
-    METHOD_SPECS,
-    ROLES,
-    Kind,
-    MethodSpec,
-    OptionValue,
-)
+from autopeft.core.method_specs import KIND_OF_ROLE, ROLES, Kind, MethodSpec, OptionValue, method_spec
 
 _SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
 _MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
@@ -139,7 +132,7 @@ class Adapter:
     """One adapter of a configuration: a method, its size and the options that differ from default.
 
     Args:
-        method: A name of `METHOD_SPECS`.
+        method: A name that `method_spec` knows.
         size: Rank, bottleneck width or prefix length, at least 1; None for methods without a size.
         options: Options of the method; those equal to the default are dropped, so that two
             spellings of the same adapter are equal.
@@ -158,9 +151,7 @@ class Adapter:
         size: int | None = None,
         options: Mapping[str, OptionValue] | None = None,
     ) -> None:
-        specification = METHOD_SPECS.get(method)
-        if specification is None:
-            raise unknown_choice("method", method, METHOD_SPECS)
+        specification = method_spec(method)
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "size", _checked_size(specification, size))
         object.__setattr__(self, "options", _canonical_options(specification, options or {}))
@@ -168,7 +159,7 @@ class Adapter:
     @property
     def specification(self) -> MethodSpec:
         """What the method's name stands for."""
-        return METHOD_SPECS[self.method]
+        return method_spec(self.method)
 
     def option(self, name: str) -> OptionValue:
         """Return an option's value, the default where the configuration leaves it out."""

@@ -246,8 +246,10 @@ def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
     names = [adapter.method for adapter in several]
     if len(set(names)) != len(names):
         raise ValueError(f"Site {site} carries a method twice: {', '.join(names)}.")
+    wrapping = {adapter.method for adapter in several if adapter.specification.wraps}
     for adapter in several:
-        for rival in adapter.specification.excludes & set(names):
+        rivals = wrapping - {adapter.method} if adapter.specification.wraps else frozenset[str]()
+        for rival in sorted((adapter.specification.excludes | rivals) & set(names)):
             raise ValueError(
                 f"Site {site} carries {adapter.method} and {rival}, which take the same place: "
                 "a site takes one of them."

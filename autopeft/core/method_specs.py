@@ -7,11 +7,13 @@ The torch side of a method is an `autopeft.methods.Method` of the same name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from importlib.metadata import entry_points
 
-Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn"]
-OptionValue = bool | int | float | str
+from autopeft.core.errors import unknown_choice
+from autopeft.core.method_spec import Kind, MethodSpec, OptionValue, PeftSpec
+from autopeft.core.peft_families import PEFT_FAMILIES
+
+__all__ = ["Kind", "MethodSpec", "OptionValue", "PeftSpec"]
 
 LINEAR_ROLES = (
     "query",
@@ -53,27 +55,6 @@ ROLES = tuple(KIND_OF_ROLE)
 """Every role, in the order in which tables and pictures show them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodSpec:
-    """What a configuration may say of an adapter method."""
-
-    name: str  # the name in configurations, as in "lora"
-    symbol: str  # one or two letters for the compact picture
-    kinds: frozenset[Kind]  # the kinds of site it can sit on
-    # What its size means ("rank", "bottleneck width", ...); None for a method without one.
-    size_name: str | None = None
-    options: Mapping[str, OptionValue] = field(default_factory=dict)  # every option with its default
-    # Options that are numbers with a lower bound (exclusive).
-    minimums: Mapping[str, float] = field(default_factory=dict)
-    # Options that are names, with the valid ones.
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Methods that train the same numbers or take the same place, so that a site carries one of them at most.
-    excludes: frozenset[str] = frozenset()
-    needs_bias: bool = False  # whether the module must have a bias
-    # Whether the model must compute attention through transformers' attention interface.
-    needs_attention_interface: bool = False
-
-
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
 _SUBLAYER: frozenset[Kind] = frozenset({"attention", "ffn"})
 _ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
@@ -88,9 +69,10 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             size_name="rank",
             options={"alpha": 8, "rslora": True, "dropout": 0.0},
             minimums={"alpha": 0.0},
-            excludes=frozenset({"ia3"}),
+            wraps=True,
         ),
-        MethodSpec(name="ia3", symbol="I", kinds=_LINEAR, excludes=frozenset({"lora"})),
+        MethodSpec(name="ia3", symbol="I", kinds=_LINEAR, wraps=True),
+        *PEFT_FAMILIES,
         MethodSpec(name="layernorm", symbol="N", kinds=frozenset({"norm"}), excludes=frozenset({"bitfit"})),
         MethodSpec(
             name="bitfit",
@@ -127,4 +109,18 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
     )
 }
-"""Every method a configuration may name."""
+"""Every method that a configuration may name, but those of other packages that nobody has named yet."""
+
+
+def method_spec(name: str) -> MethodSpec:
+    """Return what a method's name stands for; one of another package's `autopeft.methods` entry points too.
+
+    Raises:
+        ValueError: There is no such method; the message says the nearest.
+    """
+    if name not in METHOD_SPECS:
+        for entry in entry_points(group="autopeft.methods", name=name):
+            entry.load()  # which calls `autopeft.methods.register`
+    if name not in METHOD_SPECS:
+        raise unknown_choice("method", name, METHOD_SPECS)
+    return METHOD_SPECS[name]

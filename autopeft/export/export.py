@@ -29,7 +29,7 @@ from autopeft.export.merging import merged_model
 from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
 from autopeft.export.servable import uniform_lora
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
-from autopeft.methods import MERGEABLE, placements, unmergeable
+from autopeft.methods import METHODS, placements, unmergeable
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 
@@ -128,8 +128,9 @@ def export_adapter(
     if merged and servable:
         raise ValueError("A merged model is served as it is: choose merged=True or servable=True.")
     if merged and others:
+        mergeable = [name for name, method in METHODS.items() if method.is_mergeable]
         raise ValueError(
-            f"Cannot merge {', '.join(others)}: only {', '.join(MERGEABLE)} are updates of weights. "
+            f"Cannot merge {', '.join(others)}: only {', '.join(mergeable)} are updates of weights. "
             "Export with merged=False."
         )
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}

@@ -53,6 +53,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
+_SHARED_PREFIX = "base_model."  # of what all sites of a peft adapter share
 _HEAD_PREFIX = "head."
 AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
     f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
@@ -211,6 +212,7 @@ def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str
         f"{folder}/{PEFT_FILE}": {
             _PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
         }
+        | {_SHARED_PREFIX: f"{folder}.shared."}
         for folder, (method, group) in peft_groups(by_method).items()
     }
     if adapter_layout(by_method) == "peft":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,7 @@ from autopeft.export.folder_format import (
 )
 from autopeft.methods import Placement, carries_adapters, placements
 from autopeft.methods.attachment import attach_methods, load_tensors
-from autopeft.methods.peft_base import UNMATCHED
+from autopeft.methods.peft_base import quiet_peft
 from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
 
@@ -56,10 +55,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
         model = _with_head(base, manifest)
         for shape in manifest.sites.values():
             _require_module(model, shape.module)  # peft skips what it does not find
-        with warnings.catch_warnings():
-            # peft's LayerNorm tuning says the former of every norm, and peft calls the latter.
-            for message in ("Unsupported layer type", "`is_gradient_checkpointing` is deprecated", UNMATCHED):
-                warnings.filterwarnings("ignore", message=message)
+        with quiet_peft():
             if manifest.layout == "peft":
                 for file in (PEFT_CONFIG_FILE, PEFT_FILE):
                     require_file(folder / file)  # peft would ask the hub for it, under the folder's name

@@ -6,6 +6,7 @@ hold the model twice.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -22,10 +23,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from autopeft.core.configuration import Configuration
-from autopeft.export.folder_format import Manifest
+from autopeft.export.folder_format import CONFIGURATION_FILE, Manifest
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
-from autopeft.methods import attach
+from autopeft.methods import METHODS, attach
+from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 
@@ -99,7 +101,13 @@ def check_export(
     else:
         why = ", which cannot be loaded from anywhere" if fresh else ""
         how = f"in this process, on a copy of the base model{why}"
-        found = _predicted(load_adapter(shared_copy(backbone.model), folder), probe, prediction)
+        copied = shared_copy(backbone.model)
+        if any(
+            METHODS[name].changes_weights for name in Configuration.load(folder / CONFIGURATION_FILE).methods
+        ):
+            for shape in manifest.sites.values():
+                replace_module(copied, shape.module, copy.deepcopy(copied.get_submodule(shape.module)))
+        found = _predicted(load_adapter(copied, folder), probe, prediction)
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)
     if not difference <= check.tolerance:  # so that NaN is an error

@@ -5,16 +5,16 @@ from autopeft.methods.attachment import (
     attach,
     count_parameters,
     count_site,
+    obstacle,
     placements,
 )
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod
-from autopeft.methods.registry import MERGEABLE, METHODS, carries_adapters, unmergeable
+from autopeft.methods.registry import METHODS, carries_adapters, register, unmergeable
 from autopeft.methods.switch import adapters_off
 
 __all__ = [
-    "MERGEABLE",
     "METHODS",
     "Attachment",
     "FullFineTuning",
@@ -26,6 +26,8 @@ __all__ = [
     "carries_adapters",
     "count_parameters",
     "count_site",
+    "obstacle",
     "placements",
+    "register",
     "unmergeable",
 ]

@@ -24,10 +24,21 @@ def count_site(backbone: Backbone, site: Site, adapter: Adapter) -> int:
     return METHODS[adapter.method].count(backbone.shape(site), adapter)
 
 
+def obstacle(backbone: Backbone, site: Site, adapter: Adapter) -> str | None:
+    """Say why an adapter of this method and size cannot sit on a site, or return None where it can."""
+    shape = backbone.shape(site)
+    why = backbone.obstacle(shape, adapter.method)
+    return why or METHODS[adapter.method].obstacle(shape, adapter, shape.module in backbone.quantized)
+
+
 def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
     """Return the exact number of trainable parameters, head included, before anything is built."""
     adapters = sum(count_site(backbone, site, adapter) for site, adapter in configuration)
-    return adapters + backbone.head_parameters
+    shared = 0
+    if any(METHODS[name].shares_state for name in configuration.methods):
+        by_method = placements(configuration, backbone.sites)
+        shared = sum(METHODS[name].count_shared(placement) for name, placement in by_method.items())
+    return adapters + shared + backbone.head_parameters
 
 
 def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -> dict[str, Placement]:
@@ -55,6 +66,16 @@ def attach_methods(
                     f"{shape.module} got {found}: {name} did not attach there."
                 )
             parameters |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+        shared = {
+            f"{group}.shared.{local}": parameter
+            for group, named in trainable.items()
+            if isinstance(group, str)
+            for local, parameter in named.items()
+        }
+        expected, found = METHODS[name].count_shared(placement), sum(map(Tensor.numel, shared.values()))
+        if found != expected:
+            raise RuntimeError(f"The sites of {name} should share {expected} parameters, but share {found}.")
+        parameters |= shared
     return parameters
 
 
@@ -95,7 +116,9 @@ class Attachment:
     def __init__(self, backbone: Backbone, configuration: Configuration, seed: int = 0) -> None:
         if backbone.attached is not None:
             raise ValueError(f"{backbone.name} already carries {backbone.attached!r}: detach that one first.")
-        backbone.check(configuration)
+        for site, adapter in configuration:
+            if (why := obstacle(backbone, site, adapter)) is not None:
+                raise ValueError(f"{adapter.method!r} cannot sit on {site} of {backbone.name}: {why}.")
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}

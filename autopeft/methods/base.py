@@ -18,8 +18,11 @@ Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 ORIGINALS = "autopeft_originals"
 """Attribute of a module with what stood in the place of what `swap` put there, by name."""
 
-Trainable = Mapping[Site, Mapping[str, nn.Parameter]]
-"""The trainable parameters at each site, under names that are stable across runs."""
+Trainable = dict[Site | str, Mapping[str, nn.Parameter]]
+"""The trainable parameters at each site, under names that are stable across runs.
+
+What several sites share stands under a text, the name of their group.
+"""
 
 
 class Switchable(nn.Module):
@@ -33,7 +36,8 @@ class Method(ABC):
 
     Guarantees (checked for every method by `tests/methods/test_contract.py`):
 
-    * `count` equals the number of parameters that `attach` makes trainable at the site;
+    * `count` equals the number of parameters that `attach` makes trainable at the site, and `count_shared`
+      the number of those that sites share;
     * right after `attach` the model computes what it computed before (prefix changes it slightly);
     * closing `undo` leaves the very module and parameter objects that were there before, bit-identical;
     * methods can be attached to one model one after another, wrapping ones first.
@@ -41,6 +45,27 @@ class Method(ABC):
 
     name: str
     """Its name in configurations: the one of its `MethodSpec`."""
+
+    shares_state = False
+    """Whether sites share trainable parameters."""
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether weights can take its adapters in; those of others add computation of their own."""
+        return False
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether attaching changes a layer's own weights, so that it is given a copy of the layer."""
+        return False
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+        """Say why an adapter cannot sit on a module, which may be packed in 4 or 8 bits; None if it can."""
+        return None
+
+    def count_shared(self, placement: Placement) -> int:
+        """Return the number of trainable parameters that sites share, beside what `count` says of each."""
+        return 0
 
     @abstractmethod
     def count(self, shape: SiteShape, adapter: Adapter) -> int:

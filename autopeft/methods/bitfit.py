@@ -25,6 +25,7 @@ class BitFit(Method):
     """
 
     name = "bitfit"
+    is_mergeable = True
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of biases."""
@@ -32,7 +33,7 @@ class BitFit(Method):
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put trainable copies of the biases in place; see `Method.attach`."""
-        parameters = {}
+        parameters: Trainable = {}
         for site, (shape, _) in placement.items():
             module = model.get_submodule(shape.module)
             if isinstance(module, BaseTunerLayer):  # LoRA or IA3 on the same layer

@@ -67,7 +67,7 @@ class _BottleneckMethod(Method):
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in; see `Method.attach`."""
         child = f"autopeft_{self.name}"
-        parameters = {}
+        parameters: Trainable = {}
         for site, (shape, adapter) in placement.items():
             host = model.get_submodule(shape.module)
             like = next(host.parameters())

@@ -20,6 +20,7 @@ class IA3(PeftMethod):
     """
 
     name = "ia3"
+    is_mergeable = True
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the width of what is scaled."""

@@ -17,6 +17,7 @@ class LayerNormTuning(PeftMethod):
     """
 
     name = "layernorm"
+    is_mergeable = True
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of parameters of the norm."""

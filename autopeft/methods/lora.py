@@ -22,6 +22,7 @@ class Lora(PeftMethod):
     """
 
     name = "lora"
+    is_mergeable = True
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out), of every expert."""

@@ -7,27 +7,23 @@ checks every site afterwards.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import cast
 
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.methods.base import Method, Placement, Trainable, replace_module
+from autopeft.methods.base import Method, Placement, Trainable, replace_module, swap
 from autopeft.models.site_shapes import SiteShape
-
-UNMATCHED = "The following (rank|alpha)_pattern keys did not match"
-"""What peft warns of patterns for experts, which it takes: it looks for them among the modules.
-
-That each site has its rank is checked by `attach`."""
 
 
 class PeftMethod(Method):
@@ -55,49 +51,82 @@ class PeftMethod(Method):
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Inject the adapters; see `Method.attach`."""
-        parameters: dict[Site, Mapping[str, nn.Parameter]] = {}
         originals = {shape.module: model.get_submodule(shape.module) for shape, _ in placement.values()}
         for name, module in originals.items():
             undo.callback(replace_module, model, name, module)
+            if self.changes_weights:
+                parent, _, child = name.rpartition(".")
+                swap(model.get_submodule(parent), child, copy.deepcopy(module), undo)
         undo.callback(vars(model).pop, "peft_config", None)
-        groups = self.groups(placement)
-        with _quiet_peft():
-            for adapter_name, group in groups.items():
-                inject_adapter_in_model(self.peft_config(group), model, adapter_name)
-        for adapter_name, group in groups.items():
+        return self.inject(model, placement)
+
+    def inject(self, model: nn.Module, placement: Placement) -> Trainable:
+        """Put the adapters in for good, and return what is trainable."""
+        modes = {shape.module: model.get_submodule(shape.module).training for shape, _ in placement.values()}
+        configs = vars(model).get("peft_config", {})
+        layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        active = {layer: layer.active_adapters for layer in layers}
+        parameters: Trainable = {}
+        for adapter_name, group in self.groups(placement).items():
+            vars(model).pop(
+                "peft_config", None
+            )  # peft takes several adapters of some families for one model's
+            config = configs[adapter_name] = self.peft_config(group)
+            with quiet_peft():
+                # As `inject_adapter_in_model` does, which refuses families that share state over the model.
+                tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](model, config, adapter_name)
+            shared = {
+                _without(adapter_name, name): parameter
+                for name, parameter in tuner.named_parameters(remove_duplicate=False)
+                if not name.startswith("model.")
+            }
+            if shared:
+                parameters[adapter_name] = shared
             for site, (shape, _) in group.items():
                 layer = model.get_submodule(shape.module)
                 while isinstance(layer, ParamWrapper) and layer.parameter_name != shape.parameter:
                     layer = layer.base_layer  # one a parameter, each around the one before
                 if isinstance(layer, BaseTunerLayer):
-                    # Injecting a peft adapter makes it the active one of every layer, also of those that
-                    # carry another.
-                    layer.set_adapter(adapter_name)
-                    layer.train(originals[shape.module].training)
-                parameters[site] = _adapter_parameters(layer, adapter_name)
+                    active[layer] = [adapter_name]
+                    layer.train(modes[shape.module])
+                parameters[site] = _adapter_parameters(layer, adapter_name, shared.values())
+        for layer, names in active.items():
+            layer.set_adapter(names)  # injecting a peft adapter makes it the active one of every layer
+        vars(model)["peft_config"] = configs
         return parameters
 
 
+_NOISE = (
+    "Unsupported layer type",  # LayerNorm tuning, of every norm
+    "Specified to not",  # projections are drawn again by their seed
+    "The following (rank|alpha)_pattern keys did not match",  # of experts, which `attach` checks
+    "Using Rank-Stabilized LoRA",  # the base is not asked for again
+    "Found missing adapter keys",  # of DeLoRA and TinyLoRA: what they compute again from the base
+    "`is_gradient_checkpointing` is deprecated",
+)
+
+
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Silence warnings of what we are here for: adapters on disjoint modules, norms of any class, experts."""
+def quiet_peft() -> Iterator[None]:
+    """Silence what peft warns of and we are here for."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        warnings.filterwarnings("ignore", message=UNMATCHED)
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
-def _adapter_parameters(layer: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of one peft adapter in a layer; empty where peft did not wrap it."""
+def _adapter_parameters(
+    layer: nn.Module, adapter_name: str, shared: Collection[nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters of one peft adapter in a layer alone; empty where peft did not wrap it."""
     if not isinstance(layer, BaseTunerLayer):
         return {}
     found: dict[str, nn.Parameter] = {}
     for name, parameter in cast(nn.Module, layer).named_parameters():
         holder, _, held = name.partition(".")
-        adapter, *local = held.split(".")
-        if holder in layer.adapter_layer_names and adapter == adapter_name:
-            found[".".join([holder, *local])] = parameter
+        is_own = holder in layer.adapter_layer_names and held.partition(".")[0] == adapter_name
+        if is_own and not any(parameter is other for other in shared):
+            found[_without(adapter_name, name)] = parameter
     return found
 
 
@@ -112,6 +141,11 @@ def stored_names(placement: Placement) -> dict[Site, str]:
         names[site] = f"{shape.module}." + "base_layer." * outer[shape.module]
         outer[shape.module] += 1
     return names
+
+
+def _without(adapter_name: str, name: str) -> str:
+    """Return the name of a parameter as peft writes it: without that of its peft adapter."""
+    return ".".join(part for part in name.split(".") if part != adapter_name)
 
 
 def module_names(placement: Placement) -> list[str]:

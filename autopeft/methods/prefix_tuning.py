@@ -98,7 +98,7 @@ class PrefixTuning(Method):
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
         assert isinstance(model, PreTrainedModel)
-        parameters = {}
+        parameters: Trainable = {}
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(_IMPLEMENTATION)
         for site, (shape, adapter) in placement.items():

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.method_specs import METHOD_SPECS, MethodSpec, PeftSpec
+from autopeft.core.peft_families import PEFT_FAMILIES
 from autopeft.methods.base import Method
 from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.layernorm import LayerNormTuning
 from autopeft.methods.lora import Lora
+from autopeft.methods.peft_family import PeftFamily
 from autopeft.methods.prefix_tuning import Prefix, PrefixTuning
+from autopeft.methods.sized_by_shape import C3A, OSF, RandLora
 
-_METHODS = (Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning())
+_ALONE = (Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning())
+_FAMILIES: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
+"""Families of peft's whose size is not the number that peft's config has."""
 
-MERGEABLE = ("lora", "ia3", "layernorm", "bitfit")
-"""Methods whose adapters are an update of weights; the others add computation of their own."""
+_METHODS: dict[str, Method] = {method.name: method for method in _ALONE}
+for _row in PEFT_FAMILIES:
+    _METHODS[_row.name] = _FAMILIES.get(_row.name, PeftFamily)(_row)
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})
-"""The torch side of every method in `METHOD_SPECS`; those that replace modules come first."""
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+"""The torch side of every method in `METHOD_SPECS`."""
 
-assert METHODS.keys() == METHOD_SPECS.keys()
+
+def register(method: Method, specification: MethodSpec) -> None:
+    """Make a method of one's own known, under the name that its specification has.
+
+    Raises:
+        ValueError: Another method has the name or the symbol.
+    """
+    for known in METHOD_SPECS.values():
+        if specification.name == known.name or specification.symbol == known.symbol:
+            raise ValueError(
+                f"{specification.name!r} cannot be registered with the symbol {specification.symbol!r}: "
+                f"there is {known.name!r} with {known.symbol!r}."
+            )
+    METHOD_SPECS[specification.name] = specification
+    _METHODS[specification.name] = method
 
 
 def unmergeable(configuration: Configuration) -> Configuration:
     """Return the adapters that no weight can take in, as a configuration of their own."""
     return Configuration(
         {
-            site: [adapter for adapter in several if adapter.method not in MERGEABLE]
+            site: [adapter for adapter in several if not METHODS[adapter.method].is_mergeable]
             for site, several in configuration.adapters.items()
         }
     )

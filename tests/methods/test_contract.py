@@ -11,6 +11,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placements
 from autopeft.methods.base import Trainable
+from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
 from tests.tiny_models import (
     LABELS,
@@ -33,9 +34,12 @@ IMPOSSIBLE = {
 }
 """No biases; no attention through transformers' interface."""
 
+ALONE = [name for name, method in METHODS.items() if not isinstance(method, PeftFamily)]
+"""Methods with a file of their own; `test_peft_families.py` has those that are a row of `PEFT_FAMILIES`."""
+
 PAIRS = [
     pytest.param(method, architecture, id=f"{method}-{architecture}")
-    for method in METHODS
+    for method in ALONE
     for architecture in ARCHITECTURES
     if (method, architecture) not in IMPOSSIBLE
 ]
@@ -170,7 +174,7 @@ def test_methods_attach_one_after_another(architecture: str, backbones: dict[str
     backbone = backbones[architecture]
     before, logits = fingerprint(backbone.model), logits_of(backbone)
     for left_out in ("ia3", "lora"):
-        methods = [name for name in METHODS if name not in (left_out, "layernorm") and places(backbone, name)]
+        methods = [name for name in ALONE if name not in (left_out, "layernorm") and places(backbone, name)]
         placed: dict[Site, list[Adapter]] = {}
         for name in methods:
             for site, adapter in everywhere(backbone, name, size=2):

@@ -13,7 +13,7 @@ that a configuration that differs in its hyper-parameters alone is not counted a
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +136,14 @@ def _follow_step(
     counter = StorageCounter()
     step = _Step(model, task)
     with without_data() as fake:
-        named = (*step.named_parameters(), *step.named_buffers())
-        tensors = {name: fake(tensor) for name, tensor in named}
+        tensors = _stand_ins(step, fake)
         inputs = {name: fake(tensor) for name, tensor in batch.items()}
         base = counter.exclude((*tensors.values(), *inputs.values()))
         with counter:
-            forward_peak: int = functional_call(step, tensors, (inputs, counter, precision, accumulate))
+            given = (inputs, counter, precision, accumulate)
+            forward_peak: int = functional_call(step, tensors, given, tie_weights=False)
             backward_peak = counter.peak_bytes
-        sizes = [tensor.nbytes for tensor in tensors.values() if tensor.requires_grad]
+        sizes = [tensor.nbytes for tensor in set(tensors.values()) if tensor.requires_grad]
     trainable = sum(sizes)
     optimizer_state = 2 * trainable + _STEP_COUNTER_BYTES * len(sizes)
     # AdamW on the CPU goes parameter by parameter, with two temporaries of its size.
@@ -152,6 +152,23 @@ def _follow_step(
     before = trainable if accumulate == 1 else 0
     base += (accumulate - 1) * sum(tensor.nbytes for tensor in inputs.values())
     return base + optimizer_state + max(before + forward_peak, backward_peak, update)
+
+
+def _stand_ins(step: nn.Module, fake: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return a fake tensor for every parameter and buffer of every module, of tied ones the same.
+
+    A module that several hold, as peft's shared projections, has one name: `functional_call` would put its
+    tensors in place once a name, and leave fake ones behind.
+    """
+    made: dict[int, Tensor] = {}
+    found = {}
+    for path, module in step.named_modules():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            if id(tensor) not in made:
+                made[id(tensor)] = fake(tensor)
+            found[f"{path}.{name}" if path else name] = made[id(tensor)]
+    return found
 
 
 def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> int:
@@ -165,9 +182,8 @@ def count_flops(model: nn.Module, batch: Mapping[str, Tensor], task: Task) -> in
 
     step, experts = _Step(model, task), {GROUPED_PRODUCT: of_experts}
     with with_packed_stand_ins(model), without_data() as fake, torch.no_grad():
-        named = (*step.named_parameters(), *step.named_buffers())
-        tensors = {name: fake(tensor) for name, tensor in named}
+        tensors = _stand_ins(step, fake)
         inputs = {name: fake(tensor) for name, tensor in batch.items()}
         with FlopCounterMode(display=False, custom_mapping=experts) as counter:
-            functional_call(step, tensors, (inputs,))
+            functional_call(step, tensors, (inputs,), tie_weights=False)
     return int(counter.get_total_flops())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
@@ -75,7 +76,8 @@ class StorageCounter(TorchDispatchMode):
 
 def _tensors_in(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
-        yield result
+        if result.layout == torch.strided:  # a sparse one's numbers are tensors that were there before
+            yield result
     elif isinstance(result, list | tuple):
         for part in result:
             yield from _tensors_in(part)
@@ -95,13 +97,26 @@ class _ShapesAlone(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
+class _DrawsKnown(TorchFunctionMode):
+    """A single number drawn is 0.5: peft's LyCORIS layers compare one with the dropout of a whole module."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function, or return the number."""
+        if func is torch.rand and args == (1,):
+            return torch.tensor([0.5])
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def without_data() -> Iterator[Callable[[Tensor], Tensor]]:
     """Compute with shapes alone in a `with` block, on what the given function makes of real tensors.
 
     It returns tensors without data on the CPU, as a count must not depend on where the model lies.
     """
-    with _ShapesAlone() as mode:
+    # What layers keep outside their buffers, as indices, comes in as it is met.
+    with _ShapesAlone(allow_non_fake_inputs=True) as mode, _DrawsKnown():
 
         def fake(tensor: Tensor) -> Tensor:
             copy: Tensor = mode.from_tensor(tensor)

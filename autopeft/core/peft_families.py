@@ -1,0 +1,157 @@
+"""The adapter families of peft that sit on linear layers, a row each.
+
+A row is all that a family needs: `autopeft.methods.peft_family` asks the installed peft for the rest. Rates
+are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autopeft.core.method_spec import PeftSpec
+
+
+def _family(name: str, symbol: str, size_name: str | None, **given: Any) -> PeftSpec:
+    """Return a family whose size is peft's `r`, unless it is said."""
+    given = {"peft_type": name.upper(), "size_field": "r" if size_name else "", **given}
+    if "alpha_field" in given:
+        given = {"options": {"scaling": 1.0}, "minimums": {"scaling": 0.0}, **given}
+    return PeftSpec(name=name, symbol=symbol, size_name=size_name, **given)
+
+
+def _lora(name: str, symbol: str, **config: Any) -> PeftSpec:
+    """Return LoRA with an option of its config that makes it a method of its own."""
+    return _family(
+        name,
+        symbol,
+        "rank",
+        peft_type="LORA",
+        options={"alpha": 8},
+        minimums={"alpha": 0.0},
+        fields={"alpha": "lora_alpha"},
+        config={"use_rslora": True, **config},
+    )
+
+
+_DRAWN_AGAIN = {"save_projection": False}  # what is drawn by a seed need not be in the file
+
+PEFT_FAMILIES = (
+    # Liu et al., "DoRA", 2024: the magnitude of each column is trained beside a LoRA of its direction.
+    _lora("dora", "D", use_dora=True),
+    # Meng et al., "PiSSA", 2024: LoRA that starts from the largest singular values.
+    _lora("pissa", "Pi", init_lora_weights="pissa"),
+    # Büyükakyüz, "OLoRA", 2024: LoRA that starts from a QR decomposition.
+    _lora("olora", "Ol", init_lora_weights="olora"),
+    # Zhang et al., "AdaLoRA", 2023: B·diag(E)·A, with the ranks that the configuration says.
+    _family(
+        "adalora",
+        "Ad",
+        "rank",
+        size_field="init_r",
+        alpha_field="lora_alpha",
+        config={"total_step": 1},  # peft wants a schedule, which nobody follows here
+        rate=3.0,
+    ),
+    # Hyeon-Woo et al., "FedPara", 2022: the Hadamard product of two low-rank matrices.
+    _family("loha", "Lh", "rank", alpha_field="alpha", rate=3.0),
+    # Yeh et al., "Navigating Text-To-Image Customization", 2024: a Kronecker product.
+    _family("lokr", "Lk", "rank", alpha_field="alpha", rate=7.0),
+    # Huang et al., "HiRA", 2025: the Hadamard product of the weight and a low-rank matrix.
+    _family("hira", "Hi", "rank", rate=15.0),
+    # Bini et al., "DeLoRA", 2025: LoRA with normalised directions and a strength.
+    _family("delora", "De", "rank", rate=3.0),
+    # Jung et al., "GraLoRA", 2025: a LoRA for each of 2 × 2 parts of a weight.
+    _family("gralora", "Gr", "rank", sizes=(2, 64), alpha_field="alpha"),
+    # Albert et al., "RandLoRA", 2025; see `autopeft.methods.sized_by_shape`.
+    _family(
+        "randlora",
+        "Ra",
+        "bases",
+        sizes=(1, 16),
+        alpha_field="randlora_alpha",
+        options={"scaling": 20.0},
+        config=_DRAWN_AGAIN,
+        rate=3.0,
+    ),
+    # Kopiczko et al., "VeRA", 2024: vectors that scale random matrices, which all sites share.
+    _family("vera", "V", "rank", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    # VeRA with a distribution in the place of the vectors' values.
+    _family("pvera", "Pv", "rank", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
+    _family("unilora", "U", "length", size_field="theta_d_length", sizes=(64, 4096), rate=7.0),
+    # Morris et al., "Learning to Reason in 13 Parameters", 2026: one vector for all sites.
+    _family(
+        "tinylora",
+        "T",
+        "length",
+        size_field="u",
+        sizes=(4, 256),
+        config={"weight_tying": 1.0, **_DRAWN_AGAIN},
+        rate=10.0,
+    ),
+    # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
+    _family("oft", "Of", "block size", size_field="oft_block_size", sizes=(2, 32)),
+    # Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation", 2024.
+    _family("hra", "H", "reflections", sizes=(2, 32)),
+    # Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024.
+    _family("road", "Ro", None, config={"group_size": 2}, rate=3.0),
+    # An orthogonal matrix of the size between the principal parts of a weight.
+    _family("psoft", "Ps", "rank", alpha_field="psoft_alpha"),
+    # Nayak et al., "Sculpting Subspaces", 2025; see `autopeft.methods.sized_by_shape`.
+    _family("osf", "Os", "rank", size_field="effective_rank", rate=0.15),
+    # Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024.
+    _family(
+        "fourierft",
+        "Fo",
+        "frequencies",
+        size_field="n_frequency",
+        sizes=(16, 1024),
+        config={"init_weights": True},
+        rate=30.0,
+    ),
+    # Chen et al., "Circular Convolution", 2024; see `autopeft.methods.sized_by_shape`.
+    _family(
+        "c3a",
+        "Cc",
+        "blocks",
+        size_field="block_size",
+        sizes=(1, 16),
+        config={"init_weights": True},
+        rate=1000.0,
+    ),
+    # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
+    _family("miss", "Mi", "rank"),
+    # A small network of the weight makes its update.
+    _family("peanut", "Pe", "rank"),
+    # An update within and beside a subspace that is projected out.
+    _family("deft", "Df", "rank"),
+    # Chavan et al., "One-for-All: Generalized LoRA", 2023: support for weight, bias and output.
+    _family("glora", "Gl", "rank"),
+)
+"""Every family that is a row."""
+
+_PROMPTS = "it is put before the tokens of a whole model, not on a site"
+LEFT_OUT: Mapping[str, str] = {
+    "ADAMSS": "it clusters by scikit-learn as a layer is made, and what it counts depends on the clusters",
+    "ADAPTION_PROMPT": "it replaces whole attention modules of Llama and GPT-2 alone",
+    "BEFT": "`bitfit` trains the same biases, of any layer",
+    "BOFT": "it compiles a CUDA extension as a layer is made, and leaves CC and CXX set",
+    "CARTRIDGE": _PROMPTS,
+    "CPT": _PROMPTS,
+    "FROD": "it decomposes all weights of a kind anew for every trial, and its memory cannot be counted",
+    "LILY": "what its layers share depends on how peft abbreviates the names of modules",
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "POLY": "it learns a mixture over several tasks",
+    "PREFIX_TUNING": "`prefix` has a length of its own in every block",
+    "PROMPT_TUNING": _PROMPTS,
+    "P_TUNING": _PROMPTS,
+    "SHADOW": "it is a second model, and peft cannot inject it",
+    "SHIRA": "its memory cannot be counted: a sparse tensor's gradient has no shape without data",
+    "SUPERTUNING": "which weights it trains depends on their values, which are not known from shapes",
+    "TRAINABLE_TOKENS": "it sits on embeddings, which are no site",
+    "VBLORA": "its memory cannot be counted: a forward pass in training looks at its numbers",
+    "WAVEFT": "its memory cannot be counted: how many numbers it has to place depends on their values",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""Types of peft's that are no method here, and why."""

@@ -1,0 +1,149 @@
+"""The adapter families of peft that a row of `PEFT_FAMILIES` says all of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import fields, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from autopeft.core.configuration import Adapter, Site
+from autopeft.core.method_specs import PeftSpec
+from autopeft.methods.abilities import abilities
+from autopeft.methods.base import Placement
+from autopeft.methods.peft_base import PeftMethod, module_names, quiet_peft
+from autopeft.models.site_shapes import SiteShape
+
+_SITE = Site(0, "query")
+
+
+class PeftFamily(PeftMethod):
+    """A family of peft's on linear layers, said by its row; peft's own layers tell its counts."""
+
+    def __init__(self, specification: PeftSpec) -> None:
+        self.name = specification.name
+        self.row = specification
+        self._config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[specification.peft_type]]
+        self.shares_state = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[specification.peft_type]].uses_shared_state
+        self._fields = {each.name for each in fields(self._config_class)}
+
+    @cached_property
+    def size_pattern(self) -> str | None:
+        """The config's field for sizes by module; None where there is none that the family heeds (probed)."""
+        field = self.row.size_field
+        pattern = "rank_pattern" if field in ("r", "effective_rank") else f"{field}_pattern"
+        if not field or pattern not in self._fields:
+            return None
+        with torch.device("meta"), quiet_peft():
+            model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("first", "second")})
+            sizes = {"first": 2, "second": 4}
+            config = self._config_class(
+                target_modules=list(sizes), **{field: 2, pattern: sizes, **self.row.config}
+            )
+            PEFT_TYPE_TO_TUNER_MAPPING[PeftType[self.row.peft_type]](model, config, "probe")
+        counts = {sum(map(nn.Parameter.numel, layer.parameters())) for layer in model.values()}
+        return pattern if len(counts) > 1 else None
+
+    @cached_property
+    def changes_weights(self) -> bool:
+        """Whether a layer's weights are others after an injection (probed)."""
+        return abilities(self).changes_weights
+
+    @cached_property
+    def is_mergeable(self) -> bool:
+        """Whether a merged layer computes what it did before (probed)."""
+        return abilities(self).merges
+
+    def size_value(self, shape: SiteShape, size: int) -> int:
+        """Return what peft's config says of a size at a site."""
+        return size
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return what peft's layer has; raise a ValueError where there is an `obstacle`."""
+        own, _, obstacle = self._probe(shape, adapter)
+        if obstacle is not None:
+            raise ValueError(f"{adapter} cannot sit on {shape.module}: {obstacle}")
+        return own
+
+    def count_shared(self, placement: Placement) -> int:
+        """Return what each group of like adapters shares."""
+        if not self.shares_state:
+            return 0
+        return sum(self._probe(*next(iter(group.values())))[1] for group in self.groups(placement).values())
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+        """Return what peft says against an adapter on a layer of these widths."""
+        if is_packed and not abilities(self).takes_packed:
+            return "its weights are packed in 4 or 8 bits"
+        return self._probe(shape, adapter)[2]
+
+    def _probe(self, shape: SiteShape, adapter: Adapter) -> tuple[int, int, str | None]:
+        return _probe(
+            self, replace(shape, site=_SITE, module="layer", input_module="", parameters=0), adapter
+        )
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what peft holds once a config: also the size, where its config has no pattern for it."""
+        size = None if adapter.size is None or self.size_pattern else self.size_value(shape, adapter.size)
+        return adapter.options, shape.transposed, size
+
+    def peft_config(self, placement: Placement) -> PeftConfig:
+        """Return a config of the family over the modules."""
+        row = self.row
+        shape, adapter = next(iter(placement.values()))
+        options = {row.fields.get(name, name): adapter.option(name) for name in row.options}
+        scaling = float(options.pop("scaling", 1.0))
+        sizes = {
+            shape.module: self.size_value(shape, adapter.size)
+            for shape, adapter in placement.values()
+            if adapter.size
+        }
+        values: dict[str, Any] = {**row.config, **options}
+        if row.size_field:
+            values[row.size_field] = sizes[shape.module]
+        if row.alpha_field:
+            values[row.alpha_field] = scaling * values[row.size_field]
+        if self.size_pattern and len(set(sizes.values())) > 1:
+            values[self.size_pattern] = sizes
+            if row.alpha_field:
+                values["alpha_pattern"] = {module: scaling * size for module, size in sizes.items()}
+        if "fan_in_fan_out" in self._fields:
+            values["fan_in_fan_out"] = shape.transposed
+        with quiet_peft():
+            config: PeftConfig = self._config_class(target_modules=module_names(placement), **values)
+        return config
+
+
+@lru_cache(maxsize=4096)
+def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> tuple[int, int, str | None]:
+    """Return the parameters of an adapter alone and those it shares, and what peft says against it.
+
+    Asked of peft's own layer: without data on the meta device, or where the family looks at its numbers, on
+    the CPU.
+    """
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*(Invalid|Adjust)")  # peft would take another size
+                model = nn.ModuleDict({"layer": _layer(shape)})
+                trainable = family.inject(model, {_SITE: (shape, adapter)})
+                model["layer"](torch.empty(1, shape.in_features))
+        except (ValueError, TypeError, RuntimeError, Warning) as error:
+            obstacle = str(error)
+            continue
+        counts = {key: sum(map(nn.Parameter.numel, named.values())) for key, named in trainable.items()}
+        own, shared = counts.pop(_SITE), sum(counts.values())
+        return own, shared, None if own + shared else "peft puts nothing there"
+    return 0, 0, obstacle
+
+
+def _layer(shape: SiteShape) -> nn.Module:
+    if shape.transposed:
+        return Conv1D(shape.out_features, shape.in_features)
+    return nn.Linear(shape.in_features, shape.out_features, bias=bool(shape.bias))

@@ -1,10 +1,11 @@
-"""The command line: search, validate, estimate, sensitivity, front, show, export, verdict, ui.
+"""The command line: search, validate, estimate, methods, sensitivity, front, show, export, verdict, ui.
 
 What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -110,6 +111,23 @@ def estimate(
         checkpointing=checkpointing,
     )
     wide_console().print(found.table())
+
+
+@app.command()
+def methods(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub name, or a folder with a config.json, to count on.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the adapter methods with what they can do, found out on the installed peft."""
+    from autopeft.evaluation.method_table import method_table
+
+    found = method_table(model)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        wide_console().print(found.table())
 
 
 @app.command()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS, OptionValue
-from autopeft.methods import count_site
+from autopeft.methods import count_site, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.search_spaces.suggest_trial import SuggestTrial
@@ -58,6 +58,17 @@ class MethodChoice:
         if size not in self.sizes:
             size = min(self.sizes, key=lambda known: abs(math.log(known / size)))
         return Adapter(self.method, size, self.options)
+
+    def on(self, backbone: Backbone, sites: Iterable[Site]) -> MethodChoice | None:
+        """Return it with the sizes that all of some sites can take, or None where there is none."""
+        fitting = [
+            adapter
+            for adapter in self.adapters
+            if not any(obstacle(backbone, site, adapter) for site in sites)
+        ]
+        if len(fitting) == len(self.adapters):
+            return self
+        return replace(self, sizes=[adapter.size or 1 for adapter in fitting]) if fitting else None
 
     def place(self, adapter: Adapter) -> float:
         """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest)."""
@@ -134,4 +145,9 @@ class Slot:
 
 def placed(adapter: Adapter, slots: Iterable[Slot]) -> dict[Site, Adapter]:
     """Put an adapter into all slots that can take it."""
-    return {site: adapter for slot in slots if adapter.method in slot.choices for site in slot.sites}
+    return {
+        site: adapter
+        for slot in slots
+        if adapter.method in slot.choices and adapter.size in (slot.choices[adapter.method].sizes or (None,))
+        for site in slot.sites
+    }

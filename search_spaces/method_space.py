@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from autopeft.core.adapter import Place, block_ranges
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import unknown_choice
-from autopeft.core.method_specs import METHOD_SPECS, ROLES
+from autopeft.core.method_specs import METHOD_SPECS, ROLES, MethodSpec, method_spec
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import SearchSpace
@@ -36,9 +36,11 @@ class MethodSpace(SearchSpace):
     Attributes:
         methods: The methods to choose from; None for LoRA, series and parallel adapters and prefix tuning,
             without those that no site of the backbone can take.
-        ranks: (smallest, largest) rank of LoRA; powers of two between them are searched.
+        ranks: (smallest, largest) rank of LoRA and its kin; powers of two between them are searched.
         widths: (smallest, largest) bottleneck width of series and parallel adapters.
         prefix_lengths: (smallest, largest) prefix length.
+        sizes: (smallest, largest) size by method, as in `{"vera": (16, 64)}`, in the place of the settings
+            above or of the method's own bounds.
         roles: Roles that may carry an adapter; None for all that a method can sit on.
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
@@ -51,18 +53,22 @@ class MethodSpace(SearchSpace):
     ranks: tuple[int, int] = (1, 64)
     widths: tuple[int, int] = (1, 64)
     prefix_lengths: tuple[int, int] = (1, 32)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     roles: Sequence[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.methods is not None:
-            object.__setattr__(self, "methods", checked_names("method", self.methods, METHOD_SPECS))
+            named = (self.methods,) if isinstance(self.methods, str) else self.methods
+            known = [method_spec(method).name for method in named]
+            object.__setattr__(self, "methods", checked_names("method", known, known or METHOD_SPECS))
         if self.roles is not None:
             object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))
-        for method in self.options:
-            if method not in self._offered:
-                raise unknown_choice("method in options", method, self._offered)
+        for setting in ("options", "sizes"):
+            for method in getattr(self, setting):
+                if method not in self._offered:
+                    raise unknown_choice(f"method in {setting}", method, self._offered)
         for method in self._offered:
             _ = self.choice_of(method).adapters  # checks the options
 
@@ -73,11 +79,14 @@ class MethodSpace(SearchSpace):
     def choice_of(self, method: str) -> MethodChoice:
         """Return a method with the sizes and options it is searched with."""
         options = self.options.get(method, {})
-        size_name = METHOD_SPECS[method].size_name
-        if size_name is None:
+        specification = method_spec(method)
+        if specification.size_name is None:
             return MethodChoice(method=method, options=options)
-        bounds = _BOUNDS[size_name]
-        return MethodChoice(method=method, sizes=size_ladder(getattr(self, bounds), bounds), options=options)
+        # A family with bounds of its own keeps them: a rank of one is not that of another.
+        setting = _BOUNDS.get(specification.size_name) if specification.sizes == MethodSpec.sizes else None
+        bounds = self.sizes.get(method) or (getattr(self, setting) if setting else specification.sizes)
+        ladder = size_ladder(bounds, f"sizes[{method!r}]" if method in self.sizes else setting or "sizes")
+        return MethodChoice(method=method, sizes=ladder, options=options)
 
     def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
         """Return the groups of blocks that share their choices; here each block is one."""
@@ -105,9 +114,9 @@ class MethodSpace(SearchSpace):
                 asked = (Site(block, role, stack) for stack, block in places)
                 sites = tuple(site for site in asked if site in backbone.sites)
                 possible = {
-                    choice.method: choice
+                    choice.method: fitting
                     for choice in choices
-                    if not any(backbone.obstacle(backbone.sites[site], choice.method) for site in sites)
+                    if (fitting := choice.on(backbone, sites)) is not None
                 }
                 if sites and possible:
                     slots.append(Slot(name=f"{group}.{role}", sites=sites, choices=possible))

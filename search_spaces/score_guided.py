@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
-from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.method_specs import METHOD_SPECS, PeftSpec
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_choice import MethodChoice, placed
@@ -78,7 +78,11 @@ class ScoreGuided(SlotSpace):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", checked_names("score", self.scores, SCORES))
-        sized = [name for name, method in METHOD_SPECS.items() if method.size_name is not None]
+        sized = [
+            name
+            for name, method in METHOD_SPECS.items()
+            if method.size_name is not None and not isinstance(method, PeftSpec)
+        ]
         object.__setattr__(self, "methods", checked_names("method with a size", self.methods, sized))
         super().__post_init__()
         _check_range("temperature", self.temperature, 0.0, math.inf)

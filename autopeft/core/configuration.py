@@ -35,7 +35,8 @@ class Configuration:
 
     Args:
         adapters: The adapters of each site. An empty map trains the task's head alone.
-        learning_rate: Peak learning rate of AdamW, above 0.
+        learning_rate: Peak learning rate of AdamW, above 0: that of LoRA, of which other methods take the
+            multiple in their specification.
         weight_decay: Decoupled weight decay, at least 0.
 
     Raises:

@@ -118,7 +118,7 @@ PEFT_FAMILIES = (
         size_field="block_size",
         sizes=(1, 16),
         config={"init_weights": True},
-        rate=1000.0,
+        rate=300.0,
     ),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
     _family("miss", "Mi", "rank"),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.method_specs import METHOD_SPECS, method_spec
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.evaluation.memory.counter import MemoryCounter
@@ -119,8 +119,7 @@ def estimate(
     if nf4 and int8:
         raise ValueError("The linear layers lie packed in 4 bits or in 8: expected nf4 or int8, got both.")
     for method in methods:
-        if method not in METHOD_SPECS:
-            raise unknown_choice("method", method, METHOD_SPECS)
+        method_spec(method)
     task = _task(task) if isinstance(task, str) else task
     backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
     parameters = backbone.parameters

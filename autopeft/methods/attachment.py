@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import method_spec
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
-from autopeft.methods.base import Placement
+from autopeft.methods.base import RATE, Placement
 from autopeft.methods.head import copy_head
 from autopeft.methods.registry import METHODS
 from autopeft.models.backbone import Backbone
@@ -56,6 +57,7 @@ def attach_methods(
     parameters: dict[str, nn.Parameter] = {}
     for name, placement in by_method.items():
         trainable = METHODS[name].attach(model, placement, undo)
+        own: dict[str, nn.Parameter] = {}
         for site, (shape, adapter) in placement.items():
             at_site = trainable.get(site, {})
             expected = METHODS[name].count(shape, adapter)
@@ -65,7 +67,7 @@ def attach_methods(
                     f"{site} should carry {adapter} with {expected} parameters, but "
                     f"{shape.module} got {found}: {name} did not attach there."
                 )
-            parameters |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+            own |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
         shared = {
             f"{group}.shared.{local}": parameter
             for group, named in trainable.items()
@@ -75,7 +77,9 @@ def attach_methods(
         expected, found = METHODS[name].count_shared(placement), sum(map(Tensor.numel, shared.values()))
         if found != expected:
             raise RuntimeError(f"The sites of {name} should share {expected} parameters, but share {found}.")
-        parameters |= shared
+        for parameter in (own := own | shared).values():
+            setattr(parameter, RATE, method_spec(name).rate)
+        parameters |= own
     return parameters
 
 

@@ -18,6 +18,9 @@ Placement = Mapping[Site, tuple[SiteShape, Adapter]]
 ORIGINALS = "autopeft_originals"
 """Attribute of a module with what stood in the place of what `swap` put there, by name."""
 
+RATE = "autopeft_rate"
+"""Attribute of a parameter that is trained at a multiple of the configuration's learning rate: the factor."""
+
 Trainable = dict[Site | str, Mapping[str, nn.Parameter]]
 """The trainable parameters at each site, under names that are stable across runs.
 

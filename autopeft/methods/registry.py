@@ -11,14 +11,14 @@ from torch import nn
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS, MethodSpec, PeftSpec
 from autopeft.core.peft_families import PEFT_FAMILIES
-from autopeft.methods.base import Method
+from autopeft.methods.base import Method, Switchable
 from autopeft.methods.bitfit import BitFit
-from autopeft.methods.bottleneck import Bottleneck, Parallel, Series
+from autopeft.methods.bottleneck import Parallel, Series
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.layernorm import LayerNormTuning
 from autopeft.methods.lora import Lora
 from autopeft.methods.peft_family import PeftFamily
-from autopeft.methods.prefix_tuning import Prefix, PrefixTuning
+from autopeft.methods.prefix_tuning import PrefixTuning
 from autopeft.methods.sized_by_shape import C3A, OSF, RandLora
 
 _ALONE = (Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning())
@@ -61,5 +61,5 @@ def unmergeable(configuration: Configuration) -> Configuration:
 
 def carries_adapters(model: nn.Module) -> bool:
     """Return whether adapters of peft or of autopeft are attached to a model, or it is a `PeftModel`."""
-    adapters = (BaseTunerLayer, Bottleneck, Prefix)
+    adapters = (BaseTunerLayer, Switchable)
     return hasattr(model, "peft_config") or any(isinstance(module, adapters) for module in model.modules())

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from autopeft.core.evaluation import VALIDATION_LOSS
+from autopeft.methods.base import RATE
 from autopeft.tasks import Batch, Task
 from autopeft.training.accumulation import TrainingBatch, loss_in_parts, with_shares
 
@@ -122,12 +123,22 @@ class FineTuning(LightningModule):
         self.metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the trainable parameters, with linear warm-up and decay a step."""
+        """Return AdamW over the trainable parameters, with linear warm-up and decay a step.
+
+        Those of a method whose `MethodSpec` has a rate of its own are trained at this multiple.
+        """
         trainable = {
             name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad
         }
-        decay = self.weight_decay
-        optimizer = torch.optim.AdamW(trainable.values(), lr=self.learning_rate, weight_decay=decay)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in trainable.values():
+            groups.setdefault(getattr(parameter, RATE, 1.0), []).append(parameter)
+        # AdamW decays by the product of rate and decay, which is to be the same for all.
+        rated = [
+            {"params": members, "lr": rate * self.learning_rate, "weight_decay": self.weight_decay / rate}
+            for rate, members in groups.items()
+        ]
+        optimizer = torch.optim.AdamW(rated, lr=self.learning_rate)
         for key, tensor in self.optimizer_state.items():
             name, _, entry = key.rpartition("|")
             parameter = trainable[name]

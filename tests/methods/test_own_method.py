@@ -1,0 +1,77 @@
+"""The method of a user's own in the documentation, run as it stands there and found by its entry point."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import METHOD_SPECS, MethodSpec
+from autopeft.export.export import export_adapter
+from autopeft.methods import METHODS, attach, count_parameters, register
+from autopeft.search_spaces import PerLayer
+from tests.exports import trained
+from tests.tiny_models import fingerprint, logits_of, tiny_backbone, tiny_batch
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-method.md"
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put the page's module on the path as a package that has its entry point."""
+    page = PAGE.read_text(encoding="utf-8")
+    code, _, entry = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
+    folder = tmp_path / "scale_and_shift-1.0.dist-info"
+    folder.mkdir()
+    (tmp_path / "scale_and_shift.py").write_text(code, encoding="utf-8")
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: scale-and-shift\nVersion: 1.0\n")
+    group, line = re.findall(r'"(.*?)"]\n(.*)\n', entry)[0]
+    (folder / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("scale_and_shift", None)
+    METHOD_SPECS.pop("ssf", None)
+    vars(sys.modules["autopeft.methods.registry"])["_METHODS"].pop("ssf", None)
+
+
+def test_the_page_s_method_is_like_any_other(installed: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown method 'ssg'"):
+        Adapter("ssg")
+    ssf = {"method": "ssf"}
+    sites = {"0.query": ssf, "1.ffn_up": ssf, "1.value": {"method": "ia3"}}
+    configuration = Configuration.from_dict({"sites": sites})
+    backbone = tiny_backbone("bert")
+    before, plain = fingerprint(backbone.model), logits_of(backbone)
+    with attach(backbone, configuration) as attachment:
+        torch.testing.assert_close(logits_of(backbone), plain)
+        counted = count_parameters(backbone, configuration) - backbone.head_parameters
+        assert counted == 2 * 32 + 2 * 64 + 32
+        attachment.parameters["0.query.ssf.shift"].data.add_(1.0)
+        assert not torch.allclose(logits_of(backbone), plain)
+    assert fingerprint(backbone.model) == before
+    state = trained(backbone, configuration)
+    export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch(), fresh=False)
+    slots = PerLayer(methods=("lora", "ssf")).slots(backbone)
+    assert {method for slot in slots for method in slot.choices} == {"lora", "ssf"}
+
+
+def test_a_name_is_taken_once(installed: None) -> None:
+    method = METHODS["lora"]
+    with pytest.raises(ValueError, match="there is 'lora' with 'L'"):
+        register(method, MethodSpec(name="lora", symbol="Zz", kinds=frozenset({"linear"})))
+
+
+def test_sites_of_a_family_say_why_they_cannot_take_it() -> None:
+    backbone = tiny_backbone("bert")
+    with pytest.raises(ValueError, match=r"'oft' cannot sit on 0\.query of tiny-bert: .*Invalid"):
+        attach(backbone, Configuration({Site(0, "query"): Adapter("oft", 5)}))
+    space = PerLayer(methods=("oft", "vera"), sizes={"oft": (2, 48)})
+    sizes = {tuple(slot.choices["oft"].sizes) for slot in space.slots(backbone) if "oft" in slot.choices}
+    assert sizes == {(2, 4, 8, 16, 32)}
+    with pytest.raises(ValueError, match="Unknown method in sizes 'lora'"):
+        PerLayer(methods=("oft",), sizes={"lora": (1, 2)})

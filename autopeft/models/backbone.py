@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from autopeft.core.adapter import Place, Site, block_ranges, place_name, role_order
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.method_specs import METHOD_SPECS, PeftSpec
 from autopeft.core.precision import Precision, autocast
 from autopeft.core.tables import as_text, titled_table
 from autopeft.models.block_discovery import find_blocks
@@ -309,7 +309,9 @@ class Backbone:
         for role in self.roles:
             shapes = [shape for site, shape in self.sites.items() if site.role == role]
             first = shapes[0]
-            methods = [name for name in METHOD_SPECS if not self.obstacle(first, name)]
+            # Which families of peft's fit depends on sizes: `autopeft methods` has them.
+            alone = [name for name, known in METHOD_SPECS.items() if not isinstance(known, PeftSpec)]
+            methods = [name for name in alone if not self.obstacle(first, name)]
             sizes = sorted({f"{shape.in_features} → {shape.out_features}" for shape in shapes})
             table.add_row(
                 role,

@@ -318,7 +318,7 @@ class Search(SearchSettings):
                     parent.cost.wall_seconds / parent.trainings,
                 )
             warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
-            weights = initial_weights(warm_starts, evaluation)
+            weights = initial_weights(warm_starts, parent)
             seed = evaluation.seed if seed is None else seed
             trained = opened.evaluator.train(parent.configuration, seed, initial_weights=weights)
             if trained.state is not None and record.derived_from is not None:

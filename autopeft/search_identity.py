@@ -149,11 +149,6 @@ class SearchSettings:
             "tracking": None if self.tracking is None else redact(self.tracking),
         }
 
-    @property
-    def _alters_trials(self) -> bool:
-        """Whether a trial is another one for the executor that trains it."""
-        return not isinstance(self.executor, str) and getattr(self.executor, "alters_trials", True)
-
     def _identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
         """Return the settings as text, with what tells backbone and task from others."""
         bounds = [f"{constraint.objective.name}={constraint.bound:g}" for constraint in self.constraints]
@@ -172,7 +167,7 @@ class SearchSettings:
                 "seed": str(self.seed),
                 **({} if self.seeds == 1 else {"seeds": str(self.seeds)}),
                 **({"derive": "True"} if self.derive else {}),
-                **({"executor": str(self.executor)} if self._alters_trials else {}),
+                **({"executor": str(self.executor)} if alters_trials(self.executor) else {}),
                 "baselines": str(self.baselines),
                 **({} if self.head == "whole" else {"head": self.head}),
             },
@@ -203,6 +198,11 @@ class SearchSettings:
                 space.describe(backbone),
             ]
         )
+
+
+def alters_trials(executor: str | ExecutorFactory) -> bool:
+    """Whether a trial is another one for the executor that trains it."""
+    return not isinstance(executor, str) and getattr(executor, "alters_trials", True)
 
 
 def source_settings(source: BackboneSource) -> dict[str, str]:
@@ -276,8 +276,17 @@ def environment() -> dict[str, str]:
 
 
 def _fields(settings: Any) -> dict[str, str]:
-    """Return a dataclass's class name and fields as text."""
-    names = [field.name for field in dataclasses.fields(settings) if field.compare]
+    """Return a dataclass's class name and fields as text.
+
+    A field that came later, which has "unset" in its metadata, stands there only where it is set: searches
+    from before it go on.
+    """
+    fields = [field for field in dataclasses.fields(settings) if field.compare]
+    names = [
+        field.name
+        for field in fields
+        if "unset" not in field.metadata or getattr(settings, field.name) != field.metadata["unset"]
+    ]
     return {"class": type(settings).__name__, **{name: _plain(getattr(settings, name)) for name in names}}
 
 

@@ -80,13 +80,19 @@ class FileCleanup:
         """Delete what a trial that is over, and the trials that it drove off the front, have left."""
         if record.evaluation.status != "paused":
             self.paused.drop(record.number)
-        self.keep(front)
+        if (needed := self._needed(front)) is not None:
+            self.checkpoints.drop({record.number for record in front.records} - needed)
 
-    def keep(self, front: ParetoFront) -> None:
-        """Delete trained tensors that the front does not need."""
-        if not under_replicated((point.record for point in front), self.seeds):
-            replicated = {record.number for record in front.records if record.evaluation.by_seed}
-            self.checkpoints.keep_only(front.members | replicated)
+    def tidy(self, front: ParetoFront) -> None:
+        """Before anything is trained: delete also what no record knows, which a killed process has left."""
+        if (needed := self._needed(front)) is not None:
+            self.checkpoints.keep_only(needed)
+
+    def _needed(self, front: ParetoFront) -> frozenset[int] | None:
+        """Return the trials whose tensors are needed; None while all are."""
+        if under_replicated((point.record for point in front), self.seeds):
+            return None
+        return front.members | {record.number for record in front.records if record.evaluation.by_seed}
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class SearchRun:
         front = self.front()
         self.study.set_attribute("metrics", [asdict(each) for each in self.evaluator.task.objectives])
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
-        self.cleanup.keep(front)
+        self.cleanup.tidy(front)
         before = self._evaluations()
         report = self._report(before, progress=progress)
         timed = [section("callbacks")(callback) for callback in callbacks]

@@ -20,7 +20,7 @@ from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
 from autopeft.models.backbone import Backbone
 from autopeft.reporting.front import FrontPoint, ParetoFront
 from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes
-from autopeft.search_identity import SearchSettings
+from autopeft.search_identity import SearchSettings, alters_trials
 from autopeft.search_spaces import Uniform
 
 _FINALISTS = 5
@@ -37,7 +37,7 @@ def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, An
         "name": "uniform",
         "folder": settings.folder,
         "seeds": 1,
-        "executor": "local",
+        "executor": "local" if alters_trials(settings.executor) else settings.executor,
         **dict.fromkeys(("halving", "warm_start", "tracking"), None),
         **dict.fromkeys(("derive", "score_check"), False),
     }

@@ -53,7 +53,7 @@ class MethodSpace(SearchSpace):
     ranks: tuple[int, int] = (1, 64)
     widths: tuple[int, int] = (1, 64)
     prefix_lengths: tuple[int, int] = (1, 32)
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, metadata={"unset": {}})
     roles: Sequence[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

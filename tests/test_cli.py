@@ -302,7 +302,7 @@ def test_what_only_python_has_is_named_at_the_export(place: Path, tmp_path: Path
     assert all(part in message for part in parts)
     assert "search.export(number, folder)" in message
     (tmp_path / "tiny" / "search.yaml").unlink()
-    assert "call search.export(number, folder)" in error(
+    assert "use the search from Python" in error(
         "export", "0", "--to", tmp_path / "out", "--folder", tmp_path
     )
 

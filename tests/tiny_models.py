@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_spec import PeftSpec
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
@@ -368,10 +369,11 @@ def places(backbone: Backbone, method: str) -> list[Site]:
     return [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, method)]
 
 
-def everywhere(backbone: Backbone, method: str, size: int = 3, **options: Any) -> Configuration:
-    """Return a configuration with one method on every site that can carry it."""
-    sized = METHOD_SPECS[method].size_name is not None
-    adapter = Adapter(method, size if sized else None, options)
+def everywhere(backbone: Backbone, method: str, size: int | None = None, **options: Any) -> Configuration:
+    """Return a configuration with one method on every site that can carry it, of size 3 or the smallest."""
+    row = METHOD_SPECS[method]
+    size = size or (row.sizes[0] if isinstance(row, PeftSpec) else 3)
+    adapter = Adapter(method, size if row.size_name else None, options)
     return Configuration(dict.fromkeys(places(backbone, method), adapter))
 
 

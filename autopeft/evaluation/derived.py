@@ -79,8 +79,8 @@ def _with_cuts(trained: Trained, cuts: Sequence[Trained], cost: Cost) -> list[Tr
 def measured_cut(evaluator: Evaluator, trained: Trained, cut: Configuration) -> Trained:
     """Cut a whole training to the ranks of a configuration, and measure that on the validation split.
 
-    What it took to train, peak memory too, is what its training took: there is no one without the other. What
-    it is by itself, as its parameters and its latency, is its own.
+    What it took to train, peak memory too, is what its training took: a cut costs what its
+    training cost. What it is by itself, as its parameters and its latency, is its own.
     """
     meter, values = ComputeMeter(evaluator.device), dict(trained.evaluation.values)
     assert trained.state is not None

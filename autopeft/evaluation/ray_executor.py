@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
 
 from autopeft.core.errors import check_whole
 from autopeft.core.evaluation import TrialRecord
@@ -15,6 +19,8 @@ from autopeft.evaluation.trial_runner import TrialRunner
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 2
 """A job whose workers died so often is a failed trial: it may be what kills them."""
+_PATIENCE_SECONDS = 1800.0
+"""For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,8 @@ class RayExecutor:
         """Start the workers.
 
         Raises:
-            ValueError: Ray is not installed, or the cluster cannot be reached or is too small.
+            ValueError: Ray is not installed, the cluster cannot be reached or is too small, a worker cannot
+                start, or the search has warm starts.
         """
         return _RayJobs(runner, self)
 
@@ -61,11 +68,16 @@ class RayExecutor:
 class _Worker:
     """What an actor holds: a runner with a backbone of its own."""
 
-    def __init__(self, runner: TrialRunner, threads: int) -> None:
-        import torch
+    def __init__(self, folder: str, shared: Sequence[Any], threads: int) -> None:
+        import ray
 
+        os.chdir(folder)  # paths of data, models and trials may be relative
         torch.set_num_threads(threads)
-        self._runner = runner
+        self._runner: TrialRunner = ray.get(shared[0])
+
+    def is_ready(self) -> bool:
+        """Answer, once the worker has its backbone and data."""
+        return True
 
     def run(self, job: Job) -> TrialRecord:
         return self._runner.run(job)
@@ -90,20 +102,33 @@ class _RayJobs:
             import ray
         except ImportError as error:
             raise ValueError("RayExecutor needs Ray: pip install 'autopeft[ray]'.") from error
+        if runner.warm_starts is not None:
+            raise ValueError("RayExecutor has no warm starts: each worker would train a supernet of its own.")
+        if runner.evaluator.device.type == "cuda" and not settings.gpus_per_worker:
+            raise ValueError("Trials are trained on a GPU: say gpus_per_worker, below 1 to share one.")
         self._ray: Any = ray
         self._runner, self._settings = runner, settings
-        self._starts_ray = not ray.is_initialized()
-        if self._starts_ray:
-            self._start_ray()
-        self._check_resources()
-        self._shared = ray.put(runner)
-        # A worker is replaced here, and not by Ray, which would not say what became of its job.
-        self._actor: Any = ray.remote(
-            num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
-        )(_Worker)
-        self._idle = [self._new_worker() for _ in range(settings.workers)]
+        self._idle: list[Any] = []
         self._running: dict[Any, _Running] = {}
         self._duplicates: deque[Duplicate] = deque()
+        # What becomes of a worker that is killed, or whose host is. A job that ran out of memory is a record.
+        errors = ray.exceptions
+        self._deaths = (errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError)
+        self._starts_ray = not ray.is_initialized()
+        try:
+            if self._starts_ray:
+                self._start_ray()
+            self._check_resources()
+            self._shared = ray.put(runner)
+            # A worker is replaced here, and not by Ray, which would not say what became of its job.
+            self._actor: Any = ray.remote(
+                num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
+            )(_Worker)
+            self._idle = [self._new_worker() for _ in range(settings.workers)]
+            self._wait_for(self._idle)
+        except BaseException:
+            self.close()
+            raise
 
     def _start_ray(self) -> None:
         settings = self._settings
@@ -130,7 +155,18 @@ class _RayJobs:
                 )
 
     def _new_worker(self) -> Any:
-        return self._actor.remote(self._shared, self._settings.cpus_per_worker)
+        return self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
+
+    def _wait_for(self, workers: Sequence[Any]) -> None:
+        """Wait until workers have their backbones and data.
+
+        Raises:
+            ValueError: One could not start, or found no place in the cluster.
+        """
+        try:
+            self._ray.get([worker.is_ready.remote() for worker in workers], timeout=_PATIENCE_SECONDS)
+        except (*self._deaths, self._ray.exceptions.GetTimeoutError) as error:
+            raise ValueError(f"A worker could not be started: {error}") from error
 
     @property
     def free(self) -> int:
@@ -154,8 +190,10 @@ class _RayJobs:
             running = self._running.pop(finished)
             try:
                 record: TrialRecord = self._ray.get(finished)
-            except self._ray.exceptions.RayActorError as error:
+            except self._deaths as error:
+                self._ray.kill(running.worker)  # it may live, out of reach
                 self._idle.append(self._new_worker())
+                self._wait_for(self._idle[-1:])
                 if running.attempt == _ATTEMPTS:
                     return self._runner.failed(running.job, f"{_ATTEMPTS} workers died of it: {error}")
                 _logger.warning(

@@ -68,9 +68,8 @@ class PeftMethod(Method):
         active = {layer: layer.active_adapters for layer in layers}
         parameters: Trainable = {}
         for adapter_name, group in self.groups(placement).items():
-            vars(model).pop(
-                "peft_config", None
-            )  # peft takes several adapters of some families for one model's
+            # peft takes several adapters of some families for one model's.
+            vars(model).pop("peft_config", None)
             config = configs[adapter_name] = self.peft_config(group)
             with quiet_peft():
                 # As `inject_adapter_in_model` does, which refuses families that share state over the model.
@@ -108,7 +107,7 @@ _NOISE = (
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence what peft warns of and we are here for."""
+    """Silence warnings of peft about what is handled here."""
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)

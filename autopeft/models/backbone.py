@@ -296,7 +296,7 @@ class Backbone:
             "name": self.name,
             "class": type(self.model).__name__,
             "model_type": str(getattr(self.model.config, "model_type", "")),
-            "blocks": str(len(self._block_modules)),
+            "blocks": ", ".join(f"{len(places)} {stack}".strip() for stack, places in self.stacks.items()),
             "parameters": str(self.parameters),
             "head": ", ".join(self.head),
             "fingerprint": self.fingerprint,

@@ -245,7 +245,9 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     def table(self) -> Table:
         """Return the front as a rich table, with a line that says whether it beats a uniform LoRA sweep."""
         says_start = any(point.record.evaluation.warm_start for point in self._points)
-        title = f"Pareto front: {len(self)} of {len(self.records)} trials, hypervolume {self.hypervolume:.4f}"
+        has_derived = any(record.derived_from is not None for record in self.records)
+        what = "trials and points derived from them" if has_derived else "trials"
+        title = f"Pareto front: {len(self)} of {len(self.records)} {what}, hypervolume {self.hypervolume:.4f}"
         headings = ["trial", *(objective.name for objective in self.objectives)]
         headings += ["methods", "adapters", "blocks", "learning rate"]
         headings += ["initialised from"] if says_start else []

@@ -88,7 +88,7 @@ def compare(
         return hypervolume(values, axes)
 
     both = [(value(search, sample), value(uniform, sample)) for sample in range(samples)]
-    differences = [one - other for one, other in both[1:]]
+    differences = [ours - theirs for ours, theirs in both[1:]]
     return Verdict(
         search=both[0][0],
         uniform=both[0][1],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import datasets
@@ -40,7 +40,7 @@ class AudioTask(DatasetTask):
     audio: str = "audio"
     resample: bool = False
     max_seconds: float = 30.0
-    workers: int = 0
+    workers: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

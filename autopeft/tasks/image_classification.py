@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class ImageClassification(ClassificationTask):
     _: KW_ONLY
     image: str = "image"
     augment: bool = False
-    workers: int = 0
+    workers: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,17 @@ class AdapterCheckpoints(TrialFiles):
         return None if kept is None else kept[0]
 
     @section("record")
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Delete the tensors of some trials, where there are any."""
+        for number in numbers:
+            self.path(number).unlink(missing_ok=True)
+
+    @section("record")
     def keep_only(self, numbers: Collection[int]) -> None:
-        """Delete the tensors of every other trial, and what a killed process left unfinished."""
+        """Delete the tensors of every other trial, and what a killed process left unfinished.
+
+        Not while trials are trained in other processes, which write before their records are known.
+        """
         if not self.folder.is_dir():
             return
         wanted = {self.path(number).name for number in numbers}

@@ -25,7 +25,7 @@ from autopeft.core.evaluation import Cost, Evaluation
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import best_weights
-from autopeft.methods import METHODS, Attachment, FullFineTuning, attach
+from autopeft.methods import Attachment, FullFineTuning, attach
 from autopeft.methods.bottleneck import Bottleneck
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import Quantization
@@ -34,6 +34,7 @@ from autopeft.sensitivity.gradient_scores import BATCH_SCORES
 from autopeft.sensitivity.scored_matrices import Subject
 from autopeft.training.module import FineTuning
 from autopeft.training.training_checkpoint import TrainingCheckpoint, capture_state, restore_state
+from tests.every_method import EVERY_METHOD
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.quantized import quantized, save_base
 from tests.tasks.test_causal_lm import task_of
@@ -195,7 +196,7 @@ def trial(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", [*EVERY_METHOD, "full"])
 def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> None:
     backbone = tiny_backbone(architecture, new_head=True)
     if method != "full" and not places(backbone, method):
@@ -203,6 +204,7 @@ def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> N
     kind = FullFineTuning if method == "full" else Attachment
     configuration = Configuration() if method == "full" else everywhere(backbone, method)
     evaluator = tiny_evaluator(backbone)
+    evaluator.costs(configuration)  # peft's layers are asked what they are before anything is faked
     with faked(backbone.model, LAZY) as (batch, _):
         trial(evaluator, kind, configuration, batch)
 
@@ -220,11 +222,13 @@ def test_a_trial_of_a_language_model_keeps_to_the_models_device(
         trial(evaluator, Attachment, everywhere(backbone, "lora"), batch)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_initial_weights_are_drawn_on_the_cpu_and_stand_on_the_device(method: str) -> None:
     """The seed of a trial means the same weights on every device, a new head's too."""
     backbone = tiny_backbone("bert", new_head=True)
     configuration = everywhere(backbone, method)
+    with attach(backbone, configuration):
+        pass  # peft's layers are asked what they are before anything is faked
     with faked(backbone.model, LAZY) as (_, values), attach(backbone, configuration, seed=1) as attachment:
         assert {parameter.device for parameter in attachment.parameters.values()} == {LAZY}
     assert values.drawn_on == {"cpu"}

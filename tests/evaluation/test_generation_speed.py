@@ -9,8 +9,9 @@ import pytest
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
-from autopeft.methods import METHODS, count_parameters
+from autopeft.methods import count_parameters
 from tests.evaluation.test_language_models import evaluator_of, lora
+from tests.every_method import EVERY_METHOD
 from tests.tiny_models import everywhere, fingerprint
 
 SPEEDS = ("tokens_per_second", "tokens_per_second_merged")
@@ -97,7 +98,7 @@ def test_the_untrained_model_has_speeds_and_no_bytes() -> None:
     assert values["adapter_bytes"] == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_generates(method: str) -> None:
     evaluator = evaluator_of(OBJECTIVES)
     configuration = everywhere(evaluator.backbone, method)

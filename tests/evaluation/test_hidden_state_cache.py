@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.memory.counter import MemoryCounter
@@ -23,6 +22,7 @@ from autopeft.tasks import TextClassification
 from autopeft.tasks.batch import rows_of
 from autopeft.training.settings import Training
 from benchmarks.memory import measure_live_storage
+from tests.every_method import EVERY_METHOD
 from tests.learnable import OBJECTIVES, learnable_task
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_served_is_computed(
     assert reason not in caplog.text  # said once
 
 
-@pytest.mark.parametrize("method", METHOD_SPECS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_is_served(method: str, tmp_path: Path) -> None:
     backbone = backbone_of("gpt2" if method == "bitfit" else "bert")
     configuration = above(backbone, 2, method)

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from autopeft import RayExecutor, Search, SuccessiveHalving, Training, WarmStart
 from autopeft.core.configuration import Configuration
@@ -29,6 +31,11 @@ class DyingRunner:
     """A runner whose process is killed: by trial 1 the first time, by trial 2 every time."""
 
     folder: Path
+    warm_starts: None = None
+
+    @property
+    def evaluator(self) -> Any:
+        return SimpleNamespace(device=torch.device("cpu"))
 
     def run(self, job: Job) -> TrialRecord:
         assert isinstance(job, New | Duplicate)
@@ -86,14 +93,14 @@ def test_a_job_of_a_dead_worker_is_run_again_and_one_that_kills_two_fails(dying:
     assert dying.wait().number == 6
 
 
-def test_more_workers_than_a_cluster_has_room_for() -> None:
-    runner: Any = None
+def test_more_workers_than_a_cluster_has_room_for(tmp_path: Path) -> None:
+    runner: Any = DyingRunner(tmp_path)
     with pytest.raises(ValueError, match=r"2 workers take 2 GPUs, but the cluster has 0"):
         RayExecutor(workers=2, gpus_per_worker=1)(runner)
 
 
-def test_a_cluster_that_is_not_there() -> None:
-    runner: Any = None
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+    runner: Any = DyingRunner(tmp_path)
     with pytest.raises(ValueError, match=r"No Ray cluster was found at '127.0.0.1:1'"):
         RayExecutor(workers=1, address="127.0.0.1:1")(runner)
 
@@ -137,7 +144,13 @@ def test_a_trial_is_the_same_on_every_worker_and_in_this_process(
     assert found("local") == found("ray")
 
 
-def test_rungs_replicates_and_warm_starts_go_to_any_worker(
+def test_warm_starts_are_refused(tmp_path: Path, minilm_folder: Path, questions_csv: Path) -> None:
+    run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2), warm_start=WarmStart())
+    with pytest.raises(ValueError, match="RayExecutor has no warm starts"):
+        run.run(trials=1, progress=False)
+
+
+def test_rungs_and_replicates_go_to_any_worker(
     tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
     settings = {

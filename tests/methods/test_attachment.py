@@ -14,6 +14,7 @@ from torch import nn
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import METHODS, attach, count_parameters
 from autopeft.models.backbone import Backbone
+from tests.every_method import EVERY_METHOD
 from tests.strategies import configurations_of
 from tests.tiny_models import (
     LABELS,
@@ -330,7 +331,7 @@ def deep() -> Backbone:
     return tiny_backbone("bert", num_hidden_layers=12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_deep_networks(deep: Backbone, method: str) -> None:
     """Names of blocks 1 and 11 overlap; more than 20 target modules make peft shorten its patterns."""
     before = fingerprint(deep.model)

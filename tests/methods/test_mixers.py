@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from autopeft.core.configuration import Configuration, Site
-from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import compute_scores
 from benchmarks.memory import measure_live_storage
+from tests.every_method import METHODS_BY_DEFAULT
 from tests.exports import trained
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import (
@@ -56,7 +56,7 @@ def batch_of(architecture: str) -> dict[str, Tensor]:
 def test_every_adapter_is_trained_and_goes_without_a_trace(architecture: str) -> None:
     backbone, batch = backbone_of(architecture), batch_of(architecture)
     task = CROSS_ENTROPY if architecture == "convnext" else task_of()
-    methods = [method for method in METHOD_SPECS if places(backbone, method)]
+    methods = [method for method in METHODS_BY_DEFAULT if places(backbone, method)]
     assert {"layernorm", "lora"} <= {*methods}
     before = fingerprint(backbone.model)
     for method in methods:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from autopeft.evaluation.trial_runner import TrialRunner
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 2
 """A job whose workers died so often is a failed trial: it may be what kills them."""
+_CONNECTION_SECONDS = 10.0
 _PATIENCE_SECONDS = 1800.0
 """For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
 
@@ -132,9 +134,13 @@ class _RayJobs:
 
     def _start_ray(self) -> None:
         settings = self._settings
+        host, _, port = (settings.address or "").rpartition(":")
         # A machine of fewer cores runs as many workers as it is asked to: slower, and no error.
         cores = settings.workers * settings.cpus_per_worker if settings.address is None else None
         try:
+            if port.isdigit() and "/" not in host:
+                # Ray itself would try again for minutes.
+                socket.create_connection((host, int(port)), timeout=_CONNECTION_SECONDS).close()
             self._ray.init(
                 settings.address,
                 num_cpus=cores,
@@ -142,7 +148,7 @@ class _RayJobs:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"No Ray cluster was found at {settings.address!r}: {error}") from error
 
     def _check_resources(self) -> None:

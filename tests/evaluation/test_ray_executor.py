@@ -163,10 +163,9 @@ def test_warm_starts_are_refused(tmp_path: Path, minilm_folder: Path, questions_
 def test_rungs_and_replicates_go_to_any_worker(
     tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "halving": SuccessiveHalving(rungs=(0.5,)),
         "seeds": 2,
-        "warm_start": WarmStart(),
         "sampler": "ehvi",
     }
     executor = RayExecutor(workers=2)

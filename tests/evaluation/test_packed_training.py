@@ -208,6 +208,7 @@ def test_a_configuration_the_backbone_cannot_carry_is_an_error() -> None:
     assert PackedTrainer(packing_evaluator()).train(()) == []
 
 
+@pytest.mark.slow
 def test_dropout_trains_too_and_is_off_in_validation() -> None:
     backbone = tiny_backbone("bert", new_head=True, num_hidden_layers=4)
     evaluator = tiny_evaluator(

@@ -79,6 +79,7 @@ def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: P
         assert all(torch.equal(state[name], tensor) for name, tensor in trained.state.items())
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_with_what_was_paused(tmp_path: Path) -> None:
     whole = run(halving_search(tmp_path / "whole"), 8)
     run(halving_search(tmp_path / "parts"), 8)

@@ -73,6 +73,7 @@ def test_cuts_are_replicated_with_their_trials(tmp_path: Path) -> None:
     assert outcomes(again.records) == outcomes(front.records)
 
 
+@pytest.mark.slow
 def test_a_killed_search_neither_loses_nor_doubles_a_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def random_labels() -> TextClassification:
     return TextClassification(dataset=DatasetDict(shuffled))
 
 
+@pytest.mark.slow
 def test_random_labels_have_no_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
     train = Evaluator.train

@@ -92,6 +92,7 @@ def test_adapter_bytes_are_those_of_the_tensors_on_disk(methods: tuple[str, ...]
     assert evaluator.costs(configuration)["adapter_bytes"] == on_disk
 
 
+@pytest.mark.slow
 def test_lora_with_a_rank_a_layer_loads_with_plain_peft_in_a_fresh_process(
     minilm: Backbone, question_batch: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from tests.tiny_models import everywhere, tiny_backbone, tiny_batch, tiny_model,
 HALF = torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path: Path) -> None:
     tiny_model("llama").bfloat16().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")

@@ -40,6 +40,7 @@ def export(
     return export_adapter(backbone, configuration, state, folder / "out", probe=probe, merged=merged)
 
 
+@pytest.mark.slow
 def test_a_plain_folder_says_how_its_base_was_quantised(tmp_path: Path) -> None:
     report = export(tmp_path, "nf4")
     assert "in a fresh process that never imported autopeft" in report.checked

@@ -54,6 +54,7 @@ def run(search: Search, trials: int) -> ParetoFront:
     return search.run(trials=trials, progress=False)
 
 
+@pytest.mark.slow
 def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: Path) -> None:
     search = halving_search(tmp_path)
     front = run(search, 14)
@@ -146,6 +147,7 @@ def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
     assert best >= front.members
 
 
+@pytest.mark.slow
 def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     for _ in range(2):

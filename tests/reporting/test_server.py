@@ -67,6 +67,7 @@ def test_the_link_is_printed_and_the_server_ends_with_the_command(
         assert probe.connect_ex((HOST, int(address.rsplit(":")[-1]))) != 0
 
 
+@pytest.mark.slow
 def test_a_server_is_its_own_ui(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)

@@ -190,6 +190,7 @@ def write_trials(uri: str, name: str, count: int) -> None:
     assert tracker.failures == 0
 
 
+@pytest.mark.slow
 def test_searches_in_one_store_at_once(uri: str) -> None:
     names = ("one", "two", 'it\'s "three" ü')
     context = multiprocessing.get_context("spawn")

@@ -222,6 +222,7 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
         build_config(settings | {"warm_start": {"training": 2}})
 
 
+@pytest.mark.slow
 def test_a_search_that_is_resumed_uses_the_same_supernet(tmp_path: Path) -> None:
     def stop_at(count: int) -> TrialListener:
         def stop(record: TrialRecord, front: ParetoFront) -> None:

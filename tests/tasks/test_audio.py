@@ -182,6 +182,7 @@ def test_texts_are_no_recordings() -> None:
         spoken().data(tiny_tokenizer(), batch_size=4, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "place"), [(task, ("", 1)), (spoken, ("decoder", 0))])
 def test_trainings_are_served_hidden_states_of_recordings_of_one_size(
     make: Callable[[], Any], place: tuple[str, int], tmp_path: Path

@@ -108,7 +108,7 @@ def test_memory_is_counted_as_it_is(
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "qwen3")),
     ],
 )
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_exports_are_plain_peft_folders(
     architecture: str, merged: bool, precision: str, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def vit_folder(tmp_path: Path) -> Path:
     return tmp_path / "vit"
 
 
+@pytest.mark.slow
 def test_a_backbone_brings_its_image_processor_and_an_export_takes_it(
     vit_folder: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from autopeft.core.jobs import Rivals
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import Trained, reason_of_failure
 from autopeft.methods import count_parameters, count_site
-from autopeft.methods.lora import Lora, lora_scaling
+from autopeft.methods.lora import Lora, lora_scaling, lora_tensors
 from autopeft.models.backbone import Backbone
 from autopeft.training.compute_meter import ComputeMeter
 
@@ -144,7 +144,7 @@ def cut_state(
         left, sigma, right = _decomposed(state, site, trained[site])
         root = (sigma[: adapter.size] / lora_scaling(adapter)).sqrt()
         up, down = left[:, : adapter.size] * root, root[:, None] * right[: adapter.size]
-        for name, factor in zip(_names(site), (up, down), strict=True):
+        for name, factor in zip(lora_tensors(site), (down, up), strict=True):
             tensors[name] = factor.to(state[name].dtype)
     return tensors
 
@@ -158,13 +158,9 @@ def _loras(configuration: Configuration) -> dict[Site, Adapter]:
     }
 
 
-def _names(site: Site) -> tuple[str, str]:
-    return f"{site}.{Lora.name}.lora_B.weight", f"{site}.{Lora.name}.lora_A.weight"
-
-
 def _decomposed(state: Mapping[str, Tensor], site: Site, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular value decomposition U, σ, Vᵀ of a LoRA's update, by QR of its factors."""
-    up, down = (state[name].double() for name in _names(site))
+    down, up = (state[name].double() for name in lora_tensors(site))
     (outer, of_up), (inner, of_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     left, sigma, right = torch.linalg.svd(of_up @ of_down.T, full_matrices=False)
     return outer @ left, sigma * lora_scaling(adapter), right @ inner.T

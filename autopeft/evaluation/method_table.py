@@ -19,7 +19,6 @@ from autopeft.core.peft_families import LEFT_OUT
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.methods import METHODS, PeftMethod, count_parameters, obstacle
 from autopeft.methods.abilities import Abilities, abilities
-from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
 
@@ -107,7 +106,7 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
         rate=specification.rate,
         merges=method.is_mergeable,
         shares_state=method.shares_state,
-        size_pattern=name == "lora" or (isinstance(method, PeftFamily) and method.size_pattern is not None),
+        size_pattern=isinstance(method, PeftMethod) and method.size_pattern is not None,
         abilities=abilities(method)
         if isinstance(method, PeftMethod) and "linear" in specification.kinds
         else None,

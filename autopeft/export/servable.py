@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from autopeft.core.configuration import Adapter, Configuration
-from autopeft.core.method_specs import EXPERT_ROLES
-from autopeft.methods.lora import lora_scaling
+from autopeft.methods.lora import lora_scaling, lora_tensors
 
 
 def uniform_lora(
@@ -29,7 +28,7 @@ def uniform_lora(
         ValueError: There is another method than LoRA, or none.
     """
     methods = ", ".join(configuration.methods) or "a head alone"
-    if any(site.role in EXPERT_ROLES for site, _ in configuration):
+    if any(site.kind == "experts" for site, _ in configuration):
         methods = "LoRA on experts"
     if methods != "lora":
         raise ValueError(f"Servers take LoRA on linear layers alone, this is {methods}: use merged=True.")
@@ -38,7 +37,7 @@ def uniform_lora(
     for site, adapter in configuration:
         assert adapter.size is not None
         missing = rank - adapter.size
-        down, up = f"{site}.lora.lora_A.weight", f"{site}.lora.lora_B.weight"
+        down, up = lora_tensors(site)
         folded[down] = pad(state[down], (0, 0, 0, missing))
         folded[up] = pad(state[up] * lora_scaling(adapter), (0, missing))
     plain = Adapter("lora", rank, {"alpha": rank, "rslora": False})

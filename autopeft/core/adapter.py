@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -57,7 +57,7 @@ class Site:
         return f"{place_name(self.place)}.{self.role}"
 
     def __lt__(self, other: Site) -> bool:
-        return self._order < other._order
+        return self.order < other.order
 
     @property
     def place(self) -> Place:
@@ -69,8 +69,9 @@ class Site:
         """What is there: a layer that is named by its module is linear."""
         return KIND_OF_ROLE.get(self.role, "linear")
 
-    @property
-    def _order(self) -> tuple[int, str, int, int, str]:
+    @cached_property
+    def order(self) -> tuple[int, str, int, int, str]:
+        """What sites are sorted by: the way through the model, then the place of the role in a block."""
         return *stack_order(self.stack), self.block, role_order(self.role), self.role
 
 

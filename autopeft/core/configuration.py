@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,7 @@ class Configuration:
     ) -> None:
         check_numbers(above=0, learning_rate=learning_rate)
         check_numbers(least=0, weight_decay=weight_decay)
-        checked = {site: _of_site(site, given) for site, given in sorted((adapters or {}).items())}
-        canonical = {site: several for site, several in checked.items() if several}
-        object.__setattr__(self, "adapters", _FrozenMap(canonical))
+        object.__setattr__(self, "adapters", _canonical(adapters or {}))
         object.__setattr__(self, "learning_rate", float(learning_rate))
         object.__setattr__(self, "weight_decay", float(weight_decay))
 
@@ -70,10 +69,22 @@ class Configuration:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Configuration) and self.key == other.key
+        return isinstance(other, Configuration) and self._content == other._content
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the hash, which another process has another of."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
+
+    @property
+    def _content(self) -> tuple[Any, ...]:
+        return self.learning_rate, self.weight_decay, self.adapters
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.learning_rate, self.weight_decay, *self.adapters.items()))
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -233,6 +244,13 @@ def _read_adapters(site: Any, given: Any) -> tuple[Adapter, ...]:
     return tuple(Adapter.from_dict(entry) for entry in entries)
 
 
+def _canonical(adapters: Mapping[Site, AdapterLike]) -> _FrozenMap:
+    if isinstance(adapters, _FrozenMap):  # another configuration's
+        return adapters
+    checked = {site: _of_site(site, adapters[site]) for site in sorted(adapters, key=attrgetter("order"))}
+    return _FrozenMap({site: several for site, several in checked.items() if several})
+
+
 def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
     several = (given,) if isinstance(given, Adapter) else tuple(given)
     kind = site.kind
@@ -244,6 +262,8 @@ def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
                 f"{adapter.method!r} cannot sit on {site} (a {kind} site); "
                 f"it takes the roles {', '.join(roles)}."
             )
+    if len(several) < 2:
+        return several
     names = [adapter.method for adapter in several]
     if len(set(names)) != len(names):
         raise ValueError(f"Site {site} carries a method twice: {', '.join(names)}.")

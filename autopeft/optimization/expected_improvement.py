@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import qmc
 
-from autopeft.core.adapter import Adapter, Site
+from autopeft.core.adapter import Site
 from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import Objective
@@ -31,7 +31,6 @@ _COMPUTE_BESIDE_BLOCKS = 0.25  # of what all blocks take in a step: head, loop a
 _SAME_RATE_FACTOR = 1.2  # learning rates by less than this factor apart are taken for the same
 _RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
 _COUNTED = ("trainable_parameters", "adapter_parameters")
-_Adapters = tuple[tuple[Site, Adapter], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,18 @@ class Features:
     def _of_both(self, configuration: Configuration) -> list[float]:
         methods = [adapter.method for _, adapter in configuration]
         shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
-        count = max(count_parameters(self.backbone, configuration), self.parameters[0])
+        count = max(self.count(configuration), self.parameters[0])
         return [log_place(count, *self.parameters), *shares]
+
+    def count(self, configuration: Configuration) -> int:
+        """Return the number of trainable parameters of a configuration, counted once."""
+        if configuration not in self._counts:
+            self._counts[configuration] = count_parameters(self.backbone, configuration)
+        return self._counts[configuration]
+
+    @cached_property
+    def _counts(self) -> dict[Configuration, int]:
+        return {}
 
     def compute(self, configuration: Configuration, are_states_served: Callable[[int], bool]) -> float:
         """Return what a training step takes, as a multiple of what it takes in all blocks, forward and back.
@@ -227,23 +236,22 @@ class ExpectedImprovement:
         What has the adapters of a trial counts as tried where its learning rate is within a fifth of that
         trial's: it would be chosen for the noise in its metric, again and again.
         """
-        tried: dict[_Adapters, list[float]] = {}
-        for trial in self._tried:
-            tried.setdefault(tuple(trial), []).append(trial.learning_rate)
         ranking = np.argsort(-self.per_compute(candidates), kind="stable")
-        for index in ranking.tolist():
-            rate = candidates[index].learning_rate
-            if not any(_is_near(rate, other) for other in tried.get(tuple(candidates[index]), ())):
-                return int(index)
-        return None
+        return next((index for index in ranking.tolist() if not self._was_tried(candidates[index])), None)
+
+    def _was_tried(self, candidate: Configuration) -> bool:
+        return any(
+            trial.adapters == candidate.adapters and _is_near(trial.learning_rate, candidate.learning_rate)
+            for trial in self._tried
+        )
 
     def _predicted(self, objective: Objective, candidates: Sequence[Configuration]) -> tuple[Array, Array]:
         """Return mean and standard deviation of an objective, on a log scale where it has one."""
         if objective.name not in _COUNTED:
             return self._models[objective.name].predict(self._features.inputs(candidates, objective))
-        backbone = self._features.backbone
-        head = backbone.head_parameters if objective.name == "adapter_parameters" else 0
-        counts = (count_parameters(backbone, candidate) - head for candidate in candidates)
+        features = self._features
+        head = features.backbone.head_parameters if objective.name == "adapter_parameters" else 0
+        counts = (features.count(candidate) - head for candidate in candidates)
         return np.array([_scaled(objective, count) for count in counts]), np.zeros(len(candidates))
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from html import escape
 
 from autopeft.core.configuration import Configuration, grid_axes
 from autopeft.core.method_specs import METHOD_SPECS
@@ -14,42 +11,50 @@ from autopeft.reporting.formats import methods_label
 # Okabe and Ito's palette, which people with any colour vision can tell apart, lightened for black text.
 _METHOD_COLOURS = ("#8FC7E8", "#F5C26B", "#7FD1B9", "#F4E98C", "#E9A37A", "#9BB7D9", "#E0A8C8")
 _EMPTY_COLOUR = "#F4F4F4"
-_LETTER_INCHES, _ROW_INCHES, _LEFT_INCHES = 0.08, 0.3, 0.8
+_LETTER, _ROW, _LEAST_LEFT = 8, 30, 80  # pixels
 
 
-def configuration_figure(configuration: Configuration) -> Figure:
-    """Draw a configuration."""
+def configuration_svg(configuration: Configuration) -> str:
+    """Draw a configuration as an SVG picture: the output on top, as signals rise."""
     cells = configuration.cells()
     places, roles = grid_axes(cells)
     names = [f"{stack} block {block}".strip() for stack, block in places]
-    left_inches = max([_LEFT_INCHES, *(_LETTER_INCHES * (2 + len(name)) for name in names)])
-    blocks = len(places)
+    left = max([_LEAST_LEFT, *(_LETTER * (2 + len(name)) for name in names)])
+    column = _LETTER * (2 + max(map(len, (*roles, *cells.values())), default=0))
     title = f"{methods_label(configuration)} · learning rate {configuration.learning_rate:g}"
-    column_inches = _LETTER_INCHES * (2 + max(map(len, (*roles, *cells.values())), default=0))
-    width = max(left_inches + column_inches * len(roles), _LETTER_INCHES * (2 + len(title)))
-    figure = Figure(figsize=(width, _ROW_INCHES * (blocks + 3)))
-    # A unit is a cell; the names of the blocks stand left of 0, roles and title above the last block.
-    left, right = -left_inches / column_inches, (width - left_inches) / column_inches
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(-0.5, blocks + 2.5))
-    axes.set_axis_off()
-    write = partial(axes.text, ha="center", va="center", fontsize=10)
-    write(0.9 * left, blocks + 1.7, title, ha="left")
-    for column, role in enumerate(roles):
-        write(column + 0.5, blocks + 0.3, role, color="#444444")
-    for row, name in enumerate(names):
-        write(0.1 * left, row + 0.5, name, color="#444444", ha="right")
-    for (place, role), label in cells.items():
-        write(roles.index(role) + 0.5, places.index(place) + 0.5, label)
-    if cells:
-        colours = [[_colour(cells.get((place, role))) for role in roles] for place in places]
-        axes.pcolormesh(colours, edgecolors="white", linewidth=2)
-    return figure
+    width = max(left + column * len(roles), _LETTER * (2 + len(title)))
+    height = _ROW * (len(places) + 3)
+    parts = [_text(_LETTER, _ROW, title, anchor="start")]
+    for across, role in enumerate(roles):
+        parts.append(_text(left + column * (across + 0.5), 2.2 * _ROW, role, colour="#444444"))
+    for down, (place, name) in enumerate(zip(reversed(places), reversed(names), strict=True)):
+        top = _ROW * (2.5 + down)
+        parts.append(_text(left - _LETTER, top + _ROW / 2, name, anchor="end", colour="#444444"))
+        for across, role in enumerate(roles):
+            label, start = cells.get((place, role)), left + column * across
+            parts.append(
+                f'<rect x="{start:g}" y="{top:g}" width="{column - 2}" height="{_ROW - 2}" '
+                f'fill="{_colour(label)}"/>'
+            )
+            if label is not None:
+                parts.append(_text(start + column / 2, top + _ROW / 2, label))
+    lines = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
+        f"{lines}\n</svg>\n"
+    )
 
 
-def _colour(label: str | None) -> tuple[float, float, float]:
+def _text(x: float, y: float, text: str, *, anchor: str = "middle", colour: str = "black") -> str:
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" dominant-baseline="central"'
+    return f'<text {place} fill="{colour}">{escape(text)}</text>'
+
+
+def _colour(label: str | None) -> str:
     """Return the colour of a cell's (first) method."""
     if label is None:
-        return to_rgb(_EMPTY_COLOUR)
+        return _EMPTY_COLOUR
     symbols = [specification.symbol for specification in METHOD_SPECS.values()]
     number = symbols.index(label.split("+")[0].rstrip("0123456789"))
-    return to_rgb(_METHOD_COLOURS[number % len(_METHOD_COLOURS)])
+    return _METHOD_COLOURS[number % len(_METHOD_COLOURS)]

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from autopeft.core.adapter import parse_sites
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
 from tests.strategies import adapters, configurations
+
+ROOT = Path(__file__).parents[2]
 
 
 class TestSite:
@@ -201,6 +206,17 @@ class TestCanonicalForm:
         assert again == configuration
         with pytest.raises(TypeError, match="immutable"):
             again.adapters.clear()
+
+    def test_a_pickled_one_is_found_in_a_process_with_other_hashes(self) -> None:
+        configuration = Configuration({Site(0, "query"): Adapter("lora", 8)})
+        hash(configuration)
+        code = (
+            "import pickle, sys; one = pickle.load(sys.stdin.buffer); "
+            "assert one in {type(one).from_dict(one.to_dict())}"
+        )
+        environment = os.environ | {"PYTHONHASHSEED": "1"}
+        given = pickle.dumps(configuration)
+        subprocess.run([sys.executable, "-c", code], input=given, env=environment, cwd=ROOT, check=True)
 
 
 class TestReading:

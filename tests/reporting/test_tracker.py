@@ -91,7 +91,7 @@ def test_a_trial_is_a_run_with_everything(uri: str) -> None:
         assert run.data.tags["autopeft.pareto"] == str(record.number in (0, 3)).lower()
         assert run.data.tags.get("autopeft.reason") == evaluation.reason
         names = {file.path for file in MlflowClient(tracking_uri=uri).list_artifacts(run.info.run_id)}
-        assert names == {"configuration.yaml", "configuration.png"}
+        assert names == {"configuration.yaml", "configuration.svg"}
 
 
 def test_a_front_is_written_every_minute_and_less_often_where_that_takes_long(uri: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
@@ -84,7 +83,11 @@ def _tensors_in(result: Any) -> Iterator[Tensor]:
 
 
 class _ShapesAlone(FakeTensorMode):
-    """Fake tensors, grouped products in any precision: torch's rule for their shapes knows bfloat16 alone."""
+    """Fake tensors that know two operations more.
+
+    Grouped products in any precision: torch's rule for their shapes knows bfloat16 alone. A draw of a single
+    number is 0.5: peft's LyCORIS layers compare one with the dropout of a whole module.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -94,19 +97,10 @@ class _ShapesAlone(FakeTensorMode):
             first, second, *others = args
             product = func(first.bfloat16(), second.bfloat16(), *others, **(kwargs or {}))
             return product.to(first.dtype)
+        if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
+            with self:
+                return torch.tensor([0.5])
         return super().__torch_dispatch__(func, types, args, kwargs or {})
-
-
-class _DrawsKnown(TorchFunctionMode):
-    """A single number drawn is 0.5: peft's LyCORIS layers compare one with the dropout of a whole module."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the function, or return the number."""
-        if func is torch.rand and args == (1,):
-            return torch.tensor([0.5])
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -116,7 +110,7 @@ def without_data() -> Iterator[Callable[[Tensor], Tensor]]:
     It returns tensors without data on the CPU, as a count must not depend on where the model lies.
     """
     # What layers keep outside their buffers, as indices, comes in as it is met.
-    with _ShapesAlone(allow_non_fake_inputs=True) as mode, _DrawsKnown():
+    with _ShapesAlone(allow_non_fake_inputs=True) as mode:
 
         def fake(tensor: Tensor) -> Tensor:
             copy: Tensor = mode.from_tensor(tensor)

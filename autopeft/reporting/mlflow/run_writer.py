@@ -11,7 +11,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.reporting.configuration_image import configuration_figure
+from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.mlflow import run_content as content
 
@@ -75,17 +75,18 @@ class RunWriter:
         """Write a trial's result and end its run at a time in milliseconds; doing so again adds nothing."""
         evaluation, number = record.evaluation, record.number
         configuration, on_front = evaluation.configuration, number in members
+        moved = on_front != (number in self._tagged)  # a new run's tags say that it is off the front
         self.start(number, configuration, ended - int(1000 * evaluation.cost.wall_seconds))
         run_id, points = self._runs[number], self._points.get(number)
         if points is None:
             self._client.log_text(run_id, configuration.to_yaml(), "configuration.yaml")
-            self._client.log_figure(run_id, configuration_figure(configuration), "configuration.png")
+            self._client.log_text(run_id, configuration_svg(configuration), "configuration.svg")
         log_in_batches(
             self._client,
             run_id,
             metrics=content.trial_metrics(record, self._objectives, points or 0, ended),
             params=content.trial_params(record) if points is None else {},
-            tags=content.outcome_tags(record) | content.front_tags(on_front=on_front),
+            tags=content.outcome_tags(record) | (content.front_tags(on_front=on_front) if moved else {}),
         )
         self._client.set_terminated(run_id, status=content.RUN_STATUS[evaluation.status], end_time=ended)
         self._points[number], self._written[number] = len(evaluation.curves), record

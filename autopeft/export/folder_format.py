@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+from peft import TaskType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -32,10 +33,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto import modeling_auto
 
 from autopeft.core.configuration import Site
-from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.methods.peft_base import stored_names
 from autopeft.models.backbone import Backbone
@@ -55,21 +54,14 @@ FORMAT_VERSION = 1
 _PEFT_PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."  # of what all sites of a peft adapter share
 _HEAD_PREFIX = "head."
-AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
-    f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
-    for name, peft_type, pipeline, mapping in (
-        ("SequenceClassification", "SEQ_CLS", "text-classification", "SEQUENCE_CLASSIFICATION"),
-        ("CausalLM", "CAUSAL_LM", "text-generation", "CAUSAL_LM"),
-        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
-        ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
-        ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
-        ("ImageClassification", None, "image-classification", "IMAGE_CLASSIFICATION"),
-        ("AudioClassification", None, "audio-classification", "AUDIO_CLASSIFICATION"),
-        ("SpeechSeq2Seq", None, "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
-    )
+_TASK_TYPES = {
+    "AutoModelForSequenceClassification": TaskType.SEQ_CLS,
+    "AutoModelForCausalLM": TaskType.CAUSAL_LM,
+    "AutoModelForSeq2SeqLM": TaskType.SEQ_2_SEQ_LM,
+    "AutoModelForTokenClassification": TaskType.TOKEN_CLS,
+    "AutoModelForQuestionAnswering": TaskType.QUESTION_ANS,
 }
-"""transformers' auto classes that a folder may be loaded with: peft's task type where it has one, the Hub's
-pipeline tag, and the model classes."""
+"""peft's name of a kind of task; it has none for the others."""
 _PROCESSORS = {
     PreTrainedTokenizerBase: "AutoTokenizer",
     BaseImageProcessor: "AutoImageProcessor",
@@ -90,27 +82,22 @@ class TaskHead:
     problem_type: str | None  # transformers' name for the loss; None where the model did not fix it
     pad_token_id: int | None  # the padding token the model was used with; None where it has none
     dtype: str  # the weights' type, as in "float32"
-    # The transformers class that loads the base, of `AUTO_CLASSES`.
+    # The transformers class that loads the base, one of its auto classes.
     auto_class: str = "AutoModelForSequenceClassification"
     processor_class: str = "AutoTokenizer"  # that which loads what makes its inputs
 
     def __post_init__(self) -> None:
-        if self.auto_class not in AUTO_CLASSES:
-            raise unknown_choice("auto class", self.auto_class, AUTO_CLASSES)
+        if not self.auto_class.startswith("AutoModel") or not hasattr(transformers, self.auto_class):
+            raise ValueError(
+                f"{self.auto_class!r} is no auto class of transformers {transformers.__version__}, such as "
+                "AutoModelForCausalLM: it could not be loaded again."
+            )
 
     @classmethod
     def of(cls, backbone: Backbone) -> TaskHead:
         """Read the head off a backbone."""
         model = backbone.model
-        auto_class = next(
-            (name for name, (*_, known) in AUTO_CLASSES.items() if type(model).__name__ in known.values()),
-            None,
-        )
-        if auto_class is None:
-            raise ValueError(
-                f"Cannot export a {type(model).__name__}: expected a model that one of "
-                f"{', '.join(AUTO_CLASSES)} loads."
-            )
+        auto_class = backbone.auto_class.__name__
         labels: Any = model.config.id2label if auto_class.endswith("Classification") else {}
         return cls(
             auto_class=auto_class,
@@ -258,7 +245,7 @@ def write_adapters(
             if isinstance(getattr(config, option, None), set):
                 setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
-            config.task_type, *_ = AUTO_CLASSES[head.auto_class]
+            config.task_type = _TASK_TYPES.get(head.auto_class)
             config.modules_to_save = list(head.modules) or None
         config.save_pretrained(str(folder if is_plain else folder / name))
 

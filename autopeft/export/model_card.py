@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
-from autopeft.export.folder_format import AUTO_CLASSES, Manifest, peft_groups
+from autopeft.export.folder_format import Manifest, peft_groups
 from autopeft.methods import placements, unmergeable
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -193,11 +194,15 @@ def _labels(manifest: Manifest) -> list[str]:
 
 def _front_matter(manifest: Manifest, configuration: Configuration) -> str:
     merged = manifest.layout == "merged"
+    auto_class = manifest.head.auto_class
+    loaded_by = ((tag, {known.__name__ for known in task["pt"]}) for tag, task in SUPPORTED_TASKS.items())
+    pipeline_tag = next((tag for tag, known in loaded_by if auto_class in known), None)
     data: dict[str, object] = {
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": AUTO_CLASSES[manifest.head.auto_class][1],
         "tags": ["autopeft", *configuration.methods],
     }
+    if pipeline_tag is not None:
+        data["pipeline_tag"] = pipeline_tag
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone
         data["base_model"] = manifest.base
         data["base_model_relation"] = "finetune" if merged else "adapter"

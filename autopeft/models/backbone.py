@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from autopeft.core.adapter import Place, Site, block_ranges, place_name, role_order
 from autopeft.core.configuration import Configuration
@@ -39,6 +39,7 @@ class Backbone:
         head: Qualified names of the modules that are the task's; none where the model's own head stays
             frozen.
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
+        auto_class: The transformers auto class that loads the model with its head.
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
@@ -60,12 +61,14 @@ class Backbone:
         name: str,
         head: Iterable[str],
         new_head: bool = True,
+        auto_class: Any = AutoModelForSequenceClassification,
         origin: str = "",
     ) -> None:
         self.model = model
         self.processor: Any = processor  # of the class that the task's head names
         self.name = name
         self.head = tuple(head)
+        self.auto_class = auto_class
         self.new_head = new_head
         self.origin = origin
         self.attached: Configuration | None = None
@@ -128,7 +131,15 @@ class Backbone:
         """
         model, name = empty_model(source, head, dtype)
         modules = head_modules(model, head)
-        return cls(model, None, name=name, head=modules, new_head=False, origin=str(source))
+        return cls(
+            model,
+            None,
+            name=name,
+            head=modules,
+            auto_class=head.auto_class,
+            new_head=False,
+            origin=str(source),
+        )
 
     def train_head(self, part: HeadPart) -> None:
         """Train the whole head, or its last layer alone: the rest then stays as it is drawn or was loaded.

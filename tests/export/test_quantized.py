@@ -70,7 +70,7 @@ def test_a_merged_model_is_not_quantised(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     is_quick = (
         quickest_precision(torch.device("cpu")) == "bf16-mixed"
-    )  # else the base was computed in float32
+    )  # else float32 is kept
     assert {parameter.dtype for parameter in model.parameters()} == {
         torch.bfloat16 if is_quick else torch.float32
     }

@@ -208,7 +208,8 @@ def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str
     files[HEAD_FILE] = {"": _HEAD_PREFIX}
     for name, placement in by_method.items():
         if not isinstance(METHODS[name], PeftMethod):
-            files[f"{name}/{OWN_METHOD_FILE}"] = {f"{site}.": f"{site}.{name}." for site in placement}
+            sites = {f"{site}.": f"{site}.{name}." for site in placement}
+            files[f"{name}/{OWN_METHOD_FILE}"] = {**sites, "shared.": f"{name}.shared."}
     return files
 
 

@@ -17,6 +17,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.export.loading import attach_tensors
 from autopeft.methods import placements
 from autopeft.methods.base import replace_module
+from autopeft.methods.layer_adapter import merge_adapters
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight, state_tensors
 
@@ -51,6 +52,7 @@ def merged_model(
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
             replace_module(model, name, model.get_submodule(f"{name}.base_layer"))
+    merge_adapters(model)
     if hasattr(model, "peft_config"):
         del model.peft_config  # else save_pretrained would take the model for an adapter
     return model.requires_grad_(False)

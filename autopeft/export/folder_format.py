@@ -51,7 +51,7 @@ OWN_METHOD_FILE = "adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."  # of what all sites of a peft adapter share
 _HEAD_PREFIX = "head."
 _TASK_TYPES = {
@@ -193,22 +193,23 @@ def adapter_layout(by_method: Mapping[str, Placement]) -> Layout:
     return "peft" if len(groups) == 1 and held == everything else "mixed"
 
 
-def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str]]:
+def _tensor_files(by_method: Mapping[str, Placement], layout: Layout) -> dict[str, dict[str, str]]:
     """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
     files = {
         f"{folder}/{PEFT_FILE}": {
-            _PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
+            PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
         }
         | {_SHARED_PREFIX: f"{folder}.shared."}
         for folder, (method, group) in peft_groups(by_method).items()
     }
-    if adapter_layout(by_method) == "peft":
+    if layout == "peft":
         (prefixes,) = files.values()
-        return {PEFT_FILE: prefixes | {_PEFT_PREFIX: _HEAD_PREFIX}}
+        return {PEFT_FILE: prefixes | {PEFT_PREFIX: _HEAD_PREFIX}}
     files[HEAD_FILE] = {"": _HEAD_PREFIX}
     for name, placement in by_method.items():
         if not isinstance(METHODS[name], PeftMethod):
-            files[f"{name}/{OWN_METHOD_FILE}"] = {f"{site}.": f"{site}.{name}." for site in placement}
+            sites = {f"{site}.": f"{site}.{name}." for site in placement}
+            files[f"{name}/{OWN_METHOD_FILE}"] = {**sites, "shared.": f"{name}.shared."}
     return files
 
 
@@ -217,16 +218,18 @@ def write_adapters(
     by_method: Mapping[str, Placement],
     state: Mapping[str, Tensor],
     *,
+    layout: Layout,
     base: str,
     head: TaskHead,
 ) -> None:
     """Write trained tensors, as `Attachment.state_dict` names them, into an empty folder.
 
-    The base, which may be empty, is what peft's configs say of the base model.
+    The layout is "mixed", or "peft" where that is what `adapter_layout` says. The base, which may be empty,
+    is what peft's configs say of the base model.
     """
     # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
     # resident model. What was written is then loaded by peft itself and compared, see verification.py.
-    for file, prefixes in _tensor_files(by_method).items():
+    for file, prefixes in _tensor_files(by_method, layout).items():
         tensors = {
             stored + name.removeprefix(trained): tensor.contiguous()
             for stored, trained in prefixes.items()
@@ -236,24 +239,29 @@ def write_adapters(
         (folder / file).parent.mkdir(exist_ok=True)
         # Not save_file, which makes files that only their owner can read: a server may be someone else.
         (folder / file).write_bytes(save(tensors, {"format": "pt"}))
-    is_plain = adapter_layout(by_method) == "peft"
+    is_plain = layout == "peft"
     for name, (method, group) in peft_groups(by_method).items():
         config: Any = method.peft_config(group)
         config.base_model_name_or_path = base or None
         config.inference_mode = True
-        for option in ("target_modules", "target_parameters", "feedforward_modules"):
-            if isinstance(getattr(config, option, None), set):
-                setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
             config.task_type = _TASK_TYPES.get(head.auto_class)
             config.modules_to_save = list(head.modules) or None
-        config.save_pretrained(str(folder if is_plain else folder / name))
+        save_config(config, folder if is_plain else folder / name)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write a peft config, which is the same every time."""
+    for option in ("target_modules", "target_parameters", "feedforward_modules"):
+        if isinstance(getattr(config, option, None), set):
+            setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
+    config.save_pretrained(str(folder))
 
 
 def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str, Tensor]:
     """Read what `write_adapters` wrote in the layout "mixed", under the names it was given."""
     state = {}
-    for name, prefixes in _tensor_files(by_method).items():
+    for name, prefixes in _tensor_files(by_method, "mixed").items():
         file = folder / name
         require_file(file)
         try:

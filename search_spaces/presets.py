@@ -34,7 +34,7 @@ class Mergeable(PerLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class Servable(PerLayer):
-    """LoRA of ranks that servers take; `export(servable=True)` writes one rank for all modules."""
+    """LoRA of ranks that servers take; `export(target="vllm")` writes one rank for all modules."""
 
     methods: Sequence[str] | None = ("lora",)
     ranks: tuple[int, int] = (8, 64)

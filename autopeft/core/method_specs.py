@@ -50,6 +50,7 @@ KIND_OF_ROLE: Mapping[str, Kind] = {
     "convolution": "convolution",
     "attention": "attention",
     "ffn": "ffn",
+    "block": "block",
 }
 ROLES = tuple(KIND_OF_ROLE)
 """Every role, in the order in which tables and pictures show them."""
@@ -177,6 +178,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             options={"positions": 0},
             minimums={"positions": -1},
             rate=3.0,  # 9e-4 in the paper's settings
+        ),
+        MethodSpec(
+            name="ladder",
+            symbol="La",
+            kinds=frozenset({"block"}),
+            size_name="side width",
+            sizes=(4, 128),
+            rate=3.0,
         ),
     )
 }

@@ -17,6 +17,7 @@ from autopeft.methods.bottleneck import Parallel, Series
 from autopeft.methods.compacter import Compacter
 from autopeft.methods.full import Full
 from autopeft.methods.ia3 import IA3
+from autopeft.methods.ladder import Ladder
 from autopeft.methods.layernorm import LayerNormTuning
 from autopeft.methods.lora import Lora
 from autopeft.methods.lora_fa import LoraFA
@@ -31,7 +32,7 @@ from autopeft.methods.sparse import Sparse
 
 _ALONE = (
     *(Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning()),
-    *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT()),
+    *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
 )
 _FAMILIES: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
 """Families of peft's whose size is not the number that peft's config has."""

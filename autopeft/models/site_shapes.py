@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,25 @@ def site_shapes(model: nn.Module, block: BlockModules) -> Iterable[SiteShape]:
     if first is not None and "ffn_down" in shapes:
         name = block.name if block.has_attention else ""
         yield _sublayer(Site(index, "ffn", stack), first, shapes["ffn_down"], block_module=name)
+
+
+def whole_blocks(blocks: Iterable[BlockModules]) -> Iterator[SiteShape]:
+    """Yield the sites of whole blocks, of stacks that are one list: not stages of unlike widths."""
+    for stack, in_stack in groupby(blocks, key=lambda block: block.place[0]):
+        placed = list(in_stack)
+        if len({block.name.rpartition(".")[0] for block in placed}) > 1:
+            continue
+        for block in placed:
+            yield SiteShape(
+                site=Site(block.place[1], "block", stack),
+                kind="block",
+                module=block.name,
+                input_module=block.name,
+                in_features=block.width,
+                out_features=block.width,
+                parameters=0,
+                bias=0,
+            )
 
 
 def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:

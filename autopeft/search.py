@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from autopeft.core.profiling import Profile
 from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.warm_start import initial_weights
+from autopeft.export.conversion import ENERGY
 from autopeft.export.export import ExportReport, export_adapter
+from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
@@ -271,8 +275,8 @@ class Search(SearchSettings):
         number: int,
         folder: str | Path,
         *,
-        merged: bool = False,
-        servable: bool = False,
+        target: str | None = None,
+        energy: float = ENERGY,
         retrain: bool = False,
         seed: int | None = None,
         overwrite: bool = False,
@@ -282,17 +286,18 @@ class Search(SearchSettings):
         Args:
             number: The trial.
             folder: Where to write; must be empty or missing.
-            merged: Write a full model with the adapters merged into the weights.
-            servable: Write LoRA with one rank and one scale for all modules, as vLLM, SGLang and llama.cpp
-                read it.
+            target: What it is for: "peft", "autopeft", "merged", "lora", "vllm", "sglang", "llama.cpp" or
+                "peft-method-comparison". By default "peft" where one peft family holds everything, and
+                "autopeft", a folder for each method, otherwise.
+            energy: Share of each update that is kept where a target makes LoRA of other methods.
             retrain: Train the configuration again, at full fidelity and from the trial's initial weights,
                 also where the search kept its tensors; off the front it kept none, and the log says so.
             seed: Seed of re-training; that of the trial's first training by default.
             overwrite: Replace what is in the folder.
 
         Raises:
-            ValueError: There is no such completed trial, the folder cannot be written, a method cannot be
-                merged or served, or the supernet the trial was initialised from is gone.
+            ValueError: There is no such completed trial, the folder cannot be written, the target cannot take
+                the trial, or the supernet it was initialised from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
         front, checkpoints = self.front(), AdapterCheckpoints(self.folder / "adapters")
@@ -305,7 +310,10 @@ class Search(SearchSettings):
         original = number if record.duplicate_of is None else record.duplicate_of
         evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
         opened = self.open()
+        resolved_target(target, opened.backbone, configuration)  # before it is trained again
         state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
+        if target == COMPARISON:
+            state = {}  # it has no weights
         if state is None:
             parent = evaluation
             if record.derived_from is not None:
@@ -326,13 +334,12 @@ class Search(SearchSettings):
             if trained.state is None:
                 raise RuntimeError(f"Re-training trial {number} failed: {trained.evaluation.reason}")
             state, evaluation = trained.state, trained.evaluation
-        test = opened.evaluator.test(configuration, state)
         return export_adapter(
             opened.backbone,
             configuration,
             state,
             folder,
-            values={**evaluation.values, **{f"test_{name}": value for name, value in test.items()}},
+            values=evaluation.values,
             details={
                 "search": self.name,
                 "trial": str(number),
@@ -345,10 +352,36 @@ class Search(SearchSettings):
             prediction=self.task.prediction,
             trainings=evaluation.trainings,
             probe=opened.evaluator.model_call(),
-            merged=merged,
-            servable=servable,
+            score=opened.evaluator.score,
+            target=target,
+            energy=energy,
             overwrite=overwrite,
         )
+
+    def register(self, number: int, name: str, **options: Any) -> str:
+        """Export a trial merged into a whole model, and put that into MLflow's model registry.
+
+        Args:
+            number: The trial.
+            name: Name in the registry; a model that has it gets a new version.
+            options: `retrain` and `seed` of `export`.
+
+        Returns:
+            Its URI, as "models:/reviews/1", for `mlflow.pyfunc.load_model`.
+
+        Raises:
+            ValueError: The search is not tracked, the trial cannot be exported so, or MLflow cannot use the
+                store.
+            RuntimeError: See `export`.
+        """
+        if self.tracking is None:
+            raise ValueError("The search has tracking=None: give it an MLflow tracking URI to register in.")
+        from autopeft.reporting.mlflow.registry import register_model
+
+        with TemporaryDirectory() as scratch:
+            report = self.export(number, Path(scratch, "model"), target="merged", **options)
+            tags = {"autopeft.registered_search": self.name, "autopeft.registered_trial": str(number)}
+            return register_model(self.tracking, self.experiment, name, report.folder, tags)
 
     def __repr__(self) -> str:
         names = ", ".join(objective.name for objective in self.objectives)

@@ -20,12 +20,13 @@ from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
+from autopeft.search_spaces.presets import PRESETS
 from autopeft.tasks import TASKS, Task
 from autopeft.training.settings import Training
 
 TYPES: Mapping[str, tuple[type[Any], ...]] = {
     "task": TASKS,
-    "space": (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper),
+    "space": (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper, *PRESETS),
     "executor": (PackedExecutor, RayExecutor),
 }
 """Sections whose class stands under "type"."""

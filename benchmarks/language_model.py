@@ -2,12 +2,13 @@
 
     python -m benchmarks.language_model [--config configs/dialogue.yaml] [--folder FOLDER]
 
-The search runs in a process of its own, as the command line runs it, so that its peak resident memory can be
-read. Uniform LoRA of rank 8 on query and value is trained for the same steps with three learning rates, the
-best of them in validation with three seeds. Both, and the untrained model, are scored on the test split; the
-best point of the front by the weights that the search kept. Every trained point of the front is exported,
-loaded in a fresh process (by plain peft, where the folder is a plain one) and scored there on the same test
-rows. The same call goes on where it was stopped; the memory of the search is then not known.
+The search runs in a process of its own, so that its peak resident memory can be read: it is to keep below
+what the libraries hold, 2.5 times the weights, and the activations that were counted. Uniform LoRA of rank 8
+on query and value is trained for the same steps with three learning rates, the best of them in validation
+with three seeds. Both, and the untrained model, are scored on the test split; the best point of the front by
+the weights that the search kept. Every trained point of the front is exported, loaded in a fresh process (by
+plain peft, where the folder is a plain one) and scored there on the same test rows. The same call goes on
+where it was stopped; the memory of a search that was stopped is not known.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +32,20 @@ from autopeft.tasks import CausalLM
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.yaml_config import load_config
 from benchmarks.fresh_loss import LossJob, fresh_loss
+from benchmarks.resident import Resident, searched
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
+_WEIGHTS = 2.5
+"""Of the bound on the search's memory: sizes of the weights."""
 
 
 def uniform(backbone: Backbone, rate: float) -> Configuration:
     """Return LoRA of one rank on query and value of every block."""
     sites = {site: Adapter("lora", RANK) for site in backbone.sites if site.role in ("query", "value")}
     return Configuration(sites, learning_rate=rate)
-
-
-def searched(config: Path, folder: Path) -> float | None:
-    """Run the search in a process of its own; return its peak resident memory in bytes, if it began here."""
-    was_begun = folder.exists()
-    program = Path(sys.executable).with_name("autopeft")
-    command = [str(program), "search", str(config), f"folder={folder}", "tracking=null"]
-    subprocess.run(command, check=True)
-    return None if was_begun else resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
 
 
 def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tuple[float, float]:
@@ -106,14 +99,44 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
     return rows
 
 
+def memory_record(resident: Resident, weights: int, counted: float) -> dict[str, Any]:
+    """Return the bytes that the search held, and the bound on them; `counted` has the weights in it."""
+    return {
+        "peak_resident_bytes": resident.peak,
+        "bound_bytes": resident.libraries + _WEIGHTS * weights + counted - weights,
+        "library_bytes": resident.libraries,
+        "weight_bytes": weights,
+        "largest_counted_bytes": counted,
+        "peak_resident_bytes_by_section": resident.peaks,
+    }
+
+
+def in_words(memory: Mapping[str, Any]) -> str:
+    """Return a memory record as text."""
+
+    def gibibytes(name: str) -> str:
+        return f"{memory[name] / 2**30:.2f} GiB"
+
+    by_section = memory["peak_resident_bytes_by_section"]
+    peaks = sorted(by_section, key=lambda name: -by_section[name])
+    return (
+        f"Peak resident memory of the search: {gibibytes('peak_resident_bytes')}; "
+        f"bound: {gibibytes('bound_bytes')},\nthat is libraries {gibibytes('library_bytes')}, "
+        f"{_WEIGHTS} times the weights of {gibibytes('weight_bytes')}, and the largest counted peak of "
+        f"{gibibytes('largest_counted_bytes')} without them.\n"
+        f"By section in GiB: {', '.join(f'{name} {by_section[name] / 2**30:.2f}' for name in peaks)}."
+    )
+
+
 def main() -> None:
     """Search, compare, export; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/dialogue.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/language_model"))
     arguments = parser.parse_args()
-    memory = searched(arguments.config, arguments.folder)
-    search = load_config(arguments.config, [f"folder={arguments.folder}", "tracking=null"]).search
+    own = [f"folder={arguments.folder}", "tracking=null"]
+    resident = searched(arguments.config, arguments.folder)
+    search = load_config(arguments.config, own).search
     assert isinstance(search.task, CausalLM)
     front, opened = search.front(), search.open()
     weights = sum(tensor.nbytes for tensor in opened.backbone.model.parameters())
@@ -141,18 +164,16 @@ def main() -> None:
     )
     Console(width=120).print(table)
     difference = max(abs(row["test_loss"] - row["test_loss_in_fresh_process"]) for row in points)
-    resident = "not known" if memory is None else f"{memory / 2**30:.2f} GiB"
-    print(f"Peak resident memory of the search: {resident}; weights {weights / 2**30:.2f} GiB,")
-    print(f"largest counted peak (weights included) {counted / 2**30:.2f} GiB.")
+    memory = None if resident is None else memory_record(resident, weights, counted)
+    if memory is not None:
+        print(in_words(memory))
     print(f"Largest difference of a test loss in a fresh process: {difference:.1e}.")
     record = {
         "command": f"python -m benchmarks.language_model --config {arguments.config}",
         "machine": platform.platform(),
         "trials": len(front.records),
         "front": len(front),
-        "peak_resident_bytes": memory,
-        "weight_bytes": weights,
-        "largest_counted_bytes": counted,
+        "memory": memory,
         "untrained_test_loss": untrained,
         "uniform": found,
         "points": points,

@@ -73,8 +73,13 @@ class MethodSpace(SearchSpace):
             _ = self.choice_of(method).adapters  # checks the options
 
     @property
+    def default_methods(self) -> Sequence[str]:
+        """The methods to choose from where none are named."""
+        return _DEFAULT_METHODS
+
+    @property
     def _offered(self) -> Sequence[str]:
-        return _DEFAULT_METHODS if self.methods is None else self.methods
+        return self.default_methods if self.methods is None else self.methods
 
     def choice_of(self, method: str) -> MethodChoice:
         """Return a method with the sizes and options it is searched with."""

@@ -30,6 +30,8 @@ def trained(backbone: Backbone, configuration: Configuration, std: float = 0.1) 
     with attach(backbone, configuration) as attachment:
         return {
             name: tensor + std * torch.randn(tensor.shape, generator=generator)
+            if tensor.is_floating_point()
+            else tensor
             for name, tensor in attachment.state_dict().items()
         }
 

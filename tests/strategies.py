@@ -17,6 +17,8 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
     "activation": st.sampled_from(("gelu", "relu", "silu", "tanh")),
     "scaling": st.floats(0.125, 8.0),
     "initial_std": st.sampled_from((0.02, 0.1)),
+    "positions": st.integers(0, 3),
+    "density": st.sampled_from((0.001, 0.01)),
 }
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_spec import PeftSpec
 from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.methods import METHODS
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks import TextClassification
@@ -365,8 +366,15 @@ def head_spec(labels: int = LABELS) -> HeadSpec:
 
 
 def places(backbone: Backbone, method: str) -> list[Site]:
-    """Return every site that can carry a method."""
-    return [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, method)]
+    """Return every site that can carry a method, at its smallest size where it is one of ours."""
+    row = METHOD_SPECS[method]
+    smallest = Adapter(method, row.sizes[0] if row.size_name else None)
+    return [
+        site
+        for site, shape in backbone.sites.items()
+        if not backbone.obstacle(shape, method)
+        and (isinstance(row, PeftSpec) or not METHODS[method].obstacle(shape, smallest))
+    ]
 
 
 def everywhere(backbone: Backbone, method: str, size: int | None = None, **options: Any) -> Configuration:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn"]
+Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn", "block"]
 OptionValue = bool | int | float | str
 
 

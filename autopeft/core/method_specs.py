@@ -50,6 +50,7 @@ KIND_OF_ROLE: Mapping[str, Kind] = {
     "convolution": "convolution",
     "attention": "attention",
     "ffn": "ffn",
+    "block": "block",
 }
 ROLES = tuple(KIND_OF_ROLE)
 """Every role, in the order in which tables and pictures show them."""
@@ -73,12 +74,63 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(name="ia3", symbol="I", kinds=_LINEAR, wraps=True),
         *PEFT_FAMILIES,
+        MethodSpec(
+            name="full",
+            symbol="Fu",
+            kinds=frozenset({"linear", "experts", "convolution"}),
+            excludes=frozenset({"bitfit"}),
+            wraps=True,
+            rate=0.1,  # Schulman et al., "LoRA Without Regret", 2025: LoRA wants ten times its rate
+        ),
+        MethodSpec(
+            name="ssf",
+            symbol="Sf",
+            kinds=_LINEAR,
+            excludes=frozenset({"bitfit"}),
+            wraps=True,
+            rate=10.0,  # 1e-2 and more in the paper's scripts, where vision's LoRA has 1e-3
+        ),
+        MethodSpec(
+            name="sparse",
+            symbol="Sp",
+            kinds=_LINEAR,
+            size_name="entries",
+            sizes=(64, 16384),
+            wraps=True,  # at LoRA's rate, as SHiRA in peft's method comparison
+        ),
+        MethodSpec(
+            name="lora_sparse",
+            symbol="Ls",
+            kinds=_LINEAR,
+            size_name="rank",
+            options={"alpha": 8, "density": 0.001},
+            minimums={"alpha": 0.0, "density": 0.0},
+            wraps=True,
+        ),
+        MethodSpec(
+            name="lora_fa",
+            symbol="Lf",
+            kinds=_LINEAR,
+            size_name="rank",
+            options={"alpha": 8, "rslora": True, "dropout": 0.0},
+            minimums={"alpha": 0.0},
+            wraps=True,
+        ),
+        MethodSpec(
+            name="lora_xs",
+            symbol="Lx",
+            kinds=_LINEAR,
+            size_name="rank",
+            sizes=(2, 32),
+            wraps=True,
+            rate=10.0,  # 4e-3 in the paper's scripts
+        ),
         MethodSpec(name="layernorm", symbol="N", kinds=frozenset({"norm"}), excludes=frozenset({"bitfit"})),
         MethodSpec(
             name="bitfit",
             symbol="B",
             kinds=frozenset({"linear", "norm", "convolution"}),
-            excludes=frozenset({"layernorm"}),
+            excludes=frozenset({"layernorm", "full", "ssf"}),
             needs_bias=True,
         ),
         MethodSpec(
@@ -106,6 +158,34 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             options={"initial_std": 0.02},
             minimums={"initial_std": 0.0},
             needs_attention_interface=True,
+        ),
+        MethodSpec(
+            name="compacter",
+            symbol="Co",
+            kinds=_SUBLAYER,
+            size_name="width in fours",
+            sizes=(1, 16),
+            options={"activation": "gelu"},
+            choices={"activation": _ACTIVATIONS},
+            rate=10.0,  # 3e-3 in the paper's settings, where its adapters have 3e-4
+        ),
+        MethodSpec(
+            name="loreft",
+            symbol="Re",
+            kinds=frozenset({"ffn"}),
+            size_name="rank",
+            sizes=(1, 32),
+            options={"positions": 0},
+            minimums={"positions": -1},
+            rate=3.0,  # 9e-4 in the paper's settings
+        ),
+        MethodSpec(
+            name="ladder",
+            symbol="La",
+            kinds=frozenset({"block"}),
+            size_name="side width",
+            sizes=(4, 128),
+            rate=3.0,
         ),
     )
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Self
 
 SECTIONS = {
     "load": "read the backbone",
@@ -64,7 +65,7 @@ class Profile:
         self._stack: list[TimeSpan] = []
         self._since = now()
 
-    def __enter__(self) -> Profile:
+    def __enter__(self) -> Self:
         if current_profile.get() is not None:
             raise RuntimeError("This thread is being profiled already.")
         self._token = current_profile.set(self)

@@ -132,7 +132,7 @@ class EvaluationContext:
         values = {
             "trainable_parameters": float(parameters),
             "adapter_parameters": float(parameters - self.backbone.head_parameters),
-            "adapter_bytes": float(sum(each.nbytes for each in attachment.parameters.values())),
+            "adapter_bytes": float(sum(each.nbytes for each in attachment.tensors.values())),
         }
         if "forward_flops" in self.needed:
             values["forward_flops"] = float(

@@ -84,9 +84,15 @@ class Evaluator(EvaluationContext):
             configuration: What was trained.
             state: Its trained tensors.
         """
+        return self.score(configuration, state, "test")
+
+    def score(
+        self, configuration: Configuration, state: Mapping[str, Tensor], split: SplitName
+    ) -> dict[str, float]:
+        """Return the metrics of trained tensors on a split; for the arguments see `test`."""
         with attach(self.backbone, configuration, self.seed) as attachment:
             attachment.load_state_dict(state)
-            return self._scored(configuration, "test")
+            return self._scored(configuration, split)
 
     def measure(
         self, configuration: Configuration, state: Mapping[str, Tensor], frozen: int | None

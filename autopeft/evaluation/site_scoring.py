@@ -16,6 +16,7 @@ from autopeft.core.errors import check_whole
 from autopeft.core.profiling import section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.sensitivity import SCORES, SiteScores, compute_scores
+from autopeft.training.free_memory import return_free_memory
 
 SCORE_BATCHES = 4
 """Unless told otherwise: more move the ranking of the sites little (`benchmarks/score_batches.py`)."""
@@ -75,6 +76,7 @@ def score_sites(
             train_one=train_one,
             precision=precision,
         )
+        return_free_memory()
         if path is not None:
             save_json(path, [scores.to_dict() for scores in known.values()])
     return {name: known[name] for name in names}

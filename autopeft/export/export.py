@@ -6,36 +6,50 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
+from autopeft.export.comparison import TRAINING_FILE, check_comparison, write_comparison
+from autopeft.export.conversion import ENERGY, Conversion, plain_lora
 from autopeft.export.folder_format import (
     CARD_FILE,
     CONFIGURATION_FILE,
     MANIFEST_FILE,
     Manifest,
     TaskHead,
-    adapter_layout,
     write_adapters,
 )
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.model_card import how_to_load, kind_of, model_card, servers
-from autopeft.export.servable import uniform_lora
+from autopeft.export.serving import SERVERS, with_one_rank
+from autopeft.export.targets import (
+    COMPARISON,
+    LORA_TARGETS,
+    TARGETS,
+    layout_of,
+    possible_targets,
+    resolved_target,
+)
 from autopeft.export.verification import PROBE_ROWS, base_options, check_export, trained_logits
-from autopeft.methods import METHODS, placements, unmergeable
+from autopeft.methods import placements
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
+from autopeft.tasks.base import SplitName
 
 __all__ = ["ExportReport", "export_adapter", "load_adapter"]
 
 _logger = logging.getLogger(__name__)
+
+Score = Callable[[Configuration, Mapping[str, Tensor], SplitName], Mapping[str, float]]
+"""Returns the metrics of a configuration and its trained tensors on a split, as `Evaluator.score` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +64,9 @@ class ExportReport:
         max_logit_difference: Largest absolute difference between the logits of the trained model and of
             the one that was loaded from the folder; None where that was not checked.
         checked: How it was checked.
-        servers: Which servers can take it.
+        servers: Which servers can take it, and how they are started.
         how_to_load: A Python snippet that loads it.
+        conversion: What was kept and lost where other methods were made LoRA; None where nothing was.
     """
 
     folder: Path
@@ -62,13 +77,15 @@ class ExportReport:
     checked: str
     servers: str
     how_to_load: str
+    conversion: Conversion | None = None
 
     def __str__(self) -> str:
+        converted = "" if self.conversion is None else f"{self.conversion}\n"
         snippet = "\n".join(f"    {line}".rstrip() for line in self.how_to_load.splitlines())
         return (
             f"Exported to {self.folder}: {self.kind} "
             f"({len(self.files)} files, {self.bytes / 2**20:.1f} MiB).\n"
-            f"{self.checked}\n"
+            f"{converted}{self.checked}\n"
             f"Servers: {self.servers}\n"
             f"Load it with:\n\n{snippet}"
         )
@@ -86,8 +103,9 @@ def export_adapter(
     prediction: str = "logits",
     trainings: int = 1,
     base: str | None = None,
-    merged: bool = False,
-    servable: bool = False,
+    target: str | None = None,
+    energy: float = ENERGY,
+    score: Score | None = None,
     overwrite: bool = False,
     verify: bool = True,
     fresh: bool = True,
@@ -102,97 +120,141 @@ def export_adapter(
         state: The trained tensors, as `Attachment.state_dict` gives them.
         folder: Where to write; must be empty or missing.
         probe: A batch of real inputs, without labels; logits are compared on its first rows.
-        values: Figures for the model card; those of the test split begin with "test_".
+        values: Figures for the model card.
         details: Task, data set, search, trial and so on for the model card.
         prediction: The field of the model's output that is compared.
         trainings: Number of trainings behind the figures, each with a seed of its own.
         base: What the folder says of its base model; by default where the backbone came from.
-        merged: Write a whole model with the adapters merged into the weights.
-        servable: Write LoRA with one rank and one scale for all modules, as vLLM, SGLang and llama.cpp read
-            it; the function is the same.
+        target: What it is for, one of `TARGETS`; by default "peft" where one peft family holds everything,
+            and "autopeft" otherwise.
+        energy: Share of each update that is kept where other methods are made LoRA; see `plain_lora`.
+        score: Returns the metrics of a configuration and its tensors on a split: of what is written on the
+            test split, and where methods are made LoRA on the validation split before and after.
         overwrite: Replace an earlier export in the folder.
         verify: Whether to load the folder again and compare.
         fresh: Whether that happens in a fresh process, which takes some seconds.
 
     Raises:
         ValueError: The folder cannot be written or holds something, the tensors do not belong to the
-            configuration, a method cannot be merged or served, both are asked for, or the model is of no
-            class that can be exported.
+            configuration, which the target cannot take, or the model is of no class that can be exported.
         RuntimeError: What was written does not load, or gives other logits.
     """
-    target = Path(folder).expanduser()
-    _check_target(target, overwrite)
-    if not len(configuration) and not backbone.head:
-        raise ValueError("Nothing was trained: the untrained model is the base model itself.")
-    others = [f"{site} ({adapter.method})" for site, adapter in unmergeable(configuration)]
-    if merged and servable:
-        raise ValueError("A merged model is served as it is: choose merged=True or servable=True.")
-    if merged and others:
-        mergeable = [name for name, method in METHODS.items() if method.is_mergeable]
-        raise ValueError(
-            f"Cannot merge {', '.join(others)}: only {', '.join(mergeable)} are updates of weights. "
-            "Export with merged=False."
-        )
+    place = Path(folder).expanduser()
+    _check_place(place, overwrite)
+    target = resolved_target(target, backbone, configuration)
+    if target == COMPARISON:
+        return _comparison(backbone, configuration, place)
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
     expected = trained_logits(backbone, configuration, state, probe, prediction)
-    if servable:
-        configuration, state = uniform_lora(configuration, state)
+    possible = possible_targets(backbone, configuration)
+    conversion = None
+    if target in LORA_TARGETS:
+        plain = plain_lora(backbone, configuration, state, energy)
+        if plain.energy_kept:
+            pairs = ((configuration, state), (plain.configuration, plain.state))
+            trained, as_lora = ({} if score is None else score(*pair, "validation") for pair in pairs)
+            conversion = Conversion(energy_kept=plain.energy_kept, trained=trained, as_lora=as_lora)
+            expected = trained_logits(backbone, plain.configuration, plain.state, probe, prediction)
+        configuration, state = plain.configuration, plain.state
+        if target in SERVERS:
+            configuration, state = with_one_rank(target, configuration, state)
     by_method = placements(configuration, backbone.sites)
+    layout = layout_of(target, by_method)
     manifest = Manifest(
-        layout="merged" if merged else adapter_layout(by_method),
+        layout=layout,
         base=backbone.origin if base is None else base,
         base_fingerprint=backbone.fingerprint,
         head=TaskHead.of(backbone),
         sites={site: backbone.shape(site) for site in configuration.adapters},
-        quantization=None if merged else quantization_of(backbone.model),
+        quantization=None if layout == "merged" else quantization_of(backbone.model),
     )
     options = base_options(manifest, backbone.origin)
-    with _names_folder(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        workshop = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
-    with workshop:
-        unfinished = Path(workshop.name, "export")
-        with _names_folder(target.parent):
-            unfinished.mkdir()  # with the user's own permissions: the workshop is private
-            if merged:
+    figures = dict(values or {})
+    if score is not None:
+        figures |= {f"test_{name}": value for name, value in score(configuration, state, "test").items()}
+    check = None
+    with _written_whole(place) as unfinished:
+        with _names_folder(place.parent):
+            if layout == "merged":
                 _write_merged(unfinished, merged_model(backbone, configuration, state))
             else:
-                write_adapters(unfinished, by_method, state, base=manifest.base, head=manifest.head)
+                head, named = manifest.head, manifest.base
+                write_adapters(unfinished, by_method, state, layout=layout, base=named, head=head)
             if backbone.processor is not None:
                 backbone.processor.save_pretrained(unfinished)
             configuration.save(unfinished / CONFIGURATION_FILE)
             manifest.save(unfinished)
-        check = None
         if verify:
-            check = check_export(unfinished, manifest, backbone, probe, expected, prediction, fresh=fresh)
+            server = target if target in SERVERS else None
+            check = check_export(
+                unfinished, manifest, backbone, probe, expected, prediction, server=server, fresh=fresh
+            )
         checked = "It was not loaded again to be checked." if check is None else str(check)
-        card = model_card(
+        model_card(
             manifest=manifest,
             configuration=configuration,
-            values=values or {},
+            values=figures,
             details=details or {},
-            folder=target.name,
+            folder=place.name,
             options=options,
             check=checked,
             trainings=trainings,
-        )
-        (unfinished / CARD_FILE).write_text(card, encoding="utf-8")
-        if target.exists():
-            # Out of the way first: a folder is only moved onto an empty one.
-            os.replace(target, unfinished.with_name("replaced"))
-        os.replace(unfinished, target)
-    _logger.info("Exported %r to %s", configuration, target)
-    files = sorted(file for file in target.rglob("*") if file.is_file())
+            conversion=conversion,
+            target=target,
+            possible=possible,
+        ).save(unfinished / CARD_FILE)
     return ExportReport(
-        folder=target,
+        folder=place,
         kind=kind_of(manifest),
-        files=tuple(str(file.relative_to(target)) for file in files),
-        bytes=sum(file.stat().st_size for file in files),
+        **_files(place),
         max_logit_difference=None if check is None else check.difference,
         checked=checked,
-        servers=servers(manifest, configuration),
-        how_to_load=how_to_load(manifest, str(target), options),
+        servers=servers(target, manifest, str(place), configuration, possible),
+        how_to_load=how_to_load(manifest, str(place), options),
+        conversion=conversion,
     )
+
+
+def _comparison(backbone: Backbone, configuration: Configuration, place: Path) -> ExportReport:
+    with _written_whole(place) as unfinished:
+        with _names_folder(place.parent):
+            write_comparison(unfinished, backbone, configuration)
+        checked = check_comparison(unfinished, backbone, configuration)
+    return ExportReport(
+        folder=place,
+        kind=TARGETS[COMPARISON],
+        **_files(place),
+        max_logit_difference=None,
+        checked=checked,
+        servers="None: there are no weights.",
+        how_to_load=f"peft.PeftConfig.from_pretrained({str(place)!r})",
+    )
+
+
+def _files(place: Path) -> dict[str, Any]:
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return {
+        "files": tuple(str(file.relative_to(place)) for file in files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+@contextmanager
+def _written_whole(place: Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes its place once all went well."""
+    with _names_folder(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        workshop = tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent)
+    with workshop:
+        unfinished = Path(workshop.name, "export")
+        with _names_folder(place.parent):
+            unfinished.mkdir()  # with the user's own permissions: the workshop is private
+        yield unfinished
+        if place.exists():
+            # Out of the way first: a folder is only moved onto an empty one.
+            os.replace(place, unfinished.with_name("replaced"))
+        os.replace(unfinished, place)
+    _logger.info("Exported to %s", place)
 
 
 def _write_merged(folder: Path, model: PreTrainedModel) -> None:
@@ -202,18 +264,18 @@ def _write_merged(folder: Path, model: PreTrainedModel) -> None:
         shutil.copymode(folder / "config.json", file)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: an export writes a folder.")
-    if not target.is_dir() or not any(target.iterdir()):
+def _check_place(place: Path, overwrite: bool) -> None:
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{place} is a file: an export writes a folder.")
+    if not place.is_dir() or not any(place.iterdir()):
         return
     if not overwrite:
         raise ValueError(
-            f"{target} is not empty: choose another folder, or replace an earlier export with overwrite=True."
+            f"{place} is not empty: choose another folder, or replace an earlier export with overwrite=True."
         )
-    if not (target / MANIFEST_FILE).is_file():
+    if not any((place / file).is_file() for file in (MANIFEST_FILE, TRAINING_FILE)):
         raise ValueError(
-            f"{target} holds something other than an earlier export (it has no {MANIFEST_FILE}), "
+            f"{place} holds something other than an earlier export (it has no {MANIFEST_FILE}), "
             "which is not overwritten: choose another folder."
         )
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+from peft import TaskType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -32,10 +33,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto import modeling_auto
 
 from autopeft.core.configuration import Site
-from autopeft.core.errors import unknown_choice
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.methods.peft_base import stored_names
 from autopeft.models.backbone import Backbone
@@ -52,24 +51,17 @@ OWN_METHOD_FILE = "adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."  # of what all sites of a peft adapter share
 _HEAD_PREFIX = "head."
-AUTO_CLASSES: Mapping[str, tuple[str | None, str, Mapping[str, str]]] = {
-    f"AutoModelFor{name}": (peft_type, pipeline, getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES"))
-    for name, peft_type, pipeline, mapping in (
-        ("SequenceClassification", "SEQ_CLS", "text-classification", "SEQUENCE_CLASSIFICATION"),
-        ("CausalLM", "CAUSAL_LM", "text-generation", "CAUSAL_LM"),
-        ("Seq2SeqLM", "SEQ_2_SEQ_LM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
-        ("TokenClassification", "TOKEN_CLS", "token-classification", "TOKEN_CLASSIFICATION"),
-        ("QuestionAnswering", "QUESTION_ANS", "question-answering", "QUESTION_ANSWERING"),
-        ("ImageClassification", None, "image-classification", "IMAGE_CLASSIFICATION"),
-        ("AudioClassification", None, "audio-classification", "AUDIO_CLASSIFICATION"),
-        ("SpeechSeq2Seq", None, "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
-    )
+_TASK_TYPES = {
+    "AutoModelForSequenceClassification": TaskType.SEQ_CLS,
+    "AutoModelForCausalLM": TaskType.CAUSAL_LM,
+    "AutoModelForSeq2SeqLM": TaskType.SEQ_2_SEQ_LM,
+    "AutoModelForTokenClassification": TaskType.TOKEN_CLS,
+    "AutoModelForQuestionAnswering": TaskType.QUESTION_ANS,
 }
-"""transformers' auto classes that a folder may be loaded with: peft's task type where it has one, the Hub's
-pipeline tag, and the model classes."""
+"""peft's name of a kind of task; it has none for the others."""
 _PROCESSORS = {
     PreTrainedTokenizerBase: "AutoTokenizer",
     BaseImageProcessor: "AutoImageProcessor",
@@ -90,27 +82,22 @@ class TaskHead:
     problem_type: str | None  # transformers' name for the loss; None where the model did not fix it
     pad_token_id: int | None  # the padding token the model was used with; None where it has none
     dtype: str  # the weights' type, as in "float32"
-    # The transformers class that loads the base, of `AUTO_CLASSES`.
+    # The transformers class that loads the base, one of its auto classes.
     auto_class: str = "AutoModelForSequenceClassification"
     processor_class: str = "AutoTokenizer"  # that which loads what makes its inputs
 
     def __post_init__(self) -> None:
-        if self.auto_class not in AUTO_CLASSES:
-            raise unknown_choice("auto class", self.auto_class, AUTO_CLASSES)
+        if not self.auto_class.startswith("AutoModel") or not hasattr(transformers, self.auto_class):
+            raise ValueError(
+                f"{self.auto_class!r} is no auto class of transformers {transformers.__version__}, such as "
+                "AutoModelForCausalLM: it could not be loaded again."
+            )
 
     @classmethod
     def of(cls, backbone: Backbone) -> TaskHead:
         """Read the head off a backbone."""
         model = backbone.model
-        auto_class = next(
-            (name for name, (*_, known) in AUTO_CLASSES.items() if type(model).__name__ in known.values()),
-            None,
-        )
-        if auto_class is None:
-            raise ValueError(
-                f"Cannot export a {type(model).__name__}: expected a model that one of "
-                f"{', '.join(AUTO_CLASSES)} loads."
-            )
+        auto_class = backbone.auto_class.__name__
         labels: Any = model.config.id2label if auto_class.endswith("Classification") else {}
         return cls(
             auto_class=auto_class,
@@ -206,22 +193,23 @@ def adapter_layout(by_method: Mapping[str, Placement]) -> Layout:
     return "peft" if len(groups) == 1 and held == everything else "mixed"
 
 
-def _tensor_files(by_method: Mapping[str, Placement]) -> dict[str, dict[str, str]]:
+def _tensor_files(by_method: Mapping[str, Placement], layout: Layout) -> dict[str, dict[str, str]]:
     """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
     files = {
         f"{folder}/{PEFT_FILE}": {
-            _PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
+            PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
         }
         | {_SHARED_PREFIX: f"{folder}.shared."}
         for folder, (method, group) in peft_groups(by_method).items()
     }
-    if adapter_layout(by_method) == "peft":
+    if layout == "peft":
         (prefixes,) = files.values()
-        return {PEFT_FILE: prefixes | {_PEFT_PREFIX: _HEAD_PREFIX}}
+        return {PEFT_FILE: prefixes | {PEFT_PREFIX: _HEAD_PREFIX}}
     files[HEAD_FILE] = {"": _HEAD_PREFIX}
     for name, placement in by_method.items():
         if not isinstance(METHODS[name], PeftMethod):
-            files[f"{name}/{OWN_METHOD_FILE}"] = {f"{site}.": f"{site}.{name}." for site in placement}
+            sites = {f"{site}.": f"{site}.{name}." for site in placement}
+            files[f"{name}/{OWN_METHOD_FILE}"] = {**sites, "shared.": f"{name}.shared."}
     return files
 
 
@@ -230,16 +218,18 @@ def write_adapters(
     by_method: Mapping[str, Placement],
     state: Mapping[str, Tensor],
     *,
+    layout: Layout,
     base: str,
     head: TaskHead,
 ) -> None:
     """Write trained tensors, as `Attachment.state_dict` names them, into an empty folder.
 
-    The base, which may be empty, is what peft's configs say of the base model.
+    The layout is "mixed", or "peft" where that is what `adapter_layout` says. The base, which may be empty,
+    is what peft's configs say of the base model.
     """
     # Written by key rather than through a PeftModel: that would have to wrap (and so copy or change) the
     # resident model. What was written is then loaded by peft itself and compared, see verification.py.
-    for file, prefixes in _tensor_files(by_method).items():
+    for file, prefixes in _tensor_files(by_method, layout).items():
         tensors = {
             stored + name.removeprefix(trained): tensor.contiguous()
             for stored, trained in prefixes.items()
@@ -249,24 +239,29 @@ def write_adapters(
         (folder / file).parent.mkdir(exist_ok=True)
         # Not save_file, which makes files that only their owner can read: a server may be someone else.
         (folder / file).write_bytes(save(tensors, {"format": "pt"}))
-    is_plain = adapter_layout(by_method) == "peft"
+    is_plain = layout == "peft"
     for name, (method, group) in peft_groups(by_method).items():
         config: Any = method.peft_config(group)
         config.base_model_name_or_path = base or None
         config.inference_mode = True
-        for option in ("target_modules", "target_parameters", "feedforward_modules"):
-            if isinstance(getattr(config, option, None), set):
-                setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
         if is_plain:
-            config.task_type, *_ = AUTO_CLASSES[head.auto_class]
+            config.task_type = _TASK_TYPES.get(head.auto_class)
             config.modules_to_save = list(head.modules) or None
-        config.save_pretrained(str(folder if is_plain else folder / name))
+        save_config(config, folder if is_plain else folder / name)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write a peft config, which is the same every time."""
+    for option in ("target_modules", "target_parameters", "feedforward_modules"):
+        if isinstance(getattr(config, option, None), set):
+            setattr(config, option, sorted(getattr(config, option)))  # a set's order differs between runs
+    config.save_pretrained(str(folder))
 
 
 def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str, Tensor]:
     """Read what `write_adapters` wrote in the layout "mixed", under the names it was given."""
     state = {}
-    for name, prefixes in _tensor_files(by_method).items():
+    for name, prefixes in _tensor_files(by_method, "mixed").items():
         file = folder / name
         require_file(file)
         try:

@@ -77,15 +77,16 @@ def attach_tensors(
     model: PreTrainedModel, by_method: Mapping[str, Placement], state: Mapping[str, Tensor]
 ) -> None:
     """Attach adapters for good, with trained tensors in them, and replace the head's parameters."""
-    parameters = attach_methods(model, by_method, ExitStack())  # they stay
+    trained, kept = attach_methods(model, by_method, ExitStack())  # they stay
+    tensors: dict[str, Tensor] = {**trained, **kept}
     for name in state:
         if name.startswith("head."):
             module_name, _, local = name.removeprefix("head.").rpartition(".")
             module = _require_module(model, module_name)
             # A new parameter: the one that is there may belong to another model as well.
-            parameters[name] = nn.Parameter(getattr(module, local).detach().clone())
-            setattr(module, local, parameters[name])
-    load_tensors(parameters, state)
+            tensors[name] = nn.Parameter(getattr(module, local).detach().clone())
+            setattr(module, local, tensors[name])
+    load_tensors(tensors, state)
 
 
 def _require_module(model: PreTrainedModel, name: str) -> nn.Module:

@@ -7,16 +7,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
-from autopeft.export.folder_format import AUTO_CLASSES, Manifest, peft_groups
-from autopeft.methods import placements, unmergeable
+from autopeft.export.conversion import Conversion
+from autopeft.export.folder_format import Manifest
+from autopeft.export.serving import SERVERS, how_to_serve
+from autopeft.export.targets import COMPARISON
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM accepts as --max-lora-rank."""
 _TEST = "test_"
 _NOT_OF_A_SPLIT = ("examples_per_second",)
 LAYOUTS = {
@@ -76,65 +78,25 @@ def _load_base(manifest: Manifest, options: Mapping[str, object]) -> str:
     )
 
 
-def servers(manifest: Manifest, configuration: Configuration) -> str:
-    """Say which servers can take an export.
-
-    vLLM's rules are those of its `PEFTHelper`: LoRA alone, no `modules_to_save`, one rank and one alpha
-    for the scaling of all modules (patterns are not read), and a largest rank out of `VLLM_RANKS`.
-    """
+def servers(
+    target: str, manifest: Manifest, folder: str, configuration: Configuration, possible: Sequence[str]
+) -> str:
+    """Say which servers can take an export and how they are started, and which other targets there are."""
     if manifest.layout == "merged":
-        return (
+        text = (
             "Whatever runs transformers models of this architecture; in vLLM as a pooling model where "
             "it has the architecture."
         )
-    obstacles = []
-    if manifest.head.modules:
-        obstacles.append(f"it takes no trained head ({', '.join(manifest.head.modules)}) with an adapter")
-    if configuration.methods != ("lora",):
-        obstacles.append(f"it takes LoRA alone, not {', '.join(configuration.methods) or 'a head alone'}")
+    elif target in SERVERS:
+        commands = how_to_serve(SERVERS[target], manifest.base, folder, configuration)
+        lines = "\n".join(f"    {line}" for line in commands.splitlines())
+        return f"{target}, and whatever loads adapters with peft. In a shell:\n\n{lines}"
+    elif manifest.layout == "peft":
+        text = "Whatever loads adapters with peft. Others read LoRA by rules of their own."
     else:
-        obstacles += _lora_obstacles(manifest, configuration)
-    text = (
-        "Whatever loads adapters with peft."
-        if manifest.layout == "peft"
-        else "None as it is: load it with autopeft.load_adapter."
-    )
-    if obstacles:
-        text += f" vLLM cannot take the adapter: {'; '.join(obstacles)}."
-    if room := _vllm_rank(configuration):
-        text += f" vLLM takes {'the adapter' if not obstacles else 'such ranks'} with max_lora_rank={room}."
-    if not len(unmergeable(configuration)):
-        text += " Export it with merged=True for a model that needs no support for adapters."
-    return text
-
-
-def _lora_obstacles(manifest: Manifest, configuration: Configuration) -> list[str]:
-    obstacles = []
-    ranks = sorted({adapter.size for _, adapter in configuration if adapter.size is not None})
-    scalings = {
-        (adapter.size, adapter.option("alpha"), adapter.option("rslora")) for _, adapter in configuration
-    }
-    if len(peft_groups(placements(configuration, manifest.sites))) > 1:
-        obstacles.append("it takes one LoRA config, not several")
-    if any(site.kind == "experts" for site in configuration.adapters):
-        obstacles.append("it has other names for LoRA of experts")
-    if len(ranks) > 1:
-        obstacles.append(
-            f"it scales all modules by one rank and alpha, these have ranks {ranks[0]} to {ranks[-1]}"
-        )
-    elif len(scalings) > 1:
-        obstacles.append("it scales all modules by one alpha")
-    if ranks[-1] > VLLM_RANKS[-1]:
-        obstacles.append(f"its largest rank is {VLLM_RANKS[-1]}, this has {ranks[-1]}")
-    return obstacles
-
-
-def _vllm_rank(configuration: Configuration) -> int | None:
-    """Return the --max-lora-rank that holds every rank of LoRA alone; None where there is none."""
-    largest = max((adapter.size or 0 for _, adapter in configuration), default=0)
-    if configuration.methods != ("lora",):
-        return None
-    return next((rank for rank in VLLM_RANKS if rank >= largest), None)
+        text = "None as it is: load it with autopeft.load_adapter."
+    others = ", ".join(repr(other) for other in possible if other not in (target, COMPARISON))
+    return text + (f" Other targets of an export that take it: {others}." if others else "")
 
 
 def model_card(
@@ -147,17 +109,22 @@ def model_card(
     options: Mapping[str, object],
     check: str,
     trainings: int,
-) -> str:
+    conversion: Conversion | None,
+    target: str,
+    possible: Sequence[str],
+) -> ModelCard:
     """Return the README.md of an export, with the metadata block of the Hugging Face hub.
 
-    Values, details and trainings are those of `export_adapter`; `check` says how the export was checked.
+    Values, those of the test split with "test_" in front, details and trainings are those of
+    `export_adapter`; `check` says how the export was checked, and `possible` which targets there are.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
     name = _escaped(Path(manifest.base).name or "base model")
     base, source = _escaped(manifest.base) or "a model that was in memory", manifest.base
     if _is_local(manifest.base):  # a card is published: no path of this machine
         base, source = f"{name}, a local folder", f"path/to/{Path(manifest.base).name}"
-    snippet = how_to_load(dataclasses.replace(manifest, base=source), folder, options)
+    published = dataclasses.replace(manifest, base=source)
+    snippet = how_to_load(published, folder, options)
     if manifest.layout == "peft":
         load = f"autopeft.load_adapter({repr(source) if source else 'base'}, {folder!r})"
         snippet += f"\n```\n\nOr, with autopeft:\n\n```python\nmodel = {load}"
@@ -175,15 +142,17 @@ def model_card(
         f"```python\n{snippet}\n```",
         *_labels(manifest),
         check,
+        *_conversion(conversion, configuration),
         "## Servers",
-        servers(manifest, configuration),
+        servers(target, published, folder, configuration, possible),
         "## Where it comes from",
         _table(("", ""), [*details.items(), ("base fingerprint", manifest.base_fingerprint)]),
         _table(("package", "version"), list(manifest.versions.items())),
         "## Limits",
         _limits(values, trainings),
     ]
-    return f"{_front_matter(manifest, configuration)}\n" + "\n\n".join(sections) + "\n"
+    metadata = _metadata(manifest, configuration, values, details, folder)
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
 def _labels(manifest: Manifest) -> list[str]:
@@ -191,17 +160,50 @@ def _labels(manifest: Manifest) -> list[str]:
     return [f"Labels in the order of the logits: {names}."] if names else []
 
 
-def _front_matter(manifest: Manifest, configuration: Configuration) -> str:
-    merged = manifest.layout == "merged"
-    data: dict[str, object] = {
-        "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": AUTO_CLASSES[manifest.head.auto_class][1],
-        "tags": ["autopeft", *configuration.methods],
-    }
+def _conversion(conversion: Conversion | None, configuration: Configuration) -> list[str]:
+    if conversion is None:
+        return []
+    ranks = {site: adapter.size for site, adapter in configuration}
+    rows = [(str(site), str(ranks[site]), f"{kept:.4f}") for site, kept in conversion.energy_kept.items()]
+    return ["## Made LoRA", _escaped(str(conversion)), _table(("site", "rank", "share kept"), rows)]
+
+
+def _metadata(
+    manifest: Manifest,
+    configuration: Configuration,
+    values: Mapping[str, float],
+    details: Mapping[str, str],
+    folder: str,
+) -> ModelCardData:
+    """Return the hub's metadata; figures of the test split are its evaluation results."""
+    merged, dataset = manifest.layout == "merged", details.get("task dataset")
+    auto_class = manifest.head.auto_class
+    loaded_by = ((tag, {known.__name__ for known in task["pt"]}) for tag, task in SUPPORTED_TASKS.items())
+    pipeline_tag = next((tag for tag, known in loaded_by if auto_class in known), None)
+    results = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=details.get("task subset") or None,
+            dataset_split="test",
+            metric_type=name.removeprefix(_TEST),
+            metric_value=value,
+        )
+        for name, value in values.items()
+        if pipeline_tag is not None and dataset is not None and name.startswith(_TEST)
+    ]
+    named: dict[str, Any] = {}
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone
-        data["base_model"] = manifest.base
-        data["base_model_relation"] = "finetune" if merged else "adapter"
-    return f"---\n{yaml.safe_dump(data, sort_keys=True)}---\n"
+        named = {"base_model": manifest.base, "base_model_relation": "finetune" if merged else "adapter"}
+    return ModelCardData(
+        library_name="transformers" if merged else "peft",
+        pipeline_tag=pipeline_tag,
+        tags=["autopeft", *configuration.methods],
+        model_name=folder,
+        eval_results=results or None,
+        **named,
+    )
 
 
 def _figures(values: Mapping[str, float]) -> str:

@@ -6,7 +6,6 @@ hold the model twice.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -26,8 +25,8 @@ from autopeft.core.configuration import Configuration
 from autopeft.export.folder_format import CONFIGURATION_FILE, Manifest
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
+from autopeft.export.serving import SERVERS, as_served
 from autopeft.methods import METHODS, attach
-from autopeft.methods.base import replace_module
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 
@@ -87,13 +86,15 @@ def check_export(
     expected: Tensor,
     prediction: str = "logits",
     *,
+    server: str | None = None,
     fresh: bool = True,
 ) -> Check:
     """Load an exported folder and compare its logits with the expected ones.
 
     This happens in a fresh Python process, without autopeft where the layout does not need it. Where that is
     not wanted, or the base model cannot be loaded again, a copy of it in this process stands for it. A merged
-    model always has a process of its own.
+    model always has a process of its own. With the name of a server, what it makes of the folder by its own
+    rule is compared as well.
     """
     if manifest.layout == "merged" or (fresh and stored_config(backbone.origin) is not None):
         how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")
@@ -101,13 +102,14 @@ def check_export(
     else:
         why = ", which cannot be loaded from anywhere" if fresh else ""
         how = f"in this process, on a copy of the base model{why}"
-        copied = shared_copy(backbone.model)
-        if any(
-            METHODS[name].changes_weights for name in Configuration.load(folder / CONFIGURATION_FILE).methods
-        ):
-            for shape in manifest.sites.values():
-                replace_module(copied, shape.module, copy.deepcopy(copied.get_submodule(shape.module)))
-        found = _predicted(load_adapter(copied, folder), probe, prediction)
+        methods = Configuration.load(folder / CONFIGURATION_FILE).methods
+        changed = [shape.module for shape in manifest.sites.values()]
+        own = changed if any(METHODS[name].changes_weights for name in methods) else ()
+        found = _predicted(load_adapter(shared_copy(backbone.model, own), folder), probe, prediction)
+    if server is not None:
+        how += f", and as {server} reads it"
+        as_there = as_served(SERVERS[server], folder, manifest)
+        found = torch.stack([found, trained_logits(backbone, *as_there, probe, prediction)])
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)
     if not difference <= check.tolerance:  # so that NaN is an error

@@ -52,53 +52,61 @@ def placements(configuration: Configuration, shapes: Mapping[Site, SiteShape]) -
 
 def attach_methods(
     model: nn.Module, by_method: Mapping[str, Placement], undo: ExitStack
-) -> dict[str, nn.Parameter]:
-    """Attach the methods' adapters to a model and return what is trainable, as "site.method.name"."""
-    parameters: dict[str, nn.Parameter] = {}
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Attach the methods' adapters to a model.
+
+    Returns:
+        What is trained and what is kept with it, as "site.method.name".
+    """
+    trained: dict[str, nn.Parameter] = {}
+    kept: dict[str, Tensor] = {}
     for name, placement in by_method.items():
         trainable = METHODS[name].attach(model, placement, undo)
-        own: dict[str, nn.Parameter] = {}
+        own: dict[str, Tensor] = {}
         for site, (shape, adapter) in placement.items():
             at_site = trainable.get(site, {})
             expected = METHODS[name].count(shape, adapter)
-            found = sum(parameter.numel() for parameter in at_site.values())
+            found = sum(tensor.numel() for tensor in at_site.values() if tensor.requires_grad)
             if found != expected:
                 raise RuntimeError(
                     f"{site} should carry {adapter} with {expected} parameters, but "
                     f"{shape.module} got {found}: {name} did not attach there."
                 )
-            own |= {f"{site}.{name}.{local}": parameter for local, parameter in at_site.items()}
+            own |= {f"{site}.{name}.{local}": tensor for local, tensor in at_site.items()}
         shared = {
-            f"{group}.shared.{local}": parameter
+            f"{group}.shared.{local}": tensor
             for group, named in trainable.items()
             if isinstance(group, str)
-            for local, parameter in named.items()
+            for local, tensor in named.items()
         }
         expected, found = METHODS[name].count_shared(placement), sum(map(Tensor.numel, shared.values()))
         if found != expected:
             raise RuntimeError(f"The sites of {name} should share {expected} parameters, but share {found}.")
-        for parameter in (own := own | shared).values():
-            setattr(parameter, RATE, method_spec(name).rate)
-        parameters |= own
-    return parameters
+        for full_name, tensor in (own | shared).items():
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                setattr(tensor, RATE, method_spec(name).rate)
+                trained[full_name] = tensor
+            else:
+                kept[full_name] = tensor
+    return trained, kept
 
 
-def load_tensors(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Copy trained tensors into the parameters of the same names: all or none."""
-    if state.keys() != parameters.keys():
-        difference = sorted(state.keys() ^ parameters.keys())
+def load_tensors(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy trained tensors into those of the same names: all or none."""
+    if state.keys() != tensors.keys():
+        difference = sorted(state.keys() ^ tensors.keys())
         raise ValueError(
             f"The trained tensors do not belong to this configuration: {len(difference)} names "
             f"differ, the first is {difference[0]}."
         )
-    for name, parameter in parameters.items():
-        if state[name].shape != parameter.shape:
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}."
+                f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}."
             )
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
 
 
 class Attachment:
@@ -126,6 +134,7 @@ class Attachment:
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}
+        self._kept: dict[str, Tensor] = {}
         self._undo = ExitStack()
         self._undo.callback(self._release)
         backbone.attached = configuration
@@ -143,7 +152,8 @@ class Attachment:
 
     def _attach_methods(self) -> None:
         by_method = placements(self.configuration, self.backbone.sites)
-        self.parameters |= attach_methods(self.backbone.model, by_method, self._undo)
+        trained, self._kept = attach_methods(self.backbone.model, by_method, self._undo)
+        self.parameters |= trained
 
     def _select_trainable(self) -> None:
         model = self.backbone.model.requires_grad_(False)
@@ -176,13 +186,18 @@ class Attachment:
         """Number of blocks below everything that is trained; None where nothing is frozen."""
         return self.backbone.blocks_below(self.configuration.lowest_block)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained and what is kept with it, as the places of sparse numbers."""
+        return {**self.parameters, **self._kept}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the trained tensors: adapters under "site.method.name", then the head, whole."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        """Return copies of `tensors`: adapters under "site.method.name"; the head is there whole."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put trained tensors in place; see `load_tensors`."""
-        load_tensors(self.parameters, state)
+        load_tensors(self.tensors, state)
 
     @section("attach")
     def detach(self) -> None:

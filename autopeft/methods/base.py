@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from torch import nn
+from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Site
 from autopeft.models.site_shapes import SiteShape
@@ -21,10 +21,11 @@ ORIGINALS = "autopeft_originals"
 RATE = "autopeft_rate"
 """Attribute of a parameter that is trained at a multiple of the configuration's learning rate: the factor."""
 
-Trainable = dict[Site | str, Mapping[str, nn.Parameter]]
-"""The trainable parameters at each site, under names that are stable across runs.
+Trainable = dict[Site | str, Mapping[str, Tensor]]
+"""The tensors of the adapters at each site, under names that are stable across runs.
 
-What several sites share stands under a text, the name of their group.
+Those that require a gradient are trained; others, as the places of sparse numbers, are kept with them and
+exported. What several sites share stands under a text, the name of their group.
 """
 
 

@@ -17,11 +17,14 @@ from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
 from autopeft.models.site_shapes import SiteShape
 
-_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 class Bottleneck(Switchable):
     """down-projection → non-linearity → up-projection → scaling, with the up-projection starting at 0."""
+
+    down: Any  # a linear layer, or what computes as one
+    up: Any
 
     def __init__(
         self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0
@@ -29,7 +32,7 @@ class Bottleneck(Switchable):
         super().__init__()
         self.down = nn.Linear(in_features, width)
         self.up = nn.Linear(width, out_features)
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.scaling = scaling
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
@@ -37,9 +40,9 @@ class Bottleneck(Switchable):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if hidden.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if hidden.dtype != self.down.bias.dtype and not torch.is_autocast_enabled(hidden.device.type):
             # As peft does: adapters are in float32 on any base, also where nothing casts for them.
-            return self.forward(hidden.to(self.down.weight.dtype)).to(hidden.dtype)
+            return self.forward(hidden.to(self.down.bias.dtype)).to(hidden.dtype)
         update: Tensor = self.up(self.activation(self.down(hidden)))
         return update if self.scaling == 1.0 else update * self.scaling
 
@@ -53,6 +56,17 @@ class _BottleneckMethod(Method):
     def in_features(self, shape: SiteShape) -> int:
         """Return the width of what the adapter reads."""
         return shape.in_features if self.reads_input else shape.out_features
+
+    def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
+        """Return an adapter's module, on the CPU."""
+        assert adapter.size is not None
+        return Bottleneck(
+            self.in_features(shape),
+            shape.out_features,
+            adapter.size,
+            str(adapter.option("activation")),
+            float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
+        )
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Hook the adapter into the model's forward pass."""
@@ -71,14 +85,7 @@ class _BottleneckMethod(Method):
         for site, (shape, adapter) in placement.items():
             host = model.get_submodule(shape.module)
             like = next(host.parameters())
-            assert adapter.size is not None
-            bottleneck = Bottleneck(
-                self.in_features(shape),
-                shape.out_features,
-                adapter.size,
-                str(adapter.option("activation")),
-                float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
-            )
+            bottleneck = self.bottleneck(shape, adapter)
             bottleneck.to(device=like.device).train(host.training)
             host.add_module(child, bottleneck)
             undo.callback(delattr, host, child)

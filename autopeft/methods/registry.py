@@ -14,14 +14,26 @@ from autopeft.core.peft_families import PEFT_FAMILIES
 from autopeft.methods.base import Method, Switchable
 from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Parallel, Series
+from autopeft.methods.compacter import Compacter
+from autopeft.methods.full import Full
 from autopeft.methods.ia3 import IA3
+from autopeft.methods.ladder import Ladder
 from autopeft.methods.layernorm import LayerNormTuning
 from autopeft.methods.lora import Lora
+from autopeft.methods.lora_fa import LoraFA
+from autopeft.methods.lora_sparse import LoraSparse
+from autopeft.methods.lora_xs import LoraXS
+from autopeft.methods.loreft import LoReFT
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.methods.prefix_tuning import PrefixTuning
+from autopeft.methods.scale_and_shift import SSF
 from autopeft.methods.sized_by_shape import C3A, OSF, RandLora
+from autopeft.methods.sparse import Sparse
 
-_ALONE = (Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning())
+_ALONE = (
+    *(Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning()),
+    *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
+)
 _FAMILIES: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
 """Families of peft's whose size is not the number that peft's config has."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -24,6 +25,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     with ExitStack() as back:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
+                for parameter in cast(nn.Module, module).parameters():  # turned on, all would be trained
+                    back.callback(parameter.requires_grad_, parameter.requires_grad)
                 module.enable_adapters(False)
                 back.callback(module.enable_adapters, True)
             elif isinstance(module, Switchable):

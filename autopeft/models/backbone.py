@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from autopeft.core.adapter import Place, Site, block_ranges, place_name, role_order
 from autopeft.core.configuration import Configuration
@@ -25,7 +25,7 @@ from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 from autopeft.models.quantized_layers import keep_as_loaded
-from autopeft.models.site_shapes import SiteShape, site_shapes
+from autopeft.models.site_shapes import SiteShape, site_shapes, whole_blocks
 
 
 class Backbone:
@@ -39,6 +39,7 @@ class Backbone:
         head: Qualified names of the modules that are the task's; none where the model's own head stays
             frozen.
         new_head: Whether the head's weights are random (they are then drawn anew for every seed).
+        auto_class: The transformers auto class that loads the model with its head.
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
@@ -60,12 +61,14 @@ class Backbone:
         name: str,
         head: Iterable[str],
         new_head: bool = True,
+        auto_class: Any = AutoModelForSequenceClassification,
         origin: str = "",
     ) -> None:
         self.model = model
         self.processor: Any = processor  # of the class that the task's head names
         self.name = name
         self.head = tuple(head)
+        self.auto_class = auto_class
         self.new_head = new_head
         self.origin = origin
         self.attached: Configuration | None = None
@@ -81,9 +84,9 @@ class Backbone:
         self.train_head("whole")
         self.quantized = frozenset(keep_as_loaded(model))
         self._block_modules = find_blocks(model)
-        self.sites: Mapping[Site, SiteShape] = {
-            shape.site: shape for block in self._block_modules for shape in site_shapes(model, block)
-        }
+        of_modules = (shape for block in self._block_modules for shape in site_shapes(model, block))
+        shapes = (*of_modules, *whole_blocks(self._block_modules))
+        self.sites: Mapping[Site, SiteShape] = {shape.site: shape for shape in shapes}
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
         self.cached_casts = CachedCasts(map(model.get_submodule, names))  # before anything is put around them
 
@@ -128,7 +131,15 @@ class Backbone:
         """
         model, name = empty_model(source, head, dtype)
         modules = head_modules(model, head)
-        return cls(model, None, name=name, head=modules, new_head=False, origin=str(source))
+        return cls(
+            model,
+            None,
+            name=name,
+            head=modules,
+            auto_class=head.auto_class,
+            new_head=False,
+            origin=str(source),
+        )
 
     def train_head(self, part: HeadPart) -> None:
         """Train the whole head, or its last layer alone: the rest then stays as it is drawn or was loaded.

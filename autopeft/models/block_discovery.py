@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -65,6 +66,7 @@ class BlockModules:
     roles: Mapping[str, str]
     unrecognised: tuple[str, ...]
     has_attention: bool
+    width: int  # of its hidden states
     place: Place = ("", 0)
 
 
@@ -146,15 +148,15 @@ def block_modules(name: str, block: nn.Module) -> BlockModules | None:
     norms = _norm_roles(_norms(block), "cross_query" in attention)
     roles = attention | _ffn_roles(outside, hidden) | _expert_roles(block) | norms
     roles |= {path: path for path in beside if not _is_read_past(block, path)}
-    return _block(name, roles, linears, has_attention=True)
+    return _block(name, roles, linears, has_attention=True, width=hidden)
 
 
 def _block(
-    name: str, roles: Mapping[str, str], linears: Sequence[tuple[str, LinearLike]], *, has_attention: bool
+    name: str, roles: Mapping[str, str], linears: Sequence[tuple[str, LinearLike]], **found: Any
 ) -> BlockModules:
     taken = set(roles.values())
     unrecognised = tuple(path for path, _ in linears if path not in taken)
-    return BlockModules(name=name, roles=roles, unrecognised=unrecognised, has_attention=has_attention)
+    return BlockModules(name=name, roles=roles, unrecognised=unrecognised, **found)
 
 
 def _mixer_modules(
@@ -177,7 +179,7 @@ def _mixer_modules(
     for path, _ in linears:
         if path not in taken and is_module_name(path) and not _is_read_past(block, path):
             roles[path] = path
-    return _block(name, roles, linears, has_attention=False)
+    return _block(name, roles, linears, has_attention=False, width=hidden)
 
 
 def _is_stage(block: nn.Module) -> bool:

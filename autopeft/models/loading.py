@@ -128,8 +128,15 @@ def load_model(
     if isinstance(processor, PreTrainedTokenizerBase):
         _pad_alike(model, processor)
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    modules, new_head = head_modules(model, head, missing), bool(missing)
-    return dict(model=model, processor=processor, name=name, head=modules, new_head=new_head, origin=origin)
+    return dict(
+        model=model,
+        processor=processor,
+        name=name,
+        head=head_modules(model, head, missing),
+        auto_class=head.auto_class,
+        new_head=bool(missing),
+        origin=origin,
+    )
 
 
 @contextmanager

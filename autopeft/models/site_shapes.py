@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ class SiteShape:
     transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
     key_value_features: int = 0  # attention only: width of one token's keys over all key heads
     attention_module: str = ""  # attention only: qualified name of the module that computes attention
+    block_module: str = ""  # the ffn of blocks with attention only: qualified name of the block
     parameter: str = ""  # experts only: name of the module's parameter of shape (experts, ., .)
     experts: int = 1  # experts only: how many matrices the parameter holds
 
@@ -56,7 +58,27 @@ def site_shapes(model: nn.Module, block: BlockModules) -> Iterable[SiteShape]:
         )
     first = shapes.get("ffn_up", shapes.get("ffn_gate_up"))
     if first is not None and "ffn_down" in shapes:
-        yield _sublayer(Site(index, "ffn", stack), first, shapes["ffn_down"])
+        name = block.name if block.has_attention else ""
+        yield _sublayer(Site(index, "ffn", stack), first, shapes["ffn_down"], block_module=name)
+
+
+def whole_blocks(blocks: Iterable[BlockModules]) -> Iterator[SiteShape]:
+    """Yield the sites of whole blocks, of stacks that are one list: not stages of unlike widths."""
+    for stack, in_stack in groupby(blocks, key=lambda block: block.place[0]):
+        placed = list(in_stack)
+        if len({block.name.rpartition(".")[0] for block in placed}) > 1:
+            continue
+        for block in placed:
+            yield SiteShape(
+                site=Site(block.place[1], "block", stack),
+                kind="block",
+                module=block.name,
+                input_module=block.name,
+                in_features=block.width,
+                out_features=block.width,
+                parameters=0,
+                bias=0,
+            )
 
 
 def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:
@@ -65,7 +87,7 @@ def _key_value_features(shapes: Mapping[str, SiteShape]) -> int:
     return (shapes["qkv"].out_features - shapes["attention_output"].in_features) // 2
 
 
-def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any) -> SiteShape:
+def _sublayer(site: Site, first: SiteShape, output: SiteShape, **names: Any) -> SiteShape:
     return replace(
         output,
         site=site,
@@ -73,7 +95,7 @@ def _sublayer(site: Site, first: SiteShape, output: SiteShape, **attention: Any)
         input_module=first.module,
         in_features=first.in_features,
         transposed=False,
-        **attention,
+        **names,
     )
 
 

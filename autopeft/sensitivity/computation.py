@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -117,11 +118,12 @@ def compute_scores(
     def score_group(
         group: Sequence[MatrixSite], receivers: Sequence[_Receiver], watched: InputVariance | None
     ) -> dict[str, SiteScores]:
-        means = MeanGradients(group, len(batches)) if group else None
-        with backbone.cached_casts.in_place(precision):
-            all_receivers = receivers if means is None else [*receivers, means.add]
-            _run_pass(replace(subject, precision=precision), all_receivers, watched)
-        return {} if means is None else {name: of_means[name](means) for name in asked_of_means}
+        with TemporaryFile() as file:
+            means = MeanGradients(group, len(batches), file) if group else None
+            with backbone.cached_casts.in_place(precision):
+                all_receivers = receivers if means is None else [*receivers, means.add]
+                _run_pass(replace(subject, precision=precision), all_receivers, watched)
+            return {} if means is None else {name: of_means[name](means) for name in asked_of_means}
 
     first_group, *other_groups = _groups(sites, asked_of_means, mean_gradient_budget)
     watched = variance if "explained_variance" in names else None

@@ -1,8 +1,9 @@
 """Gradients of the scored weights averaged over the batches, of as many sites at a time as there is room for.
 
 Averaging before a reduction that is not linear takes an accumulator of the size of the weights. It lies on
-the GPU where that has room, else in a temporary file. Where the budget for the file does not suffice for all
-sites, they are scored in groups, each with a pass over the batches.
+the GPU where that has room, else in a temporary file, of which one site's part is in memory at a time. Where
+the budget for the file does not suffice for all sites, they are scored in groups, each with a pass over the
+batches.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,7 @@ from autopeft.sensitivity.layer_gradients import LayerGradient
 from autopeft.sensitivity.scored_matrices import MatrixSite
 
 _BYTES = 4
-_CHUNK = 2**24
 _SHARE_OF_FREE = 0.5
-_Totals = np.memmap[tuple[int], np.dtype[np.float32]]
 _logger = logging.getLogger(__name__)
 
 
@@ -54,34 +54,52 @@ def mean_gradient_groups(sites: Sequence[MatrixSite], budget: int) -> list[Seque
 
 
 class MeanGradients:
-    """Sums of gradients in single precision, on the GPU or in a temporary file.
+    """Sums of gradients in single precision, on the GPU or in a file.
 
-    The file lies in the folder for temporary files (`TMPDIR`), takes 4 bytes an entry of the sites' weights
-    and has no name: it is gone with this object or the process. It is mapped, so that a gradient is added
-    where the sum lies. An OSError is raised where the disk has no room for it.
+    The file is read and written a site at a time: the pages of a mapped one would all count as this process'
+    memory. An OSError is raised where the disk has no room for it.
+
+    Args:
+        sites: The sites.
+        batches: Number of batches.
+        file: An empty file, of which 4 bytes an entry of the sites' weights are used.
     """
 
-    def __init__(self, sites: Sequence[MatrixSite], batches: int) -> None:
+    def __init__(self, sites: Sequence[MatrixSite], batches: int, file: IO[bytes]) -> None:
         self._sites = sites
         self._batches = batches
-        ends = np.cumsum([0, *(math.prod(matrix.size) for matrix in sites)]).tolist()
-        self._places = {matrix.site: slice(*ends[index : index + 2]) for index, matrix in enumerate(sites)}
-        self._on_device = _fit_on_device(sites)
-        device = sites[0].stored.device
-        self._totals = torch.zeros(ends[-1], device=device) if self._on_device else _zeros_on_disk(ends[-1])
+        self._file = file
+        ends = list(accumulate((math.prod(matrix.size) for matrix in sites), initial=0))
+        self._places = {matrix.site: slice(*ends) for matrix, ends in zip(sites, pairwise(ends), strict=True)}
+        self._on_device: Tensor | None = None
+        if _fit_on_device(sites):
+            self._on_device = torch.zeros(ends[-1], device=sites[0].stored.device)
+        else:
+            file.truncate(_BYTES * ends[-1])  # reads as zeros
 
     def add(self, layer: LayerGradient) -> None:
         """Add the gradient of one layer on one batch; nothing where its site is not among the sites."""
         place = self._places.get(layer.site.site)
         if place is not None:
-            gradient = layer.gradient.reshape(-1)
-            total = self._totals[place]
-            total += gradient if self._on_device else gradient.cpu().numpy()
+            total = self._total(place)
+            total += layer.gradient.reshape(-1).to(total.device)
+            if self._on_device is None:
+                self._file.seek(_BYTES * place.start)
+                self._file.write(total.numpy().data)
 
     def mean(self, matrix: MatrixSite) -> Tensor:
         """Return Ḡ of a site, (out, in) in single precision, on the weight's device; 0 without gradients."""
-        mean = torch.as_tensor(self._totals[self._places[matrix.site]]) / self._batches
+        mean = self._total(self._places[matrix.site]) / self._batches
         return mean.view(matrix.size).to(matrix.stored.device)
+
+    def _total(self, place: slice) -> Tensor:
+        """Return the sum of a site so far: on the GPU a view, else a copy."""
+        if self._on_device is not None:
+            return self._on_device[place]
+        total = torch.empty(place.stop - place.start)
+        self._file.seek(_BYTES * place.start)
+        self._file.readinto(total.numpy().data)  # type: ignore[attr-defined]
+        return total
 
     def means(self) -> Iterator[tuple[MatrixSite, Tensor]]:
         """Yield every site with its Ḡ, one after another."""
@@ -92,15 +110,6 @@ class MeanGradients:
 def bytes_of(sites: Sequence[MatrixSite]) -> int:
     """Return how many bytes the mean gradients of some sites take."""
     return _BYTES * sum(math.prod(matrix.size) for matrix in sites)
-
-
-def _zeros_on_disk(entries: int) -> _Totals:
-    """Map a temporary file. Zeros are written first: a mapped page without room on the disk is fatal."""
-    with tempfile.TemporaryFile() as file:
-        for start in range(0, _BYTES * entries, _CHUNK):
-            file.write(bytes(min(_CHUNK, _BYTES * entries - start)))
-        file.flush()
-        return np.memmap(file, dtype=np.float32, mode="r+", shape=(entries,))
 
 
 def _fit_on_device(sites: Sequence[MatrixSite]) -> bool:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from autopeft.core.objectives import Objective
+from autopeft.training.free_memory import return_free_memory
 from autopeft.training.lightning_profiler import training_profiler
 from autopeft.training.settings import Training
 
@@ -100,11 +101,15 @@ def build_trainer(
 
 
 def dismantle(trainer: Trainer) -> None:
-    """Let go of gradients and optimizer state, which the circles in a Trainer would keep for many trials."""
+    """Let go of gradients and optimizer state, which the circles in a Trainer would keep for many trials.
+
+    What the training has used otherwise goes back to the system.
+    """
     for optimizer in trainer.optimizers:
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
         optimizer.param_groups.clear()
+    return_free_memory()
 
 
 @contextmanager

@@ -196,13 +196,14 @@ def trial(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", [*EVERY_METHOD, "full"])
+@pytest.mark.parametrize("method", [*EVERY_METHOD, FullFineTuning.__name__])
 def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> None:
     backbone = tiny_backbone(architecture, new_head=True)
-    if method != "full" and not places(backbone, method):
+    is_whole = method == FullFineTuning.__name__
+    if not is_whole and not places(backbone, method):
         pytest.skip(f"{architecture} has no site for {method}")
-    kind = FullFineTuning if method == "full" else Attachment
-    configuration = Configuration() if method == "full" else everywhere(backbone, method)
+    kind = FullFineTuning if is_whole else Attachment
+    configuration = Configuration() if is_whole else everywhere(backbone, method)
     evaluator = tiny_evaluator(backbone)
     evaluator.costs(configuration)  # peft's layers are asked what they are before anything is faked
     with faked(backbone.model, LAZY) as (batch, _):

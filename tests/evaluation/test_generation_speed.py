@@ -106,4 +106,7 @@ def test_every_method_generates(method: str) -> None:
         pytest.skip(f"a Llama has no place for {method}")
     evaluation = evaluator.evaluate(configuration)
     assert evaluation.status == "complete", evaluation.reason
-    assert evaluation.values["adapter_bytes"] == 4 * count_parameters(evaluator.backbone, configuration)
+    trained = 4 * count_parameters(evaluator.backbone, configuration)
+    kept = method in ("sparse", "lora_sparse", "lora_fa", "lora_xs")  # what is not trained, but written
+    found = evaluation.values["adapter_bytes"]
+    assert found > trained if kept else found == trained

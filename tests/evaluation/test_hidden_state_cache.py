@@ -138,7 +138,8 @@ def test_what_cannot_be_served_is_computed(
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_is_served(method: str, tmp_path: Path) -> None:
-    backbone = backbone_of("gpt2" if method == "bitfit" else "bert")
+    trains_key_biases = method in ("bitfit", "full", "ssf")
+    backbone = backbone_of("gpt2" if trains_key_biases else "bert")
     configuration = above(backbone, 2, method)
     cached = evaluator_of(backbone, tmp_path)
     before = fingerprint(backbone.model)
@@ -146,7 +147,7 @@ def test_every_method_is_served(method: str, tmp_path: Path) -> None:
     assert served_cuts(cached) == [2]
     assert fingerprint(backbone.model) == before
     computed = evaluator_of(backbone, None, mode="eval").train(configuration)
-    if method == "bitfit":
+    if trains_key_biases:
         trained, computed = without_key_biases(trained), without_key_biases(computed)
     assert_alike(trained, computed)
 
@@ -158,7 +159,8 @@ def without_key_biases(trained: Trained) -> Trained:
     """
     assert trained.state is not None
     state = {name: tensor.clone() for name, tensor in trained.state.items()}
-    fused = [tensor for name, tensor in state.items() if name.endswith("qkv.bitfit.bias")]
+    names = ("qkv.bitfit.bias", "qkv.full.bias", "qkv.ssf.shift")
+    fused = [tensor for name, tensor in state.items() if name.endswith(names)]
     assert fused
     for tensor in fused:
         tensor.chunk(3)[1].zero_()

@@ -17,7 +17,7 @@ def test_lists_methods_with_abilities_and_counts(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     rows = {row["name"]: row for row in found["rows"]}
-    assert len(rows) >= 32
+    assert len(rows) >= 40
     assert rows["lora"]["smallest"] == 2 * (4 * (32 + 32) + 2 * (32 + 64))
     assert rows["lora"]["middle"] == 8 * rows["lora"]["smallest"]
     assert rows["unilora"]["shares_state"]

@@ -70,9 +70,9 @@ def question_batch(minilm: Backbone) -> dict[str, Tensor]:
 def test_there_is_nothing_to_export_of_the_untrained_model(tmp_path: Path) -> None:
     model, tokenizer = tiny_language_model("llama"), tiny_tokenizer()
     backbone = Backbone(model, tokenizer, name="tiny", head=())
-    for merged in (False, True):
+    for target in (None, "merged"):
         with pytest.raises(ValueError, match="Nothing was trained: the untrained model is the base model"):
-            export_adapter(backbone, Configuration(), {}, tmp_path / "out", probe=tiny_batch(), merged=merged)
+            export_adapter(backbone, Configuration(), {}, tmp_path / "out", probe=tiny_batch(), target=target)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,11 +149,11 @@ def test_export_checks_itself_in_a_fresh_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("target", ["autopeft", "merged"])
 def test_other_layouts_check_themselves_in_a_fresh_process(
-    minilm: Backbone, question_batch: dict[str, Tensor], tmp_path: Path, merged: bool
+    minilm: Backbone, question_batch: dict[str, Tensor], tmp_path: Path, target: str
 ) -> None:
-    if merged:
+    if target == "merged":
         linears = places(minilm, "lora")
         configuration = Configuration(
             {
@@ -167,7 +167,7 @@ def test_other_layouts_check_themselves_in_a_fresh_process(
     state = trained(minilm, configuration, std=0.05)
     before = fingerprint(minilm.model)
     report = export_adapter(
-        minilm, configuration, state, tmp_path / "out", probe=question_batch, merged=merged
+        minilm, configuration, state, tmp_path / "out", probe=question_batch, target=target
     )
     assert fingerprint(minilm.model) == before
     assert report.max_logit_difference is not None
@@ -229,7 +229,7 @@ def test_files_of_one_configuration_are_the_same_every_time(tmp_path: Path) -> N
 def test_only_safetensors_are_written(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     export(backbone, all_methods(backbone), tmp_path / "mixed", verify=False)
-    export(backbone, everywhere(backbone, "lora"), tmp_path / "merged", merged=True, verify=False)
+    export(backbone, everywhere(backbone, "lora"), tmp_path / "merged", target="merged", verify=False)
     suffixes = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert suffixes == {".safetensors", ".json", ".yaml", ".md"}
 
@@ -237,9 +237,9 @@ def test_only_safetensors_are_written(tmp_path: Path) -> None:
 def test_weights_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     configuration = everywhere(backbone, "lora")
-    for merged in (False, True):
-        folder = tmp_path / f"merged-{merged}"
-        export(backbone, configuration, folder, merged=merged, verify=False)
+    for target in ("peft", "merged"):
+        folder = tmp_path / target
+        export(backbone, configuration, folder, target=target, verify=False)
         modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
         assert len(modes) == 1
 

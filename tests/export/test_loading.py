@@ -157,7 +157,7 @@ def test_a_shallower_base_is_refused_where_peft_would_skip_layers(tmp_path: Path
 
 def test_a_merged_folder_says_how_to_load_it(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
-    export(backbone, everywhere(backbone, "lora"), tmp_path / "out", merged=True, verify=False)
+    export(backbone, everywhere(backbone, "lora"), tmp_path / "out", target="merged", verify=False)
     with pytest.raises(ValueError, match="AutoModelForSequenceClassification"):
         load_adapter(tiny_classifier("bert"), tmp_path / "out")
 

@@ -55,15 +55,15 @@ def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path
     assert difference(loaded, inputs, expected) < 0.05 * float(expected.max() - expected.min())
 
 
-@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["autopeft", pytest.param("merged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_exports_of_a_bf16_base_reproduce_it(architecture: str, merged: bool, tmp_path: Path) -> None:
+def test_exports_of_a_bf16_base_reproduce_it(architecture: str, target: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(architecture)
     backbone.model.bfloat16()
-    configuration = everywhere(backbone, "lora") if merged else all_methods(backbone)
-    report = export(backbone, configuration, tmp_path / "out", merged=merged)
+    configuration = everywhere(backbone, "lora") if target == "merged" else all_methods(backbone)
+    report = export(backbone, configuration, tmp_path / "out", target=target)
     assert report.max_logit_difference is not None
-    if not merged:
+    if target != "merged":
         base = tiny_backbone(architecture).model.bfloat16()
         expected = expected_logits(backbone, configuration)
         loaded = load_adapter(base, tmp_path / "out")

@@ -32,7 +32,7 @@ def test_merged_is_a_model_of_its_own(architecture: str, methods: tuple[str, ...
             adapters.setdefault(site, []).extend(several)
     configuration = Configuration(adapters)
     before = fingerprint(backbone.model)
-    report = export(backbone, configuration, tmp_path / "merged", merged=True, verify=False)
+    report = export(backbone, configuration, tmp_path / "merged", target="merged", verify=False)
     assert fingerprint(backbone.model) == before
     assert report.max_logit_difference is None
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -52,6 +52,8 @@ def test_merging_refuses_what_no_weight_can_take(tmp_path: Path) -> None:
             Site(1, "ffn"): Adapter("series", 2),
         }
     )
-    with pytest.raises(ValueError, match=r"0\.attention \(prefix\), 1\.ffn \(series\)"):
-        export(backbone, configuration, tmp_path / "out", merged=True)
+    with pytest.raises(
+        ValueError, match=r"'merged': no weight .* 0\.attention \(prefix\), 1\.ffn \(series\)"
+    ):
+        export(backbone, configuration, tmp_path / "out", target="merged")
     assert not list(tmp_path.iterdir())

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.configuration import Configuration
 from tests.exports import (
     export,
     lora_of_many_ranks,
@@ -101,33 +102,36 @@ def test_limits_say_how_many_trainings_there_were(trainings: int, expected: str,
     assert ("one seed" in limits) == (trainings == 1)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"),
-    [
-        ((8, 8), "such ranks with max_lora_rank=8"),
-        ((9, 9), "such ranks with max_lora_rank=16"),
-        ((4, 300), "these have ranks 4 to 300. vLLM takes such ranks with max_lora_rank=320"),
-        ((600, 600), "its largest rank is 512, this has 600"),
-    ],
-)
-def test_servers_are_told_by_rank(ranks: tuple[int, int], expected: str, tmp_path: Path) -> None:
+def test_metadata_survives_the_hub_s_own_reader(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
-    configuration = Configuration(
-        {Site(block, "query"): Adapter("lora", rank) for block, rank in enumerate(ranks)}
+    data = {"task dataset": "somebody/data", "task subset": "easy"}
+    values = {"accuracy": 0.9}
+    scores = {"accuracy": 0.75, "f1": 0.5}
+    export(
+        backbone,
+        everywhere(backbone, "lora"),
+        tmp_path / "out",
+        values=values,
+        details=data,
+        score=lambda *_: scores,
+        verify=False,
     )
-    report = export(backbone, configuration, tmp_path / "out", verify=False)
-    assert "it takes no trained head (classifier) with an adapter" in report.servers
-    assert expected in report.servers
+    metadata = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert isinstance(metadata, ModelCardData)
+    results = metadata.eval_results or []
+    assert {result.metric_type: result.metric_value for result in results} == scores
+    expected = ("text-classification", "somebody/data", "easy", "test", None)
+    assert {result.unique_identifier for result in results} == {expected}
+    assert metadata.model_name == "out"
 
 
-def test_servers_are_told_by_method(tmp_path: Path) -> None:
+def test_other_targets_are_told_by_method(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     ia3 = export(backbone, everywhere(backbone, "ia3"), tmp_path / "ia3", verify=False)
-    assert "LoRA alone, not ia3" in ia3.servers
-    assert "merged=True" in ia3.servers
+    assert ia3.servers.endswith("take it: 'autopeft', 'merged'.")
     prefix = export(backbone, everywhere(backbone, "prefix"), tmp_path / "prefix", verify=False)
     assert "autopeft.load_adapter" in prefix.servers
-    assert "merged=True" not in prefix.servers
+    assert "merged" not in prefix.servers
     lora = everywhere(backbone, "lora")
-    merged = export(backbone, lora, tmp_path / "merged", merged=True, verify=False)
+    merged = export(backbone, lora, tmp_path / "merged", target="merged", verify=False)
     assert merged.servers.startswith("Whatever runs transformers models")

@@ -6,11 +6,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, Method, attach, count_parameters, count_site, placements
 from autopeft.methods.base import Trainable
+from autopeft.methods.layer_adapter import LayerMethod
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
 from tests.tiny_models import (
@@ -37,8 +39,18 @@ IMPOSSIBLE = {
 ALONE = [name for name, method in METHODS.items() if not isinstance(method, PeftFamily)]
 """Methods with a file of their own; `test_peft_families.py` has those that are a row of `PEFT_FAMILIES`."""
 
+LAYERS = ("bert", "gpt2", "llama")
+"""Linear layers of both ways to store a weight, with and without biases: all that `LayerMethod` sees."""
+
 PAIRS = [
-    pytest.param(method, architecture, id=f"{method}-{architecture}")
+    pytest.param(
+        method,
+        architecture,
+        id=f"{method}-{architecture}",
+        marks=pytest.mark.slow
+        if isinstance(METHODS[method], LayerMethod) and architecture not in LAYERS
+        else (),
+    )
     for method in ALONE
     for architecture in ARCHITECTURES
     if (method, architecture) not in IMPOSSIBLE
@@ -86,14 +98,15 @@ class TestMethod:
         configuration = everywhere(backbone, method, size=3)
         with ExitStack() as undo:
             trainable = _attach_alone(backbone, method, configuration, undo)
-            assert trainable.keys() == configuration.adapters.keys()
+            assert {key for key in trainable if isinstance(key, Site)} == configuration.adapters.keys()
             for site, adapter in configuration:
-                found = sum(one.numel() for one in trainable[site].values())
+                found = sum(one.numel() for one in trainable[site].values() if one.requires_grad)
                 assert count_site(backbone, site, adapter) == found > 0
             distinct = {
-                id(parameter): parameter.numel()
+                id(tensor): tensor.numel()
                 for named in trainable.values()
-                for parameter in named.values()
+                for tensor in named.values()
+                if tensor.requires_grad
             }
             assert sum(distinct.values()) == (
                 count_parameters(backbone, configuration) - backbone.head_parameters
@@ -124,7 +137,7 @@ class TestMethod:
         trainable = _attach_alone(backbone, method, everywhere(backbone, method), undo)
         assert fingerprint(backbone.model) != before
         for named in trainable.values():
-            draw_parameters(named.values(), std=1.0)
+            draw_parameters((one for one in named.values() if isinstance(one, nn.Parameter)), std=1.0)
         assert not torch.equal(logits_of(backbone), logits)
         undo.close()
         backbone.model.requires_grad_(False)
@@ -137,6 +150,8 @@ class TestMethod:
         """Drawing the parameters of any one site alone changes what the model computes."""
         backbone = backbones[architecture]
         with attach(backbone, everywhere(backbone, method)) as attachment:
+            shared = [one for name, one in attachment.parameters.items() if ".shared." in name]
+            draw_parameters(shared, std=1.0)
             before = logits_of(backbone)
             for site in places(backbone, method):
                 prefix = f"{site}.{method}."
@@ -173,10 +188,11 @@ def test_methods_attach_one_after_another(architecture: str, backbones: dict[str
     """All methods that can share a site do, wrapping ones first, and come out again."""
     backbone = backbones[architecture]
     before, logits = fingerprint(backbone.model), logits_of(backbone)
-    for left_out in ("ia3", "lora"):
-        methods = [name for name in ALONE if name not in (left_out, "layernorm") and places(backbone, name)]
+    wrapping = {name for name in ALONE if METHOD_SPECS[name].wraps}
+    for one in sorted(wrapping):
+        rivals = {"layernorm"} | METHOD_SPECS[one].excludes | wrapping - {one}
         placed: dict[Site, list[Adapter]] = {}
-        for name in methods:
+        for name in (name for name in ALONE if name not in rivals and places(backbone, name)):
             for site, adapter in everywhere(backbone, name, size=2):
                 placed.setdefault(site, []).append(adapter)
         configuration = Configuration(placed)

@@ -108,6 +108,19 @@ class TestAttached:
         with torch.no_grad():
             torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
+    def test_is_trained_in_full(self, architecture: str) -> None:
+        backbone, batch = backbone_of(architecture), tiny_batch()
+        site, before = Site(1, ROLES[0]), fingerprint(backbone.model)
+        configuration = Configuration({site: Adapter("full")})
+        state = trained(backbone, configuration)
+        numbers = backbone.model.get_parameter(backbone.shape(site).target).numel()
+        assert [tensor.numel() for tensor in state.values()] == [numbers]
+        expected = trained_logits(backbone, configuration, state, batch)
+        merged = merged_model(backbone, configuration, state).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(merged(**batch).logits, expected)
+        assert fingerprint(backbone.model) == before
+
     def test_gradient_scores_are_those_of_the_flattened_parameter(self, architecture: str) -> None:
         backbone, batch = backbone_of(architecture), batch_of()
         reference = copy.deepcopy(backbone.model).requires_grad_(True)

@@ -56,7 +56,11 @@ def batch_of(architecture: str) -> dict[str, Tensor]:
 def test_every_adapter_is_trained_and_goes_without_a_trace(architecture: str) -> None:
     backbone, batch = backbone_of(architecture), batch_of(architecture)
     task = CROSS_ENTROPY if architecture == "convnext" else task_of()
-    methods = [method for method in METHODS_BY_DEFAULT if places(backbone, method)]
+    methods = [
+        method
+        for method in METHODS_BY_DEFAULT
+        if places(backbone, method) and (method, architecture) != ("ladder", "xlnet")  # see test_ladder.py
+    ]
     assert {"layernorm", "lora"} <= {*methods}
     before = fingerprint(backbone.model)
     for method in methods:

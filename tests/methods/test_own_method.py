@@ -26,38 +26,38 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Put the page's module on the path as a package that has its entry point."""
     page = PAGE.read_text(encoding="utf-8")
     code, _, entry = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
-    folder = tmp_path / "scale_and_shift-1.0.dist-info"
+    folder = tmp_path / "propulsion-1.0.dist-info"
     folder.mkdir()
-    (tmp_path / "scale_and_shift.py").write_text(code, encoding="utf-8")
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: scale-and-shift\nVersion: 1.0\n")
+    (tmp_path / "propulsion.py").write_text(code, encoding="utf-8")
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: propulsion\nVersion: 1.0\n")
     group, line = re.findall(r'"(.*?)"]\n(.*)\n', entry)[0]
     (folder / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("scale_and_shift", None)
-    METHOD_SPECS.pop("ssf", None)
-    vars(sys.modules["autopeft.methods.registry"])["_METHODS"].pop("ssf", None)
+    sys.modules.pop("propulsion", None)
+    METHOD_SPECS.pop("propulsion", None)
+    vars(sys.modules["autopeft.methods.registry"])["_METHODS"].pop("propulsion", None)
 
 
 def test_the_page_s_method_is_like_any_other(installed: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown method 'ssg'"):
-        Adapter("ssg")
-    ssf = {"method": "ssf"}
-    sites = {"0.query": ssf, "1.ffn_up": ssf, "1.value": {"method": "ia3"}}
+    with pytest.raises(ValueError, match="Unknown method 'propulsiom'"):
+        Adapter("propulsiom")
+    own = {"method": "propulsion"}
+    sites = {"0.query": own, "1.ffn_up": own, "1.value": {"method": "ia3"}}
     configuration = Configuration.from_dict({"sites": sites})
     backbone = tiny_backbone("bert")
     before, plain = fingerprint(backbone.model), logits_of(backbone)
     with attach(backbone, configuration) as attachment:
         torch.testing.assert_close(logits_of(backbone), plain)
         counted = count_parameters(backbone, configuration) - backbone.head_parameters
-        assert counted == 2 * 32 + 2 * 64 + 32
-        attachment.parameters["0.query.ssf.shift"].data.add_(1.0)
+        assert counted == 32 + 64 + 32
+        attachment.parameters["0.query.propulsion.scale"].data.add_(1.0)
         assert not torch.allclose(logits_of(backbone), plain)
     assert fingerprint(backbone.model) == before
     state = trained(backbone, configuration)
     export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch(), fresh=False)
-    slots = PerLayer(methods=("lora", "ssf")).slots(backbone)
-    assert {method for slot in slots for method in slot.choices} == {"lora", "ssf"}
+    slots = PerLayer(methods=("lora", "propulsion")).slots(backbone)
+    assert {method for slot in slots for method in slot.choices} == {"lora", "propulsion"}
 
 
 def test_a_name_is_taken_once(installed: None) -> None:

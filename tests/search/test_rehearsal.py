@@ -12,7 +12,7 @@ from optuna.samplers import CmaEsSampler, GridSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
-from transformers import AutoModelForMaskedLM
+from transformers import BertForMaskedLM
 
 from autopeft import Search
 from autopeft.models.backbone import Backbone
@@ -137,15 +137,18 @@ def test_a_validation_batch_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
-    model = AutoModelForMaskedLM.from_config(tiny_model("bert").config)
+    class OwnModel(BertForMaskedLM):
+        """It is loaded by itself, not by an auto class."""
+
+    config = tiny_model("bert").config
+    OwnModel.from_config = lambda config, **options: OwnModel(config)
+    model = OwnModel(config)
     task = own(
-        head=HeadSpec(auto_class=AutoModelForMaskedLM, is_trained=False),
+        head=HeadSpec(auto_class=OwnModel, is_trained=False),
         loss=lambda task, output, batch: output.logits.mean(),
         update_metrics=lambda task, metrics, output, batch, loss: metrics["accuracy"].update(loss),
     )
-    with pytest.raises(
-        ValueError, match=r"^Exporting Own: Cannot export a BertForMaskedLM: expected a model"
-    ):
+    with pytest.raises(ValueError, match=r"^Exporting Own: 'OwnModel' is no auto class of transformers"):
         search_for(task, tmp_path, backbone=model).validate()
 
 

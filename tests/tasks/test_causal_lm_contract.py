@@ -121,7 +121,9 @@ def test_exports_are_plain_peft_folders(
         state = attachment.state_dict()
     data = task.data(backbone.processor, batch_size=4, seed=0)
     probe = model_inputs(data.largest_batch())
-    report = export_adapter(backbone, configuration, state, tmp_path / "out", probe=probe, merged=merged)
+    report = export_adapter(
+        backbone, configuration, state, tmp_path / "out", probe=probe, target="merged" if merged else None
+    )
     assert "in a fresh process that never imported autopeft" in report.checked
     assert "AutoModelForCausalLM" in report.how_to_load
     card = (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,104 @@
+"""What own methods on single layers share: a module that changes what a layer returns, and merges into it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.models.quantized_layers import full_weight
+from autopeft.models.site_shapes import SiteShape
+
+
+class LayerAdapter(Switchable):
+    """A module that is called as a layer's forward hook, and whose change the layer's weights can take in."""
+
+    handle: RemovableHandle  # of the hook
+
+    def forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return what the layer is to return: (..., out_features), in the output's type."""
+        raise NotImplementedError
+
+    def merge(self, layer: nn.Module) -> None:
+        """Put the change into the layer's own weights."""
+        raise NotImplementedError
+
+
+class WeightUpdate(LayerAdapter):
+    """An update of a linear layer's weight, computed beside the layer."""
+
+    def update(self, inputs: Tensor) -> Tensor:
+        """Map inputs (..., in_features) to what is added to the output (..., out_features)."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """Return the update as a matrix (out_features, in_features)."""
+        raise NotImplementedError
+
+    def forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add the update to the output."""
+        if not self.is_on:
+            return output
+        (given,) = inputs
+        if not torch.is_autocast_enabled(given.device.type):
+            given = given.to(next(self.parameters()).dtype)  # float32 on any base, as peft's adapters
+        return output + self.update(given).to(output.dtype)
+
+    def merge(self, layer: nn.Module) -> None:
+        """Add the update to the layer's weight."""
+        weight, update = layer.get_parameter("weight"), self.weight()
+        weight.data = (weight + (update.mT if isinstance(layer, Conv1D) else update)).to(weight.dtype)
+
+
+class LayerMethod(Method):
+    """A method whose adapters are `LayerAdapter` modules, one a layer, held by hooks."""
+
+    is_mergeable = True
+
+    @abstractmethod
+    def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> LayerAdapter:
+        """Return a module for a layer, on the CPU. Its buffers are saved with the adapter."""
+
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
+        """Hook the modules in; see `Method.attach`."""
+        child = f"autopeft_{self.name}"
+        tensors: Trainable = {}
+        for site, (shape, adapter) in placement.items():
+            layer = model.get_submodule(shape.module)
+            module = self.module(layer, shape, adapter)
+            module.to(device=next(layer.parameters()).device).train(layer.training)
+            layer.add_module(child, module)
+            undo.callback(delattr, layer, child)
+            module.handle = layer.register_forward_hook(module)
+            undo.callback(module.handle.remove)
+            tensors[site] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return tensors
+
+
+def weight_of(layer: nn.Module, shape: SiteShape) -> Tensor:
+    """Return a linear layer's weight as (out_features, in_features), on the CPU: there it decides alike.
+
+    Of a model without weights, on the meta device, there is the shape alone.
+    """
+    if layer.get_parameter("weight").is_meta:
+        return torch.empty(shape.out_features, shape.in_features, device="meta")
+    weight = full_weight(layer).cpu()
+    return weight.mT if shape.transposed else weight
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Merge every `LayerAdapter` of a model into its layer, and take it out."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LayerAdapter) and hasattr(module, "handle"):  # not a part of another
+            name, _, child = path.rpartition(".")
+            layer = model.get_submodule(name)
+            module.merge(layer)
+            module.handle.remove()
+            delattr(layer, child)

@@ -1,0 +1,96 @@
+"""Sparse: the largest numbers of a weight are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate, weight_of
+from autopeft.models.site_shapes import SiteShape
+
+
+class SparseUpdate(WeightUpdate):
+    """An update of the `entries` largest numbers of a layer's weight, 0 to begin with.
+
+    Of equal numbers the first ones are taken: the choice is the same on every machine. It is kept with the
+    values, as the same weights may be loaded in another type where they are trained on and served.
+    """
+
+    def __init__(self, layer: nn.Module, shape: SiteShape, entries: int) -> None:
+        super().__init__()
+        magnitudes = weight_of(layer, shape).abs().flatten()
+        largest = magnitudes.argsort(descending=True, stable=True)[:entries]
+        self.values = nn.Parameter(torch.zeros(entries))
+        self.register_buffer("indices", largest.sort().values.int())
+        self.indices: Tensor
+        self.shape = (shape.out_features, shape.in_features)
+
+    def update(self, inputs: Tensor) -> Tensor:
+        """Multiply by the sparse matrix."""
+        product: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
+            inputs, self.values, self.indices, self.shape
+        )
+        return product
+
+    def weight(self) -> Tensor:
+        """Return the update with its zeros."""
+        return _dense(self.values, self.indices, self.shape)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """A product with a matrix that is made anew in the backward pass: kept, it would take a weight's memory.
+
+    torch's sparse products would not do: their gradients have no shape without data, so that memory could not
+    be counted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(inputs, values, indices)
+        ctx.shape = shape
+        return functional.linear(inputs, _dense(values, indices, shape))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, values, indices = ctx.saved_tensors
+        (of_output,) = gradients
+        of_inputs = of_values = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = (of_output @ _dense(values, indices, ctx.shape).to(of_output.dtype)).to(inputs.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = of_output.flatten(0, -2).mT @ inputs.flatten(0, -2).to(of_output.dtype)
+            of_values = of_weight.flatten().index_select(0, indices).to(values.dtype)
+        return of_inputs, of_values, None, None
+
+
+def _dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    return values.new_zeros(shape[0] * shape[1]).index_add(0, indices, values).view(shape)
+
+
+class Sparse(LayerMethod):
+    """Sparse fine-tuning: the `size` numbers of the largest magnitude in a linear layer's weight are trained.
+
+    Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", 2024 (SPEFT),
+    where magnitude is one of the scores that need no data.
+    """
+
+    name = "sparse"
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+        """Return what is against it: there are not so many numbers."""
+        numbers = shape.in_features * shape.out_features
+        return f"its weight has {numbers:,} numbers" if (adapter.size or 0) > numbers else None
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the number of entries."""
+        assert adapter.size is not None
+        return adapter.size
+
+    def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> SparseUpdate:
+        """Return an update of the largest numbers."""
+        assert adapter.size is not None
+        return SparseUpdate(layer, shape, adapter.size)

@@ -1,0 +1,55 @@
+"""An exported model in MLflow's model registry."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow.transformers
+from huggingface_hub import ModelCard
+from mlflow.exceptions import MlflowException
+
+from autopeft.reporting.mlflow.store import checked_store, open_experiment, unusable_store
+
+_PACKAGES = ("torch", "transformers")
+
+
+def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Mapping[str, str]) -> str:
+    """Log a merged model to a run of its own, and register it there as a new version of a name.
+
+    Args:
+        uri: MLflow tracking URI, whose store has the registry too.
+        experiment: MLflow experiment.
+        name: Name in the registry.
+        folder: The model, as an export writes it.
+        tags: Tags of the run and of the version.
+
+    Returns:
+        Its URI, as "models:/reviews/1", for `mlflow.pyfunc.load_model` or `mlflow.transformers.load_model`.
+
+    Raises:
+        ValueError: MLflow cannot use the store, or serve such a model.
+    """
+    store, artifacts = checked_store(uri)
+    pipeline = ModelCard.load(folder / "README.md").data.get("pipeline_tag")
+    if pipeline is None:
+        raise ValueError("MLflow serves models by transformers' pipelines, of which none takes this one.")
+    needs = [f"{package}=={version(package)}" for package in _PACKAGES]
+    try:
+        client, experiment_id = open_experiment(store, artifacts, experiment)
+        run = client.create_run(experiment_id, run_name=f"model {name}", tags=dict(tags)).info
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = Path(scratch, "model")
+            # By the client, and not by `log_model`: that works on the process's own store and run.
+            mlflow.transformers.save_model(str(folder), str(saved), task=pipeline, pip_requirements=needs)
+            client.log_artifacts(run.run_id, str(saved), "model")
+        client.set_terminated(run.run_id)
+        with suppress(MlflowException):  # it is there
+            client.create_registered_model(name)
+        made = client.create_model_version(name, f"{run.artifact_uri}/model", run.run_id, tags=dict(tags))
+    except Exception as error:  # of MLflow, its database driver or the network
+        raise unusable_store(uri, error) from None  # whose text may have a password
+    return f"models:/{name}/{made.version}"

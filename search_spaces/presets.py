@@ -1,0 +1,120 @@
+"""Spaces for a purpose: `PerLayer` with other methods, sizes or blocks; all its settings can be set too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopeft.core.adapter import Place
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.methods import METHODS
+from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.per_layer import PerLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(PerLayer):
+    """Every method there is, also registered ones; those that no site can take are left out."""
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """All methods."""
+        return tuple(METHOD_SPECS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mergeable(PerLayer):
+    """Every method that weights can take in, so that what is found costs nothing when it is served."""
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """Methods that merge, by what the installed peft makes of them."""
+        return tuple(name for name in METHOD_SPECS if METHODS[name].is_mergeable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servable(PerLayer):
+    """LoRA of ranks that servers take; `export(target="vllm")` writes one rank for all modules."""
+
+    methods: Sequence[str] | None = ("lora",)
+    ranks: tuple[int, int] = (8, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowMemory(PerLayer):
+    """Methods that keep little for the backward pass, in the top half of each stack.
+
+    The memory of activations follows the lowest block with an adapter, and there what a method's gradients
+    need: for LoRA-FA, LoRA-XS and biases not the inputs of layers.
+    """
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """LoRA-FA, LoRA-XS and BitFit."""
+        return ("lora_fa", "lora_xs", "bitfit")
+
+    def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
+        """Return the groups of the top half of each stack; see `PerLayer.block_groups`."""
+        top = {place for places in backbone.stacks.values() for place in places[len(places) // 2 :]}
+        groups = ([place for place in group if place in top] for group in super().block_groups(backbone))
+        return tuple(tuple(group) for group in groups if group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny(PerLayer):
+    """Methods of some hundred numbers a site at most; `constraints` of a search keep to a total."""
+
+    ranks: tuple[int, int] = (1, 1)
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """Vectors, and LoRA at its smallest."""
+        return ("lora", "ia3", "tinylora", "ssf", "lora_xs", "layernorm", "bitfit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NASPEFTPaper(PerLayer):
+    """LoRA of any rank, or the bias alone, for every matrix.
+
+    Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
+    Language Models", 2023. The paper prunes one training; here each configuration is trained.
+    """
+
+    ranks: tuple[int, int] = (1, 16)
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """LoRA and BitFit, which needs biases."""
+        return ("lora", "bitfit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShearsPaper(PerLayer):
+    """Elastic LoRA ranks for every matrix.
+
+    Muñoz et al., "Shears: Unstructured Sparsity with Neural Low-rank Adapter Search", 2024. The weights stay
+    as they are: the paper prunes them beforehand.
+    """
+
+    methods: Sequence[str] | None = ("lora",)
+    ranks: tuple[int, int] = (8, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stratified(PerLayer):
+    """Three groups of blocks, each with LoRA or biases at its roles, or frozen.
+
+    Arora and Wang, "SPAFIT: Stratified Progressive Adaptation Fine-tuning for Pre-trained Large Language
+    Models", 2024, which says beforehand what each group has.
+    """
+
+    groups: int | None = 3
+
+    @property
+    def default_methods(self) -> Sequence[str]:
+        """LoRA and BitFit, which needs biases."""
+        return ("lora", "bitfit")
+
+
+PRESETS = (Everything, Mergeable, Servable, LowMemory, Tiny, NASPEFTPaper, ShearsPaper, Stratified)
+"""All spaces of this module."""

@@ -1,0 +1,47 @@
+"""MLflow's model registry."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.learnable import LABELS, learnable_rows, tiny_search
+
+SCRIPT = """
+import json, sys
+import mlflow
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+print(json.dumps(model.predict(sys.argv[3:])["label"].tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_a_registered_model_labels_texts_in_a_fresh_process(tmp_path: Path) -> None:
+    search = tiny_search(tmp_path, tracking=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    best = search.run(trials=2, progress=False).best()
+    assert search.register(best.number, "reviews") == "models:/reviews/1"
+    assert search.register(best.number, "reviews") == "models:/reviews/2"
+    (model,) = MlflowClient(tracking_uri=search.tracking).search_model_versions("version_number = 2")
+    assert model.tags["autopeft.registered_trial"] == str(best.number)
+    texts = learnable_rows(3)["text"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(search.tracking), "models:/reviews/2", *texts],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    labels = json.loads(done.stdout.splitlines()[-1])
+    assert len(labels) == LABELS
+    assert set(labels) <= {"a", "b", "c"}
+
+
+def test_a_search_without_tracking_has_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tracking=None"):
+        tiny_search(tmp_path).register(0, "reviews")

@@ -1,0 +1,92 @@
+"""Spaces for a purpose: what each offers, on two models, and by its name in YAML."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.methods import METHODS, attach, unmergeable
+from autopeft.models.backbone import Backbone
+from autopeft.search_spaces import Everything, LowMemory, Mergeable, PerLayer, Servable, Stratified, Tiny
+from autopeft.search_spaces.presets import PRESETS
+from autopeft.yaml_config import build_config
+from tests.tiny_models import tiny_backbone
+
+
+@cache
+def backbone_of(architecture: str) -> Backbone:
+    return tiny_backbone(architecture, num_hidden_layers=3)
+
+
+SMALLEST = {name: (row.sizes[0], row.sizes[0]) for name, row in METHOD_SPECS.items() if row.size_name}
+"""One size a method: peft is asked what it makes of each, which takes some seconds for all families."""
+
+
+@pytest.mark.parametrize(
+    ("made", "architecture"),
+    [
+        pytest.param(
+            made,
+            architecture,
+            marks=pytest.mark.slow if made in (Everything, Mergeable) and architecture == "llama" else (),
+        )
+        for made in PRESETS
+        for architecture in ("bert", "llama")
+    ],
+)
+def test_gives_configurations_that_the_model_carries(made: type[PerLayer], architecture: str) -> None:
+    backbone, generator = backbone_of(architecture), random.Random(0)
+    offered = made().default_methods if made in (Everything, Mergeable) else ()
+    space = made(sizes={name: SMALLEST[name] for name in offered if name in SMALLEST})
+    space.validate(backbone)
+    asked = [space.draw(generator, backbone) for _ in range(5)]
+    assert len(set(asked)) == 5
+    for configuration in asked:
+        space.encode(configuration, backbone)  # raises for what is no point of it
+        backbone.check(configuration)
+    with attach(backbone, asked[-1]):
+        pass
+    used = {method for configuration in asked for method in configuration.methods}
+    assert used <= set(space.methods or space.default_methods)
+    assert len(space.baselines(backbone, trials=8)) == 2
+
+
+def test_everything_offers_every_method_that_a_site_takes() -> None:
+    assert set(Everything().default_methods) == set(METHOD_SPECS)
+    assert len(METHOD_SPECS) >= 40
+    assert set(Mergeable().default_methods) == {
+        name for name, method in METHODS.items() if method.is_mergeable
+    }
+    assert {"lora", "full", "ssf", "sparse"} <= set(Mergeable().default_methods)
+    assert not {"series", "prefix", "compacter", "loreft"} & set(Mergeable().default_methods)
+
+
+def test_low_memory_leaves_the_lower_half_alone() -> None:
+    backbone = backbone_of("bert")
+    space, generator = LowMemory(), random.Random(1)
+    for _ in range(5):
+        lowest = space.draw(generator, backbone).lowest_block
+        assert lowest is None or lowest[1] >= 1
+    assert [len(group) for group in replace(space, groups=2).block_groups(backbone)] == [1, 1]
+
+
+def test_settings_of_a_preset_can_be_replaced() -> None:
+    space = Servable(ranks=(16, 16), roles=("query",))
+    drawn = space.extremes(backbone_of("bert"))[1]
+    assert {str(adapter) for _, adapter in drawn} == {"lora(16)"}
+    assert len(Stratified().block_groups(backbone_of("bert"))) == 3
+    assert {adapter.size for _, adapter in Tiny(methods=("lora",)).extremes(backbone_of("bert"))[1]} == {1}
+    assert not len(unmergeable(drawn))
+
+
+def test_yaml_knows_them_by_name() -> None:
+    settings = {
+        "backbone": "prajjwal1/bert-tiny",
+        "task": {"type": "TextClassification", "dataset": "x.csv"},
+        "space": {"type": "LowMemory", "groups": 2},
+    }
+    assert build_config(settings).search.space == LowMemory(groups=2)

@@ -83,7 +83,7 @@ def _extract_speller(archive: zipfile.ZipFile, folder: Path) -> None:
             num_heads=4,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
-            decoder_start_token_id=0,
+            **{"decoder_start_token_id": 0},  # an option of every model, which this config does not name
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)

@@ -178,7 +178,8 @@ def _metadata(
     """Return the hub's metadata; figures of the test split are its evaluation results."""
     merged, dataset = manifest.layout == "merged", details.get("task dataset")
     auto_class = manifest.head.auto_class
-    loaded_by = ((tag, {known.__name__ for known in task["pt"]}) for tag, task in SUPPORTED_TASKS.items())
+    pipelines: Mapping[str, Any] = SUPPORTED_TASKS
+    loaded_by = ((tag, {known.__name__ for known in task["pt"]}) for tag, task in pipelines.items())
     pipeline_tag = next((tag for tag, known in loaded_by if auto_class in known), None)
     results = [
         EvalResult(

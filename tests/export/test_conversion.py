@@ -98,7 +98,7 @@ def test_updates_on_a_base_of_low_precision_are_not_rounded_with_its_weights() -
     plain = plain_lora(backbone, configuration, state, 1.0)
     assert {tensor.dtype for name, tensor in plain.state.items() if "lora" in name} == {torch.float32}
     site = next(iter(plain.configuration.adapters))
-    weight = backbone.model.get_submodule(backbone.shape(site).module).weight.float()
+    weight = backbone.model.get_parameter(f"{backbone.shape(site).module}.weight").float()
     down, up = (state[f"{site}.hira.hira_{letter}"] for letter in "AB")
     torch.testing.assert_close(products(dict(plain.state), site), weight * (up @ down), atol=1e-7, rtol=1e-2)
 

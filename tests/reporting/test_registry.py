@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.learnable import LABELS, learnable_rows, tiny_search
+from tests.learnable import learnable_rows, tiny_search
+from tests.tiny_models import LABELS
 
 SCRIPT = """
 import json, sys

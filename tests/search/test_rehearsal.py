@@ -12,7 +12,7 @@ from optuna.samplers import CmaEsSampler, GridSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
-from transformers import BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM
 
 from autopeft import Search
 from autopeft.models.backbone import Backbone
@@ -140,8 +140,12 @@ def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     class OwnModel(BertForMaskedLM):
         """It is loaded by itself, not by an auto class."""
 
+        @classmethod
+        def from_config(cls, config: BertConfig, **_: Any) -> OwnModel:
+            return cls(config)
+
     config = tiny_model("bert").config
-    OwnModel.from_config = lambda config, **options: OwnModel(config)
+    assert isinstance(config, BertConfig)
     model = OwnModel(config)
     task = own(
         head=HeadSpec(auto_class=OwnModel, is_trained=False),

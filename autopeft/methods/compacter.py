@@ -75,13 +75,12 @@ class Compacter(Series):
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in, and give them their shared matrices; see `Method.attach`."""
         trainable = super().attach(model, placement, undo)
+        hosts = (
+            model.get_submodule(f"{shape.module}.autopeft_{self.name}") for shape, _ in placement.values()
+        )
+        layers = [layer for host in hosts for layer in host.children() if isinstance(layer, KroneckerLinear)]
         drawn = torch.randn(TERMS, TERMS, TERMS) / TERMS**0.5
-        rules: nn.Parameter | None = None
-        for shape, _ in placement.values():
-            host = model.get_submodule(shape.module)
-            if rules is None:
-                rules = nn.Parameter(drawn.to(next(host.parameters()).device))
-            for layer in host.get_submodule(f"autopeft_{self.name}").children():
-                if isinstance(layer, KroneckerLinear):
-                    layer.rules = rules
-        return {**trainable, self.name: {} if rules is None else {"rules": rules}}
+        rules = nn.Parameter(drawn.to(layers[0].bias.device))
+        for layer in layers:
+            layer.rules = rules
+        return {**trainable, self.name: {"rules": rules}}

@@ -46,14 +46,20 @@ class WeightUpdate(LayerAdapter):
         if not self.is_on:
             return output
         (given,) = inputs
-        if not torch.is_autocast_enabled(given.device.type):
-            given = given.to(next(self.parameters()).dtype)  # float32 on any base, as peft's adapters
-        return output + self.update(given).to(output.dtype)
+        return output + self.update(in_type_of(self, given)).to(output.dtype)
 
     def merge(self, layer: nn.Module) -> None:
         """Add the update to the layer's weight."""
         weight, update = layer.get_parameter("weight"), self.weight()
         weight.data = (weight + (update.mT if isinstance(layer, Conv1D) else update)).to(weight.dtype)
+
+
+def in_type_of(adapter: nn.Module, hidden: Tensor) -> Tensor:
+    """Return inputs in an adapter's type (float32 on any base, as peft's), unless autocast sees to it."""
+    dtype = next(adapter.parameters()).dtype
+    if hidden.dtype == dtype or torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(dtype)
 
 
 class LayerMethod(Method):

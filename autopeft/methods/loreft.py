@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
@@ -47,7 +48,7 @@ class Intervention(Switchable):
         if not self.is_on:
             return output
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        given = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.basis.dtype)
+        given = in_type_of(self, hidden)
         rows = self.rows()
         inner = self.source(given) - functional.linear(given, rows)
         change = functional.linear(inner, rows.mT).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The command line: search, validate, estimate, methods, sensitivity, front, show, export, verdict, ui.
+"""The command line: init, search, validate, estimate, methods, sensitivity, front, show, export, verdict, ui.
 
 What loads models, trains or serves MLflow takes seconds to import; the commands that need it import it.
 """
@@ -35,6 +35,25 @@ Config = Annotated[Path, typer.Argument(help="YAML file of a search.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as in training.epochs=5.")]
 Folder = Annotated[Path, typer.Option(help="Where searches are kept.")]
 Name = Annotated[str | None, typer.Option("--search", help="Name of the search; default: the latest.")]
+
+
+@app.command()
+def init(
+    model: Annotated[str | None, typer.Option(help="Hub name, or a folder with a config.json.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="CSV, JSON lines or Parquet file, a folder, or a hub name.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="A task's class; default: by the columns.")] = None,
+    to: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("search.yaml"),
+) -> None:
+    """Write the YAML of a first search; what is not given is asked for."""
+    model = _asked(model, "--model", "Model (hub name or folder)")
+    data = _asked(data, "--data", "Data (file, folder or hub name)")
+    from autopeft.config_template import write_template
+
+    settings = write_template(to, model, data, task)
+    print("Recognised: " + ", ".join(f"{name}: {value}" for name, value in settings.items()))
+    print(f"Written: {to}. Next: autopeft validate {to}")
 
 
 @app.command()
@@ -259,6 +278,17 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _asked(given: str | None, option: str, question: str) -> str:
+    """Return what was given, or what is answered at a terminal."""
+    if given is None and not _is_terminal():
+        raise ValueError(f"{option} is missing, and there is no terminal to ask at.")
+    return str(typer.prompt(question)) if given is None else given
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _search_folder(folder: Path, name: str | None) -> Path:

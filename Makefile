@@ -1,11 +1,12 @@
 # Everything is set up by its first use: `make demo` and `make test` work in a fresh clone.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-lm test test-all lint bench ui clean
+.PHONY: help setup demo demo-lm test test-all lint docs bench ui clean
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
+DOCS := $(VENV)/.docs
 # The interpreter the environment is made from; the first of these that can make one is taken.
 BASE_PYTHON ?= python3.11 python3.12 python3.13 python3
 
@@ -43,6 +44,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev,test]'
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice
 	$(PYTHON) -m assets.prepare minilm questions
 	$(PYTHON) examples/demo.py
@@ -55,7 +60,7 @@ demo-lm: setup ## The same for a chat model on film dialogues, in about half an 
 test: setup ## All tests but the slow ones
 	$(TESTS) -m "not slow and not gpu"
 
-test-all: setup ## The same with slow tests, coverage and, where there is a GPU, GPU tests
+test-all: setup $(DOCS) ## The same with slow tests, coverage and, where there is a GPU, GPU tests
 	$(TESTS) --cov --cov-report=term --cov-fail-under=90
 
 lint: setup ## Only the static checks
@@ -63,6 +68,9 @@ lint: setup ## Only the static checks
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+
+docs: setup $(DOCS) ## The documentation as a site in site/; tutorials are run, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
 
 bench: setup ## Measure; writes benchmarks/results
 	$(PYTHON) -m assets.prepare minilm questions movies
@@ -72,5 +80,5 @@ ui: setup ## MLflow UI on the front of the latest search
 	$(VENV)/bin/autopeft ui
 
 clean: ## Remove the environment, caches and what runs left; keeps .assets
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name .assets -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,6 +44,25 @@ Retrain = Annotated[bool, typer.Option("--retrain", help="Train the configuratio
 
 
 @app.command()
+def init(
+    model: Annotated[str | None, typer.Option(help="Hub name, or a folder with a config.json.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="CSV, JSON lines or Parquet file, a folder, or a hub name.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="A task's class; default: by the columns.")] = None,
+    to: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("search.yaml"),
+) -> None:
+    """Write the YAML of a first search; what is not given is asked for."""
+    model = _asked(model, "--model", "Model (hub name or folder)")
+    data = _asked(data, "--data", "Data (file, folder or hub name)")
+    from autopeft.config_template import write_template
+
+    settings = write_template(to, model, data, task)
+    print("Recognised: " + ", ".join(f"{name}: {value}" for name, value in settings.items()))
+    print(f"Written: {to}. Next: autopeft validate {to}")
+
+
+@app.command()
 def search(
     config: Config,
     overrides: Overrides = None,
@@ -279,6 +298,17 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _asked(given: str | None, option: str, question: str) -> str:
+    """Return what was given, or what is answered at a terminal."""
+    if given is None and not _is_terminal():
+        raise ValueError(f"{option} is missing, and there is no terminal to ask at.")
+    return str(typer.prompt(question)) if given is None else given
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _search_folder(folder: Path, name: str | None) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.budget import Budget
 from autopeft.search import Search
@@ -131,9 +132,10 @@ def _choose(section: str, given: Any, choices: Mapping[str, type[Any]]) -> Any:
         )
     if isinstance(name, str) and re.search(r"\w[.:]\w", name):
         return _build(_imported(section, name), arguments, section)
-    if not isinstance(name, str) or name not in choices:
+    made = choices.get(str(name)) or load_entry_point(f"{section}s", str(name))
+    if made is None:
         raise unknown_choice(f"{section} type", str(name), choices)
-    return _build(choices[name], arguments, section)
+    return _build(made, arguments, section)
 
 
 def _imported(section: str, path: str) -> type[Any]:

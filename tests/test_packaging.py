@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -13,10 +14,20 @@ from typing import Any
 
 import pytest
 
+from tests.learnable import save_learnable_csv, save_tiny_model
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("callbacks", "search_spaces")
 ROOMS = ("autopeft", *LINKED, "assets", "benchmarks", "examples", "tests")
 LONGEST_MODULE = 400
+FIVE_LINES = """
+import autopeft
+assert "environment" in autopeft.__file__, autopeft.__file__
+task = autopeft.tasks.TextClassification("data.csv", validation_share=0.2, test_share=0.2)
+space = autopeft.search_spaces.Uniform(ranks=(1, 2))
+front = autopeft.Search("model", task, space, tracking=None, halving=None, seeds=1).run(trials=2)
+print(front.best())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +37,8 @@ def setuptools_settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel built from an sdist, both made of a copy."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from an sdist beside it, both made of a copy."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
     copy.mkdir()
@@ -42,6 +53,12 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     run(sys.executable, "-m", "pip", "wheel", *options, str(sdist))
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> list[str]:
+    """Names of the files in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
 
@@ -105,6 +122,33 @@ def test_wheel_ships_the_licence(wheel_names: list[str]) -> None:
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in wheel_names)
 
 
+@pytest.mark.slow
+def test_twine_takes_wheel_and_sdist(wheel: Path) -> None:
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wheel_searches_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """The dependencies are this environment's, by a path on which its editable autopeft is not found."""
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python = environment / "bin" / "python"
+    install = ("-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index")
+    run(sys.executable, *install, str(wheel))
+    save_tiny_model(tmp_path / "model")
+    save_learnable_csv(tmp_path / "data.csv")
+    (tmp_path / "five_lines.py").write_text(FIVE_LINES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        run(str(python), "five_lines.py", folder=tmp_path)
+        options = ("--model", "model", "--data", "data.csv")
+        run(str(environment / "bin" / "autopeft"), "init", *options, folder=tmp_path)
+
+
 def test_modules_are_short() -> None:
     lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in modules()}
     long = {str(file): lines for file, lines in lengths.items() if lines > LONGEST_MODULE}
@@ -114,14 +158,16 @@ def test_modules_are_short() -> None:
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = {name_of(line) for line in project["dependencies"] + extras["dev"] + extras["test"]}
+    wanted = {
+        name_of(line) for line in project["dependencies"] + extras["dev"] + extras["docs"] + extras["test"]
+    }
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {name_of(line) for line in constraints if "==" in line}
     assert wanted == pinned
 
 
 def name_of(requirement: str) -> str:
-    return requirement.partition("==")[0].partition(">=")[0].lower()
+    return requirement.partition("==")[0].partition(">=")[0].partition("[")[0].lower()
 
 
 def test_ruff_check() -> None:

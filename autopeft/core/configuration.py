@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -196,7 +197,7 @@ class Configuration:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p><pre>{self.grid()}</pre>"
+        return f"<p>{html.escape(repr(self))}</p><pre>{html.escape(self.grid())}</pre>"
 
 
 def grid_axes(cells: Iterable[tuple[Place, str]]) -> tuple[list[Place], list[str]]:

@@ -7,8 +7,8 @@ The torch side of a method is an `autopeft.methods.Method` of the same name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 
+from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_spec import Kind, MethodSpec, OptionValue, PeftSpec
 from autopeft.core.peft_families import PEFT_FAMILIES
@@ -199,8 +199,7 @@ def method_spec(name: str) -> MethodSpec:
         ValueError: There is no such method; the message says the nearest.
     """
     if name not in METHOD_SPECS:
-        for entry in entry_points(group="autopeft.methods", name=name):
-            entry.load()  # which calls `autopeft.methods.register`
+        load_entry_point("methods", name)  # which calls `autopeft.methods.register`
     if name not in METHOD_SPECS:
         raise unknown_choice("method", name, METHOD_SPECS)
     return METHOD_SPECS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -345,6 +346,9 @@ class Backbone:
             f"Backbone({self.name!r}, {type(self.model).__name__}, "
             f"{' and '.join(counts)} blocks, {self.parameters:,} parameters{left_out})"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
     @cached_property
     def left_out(self) -> tuple[str, ...]:

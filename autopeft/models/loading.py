@@ -161,12 +161,7 @@ def from_pretrained(
 
     A ValueError is raised where the source cannot be loaded.
     """
-    looks_local = source.startswith((".", "/")) or Path(source).exists()
-    if looks_local and not (Path(source) / "config.json").is_file():
-        raise ValueError(
-            f"Cannot load the backbone {source!r}: expected a folder with a config.json and "
-            "safetensors weights, as save_pretrained writes it."
-        )
+    looks_local = _looks_local(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         names = _names(config)
@@ -194,6 +189,17 @@ def from_pretrained(
     if pretrained:
         raise ValueError(f"Cannot load the backbone {source!r}: {pretrained[0]} has another shape there.")
     return model, {str(key) for key in info["missing_keys"]} | mismatched, names
+
+
+def _looks_local(source: str) -> bool:
+    """Return whether a source is a folder and no hub name; raise ValueError for one without a model."""
+    looks_local = source.startswith((".", "/")) or Path(source).exists()
+    if looks_local and not (Path(source) / "config.json").is_file():
+        raise ValueError(
+            f"Cannot load the backbone {source!r}: expected a folder with a config.json and "
+            "safetensors weights, as save_pretrained writes it."
+        )
+    return looks_local
 
 
 def _outside_blocks(source: str, head: HeadSpec) -> list[str]:
@@ -317,6 +323,7 @@ def _load_processor(origin: str, processor_class: Any) -> Processor:
 def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
     """Build a model from its config on the meta device; return it with its name."""
     place = os.path.expanduser(source)
+    _looks_local(place)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         config.update(dict(head.config))

@@ -10,6 +10,7 @@ from functools import partial
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
+from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 
@@ -44,14 +45,17 @@ def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> Base
 
     With a new one for each trial, what is asked depends on the seed, the trial's number and the study alone,
     and not on whether the search was interrupted. A sampler of the caller's is used as it is.
+    A name may be that of an entry point `autopeft.samplers`, which makes a sampler from `seed=`.
     """
     if isinstance(sampler, BaseSampler):
         return sampler
     if sampler == "ehvi":
         return EhviSampler(seed=seed)
-    if sampler not in SAMPLERS:
+    make = SAMPLERS.get(sampler) or load_entry_point("samplers", sampler)
+    if make is None:
         raise unknown_choice("sampler", sampler, ("ehvi", *SAMPLERS))
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return SAMPLERS[sampler](seed=int.from_bytes(digest[:4], "big"))
+        made: BaseSampler = make(seed=int.from_bytes(digest[:4], "big"))
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,6 +63,10 @@ class Verdict:
         if self.beats:
             return f"The front beats a uniform LoRA sweep: {difference} {told}."
         return f"No better than a uniform LoRA sweep, {difference} {told}: take {self.take}."
+
+    def _repr_html_(self) -> str:
+        mark = "✓" if self.beats else "✗"
+        return f"<p><strong>{mark}</strong> {html.escape(str(self))}</p>"
 
 
 def compare(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import re
 
 import pytest
@@ -238,6 +239,11 @@ def test_summary_lists_roles_sizes_and_methods() -> None:
         assert part in row
     assert "Linear layers without a role: attention.self.pos_key_proj" in text
     assert "without a role" not in tiny_backbone("bert").summary()
+
+
+def test_notebooks_get_the_summary() -> None:
+    backbone = tiny_backbone("bert")
+    assert backbone._repr_html_() == f"<pre>{html.escape(backbone.summary())}</pre>"
 
 
 def test_summary_names_blocks_as_ranges() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,11 @@ def test_where_nothing_is_better_it_says_so() -> None:
     assert not worse.beats
     assert str(worse).startswith("No better than a uniform LoRA sweep, -0.")
     assert str(worse).endswith("take lora(8) everywhere.")
+
+
+def test_notebooks_get_the_verdict_escaped() -> None:
+    found = replace(verdict(0, search=0.75, uniform=0.9), take="<lora>")
+    assert "take &lt;lora&gt;." in found._repr_html_()
 
 
 def test_axes_span_both_spaces() -> None:

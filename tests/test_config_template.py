@@ -1,0 +1,140 @@
+"""`autopeft init`: every task is recognised by its columns, and what is written can be searched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner, Result
+
+from autopeft.cli import app
+from autopeft.config_template import recognise
+from tests.learnable import save_learnable_csv, save_tiny_model
+from tests.task_cases import (
+    answered_rows,
+    dictated_rows,
+    drawn_rows,
+    scored_rows,
+    spelt_rows,
+    sung_rows,
+    tagged_rows,
+)
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
+
+
+def init(*arguments: object, answers: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["init", *map(str, arguments)], input=answers)
+
+
+def init_error(*arguments: object) -> str:
+    result = init(*arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def saved(folder: Path, rows: Mapping[str, list[Any]]) -> str:
+    path = folder / "rows.parquet"
+    Dataset.from_dict(dict(rows)).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder, a tiny language model and a CSV."""
+    folder = tmp_path_factory.mktemp("init")
+    save_tiny_model(folder / "model")
+    tiny_language_model("llama").save_pretrained(folder / "language")
+    tiny_chat_tokenizer().save_pretrained(folder / "language")
+    save_learnable_csv(folder / "data.csv")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "columns"),
+    [
+        (drawn_rows, "ImageClassification", {"image": "image", "label": "label"}),
+        (sung_rows, "AudioClassification", {"audio": "audio", "label": "label"}),
+        (dictated_rows, "SpeechRecognition", {"audio": "audio", "target": "text"}),
+        (answered_rows, "Seq2Seq", {"source": "source", "target": "target"}),
+        (spelt_rows, "TokenClassification", {"text": "tokens", "label": "labels"}),
+        (tagged_rows, "MultiLabelClassification", {"text": "text", "label": "label"}),
+        (scored_rows, "Regression", {"text": "text", "label": "label"}),
+    ],
+)
+def test_every_task_is_recognised_by_its_columns(
+    rows: Callable[[int, int], Mapping[str, list[Any]]], task: str, columns: object, tmp_path: Path
+) -> None:
+    found, settings, _ = recognise(saved(tmp_path, rows(48, 0)))
+    assert (type(found).__name__, settings) == (task, columns)
+
+
+def test_columns_of_other_names_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    count = 40
+    rows: dict[str, list[Any]] = {
+        "id": list(range(count)),
+        "review": [f"what guest {row} thinks of it" for row in range(count)],
+        "stars": [row % 5 for row in range(count)],
+        "town": [f"t{row % 8}" for row in range(count)],
+    }
+    found, settings, held = recognise(saved(tmp_path, rows))
+    assert type(found).__name__ == "TextClassification"
+    assert settings == {"text": "review", "label": "stars"}
+    assert held == "'id' (other), 'review' (text), 'stars' (class), 'town' (class)"
+    rows["title"] = [f"guest {row}" for row in range(count)]
+    assert recognise(saved(tmp_path, rows))[1]["text"] == ["review", "title"]
+    rows["price"] = [row + 0.5 for row in range(count)]
+    found, settings, _ = recognise(saved(tmp_path, rows), "Regression")
+    assert settings["label"] == "price"
+
+
+def test_what_is_written_for_texts_is_valid(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    result = init("--model", "model", "--data", "data.csv", "--to", "texts.yaml")
+    assert (
+        "Recognised: type: TextClassification, dataset: data.csv, text: text, label: label" in result.output
+    )
+    result = CliRunner().invoke(app, ["validate", "texts.yaml", "space={type: Uniform}"])
+    assert result.exit_code == 0, result.output
+    assert "is there already" in init_error("--model", "model", "--data", "data.csv", "--to", "texts.yaml")
+
+
+def test_what_is_written_for_chats_is_valid(place: Path) -> None:
+    chats = [
+        [{"role": "user", "content": f"w{row} w3"}, {"role": "assistant", "content": f"w{row + 1}"}]
+        for row in range(60)
+    ]
+    data, to = place / "chats.jsonl", place / "chats.yaml"
+    data.write_text("\n".join(json.dumps({"messages": messages}) for messages in chats))
+    assert "CausalLM" in init("--model", place / "language", "--data", data, "--to", to).output
+    result = CliRunner().invoke(app, ["validate", str(to), "space={type: Uniform}"])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_terminal_is_asked_for_what_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--model is missing" in init_error("--data", place / "data.csv")
+    monkeypatch.setattr("autopeft.cli._is_terminal", lambda: True)
+    to = place / "asked.yaml"
+    result = init("--model", place / "model", "--to", to, answers=f"{place / 'data.csv'}\n")
+    assert result.exit_code == 0, result.output
+    assert "Data" in result.output
+    assert "Model" not in result.output
+    assert str(place / "data.csv") in to.read_text()
+
+
+def test_errors_name_the_mend(place: Path, tmp_path: Path) -> None:
+    model, data, to = place / "model", place / "data.csv", tmp_path / "search.yaml"
+    assert "did you mean 'TextClassification'" in init_error(
+        "--model", model, "--data", data, "--to", to, "--task", "TextClassificaton"
+    )
+    found = init_error("--model", model, "--data", data, "--to", to, "--task", "ImageClassification")
+    assert found.startswith("ImageClassification needs columns 'image' (image) and 'label' (class), and the")
+    assert "expected a folder with a config.json" in init_error(
+        "--model", tmp_path / "nowhere", "--data", data, "--to", to
+    )
+    odd = saved(tmp_path, {"a": [f"text {row}" for row in range(20)], "b": list(range(20))})
+    assert "call what is to be predicted 'label'" in init_error("--model", model, "--data", odd, "--to", to)
+    assert not to.exists()

@@ -254,11 +254,10 @@ class Search(SearchSettings):
         with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
             study.set_attribute("verdict", {"trials": len(study.records), "text": str(found)})
             if self.tracking is not None:
-                from autopeft.reporting.mlflow.run_content import SEARCH_TAG, STUDY_TAG, VERDICT_TAG
-                from autopeft.reporting.mlflow.store import tag_run
+                from autopeft.reporting.mlflow.run_content import VERDICT_TAG
+                from autopeft.reporting.mlflow.store import tag_search
 
-                tags = {SEARCH_TAG: self.name, STUDY_TAG: study.study_id}
-                tag_run(self.tracking, self.experiment, tags, {VERDICT_TAG: str(found)})
+                tag_search(self.tracking, self.experiment, study.study_id, VERDICT_TAG, str(found))
         return found
 
     def front(self) -> ParetoFront:

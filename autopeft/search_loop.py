@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.core.evaluation import TrialRecord
@@ -64,7 +64,7 @@ def run_loop(
             raise_if_interrupted()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FileCleanup:
     """Listens to records, and deletes files that are not needed any more.
 
@@ -75,13 +75,19 @@ class FileCleanup:
     checkpoints: AdapterCheckpoints
     paused: TrainingCheckpoints
     seeds: int  # trainings that a member of the front is to have
+    # Trials that may have tensors; None before the first call: a look for each of all costs too much.
+    _kept: set[int] | None = field(default=None, init=False)
 
     def __call__(self, record: TrialRecord, front: ParetoFront) -> None:
         """Delete what a trial that is over, and the trials that it drove off the front, have left."""
         if record.evaluation.status != "paused":
             self.paused.drop(record.number)
+        if self._kept is None:
+            self._kept = {known.number for known in front.records}
+        self._kept.update(point.number for point in record.points)
         if (needed := self._needed(front)) is not None:
-            self.checkpoints.drop({record.number for record in front.records} - needed)
+            self.checkpoints.drop(self._kept - needed)
+            self._kept &= needed
 
     def tidy(self, front: ParetoFront) -> None:
         """Before anything is trained: delete also what no record knows, which a killed process has left."""

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from autopeft.core.documents import parse_yaml
 from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.budget import Budget
@@ -69,11 +70,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
     """
     path = Path(path)
     try:
-        settings = _read_yaml(path.read_text())
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {path}: {getattr(error, 'strerror', error)}.") from error
+    settings = parse_yaml(text, str(path), _Loader)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, expected a mapping of settings.")
     for override in overrides:
@@ -222,10 +222,6 @@ def _explain(error: ValidationError, section: str, given: Mapping[str, Any]) -> 
     return f"{name} should be {' or '.join(words)}, got {value!r}."
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def _apply(settings: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -238,7 +234,4 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         if not isinstance(place[parent], dict):
             raise ValueError(f"{override!r}: {parent!r} holds {place[parent]!r}, not further keys.")
         place = place[parent]
-    try:
-        place[last] = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
+    place[last] = parse_yaml(text, f"{override!r}: the value", _Loader)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import is_finite_number, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, ROLES, Kind, MethodSpec, OptionValue, method_spec
 
 _SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
@@ -175,7 +174,9 @@ class Adapter:
     def from_dict(cls, data: Mapping[str, Any]) -> Adapter:
         """Read an adapter from `{"method": "lora", "size": 8, ...}`; "rank" is taken for "size"."""
         if "method" not in data:
-            raise ValueError(f"An adapter needs a 'method', got the keys {sorted(data)}.")
+            raise ValueError(f"An adapter needs a 'method', got the keys {sorted(map(str, data))}.")
+        if not isinstance(data["method"], str):
+            raise ValueError(f"A 'method' is a name, got {data['method']!r}.")
         rest = {key: value for key, value in data.items() if key != "method"}
         if "rank" in rest and "size" in rest:
             raise ValueError("An adapter has one size: give 'size' or 'rank', not both.")
@@ -225,7 +226,7 @@ def _typed_option(
         if isinstance(value, str) and value not in specification.choices.get(name, (value,)):
             raise unknown_choice(label.lower(), value, specification.choices[name])
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not is_finite_number(value):
         raise ValueError(f"{label} is a finite number, got {value!r}.")
     if name == "dropout" and not 0 <= value < 1:
         raise ValueError(f"{label} is a probability in [0, 1), got {value!r}.")

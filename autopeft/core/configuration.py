@@ -23,11 +23,13 @@ from autopeft.core.adapter import (
     role_order,
     stack_order,
 )
+from autopeft.core.documents import parse_json, parse_yaml, read_text
 from autopeft.core.errors import check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
 
 __all__ = ["Adapter", "Configuration", "Site"]
 
+_MOST_SITES = 100_000  # several times the largest networks: ranges must not fill the memory
 AdapterLike = Adapter | Iterable[Adapter]
 
 
@@ -129,16 +131,20 @@ class Configuration:
         Raises:
             ValueError: A key, site, method, size or option is not valid, or a site is named twice.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A configuration is a mapping, got {type(data).__name__}.")
         known = ("learning_rate", "weight_decay", "sites")
         for key in data:
             if key not in known:
-                raise unknown_choice("configuration key", key, known)
+                raise unknown_choice("configuration key", str(key), known)
         sites = data.get("sites") or {}
         if not isinstance(sites, Mapping):
             raise ValueError(f"sites is a mapping of sites to adapters, got {sites!r}.")
         adapters: dict[Site, tuple[Adapter, ...]] = {}
         for text, given in sites.items():
             read = _read_adapters(text, given)
+            if len(adapters) > _MOST_SITES:
+                raise ValueError(f"A configuration has at most {_MOST_SITES:,} sites.")
             for site in parse_sites(str(text)):
                 if site in adapters:
                     raise ValueError(f"Site {site} is named twice (the second time by {text!r}).")
@@ -153,10 +159,7 @@ class Configuration:
     @classmethod
     def from_yaml(cls, text: str) -> Configuration:
         """Read a configuration from YAML."""
-        data = yaml.safe_load(text)
-        if not isinstance(data, Mapping):
-            raise ValueError(f"A configuration is a mapping, got {type(data).__name__}.")
-        return cls.from_dict(data)
+        return cls.from_dict(parse_yaml(text, "The configuration"))
 
     def save(self, path: str | Path) -> None:
         """Write the configuration to a .yaml, .yml or .json file."""
@@ -172,9 +175,9 @@ class Configuration:
     def load(cls, path: str | Path) -> Configuration:
         """Read a configuration from a YAML or JSON file."""
         path = Path(path)
-        if path.suffix == ".json":  # as YAML 1.1, JSON's 1e-05 would be text
-            return cls.from_dict(json.loads(path.read_text()))
-        return cls.from_yaml(path.read_text())
+        # As YAML 1.1, JSON's 1e-05 would be text.
+        parse = parse_json if path.suffix == ".json" else parse_yaml
+        return cls.from_dict(parse(read_text(path), str(path)))
 
     def grid(self) -> str:
         """Return the compact picture: a row a block, a column a role, a letter and size a cell."""

@@ -14,7 +14,7 @@ from typing import Any
 
 def nearest(given: str, valid: Iterable[str]) -> str | None:
     """Return the valid choice closest to what was given, or None where nothing is close."""
-    return next(iter(difflib.get_close_matches(given, list(valid), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(str(given), list(valid), n=1, cutoff=0.5)), None)
 
 
 def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
@@ -44,10 +44,19 @@ def check_numbers(*, least: float | None = None, above: float = -math.inf, **val
     """Raise a ValueError where a value is no finite number from `least` up, or else `above` a bound."""
     bound = f"above {above:g}" if least is None else f"of at least {least:g}"
     for name, value in values.items():
-        is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_finite or (value <= above if least is None else value < least):
+        if not is_finite_number(value) or (value <= above if least is None else value < least):
             hint = _number_hint(value)
             raise ValueError(f"{name} must be a finite number {bound}, got {value!r}{hint}.")
+
+
+def is_finite_number(value: object) -> bool:
+    """Say whether a value is a number that a float can hold, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of a whole number that is too large
+        return False
 
 
 def _number_hint(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 from autopeft.core.configuration import Configuration
@@ -49,6 +50,11 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    @classmethod
+    def total(cls, costs: Sequence[Cost]) -> Cost:
+        """Return the sum of many, in their order."""
+        return cls(**{each.name: sum(map(attrgetter(each.name), costs)) for each in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Collection, Iterable
 
 from rich.console import Console
@@ -25,6 +26,17 @@ def as_text(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def markdown_text(text: str) -> str:
+    """Return text that Markdown shows as it is, on a single line, also in a table."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def markdown_block(text: str) -> str:
+    """Return lines that Markdown shows as they are, in a fence that no line of theirs ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 class Tabular:

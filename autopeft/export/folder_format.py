@@ -17,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import transformers
-from peft import TaskType
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from peft import PeftConfig, TaskType
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformers import (
     BaseImageProcessor,
@@ -35,6 +37,7 @@ from transformers import (
 )
 
 from autopeft.core.configuration import Site
+from autopeft.core.documents import parse_json, read_text
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.methods.peft_base import stored_names
 from autopeft.models.backbone import Backbone
@@ -161,17 +164,25 @@ class Manifest:
                 f"{folder} has no {MANIFEST_FILE}: expected a folder written by autopeft's export. "
                 "A PEFT folder from elsewhere loads with peft.PeftModel.from_pretrained."
             )
-        data = json.loads(file.read_text(encoding="utf-8"))
-        version, head = data.pop("format_version"), data.pop("head")
+        data = parse_json(read_text(file), str(file))
+        version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{file} has the format version {version}, this autopeft reads {FORMAT_VERSION}: "
-                f"it was written by autopeft {data['versions']['autopeft']}."
+                "it was written by another autopeft."
             )
-        head |= {key: tuple(head[key]) for key in ("modules", "labels")}
-        shapes = {Site.parse(text): shape for text, shape in data.pop("sites").items()}
-        sites = {site: SiteShape(site=site, **shape) for site, shape in shapes.items()}
-        return cls(**data, head=TaskHead(**head), sites=sites)
+        try:
+            sites = {
+                site: SiteShape(site=site, **shape)
+                for text, shape in data["sites"].items()
+                for site in [Site.parse(text)]
+            }
+            return _MANIFEST.validate_python({**data, "sites": sites})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged: {error!r}. Export it again.") from error
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def peft_groups(by_method: Mapping[str, Placement]) -> dict[str, tuple[PeftMethod, Placement]]:
@@ -241,12 +252,9 @@ def write_adapters(
         (folder / file).write_bytes(save(tensors, {"format": "pt"}))
     is_plain = layout == "peft"
     for name, (method, group) in peft_groups(by_method).items():
-        config: Any = method.peft_config(group)
+        config: Any = plain_config(by_method, head) if is_plain else method.peft_config(group)
         config.base_model_name_or_path = base or None
         config.inference_mode = True
-        if is_plain:
-            config.task_type = _TASK_TYPES.get(head.auto_class)
-            config.modules_to_save = list(head.modules) or None
         save_config(config, folder if is_plain else folder / name)
 
 
@@ -258,22 +266,66 @@ def save_config(config: Any, folder: Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def read_adapters(folder: Path, by_method: Mapping[str, Placement]) -> dict[str, Tensor]:
-    """Read what `write_adapters` wrote in the layout "mixed", under the names it was given."""
-    state = {}
-    for name, prefixes in _tensor_files(by_method, "mixed").items():
-        file = folder / name
-        require_file(file)
-        try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): export it again.") from error
-        for key, tensor in tensors.items():
-            stored = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
-            if stored is None:
-                raise ValueError(f"{file} holds {key}, which the configuration does not name.")
-            state[prefixes[stored] + key.removeprefix(stored)] = tensor
-    return state
+def plain_config(by_method: Mapping[str, Placement], head: TaskHead) -> PeftConfig:
+    """Return the one peft config of the layout "peft"."""
+    ((method, group),) = peft_groups(by_method).values()
+    config: Any = method.peft_config(group)
+    config.task_type = _TASK_TYPES.get(head.auto_class)
+    config.modules_to_save = list(head.modules) or None
+    return cast(PeftConfig, config)
+
+
+class AdapterFiles:
+    """The tensors that `write_adapters` wrote, under the names it was given.
+
+    Only headers are read, until `load` is called.
+
+    Attributes:
+        shapes: The tensors' shapes by name.
+
+    Raises:
+        ValueError: A file is missing or damaged, or holds what the configuration does not name.
+    """
+
+    def __init__(self, folder: Path, by_method: Mapping[str, Placement], layout: Layout) -> None:
+        self._places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, prefixes in _tensor_files(by_method, layout).items():
+            with _opened(folder / name) as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    stored = max((one for one in prefixes if key.startswith(one)), key=len, default=None)
+                    if stored is None:
+                        raise ValueError(
+                            f"{folder / name} holds {key}, which the configuration does not name."
+                        )
+                    trained = prefixes[stored] + key.removeprefix(stored)
+                    self._places[trained] = folder / name, key
+                    self.shapes[trained] = tuple(file.get_slice(key).get_shape())
+
+    def load(self) -> dict[str, Tensor]:
+        """Read the tensors."""
+        state = {}
+        for name, (path, key) in self._places.items():
+            with _opened(path) as file:
+                state[name] = file.get_tensor(key)
+        return state
+
+
+def elements(path: Path) -> int:
+    """Return how many numbers a safetensors file holds."""
+    with _opened(path) as file:
+        return sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; what is wrong with it is a ValueError."""
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): export it again.") from error
 
 
 def require_file(file: Path) -> None:

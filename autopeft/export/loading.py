@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
+from autopeft.export.folder_checks import (
+    check_finite,
+    check_head,
+    check_labels,
+    check_sizes,
+    checked_sites,
+)
 from autopeft.export.folder_format import (
     CONFIGURATION_FILE,
     PEFT_CONFIG_FILE,
-    PEFT_FILE,
+    AdapterFiles,
     Manifest,
-    read_adapters,
+    adapter_layout,
+    plain_config,
     require_file,
 )
 from autopeft.methods import Placement, carries_adapters, placements
@@ -30,6 +38,9 @@ from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
 def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
     """Put an exported adapter, head included, on a base model, ready for inference.
+
+    The folder may be a stranger's: nothing in it is executed, and what it holds is compared with the base
+    before it takes memory. An adapter still decides what the model says.
 
     Args:
         base: Hub name, local folder, or a loaded transformers model, for a task with a new head also without
@@ -51,22 +62,31 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
             f"{folder} is a whole model, not an adapter: load it with "
             f"{manifest.head.auto_class}.from_pretrained({str(folder)!r})."
         )
+    configuration = Configuration.load(folder / CONFIGURATION_FILE)
+    check_labels(folder, manifest)
     with torch.random.fork_rng(devices=[]):
         model = _with_head(base, manifest)
-        for shape in manifest.sites.values():
-            _require_module(model, shape.module)  # peft skips what it does not find
-        with quiet_peft():
+        sites = checked_sites(model, configuration, manifest)
+        by_method = placements(configuration, sites)
+        if manifest.layout == "peft" != adapter_layout(by_method):
+            raise ValueError(f"{folder} is no folder of the layout {manifest.layout!r}.")
+        files = AdapterFiles(folder, by_method, manifest.layout)
+        check_head(model, manifest.head.modules, files.shapes)
+        check_sizes(by_method, files.shapes)
+        state = files.load()
+        check_finite(state)
+        if manifest.layout == "peft":
+            require_file(folder / PEFT_CONFIG_FILE)  # complete for peft alone; what is in it is not read
+        try:
             if manifest.layout == "peft":
-                for file in (PEFT_CONFIG_FILE, PEFT_FILE):
-                    require_file(folder / file)  # peft would ask the hub for it, under the folder's name
-                loaded = PeftModel.from_pretrained(model, str(folder.absolute()), local_files_only=True)
+                with quiet_peft():
+                    # The folder's own could name regular expressions, modules to import, other files.
+                    config, place = plain_config(by_method, manifest.head), str(folder.absolute())
+                    loaded = PeftModel.from_pretrained(model, place, config=config, local_files_only=True)
                 loaded.eval()
                 return loaded
-        by_method = placements(Configuration.load(folder / CONFIGURATION_FILE), manifest.sites)
-        state = read_adapters(folder, by_method)
-        try:
             attach_tensors(model, by_method, state)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{error} Is this not the base the adapter was trained on?") from error
     model.requires_grad_(False)
     model.eval()
@@ -103,7 +123,12 @@ def _with_head(base: str | Path | PreTrainedModel, manifest: Manifest) -> PreTra
     if isinstance(base, str | Path):
         dtype: Any = head.dtype
         options = LoadOptions(dtype=dtype, quantization=manifest.quantization)
-        model, _, _ = from_pretrained(os.path.expanduser(base), spec, options, torch.device("cpu"))
+        try:
+            model, _, _ = from_pretrained(os.path.expanduser(base), spec, options, torch.device("cpu"))
+        except (TypeError, AssertionError, KeyError, AttributeError) as error:  # of transformers
+            raise ValueError(
+                f"The base {str(base)!r} cannot have the head of the folder: {error!r}."
+            ) from error
         return model
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"The base is a transformers model or its name, got a {type(base).__name__}.")

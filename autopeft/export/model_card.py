@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
+from autopeft.core.tables import markdown_text
 from autopeft.export.conversion import Conversion
 from autopeft.export.folder_format import Manifest
 from autopeft.export.serving import SERVERS, how_to_serve
@@ -119,8 +119,8 @@ def model_card(
     `export_adapter`; `check` says how the export was checked, and `possible` which targets there are.
     """
     methods = ", ".join(configuration.methods) or "the head alone"
-    name = _escaped(Path(manifest.base).name or "base model")
-    base, source = _escaped(manifest.base) or "a model that was in memory", manifest.base
+    name = markdown_text(Path(manifest.base).name or "base model")
+    base, source = markdown_text(manifest.base) or "a model that was in memory", manifest.base
     if _is_local(manifest.base):  # a card is published: no path of this machine
         base, source = f"{name}, a local folder", f"path/to/{Path(manifest.base).name}"
     published = dataclasses.replace(manifest, base=source)
@@ -156,7 +156,7 @@ def model_card(
 
 
 def _labels(manifest: Manifest) -> list[str]:
-    names = ", ".join(map(_escaped, manifest.head.labels))
+    names = ", ".join(map(markdown_text, manifest.head.labels))
     return [f"Labels in the order of the logits: {names}."] if names else []
 
 
@@ -165,7 +165,7 @@ def _conversion(conversion: Conversion | None, configuration: Configuration) -> 
         return []
     ranks = {site: adapter.size for site, adapter in configuration}
     rows = [(str(site), str(ranks[site]), f"{kept:.4f}") for site, kept in conversion.energy_kept.items()]
-    return ["## Made LoRA", _escaped(str(conversion)), _table(("site", "rank", "share kept"), rows)]
+    return ["## Made LoRA", markdown_text(str(conversion)), _table(("site", "rank", "share kept"), rows)]
 
 
 def _metadata(
@@ -236,12 +236,7 @@ def _limits(values: Mapping[str, float], trainings: int) -> str:
 
 def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     cells = [heading, tuple("---" for _ in heading), *rows]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in cells)
-
-
-def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, on a single line."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return "\n".join(f"| {' | '.join(map(markdown_text, row))} |" for row in cells)
 
 
 def _is_local(source: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -27,6 +28,7 @@ from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
 from autopeft.export.serving import SERVERS, as_served
 from autopeft.methods import METHODS, attach
+from autopeft.methods.peft_base import quiet_peft
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 
@@ -105,7 +107,14 @@ def check_export(
         methods = Configuration.load(folder / CONFIGURATION_FILE).methods
         changed = [shape.module for shape in manifest.sites.values()]
         own = changed if any(METHODS[name].changes_weights for name in methods) else ()
-        found = _predicted(load_adapter(shared_copy(backbone.model, own), folder), probe, prediction)
+        copied = shared_copy(backbone.model, own)
+        if manifest.layout == "peft":  # as its users load it, who do without autopeft
+            with torch.random.fork_rng(devices=[]), quiet_peft():
+                place = str(folder.absolute())
+                loaded: Any = PeftModel.from_pretrained(copied, place, local_files_only=True).eval()
+        else:
+            loaded = load_adapter(copied, folder)
+        found = _predicted(loaded, probe, prediction)
     if server is not None:
         how += f", and as {server} reads it"
         as_there = as_served(SERVERS[server], folder, manifest)

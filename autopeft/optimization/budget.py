@@ -27,14 +27,12 @@ class Spent:
     @classmethod
     def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
         """Return the sum over trials, and what was spent beside them; derived points are no trials."""
-        trials, costs = 0, [Cost() if more is None else more]
-        for record in records:
-            if record.derived_from is not None:
-                continue  # what it cost is in its trial's
-            trials += record.evaluation.status != "infeasible"
-            if record.duplicate_of is None:
-                costs.append(record.evaluation.cost)
-        return cls(trials=trials, cost=sum(costs, Cost()))
+        own = [record for record in records if record.derived_from is None]  # what others cost is in these
+        costs = [record.evaluation.cost for record in own if record.duplicate_of is None]
+        costs.insert(0, Cost() if more is None else more)
+        return cls(
+            trials=sum(record.evaluation.status != "infeasible" for record in own), cost=Cost.total(costs)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +108,8 @@ def is_exhausted(records: Sequence[TrialRecord], budget: Budget) -> bool:
 
 def raise_if_hopeless(records: Sequence[TrialRecord]) -> None:
     """Raise where it is plain that going on finds nothing: what was recorded stays."""
+    if any(record.evaluation.status == "complete" for record in records[-_MOST_INFEASIBLE:]):
+        return
     own = (record.evaluation for record in records if record.duplicate_of is None)
     evaluated = [evaluation for evaluation in own if evaluation.status != "infeasible"]
     outcomes = {(evaluation.status, evaluation.reason) for evaluation in evaluated}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from optuna.samplers import BaseSampler
-from optuna.study import Study
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study, create_study
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
@@ -18,6 +18,7 @@ from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
 from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.optimization.proposal import History, Proposal
 from autopeft.optimization.samplers import make_sampler
+from autopeft.optimization.study_store import quiet_optuna
 from autopeft.search_spaces import Baseline, SearchSpace
 
 
@@ -54,7 +55,11 @@ class Proposer:
         if isinstance(sampler, EhviSampler):
             history = self._history(records, pending)
             return self._encoded(sampler.choose(number, self.space, self.backbone, history))
-        study = self.view()
+        if type(sampler) is RandomSampler:  # it reads no trials: a study of thousands would be made for each
+            with quiet_optuna():
+                study = create_study()
+        else:
+            study = self.view()
         study.sampler = sampler
         trial = study.ask()
         configuration = self.space.suggest(trial, self.backbone)

@@ -75,6 +75,8 @@ class Scheduler:
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the trials on the front, or with a derived point there, that lack trainings."""
+        if self.seeds == 1:
+            return []
         members = {point.trained for point in self._front(records)}
         return under_replicated((record for record in records if record.number in members), self.seeds)
 
@@ -158,8 +160,7 @@ class Scheduler:
 
     def _new(self, records: Sequence[TrialRecord]) -> Job | None:
         """Begin a trial; None where what it tries is being trained by another."""
-        used = {record.number for record in records} | self.running.keys() | self._proposals.keys()
-        number = next(number for number in count() if number not in used)
+        number = self._next_number(records)
         pending = [proposal.configuration for proposal in self._proposals.values()]
         proposal = self.propose(number, records, pending)
         self._proposals[number] = proposal
@@ -167,6 +168,15 @@ class Scheduler:
         if job is None:
             self._held.append(number)
         return job
+
+    def _next_number(self, records: Sequence[TrialRecord]) -> int:
+        """Return the lowest number without a trial: one that a killed process ran is run again."""
+        begun = self._proposals.keys()
+        highest = max([-1, *begun, *(record.number for record in records[-1:])])
+        if len(records) + len(begun) == highest + 1:  # no gaps
+            return highest + 1
+        used = {record.number for record in records} | self.running.keys() | begun
+        return next(number for number in count() if number not in used)
 
     def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
         """Return the job of a proposal: what was tried before is not trained again, unless it failed."""

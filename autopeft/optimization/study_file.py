@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
@@ -63,12 +65,27 @@ def open_journal(path: Path) -> JournalStorage:
                     partial.write_bytes(whole)
         finally:
             lock.release()
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    with damage_named(path):
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 def read_journal(path: Path) -> JournalStorage:
     """Return the storage of a file that another process may be writing; it cannot be written."""
-    return JournalStorage(_Lines(_parsed(path, path.read_bytes())))
+    lines = _Lines(_parsed(path, path.read_bytes()))
+    with damage_named(path):
+        return JournalStorage(lines)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Raise what Optuna and our own readers say of JSON with other content as a ValueError with the path."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, OptunaError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): expected operations of Optuna's journal, and trials of a "
+            "search. Restore the file from a copy."
+        ) from error
 
 
 class _Lines(BaseJournalBackend):

@@ -28,7 +28,7 @@ from autopeft.core.evaluation import Evaluation, Status, TrialRecord
 from autopeft.core.objectives import Constraint, Direction, Objective
 from autopeft.core.profiling import section
 from autopeft.optimization.proposal import Proposal
-from autopeft.optimization.study_file import lock_folder, open_journal, read_journal
+from autopeft.optimization.study_file import damage_named, lock_folder, open_journal, read_journal
 
 STUDY_FILE = "study.log"
 SETTINGS_FILE = "search.yaml"
@@ -89,7 +89,8 @@ class StudyStore:
         if _STUDY_ID not in self._attributes():
             self._storage.set_study_user_attr(self._study, _STUDY_ID, uuid.uuid4().hex)
         self.study_id: str = self._attributes()[_STUDY_ID]
-        found = _records_of(self._storage, self._study)
+        with damage_named(self.folder / STUDY_FILE):
+            found = _records_of(self._storage, self._study)
         self._places = {record.number: place for place, record in enumerate(found)}  # Optuna's numbers
         self._records = sorted(found, key=_number)
         self._finish(self._records)  # what a killed process did not get to
@@ -251,12 +252,13 @@ def load_study(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
     if not studies:
         raise ValueError(f"There is no search in {folder}: {STUDY_FILE} is empty.")
     name = studies[0].study_name
-    attributes = {
-        key.removeprefix(_PREFIX): value
-        for key, value in studies[0].user_attrs.items()
-        if not key.startswith(f"{_RECORD}:")
-    }
-    records = _records_of(storage, storage.get_study_id_from_name(name))
+    with damage_named(path):
+        attributes = {
+            key.removeprefix(_PREFIX): value
+            for key, value in studies[0].user_attrs.items()
+            if not key.startswith(f"{_RECORD}:")
+        }
+        records = _records_of(storage, storage.get_study_id_from_name(name))
     return {"name": name, **attributes}, sorted(records, key=_number)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,9 @@ from autopeft.reporting.verdict import UNKNOWN
 if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
+
+
+_number = attrgetter("number")
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,15 +107,18 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     ) -> None:
         trials = [record for record in records if record.derived_from is None]
         points = [point for record in trials for point in record.points]
-        self.records = tuple(sorted(points, key=lambda record: record.number))
+        self.records = tuple(sorted(points, key=_number))
         self.objectives = tuple(objectives)
         self.axes = tuple(axes)
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
         self.verdict = verdict
+        self._points = self._sorted(front_records(self.records, self.objectives))
+
+    def _sorted(self, members: Sequence[TrialRecord]) -> list[FrontPoint]:
         costs = [objective for objective in self.objectives if not objective.is_metric]
-        self._points = sorted(
-            (self._point(record) for record in front_records(self.records, self.objectives)),
+        return sorted(
+            map(self._point, members),
             key=lambda point: [
                 *(-cost.sign * point.values[cost.name] for cost in costs),
                 point.values[self.metric.name],
@@ -130,16 +139,22 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 f"The search {attributes['name']!r} has no finished trial yet: run it, again if it was "
                 "stopped."
             )
-        settings = attributes["identity"]["search"]["objectives"].split(", ")
-        metrics = [Objective(**metric) for metric in attributes["metrics"]]
-        objectives = resolve_objectives(settings, metrics)
-        known = {objective.name: objective for objective in objectives}
-        axes = [
-            Axis(objective=known[name], worst=worst, best=best) for name, worst, best in attributes["axes"]
-        ]
-        told = attributes.get("verdict", {})  # on the trials there were then
-        verdict = told["text"] if told.get("trials") == len(records) else UNKNOWN
-        return cls(records, objectives, axes, export, verdict)
+        try:
+            settings = attributes["identity"]["search"]["objectives"].split(", ")
+            metrics = [Objective(**metric) for metric in attributes["metrics"]]
+            objectives = resolve_objectives(settings, metrics)
+            known = {objective.name: objective for objective in objectives}
+            axes = [
+                Axis(objective=known[name], worst=worst, best=best)
+                for name, worst, best in attributes["axes"]
+            ]
+            told = attributes.get("verdict", {})  # on the trials there were then
+            verdict = told["text"] if told.get("trials") == len(records) else UNKNOWN
+            return cls(records, objectives, axes, export, verdict)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The study of {attributes['name']!r} is damaged ({error!r}): restore it from a copy."
+            ) from error
 
     def stored_axes(self) -> list[tuple[str, float, float]]:
         """Return the axes as plain data, for a study's attributes."""
@@ -147,8 +162,19 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
 
     def with_trial(self, record: TrialRecord) -> ParetoFront:
         """Return the front with one more finished trial, or with what became of one that it knows."""
-        others = [known for known in self.records if known.number != record.number]
-        return ParetoFront([*others, record], self.objectives, self.axes, self._export)
+        place = bisect.bisect_left(self.records, record.number, key=_number)
+        if self.records[place : place + 1] and self.records[place].number == record.number:
+            others = [known for known in self.records if known.number != record.number]
+            return ParetoFront([*others, record], self.objectives, self.axes, self._export)
+        # A new trial drives members off the front, and brings nothing else onto it.
+        members = [*(point.record for point in self._points), *record.points]
+        front = copy.copy(self)
+        vars(front).pop("members", None)
+        vars(front).pop("hypervolume", None)
+        front.verdict = UNKNOWN
+        front.records = tuple(sorted([*self.records, *record.points], key=_number))
+        front._points = front._sorted(front_records(members, self.objectives))
+        return front
 
     def _point(self, record: TrialRecord) -> FrontPoint:
         return FrontPoint(record, self.objectives, self._export)

@@ -96,7 +96,7 @@ def front_figure(
                 y=height,
                 mode="lines",
                 line={"color": REFERENCE_COLOUR, "width": 1.5, "dash": "dot"},
-                name=_name(record),
+                name=html.escape(_name(record)),
                 legendgroup=_name(record),
                 showlegend=column == 1,
                 text=[_hover(record, objectives)] * 2,
@@ -139,7 +139,7 @@ def _empty_figure(columns: int, *, solid: bool) -> go.Figure:
 
 
 def _plotly_axis(objective: Objective, drawn: Sequence[TrialRecord]) -> dict[str, Any]:
-    settings: dict[str, Any] = {"title": {"text": _axis_title(objective)}}
+    settings: dict[str, Any] = {"title": {"text": html.escape(_axis_title(objective))}}
     if objective.log_scale and drawn:
         ticks = _log_ticks(objective, drawn)
         settings |= {"type": "log", "tickvals": ticks, "ticktext": [_tick_label(tick) for tick in ticks]}
@@ -148,7 +148,7 @@ def _plotly_axis(objective: Objective, drawn: Sequence[TrialRecord]) -> dict[str
 
 def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
     evaluation = record.evaluation
-    values = [f"{objective.name} {evaluation.format(objective)}" for objective in objectives]
+    values = [html.escape(f"{each.name} {evaluation.format(each)}") for each in objectives]
     rest = f"learning_rate {evaluation.configuration.learning_rate:g}"
     grid = html.escape(evaluation.configuration.grid()).splitlines()
     return "<br>".join([f"<b>{html.escape(_name(record))}</b>", *values, rest, "", *grid])

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
 from autopeft.cli import app
+from autopeft.reporting.mlflow.saved_view import save_view
 from autopeft.reporting.mlflow.server import serve
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from tests.learnable import save_learnable_csv, save_tiny_model
@@ -49,6 +52,34 @@ def test_a_password_is_taken_out(uri: str, shown: str) -> None:
     assert redact_in(f"API request to {uri}/api/2.0 failed", uri) == f"API request to {shown}/api/2.0 failed"
     message = redact_in(f"request to {uri.rstrip('/')}/api failed", f"{uri}/")
     assert "sesame" not in message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://me:open%40ses%3Aame@db/x",
+        "https://me:open%40ses%3Aame@host",
+        "http://open%40ses%3Aame@host",
+    ],
+)
+def test_a_password_is_taken_out_of_what_drivers_say_of_it(uri: str) -> None:
+    for said in ("could not resolve open@ses:ame@db", "Authorization open%40ses%3Aame was refused"):
+        assert "ses" not in redact_in(said, uri)
+
+
+def test_a_view_that_is_refused_costs_a_warning_without_the_password(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(tracking_uri=NOWHERE)
+
+    def refused(*_: object) -> None:
+        raise MlflowException(f"API request to {NOWHERE}/api/2.0 failed")
+
+    monkeypatch.setattr(client, "set_experiment_tag", refused)
+    with caplog.at_level(logging.DEBUG):
+        assert save_view(client, "1", "{}") is None
+    assert "could not be saved in MLflow: API request to http://127.0.0.1:1" in caplog.text
+    assert "opensesame" not in caplog.text
 
 
 def test_a_search_neither_prints_nor_keeps_a_password(

@@ -52,6 +52,23 @@ def test_a_job_that_fails_stops_no_other(worker: Worker, errors: list[Exception]
     assert (done, [str(error) for error in errors]) == (["second"], ["busy"])
 
 
+def test_jobs_that_all_fail_are_given_up(worker: Worker, errors: list[Exception]) -> None:
+    """As those of a server that is gone, each of which MLflow's client tries again for long."""
+
+    def fails() -> None:
+        time.sleep(0.3)
+        raise OSError("gone")
+
+    worker.start()
+    for _ in range(1000):
+        worker.put(fails)
+    begun = time.monotonic()
+    assert not worker.flush(1)
+    assert not worker.stop(0)
+    assert time.monotonic() - begun < 30
+    assert 1 <= len(errors) < 100
+
+
 def test_a_job_that_hangs_is_given_up_with_what_waits(worker: Worker) -> None:
     released = threading.Event()
     done: list[str] = []

@@ -15,6 +15,7 @@ from mlflow.entities import Dataset, Metric, RunStatus
 from autopeft.core.adapter import Place, block_ranges, place_name
 from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective
+from autopeft.core.tables import markdown_text
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
@@ -153,7 +154,7 @@ def front_markdown(
     rest = len(on_front) - _MOST_ROWS
     more = f"\n\n… and {rest} more in the artifact pareto/front.csv" if rest > 0 else ""
     title = f"**Pareto front: {len(on_front)} of {len(records)} trials**\n\n"
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = "\n".join(f"| {' | '.join(map(markdown_text, row))} |" for row in rows)
     return title + table + more
 
 

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from autopeft.core.objectives import Objective
 from autopeft.reporting.front_plots import projections
+from autopeft.reporting.mlflow.tracking_uri import redact_in
 
 _logger = logging.getLogger(__name__)
 COLOUR_TAG = "mlflow.runColor"
@@ -94,8 +95,9 @@ def save_view(client: MlflowClient, experiment_id: str, state: str) -> str | Non
     packed = "deflate;" + base64.b64encode(zlib.compress(state.encode())).decode()
     try:
         client.set_experiment_tag(experiment_id, f"{_TAG}{key}", packed)
-    except MlflowException:
-        _logger.warning("The view of the front could not be saved in MLflow.", exc_info=True)
+    except MlflowException as error:
+        said = redact_in(error, client.tracking_uri)
+        _logger.warning("The view of the front could not be saved in MLflow: %s", said)
         return None
     return key
 

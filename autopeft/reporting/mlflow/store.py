@@ -7,13 +7,14 @@ import sqlite3
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from autopeft.reporting.mlflow.run_content import SEARCH_TAG, STUDY_TAG
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 
 
@@ -54,6 +55,8 @@ def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowC
     """
     _make_database(uri)
     client = MlflowClient(tracking_uri=uri)
+    if uri.startswith("http"):  # else it prints two lines a run, with the password in them
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         return client, str(client.create_experiment(name, artifact_location=artifacts))
     except MlflowException:  # it is there, perhaps since a moment ago
@@ -78,14 +81,13 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
     return run_id
 
 
-def tag_run(uri: str, experiment: str, tags: Mapping[str, str], new: Mapping[str, str]) -> None:
-    """Add new tags to the runs that have some tags."""
+def tag_search(uri: str, experiment: str, study_id: str, tag: str, text: str) -> None:
+    """Tag the run of the search whose study has an id."""
     try:
         client, experiment_id = open_experiment(*checked_store(uri), experiment)
-        wanted = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        for run in client.search_runs([experiment_id], wanted):
-            for name, value in new.items():
-                client.set_tag(run.info.run_id, name, value)
+        of_the_study = f"tags.`{STUDY_TAG}` = '{study_id}' AND tags.`{SEARCH_TAG}` LIKE '%'"
+        for run in client.search_runs([experiment_id], of_the_study):
+            client.set_tag(run.info.run_id, tag, text)
     except Exception as error:  # see `log_report_run`
         raise unusable_store(uri, error) from None
 

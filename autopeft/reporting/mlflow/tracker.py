@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
+from autopeft.core.tables import markdown_block
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
@@ -123,7 +123,6 @@ class Tracker:
     def _open(self, note: str, identity: SettingGroups, records: Sequence[TrialRecord]) -> None:
         if self.is_server:
             check_server(self._uri)  # MLflow's client would try again for minutes
-            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
         self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
         of_this_study = f"tags.`{content.STUDY_TAG}` = '{self._study_id}'"
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
@@ -154,7 +153,7 @@ class Tracker:
             log_in_batches(self._client, parent, params=content.search_params(settings))
             data = DatasetInput(dataset=content.dataset(settings.get("task", {})), tags=[])
             self._client.log_inputs(parent, datasets=[data])
-        self._note = f"```\n{content.shortened(note, content.LONGEST_TEXT // 2)}\n```"
+        self._note = markdown_block(content.shortened(note, content.LONGEST_TEXT // 2))
         environment = content.search_params({"environment": identity.get("environment", {})})
         log_in_batches(self._client, parent, tags={**environment, content.NOTE_TAG: self._note})
         everything = {group: dict(fields) for group, fields in identity.items()}
@@ -234,14 +233,14 @@ class Tracker:
         """
         if not self._worker.is_alive():
             return
-        if self._worker.flush(_PATIENCE_SECONDS):
+        if answers := self._worker.flush(_PATIENCE_SECONDS):
             for record in self._runs.behind(records):
                 self.trial_finished(record)
             self._worker.put(self._runs.end_unfinished)
             if records:
                 self._worker.put(partial(self._write_table, tuple(records), self._members))
             self._worker.put(partial(self._client.set_terminated, self._parent, status=status))
-        is_done = self._worker.stop(_PATIENCE_SECONDS)
+        is_done = self._worker.stop(_PATIENCE_SECONDS if answers else 0)
         missing = len(self._runs.behind(records))
         if missing or not is_done:
             _logger.warning(

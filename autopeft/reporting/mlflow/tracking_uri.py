@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
-_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|odbc_connect)[^=&]*=)[^&]*", re.I)
-_SERVER_USER = re.compile(r"(?<=://).*@")
-_DATABASE_PASSWORD = re.compile(r"(?<=://)([^:@/]*):.*@")
+_SECRET_OPTION = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|odbc_connect)[^=&]*=)([^&]*)", re.I)
+_SERVER_USER = re.compile(r"(?<=://)(.*)@")
+_DATABASE_PASSWORD = re.compile(r"(?<=://)([^:@/]*):(.*)@")
+_SHORTEST = 3  # letters: of a shorter secret every message would be full
 
 
 def redact(uri: str) -> str:
@@ -23,4 +25,16 @@ def redact_in(text: object, uri: str) -> str:
     message = str(text)
     for secret in (uri, uri.rstrip("/")):
         message = message.replace(secret, redact(secret))
+    for secret in sorted(_secrets(uri), key=len, reverse=True):
+        message = message.replace(secret, "***")
     return message
+
+
+def _secrets(uri: str) -> set[str]:
+    """Return what of a tracking URI is secret: as it stands there, and decoded, as drivers say it."""
+    found = {match[2] for match in _SECRET_OPTION.finditer(uri)}
+    if uri.startswith("http"):
+        found |= {match[1].partition(":")[2] or match[1] for match in _SERVER_USER.finditer(uri)}
+    else:
+        found |= {match[2] for match in _DATABASE_PASSWORD.finditer(uri)}
+    return {text for one in found for text in (one, unquote(one)) if len(text) >= _SHORTEST}

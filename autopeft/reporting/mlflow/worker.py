@@ -22,7 +22,7 @@ class Worker(threading.Thread):
         self.worked = TimeSpan()
         self._on_failure = on_failure
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self._last_end = 0.0
+        self._last_success = 0.0
         self._is_given_up = False
 
     def put(self, job: Callable[[], object]) -> None:
@@ -31,12 +31,12 @@ class Worker(threading.Thread):
             self._jobs.put(job)
 
     def flush(self, patience_seconds: float) -> bool:
-        """Wait until all jobs are done, or none has ended for some seconds; return whether all are done."""
+        """Wait until all jobs are done, or none has succeeded for some seconds; say whether all are done."""
         done = threading.Event()
         self.put(done.set)
-        self._last_end = time.monotonic()
+        self._last_success = time.monotonic()
         while self.is_alive() and not done.wait(0.1):
-            if time.monotonic() - self._last_end > patience_seconds:
+            if time.monotonic() - self._last_success > patience_seconds:
                 return False
         return True
 
@@ -55,8 +55,8 @@ class Worker(threading.Thread):
             start = now()
             try:
                 job()
+                self._last_success = time.monotonic()
             except Exception as error:
                 self._on_failure(error)
             self.worked.add_since(start)
             self.worked.calls += 1
-            self._last_end = time.monotonic()

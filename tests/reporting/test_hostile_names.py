@@ -1,0 +1,84 @@
+"""Names and labels, which a stranger's data may bring, cannot write HTML or Markdown into what is shown."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autopeft.core.objectives import Objective, resolve_objectives
+from autopeft.core.pareto import Axis
+from autopeft.core.tables import markdown_block, markdown_text
+from autopeft.reporting.formats import html_page
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.front_plots import front_figure
+from autopeft.reporting.mlflow.run_content import VERDICT_TAG, front_markdown
+from autopeft.reporting.mlflow.store import tag_search
+from tests.records import front_of, synthetic_records
+from tests.reporting.test_tracker import make, parent_run
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+OBJECTIVES = resolve_objectives((HOSTILE, "trainable_parameters"), (Objective.score(HOSTILE),))
+RECORDS = [
+    replace(
+        record,
+        baseline=HOSTILE,
+        evaluation=replace(
+            record.evaluation,
+            status="complete",
+            values={HOSTILE: 0.1 * record.number, "trainable_parameters": float(record.number)},
+        ),
+    )
+    for record in synthetic_records(4)
+]
+
+
+def test_a_page_of_the_front_holds_them_as_text() -> None:
+    figure = front_figure(RECORDS, front_of(RECORDS, OBJECTIVES), OBJECTIVES)
+    page = html_page(figure, title=HOSTILE)
+    assert "<img" not in page
+    assert page.count("</script>") == page.count("<script")
+    texts = [figure.layout.yaxis.title.text, *(trace.name or "" for trace in figure.data)]
+    texts += [text for trace in figure.data for text in trace.text or ()]
+    for text in texts:
+        assert not re.search(r"<(?!/?b>|br>)", text), text
+
+
+def test_a_notebook_shows_them_as_text() -> None:
+    axes = [Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0)]
+    front = ParetoFront(RECORDS, OBJECTIVES, axes)
+    for page in (front[0]._repr_html_(), front._repr_html_()):
+        assert "<img" not in page
+
+
+def test_the_note_holds_them_as_text() -> None:
+    table = front_markdown(RECORDS, front_of(RECORDS, OBJECTIVES), OBJECTIVES)
+    assert "<img" not in table.replace(r"\<", "")
+    assert {line.count("|") for line in table.splitlines()[2:]} == {5}
+
+
+@pytest.mark.parametrize("text", ["a\n# b", "x | y", "[a](javascript:b)", "`code`", "<b>"])
+def test_markdown_shows_a_text_as_it_is(text: str) -> None:
+    shown = markdown_text(text)
+    assert "\n" not in shown
+    assert not re.search(r"(?<!\\)[`\[\]<>|]", shown)
+    assert re.sub(r"\\(.)", r"\1", shown) == " ".join(text.split())
+
+
+@pytest.mark.parametrize("text", ["plain", "```\n# b\n```", "````\n<b>"])
+def test_no_line_of_a_block_ends_it(text: str) -> None:
+    first, *lines, last = markdown_block(text).splitlines()
+    assert first == last
+    assert "\n".join(lines) == text
+    assert first not in text
+
+
+def test_a_search_with_quotes_in_its_name_is_found_by_its_study(tmp_path: Path) -> None:
+    uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", 'it\'s "one"'
+    tracker = make(uri, name, study_id="0123")
+    tracker.start(note="", identity={}, records=())
+    tracker.finish("FINISHED")
+    tag_search(uri, "autopeft", "0123", VERDICT_TAG, "better")
+    assert parent_run(uri, name).data.tags[VERDICT_TAG] == "better"

@@ -83,7 +83,9 @@ def trainings(name: str, methods: list[str]) -> None:
 def results() -> dict[str, dict[str, float]]:
     """Return what is there."""
     found: dict[str, dict[str, float]] = {}
-    return json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else found
+    if RESULTS.exists():
+        found = json.loads(RESULTS.read_text())["results"]
+    return found
 
 
 def keep(key: str, values: dict[str, float]) -> None:

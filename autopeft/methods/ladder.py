@@ -40,8 +40,9 @@ class Rung(nn.Module):
             weights: Of each token in the mean that all tokens are given, of shape (rows, tokens, 1); None
                 where tokens must not see later ones.
         """
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(self.down.weight.dtype)  # in float32 on any base, as other adapters
+        kept = self.down.weight.dtype  # float32 on any base, as of other adapters
+        if hidden.dtype != kept and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(kept)
         share = self.gate.sigmoid()
         # Hidden states of some models have a few numbers that are larger than all others by far.
         read = self.down(nn.functional.layer_norm(hidden, hidden.shape[-1:]))

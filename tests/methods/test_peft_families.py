@@ -57,7 +57,14 @@ def backbone_of(architecture: str) -> Backbone:
     if architecture != "vit":
         return tiny_backbone(architecture)
     head = HeadSpec(auto_class=AutoModelForImageClassification, config={"num_labels": LABELS})
-    return Backbone(tiny_headed(head, "vit"), None, name="tiny-vit", head=("classifier",), new_head=False)
+    return Backbone(
+        tiny_headed(head, "vit"),
+        None,
+        name="tiny-vit",
+        head=("classifier",),
+        new_head=False,
+        auto_class=head.auto_class,
+    )
 
 
 def batch_of(architecture: str) -> dict[str, Tensor]:

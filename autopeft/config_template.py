@@ -184,9 +184,9 @@ def _likely(kinds: Mapping[str, Kind]) -> list[type[DatasetTask]]:
 
 def _columns(
     train: Dataset, kinds: Mapping[str, Kind], made: type[DatasetTask]
-) -> dict[str, str | list[str]]:
+) -> dict[str, Any]:
     """Return the settings of a task that name columns, those alone that a column was found for."""
-    found: dict[str, str | list[str]] = {}
+    found: dict[str, Any] = {}
     for setting, needed in _NEEDS[made].items():
         default = getattr(made, setting)
         fitting = [name for name, kind in kinds.items() if kind == needed and name not in found.values()]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,10 @@ from transformers import (
 )
 
 from assets.prepare import prepare
+
+# On a busy machine an example may take seconds.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # What libraries set on purpose when they are first imported or used, for the whole process.
 ALLOWED_VARIABLES = frozenset(

@@ -9,7 +9,7 @@ def return_free_memory() -> None:
     """Give back the pages of this process that hold nothing any more; does nothing without glibc.
 
     glibc keeps freed blocks of up to 32 MiB, as activations are, while anything above them on its heap is in
-    use. What one training leaves in pieces does not fit the next one, and adds to its peak.
+    use: between trials that would be a gibibyte and more that other processes cannot have.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow.transformers
 from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
+from transformers import pipeline
 
 from autopeft.reporting.mlflow.store import checked_store, open_experiment, unusable_store
 
@@ -34,8 +35,9 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
         ValueError: MLflow cannot use the store, or serve such a model.
     """
     store, artifacts = checked_store(uri)
-    pipeline = ModelCard.load(folder / "README.md").data.get("pipeline_tag")
-    if pipeline is None:
+    card = ModelCard.load(folder / "README.md")
+    task = card.data.get("pipeline_tag")
+    if task is None:
         raise ValueError("MLflow serves models by transformers' pipelines, of which none takes this one.")
     needs = [f"{package}=={version(package)}" for package in _PACKAGES]
     try:
@@ -44,7 +46,9 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
         with tempfile.TemporaryDirectory() as scratch:
             saved = Path(scratch, "model")
             # By the client, and not by `log_model`: that works on the process's own store and run.
-            mlflow.transformers.save_model(str(folder), str(saved), task=pipeline, pip_requirements=needs)
+            # Of a folder alone MLflow asks the table of pipelines as transformers 4 has it.
+            loaded = pipeline(task, model=str(folder))
+            mlflow.transformers.save_model(loaded, str(saved), model_card=card, pip_requirements=needs)
             client.log_artifacts(run.run_id, str(saved), "model")
         client.set_terminated(run.run_id)
         with suppress(MlflowException):  # it is there

@@ -205,7 +205,7 @@ def _of_adapter(folder: Path) -> Mapping[str, Reader]:
             sites = Manifest.load(folder).sites
             known = Configuration.load(folder / CONFIGURATION_FILE)
             if known.adapters.keys() <= sites.keys():  # else the base is asked, and refuses
-                AdapterFiles(folder, placements(known, sites)).load()
+                AdapterFiles(folder, placements(known, sites), "mixed").load()
         finally:
             (folder / file).write_bytes(whole[file])
 

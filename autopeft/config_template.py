@@ -182,9 +182,7 @@ def _likely(kinds: Mapping[str, Kind]) -> list[type[DatasetTask]]:
     return others if layout is None else [*others, CausalLM] if layout == "text" else [CausalLM]
 
 
-def _columns(
-    train: Dataset, kinds: Mapping[str, Kind], made: type[DatasetTask]
-) -> dict[str, Any]:
+def _columns(train: Dataset, kinds: Mapping[str, Kind], made: type[DatasetTask]) -> dict[str, Any]:
     """Return the settings of a task that name columns, those alone that a column was found for."""
     found: dict[str, Any] = {}
     for setting, needed in _NEEDS[made].items():

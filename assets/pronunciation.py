@@ -73,19 +73,18 @@ def _extract_speller(archive: zipfile.ZipFile, folder: Path) -> None:
     )
 
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(vocabulary),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            **{"decoder_start_token_id": 0},  # an option of every model, which this config does not name
-        )
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
     )
+    config.update({"decoder_start_token_id": 0})
+    model = T5ForConditionalGeneration(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     steps = _EPOCHS * (len(words) // _BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)

@@ -6,12 +6,11 @@ adapter does to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
@@ -32,7 +31,6 @@ from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks import TextClassification
 
 VOCABULARY = 128
 LABELS = 3
@@ -307,26 +305,6 @@ def tiny_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
     )
     made.chat_template = template
     return made
-
-
-class LossTask(TextClassification):
-    """Labels (rows,) under "labels", with a loss of one's own; there are no data.
-
-    Args:
-        loss: Maps logits (rows, labels) and labels (rows,) to a scalar.
-    """
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(Dataset.from_dict({}))
-        object.__setattr__(self, "_of_logits", loss)
-
-    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of a batch."""
-        found: Tensor = vars(self)["_of_logits"](output.logits.float(), batch["labels"])
-        return found
-
-
-CROSS_ENTROPY = LossTask(nn.functional.cross_entropy)
 
 
 def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:

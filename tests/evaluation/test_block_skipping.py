@@ -17,7 +17,8 @@ from autopeft.evaluation.frozen_blocks.block_skipping import (
     states_at,
 )
 from autopeft.models.backbone import Backbone
-from tests.tiny_models import CROSS_ENTROPY, HEADS, fingerprint, tiny_backbone, tiny_batch
+from tests.loss_task import CROSS_ENTROPY
+from tests.tiny_models import HEADS, fingerprint, tiny_backbone, tiny_batch
 
 BLOCKS = 3
 DEPTH = {"gpt2": "n_layer", "distilbert": "n_layers", "t5": "num_layers"}

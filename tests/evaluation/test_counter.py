@@ -21,8 +21,9 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import TextClassification
 from benchmarks.memory import measure_live_storage
 from tests.learnable import learnable_task
+from tests.loss_task import CROSS_ENTROPY, LossTask
 from tests.tasks.test_causal_lm import task_of
-from tests.tiny_models import CROSS_ENTROPY, LossTask, tiny_language_model
+from tests.tiny_models import tiny_language_model
 
 LORA = {"method": "lora", "size": 4}
 SITES: dict[str, dict[str, Any]] = {

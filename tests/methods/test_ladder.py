@@ -18,8 +18,8 @@ from autopeft.models.block_discovery import find_blocks
 from autopeft.models.site_shapes import whole_blocks
 from benchmarks.memory import measure_live_storage
 from tests.exports import trained
+from tests.loss_task import CROSS_ENTROPY
 from tests.tiny_models import (
-    CROSS_ENTROPY,
     LABELS,
     draw_parameters,
     everywhere,

@@ -9,7 +9,8 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import attach
 from autopeft.training.module import FineTuning
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
+from tests.loss_task import CROSS_ENTROPY
+from tests.tiny_models import tiny_backbone
 
 
 def test_each_family_of_a_mix_has_its_own_rate() -> None:

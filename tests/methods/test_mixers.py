@@ -18,16 +18,9 @@ from autopeft.sensitivity import compute_scores
 from benchmarks.memory import measure_live_storage
 from tests.every_method import METHODS_BY_DEFAULT
 from tests.exports import trained
+from tests.loss_task import CROSS_ENTROPY
 from tests.tasks.test_causal_lm import task_of
-from tests.tiny_models import (
-    CROSS_ENTROPY,
-    OPTIONS,
-    draw_parameters,
-    everywhere,
-    fingerprint,
-    places,
-    tiny_batch,
-)
+from tests.tiny_models import OPTIONS, draw_parameters, everywhere, fingerprint, places, tiny_batch
 
 CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 3}
 ARCHITECTURES = ("mamba", "mamba2", "rwkv", "jamba", "xlnet", "convnext")

@@ -17,12 +17,12 @@ from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
 from autopeft.models.backbone import Backbone
 from tests.exports import difference, export
+from tests.loss_task import CROSS_ENTROPY
 from tests.methods.test_mixers import backbone_of as mixer_of
 from tests.methods.test_peft_families import backbone_of, batch_of
 from tests.quantized import quantized, quiet, save_base
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import (
-    CROSS_ENTROPY,
     LABELS,
     draw_parameters,
     everywhere,

@@ -23,15 +23,8 @@ from autopeft.methods.abilities import abilities
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
 from tests.exports import difference, trained
-from tests.tiny_models import (
-    CROSS_ENTROPY,
-    LABELS,
-    fingerprint,
-    logits_of,
-    tiny_backbone,
-    tiny_batch,
-    tiny_headed,
-)
+from tests.loss_task import CROSS_ENTROPY
+from tests.tiny_models import LABELS, fingerprint, logits_of, tiny_backbone, tiny_batch, tiny_headed
 
 ROWS = {row.name: row for row in PEFT_FAMILIES}
 ARCHITECTURES = ("bert", "gpt2", "llama", "t5", "vit")

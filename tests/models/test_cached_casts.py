@@ -17,8 +17,9 @@ from autopeft.models.backbone import Backbone
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.sensitivity import compute_scores
 from tests.learnable import TRAINING, tiny_evaluator
+from tests.loss_task import CROSS_ENTROPY
 from tests.sensitivity.references import labelled_batches
-from tests.tiny_models import CROSS_ENTROPY, everywhere, fingerprint, places, tiny_backbone, tiny_batch
+from tests.tiny_models import everywhere, fingerprint, places, tiny_backbone, tiny_batch
 
 CASES = [
     *((architecture, "lora") for architecture in ("bert", "deberta-v2", "gpt2", "llama", "t5")),

@@ -22,8 +22,9 @@ from autopeft.optimization.proposal import History
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.search_spaces.learning_rates import learning_rate_bounds, log_place, summed_learning_rate
 from autopeft.sensitivity import compute_scores
+from tests.loss_task import CROSS_ENTROPY
 from tests.records import METRICS, OBJECTIVES
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 RATE = (1e-4, 1e-2)

@@ -19,8 +19,9 @@ from autopeft.optimization.proposal import History
 from autopeft.search_spaces import ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores
+from tests.loss_task import CROSS_ENTROPY
 from tests.records import METRICS, OBJECTIVES
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
+from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))

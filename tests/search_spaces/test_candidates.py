@@ -16,7 +16,8 @@ from autopeft.search_spaces.learning_rates import summed_learning_rate
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone
+from tests.loss_task import CROSS_ENTROPY
+from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))

@@ -30,7 +30,8 @@ from autopeft.search_spaces import (
 )
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 from autopeft.sensitivity import compute_scores
-from tests.tiny_models import CROSS_ENTROPY, tiny_backbone, tiny_language_model, tiny_tokenizer
+from tests.loss_task import CROSS_ENTROPY
+from tests.tiny_models import tiny_backbone, tiny_language_model, tiny_tokenizer
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType(
     {

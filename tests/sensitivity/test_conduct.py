@@ -27,8 +27,9 @@ from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import CHEAP_SCORES, SCORES, SiteScores, computation, compute_scores
 from autopeft.sensitivity.weight_scores import absolute_parameters
 from benchmarks.memory import measure_live_storage
+from tests.loss_task import CROSS_ENTROPY, LossTask
 from tests.sensitivity.references import labelled_batches, scored
-from tests.tiny_models import CROSS_ENTROPY, LossTask, fingerprint, tiny_backbone, tiny_batch
+from tests.tiny_models import fingerprint, tiny_backbone, tiny_batch
 
 FAMILIES = ("bert", "llama", "gpt2")
 WITHOUT_TRAINING = tuple(name for name in SCORES if name != "leave_one_out")

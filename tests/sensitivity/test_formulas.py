@@ -25,16 +25,10 @@ from autopeft.sensitivity.activation_variance import IncrementalVariance
 from autopeft.sensitivity.curvature_scores import curvature
 from autopeft.sensitivity.scored_matrices import Subject, matrix_sites, undisturbed
 from autopeft.sensitivity.weight_scores import singular_values
+from tests.loss_task import CROSS_ENTROPY
 from tests.sensitivity import references
 from tests.sensitivity.references import labelled_batches, scored
-from tests.tiny_models import (
-    CROSS_ENTROPY,
-    HEADS,
-    draw_parameters,
-    tiny_backbone,
-    tiny_classifier,
-    tiny_tokenizer,
-)
+from tests.tiny_models import HEADS, draw_parameters, tiny_backbone, tiny_classifier, tiny_tokenizer
 
 FAMILIES = ("tiny_bert", "tiny_llama", "tiny_gpt2")
 

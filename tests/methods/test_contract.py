@@ -15,6 +15,7 @@ from autopeft.methods.base import Trainable
 from autopeft.methods.layer_adapter import LayerMethod
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
+from tests.every_method import METHODS_BY_DEFAULT
 from tests.tiny_models import (
     LABELS,
     draw_parameters,
@@ -42,14 +43,20 @@ ALONE = [name for name, method in METHODS.items() if not isinstance(method, Peft
 LAYERS = ("bert", "gpt2", "llama")
 """Linear layers of both ways to store a weight, with and without biases: all that `LayerMethod` sees."""
 
+
+def _by_default(method: str) -> tuple[str, ...]:
+    """Return the architectures that a method is tried on without `make test-all`."""
+    if method not in METHODS_BY_DEFAULT:
+        return ("bert",)
+    return LAYERS if isinstance(METHODS[method], LayerMethod) else ARCHITECTURES
+
+
 PAIRS = [
     pytest.param(
         method,
         architecture,
         id=f"{method}-{architecture}",
-        marks=pytest.mark.slow
-        if isinstance(METHODS[method], LayerMethod) and architecture not in LAYERS
-        else (),
+        marks=pytest.mark.slow if architecture not in _by_default(method) else (),
     )
     for method in ALONE
     for architecture in ARCHITECTURES

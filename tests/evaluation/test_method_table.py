@@ -29,7 +29,19 @@ def test_lists_methods_with_abilities_and_counts(tmp_path: Path) -> None:
 # What the installed peft can do, by ability: what changes when peft does shows here.
 CHANGES_WEIGHTS = {"pissa", "olora"}
 STARTS_ELSEWHERE = {"unilora"}
-HEEDS_PATTERNS = {"lora", "dora", "pissa", "olora", "loha", "lokr", "delora", "osf", "fourierft", "c3a"}
+HEEDS_PATTERNS = {
+    "lora",
+    "lora_fa",
+    "dora",
+    "pissa",
+    "olora",
+    "loha",
+    "lokr",
+    "delora",
+    "osf",
+    "fourierft",
+    "c3a",
+}
 CONVERTS = HEEDS_PATTERNS - {"osf"} | {"gralora", "randlora", "vera", "unilora", "tinylora", "psoft", "miss"}
 
 

@@ -195,7 +195,7 @@ def trial(
         assert {parameter.device for parameter in module.parameters()} == {device}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [*EVERY_METHOD, FullFineTuning.__name__])
 def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> None:
     backbone = tiny_backbone(architecture, new_head=True)

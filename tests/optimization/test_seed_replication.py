@@ -182,7 +182,11 @@ def search(folder: Path, **settings: object) -> Search:
     return tiny_search(folder, **({"space": TWO_RATES, "seeds": 2} | settings))
 
 
-@pytest.mark.parametrize("fidelity", [None, SuccessiveHalving(rungs=(1 / 3,))], ids=("whole", "rungs"))
+@pytest.mark.parametrize(
+    "fidelity",
+    [pytest.param(None, marks=pytest.mark.slow), SuccessiveHalving(rungs=(1 / 3,))],
+    ids=("whole", "rungs"),
+)
 def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
     one = search(tmp_path, halving=fidelity, tracking=f"sqlite:///{tmp_path}/mlflow.db")
     front = one.run(trials=8, progress=False)

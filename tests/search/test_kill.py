@@ -141,6 +141,7 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
     assert finished_runs(cut) == finished_runs(whole) == Counter(range(trials))
 
 
+@pytest.mark.slow
 def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path) -> None:
     check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity="rungs")
 

@@ -48,7 +48,8 @@ def _by_default(method: str) -> tuple[str, ...]:
     """Return the architectures that a method is tried on without `make test-all`."""
     if method not in METHODS_BY_DEFAULT:
         return ("bert",)
-    return LAYERS if isinstance(METHODS[method], LayerMethod) else ARCHITECTURES
+    # DistilBERT, ModernBERT and RoBERTa are built as BERT is.
+    return LAYERS if isinstance(METHODS[method], LayerMethod) else (*LAYERS, "deberta-v2", "t5")
 
 
 PAIRS = [

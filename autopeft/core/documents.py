@@ -51,17 +51,8 @@ def parse_json(text: str, name: str) -> Any:
 def parse_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Return what a YAML text holds, read with a safe loader; errors call it by its name."""
     try:
-        # All that PyYAML's constructors raise of "!!int x", "!!bool x", "!!timestamp x" or 99-99-99.
         content = yaml.load(text, Loader=loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-    ) as error:
+    except (yaml.YAMLError, *_OF_CONSTRUCTORS) as error:
         raise ValueError(f"{name} is not valid YAML: {error}") from error
     if _count(content, {}) > _MOST_VALUES:
         raise ValueError(f"{name} stands for more than {_MOST_VALUES:,} values, or holds itself, by aliases.")

@@ -16,7 +16,7 @@ from autopeft.core.configuration import Configuration, Site
 from autopeft.export.folder_format import HEAD_FILE, PEFT_FILE, Manifest, elements
 from autopeft.methods import METHODS, Placement
 from autopeft.models.block_discovery import find_blocks
-from autopeft.models.site_shapes import SiteShape, site_shapes, whole_blocks
+from autopeft.models.site_shapes import SiteShape, all_sites
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of trained tensors, by the names of `Attachment.state_dict`."""
@@ -38,9 +38,7 @@ def checked_sites(
     model: nn.Module, configuration: Configuration, manifest: Manifest
 ) -> Mapping[Site, SiteShape]:
     """Return what the base has at the configuration's sites; raise where the folder says it has another."""
-    blocks = find_blocks(model)
-    of_modules = (shape for block in blocks for shape in site_shapes(model, block))
-    present = {shape.site: shape for shape in (*of_modules, *whole_blocks(blocks))}
+    present = all_sites(model, find_blocks(model))
     for site in configuration.adapters:
         there = manifest.sites.get(site)
         if there is None:

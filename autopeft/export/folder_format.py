@@ -288,26 +288,26 @@ class AdapterFiles:
     """
 
     def __init__(self, folder: Path, by_method: Mapping[str, Placement], layout: Layout) -> None:
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._names: dict[Path, dict[str, str]] = {}  # of each file, by how its tensors are stored
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, prefixes in _tensor_files(by_method, layout).items():
-            with _opened(folder / name) as file:
+            path = folder / name
+            names = self._names[path] = {}
+            with _opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
-                    stored = max((one for one in prefixes if key.startswith(one)), key=len, default=None)
+                    fitting = (prefix for prefix in prefixes if key.startswith(prefix))
+                    stored = max(fitting, key=len, default=None)
                     if stored is None:
-                        raise ValueError(
-                            f"{folder / name} holds {key}, which the configuration does not name."
-                        )
-                    trained = prefixes[stored] + key.removeprefix(stored)
-                    self._places[trained] = folder / name, key
-                    self.shapes[trained] = tuple(file.get_slice(key).get_shape())
+                        raise ValueError(f"{path} holds {key}, which the configuration does not name.")
+                    names[key] = prefixes[stored] + key.removeprefix(stored)
+                    self.shapes[names[key]] = tuple(file.get_slice(key).get_shape())
 
     def load(self) -> dict[str, Tensor]:
         """Read the tensors."""
-        state = {}
-        for name, (path, key) in self._places.items():
+        state: dict[str, Tensor] = {}
+        for path, names in self._names.items():
             with _opened(path) as file:
-                state[name] = file.get_tensor(key)
+                state |= {name: file.get_tensor(key) for key, name in names.items()}
         return state
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Site
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
 _CHILD = "autopeft_ladder"
@@ -40,9 +41,7 @@ class Rung(nn.Module):
             weights: Of each token in the mean that all tokens are given, of shape (rows, tokens, 1); None
                 where tokens must not see later ones.
         """
-        kept = self.down.weight.dtype  # float32 on any base, as of other adapters
-        if hidden.dtype != kept and not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(kept)
+        hidden = in_type_of(self, hidden)
         share = self.gate.sigmoid()
         # Hidden states of some models have a few numbers that are larger than all others by far.
         read = self.down(nn.functional.layer_norm(hidden, hidden.shape[-1:]))

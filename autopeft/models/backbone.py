@@ -26,7 +26,7 @@ from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 from autopeft.models.quantized_layers import keep_as_loaded
-from autopeft.models.site_shapes import SiteShape, site_shapes, whole_blocks
+from autopeft.models.site_shapes import SiteShape, all_sites
 
 
 class Backbone:
@@ -85,9 +85,7 @@ class Backbone:
         self.train_head("whole")
         self.quantized = frozenset(keep_as_loaded(model))
         self._block_modules = find_blocks(model)
-        of_modules = (shape for block in self._block_modules for shape in site_shapes(model, block))
-        shapes = (*of_modules, *whole_blocks(self._block_modules))
-        self.sites: Mapping[Site, SiteShape] = {shape.site: shape for shape in shapes}
+        self.sites: Mapping[Site, SiteShape] = all_sites(model, self._block_modules)
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
         self.cached_casts = CachedCasts(map(model.get_submodule, names))  # before anything is put around them
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -60,6 +60,12 @@ def site_shapes(model: nn.Module, block: BlockModules) -> Iterable[SiteShape]:
     if first is not None and "ffn_down" in shapes:
         name = block.name if block.has_attention else ""
         yield _sublayer(Site(index, "ffn", stack), first, shapes["ffn_down"], block_module=name)
+
+
+def all_sites(model: nn.Module, blocks: Sequence[BlockModules]) -> dict[Site, SiteShape]:
+    """Return every site of a model's blocks."""
+    of_modules = (shape for block in blocks for shape in site_shapes(model, block))
+    return {shape.site: shape for shape in (*of_modules, *whole_blocks(blocks))}
 
 
 def whole_blocks(blocks: Iterable[BlockModules]) -> Iterator[SiteShape]:

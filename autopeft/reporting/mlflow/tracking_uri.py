@@ -37,4 +37,4 @@ def _secrets(uri: str) -> set[str]:
         found |= {match[1].partition(":")[2] or match[1] for match in _SERVER_USER.finditer(uri)}
     else:
         found |= {match[2] for match in _DATABASE_PASSWORD.finditer(uri)}
-    return {text for one in found for text in (one, unquote(one)) if len(text) >= _SHORTEST}
+    return {text for stored in found for text in (stored, unquote(stored)) if len(text) >= _SHORTEST}

@@ -19,6 +19,8 @@ from autopeft.export.folder_format import Manifest
 from autopeft.export.serving import SERVERS, how_to_serve
 from autopeft.export.targets import COMPARISON
 
+_TAGS = {"AutoModelForSeq2SeqLM": "text2text-generation"}
+"""The Hub's tags of what transformers has no pipeline for any more."""
 _TEST = "test_"
 _NOT_OF_A_SPLIT = ("examples_per_second",)
 LAYOUTS = {
@@ -180,7 +182,7 @@ def _metadata(
     auto_class = manifest.head.auto_class
     pipelines: Mapping[str, Any] = SUPPORTED_TASKS
     loaded_by = ((tag, {known.__name__ for known in task["pt"]}) for tag, task in pipelines.items())
-    pipeline_tag = next((tag for tag, known in loaded_by if auto_class in known), None)
+    pipeline_tag = next((tag for tag, known in loaded_by if auto_class in known), _TAGS.get(auto_class))
     results = [
         EvalResult(
             task_type=pipeline_tag,

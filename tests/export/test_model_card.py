@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoModelForSeq2SeqLM
 
 from autopeft.core.configuration import Configuration
 from tests.exports import (
@@ -58,6 +59,24 @@ def test_card_has_figures_picture_and_ways_to_load(tmp_path: Path) -> None:
     assert "autopeft.load_adapter('somebody/model', 'out')" in body
     assert "LABEL_0, LABEL_1, LABEL_2" in body
     assert "largest difference of its logits" in body
+
+
+def test_a_task_without_a_pipeline_keeps_the_hubs_tag_and_its_results(tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    backbone.auto_class = AutoModelForSeq2SeqLM
+    values, details = {"loss": 1.5, "test_loss": 1.25}, {"task dataset": "words"}
+    export(
+        backbone,
+        everywhere(backbone, "lora"),
+        tmp_path / "out",
+        values=values,
+        details=details,
+        verify=False,
+    )
+    meta, _ = card_of(tmp_path / "out")
+    assert meta["pipeline_tag"] == "text2text-generation"
+    (result,) = ModelCard.load(tmp_path / "out/README.md").data.eval_results
+    assert result.metric_value == 1.25
 
 
 def test_card_of_a_local_base_names_no_model_of_the_hub(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import mlflow.transformers
 from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
 from transformers import pipeline
+from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.reporting.mlflow.store import checked_store, open_experiment, unusable_store
 
@@ -37,7 +38,7 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
     store, artifacts = checked_store(uri)
     card = ModelCard.load(folder / "README.md")
     task = card.data.get("pipeline_tag")
-    if task is None:
+    if task not in SUPPORTED_TASKS:
         raise ValueError("MLflow serves models by transformers' pipelines, of which none takes this one.")
     needs = [f"{package}=={version(package)}" for package in _PACKAGES]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import Reader, readers
@@ -20,7 +20,7 @@ def test_what_is_not_damaged_is_read(known: dict[str, Reader]) -> None:
             reader.read(sample)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, derandomize=True)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_content_is_read_or_refused_with_a_sentence(known: dict[str, Reader], seed: int) -> None:
     for name, reader in known.items():

@@ -127,7 +127,7 @@ class TestHypervolume:
         assert hypervolume([point], AXES[:2]) == pytest.approx(0.25)
 
     @pytest.mark.parametrize("dimensions", [2, 3])
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(points=st.lists(_fine, min_size=1, max_size=6) | st.lists(_coarse, min_size=1, max_size=6))
     def test_agrees_with_inclusion_and_exclusion(self, points: list[Values], dimensions: int) -> None:
         axes = AXES[:dimensions]
@@ -240,7 +240,6 @@ _inside = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(_inside, max_size=8), st.sampled_from((1, 2, 3)))
 def test_contributions_of_a_front_are_what_is_lost_without_each_point(
     points: list[Values], dimensions: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -35,7 +35,7 @@ BACKBONES = {architecture: tiny_backbone(architecture) for architecture in ARCHI
 TOO_LARGE = 2**50
 """No machine has the memory for an adapter of this size: attaching fails where it is built."""
 
-property_test = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+property_test = settings(max_examples=25)
 
 
 @st.composite

@@ -158,7 +158,7 @@ class TestSpace:
     def test_fits(self, space: SearchSpace, backbone: Backbone) -> None:
         space.validate(backbone)
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(seed=st.integers(0, 2**31))
     def test_every_point_can_be_carried_and_is_within_the_extremes(
         self, space: SearchSpace, backbone: Backbone, seed: int
@@ -168,14 +168,14 @@ class TestSpace:
         low, high = (count_parameters(backbone, end) for end in space.extremes(backbone))
         assert low <= count_parameters(backbone, configuration) <= high
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(seed=st.integers(0, 2**31))
     def test_every_point_is_encoded_back(self, space: SearchSpace, backbone: Backbone, seed: int) -> None:
         _, configuration = _sampled(space, backbone, seed)
         parameters = space.encode(configuration, backbone)
         assert space.suggest(FixedTrial(parameters), backbone) == configuration
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=5)
     @given(seed=st.integers(0, 2**31))
     def test_suggestions_depend_on_the_trial_alone(
         self, space: SearchSpace, backbone: Backbone, seed: int
@@ -187,7 +187,7 @@ class TestSpace:
         assert again.params == trial.params
         assert same == configuration
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=5)
     @given(seed=st.integers(0, 2**31))
     def test_an_enqueued_point_comes_out_with_nothing_left_to_sample(
         self, space: SearchSpace, backbone: Backbone, seed: int
@@ -200,7 +200,7 @@ class TestSpace:
         assert space.suggest(trial, backbone) == configuration
         assert trial.params == parameters
 
-    @settings(max_examples=4, deadline=None)
+    @settings(max_examples=4)
     @given(seed=st.integers(0, 2**31))
     def test_what_is_drawn_and_what_is_near_it_are_points_and_follow_from_the_generator(
         self, space: SearchSpace, backbone: Backbone, seed: int

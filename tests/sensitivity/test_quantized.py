@@ -17,7 +17,7 @@ from tests.tasks.test_causal_lm import task_of
 pytestmark = quiet
 NAMES = [name for name in SCORES if name != "leave_one_out"]
 # All in bfloat16, and 8-bit layers round what they are given, too.
-TOLERANCES = dict.fromkeys(NAMES, 0.05) | {"condition_number": 0.1, "synflow": 0.1}
+TOLERANCES = dict.fromkeys(NAMES, 0.05) | {"grasp": 0.15, "condition_number": 0.1, "synflow": 0.1}
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -39,9 +39,12 @@ def test_quantised_weights_are_scored_as_the_numbers_they_stand_for(
     found = compute_scores(packed, batches, task, NAMES)
     for name, expected in compute_scores(plain, batches, task, NAMES).items():
         pairs = torch.tensor([(found[name].values[site], value) for site, value in expected.values.items()])
-        if name in ("hessian", "grasp"):  # near 0 for a few sites
+        if name == "hessian":  # near 0 for a few sites
             assert float(torch.corrcoef(pairs.mT)[0, 1]) > 0.99, name
         else:
-            torch.testing.assert_close(*pairs.unbind(1), rtol=TOLERANCES[name], atol=0, msg=name)
+            nearly = (
+                0.01 * float(pairs.abs().max()) if name == "grasp" else 0.0
+            )  # of both signs, near 0 for one
+            torch.testing.assert_close(*pairs.unbind(1), rtol=TOLERANCES[name], atol=nearly, msg=name)
     after = packed.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

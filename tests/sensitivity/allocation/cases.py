@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.allocation import RankBudget, Ranks
 
 # A machine that is busy with something else fails no test.
-property_test = settings(deadline=None)
 
 SITES = tuple(Site(block, role) for block in range(4) for role in ("query", "value", "ffn_down"))
 

@@ -24,7 +24,6 @@ from tests.sensitivity.allocation.cases import (
     SITES,
     budgets,
     equal_costs,
-    property_test,
     ranks_of,
     sited,
     some_scores,
@@ -73,7 +72,6 @@ _every_allocator = pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids
 
 class TestPromises:
     @_every_allocator
-    @property_test
     @given(data=st.data())
     def test_ranks_keep_their_bounds(self, allocator: Allocator, data: st.DataObject) -> None:
         case = data.draw(_cases(allocator))
@@ -83,7 +81,6 @@ class TestPromises:
         assert all(case.budget.smallest <= rank <= case.cap for rank in ranks.values())
 
     @_every_allocator
-    @property_test
     @given(data=st.data())
     def test_the_budget_is_spent_to_within_one_rank_and_never_exceeded(
         self, allocator: Allocator, data: st.DataObject
@@ -95,7 +92,6 @@ class TestPromises:
         assert left < min((costs[site] for site, rank in ranks.items() if rank < case.cap), default=math.inf)
 
     @_every_allocator
-    @property_test
     @given(data=st.data())
     def test_the_order_of_the_input_does_not_matter(self, allocator: Allocator, data: st.DataObject) -> None:
         case = data.draw(_cases(allocator))
@@ -106,7 +102,6 @@ class TestPromises:
         assert list(shuffled.ranks().items()) == list(case.ranks().items())
 
     @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda one: one.name)
-    @property_test
     @given(data=st.data())
     def test_scores_have_no_unit(self, allocator: Allocator, data: st.DataObject) -> None:
         values = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=len(SITES)))
@@ -116,7 +111,6 @@ class TestPromises:
         assert allocator(scaled, budget) == allocator(sited(values), budget)
 
     @pytest.mark.parametrize("allocator", OF_SPECTRA, ids=lambda one: one.name)
-    @property_test
     @given(data=st.data())
     def test_spectra_have_no_unit(self, allocator: Allocator, data: st.DataObject) -> None:
         spectra = sited(data.draw(some_spectra))
@@ -128,7 +122,6 @@ class TestPromises:
         assert allocator(scaled, budget) == allocator(spectra, budget)
 
     @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda one: one.name)
-    @property_test
     @given(data=st.data())
     def test_at_equal_costs_a_better_score_never_gets_less(
         self, allocator: Allocator, data: st.DataObject
@@ -141,7 +134,6 @@ class TestPromises:
                 assert ranks[one] >= ranks[other]
 
     @pytest.mark.parametrize("allocator", [proportional, gora, fisher], ids=lambda one: one.name)
-    @property_test
     @given(data=st.data())
     def test_at_equal_costs_a_site_without_a_score_waits_for_the_others(
         self, allocator: Allocator, data: st.DataObject

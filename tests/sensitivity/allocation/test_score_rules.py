@@ -18,7 +18,6 @@ from tests.sensitivity.allocation.cases import (
     SITES,
     budgets,
     equal_costs,
-    property_test,
     ranks_of,
     sited,
     some_scores,
@@ -49,14 +48,12 @@ class TestProportional:
         # The third has 4 by its floor; 12 are left for the others, 2 : 1.
         assert ranks_of(proportional(sited([20, 10, 1]), equal_costs(16, 3, smallest=4))) == [8, 4, 4]
 
-    @property_test
     @given(some_scores, st.data())
     def test_temperature_zero_is_uniform(self, values: list[float], data: st.DataObject) -> None:
         budget = data.draw(budgets(len(values)))
         ones = dict.fromkeys(sited(values), 1.0)
         assert proportional(sited(values), budget, temperature=0.0) == proportional(ones, budget)
 
-    @property_test
     @given(st.integers(1, len(SITES)), st.data())
     def test_uniform_ranks_differ_by_one_at_most_at_equal_costs(
         self, sites: int, data: st.DataObject
@@ -66,7 +63,6 @@ class TestProportional:
         assert max(ranks) - min(ranks) <= 1
         assert ranks == sorted(ranks, reverse=True)
 
-    @property_test
     @given(some_scores, st.data())
     def test_agrees_with_shares_found_by_bisection(self, values: list[float], data: st.DataObject) -> None:
         budget = data.draw(budgets(len(values)))

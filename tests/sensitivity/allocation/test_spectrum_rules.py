@@ -18,7 +18,6 @@ from autopeft.sensitivity.allocation.rules import (
 from tests.sensitivity.allocation.cases import (
     coarse_values,
     equal_costs,
-    property_test,
     ranks_of,
     sited,
 )
@@ -89,14 +88,12 @@ class TestWaterFilling:
         # With 4 in all, the second site's first rank cannot be paid any more: the first site takes it all.
         assert ranks_of(water_filling(spectra, RankBudget(total=4, costs=sited([1, 3])))) == [4, 0]
 
-    @property_test
     @given(_small_spectra, st.data())
     def test_is_optimal_at_equal_costs(self, values: list[list[float]], data: st.DataObject) -> None:
         budget = data.draw(_small_budgets([data.draw(st.sampled_from((1, 7)))] * len(values)))
         found = _gain(sited(values), ranks_of(water_filling(sited(values), budget)))
         assert found == pytest.approx(_best_gain(sited(values), budget))
 
-    @property_test
     @given(_small_spectra, st.data())
     def test_misses_the_optimum_by_less_than_one_component_at_unequal_costs(
         self, values: list[list[float]], data: st.DataObject

@@ -178,7 +178,7 @@ def sensitivity(
         paths = report.save(to)
     except OSError as error:
         raise ValueError(f"The report cannot be written to {to}: {error.strerror}.") from error
-    if search.tracking is not None:
+    if isinstance(search.tracking, str):
         from autopeft.reporting.mlflow.store import log_report_run
 
         name = f"sensitivity {search.name}"

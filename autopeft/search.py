@@ -72,7 +72,7 @@ class Search(SearchSettings):
             says how well the scores would have ranked its trials.
         name: Name of the search; by default made from backbone, task and a hash of the settings.
         folder: Where searches are kept, each in a folder of its own name.
-        tracking: MLflow tracking URI; None to record nothing in MLflow.
+        tracking: MLflow tracking URI; what makes another `Tracker`; None to record nothing.
         experiment: MLflow experiment.
         tokenizer: Or another processor that the task needs, as of images. Needed where a loaded model does
             not say where it lies.
@@ -253,7 +253,7 @@ class Search(SearchSettings):
         said.say(str(found))
         with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
             study.set_attribute("verdict", {"trials": len(study.records), "text": str(found)})
-            if self.tracking is not None:
+            if isinstance(self.tracking, str):
                 from autopeft.reporting.mlflow.run_content import VERDICT_TAG
                 from autopeft.reporting.mlflow.store import tag_search
 
@@ -373,8 +373,10 @@ class Search(SearchSettings):
                 store.
             RuntimeError: See `export`.
         """
-        if self.tracking is None:
-            raise ValueError("The search has tracking=None: give it an MLflow tracking URI to register in.")
+        if not isinstance(self.tracking, str):
+            raise ValueError(
+                f"The search has tracking={self.tracking!r}: give it an MLflow tracking URI to register in."
+            )
         from autopeft.reporting.mlflow.registry import register_model
 
         with TemporaryDirectory() as scratch:

@@ -28,6 +28,7 @@ from autopeft.models.loading import Dtype, LoadOptions, Quantization
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
+from autopeft.reporting.tracker import TrackerFactory
 from autopeft.search_spaces import ScoreGuided, SearchSpace
 from autopeft.tasks import Task
 from autopeft.training.settings import Training
@@ -76,7 +77,7 @@ class SearchSettings:
         score_check: bool = False,
         name: str | None = None,
         folder: str | Path = "autopeft_runs",
-        tracking: str | None = "sqlite:///mlflow.db",
+        tracking: str | TrackerFactory | None = "sqlite:///mlflow.db",
         experiment: str = "autopeft",
         tokenizer: Processor | None = None,
         dtype: Dtype = "auto",
@@ -146,7 +147,7 @@ class SearchSettings:
             "objectives": [objective.name for objective in self.objectives],
             "constraints": {constraint.objective.name: constraint.bound for constraint in self.constraints},
             "folder": self._root,
-            "tracking": None if self.tracking is None else redact(self.tracking),
+            "tracking": redact(self.tracking) if isinstance(self.tracking, str) else self.tracking,
         }
 
     def _identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:

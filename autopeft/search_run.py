@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from optuna.study import Study
@@ -24,6 +25,7 @@ from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
+from autopeft.reporting.tracker import Tracker
 from autopeft.search_identity import SearchSettings, environment
 from autopeft.search_loop import FileCleanup, TrialListener, run_loop
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
@@ -101,7 +103,7 @@ class SearchRun:
         callbacks: Sequence[TrialListener],
         check_scores: ScoreChecks,
     ) -> ParetoFront:
-        """Run the loop, and leave study, files and MLflow's runs in order; see `Search.run`."""
+        """Run the loop, and leave study, files and what is tracked in order; see `Search.run`."""
         front = self.front()
         self.study.set_attribute("metrics", [asdict(each) for each in self.evaluator.task.objectives])
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
@@ -139,17 +141,18 @@ class SearchRun:
         return front
 
     def _report(self, evaluations: int, *, progress: bool) -> SearchReport:
-        tracker, tracking = None, self.settings.tracking
-        if tracking is not None:
-            from autopeft.reporting.mlflow.tracker import Tracker  # takes a fifth of importing all
+        tracking = self.settings.tracking
+        if tracking is None:
+            return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=Tracker())
+        if isinstance(tracking, str):
+            from autopeft.reporting.mlflow.tracker import MlflowTracker  # takes a fifth of importing all
 
-            tracker = Tracker(
-                tracking,
-                experiment=self.settings.experiment,
-                search_name=self.settings.name,
-                study_id=self.study.study_id,
-                objectives=self.settings.objectives,
-            )
+            tracking = partial(MlflowTracker, tracking, experiment=self.settings.experiment)
+        tracker = tracking(
+            search_name=self.settings.name,
+            study_id=self.study.study_id,
+            objectives=self.settings.objectives,
+        )
         return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=tracker)
 
     def _spent(self) -> tuple[float, Cost]:
@@ -181,9 +184,8 @@ class SearchRun:
             _logger.warning("The scores of the sites could not be checked.", exc_info=True)
             return
         progress.show(check.table())
-        if report.tracker is not None:
-            report.tracker.log_report(scores.save, "sensitivity")
-            report.tracker.log_report(check.save, "sensitivity")
+        report.tracker.log_report(scores.save, "sensitivity")
+        report.tracker.log_report(check.save, "sensitivity")
 
     def _close(self, report: SearchReport, front: ParetoFront) -> None:
         """Say what came out, and what is left to do."""

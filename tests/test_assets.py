@@ -252,6 +252,7 @@ def test_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert assets_folder() == Path(module.__file__).parent.parent / ".assets"
 
 
+@pytest.mark.slow
 def test_command_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(monkeypatch)
     monkeypatch.setenv("AUTOPEFT_ASSETS", str(root))

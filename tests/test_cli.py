@@ -336,6 +336,7 @@ def test_errors_are_one_line_and_exit_code_two(
     assert "Traceback" not in shown.err + shown.out
 
 
+@pytest.mark.slow
 def test_the_installed_command_prints_errors_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from autopeft.cli import main; main()", "validate", "missing.yaml"],

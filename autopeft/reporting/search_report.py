@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
@@ -18,9 +18,7 @@ from autopeft.core.profiling import SECTIONS, current_profile, section
 from autopeft.core.tables import as_text, titled_table
 from autopeft.reporting.console import SearchProgress, trial_line
 from autopeft.reporting.front import ParetoFront
-
-if TYPE_CHECKING:
-    from autopeft.reporting.mlflow.tracker import Tracker
+from autopeft.reporting.tracker import Tracker
 
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 PROFILE_FOLDER = "profile"
@@ -36,10 +34,10 @@ class SearchReport:
         spent: What is spent at the moment.
         evaluations: Evaluations of earlier calls.
         progress: Whether to print; as an attribute the terminal, within which the bar is shown.
-        tracker: Writes to MLflow; None for nothing there.
+        tracker: Records the search elsewhere, as in MLflow.
     """
 
-    def __init__(self, spent: Spending, *, evaluations: int, progress: bool, tracker: Tracker | None) -> None:
+    def __init__(self, spent: Spending, *, evaluations: int, progress: bool, tracker: Tracker) -> None:
         self.tracker = tracker
         self.evaluations = evaluations
         self.progress = SearchProgress(enabled=progress)
@@ -49,11 +47,8 @@ class SearchReport:
     def begin(
         self, front: ParetoFront, *, description: str, identity: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """Say what is searched, and what earlier calls found, and open the search's run in MLflow."""
-        if self.tracker is not None:
-            self.tracker.start(
-                note=description, identity=identity, records=front.records, members=front.members
-            )
+        """Say what is searched, and what earlier calls found."""
+        self.tracker.start(note=description, identity=identity, records=front.records, members=front.members)
         self.progress.say(description)
         if front.records:
             self.progress.say(_resuming(front.records))
@@ -66,8 +61,7 @@ class SearchReport:
             return
         configuration = job.configuration if isinstance(job, New) else job.record.evaluation.configuration
         self.progress.running(job.number)
-        if self.tracker is not None:
-            self.tracker.trial_started(job.number, configuration)
+        self.tracker.trial_started(job.number, configuration)
 
     def finished(self, record: TrialRecord, front: ParetoFront) -> None:
         """Show what became of a trial."""
@@ -89,8 +83,6 @@ class SearchReport:
 
     @section("log")
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
-        if self.tracker is None:
-            return
         self.tracker.front_changed(front.members)
         for point in record.points:
             self.tracker.trial_finished(point)
@@ -102,28 +94,25 @@ class SearchReport:
             self.tracker.publish_front(front.records, front.members)
 
     def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
-        """Write the front, and the profile below the search's folder, and end the search's run in MLflow."""
+        """Write the front, and the profile below the search's folder."""
         try:
-            if self.tracker is not None:
-                self.tracker.publish_front(front.records, front.members)
+            self.tracker.publish_front(front.records, front.members)
             self._record_profile(folder / PROFILE_FOLDER, trainings)
         finally:
-            if self.tracker is not None:
-                self.tracker.finish(status, front.records)
+            self.tracker.finish(status, front.records)
 
     def _record_profile(self, folder: Path, trainings: int) -> None:
-        """Say where the time of the call went: here, in a folder, and in MLflow, which is waited for."""
+        """Say where the time of the call went: here, in a folder, and by the tracker, which is waited for."""
         if (profile := current_profile.get()) is None:
             return
-        if self.tracker is not None:
-            self.tracker.flush()
+        self.tracker.flush()
         profile.count()
-        mlflow = None if self.tracker is None else self.tracker.worked
+        tracking = self.tracker.worked
         total = sum(span.seconds for span in profile.spans.values())
         headings = ("section", "share", "seconds", "ms a training", "processor", "calls", "what")
         title = f"Where {total:.1f} s went: {trainings} trainings"
         table = titled_table(title, headings, words=("section", "what"))
-        for name, span in {**profile.spans, "MLflow": mlflow}.items():
+        for name, span in {**profile.spans, "tracking": tracking}.items():
             if span is not None and span.seconds >= _SHORTEST_SECONDS:
                 table.add_row(
                     name,
@@ -134,7 +123,7 @@ class SearchReport:
                     str(span.calls),
                     SECTIONS.get(name, "its thread, beside"),
                 )
-        kept = {"seconds": total, "sections": profile.spans, "trainings": trainings, "mlflow": mlflow}
+        kept = {"seconds": total, "sections": profile.spans, "trainings": trainings, "tracking": tracking}
         text = json.dumps(kept, indent=1, default=asdict)
 
         def save(place: Path) -> None:
@@ -143,16 +132,13 @@ class SearchReport:
             (place / "profile.txt").write_text(as_text(table) + "\n", encoding="utf-8")
 
         save(folder)
-        if self.tracker is not None:
-            self.tracker.log_report(save, folder.name)
+        self.tracker.log_report(save, folder.name)
         self.progress.show(table)
 
     def say_link(self) -> None:
-        """Say where MLflow shows the search."""
-        if self.tracker is not None:
-            self.progress.say(f"MLflow: {self.tracker.link}")
-            if not self.tracker.is_server:
-                self.progress.say(f"        (served by: autopeft ui --tracking {self.tracker.store})")
+        """Say where the search is shown."""
+        for line in self.tracker.links():
+            self.progress.say(line)
 
 
 def _resuming(records: Sequence[TrialRecord]) -> str:

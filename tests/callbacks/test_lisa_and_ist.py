@@ -193,6 +193,7 @@ def suppressed_loss(
     return loss
 
 
+@pytest.mark.slow
 def test_importance_is_what_suppression_costs(tiny_llama: ModelFactory) -> None:
     """One block alone has an update: the others cost nothing when suppressed."""
     classifier = blocks(tiny_llama)

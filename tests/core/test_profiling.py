@@ -179,6 +179,7 @@ def test_actions_belong_to_sections(action: str, name: str | None) -> None:
     assert section_of(action) == name
 
 
+@pytest.mark.slow
 def test_a_profiled_search_is_the_same_search_and_says_where_its_time_went(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +200,7 @@ def test_a_profiled_search_is_the_same_search_and_says_where_its_time_went(
     assert kept["sections"]["rehearse"]["calls"] == 3  # a step, an export, the sampler
     assert kept["sections"]["record"]["seconds"] > 0
     assert kept["sections"]["log"]["seconds"] > 0
-    assert kept["mlflow"]["calls"] > 3
+    assert kept["tracking"]["calls"] > 3
     for name in ("load", "tokenise", "ask", "attach", "count", "other"):
         assert kept["sections"][name]["seconds"] > 0
     client = MlflowClient(uri)
@@ -215,6 +216,6 @@ def test_a_call_that_goes_on_is_profiled_by_itself(tmp_path: Path) -> None:
     search.run(trials=3, progress=False, profile=True)
     kept = json.loads((search.folder / PROFILE_FOLDER / "profile.json").read_text())
     assert kept["trainings"] == 1
-    assert kept["mlflow"] is None
+    assert kept["tracking"] is None
     assert kept["sections"]["forward"]["calls"] == 48 // 8
     assert "forward" in (search.folder / PROFILE_FOLDER / "profile.txt").read_text()

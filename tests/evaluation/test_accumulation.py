@@ -170,6 +170,7 @@ def test_memory_is_counted_as_it_is(name: str, accumulate: int, settings: dict[s
     assert counted == pytest.approx(base + counter.peak_bytes, rel=0.015)
 
 
+@pytest.mark.slow
 def test_packed_trials_are_those_alone() -> None:
     evaluator = packing_evaluator(training=replace(TRAINING, epochs=1, accumulate=2))
     compare(evaluator, (lora("0-3.query 0-3.value", 3), lora("2-3.query 1.ffn_up", 8, 3e-3)))

@@ -81,6 +81,7 @@ def test_packed_weights_are_estimated_as_they_are_counted(
     assert first.peak_memory == pytest.approx(count(backbone, task, first.trainable_parameters), rel=0.03)
 
 
+@pytest.mark.slow
 def test_packed_weights_checkpointing_and_parts_take_less(config: Path) -> None:
     options: list[dict[str, Any]] = [
         {},

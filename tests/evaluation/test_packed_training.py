@@ -37,6 +37,8 @@ from tests.packed import (
 )
 from tests.tiny_models import fingerprint, tiny_backbone
 
+pytestmark = pytest.mark.slow  # `test_packed_executor` tries the executor in `make test`
+
 
 def test_trainings_with_callbacks_are_alone() -> None:
     evaluator = packing_evaluator(training=replace(TRAINING, callbacks=[LearningCurve]))

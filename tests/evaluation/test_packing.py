@@ -28,6 +28,8 @@ from tests.packed import (
 )
 from tests.tiny_models import draw_parameters, tiny_batch
 
+pytestmark = pytest.mark.slow  # `test_packed_executor` tries the executor in `make test`
+
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_loras_of_other_ranks_sites_and_rates_train_as_they_do_alone(architecture: str) -> None:

@@ -48,6 +48,7 @@ def test_a_search_never_touches_the_tensors_of_its_backbone(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ["lora", "series", "parallel", "prefix"])
 @pytest.mark.usefixtures("no_collection")
+@pytest.mark.slow
 def test_what_a_trial_allocated_is_gone_when_it_ends(method: str) -> None:
     evaluator = tiny_evaluator()
     configuration = Configuration(everywhere(evaluator.backbone, method, 4).adapters)
@@ -71,6 +72,7 @@ def test_what_a_failed_trial_allocated_is_gone_too() -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
+@pytest.mark.slow
 def test_no_file_of_hidden_states_stays_mapped(tmp_path: Path) -> None:
     evaluator = evaluator_of(backbone_of(), tmp_path)
     evaluator.evaluate(above(evaluator.backbone, 2))

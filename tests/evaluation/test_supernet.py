@@ -61,6 +61,7 @@ def standalone_logits(
         return logits_of(backbone, batch)
 
 
+@pytest.mark.slow
 def test_one_training_teaches_every_sub_configuration() -> None:
     evaluator = tiny_evaluator(learner(num_hidden_layers=1), training=TRAINING, rows=96)
     backbone = evaluator.backbone

@@ -18,6 +18,7 @@ from autopeft.evaluation.supernet.warm_start import (
 from tests.search.test_warm_start import SPACE, WARM_START, chosen_of, distance, runner_of, warm_runner
 
 
+@pytest.mark.slow
 def test_each_training_of_a_trial_is_initialised_from_a_supernet_of_its_own(tmp_path: Path) -> None:
     runner, weights = warm_runner(tmp_path)
     configuration = chosen_of(weights, rate=1e-9)

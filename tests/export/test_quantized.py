@@ -61,6 +61,7 @@ def test_a_folder_of_several_methods_loads_its_base_quantised(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("quantization", "architecture"), [("nf4", "llama"), pytest.param("int8", "gpt2", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_merged_model_is_not_quantised(
     quantization: Quantization, architecture: str, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ class TestBackbone:
         assert peaks["encoder.1.ffn_down"] > peaks["decoder.0.ffn_down"] > peaks["decoder.3.ffn_down"]
 
 
+@pytest.mark.slow
 def test_an_estimate_places_adapters_in_the_top_half_of_each_stack(t5: Backbone, tmp_path: Path) -> None:
     t5.model.config.save_pretrained(tmp_path)
     found = estimate(tmp_path, Seq2Seq("unused"), rank=4, methods=("lora",), batch_size=1, length=8)

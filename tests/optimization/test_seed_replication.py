@@ -188,7 +188,9 @@ def search(folder: Path, **settings: object) -> Search:
     ids=("whole", "rungs"),
 )
 def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
-    one = search(tmp_path, halving=fidelity, tracking=f"sqlite:///{tmp_path}/mlflow.db")
+    names = [objective.name for objective in OBJECTIVES]
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    one = search(tmp_path, halving=fidelity, tracking=tracking, objectives=names)
     front = one.run(trials=8, progress=False)
     assert all(point.record.evaluation.trainings == 2 for point in front)
     for record in front.records:
@@ -235,6 +237,7 @@ def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path)
     assert len([one for one in waited if one < 3]) >= len(at_the_end)
 
 
+@pytest.mark.slow
 def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
     """The fourth training would come after 192 trials, and 100 that had all been tried end the search."""
     one = search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2), seeds=4)
@@ -243,6 +246,7 @@ def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
     assert all(point.record.evaluation.trainings == 4 for point in front)
 
 
+@pytest.mark.slow
 def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
     """Every training is said to take a second; those that wait come before the last second is spent."""
     one = search(tmp_path, seeds=3, seed=12)

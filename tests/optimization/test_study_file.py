@@ -88,6 +88,7 @@ def test_a_journal_cut_anywhere_keeps_the_whole_trials(tmp_path: Path) -> None:
         assert len(load_study(folder)[1]) == known + 1
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_first_ones_id(tmp_path: Path) -> None:
     script = "\n".join(
         [

@@ -12,7 +12,7 @@ from selenium.webdriver import Chrome
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, front_figure
 from autopeft.reporting.mlflow.server import mlflow_server
-from autopeft.reporting.mlflow.tracker import Tracker
+from autopeft.reporting.mlflow.tracker import MlflowTracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
 from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
 
@@ -26,13 +26,14 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
     browser.quit()
 
 
+@pytest.mark.slow
 def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(40)
     complete = [record for record in records if record.evaluation.status == "complete"]
     members = front_of(records)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with mlflow_server(uri, 5123) as server:
-        tracker = Tracker(
+        tracker = MlflowTracker(
             uri,
             experiment="autopeft",
             search_name="shown",
@@ -73,6 +74,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
             }
 
 
+@pytest.mark.slow
 def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(20)
     complete = sum(record.evaluation.status == "complete" for record in records)

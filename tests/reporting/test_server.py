@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from autopeft.reporting.mlflow.server import HOST, mlflow_server, serve
-from autopeft.reporting.mlflow.tracker import Tracker
+from autopeft.reporting.mlflow.tracker import MlflowTracker
 from tests.records import IDENTITY, OBJECTIVES, synthetic_records
 
 SERVE = (
@@ -41,11 +41,14 @@ def read_until(process: subprocess.Popen[str], last: str) -> str:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_link_is_printed_and_the_server_ends_with_the_command(
     end: signal.Signals, busy_port: int, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)
+    tracker = MlflowTracker(
+        uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES
+    )
     tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
     tracker.publish_front(synthetic_records(2), [1])
     tracker.finish("FINISHED")
@@ -70,7 +73,9 @@ def test_the_link_is_printed_and_the_server_ends_with_the_command(
 @pytest.mark.slow
 def test_a_server_is_its_own_ui(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker(uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES)
+    tracker = MlflowTracker(
+        uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES
+    )
     tracker.start(note="", identity=IDENTITY, records=())
     tracker.finish("FINISHED")
     with mlflow_server(uri) as server:

@@ -39,6 +39,7 @@ def finished_trials(uri: str) -> Counter[str]:
     return Counter(run.data.tags["mlflow.parentRunId"] for run in runs)
 
 
+@pytest.mark.slow
 def test_searches_with_equal_settings_keep_their_runs(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 
 from autopeft.core.evaluation import CurvePoint, Evaluation, TrialRecord
 from autopeft.reporting.mlflow.run_content import front_markdown, shortened
-from autopeft.reporting.mlflow.tracker import Tracker
+from autopeft.reporting.mlflow.tracker import MlflowTracker
 from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
 
 
@@ -34,9 +34,9 @@ def uri(empty_store: Path, tmp_path: Path) -> str:
     return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
 
 
-def make(uri: str, name: str = "one", study_id: str | None = None) -> Tracker:
+def make(uri: str, name: str = "one", study_id: str | None = None) -> MlflowTracker:
     study = study_id or f"study of {name.replace(chr(39), chr(32))}"
-    return Tracker(uri, experiment="autopeft", search_name=name, study_id=study, objectives=OBJECTIVES)
+    return MlflowTracker(uri, experiment="autopeft", search_name=name, study_id=study, objectives=OBJECTIVES)
 
 
 def parent_run(uri: str, name: str = "one") -> Run:
@@ -62,7 +62,7 @@ def numbers(runs: list[Run]) -> list[int]:
     return [int(run.data.tags["autopeft.trial"]) for run in runs]
 
 
-def track(uri: str, records: list[TrialRecord], members: list[int]) -> Tracker:
+def track(uri: str, records: list[TrialRecord], members: list[int]) -> MlflowTracker:
     tracker = make(uri)
     tracker.start(note="a search", identity=IDENTITY, records=())
     for record in records:
@@ -371,6 +371,7 @@ def start_search(uri: str) -> None:
     tracker.finish("FINISHED")
 
 
+@pytest.mark.slow
 def test_killed_while_the_store_is_made(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     process = multiprocessing.get_context("spawn").Process(target=start_search, args=(uri,))

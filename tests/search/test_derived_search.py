@@ -23,8 +23,13 @@ TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 
 def search(folder: Path, **settings: Any) -> Search:
-    space = Uniform(ranks=(4, 16), learning_rate=(5e-3, 3e-2))
-    return tiny_search(folder, **({"space": space, "training": TRAINING, "derive": True} | settings))
+    defaults: dict[str, Any] = {
+        "space": Uniform(ranks=(4, 16), learning_rate=(5e-3, 3e-2)),
+        "objectives": ("accuracy", "trainable_parameters", "peak_memory"),
+        "training": TRAINING,
+        "derive": True,
+    }
+    return tiny_search(folder, **(defaults | settings))
 
 
 def of_trials(front: ParetoFront) -> list[TrialRecord]:
@@ -53,6 +58,7 @@ def test_trials_are_the_same_and_the_front_has_more(tmp_path: Path) -> None:
     assert frame["derived_from"].dropna().to_dict() == {cut.number: cut.derived_from for cut in cuts}
 
 
+@pytest.mark.slow
 def test_cuts_are_replicated_with_their_trials(tmp_path: Path) -> None:
     found = search(tmp_path, seeds=2, tracking=f"sqlite:///{tmp_path}/mlflow.db")
     front = found.run(trials=4, progress=False)

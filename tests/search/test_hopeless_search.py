@@ -13,6 +13,7 @@ from autopeft.search_spaces import PerLayer
 from tests.learnable import tiny_search
 
 
+@pytest.mark.slow
 def test_a_search_in_which_all_fails_alike_stops_and_says_why(tmp_path: Path) -> None:
     search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 4)), baselines=False)
 

@@ -23,6 +23,7 @@ from tests.optimization.test_seed_replication import evaluated, search
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) -> None:
     """Whom a member beats that was trained once may come onto the front, and is then to have its tensors."""
     one = search(tmp_path, seed=seed)

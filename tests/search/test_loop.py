@@ -226,6 +226,7 @@ def test_what_is_promising_and_paused_is_named(tmp_path: Path, capsys: pytest.Ca
     assert "promising" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_scores_are_checked_on_request_and_within_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +247,7 @@ def test_the_scores_are_checked_on_request_and_within_the_budget(
 def test_the_terminal_says_once_how_much_memory_the_process_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_search(tmp_path).run(trials=2)
+    tiny_search(tmp_path, objectives=("accuracy", "peak_memory")).run(trials=2)
     assert capsys.readouterr().out.count("of main memory") == 1
 
 
@@ -267,16 +268,16 @@ def test_a_tracker_that_does_not_start_leaves_the_search_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while MLflow's run is opened: it must not stay RUNNING."""
-    from autopeft.reporting.mlflow.tracker import Tracker
+    from autopeft.reporting.mlflow.tracker import MlflowTracker
 
     ended: list[str] = []
 
-    def interrupted(self: Tracker, **options: Any) -> None:
+    def interrupted(self: MlflowTracker, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tracker, "start", interrupted)
-    monkeypatch.setattr(Tracker, "publish_front", lambda self, *arguments: None)
-    monkeypatch.setattr(Tracker, "finish", lambda self, status, records: ended.append(status))
+    monkeypatch.setattr(MlflowTracker, "start", interrupted)
+    monkeypatch.setattr(MlflowTracker, "publish_front", lambda self, *arguments: None)
+    monkeypatch.setattr(MlflowTracker, "finish", lambda self, status, records: ended.append(status))
     front = tiny_search(tmp_path, tracking=f"sqlite:///{tmp_path}/mlflow.db").run(trials=1, progress=False)
     assert len(front.records) == 0
     assert ended == ["KILLED"]

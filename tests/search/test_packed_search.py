@@ -21,6 +21,8 @@ from autopeft.training.settings import Training
 from tests.learnable import outcomes, tiny_search
 from tests.packed import assert_alike, packing_backbone
 
+pytestmark = pytest.mark.slow  # `test_packed_executor` tries the executor in `make test`
+
 TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true", frozen_blocks="eval")
 HALVING = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=2)
 

@@ -81,6 +81,7 @@ def test_five_trials_try_every_method_and_have_few_baselines(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.slow
 def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path: Path) -> None:
     is_spectral = ALLOCATORS[allocator].evidence == "spectra"
     score = "gradient_spectrum" if is_spectral else "gradient_norm"
@@ -121,6 +122,7 @@ def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_pat
     assert len(baselines) > 1
 
 
+@pytest.mark.slow
 def test_the_sampler_is_told_what_paused_and_infeasible_trials_are_worth(tmp_path: Path) -> None:
     told: list[History] = []
 

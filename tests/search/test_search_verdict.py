@@ -59,6 +59,7 @@ def test_random_labels_have_no_winner(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again.verdict == UNKNOWN, "there are other trials"
 
 
+@pytest.mark.slow
 def test_a_share_of_the_compute_is_for_the_verdict(tmp_path: Path) -> None:
     search = tiny_search(tmp_path)
     front = search.run(trials=2, progress=False, verdict=0.25)
@@ -68,6 +69,7 @@ def test_a_share_of_the_compute_is_for_the_verdict(tmp_path: Path) -> None:
         search.run(trials=2, verdict=1)
 
 
+@pytest.mark.slow
 def test_the_test_split_is_resampled_alike_for_all_models() -> None:
     evaluator = tiny_evaluator()
     trained = evaluator.train(Configuration(learning_rate=1e-2))

@@ -106,6 +106,7 @@ def test_tensors_of_another_configuration_are_a_failure_that_says_so() -> None:
     assert evaluator.backbone.attached is None
 
 
+@pytest.mark.slow
 def test_what_pauses_goes_on_as_if_it_had_not() -> None:
     evaluator = tiny_evaluator(training=TRAINING, rungs=(0.5,))
     supernet = supernet_of(evaluator)

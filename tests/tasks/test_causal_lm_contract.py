@@ -20,6 +20,7 @@ from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import model_inputs
 from benchmarks.memory import measure_live_storage
 from tests.quantized import QUANTIZATIONS, bytes_of_scales, quantized, quiet, save_base
+from tests.slow_cases import slow_unless
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
@@ -53,7 +54,10 @@ def lora(backbone: Backbone, rank: int = 4) -> Configuration:
     return Configuration(sites, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize(("architecture", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    slow_unless(lambda architecture, precision: precision == "float32" or architecture == "llama", CASES),
+)
 def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(
     architecture: str, precision: str, tmp_path: Path
 ) -> None:
@@ -80,7 +84,11 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("architecture", "precision"), [*itertools.product(ARCHITECTURES, ["float32"]), *QUANTIZED]
+    ("architecture", "precision"),
+    slow_unless(
+        lambda architecture, precision: architecture == "llama",
+        [*itertools.product(ARCHITECTURES, ["float32"]), *QUANTIZED],
+    ),
 )
 def test_memory_is_counted_as_it_is(
     architecture: str, precision: str, checkpointing: bool, tmp_path: Path
@@ -109,6 +117,7 @@ def test_memory_is_counted_as_it_is(
     ],
 )
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
 def test_exports_are_plain_peft_folders(
     architecture: str, merged: bool, precision: str, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from autopeft.tasks.batch import LABELS
 from autopeft.tasks.dataset_task import DatasetTask
 from benchmarks.memory import measure_live_storage
 from tests.evaluation.test_fake_device import LAZY, faked, optimizer_step
+from tests.slow_cases import slow_unless
 from tests.task_cases import TASK_CASES
 from tests.tiny_models import tiny_headed
 from tests.tiny_processors import tiny_processor
@@ -37,7 +38,10 @@ TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
 every_task = pytest.mark.parametrize("name", TASK_CASES)
 every_model = pytest.mark.parametrize(
     ("name", "architecture"),
-    [(name, architecture) for name, case in TASK_CASES.items() for architecture in case.architectures],
+    slow_unless(
+        lambda name, architecture: architecture == TASK_CASES[name].architectures[0],
+        [(name, architecture) for name, case in TASK_CASES.items() for architecture in case.architectures],
+    ),
 )
 
 
@@ -152,6 +156,7 @@ def test_a_step_keeps_to_the_models_device(name: str) -> None:
         module.eval().validation_step(fake, 0)
 
 
+@pytest.mark.slow
 def test_exports_load_in_plain_peft(tmp_path: Path) -> None:
     """One fresh process, which never imports autopeft, loads the exports of all tasks."""
     expected = {}

@@ -181,6 +181,7 @@ def test_a_backbone_without_an_image_processor_is_said(tmp_path: Path) -> None:
         Backbone.load(tmp_path, task().head)
 
 
+@pytest.mark.slow
 def test_trainings_are_served_hidden_states(tmp_path: Path) -> None:
     made = task()
     backbone = Backbone.load(tiny_headed(made.head, "dinov2"), made.head, PROCESSOR)

@@ -75,6 +75,7 @@ def test_a_task_of_ones_own_learns(place: Path) -> None:
     assert all(torch.equal(tensor, again.state[name]) for name, tensor in trained.state.items())  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_searched_and_exported_from_a_file(place: Path) -> None:
     settings = {
         "backbone": str(place / "base"),

@@ -24,6 +24,7 @@ def damage(folder: Path, kind: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["truncated"])
+@pytest.mark.slow
 def test_a_search_goes_on_without_its_damaged_files(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_search_goes_on_without_its_damaged_files(
 
 
 @pytest.mark.parametrize("kind", ["flipped"])
+@pytest.mark.slow
 def test_an_export_whose_checkpoint_is_damaged_trains_again(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

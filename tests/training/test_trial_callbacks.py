@@ -110,6 +110,7 @@ def test_class_and_settings_of_callbacks_are_part_of_the_identity() -> None:
     assert Training(callbacks=[Count()]).identity() == Training(callbacks=[Count]).identity()
 
 
+@pytest.mark.slow
 def test_a_search_with_layer_sampling_and_a_callback_of_ones_own(tmp_path: Path) -> None:
     training = replace(ONE_EPOCH, callbacks=[IST(every_n_steps=2, trials=2), Count])
     space = PerLayer(methods=("lora", "ia3"), ranks=(1, 8))
@@ -146,6 +147,7 @@ CALLBACKS: Mapping[str, Callable[[int], Callback]] = {
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.slow
 def test_a_paused_training_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     sites = len(lora(make_evaluator(RUNGS)))
     training = replace(TRAINING, callbacks=[CALLBACKS[name](sites)])

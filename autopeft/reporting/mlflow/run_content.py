@@ -19,9 +19,7 @@ from autopeft.core.tables import markdown_text
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
-
-SettingGroups = Mapping[str, Mapping[str, str]]
-"""What a search is: settings by their group and name."""
+from autopeft.reporting.tracker import SettingGroups
 
 PARENT_TAG: Final = "mlflow.parentRunId"
 SEARCH_TAG: Final = "autopeft.search"

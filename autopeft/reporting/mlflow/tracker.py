@@ -21,12 +21,12 @@ from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
 from autopeft.reporting.mlflow import run_content as content
-from autopeft.reporting.mlflow.run_content import SettingGroups
 from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
 from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from autopeft.reporting.mlflow.worker import Worker
+from autopeft.reporting.tracker import SettingGroups, Tracker
 
 _logger = logging.getLogger(__name__)
 _MOST_RUNS = 50_000  # MLflow's limit
@@ -35,7 +35,7 @@ _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 _PATIENCE_SECONDS = 60.0
 
 
-class Tracker:
+class MlflowTracker(Tracker):
     """Writes a search to MLflow from a thread of its own, so that training does not wait for it.
 
     MLflow never fails a search: what cannot be written is logged. The study holds everything; at the end, and
@@ -188,7 +188,7 @@ class Tracker:
         del self._waiting[: len(waiting)]  # what failed is written with the next
 
     @property
-    def is_front_due(self) -> bool:
+    def is_front_due(self) -> bool:  # type: ignore[override]  # read, never set
         """Whether the front's page is a minute old, and writing it keeps to a fiftieth of the time."""
         age = time.monotonic() - self._front_put
         return age > max(_FRONT_EVERY_SECONDS, self._front_seconds / _FRONT_SHARE)
@@ -248,6 +248,11 @@ class Tracker:
                 "search writes them.",
                 missing,
             )
+
+    def links(self) -> Sequence[str]:
+        """Return lines that say where the search is shown."""
+        served = () if self.is_server else (f"        (served by: autopeft ui --tracking {self.store})",)
+        return (f"MLflow: {self.link}", *served)
 
     @section("log")
     def flush(self) -> None:

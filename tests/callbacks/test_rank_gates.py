@@ -37,6 +37,7 @@ from tests.callbacks.lora_fits import (
     truncated_classifier,
 )
 from tests.conftest import ModelFactory
+from tests.slow_cases import slow_cases
 
 # By kind, for so many modules, to be fitted for 12 steps. Ranks move after steps 3, 6, 9 and 12; the
 # learned gates shrink by about 0.6.
@@ -73,7 +74,7 @@ def callback_for(kind: str, classifier: Classifier) -> RankGates:
     return callback
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [*slow_cases(False), True])
 @pytest.mark.parametrize("kind", FACTORIES)
 def test_the_truncated_lora_computes_what_the_fitted_model_does(
     kind: str, use_rslora: bool, tiny: ModelFactory

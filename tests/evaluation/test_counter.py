@@ -22,6 +22,7 @@ from autopeft.tasks import TextClassification
 from benchmarks.memory import measure_live_storage
 from tests.learnable import learnable_task
 from tests.loss_task import CROSS_ENTROPY, LossTask
+from tests.slow_cases import slow_cases
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import tiny_language_model
 
@@ -74,7 +75,7 @@ def real(backbone: Backbone, batch: dict[str, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("name", SITES)
-@pytest.mark.parametrize("family", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("family", ["tiny_bert", *slow_cases("tiny_llama", "tiny_gpt2")])
 def test_the_count_is_what_real_steps_hold(family: str, name: str, request: pytest.FixtureRequest) -> None:
     backbone = backbone_of(request.getfixturevalue(family)())
     batch = batch_of()

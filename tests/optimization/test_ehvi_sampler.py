@@ -103,7 +103,9 @@ def searched_from(
     return [configuration for configuration, _ in trials]
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize(
+    "name", [name if "guided" in name else pytest.param(name, marks=pytest.mark.slow) for name in SPACES]
+)
 class TestEverySpace:
     def test_chooses_points_that_were_not_tried_and_follows_from_seed_and_history(self, name: str) -> None:
         space = SPACES[name]

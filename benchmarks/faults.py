@@ -46,6 +46,7 @@ from tests.learnable import learnable_task, outcomes, tiny_search
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 TRIALS = 8
+FAULTS_A_STUDY = 18
 _DAY = 86_400.0
 
 Fault = Callable[[random.Random, Path], object]
@@ -237,7 +238,7 @@ class Study:
             finally:
                 os._exit(code)
         if kill is not None:
-            time.sleep(self.draw.random() * self.seconds / 3)
+            time.sleep(self.draw.random() * self.seconds)
             os.kill(child, kill)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -268,9 +269,10 @@ def main() -> None:
     injected, studies = 0, []
     while injected < arguments.faults:
         queue: list[str] = []
+        most = injected + FAULTS_A_STUDY
         with tempfile.TemporaryDirectory() as place:
             study = Study(Path(place), arguments.seed + len(studies), draw)
-            while injected < arguments.faults and not study.is_done:
+            while injected < min(arguments.faults, most) and not study.is_done:
                 queue = queue or draw.sample(study.faults, len(study.faults))
                 kind = queue.pop()
                 kinds[kind].update(study.disturb(kind))

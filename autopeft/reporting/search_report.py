@@ -83,13 +83,13 @@ class SearchReport:
 
     @section("log")
     def _track(self, record: TrialRecord, front: ParetoFront) -> None:
-        self.tracker.front_changed(front.members)
-        for point in record.points:
-            self.tracker.trial_finished(point)
         _, cost = self._spent()
         figures = {f"cost/{name}": float(value) for name, value in asdict(cost).items()}
         figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
         self.tracker.progress(figures, step=self.evaluations - 1)
+        self.tracker.front_changed(front.members)
+        for point in record.points:
+            self.tracker.trial_finished(point)
         if self.tracker.is_front_due:
             self.tracker.publish_front(front.records, front.members)
 

@@ -43,6 +43,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         tracker.start(note="a search", identity=IDENTITY, records=())
         for record in records:
             tracker.trial_started(record.number, record.evaluation.configuration)
+            tracker.progress({"hypervolume": 0.5, "cost/wall_seconds": 2.0 * record.number}, record.number)
             tracker.trial_finished(record)
         tracker.front_changed(members)
         tracker.publish_front(records, members)
@@ -54,11 +55,17 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         charts = wait_for(
             browser,
             DRAWN_POINTS,
-            lambda found: costs <= {chart["x"] for chart in found if chart["points"] == len(complete)},
+            lambda found: (
+                costs <= {chart["x"] for chart in found if chart["points"] == len(complete)}
+                and "search/wall_seconds" in {chart["x"] for chart in found}
+            ),
         )
         # The front comes first, before the charts that the UI adds of its own.
         assert {chart["x"] for chart in charts[:2]} == costs
         assert {chart["y"] for chart in charts[:2]} == {"accuracy"}
+        over_time = next(chart for chart in charts if chart["x"] == "search/wall_seconds")
+        seconds = sorted(x for x, *_ in over_time["marks"])
+        assert seconds == [2.0 * record.number for record in records]
         # Front members stand out, and each stands where its trial is.
         for chart, cost in ((chart, chart["x"].removeprefix("log10_")) for chart in charts[:2]):
             on_front = {

@@ -24,10 +24,14 @@ def client(tmp_path: Path) -> MlflowClient:
 def test_a_view_has_a_chart_a_cost_of_all_trials_of_the_search() -> None:
     state = json.loads(view_state("abc", OBJECTIVES))
     charts = [(chart["xaxis"]["key"], chart["yaxis"]["key"]) for chart in state["compareRunCharts"]]
-    assert charts == [("log10_trainable_parameters", "accuracy"), ("log10_peak_memory", "accuracy")]
+    assert charts == [
+        ("log10_trainable_parameters", "accuracy"),
+        ("log10_peak_memory", "accuracy"),
+        ("search/wall_seconds", "search/hypervolume"),
+    ]
     assert "'abc'" in state["searchFilter"]
     assert state["runsHiddenMode"] == "SHOW_ALL"
-    assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 2
+    assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 3
 
 
 def test_a_view_names_metrics_as_they_are_logged() -> None:

@@ -71,8 +71,13 @@ class RunWriter:
             self._client.update_run(run_id, status="RUNNING", name=name)
         self._runs[number] = run_id
 
-    def finish(self, record: TrialRecord, members: Collection[int], ended: int) -> None:
-        """Write a trial's result and end its run at a time in milliseconds; doing so again adds nothing."""
+    def finish(
+        self, record: TrialRecord, members: Collection[int], ended: int, figures: Mapping[str, float]
+    ) -> None:
+        """Write a trial's result and end its run at a time in milliseconds; doing so again adds nothing.
+
+        `figures` are of the search at that time.
+        """
         evaluation, number = record.evaluation, record.number
         configuration, on_front = evaluation.configuration, number in members
         moved = on_front != (number in self._tagged)  # a new run's tags say that it is off the front
@@ -84,7 +89,10 @@ class RunWriter:
         log_in_batches(
             self._client,
             run_id,
-            metrics=content.trial_metrics(record, self._objectives, points or 0, ended),
+            metrics=[
+                *content.trial_metrics(record, self._objectives, points or 0, ended),
+                *(Metric(name, value, ended, 0) for name, value in figures.items()),
+            ],
             params=content.trial_params(record) if points is None else {},
             tags=content.outcome_tags(record) | (content.front_tags(on_front=on_front) if moved else {}),
         )

@@ -26,6 +26,8 @@ from autopeft.reporting.mlflow.tracking_uri import redact_in
 
 _logger = logging.getLogger(__name__)
 COLOUR_TAG = "mlflow.runColor"
+HYPERVOLUME_KEY, TIME_KEY = "search/hypervolume", "search/wall_seconds"
+"""Metrics of a trial's run: what the search had reached by its end, and in what time."""
 _TAG = "mlflow.sharedViewState."
 _MOST_RUNS = 1000
 _REFUSED_IN_NAMES = re.compile(r"[^\w.\- :/]")
@@ -42,24 +44,32 @@ def log_scale_key(objective: Objective) -> str:
 
 
 def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
-    """Return the view as JSON: the children of a search's run, the first metric against every cost."""
+    """Return the view as JSON: of the trials of a search, the first metric against every cost.
+
+    A last chart has the hypervolume that the search had reached by each trial's end, against the time.
+    """
     metric = valid_key(next(objective.name for objective in objectives if objective.is_metric))
     costs = [cost for cost, _ in projections(objectives)]
     keys = [log_scale_key(cost) if cost.log_scale else valid_key(cost.name) for cost in costs]
     shared = {"deleted": False, "isGenerated": False}
     section = str(uuid.uuid5(uuid.NAMESPACE_OID, parent_run_id))
+    shown = [
+        (key, metric, valid_key(cost.name), f"{metric} against {valid_key(cost.name)}")
+        for cost, key in zip(costs, keys, strict=True)
+    ]
+    shown.append((TIME_KEY, HYPERVOLUME_KEY, TIME_KEY, "hypervolume against seconds of search"))
     charts = [
         {
-            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{valid_key(cost.name)}")),
+            "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{name}")),
             "type": "SCATTER",
             "metricSectionId": section,
             "runsCountToCompare": _MOST_RUNS,
             "xaxis": {"key": key, "type": "METRIC"},
-            "yaxis": {"key": metric, "type": "METRIC"},
-            "displayName": f"{metric} against {valid_key(cost.name)}",
+            "yaxis": {"key": value, "type": "METRIC"},
+            "displayName": title,
             **shared,
         }
-        for cost, key in zip(costs, keys, strict=True)
+        for key, value, name, title in shown
     ]
     layout = {"display": True, "isReordered": True, "columns": min(len(charts), 3), "cardHeight": 480}
     columns = [f"metrics.`{name}`" for name in (metric, *(valid_key(cost.name) for cost in costs))]

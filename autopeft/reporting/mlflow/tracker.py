@@ -22,7 +22,14 @@ from autopeft.reporting.frame import front_frame
 from autopeft.reporting.front_plots import front_figure, static_front_figure
 from autopeft.reporting.mlflow import run_content as content
 from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
-from autopeft.reporting.mlflow.saved_view import save_view, valid_key, view_link, view_state
+from autopeft.reporting.mlflow.saved_view import (
+    HYPERVOLUME_KEY,
+    TIME_KEY,
+    save_view,
+    valid_key,
+    view_link,
+    view_state,
+)
 from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from autopeft.reporting.mlflow.worker import Worker
@@ -79,6 +86,7 @@ class MlflowTracker(Tracker):
         self._note = ""
         self._members: frozenset[int] = frozenset()  # of the front
         self._waiting: list[Metric] = []
+        self._figures: Mapping[str, float] = {}  # of the search, after the latest evaluation
         self._front_put = -math.inf  # when; the first trial is to be seen at once
         self._front_seconds = 0.0  # that writing it took
         self.failures = 0
@@ -167,8 +175,8 @@ class MlflowTracker(Tracker):
 
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
-        now = _milliseconds()
-        self._worker.put(lambda: self._runs.finish(record, self._members, now))
+        now, figures = _milliseconds(), self._figures
+        self._worker.put(lambda: self._runs.finish(record, self._members, now, figures))
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
@@ -179,6 +187,8 @@ class MlflowTracker(Tracker):
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""
         now = _milliseconds()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        shown = {HYPERVOLUME_KEY: "hypervolume", TIME_KEY: "cost/wall_seconds"}
+        self._figures = {key: finite[name] for key, name in shown.items() if name in finite}
         self._waiting += [Metric(valid_key(name), value, now, step) for name, value in finite.items()]
         self._worker.put(self._write_progress)
 

@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from autopeft import search_spaces, tasks
     from autopeft.core.configuration import Adapter, Configuration, Site
     from autopeft.core.evaluation import Evaluation, TrialRecord
+    from autopeft.core.export_report import ExportReport
     from autopeft.evaluation.estimate import estimate
     from autopeft.evaluation.evaluator import Evaluator
     from autopeft.evaluation.packing.executor import PackedExecutor
     from autopeft.evaluation.ray_executor import RayExecutor
     from autopeft.evaluation.supernet.supernet import LoraSupernet
     from autopeft.evaluation.supernet.warm_start import WarmStart
-    from autopeft.export.export import ExportReport, load_adapter
+    from autopeft.export.export import load_adapter
     from autopeft.methods import adapters_off, attach, count_parameters
     from autopeft.models.backbone import Backbone
     from autopeft.optimization.successive_halving import SuccessiveHalving
@@ -32,7 +33,7 @@ _HOMES = {
     "Configuration": "core.configuration",
     "Evaluation": "core.evaluation",
     "Evaluator": "evaluation.evaluator",
-    "ExportReport": "export.export",
+    "ExportReport": "core.export_report",
     "FrontPoint": "reporting.front",
     "LoraSupernet": "evaluation.supernet.supernet",
     "PackedExecutor": "evaluation.packing.executor",

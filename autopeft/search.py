@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from autopeft.core.errors import check_numbers, check_whole
+from autopeft.core.export_report import ExportReport
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.evaluation.supernet.warm_start import initial_weights
 from autopeft.export.conversion import ENERGY
-from autopeft.export.export import ExportReport, export_adapter
+from autopeft.export.export import export_adapter
 from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget, Spent

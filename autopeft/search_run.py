@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from optuna.study import Study
 
 from autopeft.core.evaluation import Cost
+from autopeft.core.export_report import ExportReport
 from autopeft.core.profiling import section
 from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
@@ -48,7 +48,7 @@ class SearchRun:
         settings: SearchSettings,
         study: StudyStore,
         budget: Budget,
-        export: Callable[..., Any],
+        export: Callable[..., ExportReport],
         *,
         retry_failed: bool = False,
     ) -> None:

@@ -266,7 +266,8 @@ def main() -> None:
     torch.set_num_threads(1)
     draw = random.Random(arguments.seed)
     kinds = {kind: Counter[str]() for kind in FAULTS}
-    injected, studies = 0, []
+    injected = 0
+    studies: list[dict[str, int]] = []
     while injected < arguments.faults:
         queue: list[str] = []
         most = injected + FAULTS_A_STUDY

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.export.export import ExportReport, export_adapter
+from autopeft.core.export_report import ExportReport
+from autopeft.export.export import export_adapter
 from autopeft.export.verification import trained_logits
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone

@@ -22,27 +22,6 @@ ENERGY = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What making one LoRA of a configuration kept and lost."""
-
-    energy_kept: Mapping[Site, float]  # share of each update that was no LoRA
-    trained: Mapping[str, float]  # metrics on the validation split of what was trained; none where not scored
-    as_lora: Mapping[str, float]  # the same of the LoRA
-
-    def __str__(self) -> str:
-        scores = (
-            f"{name} {value:.4f} as trained, {self.as_lora[name]:.4f} as LoRA"
-            for name, value in self.trained.items()
-        )
-        lost = "; ".join(scores) or "it was not scored again"
-        least = min(self.energy_kept.values())
-        return (
-            f"Made LoRA: {len(self.energy_kept)} sites, each keeping at least {least:.2%} of its update. "
-            f"On the validation split: {lost}."
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlainLora:
     """A trained configuration as one LoRA with a scale of 1 for every module."""
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.export_report import Conversion, ExportReport
 from autopeft.export.comparison import TRAINING_FILE, check_comparison, write_comparison
-from autopeft.export.conversion import ENERGY, Conversion, plain_lora
+from autopeft.export.conversion import ENERGY, plain_lora
 from autopeft.export.folder_format import (
     CARD_FILE,
     CONFIGURATION_FILE,
@@ -44,51 +44,12 @@ from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.base import SplitName
 
-__all__ = ["ExportReport", "export_adapter", "load_adapter"]
+__all__ = ["export_adapter", "load_adapter"]
 
 _logger = logging.getLogger(__name__)
 
 Score = Callable[[Configuration, Mapping[str, Tensor], SplitName], Mapping[str, float]]
 """Returns the metrics of a configuration and its trained tensors on a split, as `Evaluator.score` does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What an export wrote, and how it was checked.
-
-    Attributes:
-        folder: The folder.
-        kind: What kind of folder it is, as a phrase.
-        files: Paths of its files, relative to the folder.
-        bytes: Their size together.
-        max_logit_difference: Largest absolute difference between the logits of the trained model and of
-            the one that was loaded from the folder; None where that was not checked.
-        checked: How it was checked.
-        servers: Which servers can take it, and how they are started.
-        how_to_load: A Python snippet that loads it.
-        conversion: What was kept and lost where other methods were made LoRA; None where nothing was.
-    """
-
-    folder: Path
-    kind: str
-    files: tuple[str, ...]
-    bytes: int
-    max_logit_difference: float | None
-    checked: str
-    servers: str
-    how_to_load: str
-    conversion: Conversion | None = None
-
-    def __str__(self) -> str:
-        converted = "" if self.conversion is None else f"{self.conversion}\n"
-        snippet = "\n".join(f"    {line}".rstrip() for line in self.how_to_load.splitlines())
-        return (
-            f"Exported to {self.folder}: {self.kind} "
-            f"({len(self.files)} files, {self.bytes / 2**20:.1f} MiB).\n"
-            f"{converted}{self.checked}\n"
-            f"Servers: {self.servers}\n"
-            f"Load it with:\n\n{snippet}"
-        )
 
 
 def export_adapter(

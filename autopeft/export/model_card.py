@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.export_report import Conversion
 from autopeft.core.objectives import COST_OBJECTIVES, GENERATION_SPEEDS
 from autopeft.core.tables import markdown_text
-from autopeft.export.conversion import Conversion
 from autopeft.export.folder_format import Manifest
 from autopeft.export.serving import SERVERS, how_to_serve
 from autopeft.export.targets import COMPARISON

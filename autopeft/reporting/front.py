@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
+from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, front_records, hypervolume, knee
 from autopeft.core.tables import Tabular, titled_table
@@ -42,7 +43,7 @@ class FrontPoint:
 
     record: TrialRecord
     objectives: tuple[Objective, ...]
-    _export: Callable[..., Any] | None = None
+    _export: Callable[..., ExportReport] | None = None
 
     @property
     def number(self) -> int:
@@ -59,7 +60,7 @@ class FrontPoint:
         """Objectives and metrics by name, on the validation split."""
         return self.record.evaluation.values
 
-    def export(self, folder: str | Path, **options: Any) -> Any:
+    def export(self, folder: str | Path, **options: Any) -> ExportReport:
         """Write the trained adapter to a folder; see `autopeft.Search.export` for options and report.
 
         Raises:
@@ -102,7 +103,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         records: Sequence[TrialRecord],
         objectives: Sequence[Objective],
         axes: Sequence[Axis],
-        export: Callable[..., Any] | None = None,
+        export: Callable[..., ExportReport] | None = None,
         verdict: str = UNKNOWN,
     ) -> None:
         trials = [record for record in records if record.derived_from is None]
@@ -131,7 +132,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         cls,
         attributes: Mapping[str, Any],
         records: Sequence[TrialRecord],
-        export: Callable[..., Any] | None = None,
+        export: Callable[..., ExportReport] | None = None,
     ) -> ParetoFront:
         """Return the front of a study that was read from disk; no model is loaded."""
         if not {"identity", "metrics", "axes"} <= attributes.keys():
@@ -192,7 +193,11 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     def __len__(self) -> int:
         return len(self._points)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> FrontPoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[FrontPoint]: ...
+    def __getitem__(self, index: int | slice) -> FrontPoint | Sequence[FrontPoint]:
         return self._points[index]
 
     def best(self, **bounds: float | str) -> FrontPoint:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import autopeft
 from autopeft import Adapter, Configuration, Site
+from autopeft.core.export_report import ExportReport
 from autopeft.core.precision import quickest_precision
-from autopeft.export.export import ExportReport, export_adapter
+from autopeft.export.export import export_adapter
 from autopeft.models.loading import Quantization
 from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.batch import model_inputs

@@ -26,14 +26,15 @@ print(json.dumps(model.predict(sys.argv[3:])["label"].tolist()))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # of MLflow, as it is imported
 def test_a_registered_model_labels_texts_in_a_fresh_process(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path, tracking=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    search = tiny_search(tmp_path, tracking=uri)
     best = search.run(trials=2, progress=False).best()
     assert search.register(best.number, "reviews") == "models:/reviews/1"
-    (model,) = MlflowClient(tracking_uri=search.tracking).search_model_versions("name = 'reviews'")
+    (model,) = MlflowClient(tracking_uri=uri).search_model_versions("name = 'reviews'")
     assert model.tags["autopeft.registered_trial"] == str(best.number)
     texts = learnable_rows(3)["text"]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(search.tracking), "models:/reviews/1", *texts],
+        [sys.executable, "-c", SCRIPT, uri, "models:/reviews/1", *texts],
         capture_output=True,
         text=True,
         check=True,

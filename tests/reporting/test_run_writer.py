@@ -60,8 +60,8 @@ def test_a_run_is_shown_as_running_and_ends_with_the_trial(client: MlflowClient,
     runs_of_trials.start(1, RECORDS[1].evaluation.configuration, NOW - 5000)
     (run,) = runs(client, experiment)
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("RUNNING", NOW - 5000, None)
-    runs_of_trials.finish(RECORDS[1], [1], NOW)
-    runs_of_trials.finish(RECORDS[2], [1], NOW)  # never shown as running
+    runs_of_trials.finish(RECORDS[1], [1], NOW, {})
+    runs_of_trials.finish(RECORDS[2], [1], NOW, {})  # never shown as running
     first, second = sorted(runs(client, experiment), key=lambda run: run.data.tags["autopeft.trial"])
     assert (first.info.run_id, first.info.status, first.info.end_time) == (run.info.run_id, "FINISHED", NOW)
     seconds = RECORDS[2].evaluation.cost.wall_seconds
@@ -75,11 +75,11 @@ def test_a_run_is_shown_as_running_and_ends_with_the_trial(client: MlflowClient,
 def test_a_trial_that_goes_on_has_one_run_and_each_point_once(client: MlflowClient, experiment: str) -> None:
     record = RECORDS[3]
     first = writer(client, experiment)
-    first.finish(paused(record, 2), [], NOW)
+    first.finish(paused(record, 2), [], NOW, {})
     assert runs(client, experiment)[0].info.status == "SCHEDULED"
     later, missing, foreign = adopted(client, experiment, [paused(record, 2)])
     assert (missing, foreign) == ([], 0)
-    later.finish(record, [3], NOW + 1000)
+    later.finish(record, [3], NOW + 1000, {})
     (run,) = runs(client, experiment)
     assert (run.info.status, run.data.tags["autopeft.pareto"]) == ("FINISHED", "true")
     name = record.evaluation.curves[0].metric
@@ -91,10 +91,10 @@ def test_a_trial_that_goes_on_has_one_run_and_each_point_once(client: MlflowClie
 def test_a_run_that_is_out_of_date_is_written_on(client: MlflowClient, experiment: str) -> None:
     """The search was killed after the study had the trial's result and before MLflow had it."""
     record = RECORDS[3]
-    writer(client, experiment).finish(paused(record, 2), [], NOW)
+    writer(client, experiment).finish(paused(record, 2), [], NOW, {})
     later, missing, _ = adopted(client, experiment, [record])
     assert missing == [3]
-    later.finish(record, [], NOW)
+    later.finish(record, [], NOW, {})
     assert [run.info.status for run in runs(client, experiment)] == ["FINISHED"]
     assert adopted(client, experiment, [record])[1] == []
 
@@ -111,7 +111,7 @@ def test_an_interrupted_trial_goes_on_in_its_run(client: MlflowClient, experimen
     other = replace(RECORDS[5], number=4)  # the number may come to another configuration
     again.start(4, other.evaluation.configuration, NOW)
     assert [found.info.status for found in runs(client, experiment)] == ["RUNNING"]
-    again.finish(other, [], NOW)
+    again.finish(other, [], NOW, {})
     (found,) = runs(client, experiment)
     assert found.info.run_id == run.info.run_id
     assert found.data.params["configuration_key"] == other.evaluation.configuration.key
@@ -121,12 +121,12 @@ def test_an_interrupted_trial_goes_on_in_its_run(client: MlflowClient, experimen
 def test_finished_runs_that_are_not_the_studys_stay(client: MlflowClient, experiment: str) -> None:
     before = writer(client, experiment)
     for record in RECORDS[:3]:
-        before.finish(record, [], NOW)
+        before.finish(record, [], NOW, {})
     kept = {run.info.run_id: run.data.to_dictionary() for run in runs(client, experiment)}
     others = [RECORDS[0], replace(RECORDS[5], number=1)]
     later, missing, foreign = adopted(client, experiment, others)
     assert (missing, foreign) == ([1], 2)
-    later.finish(others[1], [], NOW)
+    later.finish(others[1], [], NOW, {})
     later.mark([0, 1])
     later.end_unfinished()
     after = {run.info.run_id: run.data.to_dictionary() for run in runs(client, experiment)}
@@ -140,9 +140,9 @@ def test_writing_a_trial_again_adds_nothing(client: MlflowClient, experiment: st
     curves = tuple(CurvePoint(metric="loss", step=step, value=1 / (1 + step)) for step in range(1500))
     record = replace(RECORDS[2], evaluation=replace(RECORDS[2].evaluation, curves=curves))
     runs_of_trials = writer(client, experiment)
-    runs_of_trials.finish(record, [], NOW)
+    runs_of_trials.finish(record, [], NOW, {})
     runs_of_trials._points.clear()
-    runs_of_trials.finish(record, [], NOW)
+    runs_of_trials.finish(record, [], NOW, {})
     (run,) = runs(client, experiment)
     assert len(client.get_metric_history(run.info.run_id, "curve/loss")) == 1500
 
@@ -150,7 +150,7 @@ def test_writing_a_trial_again_adds_nothing(client: MlflowClient, experiment: st
 def test_the_front_changes_tags_of_the_trials_concerned_alone(client: MlflowClient, experiment: str) -> None:
     runs_of_trials = writer(client, experiment)
     for record in RECORDS[:3]:
-        runs_of_trials.finish(record, [0], NOW)
+        runs_of_trials.finish(record, [0], NOW, {})
     for members in ([0, 1], [1, 2, 9], [2]):
         runs_of_trials.mark(members)
         found = {run.data.tags["autopeft.trial"]: run.data.tags for run in runs(client, experiment)}

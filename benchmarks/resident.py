@@ -9,6 +9,7 @@ the most that was in each section of `autopeft.core.profiling`. Pages of mapped 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -21,6 +22,8 @@ from autopeft.core.profiling import Profile
 from autopeft.yaml_config import load_config
 from benchmarks.leak import resident_bytes
 
+ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
+"""Settings of glibc and torch by which freed tensors leave the process; see `docs/how-it-works/memory.md`."""
 _RECORD = "resident.json"
 _PROCESS = Path("/proc/self")
 _RESTART_PEAK = "5"  # proc(5), clear_refs
@@ -73,7 +76,8 @@ class Resident:
 
 def searched(config: Path, folder: Path) -> Resident | None:
     """Run a search in a process of its own; return the memory that it held, if it was run in one call."""
-    subprocess.run([sys.executable, "-m", "benchmarks.resident", str(config), str(folder)], check=True)
+    command = [sys.executable, "-m", "benchmarks.resident", str(config), str(folder)]
+    subprocess.run(command, check=True, env=os.environ | ALLOCATION)
     record = folder / _RECORD
     return Resident(**json.loads(record.read_text())) if record.exists() else None
 

@@ -107,7 +107,9 @@ def step_times(evaluator: Evaluator, cut: int, steps: int) -> dict[str, Any]:
         ways: dict[str, Serve] = {"computed": contextlib.nullcontext, "served": evaluator.hidden_states.serve}
         module = evaluator.module(configuration)
         module.train()
-        optimizer = torch.optim.AdamW([one for one in module.parameters() if one.requires_grad], lr=1e-3)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad], lr=1e-3
+        )
         loader = evaluator.data.train_dataloader()
         batches = islice((batch for _ in cycle([0]) for batch in loader), steps + WARM_UP)
         for index, batch in enumerate(batches):

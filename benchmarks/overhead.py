@@ -70,7 +70,7 @@ SPARED = "compute hidden states"
 
 def untrained(trainer: Trainer, module: FineTuning, evaluator: Any, best: BestWeights, seed: int) -> None:
     """Stand in for the fit: log a score that depends on the attached parameters' number."""
-    trainable = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     score = torch.tensor(min(0.95, 0.3 + 0.04 * trainable**0.2 + random.Random(trainable).gauss(0, 0.02)))
     best.metrics = {metric.name: float(score) for metric in evaluator.task.metrics}
 

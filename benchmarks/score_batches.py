@@ -52,9 +52,9 @@ def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, 
     """Return a row for each number of batches."""
     rows = []
     settings = [Setting(dataset=dataset, seed=seed, trials=1) for seed in range(seeds)]
-    whole = [scored(one, MOST) for one in settings]
+    whole = [scored(setting, MOST) for setting in settings]
     for number in (*numbers, MOST):
-        several = whole if number == MOST else [scored(one, number) for one in settings]
+        several = whole if number == MOST else [scored(setting, number) for setting in settings]
         found = [agreement(few, sixteen) for (few, _), (sixteen, _) in zip(several, whole, strict=True)]
         rows.append(
             {

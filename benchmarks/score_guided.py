@@ -67,7 +67,7 @@ def run_search(dataset: str, name: str, seed: int, trials: int, baselines: bool,
     front = search.run(trials=trials, progress=False)
     return [
         hypervolume(
-            [one.evaluation.values for one in front_records(front.records[:count], front.objectives)],
+            [record.evaluation.values for record in front_records(front.records[:count], front.objectives)],
             front.axes,
         )
         for count in range(1, len(front.records) + 1)

@@ -66,7 +66,7 @@ def batch_of(rows: int) -> dict[str, torch.Tensor]:
 def uniform(backbone: Backbone) -> Configuration:
     """Return LoRA of rank 8 on all linear modules."""
     sites = Allocation(budget=1).candidates(backbone)
-    return Configuration.from_dict({"sites": {str(one): {"method": "lora", "size": 8} for one in sites}})
+    return Configuration.from_dict({"sites": {str(site): {"method": "lora", "size": 8} for site in sites}})
 
 
 def peak_of_scoring(task: TextClassification, precision: Precision) -> int:

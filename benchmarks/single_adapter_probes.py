@@ -47,9 +47,9 @@ _OTHER_SEEDS = "the mean of the other seeds"
 def candidates(choices: Choices, rate: float) -> dict[str, Configuration]:
     """Return the head alone and every lone adapter, by site."""
     found = {_HEAD: Configuration({}, learning_rate=rate)}
-    for one in single_adapter_probes(choices, (), rate):
-        ((site, _),) = one
-        found[str(site)] = one
+    for probe in single_adapter_probes(choices, (), rate):
+        ((site, _),) = probe
+        found[str(site)] = probe
     return found
 
 
@@ -84,7 +84,7 @@ def correlations(
     found = {name: spearman([one[site] for site in sites], means) for name, one in values.items()}
     first, *others = per_seed
     if others:
-        rest = [statistics.fmean(one[site] for one in others) for site in sites]
+        rest = [statistics.fmean(other[site] for other in others) for site in sites]
         found[_OTHER_SEEDS] = spearman([first[site] for site in sites], rest)
     return found
 
@@ -115,7 +115,7 @@ def show(row: Mapping[str, Any]) -> None:
     table.add_column("trainable parameters", justify="right")
     table.add_column("reached (each seed)", justify="right")
     for name, scores in row["reached"].items():
-        table.add_row(name, f"{row['parameters'][name]:,}", " ".join(f"{one:.3f}" for one in scores))
+        table.add_row(name, f"{row['parameters'][name]:,}", " ".join(f"{score:.3f}" for score in scores))
     console = Console(width=100)
     console.print(table)
     for name, value in row["spearman"].items():
@@ -135,7 +135,7 @@ def main() -> None:
     seeds = range(FRESH_SEEDS[0], FRESH_SEEDS[0] + count)
     with ProcessPoolExecutor(arguments.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = [pool.submit(reached_with, dataset, seed, rate) for seed in seeds]
-        row = measure(dataset, [one.result() for one in futures], rate)
+        row = measure(dataset, [future.result() for future in futures], rate)
     show(row)
     record = {
         "command": f"python -m benchmarks.single_adapter_probes --dataset {dataset} --seeds {count} "

@@ -53,13 +53,13 @@ class Stopwatch:
             patch.object(owner, method, self._watched(name, getattr(owner, method)))
             for name, owner, method in places
         ]
-        for one in patches:
-            one.start()
+        for patcher in patches:
+            patcher.start()
         try:
             yield
         finally:
-            for one in patches:
-                one.stop()
+            for patcher in patches:
+                patcher.stop()
 
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

@@ -142,7 +142,7 @@ def random_forest(inputs: Inputs, scores: Array, trainings: Array, others: Input
 
 def models(features: Features) -> dict[str, tuple[Model, Features]]:
     """Return models by name, with what they are given of a configuration."""
-    options = {one.name: getattr(features, one.name) for one in fields(features)}
+    options = {field.name: getattr(features, field.name) for field in fields(features)}
     return {
         OURS: (gaussian_process, features),
         "the learning rate, not the summed one": (gaussian_process, RateFeatures(**options)),
@@ -164,10 +164,10 @@ def figures(
         known.trainings,
         features.inputs(others, SCORE),
     )
-    true = np.array([truth[one] for one in others])
+    true = np.array([truth[other] for other in others])
     found = {}
     for size, adapters in SIZES.items():
-        chosen = np.array([len(one) in adapters for one in others])
+        chosen = np.array([len(other) in adapters for other in others])
         ranks_nobody = np.ptp(foretold[chosen]) == 0
         correlation = 0.0 if ranks_nobody else float(spearmanr(foretold[chosen], true[chosen]).statistic)
         error = float(np.sqrt(np.mean((foretold[chosen] - true[chosen]) ** 2)))

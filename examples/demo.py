@@ -100,7 +100,7 @@ def compare(search: Search, front: ParetoFront, baselines: list[Baseline]) -> Ta
     for heading in ("", "validation accuracy", "trainable parameters", "peak memory", "tried"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [("best of the search", best.values, len(front.records))]
-    rows += [(one.name, one.evaluation.values, one.tried) for one in baselines]
+    rows += [(baseline.name, baseline.evaluation.values, baseline.tried) for baseline in baselines]
     for name, values, tried in rows:
         cells = [objective.format(values[objective.name]) for objective in search.objectives]
         table.add_row(name, *cells, str(tried))

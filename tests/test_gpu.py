@@ -68,7 +68,7 @@ def test_a_search_on_the_gpu_gives_a_front_that_exports(executor: Any, tmp_path:
     assert report.max_logit_difference is not None
     assert report.max_logit_difference < 1e-3
     with attach(search.open().backbone, LORA):
-        assert {one.device.type for one in search.open().backbone.model.parameters()} == {"cuda"}
+        assert {parameter.device.type for parameter in search.open().backbone.model.parameters()} == {"cuda"}
     torch.cuda.synchronize()
 
 

@@ -122,7 +122,7 @@ def end_of(rival: str) -> str:
 def axes_of(setting: Setting, backbone: Backbone) -> tuple[Axis, Axis]:
     """Return the axes of all comparisons: the metric from always predicting the majority, and parameters."""
     metric, cost = resolve_objectives((setting.metric, "trainable_parameters"), setting.task.metrics)
-    smallest, largest = (count_parameters(backbone, one) for one in per_layer().extremes(backbone))
+    smallest, largest = (count_parameters(backbone, extreme) for extreme in per_layer().extremes(backbone))
     worst, best = setting.task.trivial_score(setting.metric), setting.task.best_score(setting.metric)
     return (
         Axis(objective=metric, worst=worst, best=best),
@@ -170,10 +170,10 @@ class Comparison:
     def needed(self) -> dict[str, Entry]:
         """Return everyone who is on some front at some moment, by what is trained again."""
         return {
-            self.key(one): one
+            self.key(member): member
             for log in self.runs.values()
             for seconds in self.times
-            for one in self.members(log, seconds)
+            for member in self.members(log, seconds)
         }
 
     def key(self, entry: Entry) -> str:
@@ -196,19 +196,19 @@ class Comparison:
         A front may lose value when a lucky candidate drives a better one off it: this is not hidden.
         """
         return [
-            hypervolume([self.point(one) for one in self.members(log, seconds)], self.axes)
+            hypervolume([self.point(member) for member in self.members(log, seconds)], self.axes)
             for seconds in self.times
         ]
 
     def reference(self) -> float:
         """Return the hypervolume of all fronts together."""
-        points = [self.point(one) for log in self.runs.values() for one in self.members(log, math.inf)]
+        points = [self.point(member) for log in self.runs.values() for member in self.members(log, math.inf)]
         return hypervolume(points, self.axes)
 
     def _own_times(self, method: str, seed: int) -> list[float]:
         """Return the moments, those after a run's end taken as its end."""
         end = self.runs[method, seed][-1].cpu_seconds
-        return [min(one, end) for one in self.times]
+        return [min(time, end) for time in self.times]
 
     def rows(self, rivals: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Return one row a method: processor time to each level of hypervolume, medians over seeds.

@@ -62,7 +62,9 @@ class Watch(Callback):
         self.moves.append((self.sampling.active, moved))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.trainable_in_validation.append(sum(one.requires_grad for one in pl_module.parameters()))
+        self.trainable_in_validation.append(
+            sum(parameter.requires_grad for parameter in pl_module.parameters())
+        )
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2"])
@@ -239,10 +241,10 @@ def test_an_exception_leaves_nothing_frozen(tiny_llama: ModelFactory) -> None:
             raise RuntimeError("out of luck")
 
     failing = Failing(blocks(tiny_llama).model)
-    before = sum(one.requires_grad for one in failing.parameters())
+    before = sum(parameter.requires_grad for parameter in failing.parameters())
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(failing, LISA(1, every_n_steps=1), steps=1)
-    assert sum(one.requires_grad for one in failing.parameters()) == before
+    assert sum(parameter.requires_grad for parameter in failing.parameters()) == before
 
 
 def test_plans_that_cannot_work_are_refused(tiny_llama: ModelFactory) -> None:

@@ -33,7 +33,7 @@ class TestSite:
         assert [str(one) for one in sorted(shuffled)] == ["0.query", "0.ffn", "1.query", "10.query"]
 
     def test_ranges_include_both_ends(self) -> None:
-        assert [str(one) for one in parse_sites("2-4.ffn_down")] == [
+        assert [str(site) for site in parse_sites("2-4.ffn_down")] == [
             "2.ffn_down",
             "3.ffn_down",
             "4.ffn_down",

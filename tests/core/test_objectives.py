@@ -56,7 +56,10 @@ class TestObjectives:
         names = ("bleu", "trainable_parameters")
         with pytest.raises(ValueError, match=r"must be a metric that every validation measures: loss\."):
             resolve_objectives(names, metrics)
-        assert [one.name for one in resolve_objectives((*names, "loss"), metrics)] == [*names, "loss"]
+        assert [objective.name for objective in resolve_objectives((*names, "loss"), metrics)] == [
+            *names,
+            "loss",
+        ]
 
     def test_a_score_is_better_when_larger(self) -> None:
         score = Objective.score("accuracy")

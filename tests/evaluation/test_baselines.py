@@ -85,7 +85,7 @@ def test_tied_weights_stay_tied() -> None:
         assert first.query.weight is second.query.weight
         assert first.query.weight is not shared
         assert attachment.trainable_parameters == backbone.parameters
-        trained = [one for one in backbone.model.parameters() if one.requires_grad]
+        trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
         assert sum(one.numel() for one in trained) == backbone.parameters
     assert first.query.weight is shared
     assert second.query.weight is shared

@@ -32,17 +32,19 @@ def no_collection() -> Iterator[None]:
 
 
 def live_bytes() -> int:
-    return sum(one.nbytes for one in gc.get_objects() if issubclass(type(one), Tensor) and not one.is_meta)
+    return sum(
+        thing.nbytes for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta
+    )
 
 
 def test_a_search_never_touches_the_tensors_of_its_backbone(tmp_path: Path) -> None:
     backbone = learner()
-    modules = [id(one) for one in backbone.model.modules()]
+    modules = [id(module) for module in backbone.model.modules()]
     tensors = {name: one.data_ptr() for name, one in backbone.model.state_dict().items()}
     space = PerLayer(methods=("lora", "ia3", "series", "parallel", "prefix", "bitfit", "layernorm"))
     front = tiny_search(tmp_path, backbone=backbone, space=space).run(trials=6, progress=False)
     assert {record.evaluation.status for record in front.records} == {"complete"}
-    assert [id(one) for one in backbone.model.modules()] == modules
+    assert [id(module) for module in backbone.model.modules()] == modules
     assert {name: one.data_ptr() for name, one in backbone.model.state_dict().items()} == tensors
 
 

@@ -69,7 +69,7 @@ def test_the_predicted_count_is_what_torch_counts(drawn: tuple[Backbone, Configu
     predicted = count_parameters(backbone, configuration)
     total = backbone.parameters
     with attach(backbone, configuration) as attachment:
-        trained = [one for one in backbone.model.parameters() if one.requires_grad]
+        trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
         assert sum(one.numel() for one in trained) == predicted
         assert {id(one) for one in trained} == {id(one) for one in attachment.parameters.values()}
         for site, adapter in configuration:
@@ -78,7 +78,7 @@ def test_the_predicted_count_is_what_torch_counts(drawn: tuple[Backbone, Configu
             assert sum(one.numel() for one in here) == (
                 METHODS[adapter.method].count(backbone.shape(site), adapter)
             )
-    assert sum(one.numel() for one in backbone.model.parameters()) == total
+    assert sum(parameter.numel() for parameter in backbone.model.parameters()) == total
 
 
 @property_test
@@ -224,7 +224,7 @@ def test_detaching_twice_does_no_harm(backbone: Backbone) -> None:
     with attach(backbone, MIXED):
         attachment.detach()
         assert backbone.attached == MIXED
-        assert any(one.requires_grad for one in backbone.model.parameters())
+        assert any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert fingerprint(backbone.model) == before
 
 
@@ -339,7 +339,9 @@ def test_deep_networks(deep: Backbone, method: str) -> None:
     chosen = {site: several for site, several in configuration.adapters.items() if site.block in (1, 10)}
     for part in (configuration, configuration.replace(adapters=chosen)):
         with attach(deep, part) as attachment:
-            trained = sum(one.numel() for one in deep.model.parameters() if one.requires_grad)
+            trained = sum(
+                parameter.numel() for parameter in deep.model.parameters() if parameter.requires_grad
+            )
             assert trained == count_parameters(deep, part)
             names = {name.rpartition(f".{method}.")[0] for name in attachment.parameters}
             if not METHODS[method].shares_state:  # else its sites may have nothing of their own

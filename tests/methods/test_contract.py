@@ -205,7 +205,9 @@ def test_methods_attach_one_after_another(architecture: str, backbones: dict[str
                 placed.setdefault(site, []).append(adapter)
         configuration = Configuration(placed)
         with attach(backbone, configuration) as attachment:
-            found = sum(one.numel() for one in backbone.model.parameters() if one.requires_grad)
+            found = sum(
+                parameter.numel() for parameter in backbone.model.parameters() if parameter.requires_grad
+            )
             assert found == count_parameters(backbone, configuration)
             draw_parameters(attachment.parameters.values(), std=0.2)
             backbone.model(**tiny_batch()).logits.sum().backward()

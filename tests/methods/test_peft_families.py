@@ -127,7 +127,9 @@ def test_is_counted_trained_and_taken_out(name: str, architecture: str) -> None:
             optimizer.step()
         assert loss().item() < start - 1e-3
         assert all(one.grad is not None for one in own.values())
-        assert all(one.grad is None for one in backbone.model.parameters() if not one.requires_grad)
+        assert all(
+            parameter.grad is None for parameter in backbone.model.parameters() if not parameter.requires_grad
+        )
     assert fingerprint(backbone.model) == before
     assert torch.equal(logits_of(backbone, batch), plain)
 

@@ -106,7 +106,7 @@ class TestSites:
             module = backbone.model.get_submodule(shape.module)
             if shape.kind == "block":  # what sits there changes none of its weights
                 continue
-            assert sum(one.numel() for one in module.parameters()) == shape.parameters
+            assert sum(parameter.numel() for parameter in module.parameters()) == shape.parameters
             bias = getattr(module, "bias", None)
             assert shape.bias == (0 if bias is None else bias.numel())
             assert shape.module.startswith(
@@ -169,7 +169,7 @@ class TestHead:
     def test_counts(self) -> None:
         backbone = tiny_backbone("distilbert")
         assert backbone.head_parameters == 32 * 32 + 32 + 3 * 32 + 3
-        assert backbone.parameters == sum(one.numel() for one in backbone.model.parameters())
+        assert backbone.parameters == sum(parameter.numel() for parameter in backbone.model.parameters())
 
     def test_a_parameter_named_by_two_heads_counts_once(self) -> None:
         model = tiny_classifier("deberta-v2")
@@ -182,7 +182,7 @@ class TestHead:
 
     def test_everything_is_frozen(self) -> None:
         backbone = tiny_backbone("bert")
-        assert not any(one.requires_grad for one in backbone.model.parameters())
+        assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
 
 
 def test_a_model_without_blocks_is_refused() -> None:

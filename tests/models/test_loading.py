@@ -178,7 +178,7 @@ class TestLoadedModel:
     def test_the_head_follows_the_models_precision(self) -> None:
         base = tiny_model("bert").bfloat16()
         backbone = Backbone.load(base, head_spec(), tiny_tokenizer())
-        assert {one.dtype for one in backbone.model.parameters()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
         assert logits_of(backbone).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("training", [False, True])

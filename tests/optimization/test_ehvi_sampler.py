@@ -121,7 +121,10 @@ class TestEverySpace:
 
     def test_an_optuna_study_may_ask_it(self, name: str) -> None:
         space, sampler = SPACES[name], EhviSampler(seed=1)
-        trials = [(one.configuration, values(space, one.configuration)) for one in space.baselines(BACKBONE)]
+        trials = [
+            (baseline.configuration, values(space, baseline.configuration))
+            for baseline in space.baselines(BACKBONE)
+        ]
         known = history(space, trials)
         sampler.learn(space, BACKBONE, known)
         study = optuna.create_study(directions=("maximize", "minimize", "minimize"), sampler=sampler)
@@ -141,8 +144,8 @@ class TestEverySpace:
             modelled: sum(
                 hypervolume(
                     [
-                        values(space, one)
-                        for one in searched(space, EhviSampler(seed=seed, modelled=modelled), 24)
+                        values(space, configuration)
+                        for configuration in searched(space, EhviSampler(seed=seed, modelled=modelled), 24)
                     ],
                     axes_of(space),
                 )
@@ -157,7 +160,7 @@ def test_before_anything_is_known_parameters_are_drawn() -> None:
     study = optuna.create_study(sampler=EhviSampler(seed=2))
     again = optuna.create_study(sampler=EhviSampler(seed=2))
     space = PerLayer()
-    first, second = (space.suggest(one.ask(), BACKBONE) for one in (study, again))
+    first, second = (space.suggest(each.ask(), BACKBONE) for each in (study, again))
     assert first == second != space.suggest(study.ask(), BACKBONE)
     space.encode(first, BACKBONE)
 
@@ -170,7 +173,10 @@ def test_startup_trials_have_methods_that_were_not_tried() -> None:
 
 def test_a_share_is_drawn_by_the_space() -> None:
     space = PerLayer(methods=("lora",), learning_rate=RATE)
-    trials = [(one.configuration, values(space, one.configuration)) for one in space.baselines(BACKBONE)]
+    trials = [
+        (baseline.configuration, values(space, baseline.configuration))
+        for baseline in space.baselines(BACKBONE)
+    ]
     known, sampler = history(space, trials), EhviSampler(modelled=0.5)
     drawn = 0
     for number in range(20, 60):
@@ -188,13 +194,16 @@ def test_candidates_have_rates_near_the_fronts() -> None:
     head = Configuration({}, learning_rate=1e-2)
     for space in (GUIDED, replace(GUIDED, learning_rate=1e-3)):
         low, high = learning_rate_bounds(space.learning_rate)
-        trials = [(one, values(space, one)) for one in (four, head.replace(learning_rate=high))]
+        trials = [
+            (configuration, values(space, configuration))
+            for configuration in (four, head.replace(learning_rate=high))
+        ]
         known = history(space, trials)
         found = [NO_PROBES.choose(number, space, BACKBONE, known) for number in range(4, 12)]
-        assert all(len(one) for one in found), "the head alone is a baseline"
-        apart = [abs(math.log(summed_learning_rate(one) / 4e-3)) for one in found]
+        assert all(len(configuration) for configuration in found), "the head alone is a baseline"
+        apart = [abs(math.log(summed_learning_rate(configuration) / 4e-3)) for configuration in found]
         assert sum(apart) / len(apart) < 1.5 or low == high
-        assert {low <= one.learning_rate <= high for one in found} == {True}
+        assert {low <= configuration.learning_rate <= high for configuration in found} == {True}
 
 
 KNOWN = Configuration({Site(0, "query"): Adapter("lora", 4)}, learning_rate=1e-3)
@@ -212,7 +221,8 @@ def probed(
     first, axes = len(tried), axes_of(space)[:2]
     for number in range(first, first + count):
         points = [
-            {"accuracy": 0.5, "trainable_parameters": float(count_parameters(BACKBONE, one))} for one in tried
+            {"accuracy": 0.5, "trainable_parameters": float(count_parameters(BACKBONE, configuration))}
+            for configuration in tried
         ]
         trials: list[tuple[Configuration, Values]] = [*zip(tried, points, strict=True)]
         known = History(
@@ -229,9 +239,9 @@ def test_every_site_is_tried_alone_once_and_then_the_search_goes_on() -> None:
     sites = list(GUIDED.choices(BACKBONE))
     found = probed(GUIDED, len(sites) + 4)
     alone = found[: len(sites)]
-    assert sorted(site for one in alone for site, _ in one) == sites
-    assert {adapter for one in alone for _, adapter in one} == {Adapter("lora", 2)}
-    rates = sorted(one.learning_rate for one in alone)
+    assert sorted(site for configuration in alone for site, _ in configuration) == sites
+    assert {adapter for configuration in alone for _, adapter in configuration} == {Adapter("lora", 2)}
+    rates = sorted(configuration.learning_rate for configuration in alone)
     assert len({*rates}) > len(sites) // 2
     assert 5e-4 < rates[len(rates) // 2] < 2e-3, "near what the front has"
     assert len({*found}) == len(found), "what comes later is something else"
@@ -239,28 +249,34 @@ def test_every_site_is_tried_alone_once_and_then_the_search_goes_on() -> None:
 
 def test_what_is_being_trained_counts_as_tried_and_what_breaks_a_constraint_is_left_out() -> None:
     alone = single_adapter_probes(GUIDED.choices(BACKBONE), (), 1e-2)
-    counts = {site: count_parameters(BACKBONE, one) for one in alone for site, _ in one}
+    counts = {
+        site: count_parameters(BACKBONE, configuration)
+        for configuration in alone
+        for site, _ in configuration
+    }
     bound = min(counts.values())
     allowed = {site for site, count in counts.items() if count == bound}
     assert len(allowed) < len(counts)
     waits = min(allowed)
-    pending = [one for one in alone if waits in one.adapters]
+    pending = [configuration for configuration in alone if waits in configuration.adapters]
     constraints = resolve_constraints({"trainable_parameters": bound}, METRICS)
     found = probed(GUIDED, len(allowed) - 1, pending, constraints)
-    assert {site for one in found for site, _ in one} == allowed - {waits}
+    assert {site for configuration in found for site, _ in configuration} == allowed - {waits}
 
 
 def test_rates_stay_where_they_are_fixed_and_a_share_of_none_tries_no_site_alone() -> None:
     fixed = probed(replace(GUIDED, learning_rate=2e-3), 4)
-    assert {one.learning_rate for one in fixed} == {2e-3}
-    assert all(len(one) == 1 for one in fixed)
+    assert {configuration.learning_rate for configuration in fixed} == {2e-3}
+    assert all(len(configuration) == 1 for configuration in fixed)
     others = probed(GUIDED, len(GUIDED.choices(BACKBONE)), sampler=NO_PROBES)
-    assert {site for one in others if len(one) == 1 for site, _ in one} < GUIDED.choices(BACKBONE).keys()
+    assert {site for other in others if len(other) == 1 for site, _ in other} < GUIDED.choices(
+        BACKBONE
+    ).keys()
 
 
 def test_a_space_without_single_adapters_is_not_probed() -> None:
     found = searched(SPACES["uniform"], EhviSampler(probe_share=1.0), 12)
-    assert min(len(one) for one in found) > 1
+    assert min(len(configuration) for configuration in found) > 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tests.tiny_models import tiny_backbone
 BACKBONE = tiny_backbone("bert")
 SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
 SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
-FEWEST, MOST = (count_parameters(BACKBONE, one) for one in SPACE.extremes(BACKBONE))
+FEWEST, MOST = (count_parameters(BACKBONE, extreme) for extreme in SPACE.extremes(BACKBONE))
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
 AXES = (
     Axis(objective=ACCURACY, worst=0.2, best=1.0),
@@ -65,7 +65,7 @@ def drawn(count: int, seed: int) -> list[Configuration]:
 
 def history(trials: Sequence[Configuration], **constraints: float | str) -> History:
     return History(
-        trials=[(one, values(one)) for one in trials],
+        trials=[(trial, values(trial)) for trial in trials],
         axes=AXES,
         constraints=resolve_constraints(constraints, METRICS),
     )
@@ -159,7 +159,7 @@ def test_adapter_parameters_are_counted_also_where_there_are_none() -> None:
 
     counts = sorted(map(adapter_count, candidates))
     bound = Constraint(objective=adapters, bound=counts[5])
-    trial_values = [(one, values_of(one)) for one in trials]
+    trial_values = [(trial, values_of(trial)) for trial in trials]
     free, bounded = (
         ExpectedImprovement(History(trials=trial_values, axes=axes, constraints=constraints), FEATURES)
         for constraints in ((), (bound,))
@@ -177,7 +177,7 @@ def test_the_best_has_not_been_tried() -> None:
     trials = drawn(8, 0)
     gain = ExpectedImprovement(history(trials), FEATURES)
     candidates = drawn(5, 1)
-    compute = [FEATURES.compute(one, lambda block: False) for one in candidates]
+    compute = [FEATURES.compute(candidate, lambda block: False) for candidate in candidates]
     best = gain.best(candidates)
     assert best == int(np.argmax(gain(candidates) / compute))
     assert gain.best([*trials, candidates[0]]) == len(trials)
@@ -234,7 +234,7 @@ def test_costs_know_neither_rates_nor_placements_and_metrics_no_frozen_blocks() 
 def test_a_measured_cost_is_learned_from_the_blocks_it_takes() -> None:
     seconds = COST_OBJECTIVES["training_seconds"]
     trials = drawn(24, 0)
-    outcomes = [{**values(one), "training_seconds": FEATURES.of_cost(one)[0] + 1.0} for one in trials]
+    outcomes = [{**values(trial), "training_seconds": FEATURES.of_cost(trial)[0] + 1.0} for trial in trials]
     known = History(
         trials=list(zip(trials, outcomes, strict=True)),
         axes=(*AXES[:2], Axis(objective=seconds, worst=3.0, best=0.5)),

@@ -47,7 +47,7 @@ def test_the_head_alone_is_followed_only_where_there_is_no_other() -> None:
 
 def test_rates_lie_in_the_space_and_follow_from_the_seed() -> None:
     rates = drawn(SMALL)
-    assert all(BOUNDS[0] <= one <= BOUNDS[1] and one == float(f"{one:.3g}") for one in rates)
+    assert all(BOUNDS[0] <= rate <= BOUNDS[1] and rate == float(f"{rate:.3g}") for rate in rates)
     assert max(rates) == BOUNDS[1]
     assert rates == drawn(SMALL)
     assert rates != drawn(SMALL, seed=1)

@@ -97,7 +97,7 @@ def test_what_costs_less_goes_on_beside_what_is_better() -> None:
     first = next_of(records)
     assert first is not None
     chosen = {first[0]}
-    others = [one for one in records if one.number != first[0]]
+    others = [record for record in records if record.number != first[0]]
     accuracy = records[first[0]].evaluation.values["accuracy"]
     went_on = trial(first[0], records[first[0]].evaluation.values["trainable_parameters"], accuracy, 0.9, 0.9)
     second = next_of([went_on, *others])

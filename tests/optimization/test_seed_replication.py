@@ -288,7 +288,7 @@ def _check_optuna(folder: Path, records: list[TrialRecord]) -> None:
     for trial, record in zip(study.trials, records, strict=True):
         if record.evaluation.status == "complete":
             first = next(iter(record.evaluation.each_training().values()))
-            assert trial.values == [first[one.name] for one in OBJECTIVES]
+            assert trial.values == [first[objective.name] for objective in OBJECTIVES]
 
 
 def _check_mlflow(folder: Path, records: list[TrialRecord]) -> None:
@@ -352,7 +352,7 @@ def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
     front = one.run(trials=5, progress=False)
     handle.remove()
     worst = one.task.trivial_score("accuracy", one.open().evaluator.data)
-    repeated = [one.evaluation for one in front.records if one.evaluation.by_seed]
+    repeated = [record.evaluation for record in front.records if record.evaluation.by_seed]
     assert repeated
     for evaluation in repeated:
         first = next(iter(evaluation.by_seed.values()))["accuracy"]

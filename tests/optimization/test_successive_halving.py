@@ -124,13 +124,13 @@ def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
 
     search.open().evaluator.train = failing_once  # type: ignore[method-assign]
     records = run(search, 8).records
-    own = [one.evaluation for one in records if one.duplicate_of is None]
+    own = [record.evaluation for record in records if record.duplicate_of is None]
     again = [one.status for one in own if one.configuration == failed[0]]
     assert again[0] == "failed"
     assert again[1:] == ["complete"]
-    for one in records:
-        if one.duplicate_of is not None:
-            assert one.evaluation.status == records[one.duplicate_of].evaluation.status
+    for record in records:
+        if record.duplicate_of is not None:
+            assert record.evaluation.status == records[record.duplicate_of].evaluation.status
 
 
 def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
@@ -142,8 +142,10 @@ def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
     for record, trial_ in zip(front.records, study.trials, strict=True):
         assert trial_.state == states[record.evaluation.status]
         if trial_.state == TrialState.COMPLETE:
-            assert trial_.values == [record.evaluation.values[one.name] for one in front.objectives]
-    best = {one.number for one in study.best_trials}
+            assert trial_.values == [
+                record.evaluation.values[objective.name] for objective in front.objectives
+            ]
+    best = {trial.number for trial in study.best_trials}
     assert best >= front.members
 
 
@@ -167,7 +169,7 @@ def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
             record.evaluation.fidelity, abs=1e-3
         )
         history = client.get_metric_history(found.info.run_id, "curve/accuracy")
-        expected = [one.step for one in record.evaluation.curves if one.metric == "accuracy"]
+        expected = [curve.step for curve in record.evaluation.curves if curve.metric == "accuracy"]
         assert sorted(one.step for one in history) == expected
 
 

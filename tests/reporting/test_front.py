@@ -68,7 +68,7 @@ def test_members_of_a_synthetic_search_are_those_found_apart() -> None:
 
 def test_a_duplicate_is_represented_by_its_original(front: ParetoFront) -> None:
     twin = TrialRecord(number=6, evaluation=RECORDS[2].evaluation, duplicate_of=2)
-    assert {one.number for one in front_records([*RECORDS, twin], OBJECTIVES)} == front.members
+    assert {record.number for record in front_records([*RECORDS, twin], OBJECTIVES)} == front.members
 
 
 def test_best_without_bounds_has_the_best_metric(front: ParetoFront) -> None:

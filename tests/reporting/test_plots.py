@@ -32,7 +32,7 @@ def with_values(record: TrialRecord, **values: float) -> TrialRecord:
 def test_the_first_metric_goes_up_against_each_other_objective(
     objectives: tuple[Objective, ...],
 ) -> None:
-    others = [one.name for one in objectives if one.name != "accuracy"]
+    others = [objective.name for objective in objectives if objective.name != "accuracy"]
     assert [(x.name, y.name) for x, y in projections(objectives)] == [(name, "accuracy") for name in others]
 
 
@@ -54,24 +54,26 @@ def test_the_figure_shows_every_completed_trial_in_each_panel() -> None:
     figure = front_figure(records, members, OBJECTIVES)
     complete = sum(record.evaluation.status == "complete" for record in records)
     for kind, panels in (("scatter", 2), ("scatter3d", 1)):
-        traces = [one for one in figure.data if one.type == kind and one.mode == "markers"]
-        assert sum(len(one.x) for one in traces) == panels * complete
-        assert sum(len(one.x) for one in traces if one.name == "front") == panels * len(members)
+        traces = [trace for trace in figure.data if trace.type == kind and trace.mode == "markers"]
+        assert sum(len(trace.x) for trace in traces) == panels * complete
+        assert sum(len(trace.x) for trace in traces if trace.name == "front") == panels * len(members)
     assert figure.layout.xaxis2.title.text == "peak memory (MiB)"
     assert figure.layout.xaxis.type == figure.layout.xaxis2.type == "log"
     assert figure.layout.yaxis.type is None
-    memory = next(one for one in figure.data if one.name == "front" and one.xaxis == "x2")
+    memory = next(trace for trace in figure.data if trace.name == "front" and trace.xaxis == "x2")
     assert 300 < min(memory.x) < max(memory.x) < 2000
 
 
 def test_two_objectives_have_no_third_dimension() -> None:
     figure = front_figure(synthetic_records(10), [1], TWO)
-    assert {one.type for one in figure.data} == {"scatter"}
+    assert {trace.type for trace in figure.data} == {"scatter"}
 
 
 def test_pointing_at_a_trial_shows_its_configuration() -> None:
     record = replace(synthetic_records(2)[1], baseline="<uniform> lora 8")
-    (text,) = next(one.text for one in front_figure([record], [1], OBJECTIVES).data if one.name == "front")
+    (text,) = next(
+        trace.text for trace in front_figure([record], [1], OBJECTIVES).data if trace.name == "front"
+    )
     assert text.startswith("<b>trial 1 · &lt;uniform&gt; lora 8</b><br>accuracy 0.")
     assert "MiB" in text
     for line in record.evaluation.configuration.grid().splitlines():
@@ -106,7 +108,7 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
     records[1] = with_values(records[1], accuracy=math.nan)
     records[2] = with_values(records[2], trainable_parameters=0.0)
     figure = front_figure(records, [0, 1, 2, 3], TWO)
-    assert sum(len(one.x) for one in figure.data if one.mode == "markers") == 2
+    assert sum(len(trace.x) for trace in figure.data if trace.mode == "markers") == 2
     assert "2 did not complete" not in figure.layout.title.text
 
 
@@ -116,7 +118,7 @@ def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
     records[0] = untrained
     accuracy = untrained.evaluation.values["accuracy"]
     figure = front_figure(records, [0, 1], OBJECTIVES)
-    lines = [one for one in figure.data if one.name == "trial 0 · untrained model"]
+    lines = [trace for trace in figure.data if trace.name == "trial 0 · untrained model"]
     assert [(one.mode, set(one.y), one.xaxis) for one in lines] == [
         ("lines", {accuracy}, "x"),
         ("lines", {accuracy}, "x2"),
@@ -128,7 +130,9 @@ def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
         assert [
             np.asarray(line.get_ydata()).tolist() for line in panel.lines if line.get_label() == lines[0].name
         ] == [[accuracy, accuracy]]
-    assert not any("untrained" in str(one.name) for one in front_figure(records[:1], [0], OBJECTIVES).data)
+    assert not any(
+        "untrained" in str(trace.name) for trace in front_figure(records[:1], [0], OBJECTIVES).data
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 60])
@@ -143,7 +147,10 @@ def test_the_picture_is_a_png_of_a_panel_a_cost(count: int, objectives: tuple[Ob
 
 def test_seconds_and_scores_have_their_axes() -> None:
     objectives = resolve_objectives(("accuracy", "f1_macro", "training_seconds"), METRICS)
-    records = [with_values(one, training_seconds=3.0 + one.number) for one in synthetic_records(9)]
+    records = [
+        with_values(synthetic_record, training_seconds=3.0 + synthetic_record.number)
+        for synthetic_record in synthetic_records(9)
+    ]
     layout = front_figure(records, front_of(records, objectives), objectives).layout
     assert layout.xaxis.title.text == "f1 macro"
     assert layout.xaxis.type is None

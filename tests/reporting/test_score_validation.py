@@ -63,8 +63,8 @@ def test_the_score_that_decides_comes_first_with_honest_intervals() -> None:
     assert (best.score, best.control) == ("gora", False)
     controls = {name for name, row in rows(check).items() if row.control}
     assert controls == {"random", "uniform", "trainable_parameters"}
-    implied = [implied_quality(one.evaluation.configuration, RISING) for one in records]
-    trained = [one.evaluation.values["accuracy"] for one in records]
+    implied = [implied_quality(record.evaluation.configuration, RISING) for record in records]
+    trained = [record.evaluation.values["accuracy"] for record in records]
     assert best.spearman == pytest.approx(stats.spearmanr(implied, trained).statistic)
     assert best.kendall == pytest.approx(stats.kendalltau(implied, trained).statistic)
     for one in rows(check).values():
@@ -135,7 +135,7 @@ def test_a_score_is_as_right_of_a_metric_that_is_minimised() -> None:
 
 def test_duplicates_do_not_count_and_few_trials_are_refused() -> None:
     records = trials(11)
-    again = [replace(one, number=20 + one.number, duplicate_of=one.number) for one in records]
+    again = [replace(record, number=20 + record.number, duplicate_of=record.number) for record in records]
     assert check_scores([*records, *again], {"gora": RISING}, OBJECTIVES[0]).trials == 11
     with pytest.raises(ValueError, match="10 trials or more, got 9"):
         check_scores(records[:9], {"gora": RISING}, OBJECTIVES[0])
@@ -159,7 +159,9 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("autopeft")
     assert experiment is not None
     parents = client.search_runs([experiment.experiment_id], "tags.`autopeft.search` = 'tiny'")
-    paths = {one.path for one in client.list_artifacts(parents[0].info.run_id, "sensitivity")}
+    paths = {
+        list_artifact.path for list_artifact in client.list_artifacts(parents[0].info.run_id, "sensitivity")
+    }
     names = ("heatmap.html", "scores.csv", "score_check.html", "score_check.csv")
     assert paths >= {f"sensitivity/{name}" for name in names}
     check = search.check_scores(("gora", "uniform"))

@@ -199,7 +199,7 @@ def test_scores_are_computed_once_and_reported(tmp_path: Path, monkeypatch: pyte
     assert len(frame) == len(report.sites) == len(report.scores["uniform"].values)
     paths = report.save(tmp_path / "report")
     assert "gradient_norm" in paths[0].read_text(encoding="utf-8")
-    assert [one["name"] for one in json.loads(paths[2].read_text())] == ["gradient_norm", "uniform"]
+    assert [load["name"] for load in json.loads(paths[2].read_text())] == ["gradient_norm", "uniform"]
     assert "ffn_up" in repr(report)
 
 

@@ -106,7 +106,9 @@ def test_climbing_finds_better_candidates_than_as_many_changes_at_random() -> No
 
     def worth(candidates: Sequence[Configuration]) -> Array:
         """The share of the sites that are as they should be."""
-        return np.array([1 - len(wanted ^ one.adapters.keys()) / len(sites) for one in candidates])
+        return np.array(
+            [1 - len(wanted ^ candidate.adapters.keys()) / len(sites) for candidate in candidates]
+        )
 
     gained = []
     for seed in range(12):

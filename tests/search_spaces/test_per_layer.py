@@ -216,7 +216,7 @@ class TestEncodings:
             for name, value in trial.params.items():
                 if name.endswith(".on") and not value:
                     block = name.removesuffix("on")
-                    inside = [one for one in trial.params if one.startswith(block)]
+                    inside = [param for param in trial.params if param.startswith(block)]
                     assert inside == [name]
             sizes = [name for name in trial.params if "method" not in name and not name.endswith(".on")]
             assert len(sizes) == len(configuration) + 1, "a size an adapter, and the learning rate"

@@ -50,11 +50,11 @@ def _trainable(backbone: Backbone) -> Iterator[list[Tensor]]:
         backbone.model.get_parameter(f"{backbone.shape(site).module}.weight") for site in scored(backbone)
     ]
     backbone.model.eval()
-    for one in parameters:
-        one.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     yield parameters
-    for one in parameters:
-        one.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def batch_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

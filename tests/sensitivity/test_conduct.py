@@ -56,7 +56,7 @@ def test_one_pass_a_batch_with_frozen_weights(architecture: str) -> None:
     handle = backbone.model.register_forward_hook(lambda *_: forwards.append(1))
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        assert not any(one.requires_grad for one in backbone.model.parameters())
+        assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
         assert not any(module.training for module in backbone.model.modules())
         value: Tensor = _CountBackward.apply(cross_entropy(logits, labels))  # type: ignore[no-untyped-call]
         return value
@@ -65,7 +65,7 @@ def test_one_pass_a_batch_with_frozen_weights(architecture: str) -> None:
     compute_scores(backbone, batches, LossTask(loss), [*FIRST_ORDER, "explained_variance"])
     handle.remove()
     assert _CountBackward.passes == len(forwards) == 3
-    assert all(one.grad is None for one in backbone.model.parameters())
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
 
 
 class _WithReference(LossTask):
@@ -124,7 +124,7 @@ def test_one_weight_gradient_is_alive_at_a_time() -> None:
     label = {"labels": torch.tensor([1])}
     batches = [tiny_batch(rows=1, tokens=3, padding=0, seed=seed) | label for seed in range(2)]
     sizes = [4 * shape.in_features * shape.out_features for shape in map(backbone.shape, scored(backbone))]
-    before = sum(4 * one.numel() for one in backbone.model.parameters())
+    before = sum(4 * parameter.numel() for parameter in backbone.model.parameters())
     extra = peak_of_scoring(backbone, batches, FIRST_ORDER) - before
     # The gradient, its product with the weight, and activations.
     assert extra < 4 * max(sizes) < sum(sizes) / 4

@@ -346,7 +346,7 @@ def _read_front(place: Path) -> ParetoFront:
 def _chosen(place: Path, trial: int | None, best: list[str] | None, knee: bool) -> int:
     """Return the number of the trial that a command was told to take."""
     if (trial is not None) + bool(best) + knee != 1:
-        raise ValueError("Say which trial to export: its number, --best BOUND, or --knee.")
+        raise ValueError("Say which trial: its number, --best BOUND, or --knee.")
     if trial is not None:
         return trial
     found = _read_front(place)

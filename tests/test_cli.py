@@ -243,8 +243,8 @@ def test_export_writes_an_adapter(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Say which trial to export"),
-        (["1", "--knee"], "Say which trial to export"),
+        ([], "Say which trial"),
+        (["1", "--knee"], "Say which trial"),
         (["--best", "trainable_parameters"], "A bound reads name=value"),
         (["--best", "trainable_params=500k"], "did you mean 'trainable_parameters'"),
         (["--best", "trainable_parameters=1"], "the closest is trial"),

@@ -52,7 +52,8 @@ class AdaLoRA(StepCallback):
             inner, model = self._adalora_model(pl_module)
             adapter = str(model.trainable_adapter_name)
             self._model: nn.Module = model.model
-            self._allocator, self._config = model.rankallocator, model.peft_config[adapter]
+            self._allocator = model.rankallocator
+            self._config = cast(AdaLoraConfig, model.peft_config[adapter])
         self._layers = {
             name: (layer, adapter if self._schedule is None else next(iter(layer.r)))
             for name, layer in pl_module.named_modules()

@@ -15,11 +15,17 @@ from autopeft.evaluation.derived import allocated, derive_again
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.methods import attach, count_parameters
+from autopeft.training import rank_allocation
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from tests.tiny_models import everywhere
 from tests.training.test_training_checkpoint import make_evaluator, same
 
 RANK = 4
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return make_evaluator(())
 
 
 def configuration_of(evaluator: Evaluator, allocation: str) -> Configuration:
@@ -39,8 +45,12 @@ def logits(evaluator: Evaluator, configuration: Configuration, state: object) ->
 
 
 @pytest.mark.parametrize("allocation", RANK_ALLOCATIONS)
-def test_what_is_left_computes_the_same(allocation: str) -> None:
-    evaluator = make_evaluator(())
+def test_what_is_left_computes_the_same(
+    evaluator: Evaluator, allocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        rank_allocation, "_PENALTY", 0.1
+    )  # of so small a model the gates have large gradients
     asked = configuration_of(evaluator, allocation)
     trained = evaluator.train(asked)
     assert trained.evaluation.status == "complete", trained.evaluation.reason
@@ -71,10 +81,8 @@ def test_what_is_left_computes_the_same(allocation: str) -> None:
     assert TrialRecord.from_dict(TrialRecord(number=1, evaluation=whole.evaluation).to_dict()).points[1:]
 
 
-@pytest.mark.parametrize("allocation", ["adalora", "elalora"])
-def test_another_training_is_cut_to_the_same_ranks(allocation: str) -> None:
-    evaluator = make_evaluator(())
-    asked = configuration_of(evaluator, allocation)
+def test_another_training_is_cut_to_the_same_ranks(evaluator: Evaluator) -> None:
+    asked = configuration_of(evaluator, "adalora")
     _, first = allocated(evaluator, evaluator.train(asked))
     left = first.evaluation.configuration
     _, again = derive_again(evaluator, evaluator.train(asked, 5), [left])
@@ -95,16 +103,14 @@ def test_adalora_goes_on_after_a_pause(tmp_path: Path) -> None:
     same(whole, evaluator.train(asked, paused=store.load(7)))
 
 
-def test_it_is_trained_alone() -> None:
-    evaluator = make_evaluator(())
+def test_it_is_trained_alone(evaluator: Evaluator) -> None:
     trainer = PackedTrainer(evaluator)
     asked = configuration_of(evaluator, "sora")
     assert trainer.can_pack(asked.replace(allocation=None))
     assert not trainer.can_pack(asked)
 
 
-def test_points_without_an_allocation_have_their_own_values() -> None:
-    evaluator = make_evaluator(())
+def test_points_without_an_allocation_have_their_own_values(evaluator: Evaluator) -> None:
     plain = evaluator.evaluate(configuration_of(evaluator, "sora").replace(allocation=None))
     cut = replace(plain, values={**plain.values, "accuracy": 0.0})
     assert replace(plain, derived=(cut,)).values_at_end == plain.values

@@ -14,12 +14,12 @@ TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 
 def search(folder: Path) -> Search:
-    return tiny_search(folder, space=SPACE, training=TRAINING, sampler="ehvi", seeds=2)
+    return tiny_search(folder, space=SPACE, training=TRAINING, sampler="ehvi", seeds=2, seed=1)
 
 
 def test_what_ranks_came_to_is_on_the_front_and_exported(tmp_path: Path) -> None:
     found = search(tmp_path)
-    front = found.run(trials=6, progress=False)
+    front = found.run(trials=3, progress=False)
     by_number = {record.number: record for record in front.records}
     asked = [record for record in front.records if record.evaluation.configuration.allocation]
     assert asked
@@ -41,5 +41,5 @@ def test_what_ranks_came_to_is_on_the_front_and_exported(tmp_path: Path) -> None
     load_adapter(found.open().backbone.model, tmp_path / "adapter False")
     frame = front.to_frame(all_trials=True).set_index("trial")
     assert frame.loc[point.record.trained, "allocation"] == parent.configuration.allocation
-    again = search(tmp_path).run(trials=6, progress=False)
+    again = search(tmp_path).run(trials=3, progress=False)
     assert outcomes(again.records) == outcomes(front.records)

@@ -109,7 +109,8 @@ class AdaLoRA(StepCallback):
                     f"{name} has no gradient after step {step}: it takes no part in the loss, or the "
                     "module clears its gradients after the optimizer step."
                 )
-        allocator, last = self._allocator, self._config.total_step - self._config.tfinal
+        # total_step, as was checked.
+        allocator, last = self._allocator, int(trainer.estimated_stepping_batches) - self._config.tfinal
         if step > last:
             allocator.mask_using_rank_pattern(self._model, self._config.rank_pattern)
             return

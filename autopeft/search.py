@@ -309,6 +309,7 @@ class Search(SearchSettings):
             )
         original = number if record.duplicate_of is None else record.duplicate_of
         evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
+        allocation = front.trial(record.trained).record.evaluation.configuration.allocation
         opened = self.open()
         resolved_target(target, opened.backbone, configuration)  # before it is trained again
         state: Mapping[str, Tensor] | None = None if retrain else checkpoints.load(original)
@@ -344,6 +345,7 @@ class Search(SearchSettings):
                 "search": self.name,
                 "trial": str(number),
                 **({} if record.derived_from is None else {"cut from": f"trial {record.derived_from}"}),
+                **({} if allocation is None else {"ranks allocated in training by": allocation}),
                 "trainings": evaluation.describe_trainings(checkpoints.seed(original)),
                 "initialised from": evaluation.initialised_from,
                 "frozen blocks in training": self.training.frozen_blocks,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from peft import AdaLoraConfig
-from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
 from autopeft.callbacks.lora_modules import truncated_tensors
@@ -16,7 +17,7 @@ from autopeft.callbacks.rank_gates import StepCallback
 
 
 class AdaLoRA(StepCallback):
-    """Call `update_and_allocate` of a peft AdaLoRA model after every optimizer step.
+    """Allocate the budget of peft's AdaLoRA after every optimizer step.
 
     Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023: of all
     triplets (λ, column of B, row of A) those with the highest s(λ) + mean s(A) + mean s(B) are kept, s
@@ -26,21 +27,50 @@ class AdaLoRA(StepCallback):
     before) and the gradients, which peft reads, are still there. Steps are counted from 1, so that the target
     budget is set also where tfinal is 0.
 
+    Args:
+        schedule: The budget and when it falls, for layers that were injected without an AdaLoRA model; by
+            default that of the AdaLoRA model in the module.
+
     Raises:
-        ValueError: When training starts and the module holds no AdaLoRA model or several, total_step is
-            not the number of steps the trainer will take, or there is nothing to prune
+        ValueError: When training starts and the module holds no AdaLoRA model or several (with a schedule, no
+            layer), total_step is not the number of steps the trainer will take, or there is nothing to prune
             (target_r >= init_r); after a step without gradients.
     """
 
-    def __init__(self) -> None:
-        self._model: AdaLoraModel | None = None
-        self._layers: dict[str, AdaLoraLayer] = {}
+    def __init__(self, schedule: AdaLoraConfig | None = None) -> None:
+        self._schedule = schedule
+        self._allocator: RankAllocator | None = None
+        self._layers: dict[str, tuple[AdaLoraLayer, str]] = {}  # with the name of its peft adapter
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the model and its layers."""
+        """Find the layers, and what allocates."""
         if stage != "fit":
             return
+        inner = ""
+        if self._schedule is None:
+            inner, model = self._adalora_model(pl_module)
+            adapter = str(model.trainable_adapter_name)
+            self._model: nn.Module = model.model
+            self._allocator = model.rankallocator
+            self._config = cast(AdaLoraConfig, model.peft_config[adapter])
+        self._layers = {
+            name: (layer, adapter if self._schedule is None else next(iter(layer.r)))
+            for name, layer in pl_module.named_modules()
+            if isinstance(layer, AdaLoraLayer) and name.startswith(inner)
+        }
+        self._inner = inner
+        if self._schedule is not None:
+            if not self._layers:
+                raise ValueError(f"{type(pl_module).__name__} holds no AdaLoRA layer.")
+            self._model, self._config = pl_module, copy.copy(self._schedule)
+            # peft takes every adapter whose name begins so.
+            adapter = min((adapter for _, adapter in self._layers.values()), key=len)
+            self._allocator = RankAllocator(pl_module, self._config, adapter)
+
+    @staticmethod
+    def _adalora_model(pl_module: LightningModule) -> tuple[str, AdaLoraModel]:
+        """Return what the names of the layers in the one AdaLoRA model begin with, and the model."""
         models = {
             name: module for name, module in pl_module.named_modules() if isinstance(module, AdaLoraModel)
         }
@@ -49,15 +79,8 @@ class AdaLoRA(StepCallback):
                 f"{type(pl_module).__name__} holds {len(models)} AdaLoRA models, expected one, made by "
                 "peft.get_peft_model(model, AdaLoraConfig(...))."
             )
-        ((prefix, self._model),) = models.items()
-        self._adapter = str(self._model.trainable_adapter_name)
-        # peft's rank pattern names the layers as the inner model does.
-        self._inner = f"{prefix}.model." if prefix else "model."
-        self._layers = {
-            name: layer
-            for name, layer in pl_module.named_modules()
-            if isinstance(layer, AdaLoraLayer) and name.startswith(self._inner)
-        }
+        ((prefix, model),) = models.items()
+        return f"{prefix}.model." if prefix else "model.", model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare peft's schedule with the trainer's."""
@@ -77,31 +100,35 @@ class AdaLoRA(StepCallback):
         self._restore()
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Update the sensitivities and allocate."""
-        assert self._model is not None
-        for name, layer in self._layers.items():
+        """Update the sensitivities and allocate, as `AdaLoraModel.update_and_allocate` does."""
+        assert self._allocator is not None
+        for name, (layer, _) in self._layers.items():
             parameters = cast(nn.Module, layer).parameters()
             if any(parameter.requires_grad and parameter.grad is None for parameter in parameters):
                 raise ValueError(
                     f"{name} has no gradient after step {step}: it takes no part in the loss, or the "
                     "module clears its gradients after the optimizer step."
                 )
-        self._model.update_and_allocate(step)
-
-    @property
-    def _config(self) -> AdaLoraConfig:
-        assert self._model is not None
-        config = self._model.peft_config[self._adapter]
-        assert isinstance(config, AdaLoraConfig)
-        return config
+        # total_step, as was checked.
+        allocator, last = self._allocator, int(trainer.estimated_stepping_batches) - self._config.tfinal
+        if step > last:
+            allocator.mask_using_rank_pattern(self._model, self._config.rank_pattern)
+            return
+        _, pattern = allocator.update_and_allocate(self._model, step, force_mask=step == last)
+        if pattern:
+            self._config.rank_pattern = pattern
+        if step == last:
+            allocator.reset_ipt()
 
     def _kept(self, name: str) -> Tensor:
         """Return which ranks of a module are kept, of shape (rank,)."""
+        layer, adapter = self._layers[name]
         pattern = self._config.rank_pattern or {}  # empty before the first allocation
+        # peft's rank pattern names the layers as the inner model does.
         key = f"{name.removeprefix(self._inner)}.lora_E"
-        everything = [True] * int(self._layers[name].r[self._adapter])
+        everything = [True] * int(layer.r[adapter])
         # Saving with peft takes the adapter's name off the keys.
-        return torch.tensor(pattern.get(f"{key}.{self._adapter}", pattern.get(key, everything)))
+        return torch.tensor(pattern.get(f"{key}.{adapter}", pattern.get(key, everything)))
 
     def ranks(self) -> Mapping[str, int]:
         """Return the rank of every module, by its qualified name in the LightningModule."""
@@ -115,7 +142,7 @@ class AdaLoRA(StepCallback):
         """
         state: dict[str, Tensor] = {}
         for name, rank in self.ranks().items():
-            layer, adapter = self._layers[name], self._adapter
+            layer, adapter = self._layers[name]
             # As in peft's forward, which divides by the rank it began with, and guards the division.
             scaling = layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)
             state |= truncated_tensors(
@@ -129,13 +156,12 @@ class AdaLoRA(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return which ranks are kept, and peft's averages of sensitivity and uncertainty."""
-        if self._model is None:
+        if self._allocator is None:
             return dict(self._restored or {})
-        allocator = self._model.rankallocator
         return {
             "pattern": dict(self._config.rank_pattern or {}),
-            "means": dict(allocator.exp_avg_ipt),
-            "uncertainties": dict(allocator.exp_avg_unc),
+            "means": dict(self._allocator.exp_avg_ipt),
+            "uncertainties": dict(self._allocator.exp_avg_unc),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,9 +171,9 @@ class AdaLoRA(StepCallback):
     def _restore(self) -> None:
         if not self._restored:
             return
-        assert self._model is not None
+        assert self._allocator is not None
         self._config.rank_pattern = dict(self._restored["pattern"]) or None
-        allocator, parameters = self._model.rankallocator, dict(self._model.model.named_parameters())
+        allocator, parameters = self._allocator, dict(self._model.named_parameters())
         for name, mean in self._restored["means"].items():
             allocator.exp_avg_ipt[name] = mean.to(parameters[name].device)
             allocator.exp_avg_unc[name] = self._restored["uncertainties"][name].to(parameters[name].device)

@@ -41,6 +41,7 @@ class AutoPEFTPaper(SearchSpace):
                         f"AutoPEFTPaper needs {method!r} on {site} of {backbone.name}, "
                         f"but {obstacle}; PerLayer can leave it out."
                     )
+        self.check_allocations(backbone)
 
     def sizes(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the sizes, rising from 0 to the hidden width."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Self
 
 from autopeft.core.configuration import AdapterLike, Configuration, Site
+from autopeft.core.errors import checked_names
+from autopeft.core.rank_allocation import RANK_ALLOCATIONS
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import (
@@ -26,6 +28,7 @@ from autopeft.search_spaces.mutation import Mutator, ParameterMutator
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
 
+_ALLOCATION, _FIXED = "allocation", "fixed"
 _LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
 _FEWEST = 2  # the head alone says what adapters add, the smallest one that they add anything
 
@@ -58,22 +61,28 @@ class SearchSpace(ABC):
     * what `draw` and the `mutator` give are points of the space, and follow from the generator;
     * `baselines` and both ends of `extremes` are points of the space, and no point has fewer trainable
       parameters than the first end or more than the second;
-    * `count` is the number of different configurations, learning rates apart.
+    * `count` is the number of different configurations, learning rates and allocations apart.
 
     A space of one's own is a frozen data class. Derived from `MethodSpace`, it needs `suggest_adapters`,
     `encode_adapters`, `all_baselines`, `summary`, `extremes` and `count`; `SlotSpace` has the last two.
 
     Attributes:
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
+        allocations: Ways to allocate ranks in training, to choose from beside ranks that stay, as
+            ("adalora", "sora"). What an allocation cannot be used with has ranks that stay.
 
     Raises:
-        ValueError: The learning rate is not valid.
+        ValueError: The learning rate or an allocation is not valid.
     """
 
     learning_rate: LearningRate = (3e-4, 1e-2)
+    allocations: Sequence[str] = field(default=(), metadata={"unset": ()})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
+        if self.allocations:
+            names = checked_names("allocation", self.allocations, RANK_ALLOCATIONS)
+            object.__setattr__(self, "allocations", names)
 
     @property
     def scores_needed(self) -> tuple[str, ...]:
@@ -87,6 +96,17 @@ class SearchSpace(ABC):
     @abstractmethod
     def validate(self, backbone: Backbone) -> None:
         """Raise ValueError where the space does not fit the backbone."""
+
+    def check_allocations(self, backbone: Backbone) -> None:
+        """Raise ValueError where no site can carry the method whose ranks an allocation decides about."""
+        possible = {method for methods in self.choices(backbone).values() for method in methods}
+        for allocation in self.allocations:
+            method = RANK_ALLOCATIONS[allocation].method
+            if method not in possible:
+                raise ValueError(
+                    f"The allocation {allocation!r} decides about the ranks of {method!r}, which is none of "
+                    f"the space's methods on {backbone.name}: {', '.join(sorted(possible))}."
+                )
 
     @abstractmethod
     def suggest_adapters(self, trial: SuggestTrial, backbone: Backbone) -> Mapping[Site, AdapterLike]:
@@ -144,7 +164,13 @@ class SearchSpace(ABC):
     def suggest(self, trial: SuggestTrial, backbone: Backbone) -> Configuration:
         """Ask the trial for its parameters and decode them."""
         adapters = self.suggest_adapters(trial, backbone)
-        return Configuration(adapters, learning_rate=suggest_learning_rate(trial, self.learning_rate))
+        configuration = Configuration(
+            adapters, learning_rate=suggest_learning_rate(trial, self.learning_rate)
+        )
+        if not self.allocations:
+            return configuration
+        allocation = trial.suggest_categorical(_ALLOCATION, (_FIXED, *self.allocations))
+        return configuration.with_allocation(None if allocation == _FIXED else allocation)
 
     def encode(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters that `suggest` decodes to a configuration.
@@ -153,7 +179,11 @@ class SearchSpace(ABC):
             ValueError: The configuration is no point of the space; says which is near.
         """
         known = self.encode_adapters(configuration, backbone)
-        trial = DrawnTrial(None, known | {"learning_rate": configuration.learning_rate})
+        known |= {
+            "learning_rate": configuration.learning_rate,
+            _ALLOCATION: configuration.allocation or _FIXED,
+        }
+        trial = DrawnTrial(None, known)
         near = self.suggest(trial, backbone)
         if near == configuration:
             return trial.params
@@ -167,6 +197,7 @@ class SearchSpace(ABC):
         """Return what makes points near given ones; by default some parameters are drawn anew."""
         return ParameterMutator(
             learning_rate=learning_rate_bounds(self.learning_rate),
+            allocations=self.allocations,
             encode=partial(self.encode, backbone=backbone),
             decode=partial(self.suggest, backbone=backbone),
         )
@@ -192,12 +223,13 @@ class SearchSpace(ABC):
         """Say what is searched on this backbone, and how many points there are."""
         lowest, highest = learning_rate_bounds(self.learning_rate)
         rate = f"fixed at {lowest:g}" if lowest == highest else f"log-uniform in [{lowest:g}, {highest:g}]"
+        ways = f"ranks that stay, or {', '.join(self.allocations)}\n" if self.allocations else ""
         fewest, most = (count_parameters(backbone, end) for end in self.extremes(backbone))
         count: int | Decimal = self.count(backbone)
         if count > sys.float_info.max:  # as of deep backbones
             count = Decimal(count)
         return (
             f"{type(self).__name__}: {self.summary(backbone)}\n"
-            f"learning rate {rate}\n"
+            f"learning rate {rate}\n{ways}"
             f"{count:.3g} configurations, {fewest:,} to {most:,} trainable parameters"
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from autopeft.core.adapter import Place, block_ranges
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import checked_names, unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS, ROLES, MethodSpec, method_spec
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
@@ -153,6 +153,7 @@ class MethodSpace(SearchSpace):
                     f"{obstacle}{backbone.name}: leave it out of methods, or add a role that takes it."
                 )
             _logger.warning("%s%s: it is left out of the search.", obstacle, backbone.name)
+        self.check_allocations(backbone)
 
     def choices(self, backbone: Backbone) -> dict[Site, Mapping[str, MethodChoice]]:
         """Return the methods of every slot, by its first site; see `SearchSpace.choices`."""
@@ -191,6 +192,7 @@ class SlotSpace(MethodSpace):
         choices, leading = self.choices(backbone), self.scores_needed[:1]
         return SiteMutator(
             learning_rate=learning_rate_bounds(self.learning_rate),
+            allocations=self.allocations,
             choices=choices,
             values=site_values(self.scores_of(*leading), choices) if leading else dict.fromkeys(choices, 1.0),
             tied={slot.sites[0]: slot.sites for slot in self.slots(backbone)},
@@ -206,20 +208,6 @@ class SlotSpace(MethodSpace):
     def count(self, backbone: Backbone) -> int:
         """Return the product over all slots of their choices."""
         return math.prod(slot.count for slot in self.slots(backbone))
-
-
-def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
-    """Return names (or the only one) as a tuple; raise a ValueError where one is invalid or given twice."""
-    given = (names,) if isinstance(names, str) else tuple(names)
-    choices = tuple(valid)
-    if not given:
-        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
-    for name in given:
-        if name not in choices:
-            raise unknown_choice(kind, name, choices)
-    if len(set(given)) != len(given):
-        raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
-    return given
 
 
 def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:

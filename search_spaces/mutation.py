@@ -22,6 +22,7 @@ _SECOND_MOVE_SHARE = 0.5  # of the children: one move alone seldom leaves a loca
 _CROSSED_SHARE = 0.25  # of the children made in parameters; in sites crossing is one of four moves
 _SUM_KEPT_SHARE = 0.5  # of the children: they keep the summed learning rate, not that of each adapter
 _RATE_CHANGED_SHARE = 0.5  # of the children: the others tell what the adapters alone change
+_ALLOCATION_CHANGED_SHARE = 0.25  # of the children, where a space has any
 _RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
 
 
@@ -30,6 +31,7 @@ class Mutator(ABC):
     """Makes children of configurations; `learning_rate` has the range's ends, equal where it is fixed."""
 
     learning_rate: tuple[float, float]
+    allocations: Sequence[str] = ()  # ways to allocate ranks in training, beside ranks that stay
 
     def __call__(self, parents: Mapping[Configuration, float], generator: random.Random) -> Configuration:
         """Return a configuration near one of the parents, with its learning rate or its summed one.
@@ -50,7 +52,11 @@ class Mutator(ABC):
         low, high = self.learning_rate
         if low < high and generator.random() < _RATE_CHANGED_SHARE:
             rate *= math.exp(generator.gauss(0, _RATE_SPREAD))
-        return Configuration(adapters, learning_rate=readable_learning_rate(rate, low, high))
+        allocation = parent.allocation
+        if self.allocations and generator.random() < _ALLOCATION_CHANGED_SHARE:
+            allocation = generator.choice((None, *self.allocations))
+        child = Configuration(adapters, learning_rate=readable_learning_rate(rate, low, high))
+        return child.with_allocation(allocation)
 
     @abstractmethod
     def changed(self, parent: Configuration, other: Configuration, generator: random.Random) -> Placed:

@@ -45,13 +45,14 @@ class LowMemory(PerLayer):
     """Methods that keep little for the backward pass, in the top half of each stack.
 
     The memory of activations follows the lowest block with an adapter, and there what a method's gradients
-    need: for LoRA-FA, LoRA-XS and biases not the inputs of layers.
+    need: for LoRA-FA, LoRA-XS and biases not the inputs of layers, for a ladder beside the blocks nothing of
+    them.
     """
 
     @property
     def default_methods(self) -> Sequence[str]:
-        """LoRA-FA, LoRA-XS and BitFit."""
-        return ("lora_fa", "lora_xs", "bitfit")
+        """LoRA-FA, LoRA-XS, BitFit and ladders."""
+        return ("lora_fa", "lora_xs", "bitfit", "ladder")
 
     def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
         """Return the groups of the top half of each stack; see `PerLayer.block_groups`."""

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import checked_names, unknown_choice
 from autopeft.core.method_specs import METHOD_SPECS, PeftSpec
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_choice import MethodChoice, placed
-from autopeft.search_spaces.method_space import SlotSpace, checked_names
+from autopeft.search_spaces.method_space import SlotSpace
 from autopeft.search_spaces.score_allocation import SCORES_WITH_SPECTRA, Allocation
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SCORES

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES, OptionValue, PeftSpec
+from autopeft.core.rank_allocation import RANK_ALLOCATIONS
 from autopeft.models.backbone import Backbone
 
 _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
@@ -50,11 +51,12 @@ def configurations(draw: st.DrawFn) -> Configuration:
         kind = KIND_OF_ROLE[site.role]
         fitting = [name for name, one in METHOD_SPECS.items() if kind in one.kinds]
         placed[site] = draw(_several(fitting, 64))
-    return Configuration(
+    configuration = Configuration(
         placed,
         learning_rate=draw(st.floats(1e-6, 1.0)),
         weight_decay=draw(st.sampled_from((0.0, 0.01, 0.1))),
     )
+    return configuration.with_allocation(draw(st.sampled_from((None, *RANK_ALLOCATIONS))))
 
 
 @st.composite

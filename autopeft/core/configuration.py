@@ -26,6 +26,7 @@ from autopeft.core.adapter import (
 from autopeft.core.documents import parse_json, parse_yaml, read_text
 from autopeft.core.errors import check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
+from autopeft.core.rank_allocation import RANK_ALLOCATIONS, allocation_obstacle
 
 __all__ = ["Adapter", "Configuration", "Site"]
 
@@ -42,15 +43,19 @@ class Configuration:
         learning_rate: Peak learning rate of AdamW, above 0: that of LoRA, of which other methods take the
             multiple in their specification.
         weight_decay: Decoupled weight decay, at least 0.
+        allocation: How ranks are allocated in training, one of `RANK_ALLOCATIONS`; the sizes are then those
+            that training begins with. None for ranks that stay.
 
     Raises:
         ValueError: A method sits on a site of the wrong kind, a site carries a method twice or two
-            methods that exclude each other, or a hyper-parameter is out of range.
+            methods that exclude each other, the adapters have no ranks to allocate, or a hyper-parameter is
+            out of range.
     """
 
     adapters: Mapping[Site, tuple[Adapter, ...]] = field(repr=False)
     learning_rate: float
     weight_decay: float
+    allocation: str | None
 
     def __init__(
         self,
@@ -58,12 +63,19 @@ class Configuration:
         *,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
+        allocation: str | None = None,
     ) -> None:
         check_numbers(above=0, learning_rate=learning_rate)
         check_numbers(least=0, weight_decay=weight_decay)
         object.__setattr__(self, "adapters", _canonical(adapters or {}))
         object.__setattr__(self, "learning_rate", float(learning_rate))
         object.__setattr__(self, "weight_decay", float(weight_decay))
+        object.__setattr__(self, "allocation", allocation)
+        if allocation is not None:
+            if allocation not in RANK_ALLOCATIONS:
+                raise unknown_choice("allocation", str(allocation), RANK_ALLOCATIONS)
+            if (why := allocation_obstacle(allocation, self.adapters)) is not None:
+                raise ValueError(f"The allocation {allocation!r} is for configurations in which {why}.")
 
     @cached_property
     def key(self) -> str:
@@ -83,11 +95,11 @@ class Configuration:
 
     @property
     def _content(self) -> tuple[Any, ...]:
-        return self.learning_rate, self.weight_decay, self.adapters
+        return self.learning_rate, self.weight_decay, self.allocation, self.adapters
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.learning_rate, self.weight_decay, *self.adapters.items()))
+        return hash((self.learning_rate, self.weight_decay, self.allocation, *self.adapters.items()))
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -108,14 +120,21 @@ class Configuration:
         return sum(len(several) for several in self.adapters.values())
 
     def replace(self, **changes: Any) -> Configuration:
-        """Return a copy with `adapters`, `learning_rate` or `weight_decay` changed."""
+        """Return a copy with `adapters`, `learning_rate`, `weight_decay` or `allocation` changed."""
         return replace(self, **changes)
+
+    def with_allocation(self, allocation: str | None) -> Configuration:
+        """Return it with a way to allocate ranks in training; without where it cannot be used here."""
+        if allocation is not None and allocation_obstacle(allocation, self.adapters) is not None:
+            allocation = None
+        return self.replace(allocation=allocation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the canonical form as plain data."""
         return {
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
+            **({} if self.allocation is None else {"allocation": self.allocation}),
             "sites": {
                 str(site): [adapter.to_dict() for adapter in several]
                 for site, several in self.adapters.items()
@@ -133,7 +152,7 @@ class Configuration:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"A configuration is a mapping, got {type(data).__name__}.")
-        known = ("learning_rate", "weight_decay", "sites")
+        known = ("learning_rate", "weight_decay", "allocation", "sites")
         for key in data:
             if key not in known:
                 raise unknown_choice("configuration key", str(key), known)
@@ -149,7 +168,7 @@ class Configuration:
                 if site in adapters:
                     raise ValueError(f"Site {site} is named twice (the second time by {text!r}).")
                 adapters[site] = read
-        rest = {key: data[key] for key in known[:2] if key in data}
+        rest = {key: data[key] for key in known[:-1] if key in data}
         return cls(adapters, **rest)
 
     def to_yaml(self) -> str:
@@ -194,6 +213,7 @@ class Configuration:
 
     def __repr__(self) -> str:
         methods = ", ".join(self.methods) or "head only"
+        methods += "" if self.allocation is None else f" by {self.allocation}"
         return (
             f"Configuration({methods}; {len(self)} adapters; "
             f"learning_rate={self.learning_rate:g}; {self.key[:8]})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -26,6 +26,20 @@ def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
     close = nearest(given, choices)
     hint = f"; did you mean {close!r}?" if close is not None else "."
     return ValueError(f"Unknown {kind} {given!r}: expected one of {', '.join(choices) or 'none'}{hint}")
+
+
+def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
+    """Return names (or the only one) as a tuple; raise a ValueError where one is invalid or given twice."""
+    given = (names,) if isinstance(names, str) else tuple(names)
+    choices = tuple(valid)
+    if not given:
+        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
+    for name in given:
+        if name not in choices:
+            raise unknown_choice(kind, name, choices)
+    if len(set(given)) != len(given):
+        raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
+    return given
 
 
 def check_whole(name: str, value: object, *, least: int, what: str = "a whole number") -> None:

@@ -101,6 +101,12 @@ class Evaluation:
     derived: tuple[Evaluation, ...] = ()
 
     @property
+    def values_at_end(self) -> Mapping[str, float]:
+        """The values without the ranks that were closed in training, where they were allocated there."""
+        is_cut = self.configuration.allocation is not None and len(self.derived) > 0
+        return self.derived[0].values if is_cut else self.values
+
+    @property
     def trainings(self) -> int:
         """Number of whole trainings behind the values, at least 1 (also while the first is paused)."""
         return max(1, len(self.by_seed))

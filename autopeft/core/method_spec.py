@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn", "block"]
+Principle = Literal[
+    "low-rank update",  # a product of thin matrices beside the weight
+    "fixed bases",  # few numbers between or beside matrices that are not trained
+    "rotation",  # an orthogonal matrix before or behind the weight
+    "sparse update",  # single weights, frequencies or circulant blocks
+    "weights",  # the weights themselves, or a subspace of them
+    "vectors",  # scales and shifts
+    "module",  # a small network in the path of hidden states
+    "prompt",
+    "side network",
+    "other",
+]
 OptionValue = bool | int | float | str
 
 
@@ -17,6 +29,8 @@ class MethodSpec:
     name: str  # the name in configurations, as in "lora"
     symbol: str  # one or two letters for the compact picture
     kinds: frozenset[Kind]  # the kinds of site it can sit on
+    # What it does to the model: methods of one principle are alike to a sampler until trials tell them apart.
+    principle: Principle = "other"
     # What its size means ("rank", "bottleneck width", ...); None for a method without one.
     size_name: str | None = None
     # The (smallest, largest) size that a space offers where nobody says others.

@@ -65,6 +65,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     for specification in (
         MethodSpec(
             name="lora",
+            principle="low-rank update",
             symbol="L",
             kinds=frozenset({"linear", "experts"}),
             size_name="rank",
@@ -72,10 +73,11 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             minimums={"alpha": 0.0},
             wraps=True,
         ),
-        MethodSpec(name="ia3", symbol="I", kinds=_LINEAR, wraps=True),
+        MethodSpec(name="ia3", principle="vectors", symbol="I", kinds=_LINEAR, wraps=True),
         *PEFT_FAMILIES,
         MethodSpec(
             name="full",
+            principle="weights",
             symbol="Fu",
             kinds=frozenset({"linear", "experts", "convolution"}),
             excludes=frozenset({"bitfit"}),
@@ -84,6 +86,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="ssf",
+            principle="vectors",
             symbol="Sf",
             kinds=_LINEAR,
             excludes=frozenset({"bitfit"}),
@@ -92,6 +95,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="sparse",
+            principle="sparse update",
             symbol="Sp",
             kinds=_LINEAR,
             size_name="entries",
@@ -100,6 +104,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="lora_sparse",
+            principle="low-rank update",
             symbol="Ls",
             kinds=_LINEAR,
             size_name="rank",
@@ -109,6 +114,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="lora_fa",
+            principle="low-rank update",
             symbol="Lf",
             kinds=_LINEAR,
             size_name="rank",
@@ -118,6 +124,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="lora_xs",
+            principle="fixed bases",
             symbol="Lx",
             kinds=_LINEAR,
             size_name="rank",
@@ -125,9 +132,16 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             wraps=True,
             rate=10.0,  # 4e-3 in the paper's scripts
         ),
-        MethodSpec(name="layernorm", symbol="N", kinds=frozenset({"norm"}), excludes=frozenset({"bitfit"})),
+        MethodSpec(
+            name="layernorm",
+            principle="vectors",
+            symbol="N",
+            kinds=frozenset({"norm"}),
+            excludes=frozenset({"bitfit"}),
+        ),
         MethodSpec(
             name="bitfit",
+            principle="vectors",
             symbol="B",
             kinds=frozenset({"linear", "norm", "convolution"}),
             excludes=frozenset({"layernorm", "full", "ssf"}),
@@ -135,6 +149,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="series",
+            principle="module",
             symbol="S",
             kinds=_SUBLAYER,
             size_name="bottleneck width",
@@ -143,6 +158,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="parallel",
+            principle="module",
             symbol="P",
             kinds=_SUBLAYER,
             size_name="bottleneck width",
@@ -152,6 +168,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="prefix",
+            principle="prompt",
             symbol="X",
             kinds=frozenset({"attention"}),
             size_name="prefix length",
@@ -161,6 +178,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="compacter",
+            principle="module",
             symbol="Co",
             kinds=_SUBLAYER,
             size_name="width in fours",
@@ -171,6 +189,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="loreft",
+            principle="module",
             symbol="Re",
             kinds=frozenset({"ffn"}),
             size_name="rank",
@@ -181,6 +200,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="ladder",
+            principle="side network",
             symbol="La",
             kinds=frozenset({"block"}),
             size_name="side width",

@@ -13,8 +13,13 @@ from autopeft.core.method_spec import PeftSpec
 
 
 def _family(name: str, symbol: str, size_name: str | None, **given: Any) -> PeftSpec:
-    """Return a family whose size is peft's `r`, unless it is said."""
-    given = {"peft_type": name.upper(), "size_field": "r" if size_name else "", **given}
+    """Return a low-rank update whose size is peft's `r`, unless it is said."""
+    given = {
+        "peft_type": name.upper(),
+        "size_field": "r" if size_name else "",
+        "principle": "low-rank update",
+        **given,
+    }
     if "alpha_field" in given:
         given = {"options": {"scaling": 1.0}, "minimums": {"scaling": 0.0}, **given}
     return PeftSpec(name=name, symbol=symbol, size_name=size_name, **given)
@@ -68,6 +73,7 @@ PEFT_FAMILIES = (
         "randlora",
         "Ra",
         "bases",
+        principle="fixed bases",
         sizes=(1, 16),
         alpha_field="randlora_alpha",
         options={"scaling": 20.0},
@@ -75,36 +81,46 @@ PEFT_FAMILIES = (
         rate=3.0,
     ),
     # Kopiczko et al., "VeRA", 2024: vectors that scale random matrices, which all sites share.
-    _family("vera", "V", "rank", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    _family("vera", "V", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
     # VeRA with a distribution in the place of the vectors' values.
-    _family("pvera", "Pv", "rank", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    _family("pvera", "Pv", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
     # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
-    _family("unilora", "U", "length", size_field="theta_d_length", sizes=(64, 4096), rate=7.0),
+    _family(
+        "unilora",
+        "U",
+        "length",
+        principle="fixed bases",
+        size_field="theta_d_length",
+        sizes=(64, 4096),
+        rate=7.0,
+    ),
     # Morris et al., "Learning to Reason in 13 Parameters", 2026: one vector for all sites.
     _family(
         "tinylora",
         "T",
         "length",
+        principle="fixed bases",
         size_field="u",
         sizes=(4, 256),
         config={"weight_tying": 1.0, **_DRAWN_AGAIN},
         rate=10.0,
     ),
     # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
-    _family("oft", "Of", "block size", size_field="oft_block_size", sizes=(2, 32)),
+    _family("oft", "Of", "block size", principle="rotation", size_field="oft_block_size", sizes=(2, 32)),
     # Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation", 2024.
-    _family("hra", "H", "reflections", sizes=(2, 32)),
+    _family("hra", "H", "reflections", principle="rotation", sizes=(2, 32)),
     # Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024.
-    _family("road", "Ro", None, config={"group_size": 2}, rate=3.0),
+    _family("road", "Ro", None, principle="rotation", config={"group_size": 2}, rate=3.0),
     # An orthogonal matrix of the size between the principal parts of a weight.
-    _family("psoft", "Ps", "rank", alpha_field="psoft_alpha"),
+    _family("psoft", "Ps", "rank", principle="rotation", alpha_field="psoft_alpha"),
     # Nayak et al., "Sculpting Subspaces", 2025; see `autopeft.methods.sized_by_shape`.
-    _family("osf", "Os", "rank", size_field="effective_rank", rate=0.15),
+    _family("osf", "Os", "rank", principle="weights", size_field="effective_rank", rate=0.15),
     # Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024.
     _family(
         "fourierft",
         "Fo",
         "frequencies",
+        principle="sparse update",
         size_field="n_frequency",
         sizes=(16, 1024),
         config={"init_weights": True},
@@ -115,6 +131,7 @@ PEFT_FAMILIES = (
         "c3a",
         "Cc",
         "blocks",
+        principle="sparse update",
         size_field="block_size",
         sizes=(1, 16),
         config={"init_weights": True},

@@ -17,7 +17,7 @@ from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.packed_weights import pack
-from autopeft.methods import attach
+from autopeft.methods import attach, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import CausalLM, Task, TextClassification
 from autopeft.training.settings import Training
@@ -111,7 +111,8 @@ def estimate(
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
-        ValueError: An argument is not valid, or there is no such model.
+        ValueError: An argument is not valid, there is no such model, or a family can sit on none of the
+            layers that it is for, as `full` where they are packed.
     """
     for name, value in (("rank", rank), ("length", length)):
         check_whole(name, value, least=1)
@@ -124,8 +125,11 @@ def estimate(
     backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
     parameters = backbone.parameters
     if nf4 or int8:
-        layers = (shape.module for shape in backbone.sites.values() if shape.kind == "linear")
+        layers = [shape.module for shape in backbone.sites.values() if shape.kind == "linear"]
         pack(backbone.model, layers, 4 if nf4 else 8)
+        backbone.quantized = frozenset(layers)
+    for method in methods:
+        _check_possible(backbone, _adapter(method, rank))
     if checkpointing:
         backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
@@ -139,10 +143,9 @@ def estimate(
                 continue
             with attach(backbone, configuration) as attachment:
                 peak = counter.count(batch, task, precision="bf16-mixed", accumulate=accumulate)
-                specification = METHOD_SPECS[method]
                 rows.append(
                     Estimate(
-                        method=f"{method}({rank})" if specification.size_name else method,
+                        method=str(_adapter(method, rank)).removesuffix("()"),
                         placement=placement,
                         trainable_parameters=attachment.trainable_parameters,
                         peak_memory=peak,
@@ -170,6 +173,18 @@ def _task(name: str) -> Task:
     return known[name]
 
 
+def _adapter(method: str, size: int) -> Adapter:
+    return Adapter(method, size if METHOD_SPECS[method].size_name else None)
+
+
+def _check_possible(backbone: Backbone, adapter: Adapter) -> None:
+    """Raise a ValueError where there are layers that a method is for, and it can sit on none of them."""
+    meant = [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, adapter.method)]
+    obstacles = [obstacle(backbone, site, adapter) for site in meant]
+    if obstacles and all(obstacles):
+        raise ValueError(f"{adapter.method!r} cannot sit on {meant[0]} of {backbone.name}: {obstacles[0]}.")
+
+
 def _placed(backbone: Backbone, method: str, size: int, share: float) -> Configuration:
     """Return a method at its usual sites of the top blocks of each stack."""
     top = {
@@ -177,12 +192,12 @@ def _placed(backbone: Backbone, method: str, size: int, share: float) -> Configu
         for places in backbone.stacks.values()
         for place in places[len(places) - max(1, round(share * len(places))) :]
     }
-    adapter = Adapter(method, size if METHOD_SPECS[method].size_name else None)
+    adapter = _adapter(method, size)
     sites: dict[Site, Adapter] = {
         site: adapter
-        for site, shape in backbone.sites.items()
+        for site in backbone.sites
         if site.place in top
-        and not backbone.obstacle(shape, method)
+        and not obstacle(backbone, site, adapter)
         and (method != "ia3" or site.role in _IA3_ROLES)
         and (method != "parallel" or site.role == "ffn")
     }

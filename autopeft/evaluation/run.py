@@ -32,6 +32,7 @@ from autopeft.evaluation.context import EvaluationContext
 from autopeft.methods import Attachment
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
+from autopeft.training.rank_allocation import allocation_callbacks
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.training_checkpoint import (
     CaptureState,
@@ -126,10 +127,11 @@ class EvaluationRun:
             return
         best = best_weights(evaluator.monitor)
         module = evaluator.module(self.configuration, self.before)
-        users = new_callbacks(evaluator.training.callbacks, module)
-        capture = CaptureState(best, users)
+        others = new_callbacks(evaluator.training.callbacks, module)
+        others += allocation_callbacks(self.configuration, plan.total_steps)
+        capture = CaptureState(best, others)
         watching = (StopOnDivergence(), self.throughput, self.curve)
-        callbacks: list[Callback] = [*watching, *users, best, self.memory]
+        callbacks: list[Callback] = [*watching, *others, best, self.memory]
         if self.end < plan.total_steps:
             callbacks.append(capture)
         module.train()
@@ -149,7 +151,7 @@ class EvaluationRun:
                     )
                 ending.callback(dismantle, trainer)
                 if self.before is not None:
-                    restore_state(self.before.state, trainer, module, best, users)
+                    restore_state(self.before.state, trainer, module, best, others)
                 _fit(trainer, module, evaluator, best, self.seed)
                 self.pause = capture.state
             best.restore(module)

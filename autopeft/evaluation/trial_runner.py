@@ -9,7 +9,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume, Rivals
 from autopeft.core.seeding import training_seed
-from autopeft.evaluation.derived import derive, derive_again
+from autopeft.evaluation.derived import allocated, derive, derive_again
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, Trained
 from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
@@ -86,7 +86,9 @@ class TrialRunner:
         if trained.paused is not None:
             self.paused.save(record.number, trained.paused)
         outcomes = [trained]
-        if trained.state is not None and rivals is not None:
+        if trained.state is not None and record.evaluation.configuration.allocation is not None:
+            outcomes = allocated(self.evaluator, trained)
+        elif trained.state is not None and rivals is not None:
             outcomes = derive(self.evaluator, trained, rivals)
         record = replace(record, evaluation=outcomes[0].evaluation)
         for point, outcome in zip(record.points, outcomes, strict=True):

@@ -70,7 +70,11 @@ def plain_lora(
             (lora,) = several
             tensors |= {down: state[down], up: state[up] * lora_scaling(lora)}
             adapters[site] = plain_adapter(lora.size or 0)
-    return PlainLora(configuration=configuration.replace(adapters=adapters), state=tensors, energy_kept=kept)
+    return PlainLora(
+        configuration=configuration.replace(adapters=adapters, allocation=None),
+        state=tensors,
+        energy_kept=kept,
+    )
 
 
 def _update(backbone: Backbone, merged: PreTrainedModel, site: Site, several: Sequence[Adapter]) -> Tensor:

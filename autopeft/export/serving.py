@@ -103,7 +103,8 @@ def with_one_rank(
         down, up = lora_tensors(site)
         padded[down] = pad(state[down], (0, 0, 0, missing))
         padded[up] = pad(state[up], (0, missing))
-    return configuration.replace(adapters=dict.fromkeys(configuration.adapters, plain_adapter(rank))), padded
+    adapters = dict.fromkeys(configuration.adapters, plain_adapter(rank))
+    return configuration.replace(adapters=adapters, allocation=None), padded
 
 
 def plain_adapter(rank: int) -> Adapter:

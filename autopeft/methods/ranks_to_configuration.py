@@ -45,7 +45,7 @@ def configuration_from_ranks(
             for adapter in adapters[site]
             if rank or adapter.method != "lora"
         )
-    return configuration.replace(adapters=adapters)
+    return configuration.replace(adapters=adapters, allocation=None)
 
 
 def attachment_tensors(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

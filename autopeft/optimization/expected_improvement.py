@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,10 +15,11 @@ from scipy.stats import qmc
 
 from autopeft.core.adapter import Site
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import METHOD_SPECS
+from autopeft.core.method_specs import METHOD_SPECS, method_spec
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import non_dominated
-from autopeft.methods import count_parameters
+from autopeft.core.rank_allocation import RANK_ALLOCATIONS
+from autopeft.methods import count_parameters, count_site
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.gaussian_process import Array, GaussianProcess, Inputs
 from autopeft.optimization.proposal import History
@@ -30,6 +32,9 @@ _CELLS = 4096  # of the unit cube: the standard error of a gain of 1 % is 0.16 %
 _COMPUTE_BESIDE_BLOCKS = 0.25  # of what all blocks take in a step: head, loop and optimizer
 _SAME_RATE_FACTOR = 1.2  # learning rates by less than this factor apart are taken for the same
 _RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
+# Of the shares of principles and of methods, beside 1 of other features: trials are few and methods many,
+# so that size and rate have to be learned first (`benchmarks/families.py`).
+_PRINCIPLE_WEIGHT, _METHOD_WEIGHT = 0.3, 0.1
 _COUNTED = ("trainable_parameters", "adapter_parameters")
 
 
@@ -37,10 +42,11 @@ _COUNTED = ("trainable_parameters", "adapter_parameters")
 class Features:
     """The numbers that say most about what a configuration costs and reaches.
 
-    Of both: the number of parameters on a log scale, and the share of each method but the first. Of what it
+    Of both: the number of parameters on a log scale, and the shares of principles and methods. Of what it
     costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
-    what it reaches: the summed learning rate on a log scale, and its placement, one number a site. All lie in
-    [0, 1] but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
+    what it reaches: the summed learning rate on a log scale, how its ranks are allocated, and its placement,
+    one number a site. All lie in [0, 1] but the summed rate, 1 for one adapter at the highest rate. See
+    `benchmarks/surrogate.py`.
     """
 
     backbone: Backbone  # counts blocks and parameters
@@ -48,6 +54,7 @@ class Features:
     methods: Sequence[str]
     highest_rate: float
     parameters: tuple[int, int]  # (fewest, most) trainable parameters
+    allocations: Sequence[str] = ()  # ways to allocate ranks in training
 
     @classmethod
     def of(cls, space: SearchSpace, backbone: Backbone) -> Self:
@@ -61,12 +68,14 @@ class Features:
             methods=[method for method in METHOD_SPECS if method in used],
             highest_rate=learning_rate_bounds(space.learning_rate)[1],
             parameters=(fewest, most),
+            allocations=space.allocations,
         )
 
     def of_metric(self, configuration: Configuration) -> list[float]:
         """Return the features that say what a configuration reaches, its placement apart."""
         summed = 1 + math.log(summed_learning_rate(configuration) / self.highest_rate) / _RATE_UNIT
-        return [summed, *self._of_both(configuration)]
+        allocated = [float(configuration.allocation == name) for name in self.allocations]
+        return [summed, *self._of_both(configuration), *allocated]
 
     def of_cost(self, configuration: Configuration) -> list[float]:
         """Return the features that say what a configuration costs."""
@@ -74,16 +83,51 @@ class Features:
         return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
 
     def _of_both(self, configuration: Configuration) -> list[float]:
-        methods = [adapter.method for _, adapter in configuration]
-        shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
         count = max(self.count(configuration), self.parameters[0])
-        return [log_place(count, *self.parameters), *shares]
+        return [log_place(count, *self.parameters), *self.shares(configuration)]
+
+    def shares(self, configuration: Configuration) -> list[float]:
+        """Return the share of each principle and of each method, weighted; first ones follow from the others.
+
+        Methods count for less, so that those of one principle are nearer to each other than to the rest.
+        """
+        methods = Counter(adapter.method for _, adapter in configuration)
+        total = max(1, len(configuration))
+        shares = []
+        for place, members in enumerate(self._principles):
+            if place:
+                shares.append(_PRINCIPLE_WEIGHT * sum(methods[name] for name in members) / total)
+            shares += [_METHOD_WEIGHT * methods[name] / total for name in members[1:]]
+        return shares
+
+    @cached_property
+    def _principles(self) -> list[list[str]]:
+        """The methods of each principle."""
+        found: dict[str, list[str]] = {}
+        for name in self.methods:
+            found.setdefault(method_spec(name).principle, []).append(name)
+        return list(found.values())
 
     def count(self, configuration: Configuration) -> int:
-        """Return the number of trainable parameters of a configuration, counted once."""
+        """Return the number of trainable parameters of a configuration, counted once.
+
+        Where ranks are allocated in training, about that of what is left.
+        """
         if configuration not in self._counts:
-            self._counts[configuration] = count_parameters(self.backbone, configuration)
+            self._counts[configuration] = round(self._expected_count(configuration))
         return self._counts[configuration]
+
+    def _expected_count(self, configuration: Configuration) -> float:
+        count = count_parameters(self.backbone, configuration)
+        if configuration.allocation is None:
+            return count
+        allocation = RANK_ALLOCATIONS[configuration.allocation]
+        allocated = sum(
+            count_site(self.backbone, site, adapter)
+            for site, adapter in configuration
+            if adapter.method == allocation.method
+        )
+        return count - (1 - allocation.kept) * allocated
 
     @cached_property
     def _counts(self) -> dict[Configuration, int]:
@@ -241,7 +285,9 @@ class ExpectedImprovement:
 
     def _was_tried(self, candidate: Configuration) -> bool:
         return any(
-            trial.adapters == candidate.adapters and _is_near(trial.learning_rate, candidate.learning_rate)
+            trial.adapters == candidate.adapters
+            and trial.allocation == candidate.allocation
+            and _is_near(trial.learning_rate, candidate.learning_rate)
             for trial in self._tried
         )
 

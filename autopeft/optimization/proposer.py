@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, create_study
@@ -79,6 +79,7 @@ class Proposer:
 
     def _history(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> History:
         """Return every trial with the values known of it; a failed training has the worst of the metrics."""
+        records = [_at_end(record) for record in records]
         forecast = None if self.forecast is None else self.forecast(records)
         worst = {axis.objective.name: axis.worst for axis in self.axes if not axis.objective.before_training}
         names = [objective.name for objective in self.objectives]
@@ -101,3 +102,11 @@ class Proposer:
             trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
             are_states_served=self.are_states_served,
         )
+
+
+def _at_end(record: TrialRecord) -> TrialRecord:
+    """Return a trial with the values of what its ranks came to, if they were allocated in training."""
+    evaluation = record.evaluation
+    if evaluation.configuration.allocation is None:
+        return record
+    return replace(record, evaluation=replace(evaluation, values=evaluation.values_at_end))

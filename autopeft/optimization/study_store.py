@@ -191,7 +191,7 @@ class StudyStore:
         for number, evaluation in self._outcomes().items():
             trial, values = saved[self._places[number]], None
             if evaluation.status == "complete":
-                values = self._values(evaluation.values)
+                values = self._values(evaluation.values_at_end)
             elif evaluation.status == "paused" and expected is not None:
                 values = list(expected(evaluation))
             state = STATES[evaluation.status] if values is None else TrialState.COMPLETE

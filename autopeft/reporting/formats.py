@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def methods_label(configuration: Configuration, values: Mapping[str, float] | None = None) -> str:
     """Return the methods of a configuration, as in "lora+prefix"; its values tell of a trained head."""
     alone = "head alone" if (values or {}).get("trainable_parameters") else "no adapter"
-    return "+".join(configuration.methods) or alone
+    how = "" if configuration.allocation is None else f" by {configuration.allocation}"
+    return ("+".join(configuration.methods) or alone) + how
 
 
 def html_page(figure: Figure, *, title: str) -> str:

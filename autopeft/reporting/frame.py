@@ -36,6 +36,7 @@ def front_frame(
         "lowest_block": [_block(configuration.lowest_block) for configuration in configurations],
         "learning_rate": [configuration.learning_rate for configuration in configurations],
         "weight_decay": [configuration.weight_decay for configuration in configurations],
+        "allocation": [configuration.allocation for configuration in configurations],
         "seed": [evaluation.seed for evaluation in evaluations],
         "warm_start": [evaluation.warm_start for evaluation in evaluations],
         "trainings": [evaluation.trainings for evaluation in evaluations],

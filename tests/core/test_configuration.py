@@ -159,6 +159,7 @@ class TestCanonicalForm:
             Configuration({Site(0, "query"): Adapter("lora", 8, {"rslora": False})}),
             Configuration({Site(0, "query"): Adapter("lora", 8)}, learning_rate=2e-3),
             Configuration({Site(0, "query"): Adapter("lora", 8)}, weight_decay=0.1),
+            Configuration({Site(0, "query"): Adapter("lora", 8)}, allocation="sora"),
             Configuration(),
         ],
     )

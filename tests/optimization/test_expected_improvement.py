@@ -16,7 +16,7 @@ from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
 from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
 from autopeft.optimization.proposal import History
-from autopeft.search_spaces import ScoreGuided
+from autopeft.search_spaces import PerLayer, ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.sensitivity import compute_scores
 from tests.loss_task import CROSS_ENTROPY
@@ -255,3 +255,27 @@ def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
     assert gain.best([*near, tried.replace(learning_rate=tried.learning_rate * 1.3)]) == 2
     adapters = dict(list(tried.adapters.items())[1:])
     assert gain.best([*near, Configuration(adapters, learning_rate=tried.learning_rate)]) == 2
+
+
+def test_methods_of_one_principle_are_nearer_than_others() -> None:
+    space = PerLayer(methods=("lora", "dora", "vera", "series", "compacter"), learning_rate=1e-3)
+    features = Features.of(space, BACKBONE)
+
+    def shares(*methods: str) -> np.ndarray:
+        adapters = {
+            Site(block, "ffn" if name in ("series", "compacter") else "query"): name
+            for block, name in enumerate(methods)
+        }
+        return np.array(
+            features.shares(Configuration({site: Adapter(name, 16) for site, name in adapters.items()}))
+        )
+
+    def apart(first: np.ndarray, second: np.ndarray) -> float:
+        return float(((first - second) ** 2).sum())
+
+    lora, dora, vera, series, compacter = (
+        shares(name) for name in ("lora", "dora", "vera", "series", "compacter")
+    )
+    assert 0 < apart(lora, dora) < 0.2 * min(apart(lora, vera), apart(dora, series), apart(lora, series))
+    assert 0 < apart(series, compacter) < 0.2 * apart(vera, series)
+    np.testing.assert_allclose(shares("lora", "series"), (lora + series) / 2)

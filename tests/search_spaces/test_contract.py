@@ -81,6 +81,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         ),
         "uniform": Uniform(),
         "uniform-several": Uniform(methods=("lora", "prefix", "ia3"), ranks=(3, 9), learning_rate=1e-3),
+        "uniform-allocations": Uniform(methods=("lora", "adalora"), allocations=("adalora", "ist")),
         "paper": AutoPEFTPaper(),
         "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
         "own": EverySlot(methods=("lora", "ia3"), ranks=(2, 4)),
@@ -103,6 +104,7 @@ def guided(backbone: Backbone, **options: Any) -> ScoreGuided:
 _GUIDED: dict[str, dict[str, Any]] = {
     "guided": {},
     "guided-gora": {"allocator": "gora"},
+    "guided-allocations": {"allocations": ("sora", "elalora")},
     "guided-mixed": {"methods": ("lora", "series", "prefix"), "ranks": (2, 9), "learning_rate": 1e-3},
 }
 PAIRS += [
@@ -310,6 +312,20 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
     assert described is not None
     digits = int(described[2])
     assert abs(count // 10 ** (digits - 2) - 100 * float(described[1])) <= 1
+
+
+def test_allocations_are_among_what_is_drawn_and_what_is_near_it() -> None:
+    space, backbone = PerLayer(methods=("lora",), allocations=("sora", "ist")), BACKBONES["bert"]
+    found = [one for seed in range(8) for one in _drawn_and_changed(space, backbone, seed)]
+    assert {one.allocation for one in found} == {None, "sora", "ist"}
+    assert "ranks that stay, or sora, ist" in space.describe(backbone)
+
+
+def test_an_allocation_without_a_method_to_act_on_is_named() -> None:
+    with pytest.raises(ValueError, match="'adalora' decides about the ranks of 'adalora', which is none"):
+        PerLayer(methods=("lora",), allocations=("adalora",)).validate(BACKBONES["bert"])
+    with pytest.raises(ValueError, match=r"allocation 'sorra'.*did you mean 'sora'"):
+        PerLayer(allocations=("sorra",))
 
 
 @pytest.fixture(autouse=True)

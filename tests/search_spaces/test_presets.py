@@ -71,6 +71,7 @@ def test_low_memory_leaves_the_lower_half_alone() -> None:
     for _ in range(5):
         lowest = space.draw(generator, backbone).lowest_block
         assert lowest is None or lowest[1] >= 1
+    assert "ladder" in space.methods_on(backbone)
     assert [len(group) for group in replace(space, groups=2).block_groups(backbone)] == [1, 1]
 
 

@@ -52,6 +52,7 @@ class PackedTrainer:
         training = self._evaluator.training
         is_alone = self._is_refuted or training.patience or training.callbacks
         is_plain = set(configuration.methods) <= {"lora"} and len(self._evaluator.backbone.stacks) == 1
+        is_plain = is_plain and configuration.allocation is None
         return is_plain and not is_alone and all(site.kind != "experts" for site in configuration.adapters)
 
     def train(

@@ -86,6 +86,8 @@ def trial_params(record: TrialRecord) -> dict[str, str]:
     for role, by_adapter in by_role.items():
         text = "; ".join(f"{adapter} at {block_ranges(places)}" for adapter, places in by_adapter.items())
         params[f"adapters/{role}"] = shortened(text)
+    if configuration.allocation is not None:
+        params["allocation"] = configuration.allocation
     if record.baseline is not None:
         params["baseline"] = shortened(record.baseline)
     return params

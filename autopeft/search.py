@@ -24,12 +24,14 @@ from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.verdict import Verdict
 from autopeft.search_document import save_document
 from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
+from autopeft.search_prior import keep_fronts
 from autopeft.search_run import SearchRun
 from autopeft.search_verdict import FinalTests, reach_verdict, sweep_settings
 from autopeft.sensitivity import CHEAP_SCORES
@@ -68,6 +70,7 @@ class Search(SearchSettings):
         executor: Where and how trials are trained: "local" for one at a time in this process, or what makes
             an `Executor`, as `PackedExecutor(size=8)` does.
         baselines: Whether to try the space's baselines first: what people do today.
+        prior: Folders of earlier searches or of exported adapters to begin from; what was read is kept.
         score_check: Whether a call that ends a search, its budget of compute not spent, scores the sites and
             says how well the scores would have ranked its trials.
         name: Name of the search; by default made from backbone, task and a hash of the settings.
@@ -131,7 +134,7 @@ class Search(SearchSettings):
             ValueError: Data, backbone or space are not valid.
         """
         opened = self.open()
-        return self._describe(opened.backbone, opened.space)
+        return self._describe(opened.backbone, opened.space, opened.prior)
 
     def sensitivity(
         self, scores: Sequence[str] = CHEAP_SCORES, *, batches: int = SCORE_BATCHES
@@ -162,6 +165,15 @@ class Search(SearchSettings):
         """
         front = self.front()
         return check_scores(front.records, self.sensitivity(scores).scores, front.metric)
+
+    def layer_card(self) -> LayerCard:
+        """Say what an adapter at each site costs, and what the sites have given so far.
+
+        Raises:
+            ValueError: The search was not started, or is not valid.
+        """
+        front, opened = self.front(), self.open()
+        return LayerCard.of(opened.backbone, opened.space, opened.prior, front)
 
     def run(
         self,
@@ -208,6 +220,7 @@ class Search(SearchSettings):
             with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
                 save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": whole.bounds})
+                keep_fronts(opened.prior.fronts, self.folder)
                 run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 front = run.run(
                     description=self.describe(),

@@ -22,6 +22,7 @@ from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
@@ -53,7 +54,7 @@ class SearchRun:
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
-        self.evaluator, self.axes, self.study = evaluator, opened.axes, study
+        self.opened, self.evaluator, self.axes, self.study = opened, evaluator, opened.axes, study
         self.budget, self.export, self.settings = budget, export, settings
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
@@ -65,6 +66,7 @@ class SearchRun:
         self.executor: Executor = make_executor(runner)
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
+        baselines = opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else ()
         proposer = Proposer(
             space=opened.space,
             backbone=opened.backbone,
@@ -74,7 +76,8 @@ class SearchRun:
             view=self._view,
             seed=settings.seed,
             constraints=evaluator.constraints,
-            baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
+            baselines=opened.prior.among(baselines, budget.trials),
+            earlier_rates=opened.prior.rates,
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
@@ -136,6 +139,9 @@ class SearchRun:
         finally:
             self.executor.close()
             front = self.front() if status == "FAILED" else front
+            if report.tracker is not None and status != "FAILED":
+                card = LayerCard.of(self.opened.backbone, self.opened.space, self.opened.prior, front)
+                report.tracker.log_report(card.save, "layers")
             report.end(status, front, self.study.folder, report.evaluations - before)
         self._close(report, front)
         return front

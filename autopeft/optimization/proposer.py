@@ -35,6 +35,7 @@ class Proposer:
     seed: int
     constraints: Sequence[Constraint]
     baselines: Sequence[Baseline]  # what is tried first
+    earlier_rates: Mapping[str, float]  # see `History`
     # What trials that paused are expected to reach; None where trials do not pause:
     forecast: Callable[[Sequence[TrialRecord]], Forecast] | None
     are_states_served: Callable[[int], bool]  # see `History`
@@ -99,5 +100,6 @@ class Proposer:
             front={member.configuration: share for member, share in zip(members, shares, strict=True)},
             constraints=self.constraints,
             trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
+            earlier_rates=self.earlier_rates,
             are_states_served=self.are_states_served,
         )

@@ -66,7 +66,6 @@ class SearchRun:
         self.executor: Executor = make_executor(runner)
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
-        baselines = opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else ()
         proposer = Proposer(
             space=opened.space,
             backbone=opened.backbone,
@@ -76,8 +75,8 @@ class SearchRun:
             view=self._view,
             seed=settings.seed,
             constraints=evaluator.constraints,
-            baselines=opened.prior.among(baselines, budget.trials),
-            earlier_rates=opened.prior.rates,
+            baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
+            prior=opened.prior,
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
@@ -138,8 +137,9 @@ class SearchRun:
             report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             self.executor.close()
-            front = self.front() if status == "FAILED" else front
-            if report.tracker is not None and status != "FAILED":
+            if status == "FAILED":
+                front = self.front()
+            elif report.tracker is not None:
                 card = LayerCard.of(self.opened.backbone, self.opened.space, self.opened.prior, front)
                 report.tracker.log_report(card.save, "layers")
             report.end(status, front, self.study.folder, report.evaluations - before)

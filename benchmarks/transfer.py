@@ -1,6 +1,6 @@
 """Compute to the same hypervolume, of searches that begin from an earlier one and of searches that do not.
 
-    python -m benchmarks.transfer [--pairs questions:spam ...] [--seeds 3] [--units 10] [--folder DIR]
+    python -m benchmarks.transfer [--pairs questions:spam ...] [--seeds 3] [--units 10] [--rows 256]
 
 Of each pair, the first names the data set of the earlier search (the default strategy on MiniLM, with a seed
 of its own) and the second that of the search that begins from it, with as much compute. "wrong" is a bad
@@ -24,9 +24,9 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from assets.prepare import prepare
 from autopeft import Configuration, ParetoFront, Search, Site
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.pareto import hypervolume
@@ -44,7 +45,7 @@ from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.ours import GUIDED
-from benchmarks.rivals.setting import TRAINING, Setting
+from benchmarks.rivals.setting import EXAMPLES, TRAINING
 from benchmarks.untuned import uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,23 +54,31 @@ PAIRS = ("questions:spam", "spam:questions", "movies:questions", f"{WRONG}:quest
 LEVELS = (0.9, 0.95, 1.0)
 _EARLIER_SEED = 100
 _RATE_OF_WRONG = 0.1
+_MEDIANS = ("validation", "test", "trials", "from_earlier", "from_earlier_on_front")
 
 
-def made(folder: Path, dataset: str, seed: int, prior: Path | None = None, name: str = "") -> Search:
-    """Return a search on a data set."""
-    setting = Setting(dataset=dataset, seed=seed, trials=1)
-    return Search(
-        setting.model,
-        setting.task,
-        GUIDED,
-        objectives=(setting.metric, "trainable_parameters"),
-        training=TRAINING,
-        seed=seed,
-        prior=() if prior is None else prior,
-        name=name or f"{dataset}-{seed}",
-        folder=folder,
-        tracking=None,
-    )
+@dataclass(frozen=True)
+class Searches:
+    """Makes the searches of a benchmark, in one folder and with so many rows to train on."""
+
+    folder: Path
+    rows: int
+
+    def of(self, dataset: str, seed: int, prior: Path | None = None, name: str = "") -> Search:
+        """Return a search on a data set."""
+        data = DATASETS[dataset]
+        return Search(
+            str(prepare("minilm")),
+            data.task(**EXAMPLES | {"train": self.rows}),
+            GUIDED,
+            objectives=(data.metric, "trainable_parameters"),
+            training=TRAINING,
+            seed=seed,
+            prior=() if prior is None else prior,
+            name=name or f"{dataset}-{seed}",
+            folder=self.folder,
+            tracking=None,
+        )
 
 
 @contextmanager
@@ -84,11 +93,11 @@ def cache_of_its_own() -> Iterator[None]:
         os.environ["AUTOPEFT_CACHE"] = before
 
 
-def unit_of(dataset: str) -> float:
+def unit_of(search: Search) -> float:
     """Return the processor time of one plain training."""
-    setting = Setting(dataset=dataset, seed=0, trials=1)
-    evaluator = setting.evaluator(setting.load(), precision="auto")
-    evaluation = evaluator.evaluate(uniform(evaluator.backbone, rank=8, rate=1e-3))
+    with cache_of_its_own():
+        opened = search.open()
+        evaluation = opened.evaluator.evaluate(uniform(opened.backbone, rank=8, rate=1e-3))
     return evaluation.cost.cpu_seconds
 
 
@@ -139,14 +148,14 @@ def run(search: Search, unit: float, units: float) -> dict[str, Any]:
             assert state is not None  # of what is on the front
             tests.append({**point.values, **evaluator.test(point.configuration, state)})
     curve = [json.loads(line) for line in path.read_text().splitlines()]
-    from_earlier = [one.number for one in front.records if (one.baseline or "").startswith("trial ")]
+    from_earlier = {record.number for record in front.records if (record.baseline or "").startswith("trial ")}
     return {
         "curve": curve,
         "validation": front.hypervolume,
         "test": hypervolume(tests, front.axes),
         "trials": len(front.records),
         "from_earlier": len(from_earlier),
-        "from_earlier_on_front": len(front.members.intersection(from_earlier)),
+        "from_earlier_on_front": len(front.members & from_earlier),
     }
 
 
@@ -158,37 +167,27 @@ def units_to(curve: Sequence[Sequence[float]], level: float) -> float:
 def rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row a target and prior: medians over seeds, and units relative to those without a prior."""
     found = []
-    for target in dict.fromkeys(one["target"] for one in runs):
-        own = [one for one in runs if one["target"] == target]
-        end = statistics.median(one["validation"] for one in own if one["prior"] == NONE)
-        without: dict[float, float] = {}
-        for prior in sorted({one["prior"] for one in own}, key=lambda name: (name != NONE, name)):
-            seeds = [one for one in own if one["prior"] == prior]
+    for target in dict.fromkeys(each["target"] for each in runs):
+        own = [each for each in runs if each["target"] == target]
+        end = statistics.median(each["validation"] for each in own if each["prior"] == NONE)
+        without: dict[str, float] = {}
+        for prior in dict.fromkeys(each["prior"] for each in own):  # the first is none
+            seeds = [each for each in own if each["prior"] == prior]
             to = {
-                level: statistics.median(units_to(one["curve"], level * end) for one in seeds)
+                f"{level:.0%}": statistics.median(units_to(each["curve"], level * end) for each in seeds)
                 for level in LEVELS
             }
             without = without or to
-            found.append(
-                {
-                    "target": target,
-                    "prior": prior,
-                    "seeds": len(seeds),
-                    "units_to": {f"{level:.0%}": to[level] for level in LEVELS},
-                    "relative": {f"{level:.0%}": to[level] / without[level] for level in LEVELS},
-                    **{
-                        name: statistics.median(one[name] for one in seeds)
-                        for name in ("validation", "test", "trials", "from_earlier_on_front")
-                    },
-                }
-            )
+            medians = {name: statistics.median(each[name] for each in seeds) for name in _MEDIANS}
+            relative = {level: to[level] / without[level] for level in to}
+            found.append({"target": target, "prior": prior, "units_to": to, "relative": relative, **medians})
     return found
 
 
 def show(table_rows: Sequence[dict[str, Any]], units: float) -> None:
     """Print the table."""
     table = Table(title=f"Units to a share of the hypervolume without a prior at {units:g} units (medians)")
-    ends = ("validation", "test", "trials", "of the prior on the front")
+    ends = ("validation", "test", "trials", "of the prior", "on the front")
     for heading in ("target", "prior", *(f"{level:.0%}" for level in LEVELS), *ends):
         table.add_column(heading, justify="left" if heading in ("target", "prior") else "right")
     for row in table_rows:
@@ -196,8 +195,8 @@ def show(table_rows: Sequence[dict[str, Any]], units: float) -> None:
             "–" if math.isinf(to) else f"{to:.2f} ({row['relative'][level]:.2f}×)"
             for level, to in row["units_to"].items()
         ]
-        ending = (f"{row['validation']:.3f}", f"{row['test']:.3f}", f"{row['trials']:g}")
-        table.add_row(row["target"], row["prior"], *cells, *ending, f"{row['from_earlier_on_front']:g}")
+        ending = (f"{row[name]:.3g}" for name in _MEDIANS)
+        table.add_row(row["target"], row["prior"], *cells, *ending)
     Console(width=120).print(table)
 
 
@@ -207,6 +206,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, help=f"earlier:target, of {', '.join(DATASETS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--units", type=float, default=10.0)
+    parser.add_argument("--rows", type=int, default=EXAMPLES["train"], help="to train on")
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/transfer"))
     given = parser.parse_args()
     pairs = [pair.partition(":")[::2] for pair in given.pairs]
@@ -216,40 +216,40 @@ def main() -> None:
                 f"{earlier}:{target} is no pair: there are {', '.join(DATASETS)}, and earlier {WRONG}"
             )
     torch.set_num_threads(1)
-    targets = dict.fromkeys(target for _, target in pairs)
-    kept = given.folder / f"runs-{given.units:g}-units.json"
+    searches = Searches(given.folder, given.rows)
+    kept = given.folder / f"{given.units:g}-units-{given.rows}-rows.json"
     done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
 
-    def once(name: str, make: Any) -> Any:
+    def once(name: str, make: Callable[[], Any]) -> Any:
         if name not in done:
             done[name] = make()
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(done) + "\n")
         return done[name]
 
-    def ran(name: str, search: Search, dataset: str) -> Any:
-        unit = once(f"unit of {dataset}", lambda: unit_of(dataset))
-        result = once(name, lambda: run(search, unit, given.units))
-        print(f"{name}: {result['validation']:.3f}, test {result['test']:.3f}", flush=True)
+    def ran(search: Search, dataset: str) -> Any:
+        unit = once(f"unit of {dataset}", lambda: unit_of(searches.of(dataset, 0)))
+        result = once(search.name, lambda: run(search, unit, given.units))
+        print(f"{search.name}: {result['validation']:.3f}, test {result['test']:.3f}", flush=True)
         return result
 
+    targets = dict.fromkeys(target for _, target in pairs)
     priors: dict[tuple[str, str], Path | None] = {(NONE, target): None for target in targets}
     for earlier, target in pairs:
         dataset = target if earlier == WRONG else earlier
-        source = made(given.folder, dataset, _EARLIER_SEED)
-        ran(source.name, source, dataset)
+        source = searches.of(dataset, _EARLIER_SEED)
+        ran(source, dataset)
         priors[earlier, target] = made_wrong(source) if earlier == WRONG else source.folder
     runs = []
     for seed in range(given.seeds):
         for (earlier, target), prior in priors.items():
-            name = f"{target}-from-{earlier}-{seed}"
-            result = ran(name, made(given.folder, target, seed, prior, name), target)
-            runs.append({"target": target, "prior": earlier, "seed": seed, **result})
+            search = searches.of(target, seed, prior, f"{target}-from-{earlier}-{seed}")
+            runs.append({"target": target, "prior": earlier, "seed": seed, **ran(search, target)})
     table = rows(runs)
     show(table, given.units)
     record = {
         "command": f"python -m benchmarks.transfer --pairs {' '.join(given.pairs)} --seeds {given.seeds} "
-        f"--units {given.units:g}",
+        f"--units {given.units:g} --rows {given.rows}",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
         "unit_cpu_seconds": {target: done[f"unit of {target}"] for target in targets},
         "rows": [

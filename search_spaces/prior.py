@@ -14,21 +14,19 @@ from typing import Any, NamedTuple
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces.base import FEWEST_BASELINES, Baseline, SearchSpace
+from autopeft.search_spaces.base import Baseline, SearchSpace
 from autopeft.search_spaces.learning_rates import (
     learning_rate_bounds,
     readable_learning_rate,
     summed_learning_rate,
 )
 
-_TRIALS_A_BASELINE = 10  # at most a tenth of the trials are from earlier fronts: a bad one costs no more
-_BASELINES = 4  # where the budget does not say how many trials there will be
 _LARGEST_WEIGHT = 2.0  # and the smallest is a half: scores on the task itself outweigh what another told
-_FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("query", "key", "value"),
-    "ffn_gate_up": ("ffn_up", "ffn_gate"),
+_FUSED = {"qkv": ("query", "key", "value"), "ffn_gate_up": ("ffn_up", "ffn_gate")}
+_KIN: Mapping[str, tuple[str, ...]] = {
+    **_FUSED,
+    **{part: (whole,) for whole, parts in _FUSED.items() for part in parts},
 }
-_KIN = _FUSED | {part: (whole,) for whole, parts in _FUSED.items() for part in parts}
 """The roles that stand for one where a model has one layer for several, or several for one."""
 
 
@@ -108,16 +106,6 @@ class Prior:
         weights = _weights(fronts, backbone)
         baselines = tuple(found.values())
         return cls(fronts=tuple(fronts), baselines=baselines, weights=weights, rates=_rates(members))
-
-    def among(self, baselines: Sequence[Baseline], trials: int | None) -> tuple[Baseline, ...]:
-        """Return the baselines to try of a search, with those of earlier fronts behind the first two.
-
-        Of a budget of `trials` at most a tenth are from earlier fronts, but one at least.
-        """
-        room = _BASELINES if trials is None else max(1, trials // _TRIALS_A_BASELINE)
-        known = {baseline.configuration for baseline in baselines}
-        own = [baseline for baseline in self.baselines if baseline.configuration not in known]
-        return (*baselines[:FEWEST_BASELINES], *own[:room], *baselines[FEWEST_BASELINES:])
 
     def describe(self) -> str:
         """Say what there is to begin from."""

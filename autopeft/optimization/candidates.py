@@ -47,8 +47,9 @@ class Candidates:
         self._front = front
         self._mutator = space.mutator(backbone)
         rate = space.learning_rate
-        is_fixed = isinstance(rate, float)
-        self._rates = None if is_fixed else LearningRatePrior(front, backbone, rate, earlier_rates)
+        self._rates = (
+            None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate, earlier_rates)
+        )
 
     def pool(self, worth: Callable[[Sequence[Configuration]], Array]) -> list[Configuration]:
         """Return drawn points, points near the front, and what a local search leads to from these.

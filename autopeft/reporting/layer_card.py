@@ -87,7 +87,7 @@ class LayerCard(Tabular):
 
     def table(self) -> Table:
         """Return a rich table."""
-        table = titled_table(self._title, self.frame, words=["site"])
+        table = titled_table(self._title, map(str, self.frame), words=["site"])
         shown = self.frame.astype(object)
         shown["least_memory"] = self.frame["least_memory"].map(_MEMORY.format)
         shown["credit"] = self.frame["credit"].map("{:.1%}".format)

@@ -49,7 +49,8 @@ def test_a_front_is_read_from_disk_as_the_search_has_it(earlier: Search, tmp_pat
     assert [member.name for member in read.members] == [f"trial {point.number}" for point in points]
     assert [member.configuration for member in read.members] == [point.configuration for point in points]
     assert (read.name, read.depths) == ("shallow", {"": 2})
-    assert read.tried == {site for one in front.records for site in one.evaluation.configuration.adapters}
+    tried = [record.evaluation.configuration.adapters for record in front.records]
+    assert read.tried == {site for adapters in tried for site in adapters}
     assert sum(front.shares()) == pytest.approx(1)
     assert [member.worth for member in read.members] == [
         share for share, point in zip(front.shares(), front, strict=True) if point.configuration.adapters
@@ -145,12 +146,11 @@ def test_the_layer_card_says_what_sites_cost_and_gave(earlier: Search, tmp_path:
     assert [*rows.index] == [f"{block}.{role}" for block in range(2) for role in ("query", "value")]
     assert card.trials == len(front.records)
     for name, row in rows.iterrows():
-        having = [
-            one for one in front.records if Site.parse(str(name)) in one.evaluation.configuration.adapters
-        ]
+        site = Site.parse(str(name))
+        having = [record for record in front.records if site in record.evaluation.configuration.adapters]
         assert row["trials"] == len(having)
-        assert row["front"] == sum(one.number in front.members for one in having)
-        assert row["least_memory"] == min(one.evaluation.values["peak_memory"] for one in having)
+        assert row["front"] == sum(record.number in front.members for record in having)
+        assert row["least_memory"] == min(record.evaluation.values["peak_memory"] for record in having)
         assert (row["inputs"], row["outputs"], row["lora"]) == (32, 32, 64)
     with_adapters = sum(
         share for share, point in zip(front.shares(), front, strict=True) if point.configuration.adapters

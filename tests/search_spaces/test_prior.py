@@ -175,21 +175,14 @@ def test_the_rates_of_a_method_are_the_mean_of_the_sums() -> None:
     assert rates == {"lora": pytest.approx(1e-3), "series": pytest.approx(3e-3)}
 
 
-def test_at_most_a_tenth_of_the_trials_come_from_earlier_fronts() -> None:
-    points = [configuration({f"1.{role}": size}) for role in ("query", "key", "value") for size in (1, 4)]
-    known = front(*((point, 1 / (1 + index)) for index, point in enumerate(points)))
-    prior = Prior.placed([known, known], LORA, FOUR)
-    assert [baseline.name for baseline in prior.baselines] == [
-        f"trial {index} of earlier" for index in range(6)
-    ]
-    assert not any(baseline.is_trained_whole for baseline in prior.baselines)
-    standing = LORA.baselines(FOUR)
-    for trials, count in ((1, 1), (19, 1), (20, 2), (1000, 6), (None, 4)):
-        among = prior.among(standing, trials)
-        assert among[:2] == standing[:2]
-        assert among[2 : 2 + count] == tuple(prior.baselines[:count])
-        assert among[2 + count :] == standing[2:]
-    assert prior.among([*standing, prior.baselines[0]], 10)[2] == prior.baselines[1], "each is tried once"
+def test_what_adds_most_is_tried_first_and_each_once() -> None:
+    points = [configuration({f"1.{role}": size}) for role in ("query", "key") for size in (1, 4)]
+    known = front(*((point, index / 10) for index, point in enumerate(points)))
+    other = front((points[0], 0.15), (configuration({"0.value": 4}), 0.05))
+    baselines = Prior.placed([known, other], LORA, FOUR).baselines
+    names = ["trial 3 of earlier", "trial 2 of earlier", "trial 0 of earlier", "trial 1 of earlier"]
+    assert [baseline.name for baseline in baselines] == [*names, "trial 1 of earlier (4)"]
+    assert not any(baseline.is_trained_whole for baseline in baselines)
 
 
 def test_what_cannot_be_placed_is_refused() -> None:

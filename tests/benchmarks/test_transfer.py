@@ -30,13 +30,8 @@ def test_units_are_those_at_which_a_level_is_first_reached() -> None:
 
 def test_levels_are_shares_of_what_searches_without_a_prior_have() -> None:
     slow, fast = [(1.0, 0.2), (2.0, 0.4)], [(0.5, 0.38), (1.5, 0.4)]
-    without, having = rows(
-        [
-            found_run(prior, seed, slow if prior == "none" else fast)
-            for seed in (0, 1)
-            for prior in ("none", "spam")
-        ]
-    )
+    runs = [found_run(prior, 0, curve) for prior, curve in (("none", slow), ("spam", fast))]
+    without, having = rows(2 * runs)
     assert without["units_to"] == {"90%": 2.0, "95%": 2.0, "100%": 2.0}
     assert having["units_to"] == {"90%": 0.5, "95%": 0.5, "100%": 1.5}
     assert having["relative"] == {"90%": 0.25, "95%": 0.25, "100%": 0.75}
@@ -46,8 +41,6 @@ def test_levels_are_shares_of_what_searches_without_a_prior_have() -> None:
 def test_a_wrong_match_is_upside_down() -> None:
     point = Configuration({Site(5, "query"): Adapter("lora", 4), Site(1, "value"): Adapter("lora", 2)})
     turned = upside_down(point, 6)
-    assert turned.adapters == {
-        Site(0, "query"): (Adapter("lora", 4),),
-        Site(4, "value"): (Adapter("lora", 2),),
-    }
+    expected = {Site(0, "query"): (Adapter("lora", 4),), Site(4, "value"): (Adapter("lora", 2),)}
+    assert turned.adapters == expected
     assert turned.learning_rate == pytest.approx(0.1 * point.learning_rate)

@@ -26,6 +26,8 @@ from autopeft.optimization.ehvi_sampler import encoded
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.search_identity import SearchSettings, describe_sampler
 from autopeft.search_prior import earlier_fronts
 from autopeft.search_spaces import SearchSpace
@@ -74,6 +76,10 @@ class OpenSearch:
                     "No candidate can keep the constraint: the closest of the space's smallest configuration "
                     f"and its baselines already has {constraint.describe(closest)}."
                 )
+
+    def layer_card(self, front: ParetoFront) -> LayerCard:
+        """Return what the sites cost, and what they have given to a front."""
+        return LayerCard.of(self.backbone, self.space, self.prior, front)
 
     def promoter(self, halving: SuccessiveHalving | None) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""

@@ -31,7 +31,6 @@ from autopeft.reporting.verdict import Verdict
 from autopeft.search_document import save_document
 from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
-from autopeft.search_prior import keep_fronts
 from autopeft.search_run import SearchRun
 from autopeft.search_verdict import FinalTests, reach_verdict, sweep_settings
 from autopeft.sensitivity import CHEAP_SCORES
@@ -173,7 +172,7 @@ class Search(SearchSettings):
             ValueError: The search was not started, or is not valid.
         """
         front, opened = self.front(), self.open()
-        return LayerCard.of(opened.backbone, opened.space, opened.prior, front)
+        return opened.layer_card(front)
 
     def run(
         self,
@@ -220,7 +219,6 @@ class Search(SearchSettings):
             with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
                 save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": whole.bounds})
-                keep_fronts(opened.prior.fronts, self.folder)
                 run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 front = run.run(
                     description=self.describe(),

@@ -22,13 +22,13 @@ from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.tracker import Tracker
 from autopeft.search_identity import SearchSettings, environment
 from autopeft.search_loop import FileCleanup, TrialListener, run_loop
+from autopeft.search_prior import keep_fronts
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.trainer import quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoints
@@ -56,6 +56,7 @@ class SearchRun:
         evaluator = opened.evaluator
         self.opened, self.evaluator, self.axes, self.study = opened, evaluator, opened.axes, study
         self.budget, self.export, self.settings = budget, export, settings
+        keep_fronts(opened.prior.fronts, study.folder)
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -131,17 +132,14 @@ class SearchRun:
                 )
             if self.settings.score_check and report.evaluations > before:
                 self._check_scores(report, check_scores)
+            report.tracker.log_report(self.opened.layer_card(front).save, "layers")
             status = "FINISHED"
         except KeyboardInterrupt:
             status, front, self.interrupted = "KILLED", self.front(), True
             report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
             self.executor.close()
-            if status == "FAILED":
-                front = self.front()
-            elif report.tracker is not None:
-                card = LayerCard.of(self.opened.backbone, self.opened.space, self.opened.prior, front)
-                report.tracker.log_report(card.save, "layers")
+            front = self.front() if status == "FAILED" else front
             report.end(status, front, self.study.folder, report.evaluations - before)
         self._close(report, front)
         return front

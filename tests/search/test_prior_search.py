@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
 
 from autopeft import Search
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.reporting.tracker import Tracker
 from autopeft.search_prior import PRIOR_FILE, earlier_fronts
 from autopeft.search_spaces import PerLayer, ScoreGuided
 from autopeft.yaml_config import build_config
@@ -25,7 +28,9 @@ SPACE = PerLayer(methods=("lora",), ranks=(1, 8), roles=("query", "value"), lear
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Search:
     """A search on two blocks."""
-    search = tiny_search(tmp_path_factory.mktemp("earlier"), space=SPACE, name="shallow")
+    objectives = ("accuracy", "trainable_parameters", "peak_memory")
+    folder = tmp_path_factory.mktemp("earlier")
+    search = tiny_search(folder, space=SPACE, objectives=objectives, name="shallow")
     search.run(trials=6, progress=False)
     return search
 
@@ -34,6 +39,21 @@ def deeper(folder: Path, **settings: Any) -> Search:
     """Return a search on four blocks."""
     defaults = {"backbone": learner(num_hidden_layers=4), "space": SPACE, "sampler": "ehvi"}
     return tiny_search(folder, **(defaults | settings))
+
+
+class Reports(Tracker):
+    """Keeps the sites of the reports that a search logs."""
+
+    seen: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def log_report(self, save: Callable[[Path], object], place: str) -> None:
+        with TemporaryDirectory() as folder:
+            save(Path(folder))
+            rows = json.loads(Path(folder, "layers.json").read_text())
+        self.seen[place] = [row["site"] for row in rows]
 
 
 def exported(folder: Path, *configurations: Configuration) -> Path:
@@ -59,15 +79,16 @@ def test_a_front_is_read_from_disk_as_the_search_has_it(earlier: Search, tmp_pat
 
 def test_a_search_begins_from_an_earlier_one_and_goes_on_without_it(earlier: Search, tmp_path: Path) -> None:
     source = shutil.copytree(earlier.folder, tmp_path / "runs" / "shallow")
-    search = deeper(tmp_path, prior=source)
+    search = deeper(tmp_path, prior=source, tracking=Reports)
     prior = search.open().prior
     assert "prior shallow: " in search.describe()
     assert search.identity()["search"]["prior"] == "runs/shallow"
     front = search.run(trials=4, progress=False)
     head, smallest, *_ = SPACE.baselines(search.open().backbone)
     names = [record.baseline for record in front.records]
-    assert names == [head.name, smallest.name, prior.baselines[0].name, None]
+    assert names[:3] == [head.name, smallest.name, prior.baselines[0].name]
     assert prior.baselines[0].name.endswith(" of shallow")
+    assert Reports.seen == {"layers": search.layer_card().to_frame()["site"].tolist()}
     assert front.trial(2).configuration == prior.baselines[0].configuration
     other = deeper(tmp_path / "other", prior=[source]).run(trials=4, progress=False)
     assert outcomes(other.records) == outcomes(front.records)

@@ -26,8 +26,12 @@ from autopeft.optimization.ehvi_sampler import encoded
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.search_identity import SearchSettings, describe_sampler
+from autopeft.search_prior import earlier_fronts
 from autopeft.search_spaces import SearchSpace
+from autopeft.search_spaces.prior import Prior
 
 _SLIGHTLY = 0.01
 
@@ -40,6 +44,7 @@ class OpenSearch:
         backbone: The resident backbone.
         evaluator: Trains and measures configurations on it; holds the data.
         space: The search space with the scores it needs.
+        prior: What earlier fronts say of them.
         axes: The fixed axes of the hypervolume. A metric runs from its trivial score to its best value;
             parameters, memory and FLOPs on a log scale from the space's largest to its smallest
             configuration. Times are left out: what they can be is not known before training.
@@ -48,6 +53,7 @@ class OpenSearch:
     backbone: Backbone
     evaluator: Evaluator
     space: SearchSpace
+    prior: Prior
     axes: tuple[Axis, ...]
 
     def validate(self) -> None:
@@ -70,6 +76,10 @@ class OpenSearch:
                     "No candidate can keep the constraint: the closest of the space's smallest configuration "
                     f"and its baselines already has {constraint.describe(closest)}."
                 )
+
+    def layer_card(self, front: ParetoFront) -> LayerCard:
+        """Return what the sites cost, and what they have given to a front."""
+        return LayerCard.of(self.backbone, self.space, self.prior, front)
 
     def promoter(self, halving: SuccessiveHalving | None) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""
@@ -101,9 +111,10 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         scores: Folder where scores are kept.
 
     Raises:
-        ValueError: Data, backbone, task, space or schedule are not valid.
+        ValueError: Data, backbone, task, space, schedule or prior are not valid.
     """
     task, space = settings.task, settings.space
+    fronts = earlier_fronts(settings.prior, settings.folder)
     with section("tokenise"):
         task.validate()
     with section("load"):
@@ -113,6 +124,7 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         )
     backbone.train_head(settings.head)
     space.validate(backbone)
+    prior = Prior.placed(fronts, space, backbone)
     evaluator = Evaluator(
         backbone,
         task,
@@ -128,7 +140,8 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
     rehearse(evaluator, single[0])
     rehearse_export(evaluator, single)
     if space.scores_needed:
-        space = space.with_scores(score_sites(evaluator, space.scores_needed, folder=scores))
+        found = score_sites(evaluator, space.scores_needed, folder=scores)
+        space = space.with_scores({name: each.weighted(prior.weights) for name, each in found.items()})
     rehearse_sampler(settings, space, backbone)
     ends = [evaluator.costs(configuration) for configuration in space.ends(backbone)]
     bounds = {
@@ -137,7 +150,7 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         if metric.is_metric
     }
     axes = fixed_axes(evaluator.objectives, bounds, ends)
-    return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, axes=axes)
+    return OpenSearch(backbone=backbone, evaluator=evaluator, space=space, prior=prior, axes=axes)
 
 
 def single_adapters(space: SearchSpace, backbone: Backbone) -> list[Configuration]:

@@ -25,6 +25,7 @@ from autopeft.optimization.budget import Budget, Spent
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.verdict import Verdict
@@ -69,6 +70,7 @@ class Search(SearchSettings):
         executor: Where and how trials are trained: "local" for one at a time in this process, or what makes
             an `Executor`, as `PackedExecutor(size=8)` does.
         baselines: Whether to try the space's baselines first: what people do today.
+        prior: Folders of earlier searches or of exported adapters to begin from; what was read is kept.
         score_check: Whether a call that ends a search, its budget of compute not spent, scores the sites and
             says how well the scores would have ranked its trials.
         name: Name of the search; by default made from backbone, task and a hash of the settings.
@@ -132,7 +134,7 @@ class Search(SearchSettings):
             ValueError: Data, backbone or space are not valid.
         """
         opened = self.open()
-        return self._describe(opened.backbone, opened.space)
+        return self._describe(opened.backbone, opened.space, opened.prior)
 
     def sensitivity(
         self, scores: Sequence[str] = CHEAP_SCORES, *, batches: int = SCORE_BATCHES
@@ -163,6 +165,10 @@ class Search(SearchSettings):
         """
         front = self.front()
         return check_scores(front.records, self.sensitivity(scores).scores, front.metric)
+
+    def layer_card(self) -> LayerCard:
+        """Say what an adapter at each site costs, and what the sites have given so far; see `open`, `front`."""
+        return self.open().layer_card(self.front())
 
     def run(
         self,

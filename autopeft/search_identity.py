@@ -30,6 +30,7 @@ from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.reporting.tracker import TrackerFactory
 from autopeft.search_spaces import ScoreGuided, SearchSpace
+from autopeft.search_spaces.prior import Prior
 from autopeft.tasks import Task
 from autopeft.training.settings import Training
 
@@ -74,6 +75,7 @@ class SearchSettings:
         derive: bool = False,
         executor: str | ExecutorFactory = "local",
         baselines: bool = True,
+        prior: str | Path | Sequence[str | Path] = (),
         score_check: bool = False,
         name: str | None = None,
         folder: str | Path = "autopeft_runs",
@@ -108,6 +110,7 @@ class SearchSettings:
         self.derive = derive
         self.executor = executor
         self.baselines = baselines
+        self.prior = (prior,) if isinstance(prior, str | Path) else tuple(prior)
         self.score_check = score_check
         self.tracking = tracking
         self.experiment = experiment
@@ -170,11 +173,12 @@ class SearchSettings:
                 **({"derive": "True"} if self.derive else {}),
                 **({"executor": str(self.executor)} if alters_trials(self.executor) else {}),
                 "baselines": str(self.baselines),
+                **({"prior": ", ".join(map(_with_parent, self.prior))} if self.prior else {}),
                 **({} if self.head == "whole" else {"head": self.head}),
             },
         }
 
-    def _describe(self, backbone: Backbone, space: SearchSpace) -> str:
+    def _describe(self, backbone: Backbone, space: SearchSpace, prior: Prior) -> str:
         """Say in a few lines what is searched for and how; the space has its scores."""
         names = ", ".join(objective.name for objective in self.objectives)
         bounds = "; ".join(
@@ -196,6 +200,7 @@ class SearchSettings:
                 + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
                 + ("; smaller points are cut from whole trainings" if self.derive else "")
                 + ("" if self.executor == "local" else f"; trials are trained by {self.executor}"),
+                *([prior.describe()] if prior.fronts else []),
                 space.describe(backbone),
             ]
         )
@@ -234,6 +239,11 @@ def task_settings(task: Task) -> dict[str, str]:
 def _without_folder(text: str) -> str:
     """Return a file's name without its folder: a search is the same wherever it is called from."""
     return Path(text).resolve().name if os.path.exists(text) else text
+
+
+def _with_parent(folder: str | Path) -> str:
+    """Return the last two names of a folder's path: folders in several others may be namesakes."""
+    return "/".join(Path(folder).expanduser().resolve().parts[-2:])
 
 
 def describe_sampler(sampler: str | BaseSampler) -> str:

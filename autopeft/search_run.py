@@ -28,6 +28,7 @@ from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.tracker import Tracker
 from autopeft.search_identity import SearchSettings, environment
 from autopeft.search_loop import FileCleanup, TrialListener, run_loop
+from autopeft.search_prior import keep_fronts
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.trainer import quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoints
@@ -53,8 +54,9 @@ class SearchRun:
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
-        self.evaluator, self.axes, self.study = evaluator, opened.axes, study
+        self.opened, self.evaluator, self.axes, self.study = opened, evaluator, opened.axes, study
         self.budget, self.export, self.settings = budget, export, settings
+        keep_fronts(opened.prior.fronts, study.folder)
         evaluator.hidden_states.expect(budget.trials)
         self.warm_starts = opened.warm_starts(settings.warm_start, study.folder)
         self.promoter = opened.promoter(settings.halving)
@@ -75,6 +77,7 @@ class SearchRun:
             seed=settings.seed,
             constraints=evaluator.constraints,
             baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
+            prior=opened.prior,
             forecast=None if self.promoter is None else self.promoter.forecast,
             are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
         )
@@ -129,6 +132,7 @@ class SearchRun:
                 )
             if self.settings.score_check and report.evaluations > before:
                 self._check_scores(report, check_scores)
+            report.tracker.log_report(self.opened.layer_card(front).save, "layers")
             status = "FINISHED"
         except KeyboardInterrupt:
             status, front, self.interrupted = "KILLED", self.front(), True

@@ -37,6 +37,7 @@ def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, An
         "name": "uniform",
         "folder": settings.folder,
         "seeds": 1,
+        "prior": (),
         "executor": "local" if alters_trials(settings.executor) else settings.executor,
         **dict.fromkeys(("halving", "warm_start", "tracking"), None),
         **dict.fromkeys(("derive", "score_check"), False),

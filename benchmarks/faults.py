@@ -295,7 +295,8 @@ def main() -> None:
         "command": f"python -m benchmarks.faults --faults {arguments.faults} --seed {arguments.seed}",
         "machine": platform.platform(),
         "faults": kinds,
-        "studies": studies,
+        "studies": len(studies),
+        "studies equal to an undisturbed one": equal,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 

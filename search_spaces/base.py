@@ -30,7 +30,7 @@ from autopeft.sensitivity import SiteScores
 
 _ALLOCATION, _FIXED = "allocation", "fixed"
 _LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
-_FEWEST = 2  # the head alone says what adapters add, the smallest one that they add anything
+FEWEST_BASELINES = 2  # the head alone says what adapters add, the smallest one that they add anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +178,25 @@ class SearchSpace(ABC):
         Raises:
             ValueError: The configuration is no point of the space; says which is near.
         """
+        near, parameters = self._nearest(configuration, backbone)
+        if near == configuration:
+            return parameters
+        raise ValueError(f"{configuration!r} is no point of {type(self).__name__}; one near it is {near!r}.")
+
+    def nearest(self, configuration: Configuration, backbone: Backbone) -> Configuration:
+        """Return a point near a configuration: itself, where it is one."""
+        return self._nearest(configuration, backbone)[0]
+
+    def _nearest(
+        self, configuration: Configuration, backbone: Backbone
+    ) -> tuple[Configuration, dict[str, Any]]:
         known = self.encode_adapters(configuration, backbone)
         known |= {
             "learning_rate": configuration.learning_rate,
             _ALLOCATION: configuration.allocation or _FIXED,
         }
         trial = DrawnTrial(None, known)
-        near = self.suggest(trial, backbone)
-        if near == configuration:
-            return trial.params
-        raise ValueError(f"{configuration!r} is no point of {type(self).__name__}; one near it is {near!r}.")
+        return self.suggest(trial, backbone), trial.params
 
     def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
         """Return a point drawn by the generator alone; by default every parameter is drawn evenly."""
@@ -216,7 +225,7 @@ class SearchSpace(ABC):
             if not len(baseline.configuration) and not backbone.head:
                 baseline = replace(baseline, name="untrained model")
             found.setdefault(baseline.configuration, baseline)
-        room = len(found) if trials is None else max(_FEWEST, trials // _LARGEST_SHARE)
+        room = len(found) if trials is None else max(FEWEST_BASELINES, trials // _LARGEST_SHARE)
         return tuple(found.values())[:room]
 
     def describe(self, backbone: Backbone) -> str:

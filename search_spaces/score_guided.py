@@ -154,11 +154,10 @@ class ScoreGuided(SlotSpace):
 
     def _highest_block(self, backbone: Backbone) -> int:
         """Return the highest block in which every method finds a site, in the longest stack's numbers."""
-        lengths = {stack: len(places) for stack, places in backbone.stacks.items()}
-        longest = max(lengths.values())
+        longest = max(backbone.depths.values())
         highest = [{site.stack: site.block for site in sites} for sites in self._sites_of_methods(backbone)]
         return min(
-            math.ceil((block + 1) * longest / lengths[stack]) - 1
+            math.ceil((block + 1) * longest / backbone.depths[stack]) - 1
             for of_method in highest
             for stack, block in of_method.items()
         )

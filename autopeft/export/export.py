@@ -127,6 +127,7 @@ def export_adapter(
         base_fingerprint=backbone.fingerprint,
         head=TaskHead.of(backbone),
         sites={site: backbone.shape(site) for site in configuration.adapters},
+        blocks=backbone.depths,
         quantization=None if layout == "merged" else quantization_of(backbone.model),
     )
     options = base_options(manifest, backbone.origin)

@@ -142,6 +142,8 @@ class Manifest:
     base_fingerprint: str  # `Backbone.fingerprint` of the base, for the record
     head: TaskHead
     sites: Mapping[Site, SiteShape]  # the modules that stand for each site of the configuration
+    # Number of blocks of each of the base's stacks; none in folders of versions that did not note it.
+    blocks: Mapping[str, int] = field(default_factory=dict)
     # How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None where it was not.
     quantization: Mapping[str, Any] | None = None
     # Versions of the packages that wrote the folder.

@@ -192,6 +192,11 @@ class Backbone:
             for stack in dict.fromkeys(stack for stack, _ in self.places)
         }
 
+    @cached_property
+    def depths(self) -> Mapping[str, int]:
+        """Number of blocks of each stack."""
+        return {stack: len(places) for stack, places in self.stacks.items()}
+
     def blocks_below(self, place: Place | None) -> int:
         """Return how many blocks run before one, those of the stacks before it included; all before None."""
         return len(self.places) if place is None else self.places.index(place)
@@ -306,7 +311,7 @@ class Backbone:
             "name": self.name,
             "class": type(self.model).__name__,
             "model_type": str(getattr(self.model.config, "model_type", "")),
-            "blocks": ", ".join(f"{len(places)} {stack}".strip() for stack, places in self.stacks.items()),
+            "blocks": ", ".join(f"{count} {stack}".strip() for stack, count in self.depths.items()),
             "parameters": str(self.parameters),
             "head": ", ".join(self.head),
             "fingerprint": self.fingerprint,
@@ -338,7 +343,7 @@ class Backbone:
         return as_text(table) + note
 
     def __repr__(self) -> str:
-        counts = [f"{len(places)} {stack}".strip() for stack, places in self.stacks.items()]
+        counts = [f"{count} {stack}".strip() for stack, count in self.depths.items()]
         left_out = f", without sites: {', '.join(self.left_out)}" if self.left_out else ""
         return (
             f"Backbone({self.name!r}, {type(self.model).__name__}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import geometric_mean
 
 from autopeft.core.configuration import Configuration
 from autopeft.methods import count_parameters
@@ -30,7 +31,8 @@ _CHILDREN_A_ROUND = 48  # three rounds predict fewer candidates than the pool th
 class Candidates:
     """What one trial may try, as its generator decides.
 
-    Configurations of the front come with what they add to the hypervolume.
+    Configurations of the front come with what they add to the hypervolume; for the rates of earlier searches
+    see `History`.
     """
 
     def __init__(
@@ -39,12 +41,15 @@ class Candidates:
         backbone: Backbone,
         front: Mapping[Configuration, float],
         generator: random.Random,
+        earlier_rates: Mapping[str, float],
     ) -> None:
         self._space, self._backbone, self._generator = space, backbone, generator
         self._front = front
         self._mutator = space.mutator(backbone)
         rate = space.learning_rate
-        self._rates = None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate)
+        self._rates = (
+            None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate, earlier_rates)
+        )
 
     def pool(self, worth: Callable[[Sequence[Configuration]], Array]) -> list[Configuration]:
         """Return drawn points, points near the front, and what a local search leads to from these.
@@ -103,11 +108,16 @@ class LearningRatePrior:
     """The summed learning rates of the front (one member or more), by the number of trainable parameters.
 
     Few adapters need higher rates than many; see `summed_learning_rate`. The head alone, which bears higher
-    rates, is followed only where there is no other.
+    rates, is followed only where there is no other. Methods that the front lacks have rates near
+    those of earlier searches.
     """
 
     def __init__(
-        self, front: Iterable[Configuration], backbone: Backbone, bounds: tuple[float, float]
+        self,
+        front: Iterable[Configuration],
+        backbone: Backbone,
+        bounds: tuple[float, float],
+        earlier: Mapping[str, float],
     ) -> None:
         self._backbone = backbone
         self._bounds = bounds
@@ -116,6 +126,8 @@ class LearningRatePrior:
             (self._size(member), summed_learning_rate(member)) for member in members if member.adapters
         ]
         self._fallback = members[0].learning_rate
+        on_front = {method for member in members for method in member.methods}
+        self._earlier = {method: rate for method, rate in earlier.items() if method not in on_front}
 
     def _size(self, configuration: Configuration) -> float:
         return math.log(max(1, count_parameters(self._backbone, configuration)))
@@ -123,7 +135,9 @@ class LearningRatePrior:
     def draw(self, configuration: Configuration, generator: random.Random) -> float:
         """Draw a learning rate whose sum is near that of the front's configuration nearest in size."""
         rate = self._fallback
-        if self._known:
+        if earlier := [self._earlier[method] for method in configuration.methods if method in self._earlier]:
+            rate = geometric_mean(earlier) / len(configuration)
+        elif self._known:
             size = self._size(configuration)
             _, summed = min(self._known, key=lambda known: abs(known[0] - size))
             rate = summed / max(1, len(configuration))

@@ -74,7 +74,7 @@ class EhviSampler(BaseSampler):
             return space.draw(generator, backbone)
         best = sorted(history.front.items(), key=lambda item: -item[1])[:_MOST_PARENTS]
         gain = ExpectedImprovement(history, self.features.of(space, backbone))
-        candidates = Candidates(space, backbone, dict(best), generator)
+        candidates = Candidates(space, backbone, dict(best), generator, history.earlier_rates)
         if self.probe_share and generator.random() < self.probe_share:
             # By themselves: models seldom think much of what is unlike the front.
             probes = candidates.probes(configuration for configuration, _ in history.trials)

@@ -32,6 +32,8 @@ class History:
     constraints: Sequence[Constraint] = ()  # bounds on what is exact before training
     # How many trainings the values of each trial are the means of; one each where empty.
     trainings: Sequence[int] = ()
+    # Summed learning rates that were good in earlier searches, by method.
+    earlier_rates: Mapping[str, float] = field(default_factory=dict)
     # Whether trainings whose lowest adapter sits in a block (or, where it is their number, that have the head
     # alone) read kept hidden states in place of running the blocks below.
     are_states_served: Callable[[int], bool] = nothing_is_served

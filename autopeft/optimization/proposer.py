@@ -20,6 +20,10 @@ from autopeft.optimization.proposal import History, Proposal
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.search_spaces import Baseline, SearchSpace
+from autopeft.search_spaces.base import FEWEST_BASELINES
+from autopeft.search_spaces.prior import Prior
+
+_EARLIER_SHARE = 0.1  # so that a prior that is no good costs little more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Proposer:
     seed: int
     constraints: Sequence[Constraint]
     baselines: Sequence[Baseline]  # what is tried first
+    prior: Prior  # has what is tried of earlier fronts
     # What trials that paused are expected to reach; None where trials do not pause:
     forecast: Callable[[Sequence[TrialRecord]], Forecast] | None
     are_states_served: Callable[[int], bool]  # see `History`
@@ -47,10 +52,8 @@ class Proposer:
 
         The records are those of finished and paused trials; what is trained for the first time is pending.
         """
-        tried = {record.baseline for record in records}
-        for baseline in self.baselines:
-            if baseline.name not in tried and baseline.configuration not in pending:
-                return self._encoded(baseline.configuration, baseline.name)
+        if (baseline := self._next_baseline(records, pending)) is not None:
+            return self._encoded(baseline.configuration, baseline.name)
         sampler = make_sampler(self.sampler, self.seed, number)
         if isinstance(sampler, EhviSampler):
             history = self._history(records, pending)
@@ -70,6 +73,33 @@ class Proposer:
             distributions=trial.distributions,
             system_attrs=frozen.system_attrs,
         )
+
+    def _next_baseline(
+        self, records: Sequence[TrialRecord], pending: Sequence[Configuration]
+    ) -> Baseline | None:
+        """Return the next that was not tried: the space's first, what the prior has, the space's others."""
+        tried, split = {record.baseline for record in records}, FEWEST_BASELINES
+        first, others, earlier = (
+            [known for known in several if known.name not in tried and known.configuration not in pending]
+            for several in (self.baselines[:split], self.baselines[split:], self.prior.baselines)
+        )
+        may_try_earlier = not first and earlier and self._may_try_earlier(records, pending)
+        return next(iter([*first, *(earlier if may_try_earlier else ()), *others]), None)
+
+    def _may_try_earlier(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> bool:
+        """Whether the prior's trials off the front took at most a tenth of all optimizer steps."""
+        names = {baseline.name for baseline in self.prior.baselines}
+        if not {baseline.configuration for baseline in self.prior.baselines}.isdisjoint(pending):
+            return False
+        members = {record.number for record in front_records(records, self.objectives)}
+        trained = [record for record in records if record.duplicate_of is None]
+        off_front = [
+            record for record in trained if record.baseline in names and record.number not in members
+        ]
+        in_all, in_vain = (
+            sum(record.evaluation.cost.steps for record in several) for several in (trained, off_front)
+        )
+        return in_vain <= _EARLIER_SHARE * in_all
 
     def _encoded(self, configuration: Configuration, baseline: str | None = None) -> Proposal:
         params, distributions = encoded(self.space, configuration, self.backbone)
@@ -100,6 +130,7 @@ class Proposer:
             front={member.configuration: share for member, share in zip(members, shares, strict=True)},
             constraints=self.constraints,
             trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
+            earlier_rates=self.prior.rates,
             are_states_served=self.are_states_served,
         )
 

@@ -1,9 +1,11 @@
-"""The picture of a configuration: blocks down, roles across, a coloured cell an adapter."""
+"""Pictures by site, blocks down and roles across; of a configuration a coloured cell is an adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 
+from autopeft.core.adapter import Place
 from autopeft.core.configuration import Configuration, grid_axes
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.reporting.formats import methods_label
@@ -15,13 +17,17 @@ _LETTER, _ROW, _LEAST_LEFT = 8, 30, 80  # pixels
 
 
 def configuration_svg(configuration: Configuration) -> str:
-    """Draw a configuration as an SVG picture: the output on top, as signals rise."""
-    cells = configuration.cells()
+    """Draw a configuration as an SVG picture."""
+    title = f"{methods_label(configuration)} · learning rate {configuration.learning_rate:g}"
+    return site_svg(title, {cell: (label, _colour(label)) for cell, label in configuration.cells().items()})
+
+
+def site_svg(title: str, cells: Mapping[tuple[Place, str], tuple[str, str]]) -> str:
+    """Draw cells, labels and colours by block and role, as an SVG: the output on top, as signals rise."""
     places, roles = grid_axes(cells)
     names = [f"{stack} block {block}".strip() for stack, block in places]
     left = max([_LEAST_LEFT, *(_LETTER * (2 + len(name)) for name in names)])
-    column = _LETTER * (2 + max(map(len, (*roles, *cells.values())), default=0))
-    title = f"{methods_label(configuration)} · learning rate {configuration.learning_rate:g}"
+    column = _LETTER * (2 + max(map(len, (*roles, *(label for label, _ in cells.values()))), default=0))
     width = max(left + column * len(roles), _LETTER * (2 + len(title)))
     height = _ROW * (len(places) + 3)
     parts = [_text(_LETTER, _ROW, title, anchor="start")]
@@ -31,12 +37,12 @@ def configuration_svg(configuration: Configuration) -> str:
         top = _ROW * (2.5 + down)
         parts.append(_text(left - _LETTER, top + _ROW / 2, name, anchor="end", colour="#444444"))
         for across, role in enumerate(roles):
-            label, start = cells.get((place, role)), left + column * across
+            label, colour = cells.get((place, role), ("", _EMPTY_COLOUR))
+            start = left + column * across
             parts.append(
-                f'<rect x="{start:g}" y="{top:g}" width="{column - 2}" height="{_ROW - 2}" '
-                f'fill="{_colour(label)}"/>'
+                f'<rect x="{start:g}" y="{top:g}" width="{column - 2}" height="{_ROW - 2}" fill="{colour}"/>'
             )
-            if label is not None:
+            if label:
                 parts.append(_text(start + column / 2, top + _ROW / 2, label))
     lines = "\n".join(parts)
     return (
@@ -51,10 +57,8 @@ def _text(x: float, y: float, text: str, *, anchor: str = "middle", colour: str 
     return f'<text {place} fill="{colour}">{escape(text)}</text>'
 
 
-def _colour(label: str | None) -> str:
+def _colour(label: str) -> str:
     """Return the colour of a cell's (first) method."""
-    if label is None:
-        return _EMPTY_COLOUR
     symbols = [specification.symbol for specification in METHOD_SPECS.values()]
     number = symbols.index(label.split("+")[0].rstrip("0123456789"))
     return _METHOD_COLOURS[number % len(_METHOD_COLOURS)]

@@ -19,7 +19,7 @@ from autopeft.core.errors import check_share, unknown_choice
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
-from autopeft.core.pareto import Axis, front_records, hypervolume, knee
+from autopeft.core.pareto import Axis, contributions, front_records, hypervolume, knee
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.verdict import UNKNOWN
@@ -189,6 +189,15 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
     def hypervolume(self) -> float:
         """Share of the fixed unit cube that the front dominates; see `autopeft.core.pareto.hypervolume`."""
         return hypervolume([point.values for point in self._points], self.axes)
+
+    def shares(self) -> list[float]:
+        """Return what each point adds to the hypervolume, as a share of what all add.
+
+        Half an even part is added: of two points that are much alike, each adds next to nothing to the other.
+        """
+        added = contributions([point.values for point in self._points], self.axes)
+        mean = sum(added) / max(1, len(added)) or 1.0
+        return [(share + mean / 2) / (sum(added) + len(added) * mean / 2) for share in added]
 
     def __len__(self) -> int:
         return len(self._points)

@@ -49,6 +49,17 @@ class SiteScores:
         spectra = {**self.spectra, **other.spectra}
         return SiteScores(name=self.name, values={**self.values, **other.values}, spectra=spectra)
 
+    def weighted(self, weights: Mapping[Site, float]) -> SiteScores:
+        """Return the scores times weights; a site without one keeps its score."""
+        return SiteScores(
+            name=self.name,
+            values={site: value * weights.get(site, 1.0) for site, value in self.values.items()},
+            spectra={
+                site: tuple(value * weights.get(site, 1.0) for value in spectrum)
+                for site, spectrum in self.spectra.items()
+            },
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as plain data, fit for JSON."""
         data: dict[str, Any] = {"name": self.name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.optimization.candidates import LearningRatePrior
@@ -24,9 +24,12 @@ HEAD = Configuration({}, learning_rate=1e-2)
 
 
 def drawn(
-    configuration: Configuration, seed: int = 0, front: Sequence[Configuration] = (HEAD, SMALL, LARGE)
+    configuration: Configuration,
+    seed: int = 0,
+    front: Sequence[Configuration] = (HEAD, SMALL, LARGE),
+    earlier: Mapping[str, float] | None = None,
 ) -> list[float]:
-    rates = LearningRatePrior(front, BACKBONE, BOUNDS)
+    rates = LearningRatePrior(front, BACKBONE, BOUNDS, earlier or {})
     generator = random.Random(seed)
     return [rates.draw(configuration, generator) for _ in range(400)]
 
@@ -43,6 +46,14 @@ def test_the_head_alone_is_followed_only_where_there_is_no_other() -> None:
     assert drawn(HEAD) == drawn(SMALL), "that of the smallest adapter"
     for one in (SMALL, LARGE):
         assert math.isclose(statistics.median(drawn(one, front=[HEAD])), 1e-2, rel_tol=0.15)
+
+
+def test_methods_that_the_front_lacks_have_the_rates_of_earlier_searches() -> None:
+    two = Configuration({Site(block, "ffn"): Adapter("series", 4) for block in range(2)}, learning_rate=1e-4)
+    earlier = {"series": 4e-3, "lora": 1e-4}
+    assert math.isclose(statistics.median(drawn(two, earlier=earlier)), 4e-3 / 2, rel_tol=0.15)
+    assert drawn(SMALL, earlier=earlier) == drawn(SMALL), "LoRA is on the front"
+    assert drawn(two, earlier={"prefix": 4e-3}) == drawn(two)
 
 
 def test_rates_lie_in_the_space_and_follow_from_the_seed() -> None:

@@ -167,7 +167,7 @@ class Search(SearchSettings):
         return check_scores(front.records, self.sensitivity(scores).scores, front.metric)
 
     def layer_card(self) -> LayerCard:
-        """Say what an adapter at each site costs, and what the sites have given so far; see `open`, `front`."""
+        """Say what an adapter at each site costs, and what the sites have given so far; see `open`."""
         return self.open().layer_card(self.front())
 
     def run(

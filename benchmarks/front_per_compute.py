@@ -178,7 +178,7 @@ class Comparison:
         logs = {method: self._done(method) for method in self.plan.methods}
         self._train_missing([log for of_method in logs.values() for log in of_method.values()])
         return {
-            "unit_seconds": self.archive.unit_seconds,
+            "unit_seconds": list(self.archive.unit_seconds.values()),  # of each machine
             "axes": self.archive.ends,
             "rows": [self.row(method, of_method) for method, of_method in logs.items() if of_method],
         }

@@ -89,7 +89,7 @@ def sweep(run: Run, backbone: Backbone) -> Configuration | None:
 
     A combination's turn is the sum of its places in `RANKS`, `PLACES` and `RATES`.
     """
-    turns = product(*(enumerate(each) for each in (RANKS, PLACES, RATES)))
+    turns = product(enumerate(RANKS), enumerate(PLACES), enumerate(RATES))
     ranked = sorted(turns, key=lambda turn: sum(place for place, _ in turn))
     several = (uniform(backbone, rank, rate, where) for (_, rank), (_, where), (_, rate) in ranked)
     grid = [Configuration(learning_rate=max(RATES)), *dict.fromkeys(each for each in several if len(each))]
@@ -185,7 +185,7 @@ def _of(run: Run, evaluation: Evaluation) -> dict[str, float]:
     return {axis.objective.name: evaluation.values[axis.objective.name] for axis in run.axes}
 
 
-def searched(run: Run, *, options: Callable[[Search], Mapping[str, Any]]) -> None:
+def searched(run: Run, *, options: Callable[[Search], dict[str, Any]]) -> None:
     """Run autopeft's search with other arguments than the default, or with none."""
     default = run.task.search(folder=run.folder, name="search", seed=run.seed)
     search = Search(**default.arguments() | options(default))
@@ -213,9 +213,9 @@ def searched(run: Run, *, options: Callable[[Search], Mapping[str, Any]]) -> Non
                 cut_from=None if point.derived_from is None else record.evaluation.configuration,
             )
 
-    bound = "gpu_seconds" if device.type == "cuda" else "cpu_seconds"
-    left = (run.budget - run.log.units) * run.log.unit_seconds
-    search.run(progress=False, callbacks=[note], **{bound: before + left})
+    seconds = before + (run.budget - run.log.units) * run.log.unit_seconds
+    budget: dict[str, Any] = {"gpu_seconds" if device.type == "cuda" else "cpu_seconds": seconds}
+    search.run(progress=False, callbacks=[note], **budget)
     if search.interrupted:
         raise KeyboardInterrupt
     run.log.end(run.budget)
@@ -228,7 +228,7 @@ _ASKED: Mapping[str, Propose] = {
         asked, space=AutoPEFTPaper(learning_rate=Uniform().learning_rate), sampler="gp", random_share=0.5
     ),
 }
-_VARIANTS: Mapping[str, Callable[[Search], Mapping[str, Any]]] = {
+_VARIANTS: Mapping[str, Callable[[Search], dict[str, Any]]] = {
     OURS: lambda search: {},
     "autopeft, derived points": lambda search: {"derive": True},
     "autopeft, no scores": lambda search: {"space": PerLayer(methods=("lora",))},

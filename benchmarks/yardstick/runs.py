@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,16 @@ def seconds_of(cost: Cost) -> float:
     return cost.gpu_seconds or cost.cpu_seconds
 
 
-def lines_of(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[bytes]:
     """Return a file's lines but for one that a killed process has not finished; none without a file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Make a file end with a whole line, so that further ones can follow."""
+    if path.exists():
+        os.truncate(path, sum(map(len, lines_of(path))))
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
@@ -98,7 +105,7 @@ class RunLog:
         self.outcomes = read_outcomes(path)
         self.units = self.outcomes[-1].units if self.outcomes else 0.0
         self.unit_seconds, self._path = unit_seconds, path
-        path.write_text("".join(lines_of(path)))
+        drop_unfinished_line(path)
 
     def spend(self, seconds: float) -> None:
         """Count compute."""
@@ -133,13 +140,14 @@ class Archive:
         known = load_json(self._task) or {}
         self.ends: dict[str, list[float]] = known.get("ends", {})
         self.unit_seconds: dict[str, float] = known.get("unit_seconds", {})
+        drop_unfinished_line(self._tests)
         self.tests: dict[str, dict[int, Values]] = {}
         for line in map(json.loads, lines_of(self._tests)):
             self.tests.setdefault(line["key"], {})[line["seed"]] = line["values"]
 
     def add_task(self, axes: Sequence[Axis], unit_seconds: float) -> None:
-        """Keep the ends of the axes, and this machine's unit."""
-        self.ends = {axis.objective.name: [axis.worst, axis.best] for axis in axes}
+        """Keep the ends of the axes, where they are not known of another machine, and this one's unit."""
+        self.ends = self.ends or {axis.objective.name: [axis.worst, axis.best] for axis in axes}
         self.unit_seconds[platform.node()] = unit_seconds
         save_json(self._task, {"ends": self.ends, "unit_seconds": self.unit_seconds})
 

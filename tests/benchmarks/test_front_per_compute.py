@@ -89,6 +89,24 @@ def test_a_run_goes_on_after_its_last_whole_line(tmp_path: Path) -> None:
     assert len(again.tried) == 2
 
 
+def test_what_was_trained_again_is_kept(tmp_path: Path) -> None:
+    member = Outcome(units=1.0, configuration=lora(1), values=values(0.5, 10))
+    Archive(tmp_path).add_test(member, 1000, values(0.4, 10))
+    with (tmp_path / "tests.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    Archive(tmp_path).add_test(member, 1001, values(0.6, 10))
+    assert Archive(tmp_path).tests == {member.key: {1000: values(0.4, 10), 1001: values(0.6, 10)}}
+
+
+def test_axes_are_those_of_the_first_machine(tmp_path: Path) -> None:
+    Archive(tmp_path).add_task(axes(), 2.0)
+    again = Archive(tmp_path)
+    again.add_task(axes()[:2], 3.0)
+    objectives = [axis.objective for axis in axes()]
+    assert Archive(tmp_path).axes(objectives) == axes()
+    assert [*Archive(tmp_path).unit_seconds.values()] == [3.0]
+
+
 def test_half_of_the_tasks_are_held_out() -> None:
     held_out = [task for task in TASKS.values() if task.is_held_out]
     assert len(held_out) == len(TASKS) / 2

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+_APART = ("run", "gpu", "front_per_compute")
+"""The last two need a GPU or days."""
+
 
 def main() -> None:
     """Run the benchmarks one after another."""
     folder = Path(__file__).parent
     for script in sorted(folder.glob("*.py")):
-        is_benchmark = script.stem not in ("run", "gpu") and "def main(" in script.read_text()
-        if is_benchmark:  # those of a GPU have a command of their own
+        if script.stem not in _APART and "def main(" in script.read_text():
             print(f"== {script.stem}", flush=True)
             subprocess.run([sys.executable, "-m", f"benchmarks.{script.stem}"], check=True)
 

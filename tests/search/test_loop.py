@@ -293,3 +293,18 @@ def test_adapter_parameters_can_be_an_objective(tmp_path: Path) -> None:
         assert values["adapter_parameters"] == values["trainable_parameters"] - head
     assert 0 < front.hypervolume <= 1
     assert isinstance(search.open().evaluator, Evaluator)
+
+
+def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
+    space = Uniform(ranks=(1, 16))
+    probe = tiny_search(tmp_path, space=space)
+    bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
+    search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
+    front = run(search, 3)
+    number = next(record.number for record in front.records if record.evaluation.status == "infeasible")
+    with pytest.raises(
+        ValueError, match=rf"Trial {number} infeasible \(trainable_parameters .*nothing to export"
+    ):
+        search.export(number, tmp_path / "out")
+    with pytest.raises(ValueError, match="There is no trial 99"):
+        search.export(99, tmp_path / "out")

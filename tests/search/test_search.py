@@ -360,21 +360,6 @@ def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> Non
     assert float((found - expected).abs().max()) <= 1e-5
 
 
-def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 16))
-    probe = tiny_search(tmp_path, space=space)
-    bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
-    search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
-    front = run(search, 3)
-    number = next(record.number for record in front.records if record.evaluation.status == "infeasible")
-    with pytest.raises(
-        ValueError, match=rf"Trial {number} infeasible \(trainable_parameters .*nothing to export"
-    ):
-        search.export(number, tmp_path / "out")
-    with pytest.raises(ValueError, match="There is no trial 99"):
-        search.export(99, tmp_path / "out")
-
-
 def test_two_searches_share_one_backbone(tmp_path: Path) -> None:
     backbone = learner()
     before = fingerprint(backbone.model)

@@ -300,7 +300,7 @@ def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
     probe = tiny_search(tmp_path, space=space)
     bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
     search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
-    front = run(search, 3)
+    front = search.run(trials=3, progress=False)
     number = next(record.number for record in front.records if record.evaluation.status == "infeasible")
     with pytest.raises(
         ValueError, match=rf"Trial {number} infeasible \(trainable_parameters .*nothing to export"

@@ -21,6 +21,7 @@ from autopeft.core.jobs import Job
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.executor import LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
+from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.study_store import load_study
 from autopeft.search_spaces import PerLayer, ScoreGuided, Uniform

@@ -14,7 +14,10 @@ TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 
 def search(folder: Path) -> Search:
-    return tiny_search(folder, space=SPACE, training=TRAINING, sampler="ehvi", seeds=2, seed=1)
+    objectives = ("accuracy", "trainable_parameters", "peak_memory")
+    return tiny_search(
+        folder, space=SPACE, training=TRAINING, objectives=objectives, sampler="ehvi", seeds=2, seed=1
+    )
 
 
 def test_what_ranks_came_to_is_on_the_front_and_exported(tmp_path: Path) -> None:

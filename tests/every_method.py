@@ -6,8 +6,8 @@ import pytest
 
 from autopeft.core.method_specs import METHOD_SPECS
 
-# Each sits or trains in another way than the others: a peft config, shared parameters; norms, hooks, attention;
-# weights in a copy, tensors that are kept but not trained.
+# Each sits or trains in another way than the others: peft's, shared parameters; norms, hooks, attention; weights
+# in a copy, tensors that are kept but not trained.
 METHODS_BY_DEFAULT = ("lora", "vera", "layernorm", "series", "prefix", "full", "sparse")
 EVERY_METHOD = [
     name if name in METHODS_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)

@@ -6,8 +6,8 @@ import pytest
 
 from autopeft.core.method_specs import METHOD_SPECS
 
-# Each sits or trains in another way than the others: peft's, shared parameters; norms, hooks, attention; weights
-# in a copy, tensors that are kept but not trained.
+# Each sits or trains in another way than the others: in peft, with shared parameters, at norms, by hooks, in
+# attention, in a copy of the weights, with tensors that are kept but not trained.
 METHODS_BY_DEFAULT = ("lora", "vera", "layernorm", "series", "prefix", "full", "sparse")
 EVERY_METHOD = [
     name if name in METHODS_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)

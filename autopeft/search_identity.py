@@ -92,6 +92,16 @@ class SearchSettings:
         check_whole("seeds", seeds, what="a number of trainings", least=1)
         if isinstance(executor, str) and executor != "local":
             raise unknown_choice("executor", executor, ("local",))
+        if not (tracking is None or isinstance(tracking, str) or callable(tracking)):
+            raise ValueError(
+                f"tracking is an MLflow tracking URI, None, or what makes a tracker, got {tracking!r}: "
+                "give a class of trackers and not one of them."
+            )
+        priors = (prior,) if isinstance(prior, str | Path) else tuple(prior or ())
+        if wrong := [source for source in priors if not isinstance(source, str | Path)]:
+            raise ValueError(
+                f"prior names folders, got {wrong[0]!r}: for a search, give its folder, search.folder."
+            )
         if head not in get_args(HeadPart):
             raise unknown_choice("head", str(head), get_args(HeadPart))
         self.backbone = backbone
@@ -110,7 +120,7 @@ class SearchSettings:
         self.derive = derive
         self.executor = executor
         self.baselines = baselines
-        self.prior = (prior,) if isinstance(prior, str | Path) else tuple(prior)
+        self.prior = priors
         self.score_check = score_check
         self.tracking = tracking
         self.experiment = experiment

@@ -63,6 +63,7 @@ class SearchRun:
         checkpoints = AdapterCheckpoints(study.folder / "adapters")
         paused = TrainingCheckpoints(study.folder / "paused")
         runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
+        self.tracker = self._make_tracker()  # before the executor has workers, as it may raise
         make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
         self.executor: Executor = make_executor(runner)
         self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
@@ -112,7 +113,7 @@ class SearchRun:
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.tidy(front)
         before = self._evaluations()
-        report = self._report(before, progress=progress)
+        report = SearchReport(self._spent, evaluations=before, progress=progress, tracker=self.tracker)
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
         try:
@@ -144,20 +145,19 @@ class SearchRun:
         self._close(report, front)
         return front
 
-    def _report(self, evaluations: int, *, progress: bool) -> SearchReport:
+    def _make_tracker(self) -> Tracker:
         tracking = self.settings.tracking
         if tracking is None:
-            return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=Tracker())
+            return Tracker()
         if isinstance(tracking, str):
             from autopeft.reporting.mlflow.tracker import MlflowTracker  # takes a fifth of importing all
 
             tracking = partial(MlflowTracker, tracking, experiment=self.settings.experiment)
-        tracker = tracking(
+        return tracking(
             search_name=self.settings.name,
             study_id=self.study.study_id,
             objectives=self.settings.objectives,
         )
-        return SearchReport(self._spent, evaluations=evaluations, progress=progress, tracker=tracker)
 
     def _spent(self) -> tuple[float, Cost]:
         spent = self.scheduler.spent(self.study.records)

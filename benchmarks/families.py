@@ -230,7 +230,7 @@ def show_surrogate(rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("surrogate", "search"))
+    parser.add_argument("part", nargs="?", choices=("surrogate", "search"), default="surrogate")
     parser.add_argument("--trainings", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--trials", type=int, default=24)

@@ -57,7 +57,7 @@ def _raises_in_a_step(make: Callable[[], Exception]) -> Fault:
     """Fail in one of the next steps of a training."""
 
     def fault(draw: random.Random, folder: Path) -> None:
-        step, left = FineTuning.training_step, draw.randrange(60)
+        step, left = FineTuning.training_step, 1 + draw.randrange(60)
 
         def failing(module: FineTuning, *arguments: Any) -> Any:
             nonlocal left
@@ -72,7 +72,7 @@ def _raises_in_a_step(make: Callable[[], Exception]) -> Fault:
 
 
 def _nan_in_a_step(draw: random.Random, folder: Path) -> None:
-    step, left = FineTuning.training_step, draw.randrange(60)
+    step, left = FineTuning.training_step, 1 + draw.randrange(60)
 
     def failing(module: FineTuning, *arguments: Any) -> Any:
         nonlocal left

@@ -301,6 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at once, each with one thread")
     parser.add_argument("--folder", type=Path, default=Path("autopeft_runs/front_per_compute"))
     given = parser.parse_args(arguments)
+    is_whole = given.units == list(UNITS) and given.seeds >= 3 and given.methods == list(METHODS)
+    if not given.name and (given.set or not is_whole):
+        parser.error("give --name: these are not the yardstick's own figures, which have none")
     plan = Plan(
         methods=given.methods,
         seeds=given.seeds,

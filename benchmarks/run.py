@@ -1,4 +1,4 @@
-"""Run every benchmark; each prints a table and writes JSON to benchmarks/results."""
+"""Run every benchmark of minutes; each prints a table and writes JSON to benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-_APART = ("run", "gpu", "front_per_compute")
-"""The last two need a GPU or days."""
+_APART = ("run", "gpu", "first_front", "front_per_compute", "transfer", "week")
+"""These but the first need a GPU, hours or days, or install everything anew."""
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -84,13 +85,8 @@ class Searches:
 @contextmanager
 def cache_of_its_own() -> Iterator[None]:
     """Keep what one run computes, as hidden states, out of the next."""
-    before = os.environ.get("AUTOPEFT_CACHE")
-    with TemporaryDirectory() as folder:
-        os.environ["AUTOPEFT_CACHE"] = folder
+    with TemporaryDirectory() as folder, patch.dict(os.environ, AUTOPEFT_CACHE=folder):
         yield
-    del os.environ["AUTOPEFT_CACHE"]
-    if before is not None:
-        os.environ["AUTOPEFT_CACHE"] = before
 
 
 def unit_of(search: Search) -> float:

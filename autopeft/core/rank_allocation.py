@@ -39,9 +39,9 @@ def allocation_obstacle(name: str, adapters: Mapping[Site, tuple[Adapter, ...]])
         if adapter.method == allocation.method and site.kind == "linear"
     ]
     if not ranks or len(ranks) < sum(map(len, layers.values())):
-        return f"layers carry {allocation.method} alone, at one of them or more"
+        return f"every adapted layer carries {allocation.method} and nothing else"
     if allocation.kept * sum(ranks) < len(ranks):
-        return f"ranks are {1 / allocation.kept:g} or more in the mean"
+        return f"the mean rank is {1 / allocation.kept:g} or more"
     blocks = {site.place for site in layers}
     if allocation.draws_blocks and (len(blocks) < 2 or blocks != {site.place for site in adapters}):
         return f"two blocks or more carry adapters, and each of them {allocation.method}"

@@ -79,8 +79,15 @@ class Proposer:
     ) -> Baseline | None:
         """Return the next that was not tried: the space's first, what the prior has, the space's others."""
         tried, split = {record.baseline for record in records}, FEWEST_BASELINES
+        done = {record.evaluation.configuration.key for record in records} if self.prior.baselines else ()
         first, others, earlier = (
-            [known for known in several if known.name not in tried and known.configuration not in pending]
+            [
+                known
+                for known in several
+                if known.name not in tried
+                and known.configuration not in pending
+                and known.configuration.key not in done
+            ]
             for several in (self.baselines[:split], self.baselines[split:], self.prior.baselines)
         )
         may_try_earlier = not first and earlier and self._may_try_earlier(records, pending)

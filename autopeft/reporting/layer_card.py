@@ -109,8 +109,9 @@ class LayerCard(Tabular):
             cells[site.place, site.role] = label, f"#{''.join(shade)}"
         return site_svg(self._title, cells)
 
-    def save(self, folder: Path) -> tuple[Path, ...]:
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write the card as JSON and its picture (SVG) into a folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         plain, picture = folder / "layers.json", folder / "layers.svg"
         plain.write_text(self.frame.to_json(orient="records", indent=1) + "\n", encoding="utf-8")

@@ -92,8 +92,9 @@ class ScoreCheck(Tabular):
     def _title(self) -> str:
         return f"{_TITLE} {self.metric}, {self.trials} trials"
 
-    def save(self, folder: Path) -> tuple[Path, ...]:
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write the chart (HTML, self-contained) and the table into a folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         page, table = folder / "score_check.html", folder / "score_check.csv"
         page.write_text(html_page(self.plot(), title=_TITLE), encoding="utf-8")

@@ -93,8 +93,9 @@ class SensitivityReport(Tabular):
         figure.update_layout(title=_HEADING, height=120 + 330 * rows, width=1200, template="plotly_white")
         return figure
 
-    def save(self, folder: Path) -> tuple[Path, ...]:
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write heat maps (HTML, self-contained), the table and the scores into a folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         page, table, plain = (folder / name for name in ("heatmap.html", "scores.csv", "scores.json"))
         page.write_text(html_page(self.plot(), title="Sensitivity scores"), encoding="utf-8")

@@ -16,15 +16,18 @@ SettingGroups = Mapping[str, Mapping[str, str]]
 class Tracker:
     """Hooks that a search calls from its own thread; each does nothing until a class overrides it.
 
-    What a hook raises ends the call of `Search.run`, as Ctrl-C does: the study keeps what is done.
+    What a hook raises is raised by `Search.run`; the study keeps what is done.
 
     Attributes:
-        is_front_due: Whether `publish_front` is to be called after a trial; it always is at the end.
         worked: Time of a thread that the tracker has; None without one.
     """
 
-    is_front_due: bool = True
     worked: TimeSpan | None = None
+
+    @property
+    def is_front_due(self) -> bool:
+        """Whether `publish_front` is to be called after a trial; it always is at the end."""
+        return True
 
     def start(
         self,

@@ -16,14 +16,14 @@ LORA = Configuration(
 @pytest.mark.parametrize(
     ("allocation", "adapters", "message"),
     [
-        ("sora", {}, "layers carry lora alone"),
-        ("sora", {QUERY: Adapter("dora", 4)}, "layers carry lora alone"),
-        ("sora", {QUERY: Adapter("lora", 4), KEY: Adapter("ia3")}, "layers carry lora alone"),
-        ("adalora", {QUERY: Adapter("lora", 4)}, "layers carry adalora alone"),
-        ("elalora", {QUERY: Adapter("lora", 1), KEY: Adapter("lora", 2)}, "ranks are 2 or more in the mean"),
+        ("sora", {}, "every adapted layer carries lora and"),
+        ("sora", {QUERY: Adapter("dora", 4)}, "every adapted layer carries lora and"),
+        ("sora", {QUERY: Adapter("lora", 4), KEY: Adapter("ia3")}, "every adapted layer carries lora and"),
+        ("adalora", {QUERY: Adapter("lora", 4)}, "every adapted layer carries adalora and"),
+        ("elalora", {QUERY: Adapter("lora", 1), KEY: Adapter("lora", 2)}, "the mean rank is 2 or more"),
         ("ist", {QUERY: Adapter("lora", 4)}, "two blocks or more"),
         ("ist", {**LORA.adapters, Site(2, "ffn"): Adapter("series", 1)}, "each of them lora"),
-        ("sora", {Site(0, "ffn_experts_up"): Adapter("lora", 4)}, "layers carry lora alone"),
+        ("sora", {Site(0, "ffn_experts_up"): Adapter("lora", 4)}, "every adapted layer carries lora and"),
     ],
 )
 def test_what_it_cannot_be_used_with(allocation: str, adapters: dict[Site, Adapter], message: str) -> None:

@@ -179,7 +179,7 @@ def test_the_layer_card_says_what_sites_cost_and_gave(earlier: Search, tmp_path:
     assert rows["credit"].sum() == pytest.approx(with_adapters)
     assert rows["weight"].isna().all()
     assert "1.query" in repr(card)
-    card.save(tmp_path)
+    card.save(str(tmp_path))
     plain = json.loads((tmp_path / "layers.json").read_text())
     assert [row["site"] for row in plain] == [*rows.index]
     texts = set(ElementTree.parse(tmp_path / "layers.svg").getroot().itertext())

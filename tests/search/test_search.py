@@ -20,6 +20,7 @@ from autopeft.methods import attach, count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.tracker import Tracker
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
@@ -274,6 +275,8 @@ def test_a_seed_is_a_whole_number(seed: Any, tmp_path: Path) -> None:
         ({"objectives": ("acuracy", "peak_memory")}, "did you mean 'accuracy'"),
         ({"constraints": {"peak_memry": "1 GiB"}}, "did you mean 'peak_memory'"),
         ({"constraints": {"accuracy": 0.5}}, "only known after training"),
+        ({"tracking": Tracker()}, "give a class of trackers and not one of them"),
+        ({"prior": [Path("runs"), 3]}, "prior names folders, got 3: for a search, give its folder"),
     ],
 )
 def test_wrong_names_are_found_at_once(change: dict[str, Any], message: str, tmp_path: Path) -> None:

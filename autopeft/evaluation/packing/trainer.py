@@ -51,8 +51,11 @@ class PackedTrainer:
         """Return whether a configuration has LoRA of layers alone, and settings and model allow for packs."""
         training = self._evaluator.training
         is_alone = self._is_refuted or training.patience or training.callbacks
-        is_plain = set(configuration.methods) <= {"lora"} and len(self._evaluator.backbone.stacks) == 1
-        is_plain = is_plain and configuration.allocation is None
+        is_plain = (
+            set(configuration.methods) <= {"lora"}
+            and configuration.allocation is None
+            and len(self._evaluator.backbone.stacks) == 1
+        )
         return is_plain and not is_alone and all(site.kind != "experts" for site in configuration.adapters)
 
     def train(

@@ -27,7 +27,7 @@ from autopeft.reporting.mlflow.tracking_uri import redact_in
 _logger = logging.getLogger(__name__)
 COLOUR_TAG = "mlflow.runColor"
 HYPERVOLUME_KEY, TIME_KEY = "search/hypervolume", "search/wall_seconds"
-"""Metrics of a trial's run: what the search had reached by its end, and in what time."""
+"""Metrics of a trial's run: what the search had reached, and in how many seconds of training."""
 _TAG = "mlflow.sharedViewState."
 _MOST_RUNS = 1000
 _REFUSED_IN_NAMES = re.compile(r"[^\w.\- :/]")
@@ -46,7 +46,8 @@ def log_scale_key(objective: Objective) -> str:
 def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
     """Return the view as JSON: of the trials of a search, the first metric against every cost.
 
-    A last chart has the hypervolume that the search had reached by each trial's end, against the time.
+    A last chart has the hypervolume that the search had reached by each trial's latest training, against the
+    seconds that all trainings had taken.
     """
     metric = valid_key(next(objective.name for objective in objectives if objective.is_metric))
     costs = [cost for cost, _ in projections(objectives)]
@@ -57,7 +58,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         (key, metric, valid_key(cost.name), f"{metric} against {valid_key(cost.name)}")
         for cost, key in zip(costs, keys, strict=True)
     ]
-    shown.append((TIME_KEY, HYPERVOLUME_KEY, TIME_KEY, "hypervolume against seconds of search"))
+    shown.append((TIME_KEY, HYPERVOLUME_KEY, TIME_KEY, "hypervolume against seconds of training"))
     charts = [
         {
             "uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{parent_run_id}/{name}")),

@@ -198,7 +198,7 @@ class MlflowTracker(Tracker):
         del self._waiting[: len(waiting)]  # what failed is written with the next
 
     @property
-    def is_front_due(self) -> bool:  # type: ignore[override]  # read, never set
+    def is_front_due(self) -> bool:
         """Whether the front's page is a minute old, and writing it keeps to a fiftieth of the time."""
         age = time.monotonic() - self._front_put
         return age > max(_FRONT_EVERY_SECONDS, self._front_seconds / _FRONT_SHARE)

@@ -47,7 +47,8 @@ from autopeft.optimization.gaussian_process import GaussianProcess
 from autopeft.search_spaces import LowMemory, PerLayer
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.rivals.setting import Setting
-from benchmarks.untuned import uniform, valued
+from benchmarks.uniform_lora import uniform
+from benchmarks.untuned import valued
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 TRAININGS = RESULTS.with_name("families_trainings.jsonl")
@@ -138,9 +139,13 @@ def measure_surrogate(setting: Setting, trainings: int, cache: Path) -> list[dic
             file.flush()
             print(f"{number}: {'+'.join(drawn.methods)} {score}", flush=True)
     found = [json.loads(line) for line in lines[:trainings]]
-    known = {Configuration.from_dict(one["configuration"]): one["score"] for one in found if one["score"]}
+    known = {
+        Configuration.from_dict(training["configuration"]): training["score"]
+        for training in found
+        if training["score"]
+    }
     metric, configurations = objectives[0], list(known)
-    scores = np.array([known[one] for one in configurations])
+    scores = np.array([known[configuration] for configuration in configurations])
     rows = []
     for name, made in FEATURES.items():
         inputs = made.of(forty, backbone).inputs(configurations, metric)
@@ -203,7 +208,7 @@ def searched(setting: Setting, arm: str) -> dict[str, Any]:
             "points": points,
             "methods_on_front": sorted({name for point in front for name in point.configuration.methods}),
             "methods_tried": len(
-                {name for one in front.records for name in one.evaluation.configuration.methods}
+                {name for record in front.records for name in record.evaluation.configuration.methods}
             ),
             "trivial_trials": sum(score <= worst + 0.02 for score in scores),
             "trials": len(scores),

@@ -47,7 +47,8 @@ from rich.table import Table
 from autopeft.core.pareto import Axis, Values, fixed_axes, hypervolume
 from autopeft.evaluation.derived import measured_cut
 from autopeft.search_spaces import ScoreGuided
-from benchmarks.yardstick.methods import METHODS, OURS, SWEEP, Run, uniform
+from benchmarks.uniform_lora import uniform
+from benchmarks.yardstick.methods import METHODS, OURS, SWEEP, Run
 from benchmarks.yardstick.runs import (
     Archive,
     Outcome,

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from autopeft import Adapter, Configuration, ParetoFront, Search
+from autopeft import Configuration, ParetoFront, Search
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import CausalLM
@@ -33,19 +33,15 @@ from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.yaml_config import load_config
 from benchmarks.fresh_loss import LossJob, fresh_loss
 from benchmarks.resident import Resident, searched
+from benchmarks.uniform_lora import uniform
 
 RESULTS = Path(__file__).parent / "results"
 RANK = 8
+_PLACE = "query and value"
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 _WEIGHTS = 2.5
 """Of the bound on the search's memory: sizes of the weights."""
-
-
-def uniform(backbone: Backbone, rate: float) -> Configuration:
-    """Return LoRA of one rank on query and value of every block."""
-    sites = {site: Adapter("lora", RANK) for site in backbone.sites if site.role in ("query", "value")}
-    return Configuration(sites, learning_rate=rate)
 
 
 def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tuple[float, float]:
@@ -59,9 +55,9 @@ def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tu
 def uniform_losses(evaluator: Evaluator, backbone: Backbone) -> dict[str, Any]:
     """Train uniform LoRA with every learning rate, the best with every seed."""
     first, *seeds = SEEDS
-    by_rate = {rate: trained(evaluator, uniform(backbone, rate), first) for rate in RATES}
+    by_rate = {rate: trained(evaluator, uniform(backbone, RANK, rate, _PLACE), first) for rate in RATES}
     rate = min(by_rate, key=lambda rate: by_rate[rate][0])
-    best = uniform(backbone, rate)
+    best = uniform(backbone, RANK, rate, _PLACE)
     runs = [by_rate[rate], *(trained(evaluator, best, seed) for seed in seeds)]
     validation, test = zip(*runs, strict=True)
     return {

@@ -47,7 +47,7 @@ from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import EXAMPLES, TRAINING
-from benchmarks.untuned import uniform
+from benchmarks.uniform_lora import uniform
 
 RESULTS = Path(__file__).parent / "results"
 WRONG, NONE = "wrong", "none"

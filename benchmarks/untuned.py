@@ -26,29 +26,21 @@ from rich.console import Console
 from rich.table import Table
 
 from assets.prepare import prepare
-from autopeft import Adapter, Configuration, Search, Site, Training
+from autopeft import Search, Training
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.pareto import Axis, hypervolume, non_dominated
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import count_parameters
-from autopeft.models.backbone import Backbone
 from autopeft.tasks import ImageClassification, TextClassification
 from autopeft.tasks.classification_task import ClassificationTask
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from benchmarks.uniform_lora import uniform
 
 RESULTS = Path(__file__).parent / "results"
 RANKS = (2, 8, 32)
 RATES = (3e-4, 1e-3, 3e-3)
 METRIC, COST = "accuracy", "trainable_parameters"
 TRAINING = Training(epochs=3, batch_size=16, validate_every=3, device="cpu")
-
-
-def uniform(backbone: Backbone, rank: int, rate: float) -> Configuration:
-    """Return LoRA of one rank on every linear module."""
-    sites: dict[Site, Adapter] = {
-        site: Adapter("lora", rank) for site, shape in backbone.sites.items() if shape.kind == "linear"
-    }
-    return Configuration(sites, learning_rate=rate)
 
 
 def classification(dataset: str) -> ClassificationTask:

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from autopeft.core.profiling import SECTIONS, current_profile, section
 from autopeft.core.tables import as_text, titled_table
 from autopeft.reporting.console import SearchProgress, trial_line
 from autopeft.reporting.front import ParetoFront
-from autopeft.reporting.tracker import Tracker
+from autopeft.reporting.tracker import SettingGroups, Tracker
 
 RunEnd = Literal["FINISHED", "KILLED", "FAILED"]
 PROFILE_FOLDER = "profile"
@@ -44,9 +44,7 @@ class SearchReport:
         self._spent = spent
         self._says_memory = True
 
-    def begin(
-        self, front: ParetoFront, *, description: str, identity: Mapping[str, Mapping[str, str]]
-    ) -> None:
+    def begin(self, front: ParetoFront, *, description: str, identity: SettingGroups) -> None:
         """Say what is searched, and what earlier calls found."""
         self.tracker.start(note=description, identity=identity, records=front.records, members=front.members)
         self.progress.say(description)

@@ -18,7 +18,7 @@ from optuna import create_study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autopeft import ParetoFront, Search
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.pareto import Axis, Values, contributions, non_dominated_sort
 from autopeft.core.seeding import training_seed
@@ -30,13 +30,12 @@ from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
 from autopeft.training.compute_meter import ComputeMeter
+from benchmarks.uniform_lora import PLACES, uniform
 from benchmarks.yardstick.runs import Outcome, RunLog, seconds_of
 from benchmarks.yardstick.tasks import FrontTask
 
 RANKS = (8, 2, 32, 1, 16, 4, 64)
 RATES = (1e-3, 3e-3, 3e-4, 1e-2)
-PLACES = ("all", "query and value", "top half", "MLP")
-_QUERY_AND_VALUE = ("query", "value", "qkv", "cross_query", "cross_value")
 RUNGS = (1 / 9, 1 / 3)
 _REDUCTION = 3
 
@@ -65,23 +64,6 @@ class Run:
 Method = Callable[[Run], None]
 Propose = Callable[[Run, Backbone], Configuration | None]
 """Says what is tried next, by what the run's log has; None where there is nothing left."""
-
-
-def uniform(backbone: Backbone, rank: int, rate: float, where: str = "all") -> Configuration:
-    """Return rsLoRA of one rank on all linear modules, or on those of one of `PLACES`."""
-    top = {place for places in backbone.stacks.values() for place in places[len(places) // 2 :]}
-    chosen = {
-        site: Adapter("lora", rank)
-        for site, shape in backbone.sites.items()
-        if shape.kind == "linear"
-        and (
-            where == "all"
-            or (where == "query and value" and site.role in _QUERY_AND_VALUE)
-            or (where == "top half" and site.place in top)
-            or (where == "MLP" and site.role.startswith("ffn"))
-        )
-    }
-    return Configuration(chosen, learning_rate=rate)
 
 
 def sweep(run: Run, backbone: Backbone) -> Configuration | None:

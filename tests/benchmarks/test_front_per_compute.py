@@ -15,7 +15,8 @@ from autopeft.core.objectives import resolve_objectives
 from autopeft.core.pareto import Axis, Values
 from autopeft.search_spaces import Uniform
 from benchmarks.front_per_compute import Comparison, Plan, show, train_again
-from benchmarks.yardstick.methods import METHODS, OURS, RATES, SWEEP, Run, asked, goes_on, sweep, uniform
+from benchmarks.uniform_lora import uniform
+from benchmarks.yardstick.methods import METHODS, OURS, RATES, SWEEP, Run, asked, goes_on, sweep
 from benchmarks.yardstick.runs import Archive, Outcome, RunLog, front_at, is_done
 from benchmarks.yardstick.tasks import TASKS, FrontTask
 from tests.learnable import OBJECTIVES, TRAINING, learnable_task, learner

@@ -13,7 +13,7 @@ from autopeft.core.errors import is_finite_number, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, ROLES, Kind, MethodSpec, OptionValue, method_spec
 
 _SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
-_MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
+MOST_BLOCKS = 4096  # several times the deepest networks: a range must not fill the memory
 _STACKS = ("vision", "audio", "encoder", "text", "decoder")  # in the order in which models run them
 
 Place = tuple[str, int]
@@ -113,8 +113,8 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     last = int(match["last"]) if match["last"] is not None else first
     if last < first:
         raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
-    if last >= _MOST_BLOCKS:
-        raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {_MOST_BLOCKS - 1}.")
+    if last >= MOST_BLOCKS:
+        raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {MOST_BLOCKS - 1}.")
     stack = match["stack"] or ""
     return tuple(Site(block, match["role"], stack) for block in range(first, last + 1))
 

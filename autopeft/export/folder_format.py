@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import transformers
 from peft import PeftConfig, TaskType
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -36,6 +36,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from autopeft.core.adapter import MOST_BLOCKS
 from autopeft.core.configuration import Site
 from autopeft.core.documents import parse_json, read_text
 from autopeft.methods import METHODS, PeftMethod, Placement
@@ -143,7 +144,7 @@ class Manifest:
     head: TaskHead
     sites: Mapping[Site, SiteShape]  # the modules that stand for each site of the configuration
     # Number of blocks of each of the base's stacks; none in folders of versions that did not note it.
-    blocks: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, Annotated[int, Field(ge=1, le=MOST_BLOCKS)]] = field(default_factory=dict)
     # How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None where it was not.
     quantization: Mapping[str, Any] | None = None
     # Versions of the packages that wrote the folder.

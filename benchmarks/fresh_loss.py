@@ -21,9 +21,10 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class LossJob:
-    """What to load: a base model, and the folder of its adapter."""
+    """What to load: a base model, the dtype of its weights ("float32"), and the folder of its adapter."""
 
     base: str
+    dtype: str
     folder: str
 
 
@@ -44,13 +45,13 @@ def fresh_loss(job: LossJob, batches: Sequence[Mapping[str, Tensor]]) -> float:
 
 
 def _loaded(job: LossJob) -> torch.nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype)
     if not Path(job.folder, "adapter_config.json").exists():
         from autopeft import load_adapter
 
-        return load_adapter(job.base, job.folder)
+        return load_adapter(base, job.folder)
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(job.base, dtype="auto")
     model: torch.nn.Module = PeftModel.from_pretrained(base, job.folder)
     assert "autopeft" not in sys.modules
     return model

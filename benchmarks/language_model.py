@@ -73,6 +73,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
     """Export every trained point of the front; return its test loss here and in a fresh process."""
     opened = search.open()
     checkpoints = AdapterCheckpoints(search.folder / "adapters")
+    dtype = str(next(opened.backbone.model.parameters()).dtype).removeprefix("torch.")
     rows = []
     for point in front:
         if not len(point.configuration):
@@ -81,7 +82,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
         state = checkpoints.load(point.number)
         assert state is not None  # members of the front keep their tensors
         batches = list(opened.evaluator.data.test_dataloader())
-        job = LossJob(base=str(search.backbone), folder=str(folder / str(point.number)))
+        job = LossJob(base=str(search.backbone), dtype=dtype, folder=str(folder / str(point.number)))
         rows.append(
             {
                 "trial": point.number,

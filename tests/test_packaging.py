@@ -178,6 +178,7 @@ def test_ruff_format() -> None:
     run(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
+@pytest.mark.slow
 def test_mypy_strict() -> None:
     run(sys.executable, "-m", "mypy")
 

@@ -174,7 +174,8 @@ def test_what_a_sampler_is_told_follows_from_the_log(tmp_path: Path) -> None:
     assert by_chance != asked(kept, backbone, space=space, sampler="tpe")
 
 
-@pytest.mark.parametrize("method", ["MO-ASHA", pytest.param(OURS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["MO-ASHA", OURS])
+@pytest.mark.slow
 def test_an_interrupted_run_is_what_it_would_have_been(method: str, tmp_path: Path) -> None:
     def outcomes(name: str, *stops: int) -> list[tuple[Any, ...]]:
         for most in stops:

@@ -55,6 +55,7 @@ def test_a_drawn_rank_trains_the_lora_of_that_rank(tiny_bert: ModelFactory, use_
         torch.testing.assert_close(logits_of(truncated), logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_truncation_works(tiny_llama: ModelFactory) -> None:
     classifier = lora(tiny_llama(), RANK, drawn=False)
     batch = batch_of(examples())

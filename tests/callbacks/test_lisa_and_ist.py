@@ -94,6 +94,7 @@ def test_active_layers_and_the_head_alone_are_trained(
     assert {name for name, one in classifier.named_parameters() if one.requires_grad} == trainable
 
 
+@pytest.mark.slow
 def test_random_layers_change_as_often_as_asked_and_are_seeded(tiny_llama: ModelFactory) -> None:
     def chosen(seed: int, accumulate: int = 1) -> list[tuple[str, ...]]:
         sampling = LISA(1, every_n_steps=4, seed=seed)

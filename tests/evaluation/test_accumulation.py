@@ -184,6 +184,7 @@ def test_a_supernet_draws_ranks_for_the_rows_of_each_part() -> None:
     assert float(supernet.tensors["0.query.lora.lora_B.weight"].abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_hidden_states_are_served_to_parts(tmp_path: Path) -> None:
     task = TASKS["classes of unlike weights"]
     settings: dict[str, Any] = {"accumulate": PARTS, "epochs": 4}

@@ -108,7 +108,7 @@ def test_on_real_weights(minilm_folder: Path, questions_csv: Path) -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", *slow_cases("bf16-mixed")])
 def test_a_count_is_kept_by_what_is_attached(tiny_bert: Any, precision: Precision) -> None:
     backbone, batch = backbone_of(tiny_bert()), batch_of(32, 40)
     counter = MemoryCounter(backbone.model)

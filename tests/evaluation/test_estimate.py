@@ -19,6 +19,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.models.loading import Quantization
 from autopeft.tasks import CausalLM
 from tests.quantized import QUANTIZATIONS, quantized, quiet, save_base
+from tests.slow_cases import slow_cases
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import OPTIONS, tiny_chat_tokenizer, tiny_language_model
 
@@ -53,7 +54,7 @@ def count(backbone: Backbone, task: CausalLM, trainable_parameters: int) -> int:
         return counter.count(task.example_batch(ROWS, LENGTH), task, precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [*slow_cases(False), True])
 def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing: bool) -> None:
     task = task_of()
     backbone = built(task)

@@ -189,6 +189,7 @@ def test_on_real_weights(minilm_folder: Path, questions_csv: Path, tmp_path: Pat
     assert fingerprint(backbone.model) == before
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_what_was_there(tmp_path: Path) -> None:
     """Filled, found, filled after a lower cut, filled under another method: the same to the last bit."""
     backbone = backbone_of("deberta-v2")  # served and computed differ in rounding here
@@ -330,6 +331,7 @@ def _raise_in_training(module: torch.nn.Module, _inputs: Any, output: torch.Tens
         raise RuntimeError("the wire came loose")
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_with_frozen_blocks_in_evaluation_mode(tmp_path: Path) -> None:
     backbone = backbone_of()
     evaluators: dict[str, Callable[[Configuration], dict[str, float]]] = {

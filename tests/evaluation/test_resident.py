@@ -63,6 +63,7 @@ def test_what_a_trial_allocated_is_gone_when_it_ends(method: str) -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
+@pytest.mark.slow
 def test_what_a_failed_trial_allocated_is_gone_too() -> None:
     evaluator = tiny_evaluator(training=replace(TRAINING, epochs=2))
     configuration = Configuration(everywhere(evaluator.backbone, "lora", 4).adapters, learning_rate=1e9)

@@ -184,9 +184,10 @@ def search(folder: Path, **settings: object) -> Search:
 
 @pytest.mark.parametrize(
     "fidelity",
-    [pytest.param(None, marks=pytest.mark.slow), SuccessiveHalving(rungs=(1 / 3,))],
+    [None, SuccessiveHalving(rungs=(1 / 3,))],
     ids=("whole", "rungs"),
 )
+@pytest.mark.slow
 def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
     names = [objective.name for objective in OBJECTIVES]
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
@@ -309,6 +310,7 @@ def _check_mlflow(folder: Path, records: list[TrialRecord]) -> None:
             assert "curve/accuracy/training_2" in run.data.metrics
 
 
+@pytest.mark.slow
 def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
     uncut = search(tmp_path / "uncut").run(trials=6, progress=False)
     one = search(tmp_path / "cut")

@@ -110,6 +110,7 @@ def test_a_score_that_only_counts_parameters_adds_nothing_to_their_number() -> N
     assert found["gora"].partial == pytest.approx(stats.pearsonr(*left).statistic)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     truth = rows(check_scores(trials(3000, seed=9), {"gora": RISING}, OBJECTIVES[0]))["gora"].spearman
     checks = [check_scores(trials(40, seed), {"gora": RISING}, OBJECTIVES[0]) for seed in range(200)]

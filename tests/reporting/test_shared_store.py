@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,19 @@ from mlflow import MlflowClient
 
 from autopeft.reporting.mlflow.server import mlflow_server
 from tests.learnable import tiny_search
+from tests.postgresql import postgresql_server
 
 TRIALS = 2
 
 
-@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.slow), "http"])
+@pytest.fixture(params=["SQLite", "server on SQLite", "server on PostgreSQL"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with nullcontext() if request.param == "sqlite" else mlflow_server(store, 5131) as server:
-        yield store if server is None else server.url
+    with ExitStack() as stack:
+        store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+        if request.param.endswith("PostgreSQL"):
+            store = stack.enter_context(postgresql_server())
+        is_served = request.param.startswith("server")
+        yield stack.enter_context(mlflow_server(store, 5131)).url if is_served else store
 
 
 def run_search(folder: Path, uri: str) -> None:

@@ -40,6 +40,7 @@ def cuts_of(front: ParetoFront) -> list[TrialRecord]:
     return [record for record in front.records if record.derived_from is not None]
 
 
+@pytest.mark.slow
 def test_trials_are_the_same_and_the_front_has_more(tmp_path: Path) -> None:
     with_cuts = search(tmp_path / "with").run(trials=5, progress=False)
     without = search(tmp_path / "without", derive=False).run(trials=5, progress=False)

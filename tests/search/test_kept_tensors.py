@@ -66,6 +66,7 @@ def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
     assert checkpoints.seed(1) is None
 
 
+@pytest.mark.slow
 def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
     one = search(tmp_path, seeds=3, seed=0)
     front = one.run(trials=8, progress=False)

@@ -227,6 +227,12 @@ def test_more_trials_go_on_from_there(tmp_path: Path) -> None:
     assert outcomes(run(tiny_search(tmp_path / "parts"), 5).records) == outcomes(whole.records)
 
 
+@pytest.fixture(scope="module")
+def of_one_trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ParetoFront]:
+    folder = tmp_path_factory.mktemp("search")
+    return folder, run(tiny_search(folder), 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -239,12 +245,13 @@ def test_more_trials_go_on_from_there(tmp_path: Path) -> None:
         ({"constraints": {"peak_memory": "1 GiB"}}, r"search\.constraints"),
     ],
 )
-def test_a_name_belongs_to_its_settings(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    first = run(tiny_search(tmp_path), 1)
+def test_a_name_belongs_to_its_settings(
+    change: dict[str, Any], message: str, of_one_trial: tuple[Path, ParetoFront]
+) -> None:
+    folder, front = of_one_trial
     with pytest.raises(ValueError, match=f"'tiny' in .*other settings .*{message}.*another name"):
-        run(tiny_search(tmp_path, **change), 2)
-    assert outcomes(tiny_search(tmp_path).front().records) == outcomes(first.records)
-    assert len(run(tiny_search(tmp_path), 2).records) == 2
+        run(tiny_search(folder, **change), 2)
+    assert outcomes(tiny_search(folder).front().records) == outcomes(front.records)
 
 
 def test_without_a_name_settings_make_one(tmp_path: Path) -> None:
@@ -341,6 +348,7 @@ def test_loaded_models_and_folders_are_backbones_too(tmp_path: Path) -> None:
     assert len(front) == 1
 
 
+@pytest.mark.slow
 def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     search = tiny_search(tmp_path / "runs", backbone=folder, task=learnable_task(), space=SPACES[2])

@@ -121,6 +121,7 @@ def test_what_pauses_goes_on_as_if_it_had_not() -> None:
 
 
 @pytest.mark.parametrize("rung", [None, 0])
+@pytest.mark.slow
 def test_a_pack_is_initialised_from_them_as_each_trial_would_be_alone(rung: int | None) -> None:
     evaluator = packing_evaluator(training=TRAINING, rungs=(0.5,))
     supernet = supernet_of(evaluator)
@@ -160,6 +161,7 @@ def supernets_of(search: Search) -> WarmStarts:
     return found
 
 
+@pytest.mark.slow
 def test_a_supernet_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
     search = warm_search(tmp_path, baselines=False)
     records = search.run(trials=6, progress=False).records
@@ -324,6 +326,7 @@ def test_a_supernet_whose_training_fails_is_not_trained_again(
     assert not (search.folder / "supernets" / "supernet-0.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_again_for_an_export_starts_from_the_same_weights(tmp_path: Path) -> None:
     search = warm_search(tmp_path, baselines=False)
     front = search.run(trials=4, progress=False)

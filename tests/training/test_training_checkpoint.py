@@ -17,6 +17,7 @@ from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
 from autopeft.training.validation_schedule import ValidationSchedule
 from tests.learnable import OBJECTIVES, learnable_task
+from tests.slow_cases import slow_cases
 from tests.tiny_models import everywhere, tiny_backbone
 
 TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
@@ -75,7 +76,7 @@ def same(first: Trained, second: Trained) -> None:
 
 
 @pytest.mark.parametrize("rungs", [(1 / 3,), (1 / 9, 0.4, 0.7)], ids=("epoch", "within epochs"))
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("architecture", ["bert", *slow_cases("llama")])
 def test_a_resumed_training_equals_an_uninterrupted_one(
     rungs: tuple[float, ...], architecture: str, tmp_path: Path
 ) -> None:

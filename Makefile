@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs,typecheck]'
 	@touch $@
 
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice

@@ -9,6 +9,7 @@ import sysconfig
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,30 @@ task = autopeft.tasks.TextClassification("data.csv", validation_share=0.2, test_
 space = autopeft.search_spaces.Uniform(ranks=(1, 2))
 front = autopeft.Search("model", task, space, tracking=None, halving=None, seeds=1).run(trials=2)
 print(front.best())
+"""
+TYPED_USE = """
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+from typing import assert_type
+import autopeft
+from autopeft.search_spaces import PerLayer
+
+task = autopeft.tasks.TextClassification("reviews.csv", label="stars")
+search = autopeft.Search(
+    "FacebookAI/roberta-base",
+    task,
+    PerLayer(methods=("lora", "series")),
+    objectives=("accuracy", "trainable_parameters"),
+    training=autopeft.Training(epochs=2),
+    halving=autopeft.SuccessiveHalving(rungs=(0.25,)),
+)
+front = assert_type(search.run(trials=200), autopeft.ParetoFront)
+point = front.best(trainable_parameters="500k")
+assert_type(point.configuration, autopeft.Configuration)
+assert_type(point.values["accuracy"], float)
+assert_type([point.number for point in front], list[int])
+assert_type(point.export("adapters/reviews", target="vllm").folder.name, str)
+assert_type(search.verdict().margin, float)
+search.run(trials="ten")  # pyright: ignore[reportArgumentType]
 """
 
 
@@ -54,6 +79,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "wheel", *options, str(sdist))
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel installed; dependencies are this environment's, by a path without its editable autopeft."""
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    install = ("-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--quiet")
+    run(sys.executable, *install, "--no-deps", "--no-index", str(wheel))
+    return environment
 
 
 @pytest.fixture(scope="module")
@@ -130,23 +167,24 @@ def test_twine_takes_wheel_and_sdist(wheel: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_wheel_searches_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
-    """The dependencies are this environment's, by a path on which its editable autopeft is not found."""
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", str(environment))
-    (packages,) = environment.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    python = environment / "bin" / "python"
-    install = ("-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index")
-    run(sys.executable, *install, str(wheel))
+def test_wheel_searches_in_an_environment_of_its_own(environment: Path, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     save_learnable_csv(tmp_path / "data.csv")
     (tmp_path / "five_lines.py").write_text(FIVE_LINES)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONPATH", raising=False)
-        run(str(python), "five_lines.py", folder=tmp_path)
+        run(str(environment / "bin" / "python"), "five_lines.py", folder=tmp_path)
         options = ("--model", "model", "--data", "data.csv")
         run(str(environment / "bin" / "autopeft"), "init", *options, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_users_type_checker_knows_the_types(environment: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyright", reason="pip install pyright[nodejs]")
+    (tmp_path / "use.py").write_text(TYPED_USE)
+    checker = Path(sysconfig.get_path("scripts"), "pyright")
+    run(str(checker), "--pythonpath", str(environment / "bin" / "python"), "use.py", folder=tmp_path)
 
 
 def test_modules_are_short() -> None:
@@ -158,9 +196,8 @@ def test_modules_are_short() -> None:
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = {
-        name_of(line) for line in project["dependencies"] + extras["dev"] + extras["docs"] + extras["test"]
-    }
+    tools = (extras[extra] for extra in ("dev", "docs", "test", "typecheck"))
+    wanted = {name_of(line) for line in (*project["dependencies"], *chain.from_iterable(tools))}
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {name_of(line) for line in constraints if "==" in line}
     assert wanted == pinned

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from benchmarks.warm_start import LONGER, RANDOM, WARM, Measured, Outcome, Trial, chosen, correlations
+from benchmarks.warm_start import (
+    INHERITED,
+    LONGER,
+    RANDOM,
+    WARM,
+    Measured,
+    Outcome,
+    Trial,
+    chosen,
+    correlations,
+)
 from tests.learnable import tiny_evaluator
 
 
@@ -24,6 +34,7 @@ def test_early_sights_are_compared_with_the_other_seeds_whole_trainings() -> Non
             measured.outcomes += [
                 outcome(RANDOM, place, seed, wrong, 0.5, right),
                 outcome(WARM, place, seed, right, right, wrong),
+                outcome(INHERITED, place, seed, wrong, wrong, right),
                 outcome(LONGER, place, seed, 0.0, 0.0, 0.0),
             ]
     assert correlations(measured) == {
@@ -33,6 +44,9 @@ def test_early_sights_are_compared_with_the_other_seeds_whole_trainings() -> Non
         f"{WARM}, after 1/3": pytest.approx(1),
         f"{WARM}, after 2/3": pytest.approx(1),
         f"{WARM}, after 3/3": pytest.approx(-1),
+        f"{INHERITED}, after 1/3": pytest.approx(-1),
+        f"{INHERITED}, after 2/3": pytest.approx(-1),
+        f"{INHERITED}, after 3/3": pytest.approx(1),
     }
 
 

@@ -47,7 +47,7 @@ def completed(
     validations: int = 4,
 ) -> TrialRecord:
     """Make up an outcome in which cost helps, with diminishing returns and noise."""
-    parameters = 2_310.0 + sum(768 * (one.size or 1) for _, one in configuration)
+    parameters = 2_310.0 + sum(768 * (adapter.size or 1) for _, adapter in configuration)
     lowest = 12 if configuration.lowest_block is None else configuration.lowest_block[1]
     memory = 2**20 * (380 + 110 * (12 - lowest) + random_state.random())
     accuracy = 0.93 - 0.4 * (parameters / 2_310) ** -0.35 + random_state.gauss(0, 0.02)

@@ -23,7 +23,7 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
 }
 
 
-ANYWHERE = [name for name, one in METHOD_SPECS.items() if not isinstance(one, PeftSpec)] + ["dora", "vera"]
+ANYWHERE = [name for name, spec in METHOD_SPECS.items() if not isinstance(spec, PeftSpec)] + ["dora", "vera"]
 """Methods that take any size at any site of their kinds."""
 
 
@@ -49,7 +49,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
     placed: dict[Site, list[Adapter]] = {}
     for site in sorted(sites):
         kind = KIND_OF_ROLE[site.role]
-        fitting = [name for name, one in METHOD_SPECS.items() if kind in one.kinds]
+        fitting = [name for name, spec in METHOD_SPECS.items() if kind in spec.kinds]
         placed[site] = draw(_several(fitting, 64))
     configuration = Configuration(
         placed,
@@ -63,7 +63,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
 def _several(draw: st.DrawFn, methods: Iterable[str], largest: int) -> list[Adapter]:
     several: list[Adapter] = []
     for adapter in draw(st.lists(adapters(methods, largest), max_size=3)):
-        names = [one.method for one in several]
+        names = [earlier.method for earlier in several]
         if adapter.method not in names and _compatible((*names, adapter.method)):
             several.append(adapter)
     return several

@@ -211,7 +211,7 @@ def test_front_names_the_searches_there_are(place: Path, tmp_path: Path) -> None
 def test_show_names_every_training_of_a_trial(place: Path, tmp_path: Path) -> None:
     assert call("search", place / "search.yaml", f"folder={tmp_path}", "seeds=2").exit_code == 0
     _, records = load_study(tmp_path / "tiny")
-    record = next(one for one in records if one.evaluation.by_seed)
+    record = next(candidate for candidate in records if candidate.evaluation.by_seed)
     shown = call("show", str(record.number), "--folder", tmp_path).output
     for seed, values in record.evaluation.by_seed.items():
         assert f"training with seed {seed}: accuracy {values['accuracy']:.4f}" in shown

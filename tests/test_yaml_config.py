@@ -235,7 +235,7 @@ def test_no_value_gives_anything_but_a_clear_error(section: dict[str, str] | str
     settings = changed("space", space)
     prefix = "space." if isinstance(section, dict) else section and f"{section}."
     made: dict[str, Any] = {"task.": TextClassification, "training.": Training, "run.": Budget, "": Search}
-    spaces = {one.__name__: one for one in (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper)}
+    spaces = {kind.__name__: kind for kind in (PerLayer, ScoreGuided, Uniform, AutoPEFTPaper)}
     keys = inspect.signature(made.get(prefix, spaces[space["type"]])).parameters
     for key in (*keys, "type"):
         trial = deepcopy(settings)

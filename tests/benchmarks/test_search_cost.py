@@ -97,9 +97,9 @@ def test_the_ratio_is_a_bound_where_the_rival_never_gets_there() -> None:
 def test_what_a_rival_has_at_its_end_is_a_level(tmp_path: Path) -> None:
     archive = Archive(tmp_path)
     quick, slow = entry(1, 0.9, 3_000, 10.0), entry(2, 0.6, 3_000, 80.0)
-    for one, test in ((quick, 0.8), (slow, 0.6)):
+    for candidate, test in ((quick, 0.8), (slow, 0.6)):
         for index, seed in enumerate(FRESH_SEEDS):  # the mean over them counts
-            archive.add_training("questions", key_of(one), seed, test + 0.05 * (-1) ** index)
+            archive.add_training("questions", key_of(candidate), seed, test + 0.05 * (-1) ** index)
     assert len(FRESH_SEEDS) % 2 == 0
     rows = Comparison("questions", {("ours", 0): [quick], ("rival", 0): [slow]}, archive).rows(["rival"])
     ours, rival = rows

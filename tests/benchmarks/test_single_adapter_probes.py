@@ -16,8 +16,11 @@ def test_every_site_is_trained_alone_and_the_head_too() -> None:
     sites = Site(0, "query"), Site(1, "value")
     found = candidates(dict.fromkeys(sites, lora), 1e-2)
     assert list(found) == ["head alone", "0.query", "1.value"]
-    assert [list(one) for one in found.values()] == [[], *([(site, Adapter("lora", 2))] for site in sites)]
-    assert {one.learning_rate for one in found.values()} == {1e-2}
+    assert [list(configuration) for configuration in found.values()] == [
+        [],
+        *([(site, Adapter("lora", 2))] for site in sites),
+    ]
+    assert {configuration.learning_rate for configuration in found.values()} == {1e-2}
     scores = reached(evaluator, found)
     assert scores.keys() == found.keys()
     hopeless = {"diverges": found["0.query"].replace(learning_rate=1e30)}

@@ -21,8 +21,8 @@ OTHER = Configuration({Site(0, "ffn"): Adapter("series", 4)})
 
 def log(*trained: tuple[Configuration, float | None]) -> list[Entry]:
     return [
-        Entry(configuration=one.to_dict(), score=score, parameters=1, cpu_seconds=float(place))
-        for place, (one, score) in enumerate(trained)
+        Entry(configuration=configuration.to_dict(), score=score, parameters=1, cpu_seconds=float(place))
+        for place, (configuration, score) in enumerate(trained)
     ]
 
 
@@ -48,7 +48,7 @@ def test_final_scores_are_means_over_runs_of_what_the_space_has() -> None:
 def test_of_runs_that_begin_alike_the_longest_counts(tmp_path: Path, name: str) -> None:
     def line(dataset: str, trials: int, trained: Sequence[Entry]) -> str:
         run = {"method": "autopeft", "dataset": dataset, "seed": 0, "trials": trials}
-        return json.dumps({**run, "log": [one.to_dict() for one in trained]}) + "\n"
+        return json.dumps({**run, "log": [entry.to_dict() for entry in trained]}) + "\n"
 
     short, long = log((FIRST, 0.5)), log((FIRST, 0.5), (SECOND, 0.4))
     text = line("spam", 2, long) + line("spam", 1, short) + line("questions", 1, short)

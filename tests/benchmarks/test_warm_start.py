@@ -69,6 +69,6 @@ def test_most_configurations_are_from_the_fronts_of_runs(tmp_path: Path) -> None
     path.write_text(json.dumps(run) + "\n" + json.dumps(others) + "\n")
     evaluator = tiny_evaluator(objectives=("accuracy", "trainable_parameters"))
     found = chosen("questions", evaluator, path, 4)
-    sizes = [adapter.size for one in found for _, adapter in one]
+    sizes = [adapter.size for configuration in found for _, adapter in configuration]
     assert sorted(sizes[:3]) == [1, 2, 3]
     assert sizes[3:] == [4]

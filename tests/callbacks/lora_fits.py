@@ -87,9 +87,9 @@ def truncated_classifier(
     classifier = lora(model, target_modules=list(inner), rank_pattern=inner, **options)
     assert isinstance(classifier.model, PeftModel)
     renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in state.items()}
-    found = {name: one for name, one in classifier.named_parameters() if ".lora_" in name}
-    assert {name: one.shape for name, one in found.items()} == {
-        name: one.shape for name, one in renamed.items()
+    found = {name: parameter for name, parameter in classifier.named_parameters() if ".lora_" in name}
+    assert {name: parameter.shape for name, parameter in found.items()} == {
+        name: tensor.shape for name, tensor in renamed.items()
     }
     classifier.load_state_dict(renamed, strict=False)
     return classifier

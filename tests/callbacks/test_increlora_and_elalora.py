@@ -72,12 +72,13 @@ def test_incremental_scores_are_those_of_the_full_gradient(tiny_gpt2: ModelFacto
         rows = examples()[ROWS * index : ROWS * (index + 1)]
         # The gradient with respect to ΔW is that with respect to W.
         weights = [
-            cast(Tensor, one.layer.get_base_layer().weight).requires_grad_(True) for one in modules.values()
+            cast(Tensor, module.layer.get_base_layer().weight).requires_grad_(True)
+            for module in modules.values()
         ]
         loss = gated_loss(reference, first(2, reference), rows) / accumulate
         slopes = torch.autograd.grad(loss, weights)
-        for (name, one), slope in zip(modules.items(), slopes, strict=True):
-            update = 6 / RANK * one.up.weight[:, :2] @ one.down.weight[:2]
+        for (name, module), slope in zip(modules.items(), slopes, strict=True):
+            update = 6 / RANK * module.up.weight[:, :2] @ module.down.weight[:2]
             value = (update.T * slope).abs().sum() / math.sqrt(slope.numel())  # Conv1D is transposed
             sensitivities[name] = sensitivities[name] + value / accumulate
     for name, sensitivity in sensitivities.items():
@@ -145,8 +146,8 @@ def test_elastic_importance_is_that_of_the_gradients(tiny_bert: ModelFactory) ->
     fit(classifier, callback, steps=1)
     gated_loss(reference, first(3, reference)).backward()
     importance = callback.importance()
-    for name, one in modules.items():
-        down, up = one.down.weight, one.up.weight
+    for name, module in modules.items():
+        down, up = module.down.weight, module.up.weight
         assert down.grad is not None
         assert up.grad is not None
         expected = one_step_score((down * down.grad).abs()).mean(1)
@@ -202,8 +203,8 @@ def test_moves_keep_their_promises(
     importance: list[list[float]], active: list[list[bool]], most: int
 ) -> None:
     names = [f"m{index}" for index in range(len(importance))]
-    scores = {name: torch.tensor(one) for name, one in zip(names, importance, strict=True)}
-    masks = {name: torch.tensor([True, *one[1:]]) for name, one in zip(names, active, strict=False)}
+    scores = {name: torch.tensor(values) for name, values in zip(names, importance, strict=True)}
+    masks = {name: torch.tensor([True, *flags[1:]]) for name, flags in zip(names, active, strict=False)}
     spared = [(names[0], 0)]
     moves = choose_moves(scores, masks, most=most, minimum_rank=1, spared=spared)
     assert len(moves) <= most

@@ -58,7 +58,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         after = values(pl_module)
-        moved = {name for name, one in self._before.items() if not torch.equal(one, after[name])}
+        moved = {name for name, tensor in self._before.items() if not torch.equal(tensor, after[name])}
         self.moves.append((self.sampling.active, moved))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +73,7 @@ def test_active_layers_and_the_head_alone_are_trained(
     kind: str, architecture: str, request: pytest.FixtureRequest
 ) -> None:
     classifier = blocks(request.getfixturevalue(f"tiny_{architecture}"))
-    trainable = {name for name, one in classifier.named_parameters() if one.requires_grad}
+    trainable = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     sampling: LayerSampling = (
         LISA(2, every_n_steps=3) if kind == "random" else IST(trained_share=0.5, every_n_steps=3)
     )
@@ -91,7 +91,7 @@ def test_active_layers_and_the_head_alone_are_trained(
         assert moved == expected
     # In validation and afterwards all is as it was.
     assert watch.trainable_in_validation == [len(trainable)] * 3
-    assert {name for name, one in classifier.named_parameters() if one.requires_grad} == trainable
+    assert {name for name, parameter in classifier.named_parameters() if parameter.requires_grad} == trainable
 
 
 @pytest.mark.slow
@@ -174,9 +174,9 @@ def test_the_scores_come_from_the_losses_under_suppression(tiny_llama: ModelFact
     trials = Trials()
     classifier = blocks(tiny_llama)
     modules = find_lora_modules(classifier)
-    scalings = {name: dict(one.layer.scaling) for name, one in modules.items()}
+    scalings = {name: dict(module.layer.scaling) for name, module in modules.items()}
     fit(classifier, trials, sampling, steps=3)
-    assert {name: dict(one.layer.scaling) for name, one in modules.items()} == scalings
+    assert {name: dict(module.layer.scaling) for name, module in modules.items()} == scalings
     assert trials.expected.abs().max() > 0
     importance = torch.tensor(list(sampling.importance().values()))
     torch.testing.assert_close(importance, torch.sigmoid(-trials.expected))
@@ -188,9 +188,9 @@ def suppressed_loss(
 ) -> float:
     """Return the loss with a quarter of B in some blocks: the update is linear in B."""
     saved = values(classifier)
-    for name, one in modules.items():
+    for name, module in modules.items():
         if int(name.split("layers.")[1][0]) in draw:
-            one.up.weight.mul_(0.25)
+            module.up.weight.mul_(0.25)
     loss = float(classifier.loss(batch_of(rows)))
     classifier.load_state_dict(saved, strict=False)
     return loss
@@ -204,10 +204,10 @@ def test_importance_is_what_suppression_costs(tiny_llama: ModelFactory) -> None:
     sampling = IST(every_n_steps=1, learning_rate=200.0, trials=6)
     modules = find_lora_modules(classifier)
     with torch.no_grad():
-        for name, one in modules.items():
-            one.up.weight.zero_()
+        for name, module in modules.items():
+            module.up.weight.zero_()
             if "layers.2.mlp.down_proj" in name:
-                one.up.weight.normal_(0, 3.0)
+                module.up.weight.normal_(0, 3.0)
     batch = batch_of(examples())
     cost = suppressed_loss(classifier, [2], examples(), modules) - float(classifier.loss(batch).detach())
     fit(classifier, sampling, steps=40)

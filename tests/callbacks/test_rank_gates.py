@@ -176,7 +176,7 @@ def test_an_exception_leaves_no_gates_in_the_model(tiny_llama: ModelFactory) -> 
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(failing, callback, steps=4)
     assert not any(module._forward_hooks for module in failing.modules())
-    assert not any(one.up.weight[:, 1].any() for one in find_lora_modules(failing).values())
+    assert not any(module.up.weight[:, 1].any() for module in find_lora_modules(failing).values())
 
 
 def test_gates_go_on_in_a_second_fit_and_refuse_another_model(

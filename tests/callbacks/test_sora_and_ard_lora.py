@@ -32,7 +32,7 @@ from tests.conftest import ModelFactory
 
 
 def ones(classifier: Classifier) -> dict[str, Tensor]:
-    return {name: torch.ones(one.rank) for name, one in find_lora_modules(classifier).items()}
+    return {name: torch.ones(module.rank) for name, module in find_lora_modules(classifier).items()}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -30,7 +30,7 @@ class TestSite:
 
     def test_orders_by_block_then_role(self) -> None:
         shuffled = [Site(1, "query"), Site(0, "ffn"), Site(10, "query"), Site(0, "query")]
-        assert [str(one) for one in sorted(shuffled)] == ["0.query", "0.ffn", "1.query", "10.query"]
+        assert [str(site) for site in sorted(shuffled)] == ["0.query", "0.ffn", "1.query", "10.query"]
 
     def test_ranges_include_both_ends(self) -> None:
         assert [str(site) for site in parse_sites("2-4.ffn_down")] == [
@@ -76,11 +76,11 @@ class TestAdapter:
         assert spelled_out.options == ()
 
     def test_options_have_one_order_and_one_type(self) -> None:
-        one = Adapter("lora", 8, {"dropout": 0.1, "alpha": 16.0})
+        adapter = Adapter("lora", 8, {"dropout": 0.1, "alpha": 16.0})
         other = Adapter("lora", 8, {"alpha": 16, "dropout": 0.1})
-        assert one == other
-        assert one.to_dict() == {"method": "lora", "size": 8, "alpha": 16, "dropout": 0.1}
-        assert type(one.option("alpha")) is int
+        assert adapter == other
+        assert adapter.to_dict() == {"method": "lora", "size": 8, "alpha": 16, "dropout": 0.1}
+        assert type(adapter.option("alpha")) is int
         assert type(Adapter("parallel", 2, {"scaling": 2}).option("scaling")) is float
 
     def test_an_option_left_out_has_its_default(self) -> None:
@@ -132,7 +132,7 @@ class TestAdapter:
 
 class TestCanonicalForm:
     def test_equal_however_written(self) -> None:
-        one = Configuration(
+        configuration = Configuration(
             {
                 Site(1, "query"): Adapter("lora", 8, {"alpha": 8}),
                 Site(0, "ffn"): [Adapter("parallel", 4), Adapter("series", 2)],
@@ -145,10 +145,10 @@ class TestCanonicalForm:
                 Site(1, "query"): [Adapter("lora", 8)],
             }
         )
-        assert one == other
-        assert hash(one) == hash(other)
-        assert one.key == other.key
-        assert list(one.adapters) == [Site(0, "ffn"), Site(1, "query")]
+        assert configuration == other
+        assert hash(configuration) == hash(other)
+        assert configuration.key == other.key
+        assert list(configuration.adapters) == [Site(0, "ffn"), Site(1, "query")]
 
     @pytest.mark.parametrize(
         "changed",
@@ -345,8 +345,8 @@ def test_exclusions_are_mutual() -> None:
 def test_order_of_writing_does_not_matter() -> None:
     sites = [Site(block, role) for block in range(3) for role in ("query", "value", "ffn_up")]
     shuffled = random.Random(0).sample(sites, len(sites))
-    one, other = (
+    ordered, other = (
         Configuration({site: Adapter("lora", site.block + 1) for site in order})
         for order in (sites, shuffled)
     )
-    assert one.to_yaml() == other.to_yaml()
+    assert ordered.to_yaml() == other.to_yaml()

@@ -78,8 +78,8 @@ def test_plain_data_is_plain() -> None:
 
 
 def test_costs_add_up() -> None:
-    one = Cost(wall_seconds=1.0, cpu_seconds=2.0, gpu_seconds=3.0, steps=4)
-    assert one + Cost(wall_seconds=0.5, steps=1) == Cost(
+    cost = Cost(wall_seconds=1.0, cpu_seconds=2.0, gpu_seconds=3.0, steps=4)
+    assert cost + Cost(wall_seconds=0.5, steps=1) == Cost(
         wall_seconds=1.5, cpu_seconds=2.0, gpu_seconds=3.0, steps=5
     )
-    assert sum([one, one], start=Cost()) == one + one
+    assert sum([cost, cost], start=Cost()) == cost + cost

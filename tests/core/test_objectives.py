@@ -25,11 +25,11 @@ class TestObjectives:
     def test_metrics_are_maximised_and_costs_minimised(self) -> None:
         names = ("f1_macro", "peak_memory", "trainable_parameters")
         found = resolve_objectives(names, METRICS)
-        assert tuple(one.name for one in found) == names
-        assert [one.direction for one in found] == ["maximize", "minimize", "minimize"]
-        assert [one.unit for one in found] == ["score", "bytes", "parameters"]
-        assert [one.before_training for one in found] == [False, True, True]
-        assert [one.log_scale for one in found] == [False, True, True]
+        assert tuple(objective.name for objective in found) == names
+        assert [objective.direction for objective in found] == ["maximize", "minimize", "minimize"]
+        assert [objective.unit for objective in found] == ["score", "bytes", "parameters"]
+        assert [objective.before_training for objective in found] == [False, True, True]
+        assert [objective.log_scale for objective in found] == [False, True, True]
 
     def test_reads_iterators_once(self) -> None:
         found = resolve_objectives(iter(("accuracy", "peak_memory")), iter(METRICS))
@@ -74,14 +74,14 @@ class TestObjectives:
         assert LOSS.is_better(0.2, 0.9)
         assert not LOSS.is_better(0.9, 0.2)
 
-    @pytest.mark.parametrize("one", [METRICS[0], LOSS])
-    def test_no_value_is_better_than_itself(self, one: Objective) -> None:
-        assert not one.is_better(0.5, 0.5)
+    @pytest.mark.parametrize("objective", [METRICS[0], LOSS])
+    def test_no_value_is_better_than_itself(self, objective: Objective) -> None:
+        assert not objective.is_better(0.5, 0.5)
 
     def test_every_cost_is_minimised_on_a_log_scale(self) -> None:
-        for name, one in COST_OBJECTIVES.items():
-            assert one.name == name
-            assert (one.direction, one.log_scale) == ("minimize", True)
+        for name, objective in COST_OBJECTIVES.items():
+            assert objective.name == name
+            assert (objective.direction, objective.log_scale) == ("minimize", True)
 
     def test_speeds_are_maximised_where_a_task_has_them(self) -> None:
         found = resolve_objectives(("loss", "tokens_per_second"), (LOSS, *GENERATION_SPEEDS.values()))

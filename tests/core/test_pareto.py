@@ -48,9 +48,9 @@ _fine = st.fixed_dictionaries(
 points_of_any_kind = st.lists(_coarse, max_size=12) | st.lists(_fine, max_size=8)
 
 
-def _dominates(one: Values, other: Values, objectives: Sequence[Objective]) -> bool:
+def _dominates(values: Values, other: Values, objectives: Sequence[Objective]) -> bool:
     signs = {o.name: 1 if o.direction == "maximize" else -1 for o in objectives}
-    gains = [(one[name] - other[name]) * sign for name, sign in signs.items()]
+    gains = [(values[name] - other[name]) * sign for name, sign in signs.items()]
     return all(gain >= 0 for gain in gains) and any(gain > 0 for gain in gains)
 
 
@@ -58,7 +58,7 @@ class TestDominance:
     @given(points_of_any_kind, st.sampled_from((1, 2, 3)))
     def test_agrees_with_comparing_all_pairs(self, points: list[Values], dimensions: int) -> None:
         objectives = OBJECTIVES[:dimensions]
-        expected = [not any(_dominates(other, one, objectives) for other in points) for one in points]
+        expected = [not any(_dominates(other, point, objectives) for other in points) for point in points]
         assert non_dominated(points, objectives) == expected
 
     def test_equal_points_are_all_kept(self) -> None:
@@ -92,10 +92,12 @@ class TestAxis:
         assert AXES[1].position(1e9) == 0.0
 
     @given(_fine, _fine)
-    def test_better_values_never_lie_lower(self, one: Values, other: Values) -> None:
+    def test_better_values_never_lie_lower(self, values: Values, other: Values) -> None:
         for axis in AXES:
             name = axis.objective.name
-            better, worse = (one, other) if _dominates(one, other, (axis.objective,)) else (other, one)
+            better, worse = (
+                (values, other) if _dominates(values, other, (axis.objective,)) else (other, values)
+            )
             assert axis.position(better[name]) >= axis.position(worse[name])
 
     @pytest.mark.parametrize(

@@ -32,14 +32,16 @@ def test_full_fine_tuning_leaves_the_backbone_bit_identical() -> None:
 def test_every_weight_is_trained_in_a_copy() -> None:
     evaluator = tiny_evaluator()
     backbone = evaluator.backbone
-    original = {name: one.detach().clone() for name, one in backbone.model.named_parameters()}
+    original = {name: parameter.detach().clone() for name, parameter in backbone.model.named_parameters()}
     trained = evaluator.train(Configuration(learning_rate=1e-2), attachment=FullFineTuning)
     assert trained.state is not None
     assert len(trained.state) == len(original)
     still = {
         name
         for name, tensor in original.items()
-        if any(key.endswith(f".{name}") and torch.equal(one, tensor) for key, one in trained.state.items())
+        if any(
+            key.endswith(f".{name}") and torch.equal(weight, tensor) for key, weight in trained.state.items()
+        )
     }
     assert still == set()
 
@@ -69,7 +71,7 @@ def test_uniform_lora_is_on_every_query_and_value() -> None:
 
 def test_full_fine_tuning_costs_more_memory_than_the_head() -> None:
     evaluator = tiny_evaluator()
-    full, head = (one(evaluator, (1e-3,)).evaluation for one in (full_fine_tuning, head_alone))
+    full, head = (baseline(evaluator, (1e-3,)).evaluation for baseline in (full_fine_tuning, head_alone))
     assert full.values["peak_memory"] > head.values["peak_memory"]
 
 
@@ -86,7 +88,7 @@ def test_tied_weights_stay_tied() -> None:
         assert first.query.weight is not shared
         assert attachment.trainable_parameters == backbone.parameters
         trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
-        assert sum(one.numel() for one in trained) == backbone.parameters
+        assert sum(parameter.numel() for parameter in trained) == backbone.parameters
     assert first.query.weight is shared
     assert second.query.weight is shared
     assert fingerprint(backbone.model) == before

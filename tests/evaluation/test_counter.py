@@ -172,7 +172,7 @@ def test_kept_counts_are_bounded(tiny_bert: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_count_leaves_everything_as_it_was(tiny_bert: Any) -> None:
     backbone = backbone_of(tiny_bert())
     with attach(backbone, Configuration.from_dict({"sites": SITES["mixed"]})):
-        before = {name: one.detach().clone() for name, one in backbone.model.named_parameters()}
+        before = {name: tensor.detach().clone() for name, tensor in backbone.model.named_parameters()}
         batch, was_training = batch_of(), backbone.model.training
         state = torch.get_rng_state()
         MemoryCounter(backbone.model).count(batch, CROSS_ENTROPY)

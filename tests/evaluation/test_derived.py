@@ -152,8 +152,8 @@ def test_another_training_is_cut_to_the_same_configurations(
     assert [cut.evaluation.configuration for cut in again[1:]] == cuts
     replicate = again[0].evaluation
     whole = with_replicate(first[0].evaluation, replicate, {"accuracy": 0.1})
-    for mean, one, two in zip(whole.derived, first[1:], again[1:], strict=True):
-        both = [cut.evaluation.values["accuracy"] for cut in (one, two)]
+    for mean, first_cut, second_cut in zip(whole.derived, first[1:], again[1:], strict=True):
+        both = [cut.evaluation.values["accuracy"] for cut in (first_cut, second_cut)]
         assert mean.values["accuracy"] == pytest.approx(sum(both) / 2)
     failed = replace(replicate, status="failed", reason="out of memory", derived=(), seed=9)
     (point, *_) = with_replicate(whole, failed, {"accuracy": 0.1}).derived

@@ -51,23 +51,23 @@ def evaluator_of(
 def above(backbone: Backbone, cut: int, method: str = "lora") -> Configuration:
     """Return one method everywhere from a block up; at the cut above all blocks, the head alone."""
     adapters = everywhere(backbone, method).adapters
-    kept = {site: one for site, one in adapters.items() if site.block >= cut}
+    kept = {site: several for site, several in adapters.items() if site.block >= cut}
     return Configuration(kept, learning_rate=1e-2)
 
 
-def assert_alike(one: Trained, other: Trained, tolerance: float = 1e-5) -> None:
+def assert_alike(trained: Trained, other: Trained, tolerance: float = 1e-5) -> None:
     """Compare loss curves, metrics and trained tensors.
 
     Adam takes a step of the learning rate (0.01) however small the gradient: where it is next to nothing,
     its rounding is a good share of it. Tensors may differ by a hundredth of a step.
     """
-    assert one.state is not None
+    assert trained.state is not None
     assert other.state is not None
-    for name, tensor in one.state.items():
+    for name, tensor in trained.state.items():
         torch.testing.assert_close(tensor, other.state[name], rtol=tolerance, atol=max(1e-4, tolerance))
-    curves = [[(point.metric, point.step) for point in two.evaluation.curves] for two in (one, other)]
+    curves = [[(point.metric, point.step) for point in run.evaluation.curves] for run in (trained, other)]
     assert curves[0] == curves[1]
-    for here, there in zip(one.evaluation.curves, other.evaluation.curves, strict=True):
+    for here, there in zip(trained.evaluation.curves, other.evaluation.curves, strict=True):
         assert here.value == pytest.approx(there.value, abs=10 * tolerance)
 
 

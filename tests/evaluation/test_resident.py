@@ -40,12 +40,12 @@ def live_bytes() -> int:
 def test_a_search_never_touches_the_tensors_of_its_backbone(tmp_path: Path) -> None:
     backbone = learner()
     modules = [id(module) for module in backbone.model.modules()]
-    tensors = {name: one.data_ptr() for name, one in backbone.model.state_dict().items()}
+    tensors = {name: tensor.data_ptr() for name, tensor in backbone.model.state_dict().items()}
     space = PerLayer(methods=("lora", "ia3", "series", "parallel", "prefix", "bitfit", "layernorm"))
     front = tiny_search(tmp_path, backbone=backbone, space=space).run(trials=6, progress=False)
     assert {record.evaluation.status for record in front.records} == {"complete"}
     assert [id(module) for module in backbone.model.modules()] == modules
-    assert {name: one.data_ptr() for name, one in backbone.model.state_dict().items()} == tensors
+    assert {name: tensor.data_ptr() for name, tensor in backbone.model.state_dict().items()} == tensors
 
 
 @pytest.mark.parametrize("method", ["lora", "series", "parallel", "prefix"])

@@ -336,7 +336,7 @@ def test_patterns_that_match_nothing_do_not_pass(tmp_path: Path) -> None:
     export(backbone, configuration, folder, verify=False)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
-    config["alpha_pattern"] = {f"x{name}": one for name, one in config["alpha_pattern"].items()}
+    config["alpha_pattern"] = {f"x{name}": alpha for name, alpha in config["alpha_pattern"].items()}
     file.write_text(json.dumps(config))
     expected = expected_logits(backbone, configuration)
     with pytest.raises(RuntimeError, match="does not reproduce"):

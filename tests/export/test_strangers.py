@@ -74,7 +74,9 @@ def resized(size: int) -> Attack:
         file = folder / "autopeft_configuration.yaml"
         known = Configuration.load(file)
         grown = {
-            site: [Adapter(one.method, one.size and size, dict(one.options)) for one in several]
+            site: [
+                Adapter(adapter.method, adapter.size and size, dict(adapter.options)) for adapter in several
+            ]
             for site, several in known.adapters.items()
         }
         known.replace(adapters=grown).save(file)

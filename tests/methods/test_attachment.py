@@ -70,12 +70,14 @@ def test_the_predicted_count_is_what_torch_counts(drawn: tuple[Backbone, Configu
     total = backbone.parameters
     with attach(backbone, configuration) as attachment:
         trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
-        assert sum(one.numel() for one in trained) == predicted
-        assert {id(one) for one in trained} == {id(one) for one in attachment.parameters.values()}
+        assert sum(parameter.numel() for parameter in trained) == predicted
+        assert {id(parameter) for parameter in trained} == {
+            id(parameter) for parameter in attachment.parameters.values()
+        }
         for site, adapter in configuration:
             prefix = f"{site}.{adapter.method}."
-            here = [one for name, one in attachment.parameters.items() if name.startswith(prefix)]
-            assert sum(one.numel() for one in here) == (
+            here = [parameter for name, parameter in attachment.parameters.items() if name.startswith(prefix)]
+            assert sum(parameter.numel() for parameter in here) == (
                 METHODS[adapter.method].count(backbone.shape(site), adapter)
             )
     assert sum(parameter.numel() for parameter in backbone.model.parameters()) == total
@@ -124,18 +126,18 @@ def test_the_seed_decides_the_initial_weights(drawn: tuple[Backbone, Configurati
         with attach(backbone, configuration, seed) as attachment:
             states.append(attachment.state_dict())
         assert torch.equal(torch.rand(1), expected_next)
-    one, again, other = states
-    assert one.keys() == again.keys() == other.keys()
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    state, again, other = states
+    assert state.keys() == again.keys() == other.keys()
+    assert all(torch.equal(state[name], again[name]) for name in state)
     random_methods = {"lora", "series", "parallel", "prefix"}
     if random_methods & set(configuration.methods):
-        assert any(not torch.equal(one[name], other[name]) for name in one)
+        assert any(not torch.equal(state[name], other[name]) for name in state)
 
 
 @pytest.mark.parametrize("new_head", [False, True])
 def test_a_new_head_is_drawn_for_every_seed(new_head: bool) -> None:
     backbone = tiny_backbone("distilbert", new_head=new_head)
-    own = {name: one.detach().clone() for name, one in backbone.model.named_parameters()}
+    own = {name: parameter.detach().clone() for name, parameter in backbone.model.named_parameters()}
     heads = []
     for seed in (0, 0, 1):
         with attach(backbone, Configuration(), seed) as attachment:
@@ -155,7 +157,7 @@ def test_a_new_head_is_drawn_for_every_seed(new_head: bool) -> None:
 def test_the_head_alone_is_trained_without_adapters(backbone: Backbone) -> None:
     with attach(backbone, Configuration()) as attachment:
         assert set(attachment.parameters) == {"head.classifier.weight", "head.classifier.bias"}
-        trained = [name for name, one in backbone.model.named_parameters() if one.requires_grad]
+        trained = [name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad]
         assert trained == ["classifier.weight", "classifier.bias"]
 
 
@@ -184,7 +186,7 @@ def test_head_modules_may_lie_inside_each_other() -> None:
     backbone = Backbone(model, tiny_tokenizer(), name="nested", head=head)
     before = fingerprint(model)
     with attach(backbone, Configuration()) as attachment:
-        found = sum(one.numel() for one in attachment.parameters.values())
+        found = sum(parameter.numel() for parameter in attachment.parameters.values())
         assert found == count_parameters(backbone, Configuration())
     assert fingerprint(model) == before
 

@@ -16,8 +16,8 @@ def test_only_biases_are_trained(architecture: str) -> None:
     with attach(backbone, configuration):
         trained = {
             name
-            for name, one in backbone.model.named_parameters()
-            if one.requires_grad and not name.startswith(backbone.head)
+            for name, parameter in backbone.model.named_parameters()
+            if parameter.requires_grad and not name.startswith(backbone.head)
         }
     assert trained == {f"{module}.bias" for module in biased}
 

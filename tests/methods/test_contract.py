@@ -108,7 +108,9 @@ class TestMethod:
             trainable = _attach_alone(backbone, method, configuration, undo)
             assert {key for key in trainable if isinstance(key, Site)} == configuration.adapters.keys()
             for site, adapter in configuration:
-                found = sum(one.numel() for one in trainable[site].values() if one.requires_grad)
+                found = sum(
+                    parameter.numel() for parameter in trainable[site].values() if parameter.requires_grad
+                )
                 assert count_site(backbone, site, adapter) == found > 0
             distinct = {
                 id(tensor): tensor.numel()
@@ -145,7 +147,9 @@ class TestMethod:
         trainable = _attach_alone(backbone, method, everywhere(backbone, method), undo)
         assert fingerprint(backbone.model) != before
         for named in trainable.values():
-            draw_parameters((one for one in named.values() if isinstance(one, nn.Parameter)), std=1.0)
+            draw_parameters(
+                (tensor for tensor in named.values() if isinstance(tensor, nn.Parameter)), std=1.0
+            )
         assert not torch.equal(logits_of(backbone), logits)
         undo.close()
         backbone.model.requires_grad_(False)
@@ -158,20 +162,22 @@ class TestMethod:
         """Drawing the parameters of any one site alone changes what the model computes."""
         backbone = backbones[architecture]
         with attach(backbone, everywhere(backbone, method)) as attachment:
-            shared = [one for name, one in attachment.parameters.items() if ".shared." in name]
+            shared = [parameter for name, parameter in attachment.parameters.items() if ".shared." in name]
             draw_parameters(shared, std=1.0)
             before = logits_of(backbone)
             for site in places(backbone, method):
                 prefix = f"{site}.{method}."
-                here = [one for name, one in attachment.parameters.items() if name.startswith(prefix)]
-                kept = [one.detach().clone() for one in here]
+                here = [
+                    parameter for name, parameter in attachment.parameters.items() if name.startswith(prefix)
+                ]
+                kept = [parameter.detach().clone() for parameter in here]
                 draw_parameters(here, std=1.0)
                 # A bias on the keys shifts all scores of a query alike, which softmax takes out.
                 if (method, site.role) not in {("bitfit", "key"), ("bitfit", "cross_key")}:
                     assert not torch.allclose(logits_of(backbone), before, rtol=0, atol=1e-6), site
                 with torch.no_grad():
-                    for one, value in zip(here, kept, strict=True):
-                        one.copy_(value)
+                    for parameter, value in zip(here, kept, strict=True):
+                        parameter.copy_(value)
             torch.testing.assert_close(logits_of(backbone), before)
 
     def test_every_parameter_gets_a_gradient(
@@ -186,9 +192,9 @@ class TestMethod:
                 assert parameter.grad is not None, name
                 if "key.bitfit" not in name:
                     assert parameter.grad.abs().max() > 0, name
-            frozen = [one for one in backbone.model.parameters() if not one.requires_grad]
+            frozen = [weight for weight in backbone.model.parameters() if not weight.requires_grad]
             assert frozen
-            assert all(one.grad is None for one in frozen)
+            assert all(weight.grad is None for weight in frozen)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -197,8 +203,8 @@ def test_methods_attach_one_after_another(architecture: str, backbones: dict[str
     backbone = backbones[architecture]
     before, logits = fingerprint(backbone.model), logits_of(backbone)
     wrapping = {name for name in ALONE if METHOD_SPECS[name].wraps}
-    for one in sorted(wrapping):
-        rivals = {"layernorm"} | METHOD_SPECS[one].excludes | wrapping - {one}
+    for wrapper in sorted(wrapping):
+        rivals = {"layernorm"} | METHOD_SPECS[wrapper].excludes | wrapping - {wrapper}
         placed: dict[Site, list[Adapter]] = {}
         for name in (name for name in ALONE if name not in rivals and places(backbone, name)):
             for site, adapter in everywhere(backbone, name, size=2):
@@ -211,6 +217,6 @@ def test_methods_attach_one_after_another(architecture: str, backbones: dict[str
             assert found == count_parameters(backbone, configuration)
             draw_parameters(attachment.parameters.values(), std=0.2)
             backbone.model(**tiny_batch()).logits.sum().backward()
-            assert all(one.grad is not None for one in attachment.parameters.values())
+            assert all(parameter.grad is not None for parameter in attachment.parameters.values())
         assert fingerprint(backbone.model) == before
         assert torch.equal(logits_of(backbone), logits)

@@ -35,8 +35,10 @@ def test_scales_the_input_of_the_ffns_last_layer(architecture: str) -> None:
     shape = backbone.shape(site)
     original = backbone.model.get_submodule(shape.module)
     hidden = torch.randn(2, 5, shape.in_features)
-    with attach(backbone, Configuration({site: IA3, Site(0, "ffn_norm"): Adapter("layernorm")})) as one:
-        vector = one.parameters[f"{site}.ia3.ia3_l"]
+    with attach(
+        backbone, Configuration({site: IA3, Site(0, "ffn_norm"): Adapter("layernorm")})
+    ) as attachment:
+        vector = attachment.parameters[f"{site}.ia3.ia3_l"]
         assert vector.numel() == shape.in_features == count_site(backbone, site, IA3)
         draw_parameters([vector], std=1.0)
         after = backbone.model.get_submodule(shape.module)(hidden)

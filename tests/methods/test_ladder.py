@@ -130,7 +130,7 @@ def test_other_adapters_train_beside_it_as_without_checkpointing() -> None:
             backbone.model.train()
             losses = [backbone.model(**tiny_batch(seed=seed)).logits.square().sum() for seed in (0, 1)]
             torch.stack(losses).sum().backward()
-            gradients.append({name: one.grad for name, one in attachment.parameters.items()})
+            gradients.append({name: parameter.grad for name, parameter in attachment.parameters.items()})
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(gradients[1][name], gradient)

@@ -21,8 +21,8 @@ def test_trains_scale_and_shift_of_a_layer_norm(architecture: str, role: str) ->
     hidden = torch.randn(2, 5, 32)
     with attach(backbone, Configuration({site: LAYERNORM})) as attachment:
         trained = {
-            name.rpartition(".")[2]: one
-            for name, one in attachment.parameters.items()
+            name.rpartition(".")[2]: parameter
+            for name, parameter in attachment.parameters.items()
             if name.startswith(f"{site}.layernorm.")
         }
         assert trained.keys() == {"weight", "bias"}
@@ -42,7 +42,7 @@ def test_trains_the_scale_of_an_rms_norm() -> None:
     epsilon = backbone.model.config.rms_norm_eps
     hidden = torch.randn(2, 5, 32)
     with attach(backbone, Configuration({site: LAYERNORM})) as attachment:
-        (scale,) = (one for key, one in attachment.parameters.items() if "layernorm" in key)
+        (scale,) = (parameter for key, parameter in attachment.parameters.items() if "layernorm" in key)
         draw_parameters([scale], std=1.0)
         unscaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + epsilon)
         torch.testing.assert_close(backbone.model.get_submodule(name)(hidden), scale * unscaled)

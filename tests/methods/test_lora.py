@@ -154,7 +154,7 @@ def test_training_moves_the_output() -> None:
     before = logits_of(backbone)
     configuration = Configuration({Site(1, "query"): Adapter("lora", 2)})
     with attach(backbone, configuration) as attachment:
-        adapters = [one for name, one in attachment.parameters.items() if "lora" in name]
+        adapters = [parameter for name, parameter in attachment.parameters.items() if "lora" in name]
         optimizer = torch.optim.SGD(adapters, lr=1.0)
         for _ in range(2):
             loss = nn.functional.cross_entropy(backbone.model(**tiny_batch()).logits, torch.arange(3))

@@ -54,7 +54,7 @@ def test_loss_falls_and_what_is_exported_and_merged_computes_it(
         return torch.nn.functional.cross_entropy(backbone.model.eval()(**batch).logits, labels)
 
     with attach(backbone, configuration) as attachment:
-        own = [one for key, one in attachment.parameters.items() if not key.startswith("head.")]
+        own = [parameter for key, parameter in attachment.parameters.items() if not key.startswith("head.")]
         optimizer = torch.optim.AdamW(own, 3e-3 * METHOD_SPECS[name].rate)
         start = loss().item()
         for _ in range(10):
@@ -112,7 +112,7 @@ def test_packed_weights_cannot_be_trained_in_a_copy_and_take_the_others(tmp_path
     with attach(backbone, together(backbone, left_out="full")) as attachment:
         with torch.autocast("cpu", torch.bfloat16):
             task.loss(task.forward(backbone.model, batch), batch).backward()
-        assert all(one.grad is not None for one in attachment.parameters.values())
+        assert all(parameter.grad is not None for parameter in attachment.parameters.values())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,9 @@ class TestLoReFT:
                     backbone.model.model(**batch)  # without a mask that is known to the hooks
                     backbone.model(**batch)
                     hook.remove()
-        changed = [(one - other).abs().amax(-1) > 1e-6 for one, other in zip(seen[:2], seen[2:], strict=True)]
+        changed = [
+            (output - other).abs().amax(-1) > 1e-6 for output, other in zip(seen[:2], seen[2:], strict=True)
+        ]
         assert changed[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
         real = batch["attention_mask"].cumsum(1) * batch["attention_mask"]
         assert torch.equal(changed[1], (real > 0) & (real <= 2))
@@ -249,7 +251,7 @@ class TestLoReFT:
                 backbone.model.train()
                 backbone.model.zero_grad()
                 backbone.model(**batch).logits.sum().backward()
-                gradients.append([one.grad for one in attachment.parameters.values()])
+                gradients.append([parameter.grad for parameter in attachment.parameters.values()])
         torch.testing.assert_close(gradients[1], gradients[0])
 
     def test_blocks_without_attention_are_refused(self) -> None:

@@ -109,11 +109,13 @@ def test_is_counted_trained_and_taken_out(name: str, architecture: str) -> None:
     with attach(backbone, configuration) as attachment:
         if abilities(METHODS[name]).starts_at_base:
             torch.testing.assert_close(logits_of(backbone, batch), plain, rtol=0, atol=1e-4)
-        own = {key: one for key, one in attachment.parameters.items() if not key.startswith("head.")}
+        own = {
+            key: parameter for key, parameter in attachment.parameters.items() if not key.startswith("head.")
+        }
         counted = count_parameters(backbone, configuration) - backbone.head_parameters
         assert sum(map(Tensor.numel, own.values())) == counted
         for site, adapter in configuration:
-            here = [one for key, one in own.items() if key.startswith(f"{site}.{name}.")]
+            here = [parameter for key, parameter in own.items() if key.startswith(f"{site}.{name}.")]
             assert sum(map(Tensor.numel, here)) == count_site(backbone, site, adapter)
             assert here or METHODS[name].shares_state
         backbone.model.train()
@@ -126,7 +128,7 @@ def test_is_counted_trained_and_taken_out(name: str, architecture: str) -> None:
             loss().backward()
             optimizer.step()
         assert loss().item() < start - 1e-3
-        assert all(one.grad is not None for one in own.values())
+        assert all(parameter.grad is not None for parameter in own.values())
         assert all(
             parameter.grad is None for parameter in backbone.model.parameters() if not parameter.requires_grad
         )

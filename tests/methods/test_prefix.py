@@ -111,7 +111,7 @@ def _drawn(backbone: Backbone, lengths: dict[int, int]) -> Attachment:
         {Site(block, "attention"): Adapter("prefix", length) for block, length in lengths.items()}
     )
     attachment = attach(backbone, configuration)
-    prefixes = [one for name, one in attachment.parameters.items() if ".prefix." in name]
+    prefixes = [parameter for name, parameter in attachment.parameters.items() if ".prefix." in name]
     draw_parameters(prefixes, std=1.0)
     return attachment
 

@@ -66,7 +66,7 @@ def test_the_learned_ranks_attached_compute_the_same(kind: str, architecture: st
     assert learned.weight_decay == configuration.weight_decay
     assert learned.adapters[Site(0, "ffn")] == configuration.adapters[Site(0, "ffn")]
     lora = {site: adapter for site, adapter in learned if adapter.method == "lora"}
-    assert sum(int(one.size or 0) for one in lora.values()) == sum(callback.ranks().values())
+    assert sum(int(adapter.size or 0) for adapter in lora.values()) == sum(callback.ranks().values())
     assert (len(lora) < count) == (kind != "incremental")
     with attach(backbone, learned, seed=9) as attachment:
         rest = {name: tensor for name, tensor in trained.items() if ".lora." not in name}

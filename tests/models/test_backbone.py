@@ -110,7 +110,9 @@ class TestSites:
             bias = getattr(module, "bias", None)
             assert shape.bias == (0 if bias is None else bias.numel())
             assert shape.module.startswith(
-                tuple(name for name, one in backbone.model.named_modules() if one in backbone.blocks)
+                tuple(
+                    name for name, submodule in backbone.model.named_modules() if submodule in backbone.blocks
+                )
             )
 
     def test_a_block_without_experts_roles_has_no_ffn_site(self) -> None:
@@ -204,8 +206,8 @@ class TestIdentity:
         assert all(isinstance(value, str) for value in identity.values())
 
     def test_the_fingerprint_follows_the_weights(self) -> None:
-        one, again, other = (tiny_backbone("bert", seed=seed) for seed in (0, 0, 1))
-        assert one.fingerprint == again.fingerprint != other.fingerprint
+        backbone, again, other = (tiny_backbone("bert", seed=seed) for seed in (0, 0, 1))
+        assert backbone.fingerprint == again.fingerprint != other.fingerprint
 
     def test_the_fingerprint_sees_every_value(self) -> None:
         model = tiny_classifier("bert")
@@ -225,8 +227,8 @@ class TestIdentity:
         other = copy.deepcopy(model)
         with torch.no_grad():
             other.classifier.weight.add_(1)  # type: ignore[operator, union-attr]
-        one, again = (_backbone(each, new_head=new_head) for each in (model, other))
-        assert one.fingerprint == again.fingerprint
+        backbone, again = (_backbone(each, new_head=new_head) for each in (model, other))
+        assert backbone.fingerprint == again.fingerprint
 
     def test_the_fingerprint_does_not_depend_on_precision_of_reading(self) -> None:
         single = tiny_backbone("bert")

@@ -36,9 +36,13 @@ def step(backbone: Backbone, method: str, *, lowered: bool) -> dict[str, Tensor]
         with in_place, autocast("bf16-mixed", "cpu"):
             logits = backbone.model(**tiny_batch()).logits
             logits.float().square().sum().backward()
-        gradients = {name: one.grad for name, one in attachment.parameters.items() if one.grad is not None}
+        gradients = {
+            name: parameter.grad
+            for name, parameter in attachment.parameters.items()
+            if parameter.grad is not None
+        }
         assert gradients
-        return {"logits": logits.detach(), **{name: one.clone() for name, one in gradients.items()}}
+        return {"logits": logits.detach(), **{name: gradient.clone() for name, gradient in gradients.items()}}
 
 
 @pytest.mark.parametrize(("architecture", "method"), CASES)
@@ -60,7 +64,7 @@ def test_a_training_gives_what_autocast_gives_bit_for_bit() -> None:
         plain = evaluator.train(configuration)
     assert lowered.state is not None
     assert plain.state is not None
-    assert all(torch.equal(one, plain.state[name]) for name, one in lowered.state.items())
+    assert all(torch.equal(tensor, plain.state[name]) for name, tensor in lowered.state.items())
     assert lowered.evaluation.values["accuracy"] == plain.evaluation.values["accuracy"]
 
 

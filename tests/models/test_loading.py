@@ -117,11 +117,11 @@ class TestFolder:
     def test_the_new_head_is_the_same_in_every_process(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)
         torch.manual_seed(1)
-        one = Backbone.load(folder, head_spec())
+        backbone = Backbone.load(folder, head_spec())
         state = torch.get_rng_state()
         torch.manual_seed(2)
         other = Backbone.load(folder, head_spec())
-        assert torch.equal(logits_of(one), logits_of(other))
+        assert torch.equal(logits_of(backbone), logits_of(other))
         torch.manual_seed(1)
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -309,7 +309,7 @@ def test_a_fresh_head_of_a_loaded_model_does_not_make_another_backbone(tmp_path:
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=3)
         found.append(Backbone.load(model, learnable_task().head, tiny_tokenizer()))
-    assert not torch.equal(*(weight_of_head(one.model) for one in found))
+    assert not torch.equal(*(weight_of_head(backbone.model) for backbone in found))
     assert found[0].identity() == found[1].identity()
 
 

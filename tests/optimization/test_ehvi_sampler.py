@@ -226,7 +226,7 @@ def probed(
         ]
         trials: list[tuple[Configuration, Values]] = [*zip(tried, points, strict=True)]
         known = History(
-            trials=[*trials, *((one, {}) for one in pending)],
+            trials=[*trials, *((configuration, {}) for configuration in pending)],
             axes=axes,
             front={tried[0]: 0.1, KNOWN: 0.1},
             constraints=constraints,

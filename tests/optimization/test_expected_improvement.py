@@ -36,13 +36,13 @@ AXES = (
 FEATURES = Features.of(SPACE, BACKBONE)
 
 
-def values(one: Configuration) -> dict[str, float]:
+def values(configuration: Configuration) -> dict[str, float]:
     """Return made-up outcomes: best at a rate of 3e-3, better and dearer the more and lower the adapters."""
-    rate = log_place(one.learning_rate, 1e-4, 1e-2)
-    lowest, share, size = FEATURES.of_cost(one)
+    rate = log_place(configuration.learning_rate, 1e-4, 1e-2)
+    lowest, share, size = FEATURES.of_cost(configuration)
     return {
         "accuracy": 0.2 + 0.7 * math.exp(-8 * (rate - 0.75) ** 2) * min(1.0, 1.5 * size),
-        "trainable_parameters": float(count_parameters(BACKBONE, one)),
+        "trainable_parameters": float(count_parameters(BACKBONE, configuration)),
         "peak_memory": 1e6 * 4 ** (0.6 * (1 - lowest) + 0.3 * share),
     }
 
@@ -76,7 +76,10 @@ def test_the_gain_is_that_of_sampled_outcomes() -> None:
     known = history(trials)
     gain = ExpectedImprovement(known, FEATURES)
     reached, _ = gain._models["accuracy"].predict(FEATURES.inputs(trials, ACCURACY))
-    front = [{**values(one), "accuracy": mean} for one, mean in zip(trials, reached.tolist(), strict=True)]
+    front = [
+        {**values(configuration), "accuracy": mean}
+        for configuration, mean in zip(trials, reached.tolist(), strict=True)
+    ]
     before = hypervolume(front, AXES)
     normal = np.random.default_rng(0).standard_normal((400, 2))
     means, deviations = zip(
@@ -102,8 +105,8 @@ def test_what_breaks_a_constraint_gains_nothing() -> None:
     trials, candidates = drawn(24, 0), drawn(40, 1)
     free = ExpectedImprovement(history(trials), FEATURES)(candidates)
     bound = ExpectedImprovement(history(trials, trainable_parameters=1500.0, peak_memory="2.2 MB"), FEATURES)
-    for one, before, after in zip(candidates, free, bound(candidates), strict=True):
-        costs = values(one)
+    for candidate, before, after in zip(candidates, free, bound(candidates), strict=True):
+        costs = values(candidate)
         if costs["trainable_parameters"] > 1500 or costs["peak_memory"] > 2.3e6:
             assert after < 0.1 * before + 1e-6
         elif costs["peak_memory"] < 2.1e6:
@@ -115,18 +118,18 @@ def test_a_lucky_training_does_not_say_what_is_left_to_gain() -> None:
     known = history(trials)
     lucky = min(range(24), key=lambda index: abs(known.trials[index][1]["accuracy"] - 0.6))
     shown = [
-        (one, {**found, "accuracy": 0.95} if index == lucky else found)
-        for index, (one, found) in enumerate(known.trials)
+        (configuration, {**found, "accuracy": 0.95} if index == lucky else found)
+        for index, (configuration, found) in enumerate(known.trials)
     ]
     honest, once, often = (
-        ExpectedImprovement(one, FEATURES)
-        for one in (
+        ExpectedImprovement(observed, FEATURES)
+        for observed in (
             known,
             replace(known, trials=shown),
             replace(known, trials=shown, trainings=[20 if index == lucky else 1 for index in range(24)]),
         )
     )
-    dominated = [len(one._cells) for one in (honest, once, often)]
+    dominated = [len(gain._cells) for gain in (honest, once, often)]
     assert dominated[0] - dominated[1] < 0.5 * (dominated[0] - dominated[2])
     assert sum(once(candidates)) > sum(often(candidates))
 
@@ -141,7 +144,10 @@ def test_a_metric_that_is_minimised_gains_as_much(is_log: bool) -> None:
     known, candidates = history(drawn(24, 0)), drawn(12, 1)
     mirrored = replace(
         known,
-        trials=[(one, {**found, "error": of(found["accuracy"])}) for one, found in known.trials],
+        trials=[
+            (configuration, {**found, "error": of(found["accuracy"])})
+            for configuration, found in known.trials
+        ],
         axes=(Axis(objective=error, worst=of(0.2), best=of(1.0)), *AXES[1:]),
     )
     expected = ExpectedImprovement(known, FEATURES)(candidates)
@@ -154,8 +160,11 @@ def test_adapter_parameters_are_counted_also_where_there_are_none() -> None:
     trials, candidates = [*drawn(12, 0), Configuration(learning_rate=3e-3)], drawn(12, 1)
     axes = (AXES[0], Axis(objective=adapters, worst=MOST, best=1.0))
 
-    def values_of(one: Configuration) -> dict[str, float]:
-        return {"accuracy": values(one)["accuracy"], "adapter_parameters": float(adapter_count(one))}
+    def values_of(configuration: Configuration) -> dict[str, float]:
+        return {
+            "accuracy": values(configuration)["accuracy"],
+            "adapter_parameters": float(adapter_count(configuration)),
+        }
 
     counts = sorted(map(adapter_count, candidates))
     bound = Constraint(objective=adapters, bound=counts[5])
@@ -188,7 +197,7 @@ def test_the_best_has_not_been_tried() -> None:
 def test_what_takes_less_compute_may_gain_less(served: set[int], ratio: float) -> None:
     upper = Configuration({Site(1, "query"): Adapter("lora", 8)}, learning_rate=3e-3)
     lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
-    compute = [FEATURES.compute(one, served.__contains__) for one in (lower, upper)]
+    compute = [FEATURES.compute(configuration, served.__contains__) for configuration in (lower, upper)]
     assert compute[0] / compute[1] == pytest.approx(ratio)
     gains = []
     for seed in range(8):  # accuracy and parameters alone: where adapters sit is worth nothing
@@ -197,7 +206,7 @@ def test_what_takes_less_compute_may_gain_less(served: set[int], ratio: float) -
         more, less = gain([lower, upper])
         assert gain.best([lower, upper]) == (0 if more > ratio * less else 1)
         gains.append(more / less)
-    assert any(1 < one < ratio for one in gains)
+    assert any(1 < advantage < ratio for advantage in gains)
 
 
 def test_a_placement_tells_sites_and_sizes() -> None:
@@ -210,9 +219,9 @@ def test_a_placement_tells_sites_and_sizes() -> None:
 
 def test_many_adapters_at_a_low_rate_count_as_one_at_a_high_rate() -> None:
     sites = list(FEATURES.choices)
-    one = Configuration({sites[0]: Adapter("lora", 1)}, learning_rate=8e-3)
+    single = Configuration({sites[0]: Adapter("lora", 1)}, learning_rate=8e-3)
     four = Configuration({site: Adapter("lora", 1) for site in sites[:4]}, learning_rate=2e-3)
-    rates = [FEATURES.of_metric(each)[0] for each in (one, four, one.replace(learning_rate=4e-4))]
+    rates = [FEATURES.of_metric(each)[0] for each in (single, four, single.replace(learning_rate=4e-4))]
     assert rates[0] == pytest.approx(rates[1])
     assert rates[0] - rates[2] == pytest.approx(1.0), "a factor of twenty"
 

@@ -106,7 +106,7 @@ def test_a_metric_does_not_follow_a_trend_beyond_what_was_measured() -> None:
     known = points(16, 0) / 2
     values = 5 - 2 * known[:, 0]
     far = alike(np.array([[3.0, 0.2, 0.2]]))
-    models = [GaussianProcess(alike(known), values, linear=one) for one in (True, False)]
+    models = [GaussianProcess(alike(known), values, linear=linear) for linear in (True, False)]
     trend, none = (model.predict(far)[0][0] for model in models)
     assert trend < values.min() - 0.3
     assert values.min() < none < values.max()

@@ -44,8 +44,8 @@ def test_a_rate_is_near_that_of_the_configuration_nearest_in_size() -> None:
 
 def test_the_head_alone_is_followed_only_where_there_is_no_other() -> None:
     assert drawn(HEAD) == drawn(SMALL), "that of the smallest adapter"
-    for one in (SMALL, LARGE):
-        assert math.isclose(statistics.median(drawn(one, front=[HEAD])), 1e-2, rel_tol=0.15)
+    for configuration in (SMALL, LARGE):
+        assert math.isclose(statistics.median(drawn(configuration, front=[HEAD])), 1e-2, rel_tol=0.15)
 
 
 def test_methods_that_the_front_lacks_have_the_rates_of_earlier_searches() -> None:

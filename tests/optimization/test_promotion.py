@@ -78,7 +78,9 @@ def next_of(records: Sequence[TrialRecord], halving: SuccessiveHalving = HALVING
             (ERRORS, ERROR_AXES, [with_errors(record) for record in records]),
         )
     )
-    found, mirrored = (None if one is None else (one[0].number, one[1]) for one in (score, error))
+    found, mirrored = (
+        None if promotion is None else (promotion[0].number, promotion[1]) for promotion in (score, error)
+    )
     assert found == mirrored
     return found
 
@@ -169,7 +171,7 @@ def test_of_those_at_the_majoritys_score_one_of_the_factor_goes_on_by_loss() -> 
     assert next_of([*known, went_on, *late[:1], *late[2:]]) == (5, 1), "one of two"
     lost = trial(5, 1e3, 0.0, 0.0, 0.0, loss=0.5)
     assert next_of([*known, went_on, lost, late[0], late[3]]) is None
-    dearer = [trial(one.number, 6e5, 0.0, loss=0.4) for one in late]
+    dearer = [trial(record.number, 6e5, 0.0, loss=0.4) for record in late]
     assert next_of([*known, *dearer]) is None, "one that costs less is as good as can be hoped for"
 
 
@@ -288,7 +290,7 @@ def test_the_promising_are_the_same_of_scores_and_of_errors() -> None:
     mirrored = AshaPromoter(HALVING, RUNGS, ERRORS, ERROR_AXES, ERROR).promising(
         [with_errors(record) for record in records]
     )
-    found, expected = ([(one.number, rung) for one, rung in pairs] for pairs in (mirrored, promising))
+    found, expected = ([(record.number, rung) for record, rung in pairs] for pairs in (mirrored, promising))
     assert found == expected == [(3, 1), (5, 2)]
 
 

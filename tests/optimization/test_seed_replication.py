@@ -67,7 +67,7 @@ def test_values_are_the_means_over_all_trainings() -> None:
     assert found.values["training_seconds"] == pytest.approx(7 / 3)
     assert found.cost == Cost(wall_seconds=6.0, steps=24)
     assert (found.trainings, found.fidelity, found.seed, found.status) == (3, 1.0, 1, "complete")
-    assert [one["accuracy"] for one in found.by_seed.values()] == [0.9, 0.6, 0.3]
+    assert [values["accuracy"] for values in found.by_seed.values()] == [0.9, 0.6, 0.3]
     assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.format(ACCURACY) == f"{ACCURACY.format(0.6)} ± {ACCURACY.format(0.3)}"
 
@@ -133,7 +133,8 @@ def test_a_member_is_trained_again_when_later_trials_have_left_it_there() -> Non
 def test_repeats_that_are_due_are_kept_a_share_of_the_budget() -> None:
     twice = with_replicate(evaluated(1, 0.5), evaluated(9, 0.5), WORST)  # 4 seconds in all
     members = [
-        TrialRecord(number=number, evaluation=one) for number, one in enumerate((evaluated(0, 0.5), twice))
+        TrialRecord(number=number, evaluation=evaluation)
+        for number, evaluation in enumerate((evaluated(0, 0.5), twice))
     ]
     waiting = under_replicated(members, 3)
     assert cost_of_replicates(waiting, 3).wall_seconds == pytest.approx(2 * 2 + 2)
@@ -150,7 +151,7 @@ def test_repeats_that_are_due_are_kept_a_share_of_the_budget() -> None:
 def test_trials_that_a_lucky_member_drove_off_come_back() -> None:
     records = synthetic_records(30)
     front = ParetoFront(records, OBJECTIVES, ())
-    for number in [point.number for point in sorted(front, key=lambda one: -one.values["accuracy"])][:4]:
+    for number in [point.number for point in sorted(front, key=lambda point: -point.values["accuracy"])][:4]:
         record = front.trial(number).record
         worse = replace(record.evaluation, values={**record.evaluation.values, "accuracy": 0.1}, fidelity=2.0)
         front = front.with_trial(replace(record, evaluation=worse))
@@ -168,7 +169,7 @@ def test_every_training_has_a_seed_of_its_own() -> None:
         for training in range(3)
     ]
     assert len({*seeds}) == len(seeds)
-    assert all(0 <= one < 2**31 for one in seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
     assert training_seed(3, 5, 1) == 3996450
 
 
@@ -191,29 +192,29 @@ def search(folder: Path, **settings: object) -> Search:
 def test_the_front_is_trained_with_every_seed(fidelity: SuccessiveHalving | None, tmp_path: Path) -> None:
     names = [objective.name for objective in OBJECTIVES]
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
-    one = search(tmp_path, halving=fidelity, tracking=tracking, objectives=names)
-    front = one.run(trials=8, progress=False)
+    small_search = search(tmp_path, halving=fidelity, tracking=tracking, objectives=names)
+    front = small_search.run(trials=8, progress=False)
     assert all(point.record.evaluation.trainings == 2 for point in front)
     for record in front.records:
         evaluation = record.evaluation
         if evaluation.by_seed:
             seeds = [training_seed(0, record.number, training) for training in (0, 1)]
             assert list(evaluation.by_seed) == seeds
-            alone = [one.open().evaluator.evaluate(evaluation.configuration, seed) for seed in seeds]
+            alone = [small_search.open().evaluator.evaluate(evaluation.configuration, seed) for seed in seeds]
             assert [other.values["accuracy"] for other in alone] == [
                 values["accuracy"] for values in evaluation.by_seed.values()
             ]
             mean = statistics.fmean(other.values["accuracy"] for other in alone)
             assert evaluation.values["accuracy"] == pytest.approx(mean)
-    _, records = load_study(one.folder)
+    _, records = load_study(small_search.folder)
     assert records == list(front.records)
     shown = front.table()
     assert any("±" in str(cell) for cell in shown.columns[1].cells)
-    _check_optuna(one.folder, records)
+    _check_optuna(small_search.folder, records)
     _check_mlflow(tmp_path, records)
 
 
-def run_and_watch(one: Search, **budget: Any) -> tuple[ParetoFront, list[int], list[int]]:
+def run_and_watch(small_search: Search, **budget: Any) -> tuple[ParetoFront, list[int], list[int]]:
     """Return the front, the trials in their order, and for each repeat how many trials had come after."""
     begun: list[int] = []
     waited: list[int] = []
@@ -224,25 +225,25 @@ def run_and_watch(one: Search, **budget: Any) -> tuple[ParetoFront, list[int], l
         else:
             waited.append(begun[-1] - record.number)
 
-    return one.run(**budget, progress=False, callbacks=[watch]), begun, waited
+    return small_search.run(**budget, progress=False, callbacks=[watch]), begun, waited
 
 
 def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path) -> None:
     """A second training comes when three trials with later numbers have begun, and the others at the end."""
-    one = search(tmp_path)
-    front, begun, waited = run_and_watch(one, trials=8)
+    small_search = search(tmp_path)
+    front, begun, waited = run_and_watch(small_search, trials=8)
     assert begun == list(range(8))
     assert waited[0] == 3
     assert all(point.record.evaluation.trainings == 2 for point in front)
     at_the_end = [point.number for point in front if 7 - point.number < 3]
-    assert len([one for one in waited if one < 3]) >= len(at_the_end)
+    assert len([count for count in waited if count < 3]) >= len(at_the_end)
 
 
 @pytest.mark.slow
 def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
     """The fourth training would come after 192 trials, and 100 that had all been tried end the search."""
-    one = search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2), seeds=4)
-    front = one.run(cpu_seconds=3600, progress=False)
+    small_search = search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2), seeds=4)
+    front = small_search.run(cpu_seconds=3600, progress=False)
     assert len(front.records) < 192
     assert all(point.record.evaluation.trainings == 4 for point in front)
 
@@ -250,16 +251,16 @@ def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
     """Every training is said to take a second; those that wait come before the last second is spent."""
-    one = search(tmp_path, seeds=3, seed=12)
-    train = one.open().evaluator.train
+    small_search = search(tmp_path, seeds=3, seed=12)
+    train = small_search.open().evaluator.train
 
     def taking_a_second(*arguments: object, **options: object) -> object:
         trained = train(*arguments, **options)  # type: ignore[arg-type]
         return replace(trained, evaluation=replace(trained.evaluation, cost=Cost(cpu_seconds=1.0)))
 
-    one.open().evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
-    front, begun, waited = run_and_watch(one, cpu_seconds=20)
-    assert any(one < 3 for one in waited)
+    small_search.open().evaluator.train = taking_a_second  # type: ignore[method-assign, assignment]
+    front, begun, waited = run_and_watch(small_search, cpu_seconds=20)
+    assert any(count < 3 for count in waited)
     assert sum(record.evaluation.cost.cpu_seconds for record in front.records) <= 20
     # The trial that was begun last had nothing kept for it.
     assert all(point.record.evaluation.trainings == 3 for point in front if point.number != begun[-1])
@@ -267,8 +268,8 @@ def test_a_budget_of_seconds_keeps_a_share_for_repeats(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_export_says_what_its_figures_are(tmp_path: Path) -> None:
-    one = search(tmp_path, backbone=str(save_tiny_model(tmp_path / "base")))
-    front = one.run(trials=5, progress=False)
+    small_search = search(tmp_path, backbone=str(save_tiny_model(tmp_path / "base")))
+    front = small_search.run(trials=5, progress=False)
     point = max(front, key=lambda point: len(point.configuration))
     mean = point.values["accuracy"]
     for name, options, trainings in (
@@ -313,10 +314,10 @@ def _check_mlflow(folder: Path, records: list[TrialRecord]) -> None:
 @pytest.mark.slow
 def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
     uncut = search(tmp_path / "uncut").run(trials=6, progress=False)
-    one = search(tmp_path / "cut")
+    small_search = search(tmp_path / "cut")
     interrupts = iter((1, 2))
     due, count = next(interrupts), 0
-    repeat = one.open().evaluator.train
+    repeat = small_search.open().evaluator.train
 
     def interrupted(configuration: Configuration, seed: int, **options: object) -> object:
         nonlocal due, count
@@ -326,19 +327,19 @@ def test_an_interrupted_repeat_is_made_again(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return repeat(configuration, seed, **options)  # type: ignore[arg-type]
 
-    one.open().evaluator.train = interrupted  # type: ignore[method-assign, assignment]
+    small_search.open().evaluator.train = interrupted  # type: ignore[method-assign, assignment]
     for _ in range(3):
-        front = one.run(trials=6, progress=False)
+        front = small_search.run(trials=6, progress=False)
     assert due == -1
     assert outcomes(front.records) == outcomes(uncut.records)
     assert front.members == uncut.members
-    assert not list(one.run(trials=6, progress=False).members ^ front.members)
+    assert not list(small_search.run(trials=6, progress=False).members ^ front.members)
 
 
 def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
-    one = search(tmp_path)
-    train = one.open().evaluator.train
-    of_new_trials = {training_seed(one.seed, number) for number in range(5)}
+    small_search = search(tmp_path)
+    train = small_search.open().evaluator.train
+    of_new_trials = {training_seed(small_search.seed, number) for number in range(5)}
     failing: list[int] = []
 
     def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
@@ -349,11 +350,11 @@ def test_a_repeat_that_fails_is_a_result(tmp_path: Path) -> None:
         failing[:] = [] if seed in of_new_trials else [seed]
         return train(configuration, seed, **options)  # type: ignore[arg-type]
 
-    handle = one.open().backbone.model.register_forward_hook(hook)
-    one.open().evaluator.train = second_fails  # type: ignore[method-assign, assignment]
-    front = one.run(trials=5, progress=False)
+    handle = small_search.open().backbone.model.register_forward_hook(hook)
+    small_search.open().evaluator.train = second_fails  # type: ignore[method-assign, assignment]
+    front = small_search.run(trials=5, progress=False)
     handle.remove()
-    worst = one.task.trivial_score("accuracy", one.open().evaluator.data)
+    worst = small_search.task.trivial_score("accuracy", small_search.open().evaluator.data)
     repeated = [record.evaluation for record in front.records if record.evaluation.by_seed]
     assert repeated
     for evaluation in repeated:

@@ -125,7 +125,7 @@ def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
     search.open().evaluator.train = failing_once  # type: ignore[method-assign]
     records = run(search, 8).records
     own = [record.evaluation for record in records if record.duplicate_of is None]
-    again = [one.status for one in own if one.configuration == failed[0]]
+    again = [evaluation.status for evaluation in own if evaluation.configuration == failed[0]]
     assert again[0] == "failed"
     assert again[1:] == ["complete"]
     for record in records:
@@ -158,7 +158,7 @@ def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("autopeft")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], "tags.`autopeft.trial` LIKE '%'")
-    by_number = {int(one.data.tags[TRIAL_TAG]): one for one in runs}
+    by_number = {int(mlflow_run.data.tags[TRIAL_TAG]): mlflow_run for mlflow_run in runs}
     assert len(runs) == len(by_number) == len(front.records)
     statuses = {"complete": "FINISHED", "paused": "SCHEDULED"}
     for record in front.records:
@@ -170,7 +170,7 @@ def test_mlflow_shows_paused_trials_as_scheduled(tmp_path: Path) -> None:
         )
         history = client.get_metric_history(found.info.run_id, "curve/accuracy")
         expected = [curve.step for curve in record.evaluation.curves if curve.metric == "accuracy"]
-        assert sorted(one.step for one in history) == expected
+        assert sorted(metric.step for metric in history) == expected
 
 
 def test_rungs_must_fit_the_training(tmp_path: Path) -> None:

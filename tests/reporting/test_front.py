@@ -223,9 +223,9 @@ def test_a_front_without_its_search_cannot_export(front: ParetoFront, tmp_path: 
 def test_the_first_metric_chooses() -> None:
     objectives = resolve_objectives(("trainable_parameters", "f1_macro", "accuracy"), METRICS)
     records = []
-    for one in RECORDS:
-        values = {**one.evaluation.values, "f1_macro": 1 - one.evaluation.values["accuracy"]}
-        records.append(replace(one, evaluation=replace(one.evaluation, values=values)))
+    for trial in RECORDS:
+        values = {**trial.evaluation.values, "f1_macro": 1 - trial.evaluation.values["accuracy"]}
+        records.append(replace(trial, evaluation=replace(trial.evaluation, values=values)))
     front = ParetoFront(records, objectives, AXES[:2])
     assert front.metric.name == "f1_macro"
     assert front.best().number == 0
@@ -236,13 +236,13 @@ def test_a_metric_that_is_minimised_chooses_its_smallest() -> None:
     axes = (Axis(objective=loss, worst=2.0, best=0.0), AXES[1])
     records = [
         replace(
-            one,
+            trial,
             evaluation=replace(
-                one.evaluation,
-                values={**one.evaluation.values, "loss": 1 - one.evaluation.values["accuracy"]},
+                trial.evaluation,
+                values={**trial.evaluation.values, "loss": 1 - trial.evaluation.values["accuracy"]},
             ),
         )
-        for one in RECORDS
+        for trial in RECORDS
     ]
     front = ParetoFront(records, (loss, PARAMETERS), axes)
     assert [point.number for point in front] == [0, 4, 2], "cheapest first"

@@ -119,7 +119,7 @@ def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
     accuracy = untrained.evaluation.values["accuracy"]
     figure = front_figure(records, [0, 1], OBJECTIVES)
     lines = [trace for trace in figure.data if trace.name == "trial 0 · untrained model"]
-    assert [(one.mode, set(one.y), one.xaxis) for one in lines] == [
+    assert [(line.mode, set(line.y), line.xaxis) for line in lines] == [
         ("lines", {accuracy}, "x"),
         ("lines", {accuracy}, "x2"),
     ]

@@ -67,9 +67,9 @@ def test_the_score_that_decides_comes_first_with_honest_intervals() -> None:
     trained = [record.evaluation.values["accuracy"] for record in records]
     assert best.spearman == pytest.approx(stats.spearmanr(implied, trained).statistic)
     assert best.kendall == pytest.approx(stats.kendalltau(implied, trained).statistic)
-    for one in rows(check).values():
-        assert -1 <= one.spearman_low < one.spearman < one.spearman_high <= 1
-        assert -1 <= one.kendall_low < one.kendall < one.kendall_high <= 1
+    for row in rows(check).values():
+        assert -1 <= row.spearman_low < row.spearman < row.spearman_high <= 1
+        assert -1 <= row.kendall_low < row.kendall < row.kendall_high <= 1
 
 
 def test_a_score_that_only_counts_parameters_adds_nothing_to_their_number() -> None:
@@ -115,7 +115,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     truth = rows(check_scores(trials(3000, seed=9), {"gora": RISING}, OBJECTIVES[0]))["gora"].spearman
     checks = [check_scores(trials(40, seed), {"gora": RISING}, OBJECTIVES[0]) for seed in range(200)]
     found = [rows(check)["gora"] for check in checks]
-    covered = sum(one.spearman_low <= truth <= one.spearman_high for one in found)
+    covered = sum(row.spearman_low <= truth <= row.spearman_high for row in found)
     assert 0.88 <= covered / 200 <= 0.99
 
 

@@ -26,7 +26,7 @@ from tests.optimization.test_seed_replication import evaluated, search
 @pytest.mark.slow
 def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) -> None:
     """Whom a member beats that was trained once may come onto the front, and is then to have its tensors."""
-    one = search(tmp_path, seed=seed)
+    small_search = search(tmp_path, seed=seed)
     seen: set[str] = set()
     off_the_front = 0
 
@@ -40,9 +40,9 @@ def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) 
         seen = kept
 
     def names() -> set[str]:
-        return {path.name for path in (one.folder / "adapters").iterdir()}
+        return {path.name for path in (small_search.folder / "adapters").iterdir()}
 
-    front = one.run(trials=12, progress=False, callbacks=[watch])
+    front = small_search.run(trials=12, progress=False, callbacks=[watch])
     assert off_the_front
     repeated = {record.number for record in front.records if record.evaluation.by_seed}
     assert names() == {f"trial-{number:05d}.safetensors" for number in front.members | repeated}
@@ -50,15 +50,15 @@ def test_tensors_are_kept_while_members_may_yet_fall(seed: int, tmp_path: Path) 
 
 def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
     """Tensors of trials off the front are dropped afterwards, by a listener."""
-    one = search(tmp_path, baselines=False)
+    small_search = search(tmp_path, baselines=False)
     checkpoints = AdapterCheckpoints(tmp_path / "adapters")
     paused = TrainingCheckpoints(tmp_path / "paused")
-    runner = TrialRunner(one.open().evaluator, checkpoints, paused, seed=0)
+    runner = TrialRunner(small_search.open().evaluator, checkpoints, paused, seed=0)
     record = runner.run(New(number=1, configuration=Configuration({})))
     assert checkpoints.seed(1) == training_seed(0, 1)
     values = {"accuracy": 1.0, "f1": 1.0, "trainable_parameters": 1.0, "peak_memory": 1.0}
     best = TrialRecord(number=0, evaluation=replace(evaluated(1, 1.0), values=values))
-    front = ParetoFront([best, record], one.objectives, one.open().axes)
+    front = ParetoFront([best, record], small_search.objectives, small_search.open().axes)
     assert front.members == {0}
     FileCleanup(checkpoints, paused, seeds=2)(record, front)
     assert checkpoints.seed(1) is not None, "the member was trained once and may yet fall"
@@ -68,21 +68,23 @@ def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tensors_of_the_better_training_are_kept(tmp_path: Path) -> None:
-    one = search(tmp_path, seeds=3, seed=0)
-    front = one.run(trials=8, progress=False)
+    small_search = search(tmp_path, seeds=3, seed=0)
+    front = small_search.run(trials=8, progress=False)
     best = []
     for record in front.records:
         trainings, configuration = record.evaluation.by_seed, record.evaluation.configuration
         if not trainings:
             continue
-        kept = AdapterCheckpoints(one.folder / "adapters").load(record.number)
+        kept = AdapterCheckpoints(small_search.folder / "adapters").load(record.number)
         assert kept is not None
         same = [
-            seed for seed in trainings if _same(kept, one.open().evaluator.train(configuration, seed).state)
+            seed
+            for seed in trainings
+            if _same(kept, small_search.open().evaluator.train(configuration, seed).state)
         ]
         assert len(same) == 1
-        assert AdapterCheckpoints(one.folder / "adapters").seed(record.number) == same[0]
-        ranking = sorted(trainings, key=lambda one: -trainings[one]["accuracy"])  # the first of equals
+        assert AdapterCheckpoints(small_search.folder / "adapters").seed(record.number) == same[0]
+        ranking = sorted(trainings, key=lambda seed: -trainings[seed]["accuracy"])  # the first of equals
         assert same[0] == ranking[0]
         best.append(ranking[0] != next(iter(trainings)))
     assert any(best)
@@ -92,9 +94,9 @@ def test_tensors_of_a_training_with_seed_0_are_kept_as_others_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("autopeft.evaluation.trial_runner.training_seed", _number_of_training)
-    one = search(tmp_path)
-    front = one.run(trials=8, progress=False)
-    kept = AdapterCheckpoints(one.folder / "adapters")
+    small_search = search(tmp_path)
+    front = small_search.run(trials=8, progress=False)
+    kept = AdapterCheckpoints(small_search.folder / "adapters")
     better = {
         record.number: max(trainings, key=lambda seed: trainings[seed]["accuracy"])  # the first of equals
         for record in front.records
@@ -109,4 +111,4 @@ def _number_of_training(seed: int, trial: int, training: int = 0) -> int:
 
 
 def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor] | None) -> bool:
-    return second is not None and all(torch.equal(one, second[name]) for name, one in first.items())
+    return second is not None and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -133,10 +133,13 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
     assert progress == sorted(progress)  # nothing finished is lost
     ended, _ = run(place, cut, trials, fidelity)
     assert ended
-    expected, found = (load_study(one / "killed")[1] for one in (whole, cut))
+    expected, found = (load_study(directory / "killed")[1] for directory in (whole, cut))
     assert [record.number for record in found] == list(range(trials))
     assert outcomes(found) == outcomes(expected)
-    adapters = [sorted(path.name for path in (one / "killed" / "adapters").iterdir()) for one in (whole, cut)]
+    adapters = [
+        sorted(path.name for path in (directory / "killed" / "adapters").iterdir())
+        for directory in (whole, cut)
+    ]
     assert adapters[0] == adapters[1]
     assert finished_runs(cut) == finished_runs(whole) == Counter(range(trials))
 

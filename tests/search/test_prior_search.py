@@ -103,8 +103,8 @@ def test_a_search_begins_from_an_earlier_one_and_goes_on_without_it(earlier: Sea
 
 
 def test_scores_are_weighted_by_what_earlier_searches_tell(tmp_path: Path) -> None:
-    one, other = ({Site(block, "query"): Adapter("lora", 2)} for block in (1, 0))
-    adapters = exported(tmp_path / "adapters", Configuration(one), Configuration(one | other))
+    upper, lower = ({Site(block, "query"): Adapter("lora", 2)} for block in (1, 0))
+    adapters = exported(tmp_path / "adapters", Configuration(upper), Configuration(upper | lower))
     space = deeper(tmp_path, space=ScoreGuided(scores=("uniform",)), prior=adapters).open().space
     assert isinstance(space, ScoreGuided)
     values = space.scores_of("uniform").values

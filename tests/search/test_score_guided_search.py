@@ -94,7 +94,7 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     generator = random.Random(0)
     drawn = {search.open().space.draw(generator, search.open().backbone) for _ in range(6)}
     assert len(drawn) > 3
-    assert all(one.adapters for one in drawn)
+    assert all(configuration.adapters for configuration in drawn)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +228,13 @@ def test_an_allocation_keeps_budget_placement_and_lowest_block() -> None:
     backbone, scores = tiny_backbone("bert"), rising_scores()
     everywhere = Allocation(budget=4000).adapters(backbone, scores)
     cost = sum(
-        (one.size or 0) * (backbone.sites[site].in_features + backbone.sites[site].out_features)
-        for site, one in everywhere.items()
+        (adapter.size or 0) * (backbone.sites[site].in_features + backbone.sites[site].out_features)
+        for site, adapter in everywhere.items()
     )
     assert 4000 - 96 < cost <= 4000
-    by_block = [sum(one.size or 0 for site, one in everywhere.items() if site.block == b) for b in (0, 1)]
+    by_block = [
+        sum(adapter.size or 0 for site, adapter in everywhere.items() if site.block == b) for b in (0, 1)
+    ]
     assert by_block[1] > 2 * by_block[0]
     top = Allocation(budget=4000, lowest_block=1, placement=0.5).adapters(backbone, scores)
     assert len(top) == 3

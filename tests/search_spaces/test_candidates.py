@@ -37,7 +37,9 @@ def test_refinement_adds_and_drops_against_the_scores_too() -> None:
     added = [child for child in children if any(site.block == 0 for site in child.adapters)]
     assert len(added) > 30, "block 0 promises nothing"
     best, worst = ({Site(block, role) for role in ("query", "value")} for block in (3, 1))
-    against = [one for one in children if worst <= one.adapters.keys() and not best <= one.adapters.keys()]
+    against = [
+        child for child in children if worst <= child.adapters.keys() and not best <= child.adapters.keys()
+    ]
     assert len(against) > 5, "the best are dropped before the worst at times"
 
 
@@ -68,7 +70,7 @@ def test_children_in_parameters_are_near_their_parents_and_cross_them() -> None:
     apart = []
     for _ in range(200):
         child = space.encode(mutator(dict.fromkeys(parents, 1.0), generator), BACKBONE)
-        apart.append(min(sum(child[name] != one[name] for name in child) for one in encoded))
+        apart.append(min(sum(child[name] != parent[name] for name in child) for parent in encoded))
     assert sum(number <= 2 for number in apart) > 150
     assert len({*apart}) > 2
 
@@ -78,15 +80,15 @@ def test_half_the_children_keep_the_summed_learning_rate() -> None:
     parent = Configuration({site: Adapter("lora", 2) for site in sites}, learning_rate=1e-3)
     mutator, generator = SPACE.mutator(BACKBONE), random.Random(0)
     children = [mutator({parent: 1.0}, generator) for _ in range(400)]
-    other = [one for one in children if len(one) not in (0, 4)]
-    same_rate = sum(one.learning_rate == 1e-3 for one in other)
-    same_sum = sum(math.isclose(summed_learning_rate(one), 4e-3, rel_tol=0.01) for one in other)
+    other = [child for child in children if len(child) not in (0, 4)]
+    same_rate = sum(child.learning_rate == 1e-3 for child in other)
+    same_sum = sum(math.isclose(summed_learning_rate(child), 4e-3, rel_tol=0.01) for child in other)
     for count in (same_rate, same_sum):  # half of each half, as the other half is changed at random
         assert 0.15 < count / len(other) < 0.35
     head = Configuration({}, learning_rate=1e-2)
-    adapted = [one for one in (mutator({head: 1.0}, generator) for _ in range(400)) if len(one) > 4]
+    adapted = [child for child in (mutator({head: 1.0}, generator) for _ in range(400)) if len(child) > 4]
     assert len(adapted) > 20
-    assert sorted(one.learning_rate for one in adapted)[len(adapted) // 4] > 5e-3, "nothing to sum over"
+    assert sorted(child.learning_rate for child in adapted)[len(adapted) // 4] > 5e-3, "nothing to sum over"
 
 
 def test_rungs_spare_all_baselines_but_the_larger_one_at_the_higher_rate() -> None:
@@ -118,7 +120,7 @@ def test_climbing_finds_better_candidates_than_as_many_changes_at_random() -> No
             for _ in range(20)
         ]
         found = local_search(drawn, worth, mutator, generator)
-        assert all(len(one) for one in found)
+        assert all(len(configuration) for configuration in found)
         changed = [mutator(dict.fromkeys(drawn, 1.0), generator) for _ in found]
         gained.append(max(worth(found)) - max(worth(changed)))
     assert sum(gained) / len(gained) > 0.05

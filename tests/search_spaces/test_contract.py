@@ -316,8 +316,10 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
 
 def test_allocations_are_among_what_is_drawn_and_what_is_near_it() -> None:
     space, backbone = PerLayer(methods=("lora",), allocations=("sora", "ist")), BACKBONES["bert"]
-    found = [one for seed in range(8) for one in _drawn_and_changed(space, backbone, seed)]
-    assert {one.allocation for one in found} == {None, "sora", "ist"}
+    found = [
+        configuration for seed in range(8) for configuration in _drawn_and_changed(space, backbone, seed)
+    ]
+    assert {configuration.allocation for configuration in found} == {None, "sora", "ist"}
     assert "ranks that stay, or sora, ist" in space.describe(backbone)
 
 

@@ -151,8 +151,8 @@ class TestGroups:
         for groups in range(1, 8):
             found = PerLayer(groups=groups).block_groups(deep)
             assert len(found) == groups
-            assert [block for one in found for _, block in one] == list(range(7))
-            sizes = {len(one) for one in found}
+            assert [block for group in found for _, block in group] == list(range(7))
+            sizes = {len(group) for group in found}
             assert max(sizes) - min(sizes) <= 1
 
     def test_share_their_choices(self, deep: Backbone) -> None:
@@ -190,7 +190,7 @@ class TestEncodings:
 
     def test_fixed_asks_for_the_same_every_time(self) -> None:
         asked = [self._asked(PerLayer(encoding="fixed"), seed) for seed in range(12)]
-        assert all(one == asked[0] for one in asked)
+        assert all(distributions == asked[0] for distributions in asked)
         assert asked[0]["0.on"] == CategoricalDistribution((True, False))
         assert asked[0]["0.query.method"] == CategoricalDistribution(("off", "lora"))
         assert asked[0]["1.ffn.method"] == CategoricalDistribution(("off", "series", "parallel"))
@@ -222,7 +222,7 @@ class TestEncodings:
             assert len(sizes) == len(configuration) + 1, "a size an adapter, and the learning rate"
 
     def test_both_hold_the_same_points(self) -> None:
-        fixed, conditional = (PerLayer(encoding=one) for one in ("fixed", "conditional"))
+        fixed, conditional = (PerLayer(encoding=encoding) for encoding in ("fixed", "conditional"))
         assert fixed.count(BERT) == conditional.count(BERT)
         for seed in range(10):
             trial = create_study(sampler=RandomSampler(seed=seed)).ask()

@@ -133,14 +133,14 @@ def test_what_is_tried_is_a_point_of_the_space(space: SearchSpace) -> None:
 
 
 def test_each_point_shares_its_worth_evenly_by_its_sites() -> None:
-    one, two = configuration({"1.query": 4}), configuration({"1.query": 1, "1.value": 64})
-    credits = site_credits([(one, 0.75), (two, 0.25), (Configuration(), 0.5)])
+    single, pair = configuration({"1.query": 4}), configuration({"1.query": 1, "1.value": 64})
+    credits = site_credits([(single, 0.75), (pair, 0.25), (Configuration(), 0.5)])
     assert credits == {Site(1, "query"): 0.875, Site(1, "value"): 0.125}
 
 
 def test_weights_follow_the_credit_of_what_was_tried_within_bounds() -> None:
-    one, two = configuration({"1.query": 4}), configuration({"1.query": 1, "1.value": 64})
-    known = front((one, 0.75), (two, 0.25), tried=("0.query", "0.value"))
+    single, pair = configuration({"1.query": 4}), configuration({"1.query": 1, "1.value": 64})
+    known = front((single, 0.75), (pair, 0.25), tried=("0.query", "0.value"))
     weights = Prior.placed([known], LORA, FOUR).weights
     expected = {"0.query": 0.5, "0.value": 0.5, "1.query": 2.0, "1.value": (1 + 0.125 / 0.25) / 2}
     assert weights == {
@@ -166,12 +166,12 @@ def test_weights_multiply_scores_and_spectra() -> None:
 
 
 def test_the_rates_of_a_method_are_the_mean_of_the_sums() -> None:
-    one, two = (
+    single, pair = (
         configuration({"1.query": 4}, rate=1e-2),
         configuration({"0.query": 1, "1.query": 1}, rate=5e-5),
     )
     series = configuration({"1.ffn": 4}, rate=3e-3, method="series")
-    rates = Prior.placed([front((one, 0.5), (two, 0.5), (series, 1.0))], LORA, FOUR).rates
+    rates = Prior.placed([front((single, 0.5), (pair, 0.5), (series, 1.0))], LORA, FOUR).rates
     assert rates == {"lora": pytest.approx(1e-3), "series": pytest.approx(3e-3)}
 
 

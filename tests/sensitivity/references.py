@@ -58,7 +58,7 @@ def _trainable(backbone: Backbone) -> Iterator[list[Tensor]]:
 
 
 def batch_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    inputs = {name: one for name, one in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     return cross_entropy(model(**inputs).logits, batch["labels"])
 
 
@@ -66,12 +66,14 @@ def gradients(backbone: Backbone, batch: Batch) -> Matrices:
     """Return the gradient (out, in) of a batch's loss for every scored weight."""
     with _trainable(backbone) as parameters:
         found = torch.autograd.grad(batch_loss(backbone.model, batch), parameters)
-    return {site: turned(backbone, site, one) for site, one in zip(scored(backbone), found, strict=True)}
+    return {
+        site: turned(backbone, site, gradient) for site, gradient in zip(scored(backbone), found, strict=True)
+    }
 
 
 def mean_gradients(backbone: Backbone, batches: Sequence[Batch]) -> Matrices:
     each = [gradients(backbone, batch) for batch in batches]
-    return {site: torch.stack([one[site] for one in each]).mean(0) for site in each[0]}
+    return {site: torch.stack([matrices[site] for matrices in each]).mean(0) for site in each[0]}
 
 
 def mean_over_batches(
@@ -80,7 +82,7 @@ def mean_over_batches(
     """Return the mean over batches of a formula of W and G."""
     each = [gradients(backbone, batch) for batch in batches]
     return {
-        site: torch.stack([formula(weight, one[site]) for one in each]).mean().item()
+        site: torch.stack([formula(weight, matrices[site]) for matrices in each]).mean().item()
         for site, weight in weights(backbone).items()
     }
 
@@ -108,11 +110,14 @@ def gora(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
 
 def spectra(backbone: Backbone, batches: Sequence[Batch]) -> Matrices:
     means = mean_gradients(backbone, batches)
-    return {site: torch.linalg.svd(one.double()).S for site, one in means.items()}
+    return {site: torch.linalg.svd(mean.double()).S for site, mean in means.items()}
 
 
 def gradient_spectrum(backbone: Backbone, batches: Sequence[Batch], rank: int = 8) -> dict[Site, float]:
-    return {site: one[:rank].pow(2).sum().sqrt().item() for site, one in spectra(backbone, batches).items()}
+    return {
+        site: spectrum[:rank].pow(2).sum().sqrt().item()
+        for site, spectrum in spectra(backbone, batches).items()
+    }
 
 
 def variance_ratios(backbone: Backbone, batches: Sequence[Batch]) -> Matrices:
@@ -140,11 +145,11 @@ def variance_ratios(backbone: Backbone, batches: Sequence[Batch]) -> Matrices:
 
 
 def explained_variance(backbone: Backbone, batches: Sequence[Batch], rank: int = 8) -> dict[Site, float]:
-    return {site: one[:rank].sum().item() for site, one in variance_ratios(backbone, batches).items()}
+    return {site: ratios[:rank].sum().item() for site, ratios in variance_ratios(backbone, batches).items()}
 
 
 def condition_number(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
-    return {site: 1 / torch.linalg.cond(one.double()).item() for site, one in weights(backbone).items()}
+    return {site: 1 / torch.linalg.cond(weight.double()).item() for site, weight in weights(backbone).items()}
 
 
 def synflow(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
@@ -168,12 +173,14 @@ def hessian_product(backbone: Backbone, batches: Sequence[Batch], direction: Mat
         value = torch.stack([batch_loss(backbone.model, batch) for batch in batches]).mean()
         first = torch.autograd.grad(value, parameters, create_graph=True)
         slope = sum(
-            (turned(backbone, site, one) * direction[site]).sum()
-            for site, one in zip(scored(backbone), first, strict=True)
+            (turned(backbone, site, gradient) * direction[site]).sum()
+            for site, gradient in zip(scored(backbone), first, strict=True)
         )
         assert isinstance(slope, Tensor)
         second = torch.autograd.grad(slope, parameters)
-    return {site: turned(backbone, site, one) for site, one in zip(scored(backbone), second, strict=True)}
+    return {
+        site: turned(backbone, site, product) for site, product in zip(scored(backbone), second, strict=True)
+    }
 
 
 def grasp(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
@@ -182,8 +189,8 @@ def grasp(backbone: Backbone, batches: Sequence[Batch]) -> dict[Site, float]:
 
 
 EXACT: Mapping[str, Callable[[Backbone, Sequence[Batch]], dict[Site, float]]] = {
-    one.__name__: one
-    for one in (
+    formula.__name__: formula
+    for formula in (
         gradient_norm,
         fisher,
         snip,

@@ -90,7 +90,7 @@ def test_passes_without_a_gradient_have_none(architecture: str) -> None:
 def peak_of_scoring(backbone: Backbone, batches: list[dict[str, Tensor]], names: tuple[str, ...]) -> int:
     tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
     counter = StorageCounter()
-    base = counter.exclude((*tensors, *(one for batch in batches for one in batch.values())))
+    base = counter.exclude((*tensors, *(tensor for batch in batches for tensor in batch.values())))
     with counter:
         compute_scores(backbone, batches, CROSS_ENTROPY, names)
     return base + counter.peak_bytes
@@ -139,7 +139,7 @@ def test_nothing_is_changed(architecture: str) -> None:
     for parameter in itertools.islice(model.parameters(), 3):
         parameter.requires_grad_(True)
     batches = labelled_batches(2)
-    copies = [{name: one.clone() for name, one in batch.items()} for batch in batches]
+    copies = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
     modes = [module.training for module in model.modules()]
     before = fingerprint(model)
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
@@ -294,7 +294,7 @@ def test_batches_have_to_be_there_with_what_the_task_takes() -> None:
     backbone, batches = tiny_backbone("bert"), labelled_batches(2)
     with pytest.raises(ValueError, match="at least one batch"):
         compute_scores(backbone, [], CROSS_ENTROPY)
-    without = [batches[0], {name: one for name, one in batches[1].items() if name != "labels"}]
+    without = [batches[0], {name: tensor for name, tensor in batches[1].items() if name != "labels"}]
     with pytest.raises(KeyError, match="labels"):
         compute_scores(backbone, without, CROSS_ENTROPY)
     assert compute_scores(backbone, without, CROSS_ENTROPY, ["explained_variance", "synflow"])
@@ -339,10 +339,10 @@ def test_quantised_weights_are_refused() -> None:
 
 
 def test_site_scores_rank_print_and_travel_as_json() -> None:
-    one, two, three = Site(0, "value"), Site(0, "query"), Site(1, "query")
-    scores = SiteScores(name="x", values={three: 0.5, one: 0.5, two: 2}, spectra={one: (3.0, 1.0)})
-    assert scores.ranking() == (two, one, three)
-    assert list(scores.values) == [two, one, three]
+    value, query, upper = Site(0, "value"), Site(0, "query"), Site(1, "query")
+    scores = SiteScores(name="x", values={upper: 0.5, value: 0.5, query: 2}, spectra={value: (3.0, 1.0)})
+    assert scores.ranking() == (query, value, upper)
+    assert list(scores.values) == [query, value, upper]
     assert repr(scores) == "SiteScores(x; 3 sites; best 0.query 2)"
     many = SiteScores(name="y", values={Site(block, "query"): -block for block in range(9)})
     for given in (scores, many):

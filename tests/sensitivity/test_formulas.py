@@ -159,7 +159,9 @@ def test_wide_inputs_are_ignored_once_components_converged() -> None:
     directions = torch.linalg.qr(torch.randn(300, 3)).Q.mT
     vectors = torch.randn(4000, 3) * torch.tensor([9.0, 3.0, 1.0]) @ directions
     vectors = vectors + 0.01 * torch.randn(4000, 300)
-    careful, quick = (IncrementalVariance(6, leading=3, convergence=one) for one in (None, 0.99))
+    careful, quick = (
+        IncrementalVariance(6, leading=3, convergence=convergence) for convergence in (None, 0.99)
+    )
     for index, part in enumerate(vectors.split(100)):
         careful.add(part)
         before = quick.ratios()
@@ -213,11 +215,11 @@ def test_variance_of_nothing_and_of_constants() -> None:
 
 
 def _flat(matrices: Mapping[Site, Tensor]) -> Tensor:
-    return torch.cat([one.reshape(-1) for one in matrices.values()])
+    return torch.cat([matrix.reshape(-1) for matrix in matrices.values()])
 
 
 def _exact_hessian(backbone: Backbone, batches: list[dict[str, Tensor]]) -> Tensor:
-    shapes = {site: one.shape for site, one in references.weights(backbone).items()}
+    shapes = {site: weight.shape for site, weight in references.weights(backbone).items()}
     sizes = [shape.numel() for shape in shapes.values()]
     rows = []
     for unit in torch.eye(sum(sizes)):
@@ -249,8 +251,8 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: py
         start += weight.numel()
         exact = float(scale @ hessian.diagonal())
         variance = 0.0
-        for one in own:
-            form = scale[:, None] * one
+        for batch_hessian in own:
+            form = scale[:, None] * batch_hessian
             symmetric = (form + form.T) / 2
             symmetric.fill_diagonal_(0)
             variance += 2 * float(symmetric.square().sum()) / probes / len(batches) ** 2
@@ -264,7 +266,7 @@ def test_hutchinson_within_its_statistical_error(tiny_bert: Any, monkeypatch: py
 def test_curvature_is_the_hessian_vector_product(backbone: Backbone) -> None:
     batches = labelled_batches(2)
     sites = matrix_sites(backbone)
-    shapes = {one.site: one.weight.shape for one in sites}
+    shapes = {matrix.site: matrix.weight.shape for matrix in sites}
     direction = {site: torch.randn(shape) for site, shape in shapes.items()}
     functional = {site: torch.randn(shape) for site, shape in shapes.items()}
     subject = Subject(model=backbone.model, sites=sites, batches=batches, task=CROSS_ENTROPY, seed=0)
@@ -272,8 +274,8 @@ def test_curvature_is_the_hessian_vector_product(backbone: Backbone) -> None:
         found = curvature(
             subject,
             1,
-            direction=lambda one: direction[one.site],
-            functional=lambda one: functional[one.site],
+            direction=lambda matrix: direction[matrix.site],
+            functional=lambda matrix: functional[matrix.site],
         )
     product = references.hessian_product(backbone, batches[1:], direction)
     assert_close(found, {site: float((functional[site] * product[site]).sum()) for site in found})
@@ -289,8 +291,10 @@ def test_leave_one_out_trains_every_site_alone(backbone: Backbone) -> None:
     names = ("leave_one_out", "uniform")
     found = compute_scores(backbone, [], CROSS_ENTROPY, names, rank=3, train_one=train_one)
     sites = scored(backbone)
-    assert [list(one.adapters) for one in trained] == [[site] for site in sites]
-    assert {(one.method, one.size) for configuration in trained for _, one in configuration} == {("lora", 3)}
+    assert [list(configuration.adapters) for configuration in trained] == [[site] for site in sites]
+    assert {(adapter.method, adapter.size) for configuration in trained for _, adapter in configuration} == {
+        ("lora", 3)
+    }
     assert found["leave_one_out"].ranking() == tuple(reversed(sites))
     assert found["uniform"].values == dict.fromkeys(sites, 1.0)
 

@@ -216,9 +216,9 @@ def test_workers_make_the_same_batches_and_draw_nothing() -> None:
         assert torch.equal(before, torch.get_rng_state())
         drawn.append(parts + list(made.data(EXTRACTOR, batch_size=8, seed=0, cache=None).val_dataloader()))
     assert len(drawn[0]) == len(drawn[1]) == 2 * 6 + 4
-    for one, other in zip(*drawn, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for batch, other in zip(*drawn, strict=True):
+        assert batch.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in batch.items())
 
 
 def test_speech_models_do_nothing_at_random() -> None:

@@ -125,8 +125,8 @@ def test_batches_of_single_texts_and_pairs(tokenizer: PreTrainedTokenizerFast) -
     double = task(dataset=Dataset.from_dict(pairs), text=("text", "other")).data(
         tokenizer, batch_size=8, seed=0
     )
-    one, two = (next(iter(data.train_dataloader())) for data in (single, double))
-    assert two["attention_mask"].sum() == one["attention_mask"].sum() + 8
+    alone, paired = (next(iter(data.train_dataloader())) for data in (single, double))
+    assert paired["attention_mask"].sum() == alone["attention_mask"].sum() + 8
     again = task().data(tokenizer, batch_size=8, seed=0)
     for left, right in zip(single.train_dataloader(), again.train_dataloader(), strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)

@@ -80,9 +80,9 @@ def test_the_first_token_of_a_word_carries_its_label(side: str) -> None:
 
 
 def test_a_lone_word_of_two_tokens_has_its_label() -> None:
-    one = Dataset.from_dict({"tokens": [["ab"]], "labels": [["x"]]})
-    two = Dataset.from_dict({"tokens": [["ab"], ["c"]], "labels": [["x"], ["y"]]})
-    data = TokenClassification(DatasetDict(train=two, validation=one, test=one)).data(
+    single = Dataset.from_dict({"tokens": [["ab"]], "labels": [["x"]]})
+    double = Dataset.from_dict({"tokens": [["ab"], ["c"]], "labels": [["x"], ["y"]]})
+    data = TokenClassification(DatasetDict(train=double, validation=single, test=single)).data(
         pieces(), batch_size=4, seed=0
     )
     assert next(iter(data.val_dataloader()))[LABELS].tolist() == [[0, IGNORED]]

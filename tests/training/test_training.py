@@ -59,7 +59,7 @@ class Task:
 
 def batches(count: int = 8) -> DataLoader[Any]:
     inputs = torch.randn(count * 4, 2)
-    rows = [{"inputs": one, "labels": (one.sum() > 0).long()} for one in inputs]
+    rows = [{"inputs": row, "labels": (row.sum() > 0).long()} for row in inputs]
     return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
 
 
@@ -124,7 +124,7 @@ def test_frozen_parameters_are_not_optimised() -> None:
     trained = module()
     trained.model.layer.weight.requires_grad_(False)  # type: ignore[union-attr]
     (group,) = trained.configure_optimizers()["optimizer"].param_groups
-    assert [one.shape for one in group["params"]] == [torch.Size([2])]
+    assert [parameter.shape for parameter in group["params"]] == [torch.Size([2])]
 
 
 def test_a_fit_learns_and_leaves_the_module_where_it_is() -> None:
@@ -149,7 +149,7 @@ def test_the_validation_loss_is_that_of_all_rows_at_once(task: Task) -> None:
     trained = module()
     trained.task = task  # type: ignore[assignment]
     rows = next(iter(DataLoader(batches(5).dataset, batch_size=20)))
-    parts = [{name: one[start : start + 8] for name, one in rows.items()} for start in (0, 8, 16)]
+    parts = [{name: tensor[start : start + 8] for name, tensor in rows.items()} for start in (0, 8, 16)]
     with torch.no_grad():
         for _ in range(2):  # the second validation knows nothing of the first
             for index, part in enumerate(parts):
@@ -164,7 +164,7 @@ def test_patience_stops_early_and_max_steps_bounds() -> None:
     training = Training(epochs=30, patience=1, device="cpu")
     with quiet_lightning():
         trainer = build_trainer(training, [], monitor=Objective.score("accuracy"))
-        assert any(isinstance(one, EarlyStopping) for one in getattr(trainer, "callbacks", []))
+        assert any(isinstance(callback, EarlyStopping) for callback in getattr(trainer, "callbacks", []))
         trainer.fit(module(rate=1e-9), batches(), batches(2))
         assert trainer.current_epoch < 30
         bounded = build_trainer(Training(max_steps=3, device="cpu"), [], monitor=Objective.score("accuracy"))
@@ -176,7 +176,9 @@ def test_patience_stops_early_and_max_steps_bounds() -> None:
 def test_what_early_stopping_waits_for_has_the_metrics_direction(direction: Direction) -> None:
     monitor = Objective(name="accuracy", direction=direction, unit="score", is_metric=True)
     trainer = build_trainer(Training(patience=2, device="cpu"), [], monitor=monitor)
-    (stopping,) = (one for one in getattr(trainer, "callbacks", []) if isinstance(one, EarlyStopping))
+    (stopping,) = (
+        callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, EarlyStopping)
+    )
     assert (stopping.monitor, stopping.patience) == ("accuracy", 2)
     assert stopping.mode == {"maximize": "max", "minimize": "min"}[direction]
 

@@ -63,8 +63,8 @@ def same(first: Trained, second: Trained) -> None:
     assert first.state is not None
     assert second.state is not None
     assert first.state.keys() == second.state.keys()
-    assert all(torch.equal(one, second.state[name]) for name, one in first.state.items())
-    one, other = (
+    assert all(torch.equal(tensor, second.state[name]) for name, tensor in first.state.items())
+    evaluation, other = (
         replace(
             trained.evaluation,
             values={name: v for name, v in trained.evaluation.values.items() if name not in TIMES},
@@ -72,7 +72,7 @@ def same(first: Trained, second: Trained) -> None:
         )
         for trained in (first, second)
     )
-    assert one == other
+    assert evaluation == other
 
 
 @pytest.mark.parametrize("rungs", [(1 / 3,), (1 / 9, 0.4, 0.7)], ids=("epoch", "within epochs"))
@@ -116,7 +116,7 @@ def test_a_failure_after_a_pause_keeps_what_was_known() -> None:
     evaluator = make_evaluator((1 / 3,))
     paused = evaluator.train(lora(evaluator), rung=0).paused
     assert paused is not None
-    broken = {name: one.clone() for name, one in paused.state.weights.items()}
+    broken = {name: tensor.clone() for name, tensor in paused.state.weights.items()}
     next(iter(broken.values())).fill_(float("nan"))
     failed = evaluator.train(
         lora(evaluator), paused=replace(paused, state=replace(paused.state, weights=broken))
@@ -143,7 +143,7 @@ def test_a_state_is_a_plain_safetensors_file(tmp_path: Path) -> None:
     for group in ("weights", "best_weights", "optimizer", "generators"):
         kept, found = getattr(paused.state, group), getattr(loaded.state, group)
         assert kept.keys() == found.keys()
-        assert all(torch.equal(one, found[name]) for name, one in kept.items())
+        assert all(torch.equal(tensor, found[name]) for name, tensor in kept.items())
     store.drop(3)
     store.drop(3)
     assert TrainingCheckpoint.load(path) is None
@@ -182,4 +182,4 @@ def test_planned_batches_are_the_epochs_batches_in_order() -> None:
         pieces = evaluator.plan.pieces(step, evaluator.plan.total_steps)
         found = [batch["input_ids"] for _ in range(pieces) for batch in batches if isinstance(batch, dict)]
         assert len(found) == len(expected) - step
-        assert all(torch.equal(one, other) for one, other in zip(found, expected[step:], strict=True))
+        assert all(torch.equal(ids, other) for ids, other in zip(found, expected[step:], strict=True))

@@ -16,18 +16,18 @@ from tests.sensitivity.allocation.cases import (
 
 
 class TestErrors:
-    @pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=lambda allocator: allocator.name)
     def test_of_sites(self, allocator: Allocator) -> None:
-        one: Any = [1.0] if allocator.evidence == "spectra" else 1.0
+        value: Any = [1.0] if allocator.evidence == "spectra" else 1.0
         with pytest.raises(ValueError, match="No sites to give ranks to: expected at least one"):
             allocator({}, equal_costs(8, 2))
         with pytest.raises(ValueError, match=r"0\.ffn_down has no cost"):
-            allocator(sited([one] * 3), equal_costs(8, 2))
+            allocator(sited([value] * 3), equal_costs(8, 2))
         with pytest.raises(ValueError, match=r"budget of 8 does not pay for rank 5 at all 2 sites.*costs 10"):
-            allocator(sited([one] * 2), equal_costs(8, 2, smallest=5))
+            allocator(sited([value] * 2), equal_costs(8, 2, smallest=5))
 
     @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-    @pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=lambda allocator: allocator.name)
     def test_of_numbers(self, allocator: Allocator, value: float) -> None:
         evidence = sited([[1.0], [1.0, value]] if allocator.evidence == "spectra" else [1.0, value])
         message = rf"{allocator.evidence} of 0\.value contain {value}: expected finite"

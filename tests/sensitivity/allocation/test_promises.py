@@ -30,8 +30,8 @@ from tests.sensitivity.allocation.cases import (
     some_spectra,
 )
 
-OF_SCORES = [one for one in ALLOCATORS.values() if one.evidence == "scores"]
-OF_SPECTRA = [one for one in ALLOCATORS.values() if one.evidence == "spectra"]
+OF_SCORES = [allocator for allocator in ALLOCATORS.values() if allocator.evidence == "scores"]
+OF_SPECTRA = [allocator for allocator in ALLOCATORS.values() if allocator.evidence == "spectra"]
 
 _options: Mapping[str, st.SearchStrategy[float]] = {
     "temperature": st.sampled_from((0.0, 0.5, 1.0, 2.0, 50.0)) | st.floats(0, 4),
@@ -67,7 +67,9 @@ def _cases(draw: st.DrawFn, allocator: Allocator) -> Case:
     return Case(allocator, evidence, draw(budgets(len(evidence))), options)
 
 
-_every_allocator = pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=lambda one: one.name)
+_every_allocator = pytest.mark.parametrize(
+    "allocator", ALLOCATORS.values(), ids=lambda allocator: allocator.name
+)
 
 
 class TestPromises:
@@ -101,7 +103,7 @@ class TestPromises:
         shuffled = Case(allocator, evidence, budget, case.options)
         assert list(shuffled.ranks().items()) == list(case.ranks().items())
 
-    @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda allocator: allocator.name)
     @given(data=st.data())
     def test_scores_have_no_unit(self, allocator: Allocator, data: st.DataObject) -> None:
         values = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=len(SITES)))
@@ -110,18 +112,18 @@ class TestPromises:
         scaled = {site: score * factor for site, score in sited(values).items()}
         assert allocator(scaled, budget) == allocator(sited(values), budget)
 
-    @pytest.mark.parametrize("allocator", OF_SPECTRA, ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", OF_SPECTRA, ids=lambda allocator: allocator.name)
     @given(data=st.data())
     def test_spectra_have_no_unit(self, allocator: Allocator, data: st.DataObject) -> None:
         spectra = sited(data.draw(some_spectra))
         # A power of two, so that no value is rounded; and none that vanishes.
         factor = 2.0 ** data.draw(st.integers(-20, 20))
-        assume(all(value == 0 or value > 1e-100 for one in spectra.values() for value in one))
+        assume(all(value == 0 or value > 1e-100 for spectrum in spectra.values() for value in spectrum))
         budget = data.draw(budgets(len(spectra)))
-        scaled = {site: [value * factor for value in one] for site, one in spectra.items()}
+        scaled = {site: [value * factor for value in spectrum] for site, spectrum in spectra.items()}
         assert allocator(scaled, budget) == allocator(spectra, budget)
 
-    @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", OF_SCORES, ids=lambda allocator: allocator.name)
     @given(data=st.data())
     def test_at_equal_costs_a_better_score_never_gets_less(
         self, allocator: Allocator, data: st.DataObject
@@ -129,11 +131,11 @@ class TestPromises:
         scores = sited(data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=len(SITES))))
         budget = data.draw(budgets(len(scores), same_cost=True))
         ranks = allocator(scores, budget)
-        for one, other in itertools.permutations(scores, 2):
-            if scores[one] > scores[other]:
-                assert ranks[one] >= ranks[other]
+        for site, other in itertools.permutations(scores, 2):
+            if scores[site] > scores[other]:
+                assert ranks[site] >= ranks[other]
 
-    @pytest.mark.parametrize("allocator", [proportional, gora, fisher], ids=lambda one: one.name)
+    @pytest.mark.parametrize("allocator", [proportional, gora, fisher], ids=lambda allocator: allocator.name)
     @given(data=st.data())
     def test_at_equal_costs_a_site_without_a_score_waits_for_the_others(
         self, allocator: Allocator, data: st.DataObject
@@ -162,10 +164,10 @@ class TestPromises:
     @pytest.mark.parametrize(
         ("allocator", "nothing"),
         [
-            *((one, 0.0) for one in (proportional, gora, fisher)),
-            *((one, ()) for one in (explained_variance, water_filling)),
+            *((allocator, 0.0) for allocator in (proportional, gora, fisher)),
+            *((allocator, ()) for allocator in (explained_variance, water_filling)),
         ],
-        ids=lambda one: getattr(one, "name", ""),
+        ids=lambda argument: getattr(argument, "name", ""),
     )
     def test_without_any_preference_ranks_are_even_and_ties_go_to_the_earlier_site(
         self, allocator: Allocator, nothing: Any

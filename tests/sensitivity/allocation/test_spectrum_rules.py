@@ -56,7 +56,9 @@ class TestExplainedVariance:
 
 def _gain(spectra: Mapping[Site, Sequence[float]], ranks: Sequence[int]) -> float:
     largest_first = (sorted(spectra[site], reverse=True) for site in sorted(spectra))
-    return sum(sum(s**2 for s in one[:rank]) for one, rank in zip(largest_first, ranks, strict=True))
+    return sum(
+        sum(s**2 for s in spectrum[:rank]) for spectrum, rank in zip(largest_first, ranks, strict=True)
+    )
 
 
 def _best_gain(spectra: Mapping[Site, Sequence[float]], budget: RankBudget) -> float:

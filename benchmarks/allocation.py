@@ -115,7 +115,7 @@ class Bench:
 
 def run_cell(dataset: str, arm: Arm, budget: str, seeds: int, known: Sequence[Outcome]) -> list[Outcome]:
     """Choose the learning rate with the first seed, then train with the others."""
-    done = {(one.learning_rate, one.seed): one for one in known}
+    done = {(earlier.learning_rate, earlier.seed): earlier for earlier in known}
     bench: Bench | None = None
 
     def outcome(learning_rate: float, seed: int) -> Outcome:
@@ -147,13 +147,13 @@ Cell = tuple[str, str, str]
 def chosen(outcomes: Iterable[Outcome]) -> dict[Cell, dict[int, Outcome]]:
     """Return the outcomes at the chosen learning rate, by data set, budget and arm, then by seed."""
     cells: dict[Cell, list[Outcome]] = {}
-    for one in outcomes:
-        cells.setdefault((one.dataset, one.budget, one.arm), []).append(one)
+    for outcome in outcomes:
+        cells.setdefault((outcome.dataset, outcome.budget, outcome.arm), []).append(outcome)
     found = {}
     for key, several in cells.items():
-        first = [one for one in several if one.seed == 0]
-        rate = max(first, key=lambda one: one.validation).learning_rate
-        found[key] = {one.seed: one for one in several if one.learning_rate == rate}
+        first = [trained for trained in several if trained.seed == 0]
+        rate = max(first, key=lambda trained: trained.validation).learning_rate
+        found[key] = {trained.seed: trained for trained in several if trained.learning_rate == rate}
     return found
 
 
@@ -172,7 +172,7 @@ def gains_of(cell: Cell, cells: Mapping[Cell, Mapping[int, Outcome]]) -> list[fl
     if arm == compared_with:
         return []
     uniform = cells.get((dataset, budget, compared_with), {})
-    return [one.test - uniform[seed].test for seed, one in cells[cell].items() if seed in uniform]
+    return [outcome.test - uniform[seed].test for seed, outcome in cells[cell].items() if seed in uniform]
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -180,7 +180,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     cells = chosen(outcomes)
     table = []
     for (dataset, budget, arm), by_seed in cells.items():
-        mean, half = interval([one.test for one in by_seed.values()])
+        mean, half = interval([outcome.test for outcome in by_seed.values()])
         gain, gain_half = interval(gains_of((dataset, budget, arm), cells))
         verdict = "–"
         if not math.isnan(gain_half):
@@ -286,14 +286,14 @@ def main() -> None:
     with pool:
         futures = []
         for dataset, arm, budget in cells:
-            known = [one for one in outcomes if one.key[:3] == (dataset, arm.name, budget)]
+            known = [outcome for outcome in outcomes if outcome.key[:3] == (dataset, arm.name, budget)]
             futures.append(pool.submit(run_cell, dataset, arm, budget, arguments.seeds, known))
         for count, future in enumerate(as_completed(futures), 1):
-            done = {one.key for one in outcomes}
-            new = [one for one in future.result() if one.key not in done]
+            done = {outcome.key for outcome in outcomes}
+            new = [outcome for outcome in future.result() if outcome.key not in done]
             outcomes += new
             with TRAININGS.open("a") as file:
-                file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
+                file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in new)
             if new:
                 print(f"{count} of {len(cells)}: {', '.join(new[-1].key[:3])}", flush=True)
     report(outcomes, f"python -m benchmarks.allocation {shlex.join(sys.argv[1:])}".rstrip())

@@ -60,9 +60,9 @@ def falling(adapters: Mapping[Site, Adapter], decay: float) -> dict[Site, Adapte
     """Return adapters whose scale falls by a factor a block, from the highest one down."""
     top = max(site.block for site in adapters)
     found = {}
-    for site, one in adapters.items():
-        alpha = max(1, round(int(one.option("alpha")) * decay ** (top - site.block)))
-        found[site] = Adapter(one.method, one.size, {**dict(one.options), "alpha": alpha})
+    for site, adapter in adapters.items():
+        alpha = max(1, round(int(adapter.option("alpha")) * decay ** (top - site.block)))
+        found[site] = Adapter(adapter.method, adapter.size, {**dict(adapter.options), "alpha": alpha})
     return found
 
 

@@ -136,7 +136,10 @@ def language_task(setting: Setting) -> CausalLM:
         return CausalLM(prepared, max_length=64, **sizes)
     draw = random.Random(0)
     words = [" ".join(f"w{draw.randrange(100)}" for _ in range(8)) for _ in range(800)]
-    rows = [{"prompt": one, "completion": other} for one, other in zip(words[::2], words[1::2], strict=True)]
+    rows = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in zip(words[::2], words[1::2], strict=True)
+    ]
     return CausalLM(Dataset.from_list(rows), max_length=64, **sizes)
 
 

@@ -120,7 +120,7 @@ def step_times(evaluator: Evaluator, cut: int, steps: int) -> dict[str, Any]:
                     seconds[name].append(taken)
             gather.append(timed(partial(enter, evaluator.hidden_states, batch)))
         evaluator.backbone.model.eval()
-    medians = {name: statistics.median(one) for name, one in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     theory = (2 * blocks - cut) / (2 * (blocks - cut))
     ratio = medians["computed"] / medians["served"]
     return {
@@ -171,7 +171,7 @@ def trial_times(evaluators: Mapping[FrozenBlocksMode, Evaluator], folder: Path, 
             seconds[name].append(evaluation.cost.cpu_seconds)
             if name == "served":
                 gains.append(cached.hidden_states.uses[-1])
-    medians = {name: statistics.median(one) for name, one in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "cut": cut,
         **{f"{name}_seconds": value for name, value in medians.items()},

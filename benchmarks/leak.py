@@ -72,7 +72,7 @@ def growth(memory: Sequence[int]) -> dict[str, Any]:
     """
     if len(memory) < WARM_UP + 2 * WINDOW:
         raise ValueError(f"At least {WARM_UP + 2 * WINDOW} trials are needed, got {len(memory)}.")
-    mib = [one / 2**20 for one in memory]
+    mib = [resident / 2**20 for resident in memory]
     warm = mib[WARM_UP:]
     first, last = statistics.fmean(warm[:WINDOW]), statistics.fmean(warm[-WINDOW:])
     slope, _ = statistics.linear_regression(range(len(warm)), warm)
@@ -109,7 +109,7 @@ def main() -> None:
         "command": f"python -m benchmarks.leak --trials {arguments.trials}",
         "machine": platform.platform(),
         **row,
-        "resident_mib": [round(one / 2**20, 1) for one in memory],
+        "resident_mib": [round(resident / 2**20, 1) for resident in memory],
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 

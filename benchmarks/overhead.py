@@ -131,7 +131,7 @@ class Overhead:
             search.run(trials=trials, progress=False, callbacks=[note])
             ended = clocks()
         self.whole_wall, self.whole_processor = ended[0] - wall, ended[1] - processor
-        self.parts = {name: stopwatch.seconds[name] for name in dict.fromkeys(one for one, *_ in PLACES)}
+        self.parts = {name: stopwatch.seconds[name] for name in dict.fromkeys(part for part, *_ in PLACES)}
         self.parts |= {WRITE: stopwatch.seconds[WRITE]}
         known = sum(seconds for name, seconds in self.parts.items() if name != SPARED)
         self.parts["start and end"] = self.whole_processor - known
@@ -199,17 +199,17 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> None:
     }
     for heading in ("", *columns):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, one in results.items():
-        cells = (f"{one[key]:.0f}" if key in one else "" for key in columns.values())
+    for name, result in results.items():
+        cells = (f"{result[key]:.0f}" if key in result else "" for key in columns.values())
         table.add_row(name, *cells)
     console = wide_console()
     console.print(table)
-    searches = {name: one["parts_ms"] for name, one in results.items() if "parts_ms" in one}
+    searches = {name: summary["parts_ms"] for name, summary in results.items() if "parts_ms" in summary}
     parts = Table(title="Processor milliseconds a trial, by part")
     for heading in ("", *searches):
         parts.add_column(heading, justify="right" if heading else "left")
     for part in next(iter(searches.values()), ()):
-        parts.add_row(part, *(f"{one[part]:.1f}" for one in searches.values()))
+        parts.add_row(part, *(f"{times[part]:.1f}" for times in searches.values()))
     console.print(parts)
 
 

@@ -61,7 +61,7 @@ def measure(dataset: str, numbers: Sequence[int], seeds: int) -> list[dict[str, 
                 "dataset": dataset,
                 "batches": number,
                 "processor_seconds": statistics.fmean(seconds for _, seconds in several),
-                "correlation": {name: [one[name] for one in found] for name in READ_DATA},
+                "correlation": {name: [correlations[name] for correlations in found] for name in READ_DATA},
             }
         )
     return rows

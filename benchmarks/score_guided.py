@@ -76,7 +76,7 @@ def run_search(dataset: str, name: str, seed: int, trials: int, baselines: bool,
 
 def trials_to(curve: list[float], level: float) -> int | None:
     """Return after how many trials a curve reaches a level; None where it does not."""
-    return next((count for count, one in enumerate(curve, 1) if one >= level), None)
+    return next((count for count, value in enumerate(curve, 1) if value >= level), None)
 
 
 def main() -> None:

@@ -94,9 +94,11 @@ def peak_of_training(backbone: Backbone, task: TextClassification, precision: Pr
 def agreement(first: Mapping[str, SiteScores], second: Mapping[str, SiteScores]) -> dict[str, float]:
     """Return Spearman's correlation of the sites between two computations, by score; not of constant ones."""
     return {
-        name: float(stats.spearmanr(list(one.values.values()), list(second[name].values.values())).statistic)
-        for name, one in first.items()
-        if len(set(one.values.values())) > 1
+        name: float(
+            stats.spearmanr(list(scores.values.values()), list(second[name].values.values())).statistic
+        )
+        for name, scores in first.items()
+        if len(set(scores.values.values())) > 1
     }
 
 
@@ -146,12 +148,12 @@ def main() -> None:
         {
             "what": title,
             "precision": precision,
-            "seconds": one,
-            "share": one / seconds[_EPOCH, precision],
-            "share_of_single_precision": one / seconds[_EPOCH, "32-true"],
+            "seconds": taken,
+            "share": taken / seconds[_EPOCH, precision],
+            "share_of_single_precision": taken / seconds[_EPOCH, "32-true"],
             "peak_bytes": peaks.get((title, precision)),
         }
-        for (title, precision), one in seconds.items()
+        for (title, precision), taken in seconds.items()
     ]
     show(rows, f"{batches} batches of {BATCH_SIZE}")
     lowest = min(correlations, key=lambda name: correlations[name])

@@ -188,14 +188,16 @@ def ratio(rival: Mapping[str, Any], row: Mapping[str, Any], level: str) -> str:
 def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int) -> None:
     """Train again everyone on some front who was not yet, a few in one process."""
     archive, dataset, needed = comparison.archive, comparison.dataset, comparison.needed()
-    if any(comparison.is_warm(one) for one in needed.values()):
+    if any(comparison.is_warm(entry) for entry in needed.values()):
         _train_missing_supernets(comparison, pool)
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
     for seed in comparison.fresh_seeds:
-        missing = [(key, one) for key, one in needed.items() if (dataset, key, seed) not in archive.trainings]
+        missing = [
+            (key, entry) for key, entry in needed.items() if (dataset, key, seed) not in archive.trainings
+        ]
         for start in range(0, len(missing), size):
             some = missing[start : start + size]
-            candidates = [(one.configuration, comparison.is_warm(one)) for _, one in some]
+            candidates = [(entry.configuration, comparison.is_warm(entry)) for _, entry in some]
             futures[pool.submit(train_again, dataset, candidates, seed, archive.folder)] = seed, some
     for count, future in enumerate(as_completed(futures), 1):
         seed, some = futures[future]
@@ -247,7 +249,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context, max_tasks_per_child=1) as pool:
         _search_missing(archive, settings, pool)
-        runs = {key: archive.runs[key[0], one.dataset, one.seed, one.trials] for key, one in settings.items()}
+        runs = {
+            key: archive.runs[key[0], setting.dataset, setting.seed, setting.trials]
+            for key, setting in settings.items()
+        }
         comparison = Comparison(
             arguments.dataset,
             runs,
@@ -290,9 +295,9 @@ def _search_missing(
 ) -> None:
     """Run the searches that the archive does not have."""
     futures = {
-        pool.submit(search, method, one): (method, one)
-        for (method, _), one in settings.items()
-        if (method, one.dataset, one.seed, one.trials) not in archive.runs
+        pool.submit(search, method, setting): (method, setting)
+        for (method, _), setting in settings.items()
+        if (method, setting.dataset, setting.seed, setting.trials) not in archive.runs
     }
     for count, future in enumerate(as_completed(futures), 1):
         method, setting = futures[future]

@@ -73,7 +73,7 @@ class World:
         scores = np.array(list(known.values()))
         self._forest = ExtraTreesRegressor(
             400, min_samples_leaf=2, bootstrap=True, oob_score=True, random_state=0
-        ).fit([self._numbers(one) for one in known], scores)
+        ).fit([self._numbers(configuration) for configuration in known], scores)
         self._unseen = self._forest.oob_prediction_
         self._errors = scores - self._unseen
         self.determination = float(self._forest.oob_score_)
@@ -81,35 +81,35 @@ class World:
         _, largest = GUIDED.extremes(self.backbone)
         self._whole = self.features.compute(largest, lambda block: False)
 
-    def _numbers(self, one: Configuration) -> list[float]:
+    def _numbers(self, configuration: Configuration) -> list[float]:
         """Return what the forest is given of a configuration."""
-        blocks = [site.block for site, _ in one] or [len(self.backbone.blocks)]
-        parameters = count_parameters(self.backbone, one)
-        counts = [len(one), parameters, sum(adapter.size or 0 for _, adapter in one)]
+        blocks = [site.block for site, _ in configuration] or [len(self.backbone.blocks)]
+        parameters = count_parameters(self.backbone, configuration)
+        counts = [len(configuration), parameters, sum(adapter.size or 0 for _, adapter in configuration)]
         places = [min(blocks), max(blocks), statistics.fmean(blocks)]
-        return [one.learning_rate, *counts, *places, *self.features.placement(one)]
+        return [configuration.learning_rate, *counts, *places, *self.features.placement(configuration)]
 
-    def foretold(self, one: Configuration) -> float:
+    def foretold(self, configuration: Configuration) -> float:
         """Return what a configuration reaches."""
-        if one not in self._foretold:
-            self._foretold[one] = float(self._forest.predict([self._numbers(one)])[0])
-        return self._foretold[one]
+        if configuration not in self._foretold:
+            self._foretold[configuration] = float(self._forest.predict([self._numbers(configuration)])[0])
+        return self._foretold[configuration]
 
-    def cost(self, one: Configuration, *, is_served: bool) -> float:
+    def cost(self, configuration: Configuration, *, is_served: bool) -> float:
         """Return what a training takes, as a share of one through all blocks."""
-        return self.features.compute(one, lambda block: is_served) / self._whole
+        return self.features.compute(configuration, lambda block: is_served) / self._whole
 
-    def train(self, one: Configuration, generator: random.Random) -> float:
+    def train(self, configuration: Configuration, generator: random.Random) -> float:
         """Return what a training of a configuration gives."""
-        foretold, axis = self.foretold(one), self.axes[0]
+        foretold, axis = self.foretold(configuration), self.axes[0]
         near = np.argsort(np.abs(self._unseen - foretold), kind="stable")[:_NEAREST]
         score = foretold + float(self._errors[generator.choice(near.tolist())])
         return min(axis.best, max(axis.worst, score))
 
-    def point(self, one: Configuration, score: float) -> Values:
+    def point(self, configuration: Configuration, score: float) -> Values:
         """Return a configuration's place, for a score."""
         metric, parameters = (axis.objective.name for axis in self.axes)
-        return {metric: score, parameters: count_parameters(self.backbone, one)}
+        return {metric: score, parameters: count_parameters(self.backbone, configuration)}
 
 
 class Simulated:
@@ -127,33 +127,33 @@ class Simulated:
         self.spent = 0.0
         self._luck = random.Random(f"luck of {seed}")
 
-    def train(self, one: Configuration) -> None:
+    def train(self, configuration: Configuration) -> None:
         """Train a configuration, once more where it was trained already."""
-        self.scores.setdefault(one, []).append(self.world.train(one, self._luck))
-        self.spent += self.world.cost(one, is_served=self.is_served)
+        self.scores.setdefault(configuration, []).append(self.world.train(configuration, self._luck))
+        self.spent += self.world.cost(configuration, is_served=self.is_served)
 
-    def point(self, one: Configuration) -> Values:
+    def point(self, configuration: Configuration) -> Values:
         """Return a configuration's place, by the mean of its trainings."""
-        return self.world.point(one, statistics.fmean(self.scores[one]))
+        return self.world.point(configuration, statistics.fmean(self.scores[configuration]))
 
     def front(self) -> list[Configuration]:
         """Return who is beaten by nobody."""
         points, objectives = map(self.point, self.scores), [axis.objective for axis in self.world.axes]
         flags = non_dominated(list(points), objectives)
-        return [one for one, flag in zip(self.scores, flags, strict=True) if flag]
+        return [configuration for configuration, flag in zip(self.scores, flags, strict=True) if flag]
 
     def worth(self) -> float:
         """Return the hypervolume of what the front's members reach."""
-        members = [self.world.point(one, self.world.foretold(one)) for one in self.front()]
+        members = [self.world.point(member, self.world.foretold(member)) for member in self.front()]
         return hypervolume(members, self.world.axes)
 
     def train_front_again(self) -> None:
         """Train members of the front that others have come after, as searches do."""
-        places = {one: place for place, one in enumerate(self.scores)}
-        for one in self.front():
-            later, trainings = len(self.scores) - 1 - places[one], len(self.scores[one])
+        places = {configuration: place for place, configuration in enumerate(self.scores)}
+        for member in self.front():
+            later, trainings = len(self.scores) - 1 - places[member], len(self.scores[member])
             if trainings < _MOST_TRAININGS and later >= replication_delay(trainings):
-                self.train(one)
+                self.train(member)
 
 
 def searched(arm: Arm, world: World, seed: int, budget: float) -> list[tuple[float, float]]:
@@ -258,7 +258,7 @@ def show(dataset: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def _compared(several: Sequence[float], first: Sequence[float]) -> str:
     if several is first:
         return f"{statistics.fmean(several):.3f}"
-    apart = [one - other for one, other in zip(several, first, strict=True)]
+    apart = [worth - other for worth, other in zip(several, first, strict=True)]
     error = statistics.stdev(apart) / math.sqrt(len(apart))
     return f"{statistics.fmean(several):.3f} ({statistics.fmean(apart):+.3f} ± {error:.3f})"
 

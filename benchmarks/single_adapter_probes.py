@@ -56,11 +56,11 @@ def candidates(choices: Choices, rate: float) -> dict[str, Configuration]:
 def reached(evaluator: Evaluator, configurations: Mapping[str, Configuration]) -> dict[str, float]:
     """Train configurations; return their scores on the test split, the majority's where a training failed."""
     found = {}
-    for name, one in configurations.items():
-        state = evaluator.train(one).state
+    for name, configuration in configurations.items():
+        state = evaluator.train(configuration).state
         metric = evaluator.monitor.name
         failed = evaluator.task.trivial_score(metric, evaluator.data)
-        found[name] = failed if state is None else evaluator.test(one, state)[metric]
+        found[name] = failed if state is None else evaluator.test(configuration, state)[metric]
     return found
 
 
@@ -80,8 +80,8 @@ def correlations(
         values: By score, its value for each site.
     """
     sites = list(next(iter(values.values())))
-    means = [statistics.fmean(one[site] for one in per_seed) for site in sites]
-    found = {name: spearman([one[site] for site in sites], means) for name, one in values.items()}
+    means = [statistics.fmean(by_site[site] for by_site in per_seed) for site in sites]
+    found = {name: spearman([by_site[site] for site in sites], means) for name, by_site in values.items()}
     first, *others = per_seed
     if others:
         rest = [statistics.fmean(other[site] for other in others) for site in sites]
@@ -97,13 +97,13 @@ def measure(dataset: str, per_seed: Sequence[Mapping[str, float]], rate: float) 
         name: {str(site): value for site, value in site_values(scores, choices).items()}
         for name, scores in score_sites(evaluator, GUIDED.scores).items()
     }
-    order = sorted(per_seed[0], key=lambda name: -statistics.fmean(one[name] for one in per_seed))
+    order = sorted(per_seed[0], key=lambda name: -statistics.fmean(by_site[name] for by_site in per_seed))
     known = candidates(choices, rate)
     return {
         "dataset": dataset,
         "metric": evaluator.monitor.name,
         "parameters": {name: count_parameters(evaluator.backbone, known[name]) for name in order},
-        "reached": {name: [one[name] for one in per_seed] for name in order},
+        "reached": {name: [by_site[name] for by_site in per_seed] for name in order},
         "spearman": correlations(per_seed, values),
     }
 

@@ -119,11 +119,15 @@ def final_scores(logs: Logs) -> dict[Configuration, float]:
     """Return what every configuration of `GUIDED`'s methods reached in the end, its mean over runs."""
     found: dict[Configuration, list[float]] = {}
     for log in logs.values():
-        last = {Configuration.from_dict(one.configuration): one.score for one in log if one.score is not None}
+        last = {
+            Configuration.from_dict(entry.configuration): entry.score
+            for entry in log
+            if entry.score is not None
+        }
         for configuration, score in last.items():
             if set(configuration.methods) <= set(GUIDED.methods):
                 found.setdefault(configuration, []).append(score)
-    return {one: statistics.fmean(several) for one, several in found.items()}
+    return {trained: statistics.fmean(several) for trained, several in found.items()}
 
 
 def gaussian_process(inputs: Inputs, scores: Array, trainings: Array, others: Inputs) -> Array:
@@ -157,7 +161,7 @@ def figures(
 ) -> dict[str, tuple[float, float]]:
     """Return rank correlation and error of what a model foretells, by size of configuration."""
     tried = set(known.configurations)
-    others = [one for one in truth if one not in tried and len(one)]
+    others = [configuration for configuration in truth if configuration not in tried and len(configuration)]
     foretold = model(
         features.inputs(known.configurations, SCORE),
         known.scores,
@@ -186,7 +190,7 @@ def measure(logs: Logs, features: Features, numbers: Sequence[int]) -> list[dict
         for size in SIZES:
             for index, figure in enumerate(("rank_correlation", "error")):
                 row.setdefault(size, {})[figure] = [
-                    statistics.fmean(one[size][index] for one in several) for several in found
+                    statistics.fmean(by_size[size][index] for by_size in several) for several in found
                 ]
         rows.append(row)
     return rows

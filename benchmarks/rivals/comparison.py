@@ -49,7 +49,7 @@ class Archive:
         self.runs[method, setting.dataset, setting.seed, setting.trials] = list(log)
         line = {"method": method, "dataset": setting.dataset, "seed": setting.seed, "trials": setting.trials}
         with self._runs.open("a") as file:
-            file.write(json.dumps({**line, "log": [one.to_dict() for one in log]}) + "\n")
+            file.write(json.dumps({**line, "log": [entry.to_dict() for entry in log]}) + "\n")
 
     def add_training(self, dataset: str, configuration: str, seed: int, test: float) -> None:
         """Keep a training's score on the test split."""
@@ -62,7 +62,9 @@ class Archive:
 def read_runs(path: Path) -> dict[tuple[str, str, int, int], list[Entry]]:
     """Return the logs in a file of runs, packed (`.gz`) or not, by method, data set, seed and trials."""
     return {
-        (line["method"], line["dataset"], line["seed"], line["trials"]): [Entry(**one) for one in line["log"]]
+        (line["method"], line["dataset"], line["seed"], line["trials"]): [
+            Entry(**entry) for entry in line["log"]
+        ]
         for line in _lines(path)
     }
 
@@ -75,7 +77,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def moments(logs: Sequence[Sequence[Entry]], count: int = MOMENTS) -> list[float]:
     """Return log-spaced moments of processor time from the first candidate done to the last, of all runs."""
-    times = [one.cpu_seconds for log in logs for one in log]
+    times = [entry.cpu_seconds for log in logs for entry in log]
     low, high = math.log(min(times)), math.log(max(times))
     return [math.exp(low + (high - low) * index / (count - 1)) for index in range(count)]
 
@@ -85,11 +87,13 @@ def members_at(log: Sequence[Entry], seconds: float, metric: Objective, cost: Ob
 
     Of a configuration that is in the log again, with the mean of several trainings, the latest counts.
     """
-    by_then = [one for one in log if one.score is not None and one.cpu_seconds <= seconds * (1 + 1e-9)]
-    done = list({key_of(one): one for one in by_then}.values())
-    points = [{metric.name: one.score or 0.0, cost.name: float(one.parameters)} for one in done]
+    by_then = [
+        entry for entry in log if entry.score is not None and entry.cpu_seconds <= seconds * (1 + 1e-9)
+    ]
+    done = list({key_of(entry): entry for entry in by_then}.values())
+    points = [{metric.name: entry.score or 0.0, cost.name: float(entry.parameters)} for entry in done]
     flags = non_dominated(points, (metric, cost))
-    return [one for one, on_front in zip(done, flags, strict=True) if on_front]
+    return [entry for entry, on_front in zip(done, flags, strict=True) if on_front]
 
 
 def key_of(entry: Entry) -> str:
@@ -241,7 +245,7 @@ class Comparison:
             }
             for label, level in levels.items():
                 found = [reached(curve, self._own_times(name, seed), level) for seed, curve in own.items()]
-                median = statistics.median(math.inf if one is None else one for one in found)
+                median = statistics.median(math.inf if seconds is None else seconds for seconds in found)
                 row["seconds_to"][label] = median if math.isfinite(median) else None
             rows.append(row)
         return rows

@@ -78,7 +78,7 @@ class Fitting:
     def _compute(self, prediction: EvalPrediction) -> dict[str, float]:
         self._metric.reset()
         logits, labels = (
-            torch.from_numpy(np.asarray(one)) for one in (prediction.predictions, prediction.label_ids)
+            torch.from_numpy(np.asarray(array)) for array in (prediction.predictions, prediction.label_ids)
         )
         return {"score": float(self._metric(logits, labels))}
 

@@ -33,7 +33,7 @@ def main() -> None:
         browser = open_chromium(Path(profile))
         try:
             browser.get(view_link(server.url, experiment_id, key))
-            wait_for(browser, DRAWN_POINTS, lambda found: sum(one["points"] > 0 for one in found) >= 2)
+            wait_for(browser, DRAWN_POINTS, lambda found: sum(plot["points"] > 0 for plot in found) >= 2)
             for button in ("Close", "Hide banner"):  # the assistant's panel, and a note on the view
                 for found in browser.find_elements(By.CSS_SELECTOR, f"button[aria-label='{button}']"):
                     found.click()

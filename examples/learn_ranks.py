@@ -40,7 +40,7 @@ def learn(evaluator: Evaluator, start: Configuration) -> tuple[Configuration, di
             trainer = build_trainer(evaluator.training, [growth], monitor=evaluator.monitor)
             trainer.fit(module.train(), evaluator.data.train_dataloader(), evaluator.data.val_dataloader())
         module.eval()
-        head = {name: one for name, one in attachment.state_dict().items() if name.startswith("head.")}
+        head = {name: tensor for name, tensor in attachment.state_dict().items() if name.startswith("head.")}
     learned = configuration_from_ranks(backbone, start, growth.ranks())
     return learned, attachment_tensors(backbone, growth.truncated_state()) | head
 

@@ -42,12 +42,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         """Return the softmax less 1 at each label; of operations that can be differentiated once more."""
         logits, labels = ctx.saved_tensors
         (gradient,) = gradients
+        weight = (labels != IGNORED).unsqueeze(1) * gradient
+        label = labels.clamp(min=0).unsqueeze(1)
+        minus_one = torch.full_like(label, -1.0, dtype=torch.float32)
         found = torch.empty_like(logits)
         for start in range(0, len(logits), _AT_ONCE):
             place = slice(start, start + _AT_ONCE)
-            part, of_part = logits[place], labels[place]
-            is_learnt = (of_part != IGNORED).unsqueeze(1).float()
-            label = of_part.clamp(min=0).unsqueeze(1)
-            error = part.float().softmax(dim=1).scatter_add(1, label, -torch.ones_like(is_learnt))
-            found[place] = error * is_learnt * gradient
+            error = logits[place].float().softmax(dim=1).scatter_add(1, label[place], minus_one[place])
+            found[place] = error * weight[place]
         return found, None

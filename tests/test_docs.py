@@ -103,6 +103,13 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "tutorials" / "classification" / "index.html").read_text(encoding="utf-8")
-    assert "hypervolume 0." in page
-    assert "adapter_config.json" in page
+    exported = {
+        "classification": "adapter_config.json",
+        "images": "that never imported autopeft",
+        "language-model": "a plain PEFT folder",
+        "own-parts": "a whole transformers model",
+    }
+    for tutorial, said in exported.items():
+        page = (tmp_path / "tutorials" / tutorial / "index.html").read_text(encoding="utf-8")
+        assert "hypervolume 0." in page, tutorial
+        assert said in page, tutorial

@@ -27,7 +27,7 @@ from autopeft.export.folder_format import CONFIGURATION_FILE, Manifest
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
 from autopeft.export.serving import SERVERS, as_served
-from autopeft.methods import METHODS, attach
+from autopeft.methods import METHODS, attach, is_found_elsewhere
 from autopeft.methods.peft_base import quiet_peft
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
@@ -94,17 +94,22 @@ def check_export(
     """Load an exported folder and compare its logits with the expected ones.
 
     This happens in a fresh Python process, without autopeft where the layout does not need it. Where that is
-    not wanted, or the base model cannot be loaded again, a copy of it in this process stands for it. A merged
-    model always has a process of its own. With the name of a server, what it makes of the folder by its own
-    rule is compared as well.
+    not wanted, the base model cannot be loaded again, or no other process would know a method, a copy of the
+    base model in this process stands for it. A merged model always has a process of its own. With the name of
+    a server, what it makes of the folder by its own rule is compared as well.
     """
-    if manifest.layout == "merged" or (fresh and stored_config(backbone.origin) is not None):
+    methods = Configuration.load(folder / CONFIGURATION_FILE).methods
+    unknown = [name for name in methods if not is_found_elsewhere(name)] if manifest.layout == "mixed" else []
+    obstacle = ""
+    if stored_config(backbone.origin) is None:
+        obstacle = ", which cannot be loaded from anywhere"
+    elif unknown:
+        obstacle = f": another process would find {unknown[0]!r} by an entry point alone"
+    if manifest.layout == "merged" or (fresh and not obstacle):
         how = "in a fresh process" + (" that never imported autopeft" if manifest.layout != "mixed" else "")
         found = _predicted_by_fresh_process(folder, manifest, backbone, probe, prediction)
     else:
-        why = ", which cannot be loaded from anywhere" if fresh else ""
-        how = f"in this process, on a copy of the base model{why}"
-        methods = Configuration.load(folder / CONFIGURATION_FILE).methods
+        how = f"in this process, on a copy of the base model{obstacle if fresh else ''}"
         changed = [shape.module for shape in manifest.sites.values()]
         own = changed if any(METHODS[name].changes_weights for name in methods) else ()
         copied = shared_copy(backbone.model, own)

@@ -11,7 +11,7 @@ from autopeft.methods.attachment import (
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod
-from autopeft.methods.registry import METHODS, carries_adapters, register, unmergeable
+from autopeft.methods.registry import METHODS, carries_adapters, is_found_elsewhere, register, unmergeable
 from autopeft.methods.switch import adapters_off
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "carries_adapters",
     "count_parameters",
     "count_site",
+    "is_found_elsewhere",
     "obstacle",
     "placements",
     "register",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -59,6 +60,12 @@ def register(method: Method, specification: MethodSpec) -> None:
             )
     METHOD_SPECS[specification.name] = specification
     _METHODS[specification.name] = method
+
+
+def is_found_elsewhere(name: str) -> bool:
+    """Return whether another process finds a method by its name: it is autopeft's, or has an entry point."""
+    is_own = type(METHODS[name]).__module__.startswith("autopeft.")
+    return is_own or bool(entry_points(group="autopeft.methods", name=name))
 
 
 def unmergeable(configuration: Configuration) -> Configuration:

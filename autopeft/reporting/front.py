@@ -21,6 +21,7 @@ from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
 from autopeft.core.pareto import Axis, contributions, front_records, hypervolume, knee
 from autopeft.core.tables import Tabular, titled_table
+from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.formats import methods_label
 from autopeft.reporting.verdict import UNKNOWN
 
@@ -84,7 +85,7 @@ class FrontPoint:
         return f"{self}\n{self.configuration.grid()}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(str(self))}</p><pre>{html.escape(self.configuration.grid())}</pre>"
+        return f"<p>{html.escape(str(self))}</p>{configuration_svg(self.configuration)}"
 
 
 class ParetoFront(Tabular, Sequence[FrontPoint]):

@@ -13,7 +13,7 @@ import torch
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS, MethodSpec
 from autopeft.export.export import export_adapter
-from autopeft.methods import METHODS, attach, count_parameters, register
+from autopeft.methods import METHODS, attach, count_parameters, is_found_elsewhere, register
 from autopeft.search_spaces import PerLayer
 from tests.exports import trained
 from tests.tiny_models import fingerprint, logits_of, tiny_backbone, tiny_batch
@@ -58,6 +58,23 @@ def test_the_page_s_method_is_like_any_other(installed: None, tmp_path: Path) ->
     export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch(), fresh=False)
     slots = PerLayer(methods=("lora", "propulsion")).slots(backbone)
     assert {method for slot in slots for method in slot.choices} == {"lora", "propulsion"}
+    assert is_found_elsewhere("propulsion")
+    assert is_found_elsewhere("ia3")
+
+
+def test_without_an_entry_point_its_export_is_checked_where_it_is_known(
+    installed: None, tmp_path: Path
+) -> None:
+    (tmp_path / "propulsion-1.0.dist-info" / "entry_points.txt").unlink()
+    import propulsion  # type: ignore[import-not-found] # noqa: F401
+
+    configuration = Configuration.from_dict({"sites": {"0.query": {"method": "propulsion"}}})
+    backbone = tiny_backbone("bert")
+    backbone.model.config.save_pretrained(tmp_path / "base")
+    backbone.origin = str(tmp_path / "base")
+    state = trained(backbone, configuration)
+    report = export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch())
+    assert "another process would find 'propulsion' by an entry point alone" in report.checked
 
 
 def test_a_name_is_taken_once(installed: None) -> None:

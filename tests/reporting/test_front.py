@@ -12,6 +12,7 @@ import pytest
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis, front_records
+from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.front import ParetoFront
 from tests.records import METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
 
@@ -175,7 +176,7 @@ def test_notebooks_show_a_point_with_its_configuration(front: ParetoFront) -> No
     point = front.best()
     html = point._repr_html_()
     assert html.startswith("<p>trial 2: accuracy 0.9000, trainable_parameters 400.0 k")
-    assert "<pre>" in html
+    assert configuration_svg(point.configuration) in html
     assert repr(point) == f"{point}\n{point.configuration.grid()}"
     assert str(front.trial(5)) == "trial 5 (failed: diverged: loss is nan)"
 

@@ -24,7 +24,7 @@ from autopeft.core.objectives import Objective
 from autopeft.tasks.base import TaskData
 from autopeft.tasks.batch import LABELS
 from autopeft.tasks.dataset_task import SPLITS
-from autopeft.tasks.label_column import check_classes, label_names, label_numbers
+from autopeft.tasks.label_column import check_classes, check_known, label_names, label_numbers, label_texts
 from autopeft.tasks.labelled_task import LabelledTask
 
 
@@ -95,7 +95,8 @@ class ClassificationTask(LabelledTask):
                 "count as rows without one)."
             )
         for name, source in self._sources.items():
-            label_numbers(source, name, self.label, self.labels)
+            texts = label_texts(source[self.label][:], source.features[self.label])
+            check_known(zip(self._kept[name], zip(texts), strict=True), name, self.labels)
         super().validate()
         for name in SPLITS[:2]:
             present = set(self.split(name).labels)

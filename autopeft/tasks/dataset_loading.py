@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pandas
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from autopeft.core.errors import unknown_choice
@@ -141,9 +143,19 @@ def _recordings(path: Path) -> dict[str, Dataset]:
 
 
 def _read_file(path: Path) -> Dataset:
-    readers = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return _read(path, lambda: readers[_FORMATS[path.suffix]](str(path), keep_in_memory=True, **options))
+    readers: Mapping[str, Callable[[str], Dataset]] = {
+        "csv": _from_csv,
+        "json": partial(Dataset.from_json, keep_in_memory=True),
+        "parquet": partial(Dataset.from_parquet, keep_in_memory=True),
+    }
+    return _read(path, lambda: readers[_FORMATS[path.suffix]](str(path)))
+
+
+def _from_csv(path: str) -> Dataset:
+    # datasets reads a file in parts, each with types of its own: what is True, False and Neither in one is
+    # Boolean, "true" and "false", in another.
+    table = pandas.read_csv(path, sep="\t" if path.endswith(".tsv") else ",", low_memory=False)
+    return Dataset.from_pandas(table, preserve_index=False)
 
 
 def _read(path: Path, reader: Callable[[], Any]) -> Any:

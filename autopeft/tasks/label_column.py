@@ -89,15 +89,15 @@ def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str])
     return {value: labels.index(label) for value, label in zip(values, texts, strict=True)}
 
 
-def check_known(names: Iterable[Sequence[str]], name: str, labels: Sequence[str]) -> None:
+def check_known(rows: Iterable[tuple[int, Sequence[str]]], name: str, labels: Sequence[str]) -> None:
     """Raise a ValueError where a row of a split has a label that is none of the known ones.
 
     Args:
-        names: The labels of each row of the split.
+        rows: The number of each row, and its labels.
         name: Name of the split.
         labels: The known ones.
     """
-    for row, found in enumerate(names):
+    for row, found in rows:
         unknown = next((label for label in found if label not in labels), None)
         if unknown is not None:
             close = nearest(unknown, labels)

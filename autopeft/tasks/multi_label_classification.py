@@ -106,7 +106,7 @@ class MultiLabelClassification(TextTask):
         if len(self.labels) < 2:
             raise ValueError(f"Expected at least two labels in {self.label!r}, got {self.labels}.")
         for name in self._sources:
-            check_known(self._names(self._loaded[name]), name, self.labels)
+            check_known(enumerate(self._names(self._loaded[name])), name, self.labels)
         super().validate()
         for name in SPLITS[:2]:
             if not any(map(any, self.split(name).labels)):

@@ -116,7 +116,7 @@ class TokenClassification(TextTask):
     def validate(self) -> None:
         """Raise ValueError for whatever is wrong with data or settings."""
         for name in self._sources:
-            check_known(self._names(self._loaded[name]), name, self.labels)
+            check_known(enumerate(self._names(self._loaded[name])), name, self.labels)
         super().validate()
         for name in SPLITS[:2]:
             if len({label for row in self.split(name).labels for label in row} - {IGNORED}) < 2:

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.mlflow.run_content import PARENT_TAG, SEARCH_TAG, TRIAL_TAG
 from tests.learnable import outcomes, save_learnable_csv, save_tiny_model
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -22,13 +23,14 @@ import sys
 from pathlib import Path
 from autopeft import Search, SuccessiveHalving, Training, WarmStart
 from autopeft.search_spaces import PerLayer
-from autopeft.tasks import TextClassification
+from autopeft.tasks import CausalLM, TextClassification
 
 place, folder, trials = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 halving = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2)
+is_language = "language" in sys.argv[4]
 search = Search(
-    place / "model",
-    TextClassification(dataset=place / "data.csv"),
+    place / ("language" if is_language else "model"),
+    (CausalLM if is_language else TextClassification)(dataset=place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     halving=halving if "rungs" in sys.argv[4] else None,
@@ -52,6 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     folder = tmp_path_factory.mktemp("kill")
     save_tiny_model(folder / "model")
+    tiny_language_model("llama").save_pretrained(folder / "language")
+    tiny_chat_tokenizer().save_pretrained(folder / "language")
     save_learnable_csv(folder / "data.csv", rows=120)
     return folder
 
@@ -65,7 +69,7 @@ def run(
         place: Has model and data.
         folder: Of the search.
         trials: Trials.
-        fidelity: "rungs" or "whole", each also "with warm starts".
+        fidelity: "rungs" or "whole", each also "with warm starts" or "of a language model".
         kill_at: Bytes of the study after which it is killed, and seconds from then on.
     """
     with (folder / "stderr.txt").open("w") as errors:
@@ -145,8 +149,9 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
 
 
 @pytest.mark.slow
-def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path) -> None:
-    check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity="rungs")
+@pytest.mark.parametrize("fidelity", ["rungs", "rungs of a language model"])
+def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path, fidelity: str) -> None:
+    check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity=fidelity)
 
 
 @pytest.mark.slow

@@ -21,7 +21,15 @@ from autopeft.search_spaces import Uniform
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 from tests.learnable import learner, tiny_search
 from tests.own_tasks import OwnTask
-from tests.tiny_models import fingerprint, tiny_classifier, tiny_model, tiny_tokenizer
+from tests.tasks.test_causal_lm import task_of
+from tests.tiny_models import (
+    fingerprint,
+    tiny_chat_tokenizer,
+    tiny_classifier,
+    tiny_language_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 GIVEN = r", given input_ids \(8, 8\), attention_mask \(8, 8\), labels \(8,\): "
 
@@ -210,3 +218,19 @@ class ChoosesTypes(Uniform):
 def test_a_parameter_that_no_study_can_keep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^Sampling ChoosesTypes by tpe: TypeError: .*not JSON"):
         search_for(OwnTask(), tmp_path, space=ChoosesTypes()).validate()
+
+
+def test_a_model_that_cannot_generate_is_refused_where_text_is_measured(tmp_path: Path) -> None:
+    model = tiny_language_model("llama")
+    assert model.generation_config is not None
+    model.generation_config.cache_implementation = "unheard of"
+    task = task_of(24, generate=["exact_match"])
+
+    def search_for_best(*metrics: str) -> Search:
+        tokenizer = tiny_chat_tokenizer()
+        objectives = (*metrics, "trainable_parameters")
+        return tiny_search(tmp_path, task=task, backbone=model, tokenizer=tokenizer, objectives=objectives)
+
+    search_for_best("loss").validate()  # nothing is generated
+    with pytest.raises(ValueError, match=r"Generating with .*unheard of"):
+        search_for_best("loss", "exact_match").validate()

@@ -26,7 +26,7 @@ from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.generation import bleu, chrf, exact_match, generate_texts, padded, rouge_l
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
-ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral")
+ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral", "qwen3_moe")
 
 
 def rows(count: int, *, seed: int = 0) -> Dataset:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -56,6 +57,13 @@ def written(folder: Path, suffix: str) -> Path:
     else:
         data.to_csv(str(path), sep="\t" if suffix == ".tsv" else ",")
     return path
+
+
+def test_a_csv_file_has_one_type_in_all_its_parts(tmp_path: Path) -> None:
+    labels = [*["True", "False"] * 10_000, *["Neither"] * 10]
+    texts = [f"text {number}" for number in range(len(labels))]
+    pandas.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / "claims.csv", index=False)
+    assert set(task(dataset=str(tmp_path / "claims.csv")).labels) == {"True", "False", "Neither"}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
@@ -252,9 +260,9 @@ def test_what_is_wrong_is_said(make: Callable[[], TextClassification], message: 
 
 
 def test_an_unknown_label_in_another_split_is_said() -> None:
-    strange = Dataset.from_dict({"text": ["a", "b"], "label": ["positve", "negative"]})
+    strange = Dataset.from_dict({"text": ["", "a", "b"], "label": [None, "positve", "negative"]})
     for name in ("validation", "test"):
-        with pytest.raises(ValueError, match=rf"label in the {name} split 'positve'.*'positive'"):
+        with pytest.raises(ValueError, match=rf"Row 1 of the {name} split .* 'positve'.*'positive'"):
             task(dataset=DatasetDict({"train": Dataset.from_dict(rows()), name: strange})).validate()
 
 
@@ -262,7 +270,7 @@ def test_an_unknown_label_in_another_split_is_said() -> None:
 def test_a_fraction_among_the_labels_of_another_split_is_said(name: str) -> None:
     train = Dataset.from_dict({"text": ["a", "b"] * 20, "label": [0, 1] * 20})
     strange = Dataset.from_dict({"text": ["a", "b"], "label": [0.5, 1.0]})
-    with pytest.raises(ValueError, match=rf"label in the {name} split '0\.5'"):
+    with pytest.raises(ValueError, match=rf"Row 0 of the {name} split has the label '0\.5'"):
         task(dataset=DatasetDict({"train": train, name: strange})).validate()
 
 

@@ -67,7 +67,7 @@ lint: setup ## Only the static checks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers $(WORKERS)
 
 docs: setup $(DOCS) ## The documentation as a site in site/; tutorials are run, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build

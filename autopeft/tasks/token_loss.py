@@ -46,8 +46,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         label = labels.clamp(min=0).unsqueeze(1)
         minus_one = torch.full_like(label, -1.0, dtype=torch.float32)
         found = torch.empty_like(logits)
-        for start in range(0, len(logits), _AT_ONCE):
-            place = slice(start, start + _AT_ONCE)
-            error = logits[place].float().softmax(dim=1).scatter_add(1, label[place], minus_one[place])
-            found[place] = error * weight[place]
+        starts = range(0, len(logits), _AT_ONCE)
+        parts = (tensor.split(_AT_ONCE) for tensor in (logits, label, minus_one, weight))
+        for start, part, of_part, less, weighed in zip(starts, *parts, strict=True):
+            error = part.float().softmax(dim=1).scatter_add(1, of_part, less)
+            found[start : start + _AT_ONCE] = error * weighed
         return found, None

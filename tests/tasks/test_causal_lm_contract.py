@@ -49,6 +49,11 @@ def evaluator_of(architecture: str, precision: str, folder: Path, training: Trai
     return Evaluator(backbone, task, training, objectives, rungs=(0.5,))
 
 
+def has_tied_embeddings(backbone: Backbone) -> bool:
+    inputs, outputs = backbone.model.get_input_embeddings(), backbone.model.get_output_embeddings()
+    return inputs.weight is outputs.weight
+
+
 def lora(backbone: Backbone, rank: int = 4) -> Configuration:
     sites = {site: Adapter("lora", rank) for site, shape in backbone.sites.items() if shape.kind == "linear"}
     return Configuration(sites, learning_rate=1e-2)
@@ -63,6 +68,8 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(
 ) -> None:
     evaluator = evaluator_of(architecture, precision, tmp_path)
     assert evaluator.backbone.head == ()
+    was_tied = has_tied_embeddings(evaluator.backbone)
+    assert was_tied == evaluator.backbone.model.config.tie_word_embeddings
     weights = {name: tensor.clone() for name, tensor in evaluator.backbone.model.state_dict().items()}
     configuration = lora(evaluator.backbone)
     untrained = evaluator.evaluate(Configuration()).values["loss"]
@@ -80,6 +87,7 @@ def test_the_loss_falls_and_a_seed_and_a_pause_give_the_same(
         assert torch.equal(tensor, resumed.state[name])
     after = evaluator.backbone.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+    assert has_tied_embeddings(evaluator.backbone) == was_tied
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

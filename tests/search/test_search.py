@@ -254,6 +254,13 @@ def test_a_name_belongs_to_its_settings(
     assert outcomes(tiny_search(folder).front().records) == outcomes(front.records)
 
 
+def test_a_search_goes_on_after_other_settings_were_refused(tmp_path: Path) -> None:
+    run(tiny_search(tmp_path), 1)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tiny_search(tmp_path, seed=1), 2)
+    assert len(run(tiny_search(tmp_path), 2).records) == 2
+
+
 def test_without_a_name_settings_make_one(tmp_path: Path) -> None:
     names = {
         tiny_search(tmp_path, name=None, seed=seed, training=Training(epochs=epochs, device="cpu")).name

@@ -127,9 +127,8 @@ def test_memory_is_counted_as_it_is(name: str, architecture: str) -> None:
         assert {key: (value.dtype, len(value)) for key, value in example.items()} == {
             key: (value.dtype, len(value)) for key, value in batch.items()
         }
-    if (
-        "attention_mask" in batch
-    ):  # where no row is padded, Llama does without a mask, which no count can know
+    # Where no row is padded, Llama does without a mask, which no count can know.
+    if "attention_mask" in batch:
         batch["attention_mask"][-1, -1] = 0
     with attach(evaluator.backbone, lora(evaluator.backbone)) as attachment:
         model = evaluator.backbone.model.train()

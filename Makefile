@@ -7,6 +7,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup
 DOCS := $(VENV)/.docs
+# What is imported is compiled then; compiling everything takes half of an installation.
+INSTALL := $(PYTHON) -m pip install --quiet --no-compile --constraint constraints.txt
 # The interpreter the environment is made from; the first of these that can make one is taken.
 BASE_PYTHON ?= python3.11 python3.12 python3.13 python3
 
@@ -40,12 +42,12 @@ $(STAMP): pyproject.toml constraints.txt
 	    break; \
 	done
 	@test -x $(PYTHON) || { echo "No Python >= 3.11 with venv found among: $(BASE_PYTHON). Set BASE_PYTHON." >&2; exit 1; }
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev,test]'
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[dev,test]'
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs,typecheck]'
+	$(INSTALL) --editable '.[docs,typecheck]'
 	@touch $@
 
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice

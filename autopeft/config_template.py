@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
@@ -16,40 +16,12 @@ from datasets import ClassLabel, Dataset, Value
 
 from autopeft.core.errors import unknown_choice
 from autopeft.models.backbone import Backbone
-from autopeft.tasks import (
-    AudioClassification,
-    CausalLM,
-    ImageClassification,
-    MultiLabelClassification,
-    Regression,
-    Seq2Seq,
-    SpeechRecognition,
-    TextClassification,
-    TokenClassification,
-)
+from autopeft.tasks import TASKS, CausalLM
 from autopeft.tasks.dataset_loading import TEXT, load_splits
-from autopeft.tasks.dataset_task import DatasetTask
+from autopeft.tasks.dataset_task import ColumnKind, DatasetTask
 from autopeft.tasks.language_rows import layout_of
 
-Kind = Literal["image", "recording", "list", "number", "class", "text", "other"]
-
-_NEEDS: Mapping[type[DatasetTask], Mapping[str, Kind]] = {
-    ImageClassification: {"image": "image", "label": "class"},
-    SpeechRecognition: {"audio": "recording", "target": "text"},
-    AudioClassification: {"audio": "recording", "label": "class"},
-    Seq2Seq: {"source": "text", "target": "text"},
-    TokenClassification: {"text": "list", "label": "list"},
-    MultiLabelClassification: {"text": "text", "label": "list"},
-    Regression: {"text": "text", "label": "number"},
-    TextClassification: {"text": "text", "label": "class"},
-    CausalLM: {},  # which recognises its columns itself
-}
-"""The columns that tasks name, by what they hold; the first task that finds all of its columns is taken."""
-_NAMED: Mapping[type[DatasetTask], frozenset[str]] = {
-    SpeechRecognition: frozenset({"text"}),
-    Seq2Seq: frozenset({"source", "target"}),
-}
-"""Tasks that are taken for columns of these names alone, unless they are asked for."""
+_TASKS = [task for task in TASKS if issubclass(task, DatasetTask)]
 _MOST_CLASSES = 0.2
 """Different values in a column of classes, as a share of its rows."""
 
@@ -123,21 +95,21 @@ def recognise(data: str, task: str | None = None) -> tuple[DatasetTask, dict[str
     Raises:
         ValueError: The data cannot be read, or no task was recognised by them.
     """
-    by_name = {made.__name__: made for made in _NEEDS}
+    by_name = {made.__name__: made for made in _TASKS}
     if task is not None and task not in by_name:
         raise unknown_choice("task", task, by_name)
     train = load_splits(data, None)["train"]
     kinds = {column: _kind(train, column) for column in train.column_names}
     for made in _likely(kinds) if task is None else (by_name[task],):
         columns = _columns(train, kinds, made)
-        if columns.keys() == _NEEDS[made].keys():
+        if columns.keys() == made.needs.keys():
             return made(data, **columns), columns, _listed(kinds)
     if task is None:
         raise ValueError(
             f"No task was recognised by the columns {_listed(kinds)}: call what is to be predicted 'label', "
             f"or name the task with --task ({', '.join(by_name)})."
         )
-    needed = " and ".join(f"{setting!r} ({kind})" for setting, kind in _NEEDS[by_name[task]].items())
+    needed = " and ".join(f"{setting!r} ({kind})" for setting, kind in by_name[task].needs.items())
     raise ValueError(
         f"{task} needs columns {needed}, and the data have {_listed(kinds)}: rename columns, or name another "
         "task."
@@ -148,11 +120,11 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _listed(kinds: Mapping[str, Kind]) -> str:
+def _listed(kinds: Mapping[str, ColumnKind]) -> str:
     return ", ".join(f"{column!r} ({kind})" for column, kind in kinds.items())
 
 
-def _kind(train: Dataset, column: str) -> Kind:
+def _kind(train: Dataset, column: str) -> ColumnKind:
     """Return what a column holds."""
     feature = train.features[column]
     is_text = getattr(feature, "dtype", None) in TEXT
@@ -172,20 +144,20 @@ def _kind(train: Dataset, column: str) -> Kind:
     return "text" if is_text else "other"
 
 
-def _likely(kinds: Mapping[str, Kind]) -> list[type[DatasetTask]]:
+def _likely(kinds: Mapping[str, ColumnKind]) -> list[type[DatasetTask]]:
     """Return the tasks that may be meant, the likeliest first."""
     try:
         layout = layout_of(tuple(kinds))
     except ValueError:
         layout = None
-    others = [made for made in _NEEDS if made is not CausalLM and _NAMED.get(made, set()) <= kinds.keys()]
+    others = [made for made in _TASKS if made is not CausalLM and made.recognised_by <= kinds.keys()]
     return others if layout is None else [*others, CausalLM] if layout == "text" else [CausalLM]
 
 
-def _columns(train: Dataset, kinds: Mapping[str, Kind], made: type[DatasetTask]) -> dict[str, Any]:
+def _columns(train: Dataset, kinds: Mapping[str, ColumnKind], made: type[DatasetTask]) -> dict[str, Any]:
     """Return the settings of a task that name columns, those alone that a column was found for."""
     found: dict[str, Any] = {}
-    for setting, needed in _NEEDS[made].items():
+    for setting, needed in made.needs.items():
         default = getattr(made, setting)
         fitting = [name for name, kind in kinds.items() if kind == needed and name not in found.values()]
         if default in kinds:

@@ -13,17 +13,17 @@ from autopeft.tasks.text_classification import TextClassification
 from autopeft.tasks.token_classification import TokenClassification
 
 TASKS: tuple[type[Task], ...] = (
-    TextClassification,
-    MultiLabelClassification,
-    TokenClassification,
-    Regression,
     ImageClassification,
-    AudioClassification,
-    CausalLM,
-    Seq2Seq,
     SpeechRecognition,
+    AudioClassification,
+    Seq2Seq,
+    TokenClassification,
+    MultiLabelClassification,
+    Regression,
+    TextClassification,
+    CausalLM,
 )
-"""The tasks there are, which YAML names by their class."""
+"""The tasks there are, which YAML names by their class. `autopeft init` takes the first that fits data."""
 
 __all__ = [
     "TASKS",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -15,6 +15,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.audio_task import AudioTask
 from autopeft.tasks.base import SplitName
 from autopeft.tasks.classification_task import ClassificationTask
+from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.recordings import AudioData, Recordings
 
 
@@ -30,6 +31,8 @@ class AudioClassification(ClassificationTask, AudioTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"audio": "recording", "label": "class"}
 
     @property
     def columns(self) -> tuple[str, ...]:

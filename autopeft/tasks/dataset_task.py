@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -19,6 +20,8 @@ from autopeft.tasks.splits import three_parts
 from autopeft.tasks.tokenization import fingerprint
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+ColumnKind = Literal["image", "recording", "list", "number", "class", "text", "other"]
+"""What a column holds, as `autopeft init` tells from its type and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,8 @@ class DatasetTask(Task):
     """A task whose examples are the rows of a data set.
 
     Attributes:
+        needs: What the columns hold that settings name, by setting; `autopeft init` looks for such columns.
+        recognised_by: Columns without which `autopeft init` does not take data for this task's.
         dataset: Hub name, a CSV, TSV, JSON, JSON-lines or Parquet file, a folder with one such file a
             split, a `datasets.Dataset` or a `DatasetDict`.
         subset: Configuration of a hub data set.
@@ -39,6 +44,9 @@ class DatasetTask(Task):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {}
+    recognised_by: ClassVar[frozenset[str]] = frozenset()
 
     dataset: Source = field(repr=False)
     _: KW_ONLY

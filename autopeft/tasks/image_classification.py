@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -24,7 +24,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, RowCollator, SplitName
 from autopeft.tasks.batch import LABELS, rows_key
 from autopeft.tasks.classification_task import ClassificationTask
-from autopeft.tasks.dataset_task import SPLITS
+from autopeft.tasks.dataset_task import SPLITS, ColumnKind
 from autopeft.tasks.file_split import FileSplit
 from autopeft.tasks.grouped_data import GroupedData
 from autopeft.tasks.length_bucketing import ShuffledBatches
@@ -164,6 +164,8 @@ class ImageClassification(ClassificationTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"image": "image", "label": "class"}
 
     _: KW_ONLY
     image: str = "image"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -23,7 +23,7 @@ from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, TaskData
 from autopeft.tasks.batch import LABELS
-from autopeft.tasks.dataset_task import SPLITS
+from autopeft.tasks.dataset_task import SPLITS, ColumnKind
 from autopeft.tasks.label_column import check_known, label_texts
 from autopeft.tasks.text_task import TextTask
 
@@ -49,6 +49,8 @@ class MultiLabelClassification(TextTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "list"}
 
     _: KW_ONLY
     label: str | Sequence[str] = "label"

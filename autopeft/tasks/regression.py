@@ -22,7 +22,7 @@ from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, TaskData
 from autopeft.tasks.batch import LABELS
-from autopeft.tasks.dataset_task import SPLITS
+from autopeft.tasks.dataset_task import SPLITS, ColumnKind
 from autopeft.tasks.text_task import TextTask
 
 
@@ -50,6 +50,8 @@ class Regression(TextTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "number"}
 
     no_label: ClassVar[tuple[object, ...]] = (None,)
 

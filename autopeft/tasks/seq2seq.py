@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -18,6 +19,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.dataset_loading import check_text
+from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
 from autopeft.tasks.length_bucketing import TokenisedSplit, longest_labels
 from autopeft.tasks.row_data import RowData
@@ -48,6 +50,9 @@ class Seq2Seq(EncoderDecoderTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"source": "text", "target": "text"}
+    recognised_by: ClassVar[frozenset[str]] = frozenset({"source", "target"})
 
     _: KW_ONLY
     source: str = "source"

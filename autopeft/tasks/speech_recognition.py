@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -19,6 +19,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.audio_task import AudioTask
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.tasks.batch import IGNORED
+from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
 from autopeft.tasks.generation import TextMetric
 from autopeft.tasks.recordings import AudioData, Recordings
@@ -41,6 +42,9 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"audio": "recording", "target": "text"}
+    recognised_by: ClassVar[frozenset[str]] = frozenset({"text"})
 
     _: KW_ONLY
     target: str = "text"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -11,6 +13,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch
 from autopeft.tasks.batch import LABELS
 from autopeft.tasks.classification_task import ClassificationTask
+from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.text_task import TextTask
 
 
@@ -25,6 +28,8 @@ class TextClassification(ClassificationTask, TextTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "class"}
 
     @property
     def head(self) -> HeadSpec:

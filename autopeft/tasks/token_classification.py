@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.dataset_loading import TEXT
-from autopeft.tasks.dataset_task import SPLITS
+from autopeft.tasks.dataset_task import SPLITS, ColumnKind
 from autopeft.tasks.label_column import check_known, label_texts
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.text_task import TextTask
@@ -51,6 +51,8 @@ class TokenClassification(TextTask):
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
     """
+
+    needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "list", "label": "list"}
 
     _: KW_ONLY
     text: str = "tokens"

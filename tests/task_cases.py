@@ -21,6 +21,7 @@ from autopeft.tasks import (
     AudioClassification,
     ImageClassification,
     MultiLabelClassification,
+    PreferenceOptimization,
     Regression,
     Seq2Seq,
     SpeechRecognition,
@@ -180,6 +181,20 @@ def answered_rows(count: int, seed: int) -> dict[str, list[Any]]:
     }
 
 
+def compared_rows(count: int, seed: int) -> dict[str, list[Any]]:
+    """Return prompts with two replies, of which the chosen one has words below w45."""
+    draw = random.Random(seed)
+
+    def text(lowest: int, highest: int) -> str:
+        return " ".join(f"w{draw.randint(lowest, highest)}" for _ in range(draw.randint(2, 6)))
+
+    return {
+        "prompt": [f"{text(0, 89)} " for _ in range(count)],
+        "chosen": [text(0, 44) for _ in range(count)],
+        "rejected": [text(45, 89) for _ in range(count)],
+    }
+
+
 def drawn_rows(count: int, seed: int) -> dict[str, list[Any]]:
     """Return images of 20 pixels a side in noise, more of it red, green or blue."""
     draw = np.random.default_rng(seed)
@@ -234,6 +249,11 @@ def _tokens(rows: Sequence[Row]) -> dict[str, float]:
     return {"loss": np.mean(losses), "perplexity": np.exp(np.mean(losses))}
 
 
+def _undecided(rows: Sequence[Row]) -> dict[str, float]:
+    """Return what a model scores that is the reference itself."""
+    return {"loss": np.log(2), "accuracy": 0.5}
+
+
 TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
     {
         "TextClassification": TaskCase(lambda: TextClassification(splits_of(learnable_rows)), _classes),
@@ -252,6 +272,9 @@ TASK_CASES: Mapping[str, TaskCase] = MappingProxyType(
         ),
         "SpeechRecognition": TaskCase(
             lambda: SpeechRecognition(heard(splits_of(dictated_rows))), _tokens, ("whisper",)
+        ),
+        "PreferenceOptimization": TaskCase(
+            lambda: PreferenceOptimization(splits_of(compared_rows), beta=1.0), _undecided, ("llama", "gpt2")
         ),
         "Seq2Seq": TaskCase(lambda: Seq2Seq(splits_of(answered_rows)), _tokens, ("t5", "bart")),
     }

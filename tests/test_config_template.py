@@ -16,6 +16,7 @@ from autopeft.config_template import recognise
 from tests.learnable import save_learnable_csv, save_tiny_model
 from tests.task_cases import (
     answered_rows,
+    compared_rows,
     dictated_rows,
     drawn_rows,
     scored_rows,
@@ -57,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("rows", "task", "columns"),
     [
         (drawn_rows, "ImageClassification", {"image": "image", "label": "label"}),
+        (compared_rows, "PreferenceOptimization", {}),
         (sung_rows, "AudioClassification", {"audio": "audio", "label": "label"}),
         (dictated_rows, "SpeechRecognition", {"audio": "audio", "target": "text"}),
         (answered_rows, "Seq2Seq", {"source": "source", "target": "target"}),

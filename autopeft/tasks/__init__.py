@@ -6,6 +6,7 @@ from autopeft.tasks.causal_lm import CausalLM
 from autopeft.tasks.image_classification import ImageClassification
 from autopeft.tasks.loader_data import LoaderData
 from autopeft.tasks.multi_label_classification import MultiLabelClassification
+from autopeft.tasks.preference_optimization import PreferenceOptimization
 from autopeft.tasks.regression import Regression
 from autopeft.tasks.seq2seq import Seq2Seq
 from autopeft.tasks.speech_recognition import SpeechRecognition
@@ -16,6 +17,7 @@ TASKS: tuple[type[Task], ...] = (
     ImageClassification,
     SpeechRecognition,
     AudioClassification,
+    PreferenceOptimization,
     Seq2Seq,
     TokenClassification,
     MultiLabelClassification,
@@ -33,6 +35,7 @@ __all__ = [
     "ImageClassification",
     "LoaderData",
     "MultiLabelClassification",
+    "PreferenceOptimization",
     "Regression",
     "Seq2Seq",
     "SpeechRecognition",

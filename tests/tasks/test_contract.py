@@ -123,13 +123,13 @@ def test_memory_is_counted_as_it_is(name: str, architecture: str) -> None:
     evaluator = evaluator_of(name, architecture)
     batch = evaluator.data.largest_batch()
     if "input_ids" in batch:  # how many pixels an image has, only its processor says
-        example = evaluator.task.example_batch(*batch["input_ids"].shape)
+        example = evaluator.task.example_batch(len(batch["input_ids"]), batch["input_ids"].shape[-1])
         assert {key: (value.dtype, len(value)) for key, value in example.items()} == {
             key: (value.dtype, len(value)) for key, value in batch.items()
         }
     # Where no row is padded, Llama does without a mask, which no count can know.
     if "attention_mask" in batch:
-        batch["attention_mask"][-1, -1] = 0
+        batch["attention_mask"][..., -1, -1] = 0
     with attach(evaluator.backbone, lora(evaluator.backbone)) as attachment:
         model = evaluator.backbone.model.train()
         real = measure_live_storage(model, batch, evaluator.task)

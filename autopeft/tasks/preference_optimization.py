@@ -1,0 +1,259 @@
+"""Preference optimisation: to prefer the chosen of two replies, by DPO."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, MetricCollection
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from autopeft.core.errors import check_numbers, check_whole, unknown_choice
+from autopeft.core.objectives import Objective
+from autopeft.methods import adapters_off
+from autopeft.models.head_spec import HeadSpec
+from autopeft.tasks.base import Batch, SplitName
+from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
+from autopeft.tasks.dataset_task import DatasetTask
+from autopeft.tasks.language_rows import RowReader, TokenRow
+from autopeft.tasks.loader_data import LoaderData
+from autopeft.tasks.splits import split_groups
+
+_logger = logging.getLogger(__name__)
+_REPLIES = ("chosen", "rejected")
+_Pair = tuple[TokenRow, TokenRow]
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceOptimization(DatasetTask):
+    """Teach a language model to prefer the chosen of two replies.
+
+    The loss is that of DPO (Rafailov et al., "Direct Preference Optimization", 2023). Its reference is the
+    same backbone with the adapters turned off, so that the weights are in memory once. Columns: `chosen` and
+    `rejected`, and `prompt` unless they begin with it; all are texts, or all are lists of messages, which the
+    tokenizer's chat template writes. Metrics: the share of pairs whose chosen reply gained more over the
+    reference than the rejected one (ties count half), and the loss.
+
+    The attributes of `DatasetTask` (rows with the same prompt stay in one split), and:
+
+    Attributes:
+        beta: How strongly the model is held to the reference.
+        max_length: Tokens of a prompt with a reply at most; longer ones are cut at their end.
+
+    Raises:
+        ValueError: A setting is out of its range; the data are checked by `validate`.
+    """
+
+    recognised_by: ClassVar[frozenset[str]] = frozenset(_REPLIES)
+
+    _: KW_ONLY
+    beta: float = 0.1
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(above=0, beta=self.beta)
+        check_whole("max_length", self.max_length, least=1)
+
+    @property
+    def metrics(self) -> tuple[Objective, ...]:
+        """The metrics, the default one first."""
+        loss = Objective(name="loss", direction="minimize", unit="nats", is_metric=True)
+        return Objective.score("accuracy"), loss
+
+    @property
+    def head(self) -> HeadSpec:
+        """The language model's own, which is not trained."""
+        return HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
+
+    def _usable(self, split: Dataset, name: str) -> Sequence[int]:
+        for column in _REPLIES:
+            if column not in split.column_names:
+                raise unknown_choice(f"column of the {name} split", column, split.column_names)
+        return super()._usable(split, name)
+
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        keys = [self._prompts[row] for row in rows]
+        return split_groups(keys, max(1, round(share * len(rows))), self.seed)
+
+    @cached_property
+    def _prompts(self) -> list[str]:
+        """What tells examples of the training split apart: rows of one prompt are one example."""
+        return [
+            json.dumps(row.get("prompt") or (row["chosen"][:-1] if self._is_chat else row["chosen"]))
+            for row in self._sources["train"]
+        ]
+
+    @cached_property
+    def _is_chat(self) -> bool:
+        return isinstance(self._sources["train"][0]["chosen"], list)
+
+    def data(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        cache: Path | None = None,
+    ) -> LoaderData:
+        """Return the tokenised splits; see `Task.data`. A batch has the shape (pairs, 2, tokens).
+
+        Raises:
+            ValueError: A row has no two replies of one kind, the tokenizer lacks what they need, or no reply
+                is left of a split after rows were cut.
+        """
+        reader = RowReader(tokenizer, "messages" if self._is_chat else "prompt/completion")
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        collate = partial(_padded, padding=padding or 0)
+
+        @lru_cache
+        def loader(name: SplitName) -> DataLoader[Any]:
+            pairs: Any = self._pairs(reader, name)
+            return DataLoader(pairs, batch_size, collate_fn=collate)
+
+        loader("validation")  # what is wrong with its rows is said now
+        return LoaderData(loader, seed=seed)
+
+    def _pairs(self, reader: RowReader, name: SplitName) -> list[_Pair]:
+        source, numbers = self._drawn(name)
+        rows = zip(numbers, self._sources[source].select(numbers), strict=True)
+        read = [self._read(reader, row, f"Row {number} of the {source} split") for number, row in rows]
+        pairs = [(chosen.cut(self.max_length), rejected.cut(self.max_length)) for chosen, rejected in read]
+        kept = [
+            pair for pair in pairs if all(any(label != IGNORED for label in row.labels[1:]) for row in pair)
+        ]
+        if not kept:
+            longest = max(len(row.tokens) for pair in read for row in pair)
+            raise ValueError(
+                f"No pair of the {name} split has its replies within max_length={self.max_length} tokens "
+                f"(the longest with its prompt has {longest}): raise max_length, or shorten the prompts."
+            )
+        if shortened := sum(pair != whole for pair, whole in zip(pairs, read, strict=True)):
+            _logger.warning(
+                "%s of the %s pairs of the %s split are cut at %s tokens; %s of them lose a reply, and are "
+                "left out.",
+                f"{shortened:,}",
+                f"{len(read):,}",
+                name,
+                self.max_length,
+                f"{len(read) - len(kept):,}",
+            )
+        return kept
+
+    def _read(self, reader: RowReader, row: Mapping[str, Any], place: str) -> _Pair:
+        """Return the prompt with either reply."""
+        kind, what = (list, "lists of messages") if self._is_chat else (str, "texts")
+        for column in ("prompt", *_REPLIES):
+            value = row.get(column)
+            if not isinstance(value, kind) and (value or column != "prompt"):
+                raise ValueError(
+                    f"{place} has {str(value)[:80]!r} in {column!r}, expected {what} in all columns."
+                )
+        if row["chosen"] == row["rejected"]:
+            raise ValueError(f"{place} has two equal replies, {str(row['chosen'])[:80]!r}: none is better.")
+        if self._is_chat:
+            chats = ({"messages": [*(row.get("prompt") or ()), *row[column]]} for column in _REPLIES)
+            chosen, rejected = (reader.read(chat, place) for chat in chats)
+        else:
+            texts = ({"prompt": row.get("prompt"), "completion": row[column]} for column in _REPLIES)
+            chosen, rejected = (reader.read(text, place) for text in texts)
+        return chosen, rejected
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of full pairs; see `Task.example_batch`."""
+        ids = torch.ones(rows, 2, length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids.clone(), LABELS: ids.clone()}
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        """Return a model's output for a batch, with logits of shape (pairs, 2, tokens, vocabulary).
+
+        Its `reference` has the logarithms of the replies' likelihoods without adapters, of shape (pairs, 2).
+        """
+        inputs = {name: values.flatten(0, 1) for name, values in model_inputs(batch).items()}
+        output = model(**inputs, use_cache=False)
+        output.logits = output.logits.unflatten(0, (-1, len(_REPLIES)))
+        with torch.no_grad(), adapters_off(model):
+            reference = model(**inputs, use_cache=False).logits.unflatten(0, (-1, len(_REPLIES)))
+        output.reference = _log_likelihoods(reference, batch[LABELS])
+        return output
+
+    def mask(self, batch: Mapping[str, Tensor], *, is_decoder: bool = False) -> Tensor | None:
+        """Return which positions count, of shape (replies, tokens)."""
+        return batch["attention_mask"].flatten(0, 1)
+
+    def margins(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return beta times what the chosen reply gained over the rejected one, of shape (pairs,).
+
+        A reply gains the logarithm of how much likelier it is than with the reference.
+        """
+        gains = _log_likelihoods(output.logits, batch[LABELS]) - output.reference
+        margins: Tensor = self.beta * (gains[:, 0] - gains[:, 1])
+        return margins
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss of the pairs, a scalar."""
+        return -functional.logsigmoid(self.margins(output, batch)).mean()
+
+    def metric_collection(self) -> MetricCollection:
+        """Return accuracy and loss."""
+        return MetricCollection({name: MeanMetric() for name in ("accuracy", "loss")}, compute_groups=False)
+
+    def update_metrics(
+        self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
+    ) -> None:
+        """Add a batch to the metrics."""
+        margins = self.margins(output, batch)
+        metrics["accuracy"].update((margins.sign() + 1) / 2)
+        metrics["loss"].update(-functional.logsigmoid(margins))
+
+    def trivial_score(self, metric: str, data: Any) -> float:
+        """Return what the reference scores."""
+        return 0.5 if self.metric(metric).name == "accuracy" else math.log(2)
+
+    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
+        source, rows = self._drawn(name)
+        split = self._sources[source].select(rows)
+        return [split[column][:] for column in split.column_names]
+
+    def _settings(self) -> dict[str, str]:
+        return {"beta": str(self.beta), "max_length": str(self.max_length)}
+
+
+def _padded(pairs: Sequence[_Pair], padding: int) -> Batch:
+    """Return pairs as a batch, with padding behind each reply."""
+    length = max(len(row.tokens) for pair in pairs for row in pair)
+    empty = {"input_ids": padding, "attention_mask": 0, LABELS: IGNORED}
+    batch = {name: torch.full((len(pairs), len(_REPLIES), length), value) for name, value in empty.items()}
+    for index, pair in enumerate(pairs):
+        for place, row in enumerate(pair):
+            batch["input_ids"][index, place, : len(row.tokens)] = torch.tensor(row.tokens)
+            batch["attention_mask"][index, place, : len(row.tokens)] = 1
+            batch[LABELS][index, place, : len(row.tokens)] = torch.tensor(row.labels)
+    return batch
+
+
+def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the logarithm of each reply's likelihood, of shape (pairs, 2).
+
+    Args:
+        logits: Of shape (pairs, 2, tokens, vocabulary).
+        labels: Of shape (pairs, 2, tokens).
+    """
+    losses = functional.cross_entropy(
+        logits[..., :-1, :].flatten(0, 2).float(),
+        labels[..., 1:].flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    return -losses.view(*labels.shape[:2], -1).sum(-1)

@@ -1,0 +1,121 @@
+"""Preference optimisation: the loss of DPO, its columns, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from autopeft import Adapter, Configuration
+from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import PreferenceOptimization
+from autopeft.tasks.batch import LABELS
+from tests.task_cases import compared_rows, splits_of
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
+
+CHAT = [{"role": "user", "content": "w1 w2"}]
+
+
+def task_of(rows: dict[str, list[Any]], **settings: Any) -> PreferenceOptimization:
+    splits = {name: Dataset.from_dict(rows) for name in ("train", "validation", "test")}
+    return PreferenceOptimization(DatasetDict(splits), **settings)
+
+
+def reply(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def first_batch(task: PreferenceOptimization, size: int = 4) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = next(
+        iter(task.data(tiny_chat_tokenizer(), batch_size=size, seed=0).val_dataloader())
+    )
+    return batch
+
+
+def test_the_loss_is_that_of_the_formula() -> None:
+    task = PreferenceOptimization(splits_of(compared_rows), beta=0.3)
+    backbone = Backbone.load(tiny_language_model("llama"), task.head, tiny_chat_tokenizer())
+    batch = first_batch(task)
+    site = next(site for site, shape in backbone.sites.items() if shape.kind == "linear")
+
+    def likelihood(pair: int, which: int) -> torch.Tensor:
+        """Of a reply, token by token, without padding."""
+        length = int(batch["attention_mask"][pair, which].sum())
+        tokens, labels = (batch[name][pair, which, :length] for name in ("input_ids", LABELS))
+        logits = backbone.model(tokens[None]).logits[0].double().log_softmax(-1)
+        learnt = (place for place in range(1, length) if labels[place] != -100)
+        return torch.stack([logits[place - 1, tokens[place]] for place in learnt]).sum()
+
+    def likelihoods() -> torch.Tensor:
+        return torch.stack([torch.stack([likelihood(pair, which) for which in (0, 1)]) for pair in range(4)])
+
+    with torch.no_grad():
+        reference = likelihoods()
+        with attach(backbone, Configuration({site: Adapter("lora", 2)}, learning_rate=1e-3)) as attachment:
+            for parameter in attachment.parameters.values():
+                torch.nn.init.normal_(parameter, std=0.5)
+            gains = likelihoods() - reference
+            output = task.forward(backbone.model, batch)
+            metrics = task.metric_collection()
+            task.update_metrics(metrics, output, batch, task.loss(output, batch))
+    margins = 0.3 * (gains[:, 0] - gains[:, 1])
+    assert margins.abs().min() > 1e-3
+    expected = torch.log1p(torch.exp(-margins)).mean()
+    assert float(task.loss(output, batch)) == pytest.approx(float(expected), rel=1e-4)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert found["accuracy"] == float((margins > 0).double().mean())
+
+
+def test_replies_alone_are_learnt_however_the_prompt_is_given() -> None:
+    chats = {"prompt": [CHAT], "chosen": [reply("w5 w6")], "rejected": [reply("w7")]}
+    whole = {"chosen": [CHAT + reply("w5 w6")], "rejected": [CHAT + reply("w7")]}
+    batches = [first_batch(task_of(rows)) for rows in (chats, whole)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    learnt = batches[0][LABELS][0]
+    tokenizer = tiny_chat_tokenizer()
+    texts = [tokenizer.decode(row[row != -100]) for row in learnt]
+    assert texts == ["w5 w6 <end>", "w7 <end>"]
+
+
+def test_prompts_stay_in_one_split() -> None:
+    rows = compared_rows(12, 0)
+    rows["prompt"] = [f"w{row // 3} " for row in range(12)]
+    task = PreferenceOptimization(Dataset.from_dict(rows), test_share=0.25, validation_share=0.25)
+    prompts = [set(task._columns(name)[0]) for name in ("train", "validation", "test")]
+    assert [len(each) for each in prompts] == [2, 1, 1]
+    assert len(set.union(*prompts)) == 4
+
+
+def test_pairs_that_lose_a_reply_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"prompt": ["w1 ", "w1 w2 w3 w4 "], "chosen": ["w5", "w5"], "rejected": ["w6", "w6"]}
+    batch = first_batch(task_of(rows, max_length=3))
+    assert len(batch["input_ids"]) == 1
+    assert "1 of the 2 pairs of the validation split are cut at 3 tokens; 1 of them lose" in caplog.text
+    with pytest.raises(ValueError, match=r"No pair of the validation split .*max_length=1.*has 6"):
+        first_batch(task_of(rows, max_length=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"chosen": ["w1"]}, "column of the train split 'rejected'"),
+        ({"chosen": ["w1"], "rejected": ["w1"]}, "Row 0 of the validation split has two equal replies"),
+        ({"chosen": ["w1"], "rejected": [None]}, "Row 0 of the validation split has 'None' in 'rejected'"),
+        ({"chosen": [reply("w1")], "rejected": ["w2"]}, "expected lists of messages in all columns"),
+        ({"prompt": [CHAT], "chosen": ["w1"], "rejected": ["w2"]}, "in 'prompt', expected texts in all"),
+        ({"chosen": [CHAT], "rejected": [reply("w2")]}, "no message of the role 'assistant'"),
+    ],
+)
+def test_bad_rows_are_named(rows: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task_of(rows).data(tiny_chat_tokenizer(), batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize("setting", [{"beta": 0.0}, {"max_length": 0}])
+def test_bad_settings_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        task_of(compared_rows(4, 0), **setting)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from autopeft.evaluation.evaluator import Evaluator
     from autopeft.evaluation.packing.executor import PackedExecutor
     from autopeft.evaluation.ray_executor import RayExecutor
-    from autopeft.evaluation.supernet.supernet import LoraSupernet
-    from autopeft.evaluation.supernet.warm_start import WarmStart
     from autopeft.export.export import load_adapter
     from autopeft.methods import adapters_off, attach, count_parameters
     from autopeft.models.backbone import Backbone
@@ -35,7 +33,6 @@ _HOMES = {
     "Evaluator": "evaluation.evaluator",
     "ExportReport": "core.export_report",
     "FrontPoint": "reporting.front",
-    "LoraSupernet": "evaluation.supernet.supernet",
     "PackedExecutor": "evaluation.packing.executor",
     "RayExecutor": "evaluation.ray_executor",
     "ParetoFront": "reporting.front",
@@ -44,7 +41,6 @@ _HOMES = {
     "SuccessiveHalving": "optimization.successive_halving",
     "Training": "training.settings",
     "TrialRecord": "core.evaluation",
-    "WarmStart": "evaluation.supernet.warm_start",
     "adapters_off": "methods",
     "attach": "methods",
     "count_parameters": "methods",
@@ -60,7 +56,6 @@ __all__ = [
     "Evaluator",
     "ExportReport",
     "FrontPoint",
-    "LoraSupernet",
     "PackedExecutor",
     "ParetoFront",
     "RayExecutor",
@@ -69,7 +64,6 @@ __all__ = [
     "SuccessiveHalving",
     "Training",
     "TrialRecord",
-    "WarmStart",
     "adapters_off",
     "attach",
     "count_parameters",

@@ -18,7 +18,7 @@ from autopeft.core.profiling import section, whole_section
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.rehearsal import naming, rehearse
 from autopeft.evaluation.site_scoring import score_sites
-from autopeft.evaluation.supernet.warm_start import WarmStart, WarmStarts
+from autopeft.evaluation.warm_start import WarmStarts
 from autopeft.export.export import export_adapter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
@@ -91,16 +91,14 @@ class OpenSearch:
             halving, evaluator.plan.rungs, evaluator.objectives, self.axes, evaluator.monitor, references
         )
 
-    def warm_starts(
-        self, settings: WarmStart | None, folder: Path, *, trains: bool = True
-    ) -> WarmStarts | None:
-        """Return the supernets that trials are initialised from, in a search's folder; None without.
+    def warm_starts(self, is_on: bool, folder: Path, *, trains: bool = True) -> WarmStarts | None:
+        """Return what trials inherit from in a search's folder; None where they do not.
 
-        With `trains`, those that are not there are trained.
+        With `trains`, what is not there is trained.
         """
-        if settings is None:
+        if not is_on:
             return None
-        return WarmStarts(settings, self.evaluator, self.space, folder / "supernets", trains=trains)
+        return WarmStarts(self.evaluator, self.space, folder / "warm_starts", trains=trains)
 
 
 def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:

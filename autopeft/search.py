@@ -16,7 +16,7 @@ from autopeft.core.export_report import ExportReport
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
-from autopeft.evaluation.supernet.warm_start import initial_weights
+from autopeft.evaluation.warm_start import initial_weights
 from autopeft.export.conversion import ENERGY
 from autopeft.export.export import export_adapter
 from autopeft.export.targets import COMPARISON, resolved_target
@@ -57,7 +57,8 @@ class Search(SearchSettings):
         training: What every candidate has in common.
         halving: How candidates are trained in part and the promising ones on; None to train each to
             the end.
-        warm_start: Initialise LoRA trials from a supernet; None to initialise all from random weights.
+        warm_start: Initialise trials that have LoRA alone from the space's largest LoRA, which is trained
+            first and cut to their ranks, instead of from random weights.
         sampler: "ehvi" (see `EhviSampler`), "tpe", "nsga2", "nsga3", "random", "gp", "botorch" or an Optuna
             sampler.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
@@ -303,7 +304,7 @@ class Search(SearchSettings):
 
         Raises:
             ValueError: There is no such completed trial, the folder cannot be written, the target cannot take
-                the trial, or the supernet it was initialised from is gone.
+                the trial, or what it was initialised from is gone.
             RuntimeError: Re-training failed, or the written adapter does not reproduce the logits.
         """
         front, checkpoints = self.front(), AdapterCheckpoints(self.folder / "adapters")

@@ -16,7 +16,6 @@ import yaml
 from autopeft.core.atomic_files import replacing
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.evaluation.ray_executor import RayExecutor
-from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.search_identity import import_path
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace, Uniform
@@ -35,7 +34,6 @@ BASES: Mapping[str, type[Any]] = {"task": Task, "space": SearchSpace, "executor"
 SECTIONS: Mapping[str, type[Any]] = {
     "training": Training,
     "halving": SuccessiveHalving,
-    "warm_start": WarmStart,
 }
 """Sections of one class each."""
 ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores", "callbacks"})

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
-from autopeft.evaluation.supernet.warm_start import WarmStart
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadPart, Processor
 from autopeft.models.loading import Dtype, LoadOptions, Quantization
@@ -68,7 +67,7 @@ class SearchSettings:
         constraints: Mapping[str, float | str] | None = None,
         training: Training | None = None,
         halving: SuccessiveHalving | None = _HALVING,
-        warm_start: WarmStart | None = None,
+        warm_start: bool = False,
         sampler: str | BaseSampler = "ehvi",
         seed: int = 0,
         seeds: int = 3,
@@ -173,7 +172,6 @@ class SearchSettings:
             "training": self.training.identity(),
             **({} if self.loading == LoadOptions() else {"loading": _fields(self.loading)}),
             "halving": {"class": "none"} if self.halving is None else _fields(self.halving),
-            **({} if self.warm_start is None else {"warm_start": _fields(self.warm_start)}),
             "search": {
                 "objectives": ", ".join(objective.name for objective in self.objectives),
                 "constraints": ", ".join(bounds),
@@ -184,6 +182,7 @@ class SearchSettings:
                 **({"executor": str(self.executor)} if alters_trials(self.executor) else {}),
                 "baselines": str(self.baselines),
                 **({"prior": ", ".join(map(_with_parent, self.prior))} if self.prior else {}),
+                **({"warm_start": "True"} if self.warm_start else {}),
                 **({} if self.head == "whole" else {"head": self.head}),
             },
         }
@@ -205,7 +204,7 @@ class SearchSettings:
                 + (f" in {training.accumulate} parts, " if training.accumulate > 1 else ", ")
                 + f"{training.resolved_device()}, {training.resolved_precision()}"
                 + ("" if self.halving is None else f"; {self.halving.describe()}")
-                + ("" if self.warm_start is None else f"; {self.warm_start.describe()}"),
+                + ("; LoRA trials are initialised from the largest LoRA" if self.warm_start else ""),
                 f"sampler {describe_sampler(self.sampler)}, seed {self.seed}"
                 + ("" if self.seeds == 1 else f"; the front is trained with {self.seeds} seeds")
                 + ("; smaller points are cut from whole trainings" if self.derive else "")

@@ -16,7 +16,7 @@ from autopeft.core.seeding import training_seed
 from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.resampled_test import DRAWS, resampled_test
-from autopeft.evaluation.supernet.warm_start import WarmStarts, initial_weights
+from autopeft.evaluation.warm_start import WarmStarts, initial_weights
 from autopeft.models.backbone import Backbone
 from autopeft.reporting.front import FrontPoint, ParetoFront
 from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes
@@ -39,8 +39,8 @@ def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, An
         "seeds": 1,
         "prior": (),
         "executor": "local" if alters_trials(settings.executor) else settings.executor,
-        **dict.fromkeys(("halving", "warm_start", "tracking"), None),
-        **dict.fromkeys(("derive", "score_check"), False),
+        **dict.fromkeys(("halving", "tracking"), None),
+        **dict.fromkeys(("derive", "score_check", "warm_start"), False),
     }
 
 

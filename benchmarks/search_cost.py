@@ -5,11 +5,11 @@
 A front's value is what its members give when they are trained again from the start, with seeds that no
 search has used (two unless told otherwise), and scored on the test split: never a search's own, optimistic
 values. All are trained again alike, in bfloat16 where the processor multiplies it, from random weights; with
-`--as-trained` those that a search initialised from a supernet are initialised again from one that is trained
-with each fresh seed. A method's front at some moment has the candidates that were done by then and that no
-other beats on the validation split. The axes are the metric, from always predicting the majority to 1, and
-trainable parameters on a log scale over the per-layer space. Each run is a process of its own with one
-thread, whose whole processor time counts, imports included; training the front again does not. Runs and
+`--as-trained` those that a search initialised from the largest LoRA are initialised again from one that is
+trained with each fresh seed. A method's front at some moment has the candidates that were done by then and
+that no other beats on the validation split. The axes are the metric, from always predicting the majority to
+1, and trainable parameters on a log scale over the per-layer space. Each run is a process of its own with
+one thread, whose whole processor time counts, imports included; training the front again does not. Runs and
 trainings that are done are kept in a folder and not done again: after a change of a method, give another
 folder.
 """
@@ -39,7 +39,7 @@ from rich.table import Table
 
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
-from autopeft.evaluation.supernet.supernet import LoraSupernet
+from autopeft.evaluation.largest_lora import LargestLora
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.ours import GUIDED
@@ -92,19 +92,19 @@ def train_again(
 
     Args:
         dataset: Name of the data set.
-        candidates: Configurations, and whether each is initialised from a supernet.
+        candidates: Configurations, and whether each is initialised from the largest LoRA.
         seed: The fresh seed.
-        folder: Where the supernet is kept.
+        folder: Where the largest LoRA is kept.
     """
     evaluator = fresh_evaluator(dataset, seed)
-    supernet = LoraSupernet.load(supernet_path(folder, dataset, seed))
+    largest = LargestLora.load(path_of_largest(folder, dataset, seed))
     scores = []
     for data, is_warm in candidates:
         configuration = Configuration.from_dict(data)
         weights = None
         if is_warm:
-            assert supernet is not None  # trained before
-            weights = supernet.state(configuration)
+            assert largest is not None  # trained before
+            weights = largest.state(configuration)
         trained = evaluator.train(configuration, initial_weights=weights)
         state = trained.state
         scores.append(
@@ -120,16 +120,20 @@ def fresh_evaluator(dataset: str, seed: int) -> Evaluator:
     return setting.evaluator(setting.load(), precision="auto")
 
 
-def supernet_path(folder: Path, dataset: str, seed: int) -> Path:
-    """Return where the supernet of a fresh seed is kept."""
-    return folder / f"supernet-{dataset}-{seed}.safetensors"
+def path_of_largest(folder: Path, dataset: str, seed: int) -> Path:
+    """Return where the largest LoRA of a fresh seed is kept."""
+    return folder / f"largest-{dataset}-{seed}.safetensors"
 
 
-def train_supernet(dataset: str, seed: int, folder: Path) -> None:
-    """Train the supernet of a fresh seed, and keep it."""
+def train_largest(dataset: str, seed: int, folder: Path) -> None:
+    """Train the largest LoRA with a fresh seed, and keep it."""
     evaluator = fresh_evaluator(dataset, seed)
-    _, largest = GUIDED.extremes(evaluator.backbone)
-    LoraSupernet.train(evaluator, largest).save(supernet_path(folder, dataset, seed))
+    _, configuration = GUIDED.extremes(evaluator.backbone)
+    trained = evaluator.train(configuration)
+    if trained.state is None:
+        raise RuntimeError(f"The largest LoRA failed: {trained.evaluation.reason}")
+    largest = LargestLora(configuration=configuration, tensors=trained.state, cost=trained.evaluation.cost)
+    largest.save(path_of_largest(folder, dataset, seed))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -189,7 +193,7 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
     """Train again everyone on some front who was not yet, a few in one process."""
     archive, dataset, needed = comparison.archive, comparison.dataset, comparison.needed()
     if any(comparison.is_warm(entry) for entry in needed.values()):
-        _train_missing_supernets(comparison, pool)
+        _train_missing_largest(comparison, pool)
     futures: dict[Future[list[float]], tuple[int, list[tuple[str, Entry]]]] = {}
     for seed in comparison.fresh_seeds:
         missing = [
@@ -206,13 +210,13 @@ def _train_missing(comparison: Comparison, pool: ProcessPoolExecutor, size: int)
         print(f"{dataset}: fronts trained again, {count} of {len(futures)}", flush=True)
 
 
-def _train_missing_supernets(comparison: Comparison, pool: ProcessPoolExecutor) -> None:
-    """Train the supernets of the fresh seeds that are not kept yet."""
+def _train_missing_largest(comparison: Comparison, pool: ProcessPoolExecutor) -> None:
+    """Train the largest LoRA with the fresh seeds of which it is not kept yet."""
     folder, dataset = comparison.archive.folder, comparison.dataset
     futures = [
-        pool.submit(train_supernet, dataset, seed, folder)
+        pool.submit(train_largest, dataset, seed, folder)
         for seed in comparison.fresh_seeds
-        if not supernet_path(folder, dataset, seed).exists()
+        if not path_of_largest(folder, dataset, seed).exists()
     ]
     for future in futures:
         future.result()

@@ -1,14 +1,14 @@
-"""What trainings gain that are initialised from a LoRA supernet, or inherit, instead of random weights.
+"""What trainings gain that inherit from the largest LoRA instead of starting from random weights.
 
     python -m benchmarks.warm_start [--dataset questions] [--configurations 16] [--seeds 3] [--runs FILE]
 
 LoRA configurations that earlier searches trained from random weights, three in four from their fronts, each
 with its learning rate there (chosen for random weights, that is), are trained with several seeds: from random
-weights, from a supernet that was trained with the same seed, from the largest LoRA that was trained as usual
-with the same seed and is cut at every site to its largest singular values, and from random weights for twice
-the steps. The first table has the mean of the best metric on the validation split up to each third of a
-training, and that of the best weights on the test split. The second has the rank correlation of the metric at
-each third with the metric of whole trainings from random weights with the other seeds; means over seeds.
+weights, from the largest LoRA that was trained with the same seed and is cut at every site to its largest
+singular values, and from random weights for twice the steps. The first table has the mean of the best metric
+on the validation split up to each third of a training, and that of the best weights on the test split. The
+second has the rank correlation of the metric at each third with the metric of whole trainings from random
+weights with the other seeds; means over seeds.
 Compute is in CPU-seconds of this process, one thread, without what is inherited from, which is printed apart;
 the first training at a depth also fills the cache of hidden states, hence medians.
 """
@@ -36,7 +36,6 @@ from autopeft.core.configuration import Configuration
 from autopeft.evaluation.derived import cut_state
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights
-from autopeft.evaluation.supernet.supernet import LoraSupernet
 from benchmarks.datasets import DATASETS
 from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import members_at, read_runs
@@ -45,7 +44,7 @@ from benchmarks.rivals.setting import TRAINING, Setting
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "search_cost_runs.jsonl.gz"
-RANDOM, WARM, INHERITED = "random weights", "supernet", "largest LoRA, cut"
+RANDOM, INHERITED = "random weights", "largest LoRA, cut"
 LONGER = "random weights, twice the steps"
 _THIRDS = (1 / 3, 2 / 3)
 _FRONT_SHARE = 0.75
@@ -105,13 +104,11 @@ class Measured:
     Attributes:
         points: The configurations.
         outcomes: Of every training.
-        supernet_seconds: Compute of each supernet's training.
-        largest_seconds: Compute of each usual training of the largest LoRA.
+        largest_seconds: Compute of each training of the largest LoRA.
     """
 
     points: list[Configuration]
     outcomes: list[Outcome] = field(default_factory=list)
-    supernet_seconds: list[float] = field(default_factory=list)
     largest_seconds: list[float] = field(default_factory=list)
 
 
@@ -142,7 +139,7 @@ def correlations(measured: Measured) -> dict[str, float]:
     for seed in at_end:
         others = [values for other, values in at_end.items() if other != seed]
         target = [statistics.fmean(values[place] for values in others) for place in sorted(at_end[seed])]
-        for arm in (RANDOM, WARM, INHERITED):
+        for arm in (RANDOM, INHERITED):
             own = [outcome for outcome in outcomes if (outcome.trial.arm, outcome.trial.seed) == (arm, seed)]
             own.sort(key=lambda outcome: outcome.trial.place)
             for third in range(len(own[0].thirds)):
@@ -156,7 +153,7 @@ def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
     table = Table(title=f"{dataset}: mean metric of trainings initialised from")
     for heading in ("", "after 1/3", "2/3", "whole", "test split", "CPU-seconds (median)"):
         table.add_column(heading, justify="right" if heading else "left")
-    for arm in (RANDOM, WARM, INHERITED, LONGER):
+    for arm in (RANDOM, INHERITED, LONGER):
         own = [training for training in measured.outcomes if training.trial.arm == arm]
         by_third = zip(*(training.thirds for training in own), strict=True)
         thirds = [statistics.fmean(values) for values in by_third]
@@ -164,8 +161,7 @@ def show(dataset: str, measured: Measured, ranked: Mapping[str, float]) -> None:
         seconds = statistics.median(training.cpu_seconds for training in own)
         table.add_row(arm, *(f"{value:.3f}" for value in (*thirds, test)), f"{seconds:.1f}")
     Console(width=110).print(table)
-    print(f"A supernet took {statistics.fmean(measured.supernet_seconds):.1f} CPU-seconds,")
-    print(f"the largest LoRA {statistics.fmean(measured.largest_seconds):.1f}.")
+    print(f"The largest LoRA took {statistics.fmean(measured.largest_seconds):.1f} CPU-seconds.")
     table = Table(title=f"{dataset}: rank correlation with whole trainings from random weights, other seeds")
     table.add_column("")
     table.add_column("Spearman", justify="right")
@@ -193,8 +189,6 @@ def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
         _, largest = GUIDED.extremes(usual.backbone)
         found = Measured(points=chosen(setting.dataset, usual, runs, count))
         for seed in range(seeds):
-            supernet = LoraSupernet.train(usual, largest, seed=seed)
-            found.supernet_seconds.append(supernet.cost.cpu_seconds)
             whole = usual.train(largest, seed)
             if whole.state is None:
                 raise RuntimeError(f"The largest LoRA failed: {whole.evaluation.reason}")
@@ -203,7 +197,6 @@ def measure(setting: Setting, runs: Path, count: int, seeds: int) -> Measured:
                 cut = cut_state(largest, whole.state, point)
                 own = [
                     outcome(usual, point, None, Trial(RANDOM, place, seed)),
-                    outcome(usual, point, supernet.state(point), Trial(WARM, place, seed)),
                     outcome(usual, point, cut, Trial(INHERITED, place, seed)),
                     outcome(longer, point, None, Trial(LONGER, place, seed)),
                 ]
@@ -233,7 +226,6 @@ def main() -> None:
         + ("" if given.runs == RUNS else f" --runs {given.runs.name}"),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
         "metric": setting.metric,
-        "supernet_cpu_seconds": found.supernet_seconds,
         "largest_cpu_seconds": found.largest_seconds,
         "correlations": ranked,
         "outcomes": [{**asdict(each), "trial": each.trial._asdict()} for each in found.outcomes],

@@ -83,7 +83,7 @@ class Evaluation:
         by_seed: The values of each training, by its seed, where there were several; `values` has the means.
         failures: Why a training failed, by its seed, of those after the first.
         warm_start: Whether its trainings were initialised from given weights instead of random ones: in a
-            search, those of a supernet.
+            search, those of the largest LoRA, cut.
         derived: What its trainings gave when they were cut to fewer parameters.
     """
 
@@ -128,7 +128,7 @@ class Evaluation:
     @property
     def initialised_from(self) -> str:
         """What its trainings were initialised from, in words."""
-        return "supernet" if self.warm_start else "random weights"
+        return "the largest LoRA" if self.warm_start else "random weights"
 
     def describe_trainings(self, kept: int | None) -> str:
         """Say how many trainings there were, and of which, by its seed, the tensors were kept."""

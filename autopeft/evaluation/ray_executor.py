@@ -105,7 +105,7 @@ class _RayJobs:
         except ImportError as error:
             raise ValueError("RayExecutor needs Ray: pip install 'autopeft[ray]'.") from error
         if runner.warm_starts is not None:
-            raise ValueError("RayExecutor has no warm starts: each worker would train a supernet of its own.")
+            raise ValueError("RayExecutor has no warm starts: each worker would train its own largest LoRA.")
         if runner.evaluator.device.type == "cuda" and not settings.gpus_per_worker:
             raise ValueError("Trials are trained on a GPU: say gpus_per_worker, below 1 to share one.")
         self._ray: Any = ray

@@ -12,7 +12,7 @@ from autopeft.core.seeding import training_seed
 from autopeft.evaluation.derived import allocated, derive, derive_again
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights, Trained
-from autopeft.evaluation.supernet.warm_start import WarmStartError, WarmStarts, initial_weights
+from autopeft.evaluation.warm_start import WarmStartError, WarmStarts, initial_weights
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
 

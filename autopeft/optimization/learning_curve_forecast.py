@@ -77,7 +77,7 @@ class Forecast:
 
         A gain is up to the mean over several trainings: what another seed would give. Likeness is in the
         costs and in the validation loss at that step, each by how much it differs between the whole
-        trainings; a loss that is not known is the highest that is. Trainings that start from a supernet's
+        trainings; a loss that is not known is the highest that is. Trainings that inherit their
         weights and others are never alike.
         """
         kind = step, evaluation.warm_start

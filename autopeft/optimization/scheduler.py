@@ -12,7 +12,7 @@ from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume, Rivals
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
-from autopeft.evaluation.supernet.warm_start import WarmStarts
+from autopeft.evaluation.warm_start import WarmStarts
 from autopeft.optimization.budget import Budget, Spent, is_exhausted
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
@@ -39,7 +39,7 @@ class Scheduler:
     _: KW_ONLY
     seeds: int = 1  # trainings that a member of the front is to have
     promoter: AshaPromoter | None = None  # says which paused trial goes on; None where trials do not pause
-    overhead: WarmStarts | None = None  # supernets, which take compute beside the trials
+    overhead: WarmStarts | None = None  # takes compute beside the trials
     derives: bool = False  # whether points are derived from whole trainings
     retried: list[int] = field(default_factory=list)  # numbers of failed trials to try again, ascending
     running: dict[int, Job] = field(default_factory=dict, init=False)  # by the number of the trial

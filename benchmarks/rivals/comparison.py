@@ -21,7 +21,7 @@ SHARES = (0.9, 0.95, 0.99)
 MOMENTS = 12
 FRESH_SEEDS = (1000, 1001)
 Values = Mapping[str, float]
-_FROM_SUPERNET = " from a supernet"
+_INHERITED = ", inherited"
 
 
 class Archive:
@@ -142,7 +142,7 @@ class Comparison:
         runs: Logs by method and seed.
         archive: Has the trainings of the fronts.
         fresh_seeds: Seeds of these trainings; no search has used them.
-        as_trained: Whether a candidate that was initialised from a supernet is initialised again from
+        as_trained: Whether a candidate that was initialised from the largest LoRA is initialised again from
             one, trained with the fresh seed.
         count: Number of moments at which fronts are compared.
     """
@@ -182,10 +182,10 @@ class Comparison:
 
     def key(self, entry: Entry) -> str:
         """Return what is trained again of a candidate: its configuration, and its initial weights."""
-        return key_of(entry) + _FROM_SUPERNET * self.is_warm(entry)
+        return key_of(entry) + _INHERITED * self.is_warm(entry)
 
     def is_warm(self, entry: Entry) -> bool:
-        """Whether a candidate is initialised from a supernet when trained again."""
+        """Whether a candidate inherits its weights when trained again."""
         return self.as_trained and entry.warm_start
 
     def point(self, entry: Entry) -> Values:

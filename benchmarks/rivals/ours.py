@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from autopeft import PackedExecutor, ParetoFront, Search, SuccessiveHalving, WarmStart
+from autopeft import PackedExecutor, ParetoFront, Search, SuccessiveHalving
 from autopeft.core.evaluation import TrialRecord
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.search_spaces import ScoreGuided
@@ -25,7 +25,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "autopeft, no single-adapter probes": {**_WHOLE, "probe_share": 0.0},
     "autopeft, no prefix cache": {**_WHOLE, "training": replace(TRAINING, frozen_blocks="eval")},
     "autopeft, single precision": {**_WHOLE, "training": replace(TRAINING, precision="32-true")},
-    "autopeft, warm starts as well": {**_WHOLE, "warm_start": WarmStart()},
+    "autopeft, warm starts as well": {**_WHOLE, "warm_start": True},
     "autopeft, packs of four": {**_WHOLE, "executor": PackedExecutor(size=4)},
     _LOADED_AGAIN: _WHOLE,
     "autopeft, PerLayer and TPE alone": {

@@ -38,7 +38,7 @@ class Entry:
         score: The metric on the validation split; None where the training failed.
         parameters: Trainable parameters.
         cpu_seconds: Processor time of the whole process when it was done, imports included.
-        warm_start: Whether it was initialised from a supernet.
+        warm_start: Whether it was initialised from the largest LoRA.
     """
 
     configuration: dict[str, Any]

@@ -61,7 +61,7 @@ def test_a_candidate_is_trained_again_as_the_search_trained_it_where_that_is_ask
     archive = Archive(tmp_path)
     for as_trained, keys in (
         (False, [key_of(cold), key_of(warm)]),
-        (True, [key_of(cold), key_of(warm) + " from a supernet"]),
+        (True, [key_of(cold), key_of(warm) + ", inherited"]),
     ):
         comparison = Comparison("questions", {("ours", 0): [cold, warm]}, archive, as_trained=as_trained)
         assert sorted(comparison.needed()) == sorted(keys)

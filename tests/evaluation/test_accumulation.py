@@ -16,7 +16,6 @@ from autopeft.core.precision import autocast
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.evaluation.run import Trained
-from autopeft.evaluation.supernet.supernet import LoraSupernet
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import Task
@@ -174,14 +173,6 @@ def test_memory_is_counted_as_it_is(name: str, accumulate: int, settings: dict[s
 def test_packed_trials_are_those_alone() -> None:
     evaluator = packing_evaluator(training=replace(TRAINING, epochs=1, accumulate=2))
     compare(evaluator, (lora("0-3.query 0-3.value", 3), lora("2-3.query 1.ffn_up", 8, 3e-3)))
-
-
-def test_a_supernet_draws_ranks_for_the_rows_of_each_part() -> None:
-    evaluator = packing_evaluator(training=replace(TRAINING, epochs=1, accumulate=2))
-    supernet = LoraSupernet.train(evaluator, loras(evaluator))
-    assert supernet.cost.steps == evaluator.plan.total_steps
-    assert all(torch.isfinite(tensor).all() for tensor in supernet.tensors.values())
-    assert float(supernet.tensors["0.query.lora.lora_B.weight"].abs().max()) > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from autopeft import RayExecutor, Search, SuccessiveHalving, Training, WarmStart
+from autopeft import RayExecutor, Search, SuccessiveHalving, Training
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
@@ -155,7 +155,7 @@ def test_a_trial_is_the_same_on_every_worker_and_in_this_process(
 
 
 def test_warm_starts_are_refused(tmp_path: Path, minilm_folder: Path, questions_csv: Path) -> None:
-    run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2), warm_start=WarmStart())
+    run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2), warm_start=True)
     with pytest.raises(ValueError, match="RayExecutor has no warm starts"):
         run.run(trials=1, progress=False)
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from pathlib import Path
-from autopeft import Search, SuccessiveHalving, Training, WarmStart
+from autopeft import Search, SuccessiveHalving, Training
 from autopeft.search_spaces import PerLayer
 from autopeft.tasks import CausalLM, TextClassification
 
@@ -34,7 +34,7 @@ search = Search(
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     halving=halving if "rungs" in sys.argv[4] else None,
-    warm_start=WarmStart() if "warm" in sys.argv[4] else None,
+    warm_start="warm" in sys.argv[4],
     sampler="tpe",
     seed=3,
     seeds=2,

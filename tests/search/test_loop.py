@@ -103,7 +103,7 @@ def test_the_defaults_are_the_best_that_was_measured(tmp_path: Path) -> None:
     search = Search("a/model", learnable_task())
     assert search.space == ScoreGuided()
     assert search.halving == SuccessiveHalving()
-    assert (search.sampler, search.seeds, search.warm_start) == ("ehvi", 3, None)
+    assert (search.sampler, search.seeds, search.warm_start) == ("ehvi", 3, False)
     assert not search.score_check
     front = Search(learner(), learnable_task(), training=TRAINING, tracking=None, folder=tmp_path).run(
         trials=6, progress=False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
+from autopeft import ParetoFront, Search, SuccessiveHalving
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.packing.executor import PackedExecutor
@@ -121,7 +121,7 @@ def test_the_executor_is_part_of_what_a_search_is(tmp_path: Path) -> None:
 
 
 def test_baselines_in_packs_are_initialised_from_random_weights(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"space": PerLayer(methods=("lora",), ranks=(1, 8)), "warm_start": WarmStart()}
+    settings: dict[str, Any] = {"space": PerLayer(methods=("lora",), ranks=(1, 8)), "warm_start": True}
     records = packed_search(tmp_path, **settings).run(trials=8, progress=False).records
     assert {record.baseline is None for record in records} == {True, False}
     for record in records:

@@ -1,8 +1,7 @@
-"""Trials that are initialised from a supernet: alone, in packs, paused, resumed, replicated."""
+"""Trials that inherit from the largest LoRA: alone, in packs, paused, resumed, replicated."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,31 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from autopeft import ParetoFront, Search, SuccessiveHalving, WarmStart
+from autopeft import ParetoFront, Search, SuccessiveHalving
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.core.jobs import New, Resume
 from autopeft.core.objectives import Objective
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.largest_lora import LargestLora
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
-from autopeft.evaluation.supernet.supernet import LoraSupernet
-from autopeft.evaluation.supernet.warm_start import (
-    WarmStarts,
-    largest_lora,
-)
 from autopeft.evaluation.trial_runner import TrialRunner
+from autopeft.evaluation.warm_start import WarmStarts
 from autopeft.methods import count_parameters
 from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.search_loop import TrialListener
-from autopeft.search_spaces import PerLayer, SearchSpace, Uniform
+from autopeft.search_spaces import PerLayer, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from autopeft.yaml_config import build_config
-from tests.learnable import learner, outcomes, tiny_evaluator, tiny_search
+from tests.learnable import outcomes, tiny_evaluator, tiny_search
 from tests.packed import assert_alike, packing_evaluator
 from tests.tiny_models import everywhere
 
 SPACE = PerLayer(methods=("lora",), ranks=(1, 4), roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2))
 TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
-WARM_START = WarmStart()
 
 
 def warm_search(folder: Path, **settings: Any) -> Search:
@@ -48,21 +43,22 @@ def warm_search(folder: Path, **settings: Any) -> Search:
         "space": SPACE,
         "objectives": ("accuracy", "trainable_parameters"),
         "training": TRAINING,
-        "warm_start": WARM_START,
+        "warm_start": True,
         "score_check": False,
     }
     return tiny_search(folder, **(defaults | settings))
 
 
-def supernet_of(evaluator: Evaluator) -> LoraSupernet:
-    largest = everywhere(evaluator.backbone, "lora", 4).replace(learning_rate=1e-2)
-    return LoraSupernet.train(evaluator, largest)
+def largest_of(evaluator: Evaluator) -> LargestLora:
+    configuration = everywhere(evaluator.backbone, "lora", 4).replace(learning_rate=1e-2)
+    trained = evaluator.train(configuration)
+    return LargestLora(configuration=configuration, tensors=state_of(trained), cost=trained.evaluation.cost)
 
 
-def of_top_block(supernet: LoraSupernet, rate: float) -> Configuration:
-    top = max(site.block for site in supernet.largest.adapters)
-    adapters = {site: several for site, several in supernet.largest.adapters.items() if site.block == top}
-    return Configuration(adapters, learning_rate=rate)
+def of_top_block(largest: LargestLora, rate: float) -> Configuration:
+    whole = largest.configuration.adapters
+    top = max(site.block for site in whole)
+    return Configuration({site: whole[site] for site in whole if site.block == top}, learning_rate=rate)
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.0) -> None:
@@ -81,9 +77,9 @@ def state_of(trained: Trained) -> Mapping[str, Tensor]:
 
 def test_a_training_is_initialised_from_the_tensors_it_is_given() -> None:
     evaluator = tiny_evaluator()
-    supernet = supernet_of(evaluator)
-    still = of_top_block(supernet, rate=1e-9)
-    weights = supernet.state(still)
+    largest = largest_of(evaluator)
+    still = of_top_block(largest, rate=1e-9)
+    weights = largest.state(still)
     trained = evaluator.train(still, initial_weights=weights)
     assert trained.evaluation.warm_start
     assert_same(state_of(trained), weights, 1e-6)
@@ -97,9 +93,9 @@ def test_a_training_is_initialised_from_the_tensors_it_is_given() -> None:
 
 def test_tensors_of_another_configuration_are_a_failure_that_says_so() -> None:
     evaluator = tiny_evaluator()
-    supernet = supernet_of(evaluator)
-    others = supernet.state(of_top_block(supernet, 1e-2))
-    failed = evaluator.train(supernet.largest, initial_weights=others).evaluation
+    largest = largest_of(evaluator)
+    others = largest.state(of_top_block(largest, 1e-2))
+    failed = evaluator.train(largest.configuration, initial_weights=others).evaluation
     assert failed.status == "failed"
     assert not failed.warm_start
     assert "do not belong to this configuration" in str(failed.reason)
@@ -109,9 +105,9 @@ def test_tensors_of_another_configuration_are_a_failure_that_says_so() -> None:
 @pytest.mark.slow
 def test_what_pauses_goes_on_as_if_it_had_not() -> None:
     evaluator = tiny_evaluator(training=TRAINING, rungs=(0.5,))
-    supernet = supernet_of(evaluator)
-    chosen = of_top_block(supernet, 1e-2)
-    weights = supernet.state(chosen)
+    largest = largest_of(evaluator)
+    chosen = of_top_block(largest, 1e-2)
+    weights = largest.state(chosen)
     paused = evaluator.train(chosen, rung=0, initial_weights=weights)
     assert paused.evaluation.warm_start
     assert paused.paused is not None
@@ -124,9 +120,9 @@ def test_what_pauses_goes_on_as_if_it_had_not() -> None:
 @pytest.mark.slow
 def test_a_pack_is_initialised_from_them_as_each_trial_would_be_alone(rung: int | None) -> None:
     evaluator = packing_evaluator(training=TRAINING, rungs=(0.5,))
-    supernet = supernet_of(evaluator)
-    chosen = [of_top_block(supernet, rate) for rate in (1e-2, 3e-3)]
-    weights = [supernet.state(chosen[0]), None]
+    largest = largest_of(evaluator)
+    chosen = [of_top_block(largest, rate) for rate in (1e-2, 3e-3)]
+    weights = [largest.state(chosen[0]), None]
     packed = PackedTrainer(evaluator).train(chosen, 5, rung=rung, initial_weights=weights)
     assert [trained.evaluation.warm_start for trained in packed] == [True, False]
     for configuration, own, trained in zip(chosen, weights, packed, strict=True):
@@ -138,7 +134,7 @@ def warm_starts(records: list[TrialRecord]) -> list[bool]:
     return [record.evaluation.warm_start for record in records]
 
 
-def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) -> None:
+def test_trials_but_baselines_are_initialised_from_the_largest_lora(tmp_path: Path) -> None:
     search = warm_search(tmp_path)
     records = list(search.run(trials=10, progress=False).records)
     assert warm_starts(records) == [record.baseline is None for record in records]
@@ -147,33 +143,33 @@ def test_trials_but_baselines_are_initialised_from_the_supernet(tmp_path: Path) 
     warm_alone = [record for record in records if record.evaluation.warm_start]
     shown = repr(ParetoFront(warm_alone, search.objectives, search.open().axes, search.export))
     assert "initialised from" in shown
-    assert "supernet" in shown
-    assert supernets_of(search).cost.steps == search.open().evaluator.plan.total_steps
-    assert "initialised from a supernet of 1 trainings" in search.describe()
-    cold = warm_search(tmp_path, name="cold", warm_start=None).run(trials=10, progress=False)
+    assert "the largest LoRA" in shown
+    assert warm_starts_of(search).cost.steps == search.open().evaluator.plan.total_steps
+    assert "LoRA trials are initialised from the largest LoRA" in search.describe()
+    cold = warm_search(tmp_path, name="cold", warm_start=False).run(trials=10, progress=False)
     assert not any(warm_starts(list(cold.records)))
     assert outcomes(cold.records) != outcomes(records)
 
 
-def supernets_of(search: Search) -> WarmStarts:
+def warm_starts_of(search: Search) -> WarmStarts:
     found = search.open().warm_starts(search.warm_start, search.folder, trains=False)
     assert found is not None
     return found
 
 
 @pytest.mark.slow
-def test_a_supernet_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
+def test_the_largest_lora_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
     search = warm_search(tmp_path, baselines=False)
     records = search.run(trials=6, progress=False).records
     spent = sum(record.evaluation.cost.cpu_seconds for record in records)
-    supernet_seconds = supernets_of(search).cost.cpu_seconds
+    largest_seconds = warm_starts_of(search).cost.cpu_seconds
     bounded = warm_search(tmp_path, name="bounded", baselines=False)
-    short = bounded.run(cpu_seconds=spent / 6 + supernet_seconds / 2, progress=False)
+    short = bounded.run(cpu_seconds=spent / 6 + largest_seconds / 2, progress=False)
     assert len(short.records) < 6
 
 
 @pytest.mark.slow
-def test_what_the_supernet_does_not_cover_starts_from_random_weights(tmp_path: Path) -> None:
+def test_what_has_other_methods_starts_from_random_weights(tmp_path: Path) -> None:
     space = Uniform(methods=("lora", "series"), ranks=(1, 4), widths=(1, 4))
     search = warm_search(tmp_path, space=space, baselines=False)
     records = list(search.run(trials=8, progress=False).records)
@@ -182,35 +178,14 @@ def test_what_the_supernet_does_not_cover_starts_from_random_weights(tmp_path: P
     assert len(set(covered)) == 2
 
 
-def test_a_space_without_lora_has_no_supernet(tmp_path: Path) -> None:
+def test_a_space_without_lora_has_no_warm_starts(tmp_path: Path) -> None:
     search = warm_search(tmp_path, space=Uniform(methods=("series",), widths=(1, 4)))
     records = list(search.run(trials=3, progress=False).records)
     assert warm_starts(records) == [False] * 3
-    found = WarmStarts(WARM_START, search.open().evaluator, search.space, tmp_path / "none")
-    assert found.supernet() is None
+    found = WarmStarts(search.open().evaluator, search.space, tmp_path / "none")
+    assert found.largest() is None
     assert found.obstacle == "the space has no configuration of LoRA alone"
     assert found.cost == Cost()
-
-
-@pytest.mark.parametrize(
-    "space", [SPACE, Uniform(ranks=(1, 8)), PerLayer(methods=("series", "lora"), groups=2, ranks=(2, 8))]
-)
-def test_the_supernet_covers_every_lora_configuration_of_the_space(space: SearchSpace) -> None:
-    backbone = learner()
-    largest = largest_lora(space, backbone)
-    assert largest is not None
-    supernet = LoraSupernet(largest=largest, tensors={}, cost=Cost())
-    generator = random.Random(3)
-    drawn = [space.draw(generator, backbone) for _ in range(30)]
-    lora = [configuration for configuration in drawn if set(configuration.methods) <= {"lora"}]
-    assert lora
-    assert all(supernet.contains(configuration) for configuration in lora)
-
-
-@pytest.mark.parametrize("trainings", [0, -1.0, float("inf"), float("nan")])
-def test_bad_settings_are_refused(trainings: float) -> None:
-    with pytest.raises(ValueError, match="trainings must be a finite number above 0"):
-        WarmStart(trainings=trainings)
 
 
 def test_warm_starts_can_be_asked_for_in_a_file() -> None:
@@ -218,15 +193,15 @@ def test_warm_starts_can_be_asked_for_in_a_file() -> None:
         "backbone": "model",
         "task": {"type": "TextClassification", "dataset": "data.csv", "text": "question"},
         "space": {"type": "PerLayer", "methods": ["lora"]},
-        "warm_start": {"trainings": 2.0},
+        "warm_start": True,
     }
-    assert build_config(settings).search.warm_start == WarmStart(trainings=2.0)
-    with pytest.raises(ValueError, match="trainings"):
-        build_config(settings | {"warm_start": {"training": 2}})
+    assert build_config(settings).search.warm_start is True
+    with pytest.raises(ValueError, match="warm_start"):
+        build_config(settings | {"warm_start": {"trainings": 2}})
 
 
 @pytest.mark.slow
-def test_a_search_that_is_resumed_uses_the_same_supernet(tmp_path: Path) -> None:
+def test_a_search_that_is_resumed_inherits_from_the_same_weights(tmp_path: Path) -> None:
     def stop_at(count: int) -> TrialListener:
         def stop(record: TrialRecord, front: ParetoFront) -> None:
             if len(front.records) == count:
@@ -240,7 +215,7 @@ def test_a_search_that_is_resumed_uses_the_same_supernet(tmp_path: Path) -> None
     for count in (5, 9):
         search = warm_search(tmp_path, name="parts", **settings)
         search.run(trials=12, progress=False, callbacks=[stop_at(count)])
-    path = tmp_path / "parts" / "supernets" / "supernet-0.safetensors"
+    path = tmp_path / "parts" / "warm_starts" / "largest-0.safetensors"
     path.unlink(missing_ok=True)  # is trained again as before
     search = warm_search(tmp_path, name="parts", **settings)
     search.run(trials=12, progress=False, callbacks=[stop_at(11)])
@@ -250,14 +225,14 @@ def test_a_search_that_is_resumed_uses_the_same_supernet(tmp_path: Path) -> None
     assert outcomes(parts) == outcomes(whole)
     assert warm_starts(parts) == warm_starts(whole)
     with pytest.raises(ValueError, match="warm_start"):
-        warm_search(tmp_path, name="parts", warm_start=WarmStart(trainings=2), **settings).run(trials=14)
+        warm_search(tmp_path, name="parts", warm_start=False, **settings).run(trials=14)
 
 
 def warm_runner(folder: Path) -> tuple[TrialRunner, WarmStarts]:
     evaluator = tiny_evaluator(
         training=TRAINING, rungs=(0.5,), objectives=("accuracy", "trainable_parameters")
     )
-    weights = WarmStarts(WARM_START, evaluator, SPACE, folder / "supernets")
+    weights = WarmStarts(evaluator, SPACE, folder / "warm_starts")
     return runner_of(evaluator, folder, weights), weights
 
 
@@ -267,9 +242,9 @@ def runner_of(evaluator: Evaluator, folder: Path, weights: WarmStarts) -> TrialR
 
 
 def chosen_of(weights: WarmStarts, rate: float = 1e-2) -> Configuration:
-    supernet = weights.supernet()
-    assert supernet is not None
-    return of_top_block(supernet, rate)
+    largest = weights.largest()
+    assert largest is not None
+    return of_top_block(largest, rate)
 
 
 def test_a_paused_trial_whose_file_is_gone_starts_anew_from_the_same_weights(tmp_path: Path) -> None:
@@ -296,16 +271,14 @@ def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_supernet_whose_training_fails_is_not_trained_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_failed_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def fail(*_: Any, **__: Any) -> None:
         tried.append(1)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(LoraSupernet, "save", fail)
+    monkeypatch.setattr(LargestLora, "save", fail)
     whole = warm_search(tmp_path, name="whole").run(trials=10, progress=False)
     assert not any(warm_starts(list(whole.records)))
     assert len(tried) == 1
@@ -320,10 +293,10 @@ def test_a_supernet_whose_training_fails_is_not_trained_again(
     search = warm_search(tmp_path, name="parts")
     parts = search.run(trials=10, progress=False)
     assert outcomes(parts.records) == outcomes(whole.records)
-    found = supernets_of(search)
-    assert found.obstacle == "the supernet's training failed: out of memory: no room"
+    found = warm_starts_of(search)
+    assert found.obstacle == "the training of the largest LoRA failed: out of memory: no room"
     assert found.cost.cpu_seconds > 0
-    assert not (search.folder / "supernets" / "supernet-0.safetensors").exists()
+    assert not (search.folder / "warm_starts" / "largest-0.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -337,9 +310,9 @@ def test_training_again_for_an_export_starts_from_the_same_weights(tmp_path: Pat
     kept, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
     assert_same(kept, again)
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "supernet" in card
+    assert "the largest LoRA" in card
     cold = warm_search(tmp_path, warm_start=None, baselines=False, name=search.name)
-    with pytest.raises(ValueError, match="give the search the warm_start="):
+    with pytest.raises(ValueError, match="give the search warm_start=True"):
         cold.export(number, tmp_path / "cold", retrain=True)
 
 

@@ -1,1 +1,0 @@
-"""A one-shot LoRA supernet and the warm starts that it gives."""

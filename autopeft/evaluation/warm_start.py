@@ -1,0 +1,141 @@
+"""Warm starts: the largest LoRA of a search, trained once a seed, and what its trials inherit from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from autopeft.core.configuration import Configuration
+from autopeft.core.durable_files import load_json, save_json
+from autopeft.core.evaluation import Cost, Evaluation
+from autopeft.core.seeding import training_seed
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.largest_lora import METHOD, LargestLora, largest_lora
+from autopeft.evaluation.run import InitialWeights, reason_of_failure
+from autopeft.search_spaces import SearchSpace
+
+_logger = logging.getLogger(__name__)
+
+
+class WarmStartError(ValueError):
+    """There is nothing to initialise a training from."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a training failed, and its cost."""
+
+    reason: str
+    cost: Cost
+
+
+@dataclass(eq=False)
+class WarmStarts:
+    """The largest LoRA of a search, trained when first needed and kept in a folder, so that a search resumes.
+
+    Training 0 initialises the first training of every trial, training n that with the n-th further seed: with
+    one for all, its luck would be taken for the quality of the trials.
+    """
+
+    evaluator: Evaluator  # trains it
+    space: SearchSpace  # whose largest LoRA it is
+    folder: Path  # where it is kept
+    trains: bool = True  # whether to train what is missing; only the process that runs the search may
+
+    def __post_init__(self) -> None:
+        self._trained: dict[int, LargestLora] = {}
+        self._failures_path = self.folder / "failures.json"
+        self._failures = {
+            int(number): _Failure(failure["reason"], Cost(**failure["cost"]))
+            for number, failure in (load_json(self._failures_path) or {}).items()
+        }
+        for path in self.folder.glob("largest-*.safetensors"):
+            if (trained := LargestLora.load(path)) is not None:
+                self._trained[int(path.stem.partition("-")[2])] = trained
+
+    @property
+    def cost(self) -> Cost:
+        """Compute of all trainings, failed ones included."""
+        trained = (largest.cost for largest in self._trained.values())
+        failed = (failure.cost for failure in self._failures.values())
+        return sum((*trained, *failed), Cost())
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why there is no training 0; None while there is or may be one."""
+        return self._failures[0].reason if 0 in self._failures else None
+
+    def largest(self, number: int = 0) -> LargestLora | None:
+        """Return what the trainings `number` of trials inherit from, trained if needed; None without."""
+        if self.trains and number not in self._trained and number not in self._failures:
+            self._train(number)
+        return self._trained.get(number)
+
+    def cost_to_come(self, evaluations: Iterable[Evaluation], seeds: int) -> Cost:
+        """Return what is still to be trained, as expected, for so many trainings of each of these trials."""
+        first = self._trained.get(0)
+        if first is None:
+            return Cost()
+        fewest = min((each.trainings for each in evaluations if each.warm_start), default=seeds)
+        missing = {*range(fewest, seeds)} - self._trained.keys() - self._failures.keys()
+        return sum((first.cost for _ in missing), Cost())
+
+    def for_new_trial(self, configuration: Configuration) -> InitialWeights | None:
+        """Return the initial weights of a new trial; None where it starts from random weights."""
+        if not set(configuration.methods) <= {METHOD}:
+            return None
+        largest = self.largest()
+        if largest is None or not largest.contains(configuration):
+            return None
+        return largest.state(configuration)
+
+    def _train(self, number: int) -> None:
+        configuration = largest_lora(self.space, self.evaluator.backbone, self.evaluator.seed)
+        if configuration is None:
+            self._failures[number] = _Failure("the space has no configuration of LoRA alone", Cost())
+            return
+        seed = self.evaluator.seed if number == 0 else training_seed(self.evaluator.seed, -1, number)
+        trained = self.evaluator.train(configuration, seed)
+        reason, cost = trained.evaluation.reason, trained.evaluation.cost
+        if trained.state is not None:
+            largest = LargestLora(configuration=configuration, tensors=trained.state, cost=cost)
+            reason = reason_of_failure(partial(largest.save, self._path(number)))
+            if reason is None:
+                self._trained[number] = largest
+                return
+        failure = _Failure(f"the training of the largest LoRA failed: {reason}", cost)
+        self._failures[number] = failure
+        _logger.warning("%s: %s", self._path(number).stem, failure.reason)
+        # A resumed search must not train again what failed before.
+        failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
+        save_json(self._failures_path, failures)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"largest-{number}.safetensors"
+
+
+def initial_weights(
+    warm_starts: WarmStarts | None, evaluation: Evaluation, training: int = 0
+) -> InitialWeights | None:
+    """Return the initial weights of a trial's `training`, from 0; None for random weights.
+
+    They are cut from that training of the largest LoRA, and from training 0 where that one failed.
+
+    Raises:
+        WarmStartError: The trial inherited its weights, and what it inherited from is gone.
+    """
+    if not evaluation.warm_start:
+        return None
+    if warm_starts is None:
+        raise WarmStartError(
+            "The trial was initialised from the largest LoRA: give the search warm_start=True, with which it "
+            "ran."
+        )
+    largest = warm_starts.largest(training) or warm_starts.largest()
+    if largest is None:
+        why = warm_starts.obstacle or f"there is no file largest-0.safetensors in {warm_starts.folder}"
+        raise WarmStartError(f"The largest LoRA that the trial was initialised from is gone: {why}.")
+    return largest.state(evaluation.configuration)

@@ -20,6 +20,7 @@ its recorded sha256 and writes, under the folder of the environment variable AUT
                                  of 213 inputs (a download of 360 MB)
     models/SmolLM2-135M-Instruct/  bfloat16 weights, made from a 4-bit file; needs `pip install gguf`
     data/claims/claims.csv       columns evidence, claim, label (True, False, Neither); of the same download
+    data/claims/related.csv      columns evidence, claim, label (related, unrelated)
     data/cifar10/cifar10.parquet columns image, label; 10,000 images of 32 pixels; of the same download
     models/dinov2-small/         made from an ONNX file; needs `pip install onnx`; its image processor is set
                                  to 98 pixels

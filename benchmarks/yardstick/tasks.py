@@ -71,7 +71,7 @@ TASKS: Mapping[str, FrontTask] = {
     "dialogue": FrontTask(
         config="dialogue.yaml", model="smollm2", data="dialogue", changes=("task.train_examples=512",)
     ),
-    "claims": FrontTask(config="claims.yaml", model="minilm", data="claims", is_held_out=True),
+    "evidence": FrontTask(config="evidence.yaml", model="minilm", data="claims", is_held_out=True),
     "images": FrontTask(config="images.yaml", model="dinov2", data="cifar10", is_held_out=True),
     "commands": FrontTask(
         config="speech_commands.yaml",

@@ -18,8 +18,15 @@ _DELAY_GROWTH = 8  # each further training waits for so many times as many
 
 
 def under_replicated(members: Iterable[TrialRecord], seeds: int) -> list[TrialRecord]:
-    """Return the members of the front that were trained with fewer seeds than they are to be."""
-    return [record for record in members if record.evaluation.trainings < seeds]
+    """Return the members of the front that were trained with fewer seeds than they are to be.
+
+    The untrained model is the same with every seed.
+    """
+    return [
+        record
+        for record in members
+        if record.evaluation.trainings < seeds and record.evaluation.values["trainable_parameters"] > 0
+    ]
 
 
 def replication_delay(trainings: int) -> int:

@@ -161,6 +161,14 @@ def test_trials_that_a_lucky_member_drove_off_come_back() -> None:
     assert len(front.members - ParetoFront(records, OBJECTIVES, ()).members) > 0
 
 
+def test_what_trains_nothing_is_not_trained_again() -> None:
+    untrained, trained = (
+        TrialRecord(number=number, evaluation=evaluated(1, 0.5, trainable_parameters=count))
+        for number, count in enumerate((0.0, 1.0))
+    )
+    assert under_replicated([untrained, trained], 3) == [trained]
+
+
 def test_every_training_has_a_seed_of_its_own() -> None:
     seeds = [
         training_seed(seed, trial, training)

@@ -30,9 +30,9 @@ class RayExecutor:
     """Trains trials side by side in Ray actors, as in `Search(executor=RayExecutor(workers=8))`.
 
     Each worker holds a backbone and the data of its own. The search's folder has to be one that all workers
-    reach under the same path: what trainings leave is written there. A worker that dies is replaced, and its
-    job run again. A trial has the same seed and data on whichever worker it runs; which trials are proposed
-    depends on the order in which others finish.
+    reach under the same path: what trainings leave is written there. A worker that dies is replaced, as soon
+    as the cluster has room, and its job run again by the first that is free. A trial has the same seed and
+    data on whichever worker it runs; which trials are proposed depends on the order in which others finish.
 
     Attributes:
         workers: Trials that are trained at the same time.
@@ -110,8 +110,11 @@ class _RayJobs:
             raise ValueError("Trials are trained on a GPU: say gpus_per_worker, below 1 to share one.")
         self._ray: Any = ray
         self._runner, self._settings = runner, settings
+        self._starting: dict[Any, Any] = {}  # by their answer that they are ready
+        self._failed_starts = 0  # in a row
         self._idle: list[Any] = []
         self._running: dict[Any, _Running] = {}
+        self._again: deque[_Running] = deque()  # of workers that died
         self._duplicates: deque[Duplicate] = deque()
         # What becomes of a worker that is killed, or whose host is. A job that ran out of memory is a record.
         errors = ray.exceptions
@@ -126,8 +129,10 @@ class _RayJobs:
             self._actor: Any = ray.remote(
                 num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
             )(_Worker)
-            self._idle = [self._new_worker() for _ in range(settings.workers)]
-            self._wait_for(self._idle)
+            for _ in range(settings.workers):
+                self._start_worker()
+            while self._starting:
+                self._take_in(self._first_answer())
         except BaseException:
             self.close()
             raise
@@ -160,19 +165,41 @@ class _RayJobs:
                     f"has {present.get(name, 0):g}."
                 )
 
-    def _new_worker(self) -> Any:
-        return self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
+    def _start_worker(self) -> None:
+        worker = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
+        self._starting[worker.is_ready.remote()] = worker
 
-    def _wait_for(self, workers: Sequence[Any]) -> None:
-        """Wait until workers have their backbones and data.
+    def _first_answer(self) -> Any:
+        """Wait for a worker to be ready, or to finish a job.
 
         Raises:
-            ValueError: One could not start, or found no place in the cluster.
+            ValueError: No worker is left, and none found a place in the cluster.
         """
+        patience = None if self._running else _PATIENCE_SECONDS
+        answers, _ = self._ray.wait([*self._running, *self._starting], num_returns=1, timeout=patience)
+        if not answers:
+            raise ValueError(
+                f"No worker found a place in the cluster within {_PATIENCE_SECONDS / 60:g} minutes."
+            )
+        return answers[0]
+
+    def _take_in(self, answer: Any) -> None:
+        """Have a worker that is ready, or another in place of one that died before it was.
+
+        Raises:
+            ValueError: One after another dies.
+        """
+        worker = self._starting.pop(answer)
         try:
-            self._ray.get([worker.is_ready.remote() for worker in workers], timeout=_PATIENCE_SECONDS)
-        except (*self._deaths, self._ray.exceptions.GetTimeoutError) as error:
-            raise ValueError(f"A worker could not be started: {error}") from error
+            self._ray.get(answer)
+        except self._deaths as error:
+            self._failed_starts += 1
+            if self._failed_starts > self._settings.workers:
+                raise ValueError(f"A worker could not be started: {error}") from error
+            self._start_worker()
+        else:
+            self._failed_starts = 0
+            self._idle.append(worker)
 
     @property
     def free(self) -> int:
@@ -191,31 +218,46 @@ class _RayJobs:
     def wait(self) -> TrialRecord:
         if self._duplicates:
             return self._runner.run(self._duplicates.popleft())
-        while True:
-            (finished, *_), _ = self._ray.wait(list(self._running), num_returns=1)
-            running = self._running.pop(finished)
-            try:
-                record: TrialRecord = self._ray.get(finished)
-            except self._deaths as error:
-                self._ray.kill(running.worker)  # it may live, out of reach
-                self._idle.append(self._new_worker())
-                self._wait_for(self._idle[-1:])
-                if running.attempt == _ATTEMPTS:
-                    return self._runner.failed(running.job, f"{_ATTEMPTS} workers died of it: {error}")
-                _logger.warning(
-                    "The worker of trial %d died (%s); it is run again on another one.",
-                    running.job.number,
-                    type(error).__name__,
-                )
-                self._start(running.job, running.attempt + 1)
+        record = None
+        while record is None or not (self._idle or self._running):  # where none is free, a search would end
+            answer = self._first_answer()
+            if answer in self._starting:
+                self._take_in(answer)
             else:
-                self._idle.append(running.worker)
-                return record
+                record = self._finished(answer)
+            while self._again and self._idle:
+                lost = self._again.popleft()
+                self._start(lost.job, lost.attempt + 1)
+        return record
+
+    def _finished(self, answer: Any) -> TrialRecord | None:
+        """Return the record of a job; None where its worker died and it is to be run again."""
+        running = self._running.pop(answer)
+        try:
+            record: TrialRecord = self._ray.get(answer)
+        except self._deaths as error:
+            self._ray.kill(running.worker)  # it may live, out of reach
+            # What killed it may have killed those that wait, which is not the next job's fault.
+            self._starting |= {worker.is_ready.remote(): worker for worker in self._idle}
+            self._idle.clear()
+            self._start_worker()
+            if running.attempt == _ATTEMPTS:
+                return self._runner.failed(running.job, f"{_ATTEMPTS} workers died of it: {error}")
+            _logger.warning(
+                "The worker of trial %d died (%s); it is run again on another one.",
+                running.job.number,
+                type(error).__name__,
+            )
+            self._again.append(running)
+            return None
+        self._idle.append(running.worker)
+        return record
 
     def close(self) -> None:
-        for worker in (*self._idle, *(running.worker for running in self._running.values())):
+        busy = (running.worker for running in self._running.values())
+        for worker in (*self._idle, *self._starting.values(), *busy):
             self._ray.kill(worker)
-        self._idle.clear()
-        self._running.clear()
+        for kept in (self._idle, self._starting, self._running, self._again):
+            kept.clear()
         if self._starts_ray:
             self._ray.shutdown()

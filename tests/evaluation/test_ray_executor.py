@@ -59,6 +59,14 @@ class DyingRunner:
         return TrialRecord(number=job.number, evaluation=evaluation)
 
 
+@dataclass(frozen=True)
+class NoRunner(DyingRunner):
+    """A runner that ends the process which unpacks it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
 @pytest.fixture(autouse=True)
 def _without_the_variables_that_ray_sets() -> Iterator[None]:
     before = dict(os.environ)
@@ -100,6 +108,30 @@ def test_a_job_of_a_dead_worker_is_run_again_and_one_that_kills_two_fails(dying:
     dying.submit(Duplicate(number=6, original=found[0]))
     assert dying.free == 0
     assert dying.wait().number == 6
+
+
+def test_while_a_worker_is_replaced_the_others_go_on_also_with_its_job(dying: Executor) -> None:
+    for number in (0, 1):
+        dying.submit(New(number=number, configuration=Configuration()))
+    found = {record.number: record for record in (dying.wait(), dying.wait())}
+    assert {record.evaluation.status for record in found.values()} == {"complete"}
+    processes = {record.evaluation.values["process"] for record in found.values()}
+    assert len(processes) == 1  # a new worker takes seconds to start
+
+
+def test_workers_that_died_while_they_were_idle_are_not_the_next_jobs_fault(dying: Executor) -> None:
+    for number in (3, 4):
+        dying.submit(New(number=number, configuration=Configuration()))
+    for record in (dying.wait(), dying.wait()):
+        os.kill(int(record.evaluation.values["process"]), signal.SIGKILL)
+    dying.submit(New(number=5, configuration=Configuration()))
+    assert dying.wait().evaluation.status == "complete"
+
+
+def test_where_no_worker_starts_the_error_says_so(tmp_path: Path) -> None:
+    runner: Any = NoRunner(tmp_path)
+    with pytest.raises(ValueError, match="A worker could not be started"):
+        RayExecutor(workers=1)(runner)
 
 
 def test_more_workers_than_a_cluster_has_room_for(tmp_path: Path) -> None:

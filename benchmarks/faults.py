@@ -1,17 +1,20 @@
 """What becomes of a search when things go wrong at random moments: is a trial lost, or counted twice?
 
-    python -m benchmarks.faults [--faults 200] [--seed 0]
+    python -m benchmarks.faults [--faults 200] [--seed 0] [--kinds "MLflow read-only" "damaged scores"]
 
 A tiny random model is searched, again and again in processes that are forked from this one, each with one
-fault. Every other study has rungs and replicates, and faults that end or hinder the call: kill -9, SIGTERM,
-Ctrl-C at a random moment, a disk that is full after a random number of bytes, a damaged or lost checkpoint,
-half a line or a damaged line in the journal (refused, and restored from a copy), a clock set back, an MLflow
-server that is gone. The others have whole trainings, of which one fails at a random step: an exception, NaN
-or lack of memory; failed trials are tried again. So that a study sees many faults, calls that go on are ended
-by kill -9 at a random moment. The same call then resumes. When the trials are done, they are compared with
-those of an undisturbed search, and the next study begins.
+fault. A third of the studies has rungs and replicates, and faults that end or hinder the call: kill -9,
+SIGTERM, Ctrl-C at a random moment, a disk that is full after a random number of bytes, a damaged or lost
+checkpoint, half a line or a damaged line in the journal (refused, and restored from a copy), a clock set
+back, an MLflow server that is gone, an MLflow database and artifacts that are read-only from the start or
+from a random moment on. Another third has whole trainings, of which one fails at a random step: an exception,
+NaN or lack of memory; failed trials are tried again. The last reads scores, tokens and hidden states from
+files, of which one is cut, changed, emptied or deleted. So that a study sees many faults, calls that go on
+are ended by kill -9 at a random moment. The same call then resumes. When the trials are done, they are
+compared with those of an undisturbed search, and the next study begins.
 
-A fault is recovered where the next call resumes and no trial that had finished is another one afterwards.
+A fault is recovered where the call goes on or ends with a clear error, the next call resumes and no trial
+that had finished is another one afterwards. Faults of Ray's workers: `benchmarks/worker_faults.py`.
 """
 
 from __future__ import annotations
@@ -22,41 +25,45 @@ import os
 import platform
 import random
 import resource
+import select
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.table import Table
+from mlflow import MlflowClient
 
-from autopeft import Search, SuccessiveHalving
+from autopeft import Search
 from autopeft.core.evaluation import TrialRecord
-from autopeft.optimization.study_file import read_journal
-from autopeft.optimization.study_store import STUDY_FILE, load_study
-from autopeft.reporting.console import wide_console
+from autopeft.optimization.study_store import STUDY_FILE
 from autopeft.reporting.mlflow import tracker as _imported_once  # noqa: F401 - not by every child
+from autopeft.search_spaces import ScoreGuided
 from autopeft.training.module import FineTuning
-from tests.learnable import learnable_task, outcomes, tiny_search
+from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, records_in, show, small_search
+from tests.learnable import learner, outcomes
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-TRIALS = 8
 FAULTS_A_STUDY = 18
 _DAY = 86_400.0
+_NOBODY = 65_534
+_REFUSED = 2  # how a child ends that was told clearly what is wrong
 
-Fault = Callable[[random.Random, Path], object]
-"""What a child does before it searches; it is given the search's folder."""
+Fault = Callable[[random.Random, Search], object]
+"""What a child does to its search before it runs; see `Study` for where that keeps its files."""
 
 
 def _raises_in_a_step(make: Callable[[], Exception]) -> Fault:
     """Fail in one of the next steps of a training."""
 
-    def fault(draw: random.Random, folder: Path) -> None:
+    def fault(draw: random.Random, search: Search) -> None:
         step, left = FineTuning.training_step, 1 + draw.randrange(60)
 
         def failing(module: FineTuning, *arguments: Any) -> Any:
@@ -71,7 +78,7 @@ def _raises_in_a_step(make: Callable[[], Exception]) -> Fault:
     return fault
 
 
-def _nan_in_a_step(draw: random.Random, folder: Path) -> None:
+def _nan_in_a_step(draw: random.Random, search: Search) -> None:
     step, left = FineTuning.training_step, 1 + draw.randrange(60)
 
     def failing(module: FineTuning, *arguments: Any) -> Any:
@@ -82,45 +89,84 @@ def _nan_in_a_step(draw: random.Random, folder: Path) -> None:
     patch.object(FineTuning, "training_step", failing).start()
 
 
-def _full_disk(draw: random.Random, folder: Path) -> None:
+def _full_disk(draw: random.Random, search: Search) -> None:
     """Let no file grow beyond a size: of the journal, or of a checkpoint."""
-    journal = folder / STUDY_FILE
+    journal = search.folder / STUDY_FILE
     size = journal.stat().st_size if journal.exists() else 0
     most = size + draw.randrange(20_000) if draw.random() < 0.7 else draw.randrange(20_000)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-def _clock_set_back(draw: random.Random, folder: Path) -> None:
+def _clock_set_back(draw: random.Random, search: Search) -> None:
     now, back = time.time, draw.random() * _DAY
     patch("time.time", lambda: now() - back).start()
 
 
-def _some_file(draw: random.Random, folder: Path) -> Path | None:
-    files = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())
-    return draw.choice(files) if files else None
+def _damaged(pattern: str) -> Fault:
+    """Cut one of a study's files, change a byte of it, empty it, or delete it."""
+
+    def fault(draw: random.Random, search: Search) -> None:
+        files = sorted(path for path in _place(search).glob(pattern) if path.is_file())
+        if not files:
+            return
+        path = draw.choice(files)
+        content = bytearray(path.read_bytes())
+        kind = draw.choice(("cut", "changed", "empty", "gone"))
+        if kind == "changed" and content:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes({"cut": content[: len(content) // 2], "changed": content}.get(kind, b""))
+        if kind == "gone":
+            path.unlink()
+
+    return fault
 
 
-def _damaged_file(draw: random.Random, folder: Path) -> None:
-    """Cut a checkpoint's file, change a byte of it, empty it, or delete it."""
-    if (path := _some_file(draw, folder)) is None:
-        return
-    content = bytearray(path.read_bytes())
-    kind = draw.choice(("cut", "changed", "empty", "gone"))
-    if kind == "changed" and content:
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes({"cut": content[: len(content) // 2], "changed": content}.get(kind, b""))
-    if kind == "gone":
-        path.unlink()
-
-
-def _half_a_line(draw: random.Random, folder: Path) -> None:
-    with (folder / STUDY_FILE).open("ab") as file:
+def _half_a_line(draw: random.Random, search: Search) -> None:
+    with (search.folder / STUDY_FILE).open("ab") as file:
         file.write(b'{"op_code": 4, "study_id": 0, "state'[: draw.randrange(1, 36)])
 
 
-def _nothing(draw: random.Random, folder: Path) -> None:
+def _nothing(draw: random.Random, search: Search) -> None:
     pass
+
+
+def _mlflow_gone(draw: random.Random, search: Search) -> None:
+    search.tracking = "http://127.0.0.1:1"
+
+
+def _mlflow_read_only(draw: random.Random, search: Search) -> None:
+    """Let MLflow's database and artifacts be read alone, from the start or from a random moment on."""
+    place = _place(search)
+    store = place / "mlflow"
+    search.tracking = f"sqlite:///{store}/mlflow.db"
+    os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"  # an open file could still be written
+    if os.geteuid() == 0:  # whom no mode keeps from writing
+        for path in (place, *place.rglob("*")):
+            os.chown(path, _NOBODY, _NOBODY)
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
+
+    def change(of_folders: int, of_files: int) -> None:
+        for path in (store, *store.rglob("*")):
+            path.chmod(of_folders if path.is_dir() else of_files)
+
+    change(0o755, 0o644)
+    Timer(max(0.0, draw.uniform(-2, 4)), change, (0o555, 0o444)).start()
+
+
+def _place(search: Search) -> Path:
+    """Return the folder of a study."""
+    return search.folder.parents[1]
+
+
+@cache
+def _empty_store() -> bytes:
+    """Return MLflow's database without an experiment: making it takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+        return path.read_bytes()
 
 
 KILLS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
@@ -128,29 +174,45 @@ OF_CALLS: Mapping[str, Fault] = {
     **dict.fromkeys(KILLS, _nothing),
     "full disk": _full_disk,
     "clock set back": _clock_set_back,
-    "damaged checkpoint": _damaged_file,
+    "damaged checkpoint": _damaged("disturbed/faults/**/*.safetensors"),
     "half a line in the journal": _half_a_line,
     "damaged line in the journal": _nothing,  # see `Study.disturb`
-    "MLflow gone": _nothing,
+    "MLflow gone": _mlflow_gone,
+    "MLflow read-only": _mlflow_read_only,
 }
 OF_TRAININGS: Mapping[str, Fault] = {
     "exception in a model": _raises_in_a_step(lambda: RuntimeError("a mistake")),
     "out of memory": _raises_in_a_step(lambda: torch.OutOfMemoryError("CUDA out of memory")),
     "NaN": _nan_in_a_step,
 }
-FAULTS = {**OF_CALLS, **OF_TRAININGS}
-COLUMNS = ("injected", "recovered", "trials lost", "counted twice")
+OF_CACHES: Mapping[str, Fault] = {
+    "damaged hidden states": _damaged("cache/hidden_states/*.safetensors"),
+    "damaged scores": _damaged("disturbed/scores/*.json"),
+    "damaged tokens": _damaged("cache/*.safetensors"),
+}
+STUDIES = (OF_CALLS, OF_TRAININGS, OF_CACHES)
+FAULTS = {**OF_CALLS, **OF_TRAININGS, **OF_CACHES}
 
 
 class Study:
-    """A search that is disturbed until its trials are done, and the same undisturbed."""
+    """A search that is disturbed until its trials are done, and the same undisturbed.
 
-    def __init__(self, place: Path, seed: int, draw: random.Random) -> None:
+    Args:
+        place: Folder in which both keep their files, MLflow's store, and the cache.
+        faults: One of `STUDIES`.
+        seed: Of the search.
+        draw: Draws moments and places.
+    """
+
+    def __init__(self, place: Path, faults: Mapping[str, Fault], seed: int, draw: random.Random) -> None:
         self.draw = draw
-        self.has_rungs = seed % 2 == 0
-        self.faults = list(OF_CALLS if self.has_rungs else OF_TRAININGS)
+        self.faults = faults
+        os.environ["AUTOPEFT_CACHE"] = str(place / "cache")
+        (place / "mlflow").mkdir()
+        (place / "mlflow" / "mlflow.db").write_bytes(_empty_store())
         self.search = self._search(place / "disturbed", seed)
-        self.search.open()
+        if faults is not OF_CACHES:  # a search that is open has read scores and tokens
+            self.search.open()
         started = time.monotonic()
         front = self._search(place / "whole", seed).run(trials=TRIALS, progress=False)
         self.seconds = time.monotonic() - started
@@ -158,47 +220,37 @@ class Study:
         self.members = front.members
 
     def _search(self, folder: Path, seed: int) -> Search:
-        return tiny_search(
-            folder,
-            task=learnable_task(rows=96),
-            halving=SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2) if self.has_rungs else None,
-            seeds=2 if self.has_rungs else 1,
-            seed=seed,
-            sampler="random",
-            name="faults",
-        )
+        settings = {}
+        if self.faults is OF_CACHES:
+            settings = {"backbone": learner(num_hidden_layers=3), "space": ScoreGuided()}
+        return small_search(folder, seed, has_rungs=self.faults is OF_CALLS, **settings)
 
     @property
     def records(self) -> list[TrialRecord]:
         """What the disturbed search has on disk."""
-        if not (self.search.folder / STUDY_FILE).exists():
-            return []
-        try:
-            return load_study(self.search.folder)[1]
-        except ValueError as error:
-            if "is empty" in str(error):  # killed before the study was made
-                return []
-            raise
+        return records_in(self.search.folder)
 
     def disturb(self, kind: str) -> dict[str, int]:
         """Search with a fault; return what came of it, by column."""
         before = {record.number: record for record in self.records}
         journal = self.search.folder / STUDY_FILE
-        refused = True
+        is_clear = True
         if kind == "damaged line in the journal" and journal.exists():
             whole = journal.read_bytes()
             lines = whole.splitlines(keepends=True)
             lines[self.draw.randrange(len(lines))] = b'{"op_code": 4, "stu\\xff"\n'
             journal.write_bytes(b"".join(lines))
-            refused = self._run(_nothing, None, kind) != 0
+            is_clear = self._run(_nothing) == _REFUSED
             journal.write_bytes(whole)
         else:
-            self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), kind)
+            # Until MLflow is written to takes a while.
+            longest = self.seconds * (5 if kind == "MLflow read-only" else 1)
+            is_clear = self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), longest) != 1
         after = {record.number: record for record in self.records}
         finished = [record for record in before.values() if record.evaluation.status == "complete"]
         lost = sum(not self._is_kept(record, after.get(record.number)) for record in finished)
-        twice = self._twice()
-        return dict(zip(COLUMNS, (1, int(refused and not lost and not twice), lost, twice), strict=True))
+        twice = counted_twice(self.search.folder)
+        return dict(zip(COLUMNS, (1, int(is_clear and not lost and not twice), lost, twice), strict=True))
 
     def _is_kept(self, known: TrialRecord, now: TrialRecord | None) -> bool:
         if now is None or now.evaluation.status != "complete":
@@ -206,23 +258,8 @@ class Study:
         first = now.evaluation.each_training()
         return all(seed in first for seed in known.evaluation.each_training())
 
-    def _twice(self) -> int:
-        """Return how many trials stand in the journal more than once."""
-        journal = self.search.folder / STUDY_FILE
-        if not journal.exists():
-            return 0
-        storage = read_journal(journal)
-        names = [study.study_name for study in storage.get_all_studies()]
-        trials = [
-            trial
-            for study_id in map(storage.get_study_id_from_name, names)
-            for trial in storage.get_all_trials(study_id)
-        ]
-        numbers = Counter(json.loads(trial.user_attrs["autopeft:record"])["number"] for trial in trials)
-        return sum(count - 1 for count in numbers.values())
-
-    def _run(self, fault: Fault, kill: int | None, kind: str) -> int:
-        """Search in a process of its own, and return how that ended."""
+    def _run(self, fault: Fault, kill: int | None = None, longest: float = 0.0) -> int:
+        """Search in a process of its own, and return how that ended: 1 is an error that is not clear."""
         seed = self.draw.random()
         sys.stdout.flush()
         if not (child := os.fork()):
@@ -230,15 +267,17 @@ class Study:
             try:
                 errors = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(errors, 2)
-                fault(random.Random(seed), self.search.folder)
-                if kind == "MLflow gone":
-                    self.search.tracking = "http://127.0.0.1:1"
+                fault(random.Random(seed), self.search)
                 self.search.run(trials=TRIALS, progress=False, retry_failed=True)
                 code = 0
+            except (ValueError, OSError, KeyboardInterrupt):
+                code = _REFUSED
             finally:
                 os._exit(code)
         if kill is not None:
-            time.sleep(self.draw.random() * self.seconds)
+            handle = os.pidfd_open(child)
+            select.select([handle], [], [], self.draw.random() * longest)  # less where it ends before
+            os.close(handle)
             os.kill(child, kill)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -250,11 +289,12 @@ class Study:
     def end(self) -> dict[str, int]:
         """Finish the search; return what is lost, and whether the front is the undisturbed one's."""
         for _ in range(3):  # trials that failed in the last call are tried again by the next
-            self._run(_nothing, None, "")
+            self._run(_nothing)
         found = {record.number for record in self.records}
         lost = sum(record.number not in found for record in self.expected)
         is_equal = self.is_done and self.search.front().members == self.members
-        return {"trials lost": lost, "counted twice": self._twice(), "front equal": int(is_equal)}
+        twice = counted_twice(self.search.folder)
+        return {"trials lost": lost, "counted twice": twice, "front equal": int(is_equal)}
 
 
 def main() -> None:
@@ -262,35 +302,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="KIND")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(arguments.seed)
-    kinds = {kind: Counter[str]() for kind in FAULTS}
+    kinds = {kind: Counter[str]() for kind in arguments.kinds}
+    groups = [faults for faults in STUDIES if faults.keys() & kinds.keys()]
     injected = 0
     studies: list[dict[str, int]] = []
     while injected < arguments.faults:
         queue: list[str] = []
         most = injected + FAULTS_A_STUDY
+        faults, seed = groups[len(studies) % len(groups)], arguments.seed + len(studies)
+        mine = [kind for kind in faults if kind in kinds]
         with tempfile.TemporaryDirectory() as place:
-            study = Study(Path(place), arguments.seed + len(studies), draw)
+            study = Study(Path(place), faults, seed, draw)
             while injected < min(arguments.faults, most) and not study.is_done:
-                queue = queue or draw.sample(study.faults, len(study.faults))
+                queue = queue or draw.sample(mine, len(mine))
                 kind = queue.pop()
                 kinds[kind].update(study.disturb(kind))
                 injected += 1
                 print(f"{injected} {kind}: {len(study.records)} trials", flush=True)
             studies.append(study.end())
-    table = Table(title=f"{injected} faults in {len(studies)} studies of {TRIALS} trials")
-    for heading in ("fault", *COLUMNS):
-        table.add_column(heading, justify="left" if heading == "fault" else "right")
-    for kind, counts in kinds.items():
-        table.add_row(kind, *(str(counts[column]) for column in COLUMNS))
-    console = wide_console()
-    console.print(table)
+    show(f"{injected} faults in {len(studies)} studies of {TRIALS} trials", kinds)
     equal = sum(study["front equal"] for study in studies)
-    console.print(
-        f"{equal} of {len(studies)} studies ended with the trials and the front of an undisturbed one."
-    )
+    print(f"{equal} of {len(studies)} studies ended with the trials and the front of an undisturbed one.")
+    if len(kinds) < len(FAULTS):
+        return
     record = {
         "command": f"python -m benchmarks.faults --faults {arguments.faults} --seed {arguments.seed}",
         "machine": platform.platform(),

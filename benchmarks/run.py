@@ -6,8 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-_APART = ("run", "gpu", "first_front", "front_per_compute", "transfer", "week")
-"""These but the first need a GPU, hours or days, or install everything anew."""
+_APART = (
+    "run",
+    "gpu",
+    "first_front",
+    "front_per_compute",
+    "transfer",
+    "week",
+    "worker_faults",
+    "workers",
+)
+"""These but the first need a GPU, Ray, hours or days, or install everything anew."""
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import os
 import platform
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -202,14 +201,15 @@ class Cluster:
             _run(f"ip {where} link set {link} up")
         _run(f"ip {_SIDES[1]} link set lo up")
         try:
-            self._start(_HOSTS[0], "--head", f"--port={_PORT}", "--include-dashboard=false")
-            self._wait(lambda: not socket.socket().connect_ex((_HOSTS[0], _PORT)))
-            ray.init(f"{_HOSTS[0]}:{_PORT}", log_to_driver=False, logging_level=logging.ERROR)
+            self._wait(self._is_connected)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, host: str, *options: str) -> None:
+    def _keep(self, host: str, *options: str) -> None:
+        """Start a node unless it is running."""
+        if host in self._nodes and self._nodes[host].poll() is None:
+            return
         inside = [] if host == _HOSTS[0] else ["ip", "netns", "exec", _NAMESPACE]
         command = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", *options]
         self._nodes[host] = subprocess.Popen(
@@ -217,6 +217,12 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+
+    def _is_connected(self) -> bool:
+        self._keep(_HOSTS[0], "--head", f"--port={_PORT}", "--include-dashboard=false")
+        with suppress(ConnectionError):  # it is not there yet
+            ray.init(f"{_HOSTS[0]}:{_PORT}", log_to_driver=False, logging_level=logging.ERROR)
+        return ray.is_initialized()
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
         until = time.monotonic() + _LONGEST_START
@@ -227,9 +233,12 @@ class Cluster:
 
     def complete(self) -> None:
         """Start the second node where it is not there, and wait until Ray has both."""
-        if (node := self._nodes.get(_HOSTS[1])) is None or node.poll() is not None:
-            self._start(_HOSTS[1], f"--address={_HOSTS[0]}:{_PORT}")
-        self._wait(lambda: ray.cluster_resources().get("CPU", 0) == 2)
+
+        def is_complete() -> bool:
+            self._keep(_HOSTS[1], f"--address={_HOSTS[0]}:{_PORT}")
+            return bool(ray.cluster_resources().get("CPU", 0) == 2)
+
+        self._wait(is_complete)
 
     def cut(self, seconds: float) -> bool:
         """Lose every packet between the nodes for a while."""

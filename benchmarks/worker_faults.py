@@ -211,7 +211,7 @@ class Cluster:
         if host in self._nodes and self._nodes[host].poll() is None:
             return
         inside = [] if host == _HOSTS[0] else ["ip", "netns", "exec", _NAMESPACE]
-        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", *options]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", *options]
         self._nodes[host] = subprocess.Popen(
             [*inside, *command, f"--node-ip-address={host}", "--disable-usage-stats"],
             stdout=subprocess.DEVNULL,

@@ -263,7 +263,7 @@ def _run(command: str) -> None:
 
 
 def main() -> None:
-    """Disturb searches, print a table, write JSON."""
+    """Disturb searches, write JSON after each kind of fault, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cuts", type=int, default=4)
@@ -273,6 +273,8 @@ def main() -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # else nodes ask for a token where the user has one
     draw = random.Random(arguments.seed)
     seeds = iter(range(arguments.seed, sys.maxsize))
+    settings = f"--kills {arguments.kills} --cuts {arguments.cuts} --seed {arguments.seed}"
+    command = f"python -m benchmarks.worker_faults {settings}"
     counts: dict[str, Counter[str]] = {}
 
     def disturb_searches(kind: str, count: int, fault: Fault, prepare: Callable[[], None]) -> None:
@@ -283,6 +285,9 @@ def main() -> None:
             came = disturb(seed, fault, draw)
             print(f"{kind}, seed {seed}: {came or 'came too late'}", flush=True)
             counts[kind].update(came or {})
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        record = {"command": command, "machine": platform.platform(), **counts[kind]}
+        RESULTS.write_text(json.dumps({**known, kind: record}, indent=1) + "\n")
 
     if arguments.kills:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -297,13 +302,6 @@ def main() -> None:
                 cluster.complete,
             )
     show(f"Searches of {TRIALS} trials by two workers of Ray", counts, EACH)
-    record = {
-        "command": f"python -m benchmarks.worker_faults --kills {arguments.kills} --cuts {arguments.cuts} "
-        f"--seed {arguments.seed}",
-        "machine": platform.platform(),
-        "faults": counts,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

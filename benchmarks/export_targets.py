@@ -49,6 +49,7 @@ def exported(name: str, search: Search) -> list[dict[str, Any]]:
             except (ValueError, RuntimeError) as error:
                 rows.append(row | {"refused" if isinstance(error, ValueError) else "failed": str(error)})
                 continue
+            print(f"{name}, trial {point.number}, {target}: {report.checked}", flush=True)
             row |= {
                 "difference": report.max_logit_difference,
                 "checked": report.checked,

@@ -222,7 +222,7 @@ class Cluster:
         self._keep(_HOSTS[0], "--head", f"--port={_PORT}", "--include-dashboard=false")
         with suppress(ConnectionError):  # it is not there yet
             ray.init(f"{_HOSTS[0]}:{_PORT}", log_to_driver=False, logging_level=logging.ERROR)
-        return ray.is_initialized()
+        return bool(ray.is_initialized())
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
         until = time.monotonic() + _LONGEST_START

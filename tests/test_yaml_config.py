@@ -157,7 +157,7 @@ def test_an_unknown_key_names_the_nearest(path: str, message: str) -> None:
             r"'space' needs a 'type': one of PerLayer, ScoreGuided, Uniform, AutoPEFTPaper",
         ),
         ("task", {"type": "TextClassification", "text": "text"}, r"'task' needs 'dataset'; given: text"),
-        ("task", {"text": "text"}, r"'task' needs a 'type': one of TextClassification, "),
+        ("task", {"text": "text"}, r"'task' needs a 'type': one of ImageClassification, "),
         ("training", [1], r"'training' is a mapping"),
         ("run", 50, r"'run' is a mapping with a budget"),
         ("space.options.lorra", {}, r"'lorra'.*did you mean 'lora'"),

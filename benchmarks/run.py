@@ -8,6 +8,8 @@ from pathlib import Path
 
 _APART = (
     "run",
+    "export_targets",
+    "family_fronts",
     "gpu",
     "first_front",
     "front_per_compute",

@@ -113,10 +113,10 @@ class EvaluationContext:
     def __setstate__(self, trials: int | None) -> None:
         self.hidden_states.expect(trials)
 
-    def batches(self, seed: int, step: int = 0, plan: ValidationSchedule | None = None) -> SegmentedBatches:
-        """Return the training batches from a step on, to the stops of a plan; by default the own one."""
+    def batches(self, seed: int, step: int = 0) -> SegmentedBatches:
+        """Return the training batches from a step on, to the stops of the plan."""
         loader = self.data.train_dataloader(seed)
-        return SegmentedBatches(loader, plan or self.plan, step, self.training.accumulate)
+        return SegmentedBatches(loader, self.plan, step, self.training.accumulate)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:
@@ -150,16 +150,10 @@ class EvaluationContext:
             attached=attachment.structure,
         )
 
-    def module(
-        self,
-        configuration: Configuration,
-        paused: TrainingCheckpoint | None = None,
-        *,
-        total_steps: int | None = None,
-    ) -> FineTuning:
+    def module(self, configuration: Configuration, paused: TrainingCheckpoint | None = None) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.
 
-        One at a time: they share the task's metrics. A training has the plan's steps by default.
+        One at a time: they share the task's metrics.
         """
         return FineTuning(
             self.backbone.model,
@@ -167,7 +161,7 @@ class EvaluationContext:
             learning_rate=configuration.learning_rate,
             weight_decay=configuration.weight_decay,
             warmup_share=self.training.warmup_share,
-            total_steps=total_steps or self.plan.total_steps,
+            total_steps=self.plan.total_steps,
             first_step=0 if paused is None else paused.step,
             optimizer_state=None if paused is None else paused.state.optimizer,
             serve=self.hidden_states.serve,

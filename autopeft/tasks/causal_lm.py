@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,11 +161,6 @@ class CausalLM(LanguageTask):
     def describe(self) -> str:
         """Return the settings, and the layout that was recognised."""
         return f"{self!r}; rows of the layout {self.layout!r}"
-
-    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
-        source, rows = self._drawn(name)
-        split = self._sources[source].select(rows)
-        return [split[column][:] for column in split.column_names]
 
     def _settings(self) -> dict[str, str]:
         own = {"layout": self.layout, "all_tokens": str(self.all_tokens), "packing": str(self.packing)}

@@ -16,7 +16,7 @@ from datasets import Dataset
 from autopeft.core.errors import check_whole
 from autopeft.tasks.base import SplitName, Task
 from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
-from autopeft.tasks.splits import three_parts
+from autopeft.tasks.splits import split_groups, three_parts
 from autopeft.tasks.tokenization import fingerprint
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -82,9 +82,11 @@ class DatasetTask(Task):
     def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
         """Split rows of the training split in two; see `three_parts`."""
 
-    @abstractmethod
     def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
-        """Return all that is used of a split, by column."""
+        """Return all that is used of a split, by column: here, every column."""
+        source, rows = self._drawn(name)
+        split = self._sources[source].select(rows)
+        return [split[column][:] for column in split.column_names]
 
     @abstractmethod
     def _settings(self) -> Mapping[str, str]:
@@ -144,3 +146,17 @@ class DatasetTask(Task):
             "content": fingerprint([column for columns in read.values() for column in columns]),
             **{f"{name}_rows": str(len(columns[0])) for name, columns in read.items()},
         }
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedTask(DatasetTask):
+    """A task of which several rows may be one example, as those with one prompt: they stay in one split."""
+
+    @property
+    @abstractmethod
+    def _keys(self) -> Sequence[str]:
+        """What tells examples of the training split apart, for each of its rows."""
+
+    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
+        keys = [self._keys[row] for row in rows]
+        return split_groups(keys, max(1, round(share * len(rows))), self.seed)

@@ -19,9 +19,8 @@ from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.core.objectives import GENERATION_SPEEDS, Direction, Objective
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS
-from autopeft.tasks.dataset_task import SPLITS, DatasetTask
+from autopeft.tasks.dataset_task import SPLITS, GroupedTask
 from autopeft.tasks.generation import ERROR_RATES, TEXT_METRICS, TextMetric, generate_texts, new_ids, padded
-from autopeft.tasks.splits import split_groups
 from autopeft.tasks.token_loss import summed_cross_entropy
 
 _GENERATION_BATCH = 16
@@ -59,7 +58,7 @@ class _Perplexity(_MeanLoss):
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageTask(DatasetTask):
+class LanguageTask(GroupedTask):
     """A task whose model writes text. Its own head is used and stays frozen.
 
     Metrics: loss, the mean cross entropy a token in nats; perplexity; and those of `generate`.
@@ -125,11 +124,6 @@ class LanguageTask(DatasetTask):
         """The metrics, and how fast text is generated."""
         return *self.metrics, *GENERATION_SPEEDS.values()
 
-    @property
-    @abstractmethod
-    def _keys(self) -> Sequence[str]:
-        """What tells examples of the training split apart: rows of one prompt are one example."""
-
     @abstractmethod
     def _predicted_labels(self, labels: Tensor) -> Tensor:
         """Return what the first logits of each row predict, of labels (rows, tokens)."""
@@ -147,10 +141,6 @@ class LanguageTask(DatasetTask):
     ) -> Mapping[str, Tensor]:
         """Return what a model is given of such examples of a split; here they are tokens."""
         return padded(model, data.tokenizer, examples)
-
-    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
-        keys = [self._keys[row] for row in rows]
-        return split_groups(keys, max(1, round(share * len(rows))), self.seed)
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full rows; see `Task.example_batch`."""

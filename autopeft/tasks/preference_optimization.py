@@ -25,10 +25,9 @@ from autopeft.methods import adapters_off
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
-from autopeft.tasks.dataset_task import DatasetTask
+from autopeft.tasks.dataset_task import GroupedTask
 from autopeft.tasks.language_rows import RowReader, TokenRow
 from autopeft.tasks.loader_data import LoaderData
-from autopeft.tasks.splits import split_groups
 
 _logger = logging.getLogger(__name__)
 _REPLIES = ("chosen", "rejected")
@@ -36,7 +35,7 @@ _Pair = tuple[TokenRow, TokenRow]
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceOptimization(DatasetTask):
+class PreferenceOptimization(GroupedTask):
     """Teach a language model to prefer the chosen of two replies.
 
     The loss is that of DPO (Rafailov et al., "Direct Preference Optimization", 2023). Its reference is the
@@ -83,12 +82,8 @@ class PreferenceOptimization(DatasetTask):
                 raise unknown_choice(f"column of the {name} split", column, split.column_names)
         return super()._usable(split, name)
 
-    def _cut(self, rows: Sequence[int], share: float) -> tuple[Sequence[int], Sequence[int]]:
-        keys = [self._prompts[row] for row in rows]
-        return split_groups(keys, max(1, round(share * len(rows))), self.seed)
-
     @cached_property
-    def _prompts(self) -> list[str]:
+    def _keys(self) -> list[str]:
         """What tells examples of the training split apart: rows of one prompt are one example."""
         return [
             json.dumps(row.get("prompt") or (row["chosen"][:-1] if self._is_chat else row["chosen"]))
@@ -162,13 +157,13 @@ class PreferenceOptimization(DatasetTask):
                 )
         if row["chosen"] == row["rejected"]:
             raise ValueError(f"{place} has two equal replies, {str(row['chosen'])[:80]!r}: none is better.")
-        if self._is_chat:
-            chats = ({"messages": [*(row.get("prompt") or ()), *row[column]]} for column in _REPLIES)
-            chosen, rejected = (reader.read(chat, place) for chat in chats)
-        else:
-            texts = ({"prompt": row.get("prompt"), "completion": row[column]} for column in _REPLIES)
-            chosen, rejected = (reader.read(text, place) for text in texts)
-        return chosen, rejected
+
+        def read(reply: Any) -> TokenRow:
+            if self._is_chat:
+                return reader.read({"messages": [*(row.get("prompt") or ()), *reply]}, place)
+            return reader.read({"prompt": row.get("prompt"), "completion": reply}, place)
+
+        return read(row["chosen"]), read(row["rejected"])
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full pairs; see `Task.example_batch`."""
@@ -178,32 +173,25 @@ class PreferenceOptimization(DatasetTask):
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return a model's output for a batch, with logits of shape (pairs, 2, tokens, vocabulary).
 
-        Its `reference` has the logarithms of the replies' likelihoods without adapters, of shape (pairs, 2).
+        Its `margins`, of shape (pairs,), are beta times what the chosen reply gained over the rejected one. A
+        reply gains the logarithm of how much likelier it is than without adapters.
         """
         inputs = {name: values.flatten(0, 1) for name, values in model_inputs(batch).items()}
         output = model(**inputs, use_cache=False)
-        output.logits = output.logits.unflatten(0, (-1, len(_REPLIES)))
         with torch.no_grad(), adapters_off(model):
-            reference = model(**inputs, use_cache=False).logits.unflatten(0, (-1, len(_REPLIES)))
-        output.reference = _log_likelihoods(reference, batch[LABELS])
+            reference = _log_likelihoods(model(**inputs, use_cache=False).logits, batch[LABELS])
+        gains = _log_likelihoods(output.logits, batch[LABELS]) - reference
+        output.margins = self.beta * (gains[:, 0] - gains[:, 1])
+        output.logits = output.logits.unflatten(0, (-1, len(_REPLIES)))
         return output
 
     def mask(self, batch: Mapping[str, Tensor], *, is_decoder: bool = False) -> Tensor | None:
         """Return which positions count, of shape (replies, tokens)."""
         return batch["attention_mask"].flatten(0, 1)
 
-    def margins(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return beta times what the chosen reply gained over the rejected one, of shape (pairs,).
-
-        A reply gains the logarithm of how much likelier it is than with the reference.
-        """
-        gains = _log_likelihoods(output.logits, batch[LABELS]) - output.reference
-        margins: Tensor = self.beta * (gains[:, 0] - gains[:, 1])
-        return margins
-
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean loss of the pairs, a scalar."""
-        return -functional.logsigmoid(self.margins(output, batch)).mean()
+        return -functional.logsigmoid(output.margins).mean()
 
     def metric_collection(self) -> MetricCollection:
         """Return accuracy and loss."""
@@ -213,18 +201,12 @@ class PreferenceOptimization(DatasetTask):
         self, metrics: MetricCollection, output: Any, batch: Mapping[str, Tensor], loss: Tensor
     ) -> None:
         """Add a batch to the metrics."""
-        margins = self.margins(output, batch)
-        metrics["accuracy"].update((margins.sign() + 1) / 2)
-        metrics["loss"].update(-functional.logsigmoid(margins))
+        metrics["accuracy"].update((output.margins.sign() + 1) / 2)
+        metrics["loss"].update(-functional.logsigmoid(output.margins))
 
     def trivial_score(self, metric: str, data: Any) -> float:
         """Return what the reference scores."""
         return 0.5 if self.metric(metric).name == "accuracy" else math.log(2)
-
-    def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
-        source, rows = self._drawn(name)
-        split = self._sources[source].select(rows)
-        return [split[column][:] for column in split.column_names]
 
     def _settings(self) -> dict[str, str]:
         return {"beta": str(self.beta), "max_length": str(self.max_length)}
@@ -247,11 +229,11 @@ def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the logarithm of each reply's likelihood, of shape (pairs, 2).
 
     Args:
-        logits: Of shape (pairs, 2, tokens, vocabulary).
+        logits: Of shape (replies, tokens, vocabulary).
         labels: Of shape (pairs, 2, tokens).
     """
     losses = functional.cross_entropy(
-        logits[..., :-1, :].flatten(0, 2).float(),
+        logits[:, :-1].flatten(0, 1).float(),
         labels[..., 1:].flatten(),
         ignore_index=IGNORED,
         reduction="none",

@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.table import Table
 
-from autopeft.core.evaluation import TrialRecord
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
@@ -26,16 +25,12 @@ from autopeft.reporting.front import ParetoFront
 RESULTS = Path(__file__).parent / "results" / "family_fronts.json"
 
 
-def families(record: TrialRecord) -> set[str]:
-    """Return the families of a trial."""
-    return set(record.evaluation.configuration.methods)
-
-
 def counted(folder: Path) -> dict[str, Any]:
     """Return what became of every family in one search."""
     attributes, records = load_study(folder)
     front = ParetoFront.stored(attributes, records)
-    axis = next(axis for axis in front.axes if axis.objective == front.metric)
+    metric = front.metric
+    trivial = next(axis.worst for axis in front.axes if axis.objective == metric)
     trained = [
         record
         for record in front.records
@@ -43,21 +38,19 @@ def counted(folder: Path) -> dict[str, Any]:
         and record.duplicate_of is None
         and len(record.evaluation.configuration)
     ]
-    measured = [record for record in trained if axis.objective.name in record.evaluation.values]
-    lost = [
-        record.number
-        for record in measured
-        if not axis.objective.is_better(record.evaluation.values[axis.objective.name], axis.worst)
-    ]
-    failed = [record.number for record in trained if record.evaluation.status == "failed"]
+    values = [record.evaluation.values for record in trained if record.evaluation.status != "failed"]
+    at_trivial = len(trained) - len(values)  # those that failed
+    at_trivial += sum(
+        not metric.is_better(each[metric.name], trivial) for each in values if metric.name in each
+    )
     return {
         "search": folder.name,
-        "metric": axis.objective.name,
+        "metric": metric.name,
         "trials": len(trained),
-        "at the trivial score": len({*lost, *failed}),
+        "at the trivial score": at_trivial,
         "hypervolume": front.hypervolume,
-        "tried": Counter(name for record in trained for name in families(record)),
-        "on the front": Counter(name for point in front for name in families(point.record)),
+        "tried": Counter(name for record in trained for name in record.evaluation.configuration.methods),
+        "on the front": Counter(name for point in front for name in point.configuration.methods),
     }
 
 

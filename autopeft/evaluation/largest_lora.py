@@ -40,18 +40,14 @@ class LargestLora:
 
     def contains(self, configuration: Configuration) -> bool:
         """Say whether a configuration has at each site a LoRA of at most its rank, with the same options."""
-
-        def fits(whole: tuple[Adapter, ...], adapter: Adapter, site: Site) -> bool:
-            largest = whole[0] if whole else None
-            return (
-                largest is not None
-                and site.kind == "linear"  # fused experts have one update for each, which stay whole
-                and (adapter.method, adapter.options) == (METHOD, largest.options)
-                and (adapter.size or 0) <= (largest.size or 0)
-            )
-
-        adapters = self.configuration.adapters
-        return all(fits(tuple(adapters.get(site, ())), adapter, site) for site, adapter in configuration)
+        whole = self.configuration.adapters
+        return all(
+            site in whole
+            and site.kind == "linear"  # fused experts have one update for each, which stay whole
+            and (adapter.method, adapter.options) == (METHOD, whole[site][0].options)
+            and (adapter.size or 0) <= (whole[site][0].size or 0)
+            for site, adapter in configuration
+        )
 
     def state(self, configuration: Configuration) -> dict[str, Tensor]:
         """Return a smaller configuration's tensors: the largest singular values at its sites, and the head.

@@ -14,6 +14,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.models.backbone import Backbone
+from autopeft.reporting.front import ParetoFront
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
@@ -94,6 +95,11 @@ def tiny_search(folder: Path, **settings: Any) -> Search:
         "name": "tiny",
     }
     return Search(**(defaults | settings))
+
+
+def run(search: Search, trials: int) -> ParetoFront:
+    """Search without a progress bar."""
+    return search.run(trials=trials, progress=False)
 
 
 def save_tiny_model(folder: Path) -> Path:

@@ -87,9 +87,9 @@ def moved(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
 
     def own_buffer(tensor: Tensor) -> Tensor:
         found = tensor.to(*arguments, **options)
-        return (
-            found if tensor.is_floating_point() else tensor.to(found.device)
-        )  # a dtype is for numbers alone
+        if tensor.is_floating_point():
+            return found
+        return tensor.to(found.device)  # it keeps its dtype
 
     if not [*module.parameters(), *module.buffers()]:
         empty: nn.Module = module._apply(lambda tensor: tensor.to(*arguments, **options))

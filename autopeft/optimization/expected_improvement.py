@@ -33,8 +33,8 @@ _COMPUTE_BESIDE_BLOCKS = 0.25  # of what all blocks take in a step: head, loop a
 _SAME_RATE_FACTOR = 1.2  # learning rates by less than this factor apart are taken for the same
 _RATE_UNIT = math.log(20)  # of summed learning rates: as far apart as the ends of another feature
 # Of the shares of principles and of methods, beside 1 of other features: trials are few and methods many,
-# so that size and rate have to be learned first. On random trials of 41 families it is better than full
-# weight, and not better than neither (`benchmarks/families.py`).
+# so that size and rate have to be learned first. Random trials of 41 families do not tell them from none;
+# searches over all families are better with them than with methods alone (`benchmarks/families.py`).
 _PRINCIPLE_WEIGHT, _METHOD_WEIGHT = 0.3, 0.1
 _COUNTED = ("trainable_parameters", "adapter_parameters")
 

@@ -94,6 +94,7 @@ def test_full_fine_tuning_is_counted(tiny_bert: Any) -> None:
         assert count == pytest.approx(real(backbone, batch), rel=0.01)
 
 
+@pytest.mark.slow
 def test_on_real_weights(minilm_folder: Path, questions_csv: Path) -> None:
     backbone = Backbone.load(str(minilm_folder), TextClassification(dataset=str(questions_csv)).head)
     counter = MemoryCounter(backbone.model)

@@ -140,6 +140,7 @@ def test_what_cannot_be_served_is_computed(
     assert reason not in caplog.text  # said once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_is_served(method: str, tmp_path: Path) -> None:
     trains_key_biases = method in ("bitfit", "full", "ssf")

@@ -16,6 +16,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.tasks import ImageClassification, Seq2Seq
 from autopeft.tasks.dataset_task import DatasetTask
 from tests.evaluation.test_hidden_state_cache import assert_alike, served_cuts
+from tests.slow_cases import slow_unless
 from tests.task_cases import TASK_CASES, answered_rows, drawn_rows, splits_of
 from tests.tiny_models import fingerprint, tiny_chat_tokenizer, tiny_headed
 from tests.tiny_processors import tiny_processor
@@ -45,7 +46,10 @@ def above(backbone: Backbone, cut: int) -> Configuration:
 
 @pytest.mark.parametrize(
     ("architecture", "cut", "served"),
-    [("bart", 1, 1), ("bart", 2, 2), ("bart", 3, 2), ("t5", 2, 2), ("t5", 3, 2), ("whisper", 3, 2)],
+    slow_unless(
+        lambda architecture, cut, _: (architecture, cut) in (("bart", 2), ("t5", 3), ("whisper", 3)),
+        [("bart", 1, 1), ("bart", 2, 2), ("bart", 3, 2), ("t5", 2, 2), ("t5", 3, 2), ("whisper", 3, 2)],
+    ),
 )
 def test_a_decoder_is_served_what_the_encoder_returns(
     architecture: str, cut: int, served: int, tmp_path: Path

@@ -16,6 +16,7 @@ from autopeft.methods.layer_adapter import LayerMethod
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
 from tests.every_method import METHODS_BY_DEFAULT
+from tests.slow_cases import slow_cases
 from tests.tiny_models import (
     LABELS,
     draw_parameters,
@@ -197,7 +198,7 @@ class TestMethod:
             assert all(weight.grad is None for weight in frozen)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["bert", "llama", *slow_cases("gpt2", "modernbert", "t5")])
 def test_methods_attach_one_after_another(architecture: str, backbones: dict[str, Backbone]) -> None:
     """All methods that can share a site do, wrapping ones first, and come out again."""
     backbone = backbones[architecture]

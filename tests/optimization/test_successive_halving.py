@@ -84,6 +84,7 @@ def test_more_trials_go_on_with_what_was_paused(tmp_path: Path) -> None:
     assert len(more.records) == 12
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
     whole = run(halving_search(tmp_path / "whole"), 8)
     cuts = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ _ATTEMPTS = 2
 _CONNECTION_SECONDS = 10.0
 _PATIENCE_SECONDS = 1800.0
 """For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
+_PAUSE_SECONDS = 1.0
+_DOUBLINGS = 6
+"""Each further start in a row that fails doubles the pause before the next, so many times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,7 @@ class _RayJobs:
         self._runner, self._settings = runner, settings
         self._starting: dict[Any, Any] = {}  # by their answer that they are ready
         self._failed_starts = 0  # in a row
+        self._restarts: list[float] = []  # when to start workers in place of those that failed to
         self._idle: list[Any] = []
         self._running: dict[Any, _Running] = {}
         self._again: deque[_Running] = deque()  # of workers that died
@@ -131,7 +137,7 @@ class _RayJobs:
             )(_Worker)
             for _ in range(settings.workers):
                 self._start_worker()
-            while self._starting:
+            while self._starting or not self._idle:
                 self._take_in(self._first_answer())
         except BaseException:
             self.close()
@@ -175,28 +181,39 @@ class _RayJobs:
         Raises:
             ValueError: No worker is left, and none found a place in the cluster.
         """
-        patience = None if self._running else _PATIENCE_SECONDS
-        answers, _ = self._ray.wait([*self._running, *self._starting], num_returns=1, timeout=patience)
-        if not answers:
-            raise ValueError(
-                f"No worker found a place in the cluster within {_PATIENCE_SECONDS / 60:g} minutes."
-            )
-        return answers[0]
+        end = math.inf if self._running else time.monotonic() + _PATIENCE_SECONDS
+        while (now := time.monotonic()) < end:
+            for due in [due for due in self._restarts if due <= now]:
+                self._restarts.remove(due)
+                self._start_worker()
+            awaited = [*self._running, *self._starting]
+            seconds = min([end, *self._restarts]) - now
+            if not awaited:
+                time.sleep(seconds)
+                continue
+            timeout = None if math.isinf(seconds) else seconds
+            answers, _ = self._ray.wait(awaited, num_returns=1, timeout=timeout)
+            if answers:
+                return answers[0]
+        raise ValueError(f"No worker found a place in the cluster within {_PATIENCE_SECONDS / 60:g} minutes.")
 
     def _take_in(self, answer: Any) -> None:
-        """Have a worker that is ready, or another in place of one that died before it was.
+        """Have a worker that is ready, or after a pause another in place of one that died before it was.
 
         Raises:
-            ValueError: One after another dies.
+            ValueError: One after another dies, and no worker is left.
         """
         worker = self._starting.pop(answer)
         try:
             self._ray.get(answer)
         except self._deaths as error:
             self._failed_starts += 1
-            if self._failed_starts > self._settings.workers:
+            if self._failed_starts > self._settings.workers and not (self._running or self._idle):
                 raise ValueError(f"A worker could not be started: {error}") from error
-            self._start_worker()
+            pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
+            name = type(error).__name__
+            _logger.warning("A worker could not be started (%s); the next try is in %g s.", name, pause)
+            self._restarts.append(time.monotonic() + pause)
         else:
             self._failed_starts = 0
             self._idle.append(worker)
@@ -257,7 +274,7 @@ class _RayJobs:
         busy = (running.worker for running in self._running.values())
         for worker in (*self._idle, *self._starting.values(), *busy):
             self._ray.kill(worker)
-        for kept in (self._idle, self._starting, self._running, self._again):
+        for kept in (self._idle, self._starting, self._restarts, self._running, self._again):
             kept.clear()
         if self._starts_ray:
             self._ray.shutdown()

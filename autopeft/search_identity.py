@@ -18,7 +18,7 @@ import torch
 from optuna.samplers import BaseSampler
 from transformers import PreTrainedModel
 
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_flags, check_whole, unknown_choice
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.models.backbone import Backbone
@@ -89,6 +89,7 @@ class SearchSettings:
         make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
+        check_flags(warm_start=warm_start, derive=derive, baselines=baselines, score_check=score_check)
         if isinstance(executor, str) and executor != "local":
             raise unknown_choice("executor", executor, ("local",))
         if not (tracking is None or isinstance(tracking, str) or callable(tracking)):

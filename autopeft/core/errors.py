@@ -48,6 +48,13 @@ def check_whole(name: str, value: object, *, least: int, what: str = "a whole nu
         raise ValueError(f"{name} is {what} from {least} up, got {value!r}.")
 
 
+def check_flags(**values: object) -> None:
+    """Raise a ValueError where a value is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is True or False, got {value!r}.")
+
+
 def check_share(name: str, share: float, *, of: str) -> None:
     """Raise a ValueError where a value is no share in [0, 1] of something."""
     if not 0 <= share <= 1:

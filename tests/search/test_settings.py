@@ -80,6 +80,9 @@ def test_a_seed_is_a_whole_number(seed: Any, tmp_path: Path) -> None:
         ({"constraints": {"accuracy": 0.5}}, "only known after training"),
         ({"tracking": Tracker()}, "give a class of trackers and not one of them"),
         ({"prior": [Path("runs"), 3]}, "prior names folders, got 3: for a search, give its folder"),
+        ({"warm_start": "yes"}, "warm_start is True or False, got 'yes'"),
+        ({"warm_start": 0.5}, "warm_start is True or False, got 0.5"),
+        ({"derive": None}, "derive is True or False, got None"),
     ],
 )
 def test_wrong_names_are_found_at_once(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Evaluator(EvaluationContext):
         rung: int | None = None,
         paused: TrainingCheckpoint | None = None,
         initial_weights: InitialWeights | None = None,
+        is_trial: bool = True,
     ) -> Trained:
         """Check a configuration's costs, train it, and measure the objectives on the validation split.
 
@@ -59,6 +60,8 @@ class Evaluator(EvaluationContext):
             paused: Go on from there: the outcome is that of a training that never paused.
             initial_weights: What to begin from; None for random weights by the seed. What goes on from a
                 pause has no use for them.
+            is_trial: Whether the constraints bind it, and all objectives are measured; if not, it is trained
+                for its tensors alone.
 
         Raises:
             ValueError: The backbone cannot carry the configuration.
@@ -69,7 +72,7 @@ class Evaluator(EvaluationContext):
         if paused is not None and paused.step >= end:
             return Trained(paused.evaluation, paused=paused)
         seed = self.seed if seed is None else seed
-        run = EvaluationRun(self, configuration, seed, end, attachment, paused, initial_weights)
+        run = EvaluationRun(self, configuration, seed, end, attachment, paused, initial_weights, is_trial)
         reason = reason_of_failure(run.attempt)
         # Outside the except block on purpose: the traceback would keep the tensors alive.
         if reason is not None and self.device.type == "cuda":

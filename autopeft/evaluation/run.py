@@ -74,6 +74,7 @@ class EvaluationRun:
     attachment: type[Attachment] = Attachment
     before: TrainingCheckpoint | None = None
     initial_weights: InitialWeights | None = None
+    is_trial: bool = True
 
     def __post_init__(self) -> None:
         self.warm_start = False
@@ -109,12 +110,13 @@ class EvaluationRun:
 
     def _begin(self, attachment: Attachment) -> None:
         """Note the costs and the constraints that they violate, and load the initial weights."""
-        self.values |= self.evaluator.attached_costs(attachment)
-        self.violations = [
-            constraint.describe(self.values)
-            for constraint in self.evaluator.constraints
-            if constraint.violation(self.values) > 0
-        ]
+        if self.is_trial:
+            self.values |= self.evaluator.attached_costs(attachment)
+            self.violations = [
+                constraint.describe(self.values)
+                for constraint in self.evaluator.constraints
+                if constraint.violation(self.values) > 0
+            ]
         if self.initial_weights is not None and not self.violations:
             attachment.load_state_dict(self.initial_weights)
             self.warm_start = True
@@ -187,7 +189,7 @@ class EvaluationRun:
             peak = self.values.get("peak_memory_measured", 0.0)
             self.values["peak_memory_measured"] = max(peak, float(self.memory.peak_bytes))
         self.values |= evaluator.speeds(self._unknown)
-        if self.pause is None:
+        if self.pause is None and self.is_trial:
             self.values |= evaluator.measured_at_end("validation")
         for metric, step, value in self.curve.points:
             if not math.isfinite(value):  # a class is predicted of NaN as well, and scored
@@ -205,7 +207,7 @@ class EvaluationRun:
     @property
     def _unknown(self) -> frozenset[str]:
         """What is asked for and was not measured, as at a pause."""
-        return self.evaluator.needed - self.values.keys()
+        return self.evaluator.needed - self.values.keys() if self.is_trial else frozenset()
 
     def outcome(self, reason: str | None) -> Trained:
         """Return what came out."""

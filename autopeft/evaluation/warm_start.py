@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,12 +94,14 @@ class WarmStarts:
         return largest.state(configuration)
 
     def _train(self, number: int) -> None:
-        configuration = largest_lora(self.space, self.evaluator.backbone, self.evaluator.seed)
-        if configuration is None:
-            self._failures[number] = _Failure("the space has no configuration of LoRA alone", Cost())
+        try:
+            configuration = self._configuration()
+        except ValueError as error:  # at no cost, so that a resumed search may find it again
+            self._failures[number] = _Failure(str(error).removesuffix("."), Cost())
+            _logger.warning("There are no warm starts: %s.", self._failures[number].reason)
             return
         seed = self.evaluator.seed if number == 0 else training_seed(self.evaluator.seed, -1, number)
-        trained = self.evaluator.train(configuration, seed)
+        trained = self.evaluator.train(configuration, seed, is_trial=False)
         reason, cost = trained.evaluation.reason, trained.evaluation.cost
         if trained.state is not None:
             largest = LargestLora(configuration=configuration, tensors=trained.state, cost=cost)
@@ -112,6 +115,30 @@ class WarmStarts:
         # A resumed search must not train again what failed before.
         failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
         save_json(self._failures_path, failures)
+
+    def _configuration(self) -> Configuration:
+        """Return the largest LoRA, from the lowest site up at which it keeps a bound on peak memory.
+
+        That may stand for what the device has. Other constraints bind trials alone: what keeps them can be
+        cut from what does not.
+
+        Raises:
+            ValueError: There is none.
+        """
+        evaluator = self.evaluator
+        whole = largest_lora(self.space, evaluator.backbone, evaluator.seed)
+        if whole is None:
+            raise ValueError("the space has no LoRA on a linear layer")
+        evaluator.backbone.check(whole)
+        bound = next((each for each in evaluator.constraints if each.objective.name == "peak_memory"), None)
+        if bound is None:
+            return whole
+        sites = [*whole.adapters.items()]
+        upper = [whole.replace(adapters=dict(sites[lowest:])) for lowest in range(len(sites))]
+        lowest = bisect_left(upper, True, key=lambda part: bound.violation(evaluator.costs(part)) <= 0)
+        if lowest == len(upper):
+            raise ValueError("LoRA of the largest rank breaks the bound on peak memory at every site")
+        return upper[lowest]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"largest-{number}.safetensors"

@@ -77,6 +77,11 @@ def test_what_it_does_not_contain_is_refused() -> None:
     assert largest.contains(Configuration({site: Adapter("lora", 2)}))
 
 
+def test_fused_experts_are_not_inherited() -> None:
+    experts = Configuration({Site(0, "ffn_experts_up"): Adapter("lora", 4)})
+    assert not LargestLora(configuration=experts, tensors={}, cost=Cost()).contains(experts)
+
+
 @pytest.mark.parametrize(
     "space", [SPACE, Uniform(ranks=(1, 8)), PerLayer(methods=("series", "lora"), groups=2, ranks=(2, 8))]
 )

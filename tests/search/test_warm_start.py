@@ -157,6 +157,12 @@ def warm_starts_of(search: Search) -> WarmStarts:
     return found
 
 
+def largest_configuration(search: Search) -> Configuration:
+    largest = warm_starts_of(search).largest()
+    assert largest is not None
+    return largest.configuration
+
+
 @pytest.mark.slow
 def test_the_largest_lora_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
     search = warm_search(tmp_path, baselines=False)
@@ -184,8 +190,19 @@ def test_a_space_without_lora_has_no_warm_starts(tmp_path: Path) -> None:
     assert warm_starts(records) == [False] * 3
     found = WarmStarts(search.open().evaluator, search.space, tmp_path / "none")
     assert found.largest() is None
-    assert found.obstacle == "the space has no configuration of LoRA alone"
+    assert found.obstacle == "the space has no LoRA on a linear layer"
     assert found.cost == Cost()
+
+
+@pytest.mark.slow
+def test_trials_inherit_also_where_the_largest_lora_breaks_a_bound(tmp_path: Path) -> None:
+    search = warm_search(tmp_path, constraints={"trainable_parameters": 600}, baselines=False)
+    records = list(search.run(trials=6, progress=False).records)
+    kept = [record.evaluation.status == "complete" for record in records]
+    assert any(kept)
+    assert warm_starts(records) == kept
+    costs = search.open().evaluator.costs(largest_configuration(search))
+    assert costs["trainable_parameters"] > 600
 
 
 def test_warm_starts_can_be_asked_for_in_a_file() -> None:
@@ -311,7 +328,7 @@ def test_training_again_for_an_export_starts_from_the_same_weights(tmp_path: Pat
     assert_same(kept, again)
     card = (tmp_path / "again" / "README.md").read_text()
     assert "the largest LoRA" in card
-    cold = warm_search(tmp_path, warm_start=None, baselines=False, name=search.name)
+    cold = warm_search(tmp_path, warm_start=False, baselines=False, name=search.name)
     with pytest.raises(ValueError, match="give the search warm_start=True"):
         cold.export(number, tmp_path / "cold", retrain=True)
 

@@ -173,6 +173,14 @@ class Task(ABC):
         """Return a model's output for a batch."""
         return model(**model_inputs(batch))
 
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether `forward` is one pass of the model over `model_inputs`, which several trials can share.
+
+        Here: whether it is `Task.forward`. The loss and the metrics then see the prediction alone.
+        """
+        return type(self).forward is Task.forward
+
     def mask(self, batch: Mapping[str, Tensor], *, is_decoder: bool = False) -> Tensor | None:
         """Return which positions count, of shape (rows, positions); None where all do.
 

@@ -143,6 +143,11 @@ class CausalLM(LanguageTask):
         # Also: transformers takes packed rows apart by their positions only where there is no cache of keys.
         return model(**model_inputs(batch), use_cache=False)
 
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether `forward` is one pass of the model over `model_inputs`: unless a subclass has its own."""
+        return type(self).forward is CausalLM.forward
+
     def _predicted_labels(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
 

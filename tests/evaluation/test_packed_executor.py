@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from torch import Tensor, nn
 
 from autopeft.core.jobs import Job, New, Replicate, Resume
+from autopeft.core.objectives import resolve_objectives
 from autopeft.core.seeding import training_seed
+from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.packing.executor import PackedExecutor
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.evaluation.run import Trained
 from autopeft.evaluation.trial_runner import TrialRunner
+from autopeft.models.backbone import Backbone
+from autopeft.tasks import CausalLM, PreferenceOptimization, Seq2Seq, TextClassification
+from autopeft.tasks.dataset_task import DatasetTask
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.training_checkpoint import TrainingCheckpoints
-from tests.packed import LORAS, OTHER_METHODS, assert_alike, lora, packing_evaluator
+from tests.packed import LORAS, OTHER_METHODS, TRAINING, assert_alike, lora, packing_evaluator
+from tests.task_cases import compared_rows, splits_of
+from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
 
 @pytest.fixture
@@ -79,6 +89,38 @@ def test_new_lora_trials_train_together_and_other_jobs_alone(runner: TrialRunner
         assert resumed.evaluation.status == "complete"
     for number in (3, 5):
         assert records[number].evaluation.seed == training_seed(0, number)
+
+
+def test_trials_of_a_task_with_a_reference_are_trained_alone(
+    tmp_path: Path, packs: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = PreferenceOptimization(splits_of(compared_rows))
+    backbone = Backbone.load(tiny_language_model("llama"), task.head, tiny_chat_tokenizer())
+    objectives = resolve_objectives(("loss", "trainable_parameters"), task.metrics)
+    training = replace(TRAINING, epochs=1)
+    evaluator = Evaluator(backbone, task, training, objectives)
+    checkpoints, paused = AdapterCheckpoints(tmp_path / "adapters"), TrainingCheckpoints(tmp_path / "paused")
+    jobs: list[Job] = [New(number=number, configuration=lora("1.query", number + 1)) for number in range(2)]
+    records = run_all(TrialRunner(evaluator, checkpoints, paused, seed=0), jobs)
+    assert [record.evaluation.status for record in records] == ["complete", "complete"]
+    assert [record.evaluation.seed for record in records] == [training_seed(0, number) for number in range(2)]
+    assert not packs
+    assert "is halved" not in caplog.text
+
+
+def test_what_forward_is_decides_whether_trials_share_a_pass() -> None:
+    class Warmer(TextClassification):
+        def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+            return super().forward(model, batch)
+
+    class Longer(CausalLM):
+        def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+            return super().forward(model, batch)
+
+    tasks: tuple[type[DatasetTask], ...] = (TextClassification, CausalLM)
+    assert [made(Dataset.from_dict({})).is_one_pass for made in tasks] == [True, True]
+    others: tuple[type[DatasetTask], ...] = (PreferenceOptimization, Seq2Seq, Warmer, Longer)
+    assert not any(made(Dataset.from_dict({})).is_one_pass for made in others)
 
 
 def test_trained_tensors_are_kept_with_a_trials_own_record(runner: TrialRunner, tmp_path: Path) -> None:

@@ -45,10 +45,11 @@ class PackedTrainer:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
         # Blocks of an encoder-decoder do not all have the same rows and tokens.
-        self._is_refuted = bool(evaluator.backbone.model.config.is_encoder_decoder)
+        is_encoder_decoder = bool(evaluator.backbone.model.config.is_encoder_decoder)
+        self._is_refuted = is_encoder_decoder or not evaluator.task.is_one_pass
 
     def can_pack(self, configuration: Configuration) -> bool:
-        """Return whether a configuration has LoRA of layers alone, and settings and model allow for packs."""
+        """Return whether a configuration has LoRA of layers alone, and task, training and model allow it."""
         training = self._evaluator.training
         is_alone = self._is_refuted or training.patience or training.callbacks
         is_plain = (

@@ -90,6 +90,8 @@ class EvaluationContext:
         nn.Module.to(backbone.model, self.device)
         if training.gradient_checkpointing:
             backbone.enable_checkpointing()
+        if not task.trains_with_dropout:
+            backbone.leave_out_dropout()
         with section("tokenise"):
             self.data = task.data(backbone.processor, batch_size=training.part_size, seed=seed, cache=cache)
         if not isinstance(self.data, TaskData):

@@ -132,6 +132,8 @@ def estimate(
         _check_possible(backbone, _adapter(method, rank))
     if checkpointing:
         backbone.enable_checkpointing()
+    if not task.trains_with_dropout:
+        backbone.leave_out_dropout()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
     batch = task.example_batch(training.part_size, length)
     counter = MemoryCounter(backbone.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -115,9 +115,11 @@ class Task(ABC):
 
     Attributes:
         prediction: The field of the model's output that an export has to reproduce.
+        trains_with_dropout: Whether the model's own dropout is on in training.
     """
 
     prediction: str = "logits"
+    trains_with_dropout: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

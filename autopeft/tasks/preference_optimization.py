@@ -55,6 +55,7 @@ class PreferenceOptimization(GroupedTask):
     """
 
     recognised_by: ClassVar[frozenset[str]] = frozenset(_REPLIES)
+    trains_with_dropout: ClassVar[bool] = False
 
     _: KW_ONLY
     beta: float = 0.1

@@ -23,6 +23,7 @@ from autopeft.training.accumulation import with_shares
 from autopeft.training.settings import Training
 from tests.learnable import learnable_task
 from tests.packed import assert_alike, compare, lora, packing_backbone, packing_evaluator
+from tests.task_cases import TASK_CASES
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import everywhere, tiny_chat_tokenizer, tiny_language_model
 
@@ -32,6 +33,7 @@ TASKS: dict[str, Task] = {
     "classes of unlike weights": learnable_task(rows=44, class_weights={"a": 3.0, "b": 0.5}),
     "a class without weight": learnable_task(rows=44, class_weights={"a": 0.0}),
     "completions of unlike lengths": task_of(50),
+    "pairs of replies": TASK_CASES["PreferenceOptimization"].make(),
 }
 
 
@@ -144,6 +146,7 @@ def _without_memory(trained: Trained) -> Trained:
         ("completions of unlike lengths", 2, {"gradient_checkpointing": True}),
         ("completions of unlike lengths", PARTS, {}),
         ("completions of unlike lengths", PARTS, {"precision": "bf16-mixed"}),
+        ("pairs of replies", 2, {"gradient_checkpointing": True}),
     ],
 )
 def test_memory_is_counted_as_it_is(name: str, accumulate: int, settings: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from autopeft.models.loading import Quantization
 from autopeft.tasks import CausalLM
 from tests.quantized import QUANTIZATIONS, quantized, quiet, save_base
 from tests.slow_cases import slow_cases
+from tests.task_cases import TASK_CASES
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import OPTIONS, tiny_chat_tokenizer, tiny_language_model
 
@@ -106,6 +107,17 @@ def test_fewer_blocks_take_less(config: Path) -> None:
     everywhere, half, quarter = estimates(config, methods=("lora",)).rows
     assert everywhere.peak_memory > half.peak_memory >= quarter.peak_memory
     assert everywhere.trainable_parameters == 2 * half.trainable_parameters
+
+
+@pytest.mark.slow
+def test_what_trains_without_dropout_keeps_no_masks(tmp_path: Path) -> None:
+    task = TASK_CASES["PreferenceOptimization"].make()
+    rates: list[dict[str, float]] = [{}, {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}]
+    peaks = []
+    for options in rates:
+        AutoConfig.for_model("gpt2", **OPTIONS["gpt2"], **options).save_pretrained(tmp_path)
+        peaks.append([row.peak_memory for row in estimates(tmp_path, task=task, methods=("lora",)).rows])
+    assert peaks[0] == peaks[1]
 
 
 def test_a_classifier_has_a_new_head(config: Path) -> None:

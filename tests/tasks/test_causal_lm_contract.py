@@ -16,7 +16,7 @@ from autopeft.export.export import export_adapter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
-from autopeft.tasks import CausalLM
+from autopeft.tasks import Task
 from autopeft.tasks.batch import model_inputs
 from benchmarks.memory import measure_live_storage
 from tests.quantized import QUANTIZATIONS, bytes_of_scales, quantized, quiet, save_base
@@ -32,7 +32,7 @@ CASES = [*itertools.product(ARCHITECTURES, PRECISIONS), *QUANTIZED]
 TRAINING = Training(epochs=3, batch_size=8, device="cpu")
 
 
-def backbone_of(architecture: str, precision: str, task: CausalLM, folder: Path) -> Backbone:
+def backbone_of(architecture: str, precision: str, task: Task, folder: Path) -> Backbone:
     """Write a tiny model to a folder, and load it."""
     if precision in QUANTIZATIONS:
         return quantized(save_base(folder, architecture), precision, task)

@@ -18,6 +18,7 @@ from autopeft import Adapter, Configuration, Site, Training
 from autopeft.cli import app
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.yaml_config import load_config
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
@@ -73,6 +74,20 @@ def test_a_task_of_ones_own_learns(place: Path) -> None:
     again = evaluator.train(configuration)
     assert again.evaluation.values["accuracy"] == evaluation.values["accuracy"]
     assert all(torch.equal(tensor, again.state[name]) for name, tensor in trained.state.items())  # type: ignore[index]
+
+
+def test_before_a_step_the_model_in_training_is_its_reference(place: Path) -> None:
+    import own_preferences
+
+    task: Any = own_preferences.Preferences(str(place))
+    assert not task.is_one_pass
+    backbone = Backbone.load(tiny_language_model("gpt2"), task.head, tiny_chat_tokenizer())
+    objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
+    evaluator = Evaluator(backbone, task, Training(device="cpu"), objectives)
+    with attach(backbone, Configuration({Site(0, "ffn_down"): Adapter("lora", 4)})):
+        batch = evaluator.data.largest_batch()
+        margins = task.margins(task.forward(backbone.model.train(), batch), batch)
+    assert not margins.any()
 
 
 @pytest.mark.slow

@@ -151,7 +151,9 @@ def _likely(kinds: Mapping[str, ColumnKind]) -> list[type[DatasetTask]]:
     except ValueError:
         layout = None
     others = [made for made in _TASKS if made is not CausalLM and made.recognised_by <= kinds.keys()]
-    return others if layout is None else [*others, CausalLM] if layout == "text" else [CausalLM]
+    if layout is not None and layout != "text":  # else messages could be taken for tags
+        others = [made for made in others if made.recognised_by]
+    return others if layout is None else [*others, CausalLM]
 
 
 def _columns(train: Dataset, kinds: Mapping[str, ColumnKind], made: type[DatasetTask]) -> dict[str, Any]:

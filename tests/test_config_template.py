@@ -74,6 +74,19 @@ def test_every_task_is_recognised_by_its_columns(
     assert (type(found).__name__, settings) == (task, columns)
 
 
+def test_preferences_are_recognised_before_their_chats(tmp_path: Path) -> None:
+    """The layout of UltraFeedback, which has the chosen chats in "messages" as well."""
+    chats = [
+        [{"role": "user", "content": f"w{row}"}, {"role": "assistant", "content": f"w{row}"}]
+        for row in range(40)
+    ]
+    prompts = [f"w{row}" for row in range(40)]
+    rows: dict[str, list[Any]] = {"prompt": prompts, "messages": chats, "chosen": chats}
+    found, settings, _ = recognise(saved(tmp_path, rows | {"rejected": chats[1:] + chats[:1]}))
+    assert (type(found).__name__, settings) == ("PreferenceOptimization", {})
+    assert type(recognise(saved(tmp_path, rows))[0]).__name__ == "CausalLM"
+
+
 def test_columns_of_other_names_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
     count = 40
     rows: dict[str, list[Any]] = {

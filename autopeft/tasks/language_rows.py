@@ -217,14 +217,18 @@ class RowReader:
         )
 
 
-def _messages(value: Any, place: str) -> list[Mapping[str, Any]]:
-    is_list = isinstance(value, list) and all(
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return isinstance(value, list) and all(
         isinstance(message, Mapping)
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), str)
         for message in value
     )
-    if not is_list:
+
+
+def _messages(value: Any, place: str) -> list[Mapping[str, Any]]:
+    if not is_chat(value):
         raise ValueError(
             f"{place} has {str(value)[:80]!r} in 'messages', expected a list of messages such as "
             '{"role": "user", "content": "Hello"}.'

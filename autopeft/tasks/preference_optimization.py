@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -26,7 +26,7 @@ from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_task import GroupedTask
-from autopeft.tasks.language_rows import RowReader, TokenRow
+from autopeft.tasks.language_rows import RowReader, TokenRow, is_chat
 from autopeft.tasks.loader_data import LoaderData
 
 _logger = logging.getLogger(__name__)
@@ -39,12 +39,17 @@ class PreferenceOptimization(GroupedTask):
     """Teach a language model to prefer the chosen of two replies.
 
     The loss is that of DPO (Rafailov et al., "Direct Preference Optimization", 2023). Its reference is the
-    same backbone with the adapters turned off, so that the weights are in memory once. Columns: `chosen` and
-    `rejected`, and `prompt` unless they begin with it; all are texts, or all are lists of messages, which the
-    tokenizer's chat template writes. Metrics: the share of pairs whose chosen reply gained more over the
-    reference than the rejected one (ties count half), and the loss.
+    same backbone with the adapters turned off, so that the weights are in memory once. As in TRL, the
+    backbone's dropout is off in both passes; adapters keep what a configuration gives them.
 
-    The attributes of `DatasetTask` (rows with the same prompt stay in one split), and:
+    Columns: `chosen` and `rejected`, and `prompt` unless they begin with it. All are texts, or lists of
+    messages, which the tokenizer's chat template writes; the prompt of these may also be a text, the user's,
+    whether the chats begin with it or not. Pairs of equal replies, also once they are cut, are left out.
+    Metrics: the share of pairs whose chosen reply gained more over the reference than the rejected one (ties
+    count half), and the loss.
+
+    The attributes of `DatasetTask` (rows with the same prompt stay in one split: where there is no column of
+    prompts, with the same words or messages in front of both replies), and:
 
     Attributes:
         beta: How strongly the model is held to the reference.
@@ -86,14 +91,12 @@ class PreferenceOptimization(GroupedTask):
     @cached_property
     def _keys(self) -> list[str]:
         """What tells examples of the training split apart: rows of one prompt are one example."""
-        return [
-            json.dumps(row.get("prompt") or (row["chosen"][:-1] if self._is_chat else row["chosen"]))
-            for row in self._sources["train"]
-        ]
+        rows = enumerate(self._sources["train"])
+        return [_key(*self._columns_of(row, f"Row {number} of the train split")) for number, row in rows]
 
     @cached_property
     def _is_chat(self) -> bool:
-        return isinstance(self._sources["train"][0]["chosen"], list)
+        return not isinstance(self._sources["train"].features["chosen"], Value)
 
     def data(
         self,
@@ -106,8 +109,8 @@ class PreferenceOptimization(GroupedTask):
         """Return the tokenised splits; see `Task.data`. A batch has the shape (pairs, 2, tokens).
 
         Raises:
-            ValueError: A row has no two replies of one kind, the tokenizer lacks what they need, or no reply
-                is left of a split after rows were cut.
+            ValueError: A row has no two replies of one kind, the tokenizer lacks what they need, or no two
+                different replies are left of a split after rows were cut.
         """
         reader = RowReader(tokenizer, "messages" if self._is_chat else "prompt/completion")
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -126,19 +129,19 @@ class PreferenceOptimization(GroupedTask):
         rows = zip(numbers, self._sources[source].select(numbers), strict=True)
         read = [self._read(reader, row, f"Row {number} of the {source} split") for number, row in rows]
         pairs = [(chosen.cut(self.max_length), rejected.cut(self.max_length)) for chosen, rejected in read]
-        kept = [
-            pair for pair in pairs if all(any(label != IGNORED for label in row.labels[1:]) for row in pair)
-        ]
+        kept = [(chosen, rejected) for chosen, rejected in pairs if _differ(chosen, rejected)]
         if not kept:
             longest = max(len(row.tokens) for pair in read for row in pair)
             raise ValueError(
-                f"No pair of the {name} split has its replies within max_length={self.max_length} tokens "
-                f"(the longest with its prompt has {longest}): raise max_length, or shorten the prompts."
+                f"No pair of the {name} split has two different replies within "
+                f"max_length={self.max_length} tokens (the longest with its prompt has {longest}): raise "
+                "max_length, or shorten the prompts."
             )
-        if shortened := sum(pair != whole for pair, whole in zip(pairs, read, strict=True)):
+        shortened = sum(pair != whole for pair, whole in zip(pairs, read, strict=True))
+        if shortened or len(kept) < len(read):
             _logger.warning(
-                "%s of the %s pairs of the %s split are cut at %s tokens; %s of them lose a reply, and are "
-                "left out.",
+                "%s of the %s pairs of the %s split are cut at %s tokens; %s, cut or not, have no two "
+                "different replies and are left out.",
                 f"{shortened:,}",
                 f"{len(read):,}",
                 name,
@@ -149,22 +152,31 @@ class PreferenceOptimization(GroupedTask):
 
     def _read(self, reader: RowReader, row: Mapping[str, Any], place: str) -> _Pair:
         """Return the prompt with either reply."""
-        kind, what = (list, "lists of messages") if self._is_chat else (str, "texts")
-        for column in ("prompt", *_REPLIES):
-            value = row.get(column)
-            if not isinstance(value, kind) and (value or column != "prompt"):
-                raise ValueError(
-                    f"{place} has {str(value)[:80]!r} in {column!r}, expected {what} in all columns."
-                )
-        if row["chosen"] == row["rejected"]:
-            raise ValueError(f"{place} has two equal replies, {str(row['chosen'])[:80]!r}: none is better.")
+        prompt, *replies = self._columns_of(row, place)
 
         def read(reply: Any) -> TokenRow:
             if self._is_chat:
-                return reader.read({"messages": [*(row.get("prompt") or ()), *reply]}, place)
-            return reader.read({"prompt": row.get("prompt"), "completion": reply}, place)
+                return reader.read({"messages": _with_prompt(prompt, reply)}, place)
+            return reader.read({"prompt": prompt, "completion": reply}, place)
 
-        return read(row["chosen"]), read(row["rejected"])
+        chosen, rejected = map(read, replies)
+        return chosen, rejected
+
+    def _columns_of(self, row: Mapping[str, Any], place: str) -> tuple[Any, Any, Any]:
+        """Return a row's prompt, which may be empty, and its replies: all of them texts, or messages."""
+        for column in ("prompt", *_REPLIES):
+            value, is_prompt = row.get(column), column == "prompt"
+            may_be_text = is_prompt or not self._is_chat
+            fits = (may_be_text and isinstance(value, str)) or (self._is_chat and is_chat(value))
+            if not fits and not (is_prompt and value is None):
+                expected = ["a text"] * may_be_text + ["a list of messages"] * self._is_chat
+                raise ValueError(
+                    f"{place} has {str(value)[:80]!r} in {column!r}, expected {' or '.join(expected)}."
+                )
+        prompt = row.get("prompt") or ([] if self._is_chat else "")
+        if self._is_chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return prompt, row["chosen"], row["rejected"]
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full pairs; see `Task.example_batch`."""
@@ -211,6 +223,26 @@ class PreferenceOptimization(GroupedTask):
 
     def _settings(self) -> dict[str, str]:
         return {"beta": str(self.beta), "max_length": str(self.max_length)}
+
+
+def _key(prompt: Any, chosen: Any, rejected: Any) -> str:
+    """Return a row's prompt as text; where it has none, what both replies begin with: words, or messages."""
+    words = (reply.split() if isinstance(reply, str) else reply for reply in (chosen, rejected))
+    common = takewhile(lambda both: both[0] == both[1], zip(*words, strict=False))
+    return str(prompt or [left for left, _ in common] or chosen)
+
+
+def _with_prompt(prompt: list[Any], reply: list[Any]) -> list[Any]:
+    """Return a reply with its prompt in front, where it does not begin with it, a system's message aside."""
+    asked, said = ([(each["role"], each["content"]) for each in chat] for chat in (prompt, reply))
+    is_whole = any(said[start : start + len(asked)] == asked for start in (0, 1))
+    return reply if is_whole else [*prompt, *reply]
+
+
+def _differ(chosen: TokenRow, rejected: TokenRow) -> bool:
+    """Return whether there are two replies, of different tokens."""
+    are_there = all(any(label != IGNORED for label in row.labels[1:]) for row in (chosen, rejected))
+    return are_there and chosen.tokens != rejected.tokens
 
 
 def _padded(pairs: Sequence[_Pair], padding: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -90,11 +91,63 @@ def test_prompts_stay_in_one_split() -> None:
     assert len(set.union(*prompts)) == 4
 
 
+def test_without_a_column_of_prompts_rows_that_begin_alike_stay_in_one_split() -> None:
+    texts = {
+        "chosen": [f"q{row // 3} is w{row}" for row in range(12)],
+        "rejected": [f"q{row // 3} is w{row}{row}" for row in range(12)],  # the last word begins alike
+    }
+    chats = {
+        column: [
+            [{"role": "user", "content": f"q{row // 3}"}, *reply(f"{column} {row}")] for row in range(12)
+        ]
+        for column in ("chosen", "rejected")
+    }
+    for rows in (texts, chats):
+        task = PreferenceOptimization(Dataset.from_dict(rows), test_share=0.25, validation_share=0.25)
+        found = [
+            re.findall("q[0-9]", str(task._columns(name)[0])) for name in ("train", "validation", "test")
+        ]
+        assert [len(set(questions)) for questions in found] == [2, 1, 1]
+        assert len({question for questions in found for question in questions}) == 4
+
+
+def test_rows_that_have_no_prompt_are_examples_of_their_own() -> None:
+    rows = {"chosen": [f"w{row}" for row in range(12)], "rejected": [f"w{row + 20}" for row in range(12)]}
+    task = PreferenceOptimization(Dataset.from_dict(rows), test_share=0.25, validation_share=0.25)
+    task.validate()
+    assert [len(task._columns(name)[0]) for name in ("train", "validation", "test")] == [6, 3, 3]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "w9"}]])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_prompt_may_be_the_users_text_in_front_of_chats(
+    system: list[dict[str, str]], is_whole: bool
+) -> None:
+    """The layout of UltraFeedback: a text, and the whole chats, which begin with it."""
+    chats = {
+        "chosen": [[*system, *CHAT, *reply("w5 w6")]],
+        "rejected": [[*system, *CHAT, *reply("w7")]],
+    }
+    expected = first_batch(task_of(chats))
+    if not is_whole and not system:
+        chats = {"chosen": [reply("w5 w6")], "rejected": [reply("w7")]}
+    found = first_batch(task_of({"prompt": [CHAT[0]["content"]], "messages": chats["chosen"], **chats}))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_pairs_of_equal_replies_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"prompt": ["w1 "] * 3, "chosen": ["w5 w6", "w5", "w5"], "rejected": ["w5 w7", "w5", "w6"]}
+    assert len(first_batch(task_of(rows))["input_ids"]) == 2
+    assert "0 of the 3 pairs of the validation split are cut at 512 tokens; 1, cut or not" in caplog.text
+    assert len(first_batch(task_of(rows, max_length=2))["input_ids"]) == 1
+    assert "3 of the 3 pairs of the validation split are cut at 2 tokens; 2, cut or not" in caplog.text
+
+
 def test_pairs_that_lose_a_reply_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     rows = {"prompt": ["w1 ", "w1 w2 w3 w4 "], "chosen": ["w5", "w5"], "rejected": ["w6", "w6"]}
     batch = first_batch(task_of(rows, max_length=3))
     assert len(batch["input_ids"]) == 1
-    assert "1 of the 2 pairs of the validation split are cut at 3 tokens; 1 of them lose" in caplog.text
+    assert "1 of the 2 pairs of the validation split are cut at 3 tokens; 1, cut or not, have" in caplog.text
     with pytest.raises(ValueError, match=r"No pair of the validation split .*max_length=1.*has 6"):
         first_batch(task_of(rows, max_length=1))
 
@@ -103,16 +156,34 @@ def test_pairs_that_lose_a_reply_are_left_out(caplog: pytest.LogCaptureFixture) 
     ("rows", "message"),
     [
         ({"chosen": ["w1"]}, "column of the train split 'rejected'"),
-        ({"chosen": ["w1"], "rejected": ["w1"]}, "Row 0 of the validation split has two equal replies"),
+        ({"chosen": ["w1"], "rejected": ["w1"]}, "No pair of the validation split has two different"),
         ({"chosen": ["w1"], "rejected": [None]}, "Row 0 of the validation split has 'None' in 'rejected'"),
-        ({"chosen": [reply("w1")], "rejected": ["w2"]}, "expected lists of messages in all columns"),
-        ({"prompt": [CHAT], "chosen": ["w1"], "rejected": ["w2"]}, "in 'prompt', expected texts in all"),
+        ({"chosen": [reply("w1")], "rejected": ["w2"]}, "'w2' in 'rejected', expected a list of messages"),
+        ({"chosen": [["w1"]], "rejected": [["w2"]]}, r"in 'chosen', expected a list of messages"),
+        ({"prompt": [CHAT], "chosen": ["w1"], "rejected": ["w2"]}, "in 'prompt', expected a text\\."),
+        (
+            {"prompt": [3], "chosen": [reply("w1")], "rejected": [reply("w2")]},
+            "'3' in 'prompt', expected a text or a list of messages",
+        ),
         ({"chosen": [CHAT], "rejected": [reply("w2")]}, "no message of the role 'assistant'"),
     ],
 )
 def test_bad_rows_are_named(rows: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task_of(rows).data(tiny_chat_tokenizer(), batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"chosen": ["w1 w5", None], "rejected": ["w1 w6", "w2"]},
+        {"chosen": [CHAT + reply("w5"), None], "rejected": [CHAT + reply("w6")] * 2},
+        {"chosen": [None, None], "rejected": ["w1", "w2"]},
+    ],
+)
+def test_bad_rows_are_named_before_a_single_split_is_cut(rows: dict[str, list[Any]]) -> None:
+    with pytest.raises(ValueError, match=r"Row . of the train split has 'None' in 'chosen', expected a "):
+        PreferenceOptimization(Dataset.from_dict(rows)).validate()
 
 
 @pytest.mark.parametrize("setting", [{"beta": 0.0}, {"max_length": 0}])

@@ -146,7 +146,7 @@ def _without_memory(trained: Trained) -> Trained:
         ("completions of unlike lengths", 2, {"gradient_checkpointing": True}),
         ("completions of unlike lengths", PARTS, {}),
         ("completions of unlike lengths", PARTS, {"precision": "bf16-mixed"}),
-        ("pairs of replies", 2, {"gradient_checkpointing": True}),
+        pytest.param("pairs of replies", 2, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_counted_as_it_is(name: str, accumulate: int, settings: dict[str, Any]) -> None:

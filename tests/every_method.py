@@ -13,3 +13,10 @@ EVERY_METHOD = [
     name if name in METHODS_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
     for name in METHOD_SPECS
 ]
+ON_STATE_SPACES = tuple(name for name, row in METHOD_SPECS.items() if row.kinds == {"state space"})
+"""Methods for which a BERT has no place."""
+
+
+def architecture_for(method: str) -> str:
+    """Return the tiny classifier that a method is tried on."""
+    return "jamba" if method in ON_STATE_SPACES else "bert"

@@ -313,7 +313,7 @@ def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, *
         tiny_classifier(architecture, seed=seed, **options),
         tiny_tokenizer(),
         name=f"tiny-{architecture}",
-        head=HEADS[architecture],
+        head=HEADS.get(architecture, ("score",)),
         new_head=new_head,
     )
 

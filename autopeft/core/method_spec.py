@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["linear", "experts", "norm", "convolution", "attention", "ffn", "block"]
+Kind = Literal["linear", "experts", "norm", "convolution", "state space", "attention", "ffn", "block"]
 Principle = Literal[
     "low-rank update",  # a product of thin matrices beside the weight
     "fixed bases",  # few numbers between or beside matrices that are not trained

@@ -48,6 +48,7 @@ KIND_OF_ROLE: Mapping[str, Kind] = {
     **dict.fromkeys(EXPERT_ROLES, "experts"),
     **dict.fromkeys(NORM_ROLES, "norm"),
     "convolution": "convolution",
+    "state_space": "state space",
     "attention": "attention",
     "ffn": "ffn",
     "block": "block",
@@ -58,6 +59,7 @@ ROLES = tuple(KIND_OF_ROLE)
 
 _LINEAR: frozenset[Kind] = frozenset({"linear"})
 _SUBLAYER: frozenset[Kind] = frozenset({"attention", "ffn"})
+_STATE_SPACE: frozenset[Kind] = frozenset({"state space"})
 _ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -206,6 +208,21 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             size_name="side width",
             sizes=(4, 128),
             rate=3.0,
+        ),
+        MethodSpec(
+            name="sdt",
+            principle="sparse update",
+            symbol="Sd",
+            kinds=_STATE_SPACE,
+            size_name="channels",
+            sizes=(4, 512),  # at LoRA's rate, as in the paper's scripts
+        ),
+        MethodSpec(
+            name="state_offset",
+            principle="vectors",
+            symbol="So",
+            kinds=_STATE_SPACE,
+            rate=0.1,  # 2e-4 in the paper's scripts, where LoRA has 2e-3
         ),
     )
 }

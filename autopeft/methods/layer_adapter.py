@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
@@ -100,7 +103,7 @@ def weight_of(layer: nn.Module, shape: SiteShape) -> Tensor:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Merge every `LayerAdapter` of a model into its layer, and take it out."""
+    """Merge adapters into the weights: `LayerAdapter` modules, and parametrizations that are `Switchable`."""
     for path, module in list(model.named_modules()):
         if isinstance(module, LayerAdapter) and hasattr(module, "handle"):  # not a part of another
             name, _, child = path.rpartition(".")
@@ -108,3 +111,10 @@ def merge_adapters(model: nn.Module) -> None:
             module.merge(layer)
             module.handle.remove()
             delattr(layer, child)
+        if parametrize.is_parametrized(module):
+            by_name = cast(Mapping[str, nn.ModuleList], module.parametrizations)
+            for child in [name for name, several in by_name.items() if isinstance(several[0], Switchable)]:
+                value = cast(Tensor, getattr(module, child))
+                parametrize.remove_parametrizations(module, child, leave_parametrized=False)
+                parameter = module.get_parameter(child)
+                parameter.data = value.to(parameter.dtype)

@@ -28,12 +28,15 @@ from autopeft.methods.loreft import LoReFT
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.methods.prefix_tuning import PrefixTuning
 from autopeft.methods.scale_and_shift import SSF
+from autopeft.methods.sdt import SDT
 from autopeft.methods.sized_by_shape import C3A, OSF, RandLora
 from autopeft.methods.sparse import Sparse
+from autopeft.methods.state_offset import StateOffsetTuning
 
 _ALONE = (
     *(Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning()),
     *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
+    *(SDT(), StateOffsetTuning()),
 )
 _FAMILIES: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
 """Families of peft's whose size is not the number that peft's config has."""

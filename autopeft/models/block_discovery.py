@@ -148,7 +148,7 @@ def block_modules(name: str, block: nn.Module) -> BlockModules | None:
     norms = _norm_roles(_norms(block), "cross_query" in attention)
     roles = attention | _ffn_roles(outside, hidden) | _expert_roles(block) | norms
     roles |= {path: path for path in beside if not _is_read_past(block, path)}
-    return _block(name, roles, linears, has_attention=True, width=hidden)
+    return _block(name, roles | _state_space_role(block), linears, has_attention=True, width=hidden)
 
 
 def _block(
@@ -175,6 +175,7 @@ def _mixer_modules(
     convolutions = [path for path, module in block.named_modules() if isinstance(module, _CONVOLUTIONS)]
     if len(convolutions) == 1:
         roles["convolution"] = convolutions[0]
+    roles |= _state_space_role(block)
     taken = set(roles.values())
     for path, _ in linears:
         if path not in taken and is_module_name(path) and not _is_read_past(block, path):
@@ -198,6 +199,16 @@ def _is_read_past(block: nn.Module, path: str) -> bool:
 
 def _in_state_space(block: nn.Module, path: str) -> bool:
     return hasattr(block.get_submodule(path.rpartition(".")[0]), "conv1d")
+
+
+def _state_space_role(block: nn.Module) -> dict[str, str]:
+    """Return the state space of a block, which has A_log and D; none where it has several."""
+    paths = [
+        path
+        for path, module in block.named_modules()
+        if path and {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys()
+    ]
+    return {"state_space": paths[0]} if len(paths) == 1 else {}
 
 
 def _expert_roles(block: nn.Module) -> dict[str, str]:

@@ -23,14 +23,17 @@ class SiteShape:
     kind: Kind  # what is there
     module: str  # qualified name of the module; of a sublayer, its output projection
     input_module: str  # qualified name of the module that is first given the site's input
-    in_features: int  # width of the input
-    out_features: int  # width of the output
-    parameters: int  # number of parameters of the module itself (for sublayers: of the projection)
+    in_features: int  # width of the input; of a state space the number of channels (in Mamba-2 of heads)
+    out_features: int  # width of the output; of a state space the numbers that a channel's A has
+    # Number of parameters of the module itself (of sublayers the projection's, of state spaces A's and D's).
+    parameters: int
     bias: int  # number of bias parameters of the module, 0 without one
     transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
     key_value_features: int = 0  # attention only: width of one token's keys over all key heads
     attention_module: str = ""  # attention only: qualified name of the module that computes attention
     block_module: str = ""  # the ffn of blocks with attention only: qualified name of the block
+    # State spaces only: qualified name of the module whose output ends in each token's C; empty without one.
+    output_matrix_module: str = ""
     parameter: str = ""  # experts only: name of the module's parameter of shape (experts, ., .)
     experts: int = 1  # experts only: how many matrices the parameter holds
 
@@ -108,6 +111,8 @@ def _sublayer(site: Site, first: SiteShape, output: SiteShape, **names: Any) -> 
 def _module_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
     if site.kind == "experts":
         return _experts_shape(model, site, name)
+    if site.kind == "state space":
+        return _state_space_shape(model, site, name)
     module = model.get_submodule(name)
     bias = getattr(module, "bias", None)
     biases = 0 if bias is None else int(bias.numel())
@@ -147,4 +152,22 @@ def _experts_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
         bias=0,
         parameter=parameter,
         experts=experts,
+    )
+
+
+def _state_space_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
+    mixer = model.get_submodule(name)
+    rates, skips = mixer.get_parameter("A_log"), mixer.get_parameter("D")
+    # Falcon-Mamba and Jamba normalise C; Mamba-2 takes it from a convolution whose module is not called.
+    source = next((child for child in ("c_layernorm", "x_proj") if hasattr(mixer, child)), None)
+    return SiteShape(
+        site=site,
+        kind="state space",
+        module=name,
+        input_module=name,
+        in_features=len(rates),
+        out_features=rates.numel() // len(rates),
+        parameters=rates.numel() + skips.numel(),
+        bias=0,
+        output_matrix_module=f"{name}.{source}" if source else "",
     )

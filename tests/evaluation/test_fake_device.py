@@ -34,7 +34,7 @@ from autopeft.sensitivity.gradient_scores import BATCH_SCORES
 from autopeft.sensitivity.scored_matrices import Subject
 from autopeft.training.module import FineTuning
 from autopeft.training.training_checkpoint import TrainingCheckpoint, capture_state, restore_state
-from tests.every_method import EVERY_METHOD
+from tests.every_method import EVERY_METHOD, architecture_for
 from tests.learnable import TRAINING, tiny_evaluator
 from tests.quantized import quantized, save_base
 from tests.tasks.test_causal_lm import task_of
@@ -208,10 +208,10 @@ def trial(
         assert {parameter.device for parameter in module.parameters()} == {device}
 
 
-@pytest.mark.parametrize("architecture", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", ["", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", [*EVERY_METHOD, FullFineTuning.__name__])
 def test_a_trial_keeps_to_the_models_device(architecture: str, method: str) -> None:
-    backbone = tiny_backbone(architecture, new_head=True)
+    backbone = tiny_backbone(architecture or architecture_for(method), new_head=True)
     is_whole = method == FullFineTuning.__name__
     if not is_whole and not places(backbone, method):
         pytest.skip(f"{architecture} has no site for {method}")
@@ -243,7 +243,7 @@ def test_initial_weights_are_drawn_on_the_cpu_and_stand_on_the_device(method: st
     """The seed of a trial means the same weights on every device, a new head's too."""
     if method in DECOMPOSED:
         pytest.skip(f"{method} replaces the data of parameters")
-    backbone = tiny_backbone("bert", new_head=True)
+    backbone = tiny_backbone(architecture_for(method), new_head=True)
     configuration = everywhere(backbone, method)
     with attach(backbone, configuration):
         pass  # peft's layers are asked what they are before anything is faked

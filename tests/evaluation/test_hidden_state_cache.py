@@ -22,7 +22,7 @@ from autopeft.tasks import TextClassification
 from autopeft.tasks.batch import rows_of
 from autopeft.training.settings import Training
 from benchmarks.memory import measure_live_storage
-from tests.every_method import EVERY_METHOD
+from tests.every_method import EVERY_METHOD, architecture_for
 from tests.learnable import OBJECTIVES, learnable_task
 from tests.slow_cases import slow_unless
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
@@ -144,7 +144,7 @@ def test_what_cannot_be_served_is_computed(
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_is_served(method: str, tmp_path: Path) -> None:
     trains_key_biases = method in ("bitfit", "full", "ssf")
-    backbone = backbone_of("gpt2" if trains_key_biases else "bert")
+    backbone = backbone_of("gpt2" if trains_key_biases else architecture_for(method))
     configuration = above(backbone, 2, method)
     cached = evaluator_of(backbone, tmp_path)
     before = fingerprint(backbone.model)

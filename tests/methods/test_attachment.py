@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import METHODS, attach, count_parameters
 from autopeft.models.backbone import Backbone
-from tests.every_method import EVERY_METHOD
+from tests.every_method import EVERY_METHOD, architecture_for
 from tests.strategies import configurations_of
 from tests.tiny_models import (
     LABELS,
@@ -328,14 +329,15 @@ def test_tensors_of_another_configuration_are_refused(
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.fixture(scope="module")
-def deep() -> Backbone:
-    return tiny_backbone("bert", num_hidden_layers=12)
+@cache
+def deep_backbone(architecture: str) -> Backbone:
+    return tiny_backbone(architecture, num_hidden_layers=12)
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
-def test_deep_networks(deep: Backbone, method: str) -> None:
+def test_deep_networks(method: str) -> None:
     """Names of blocks 1 and 11 overlap; more than 20 target modules make peft shorten its patterns."""
+    deep = deep_backbone(architecture_for(method))
     before = fingerprint(deep.model)
     configuration = everywhere(deep, method, size=2)
     chosen = {site: several for site, several in configuration.adapters.items() if site.block in (1, 10)}

@@ -15,7 +15,7 @@ from autopeft.methods.base import Trainable
 from autopeft.methods.layer_adapter import LayerMethod
 from autopeft.methods.peft_family import PeftFamily
 from autopeft.models.backbone import Backbone
-from tests.every_method import METHODS_BY_DEFAULT
+from tests.every_method import METHODS_BY_DEFAULT, ON_STATE_SPACES, architecture_for
 from tests.slow_cases import slow_cases
 from tests.tiny_models import (
     LABELS,
@@ -48,7 +48,7 @@ LAYERS = ("bert", "gpt2", "llama")
 def _by_default(method: str) -> tuple[str, ...]:
     """Return the architectures that a method is tried on without `make test-all`."""
     if method not in METHODS_BY_DEFAULT:
-        return ("bert",)
+        return (architecture_for(method),)
     # DistilBERT, ModernBERT and RoBERTa are built as BERT is.
     return LAYERS if isinstance(METHODS[method], LayerMethod) else (*LAYERS, "deberta-v2", "t5")
 
@@ -61,7 +61,7 @@ PAIRS = [
         marks=pytest.mark.slow if architecture not in _by_default(method) else (),
     )
     for method in ALONE
-    for architecture in ARCHITECTURES
+    for architecture in (("jamba",) if method in ON_STATE_SPACES else ARCHITECTURES)
     if (method, architecture) not in IMPOSSIBLE
 ]
 
@@ -69,7 +69,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def backbones() -> dict[str, Backbone]:
     """One backbone an architecture: tests detach what they attach."""
-    return {architecture: tiny_backbone(architecture) for architecture in ARCHITECTURES}
+    return {architecture: tiny_backbone(architecture) for architecture in (*ARCHITECTURES, "jamba")}
 
 
 def _attach_alone(
@@ -98,7 +98,9 @@ class TestMethod:
         self, method: str, architecture: str, backbones: dict[str, Backbone]
     ) -> None:
         backbone = backbones[architecture]
-        assert {site.place for site in places(backbone, method)} == set(backbone.places)
+        # Jamba's second block has attention in the place of a state space.
+        blocks = backbone.places[:1] if architecture == "jamba" else backbone.places
+        assert {site.place for site in places(backbone, method)} == set(blocks)
 
     def test_count_is_what_torch_counts(
         self, method: str, architecture: str, backbones: dict[str, Backbone]
@@ -198,7 +200,7 @@ class TestMethod:
             assert all(weight.grad is None for weight in frozen)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama", *slow_cases("gpt2", "modernbert", "t5")])
+@pytest.mark.parametrize("architecture", ["bert", "jamba", "llama", *slow_cases("gpt2", "modernbert", "t5")])
 def test_methods_attach_one_after_another(architecture: str, backbones: dict[str, Backbone]) -> None:
     """All methods that can share a site do, wrapping ones first, and come out again."""
     backbone = backbones[architecture]

@@ -16,7 +16,7 @@ from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.sensitivity import compute_scores
 from benchmarks.memory import measure_live_storage
-from tests.every_method import METHODS_BY_DEFAULT
+from tests.every_method import METHODS_BY_DEFAULT, ON_STATE_SPACES
 from tests.exports import trained
 from tests.loss_task import CROSS_ENTROPY
 from tests.tasks.test_causal_lm import task_of
@@ -51,7 +51,7 @@ def test_every_adapter_is_trained_and_goes_without_a_trace(architecture: str) ->
     task = CROSS_ENTROPY if architecture == "convnext" else task_of()
     methods = [
         method
-        for method in METHODS_BY_DEFAULT
+        for method in (*METHODS_BY_DEFAULT, *ON_STATE_SPACES)
         if places(backbone, method) and (method, architecture) != ("ladder", "xlnet")  # see test_ladder.py
     ]
     assert {"layernorm", "lora"} <= {*methods}

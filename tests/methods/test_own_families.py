@@ -16,6 +16,7 @@ from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
 from autopeft.models.backbone import Backbone
+from tests.every_method import ON_STATE_SPACES
 from tests.exports import difference, export
 from tests.loss_task import CROSS_ENTROPY
 from tests.methods.test_mixers import backbone_of as mixer_of
@@ -38,7 +39,7 @@ PAIRS = [
     pytest.param(name, architecture, marks=() if architecture == "bert" else pytest.mark.slow)
     for name in FAMILIES
     for architecture in ARCHITECTURES
-]
+] + [(name, "jamba") for name in ON_STATE_SPACES]
 
 
 @pytest.mark.parametrize(("name", "architecture"), PAIRS)
@@ -46,7 +47,7 @@ def test_loss_falls_and_what_is_exported_and_merged_computes_it(
     name: str, architecture: str, tmp_path: Path
 ) -> None:
     backbone, batch = backbone_of(architecture), batch_of(architecture)
-    configuration = everywhere(backbone, name, size=4)
+    configuration = everywhere(backbone, name, size=64 if name == "sdt" else 4)
     before = fingerprint(backbone.model)
     labels = torch.arange(LABELS)
 

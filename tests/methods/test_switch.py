@@ -11,7 +11,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import FullFineTuning, attach
 from autopeft.models.backbone import Backbone
-from tests.every_method import EVERY_METHOD
+from tests.every_method import EVERY_METHOD, architecture_for
 from tests.tiny_models import draw_parameters, tiny_backbone, tiny_batch
 
 
@@ -33,7 +33,7 @@ def adapted(backbone: Backbone, method: str) -> Configuration:
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_model_with_adapters_off_is_the_backbone(method: str) -> None:
-    backbone = tiny_backbone("bert", new_head=False)
+    backbone = tiny_backbone(architecture_for(method), new_head=False)
     plain = logits_of(backbone).detach()
     with attach(backbone, adapted(backbone, method)) as attachment:
         draw_parameters(attachment.parameters.values(), std=0.3)

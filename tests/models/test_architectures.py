@@ -163,8 +163,8 @@ def test_has_its_stacks(architecture: str, stacks: Mapping[str, int]) -> None:
 @pytest.mark.parametrize(
     ("architecture", "roles"),
     [
-        ("mamba", {"mixer.in_proj", "convolution", "attention_norm"}),
-        ("mamba2", {"mixer.in_proj", "convolution", "attention_norm"}),
+        ("mamba", {"mixer.in_proj", "convolution", "state_space", "attention_norm"}),
+        ("mamba2", {"mixer.in_proj", "convolution", "state_space", "attention_norm"}),
         ("convnext", {"convolution", "ffn_up", "ffn_down", "attention_norm", "ffn"}),
         ("xlnet", {"ffn_up", "ffn_down", "attention_norm", "ffn_norm", "ffn"}),
     ],

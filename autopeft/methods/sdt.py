@@ -1,0 +1,85 @@
+"""SDT: A and D of some channels of a state space are trained."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.models.site_shapes import SiteShape
+
+# The last of a mixer's own parameters, in their order: taken out in it, they stand where they stood.
+_TRAINED = ("A_log", "D")
+
+
+class ChannelUpdate(Switchable):
+    """A parametrization of a parameter: what is added to the rows of some channels, 0 to begin with."""
+
+    def __init__(self, parameter: nn.Parameter, channels: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(len(channels), *parameter.shape[1:], device=parameter.device))
+        self.register_buffer("channels", channels)
+        self.channels: Tensor
+
+    def forward(self, original: Tensor) -> Tensor:
+        """Return the parameter in single precision: in half of it, a small step would round to none."""
+        return original.float().index_add(0, self.channels, self.values) if self.is_on else original
+
+
+class SDT(Method):
+    """Sparse dimension tuning: the rows of A (its logarithm) and D of `size` channels are trained.
+
+    Galim et al., "Parameter-Efficient Fine-Tuning of State Space Models", 2024. The paper takes the channels
+    whose A a warm-up on the data moves most. Here, without data, they are those whose A is furthest from the
+    mean over channels: pretraining of Mamba begins with the same A in each (S4D-real), so that these are the
+    ones that it moved most. In Mamba-2 a channel is a head and its A a single number; there they are the
+    heads of the shortest and the longest memory.
+
+    All states of a channel are trained, and its D. The paper chooses among the states as well, and trains the
+    channel's columns of the projection to B and C in the place of D; in Mamba-2 no channel has such columns.
+    """
+
+    name = "sdt"
+    is_mergeable = True
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+        """Return what is against it: there are not so many channels."""
+        channels = shape.in_features
+        return f"its state space has {channels:,} channels" if (adapter.size or 0) > channels else None
+
+    def count(self, shape: SiteShape, adapter: Adapter) -> int:
+        """Return the number of parameters of the channels."""
+        assert adapter.size is not None
+        return adapter.size * shape.parameters // shape.in_features
+
+    def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
+        """Parametrize A and D; see `Method.attach`."""
+        tensors: Trainable = {}
+        for site, (shape, adapter) in placement.items():
+            assert adapter.size is not None
+            mixer = model.get_submodule(shape.module)
+            channels = _most_moved(mixer.get_parameter("A_log"), adapter.size)
+            own = {"channels": channels}
+            for name in reversed(_TRAINED):
+                update = ChannelUpdate(mixer.get_parameter(name), channels)
+                parametrize.register_parametrization(mixer, name, update, unsafe=True)  # it changes the type
+                undo.callback(parametrize.remove_parametrizations, mixer, name, leave_parametrized=False)
+                own[name] = update.values
+            tensors[site] = own
+        return tensors
+
+
+def _most_moved(rates: nn.Parameter, size: int) -> Tensor:
+    """Return the channels whose A is furthest from the mean, rising; of equals the first ones.
+
+    It is decided on the CPU, where it comes out alike. A model without data gives the shape alone.
+    """
+    rows = rates.detach().float().reshape(len(rates), -1)
+    rows = rows if rows.is_meta else rows.cpu()
+    distances = (rows - rows.mean(0)).square().sum(1)
+    channels = distances.argsort(descending=True, stable=True)[:size]
+    return channels.sort().values.int().to(rates.device)

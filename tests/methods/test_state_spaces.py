@@ -61,7 +61,7 @@ def mixer_of(backbone: Backbone) -> nn.Module:
 )
 def test_what_is_found(architecture: str, channels: int, states: int, source: str) -> None:
     same = "mamba" if architecture == "falcon_mamba" else architecture
-    options = OPTIONS.get(same) or OPTIONS["llama"] | OTHERS[architecture]
+    options = OPTIONS.get(same) or {**OPTIONS["llama"], **OTHERS[architecture]}
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.for_model(architecture, **options))
     backbone = Backbone(model, None, name=architecture, head=())
@@ -132,7 +132,7 @@ class TestSDT:
     def test_is_merged_into_a_model_that_transformers_loads(
         self, architecture: str, dtype: torch.dtype, tmp_path: Path
     ) -> None:
-        model = tiny_language_model(architecture).to(dtype)
+        model = tiny_language_model(architecture, dtype=dtype)
         backbone = Backbone(model, None, name="tiny", head=(), auto_class=AutoModelForCausalLM)
         configuration = everywhere(backbone, "sdt")
         export(backbone, configuration, tmp_path / "adapter", fresh=False)  # loads it again and compares

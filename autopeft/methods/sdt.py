@@ -34,14 +34,11 @@ class SDT(Method):
     """Sparse dimension tuning: the rows of A (its logarithm) and D of `size` channels are trained.
 
     Galim et al., "Parameter-Efficient Fine-Tuning of State Space Models", 2024. The paper takes the channels
-    whose A a warm-up on the data moves most. Here, without data, they are those whose A is furthest from the
-    mean over channels: pretraining of Mamba begins with the same A in each (S4D-real), so that these are the
-    ones that it moved most. In Mamba-2 a channel is a head and its A a single number; there they are the
-    heads of the shortest and the longest memory.
+    whose A a warm-up on the data moves most; here, without data, they lie evenly over all. In Mamba-2 a
+    channel is a head, and its A a single number.
 
     All states of a channel are trained, and its D. The paper chooses among the states as well, and trains the
     channel's columns of the projection to B and C in the place of D; in Mamba-2 no channel has such columns.
-    The two choices of channels were not compared.
     """
 
     name = "sdt"
@@ -63,7 +60,8 @@ class SDT(Method):
         for site, (shape, adapter) in placement.items():
             assert adapter.size is not None
             mixer = model.get_submodule(shape.module)
-            channels = _most_moved(mixer.get_parameter("A_log"), adapter.size)
+            channels = torch.arange(adapter.size, dtype=torch.int32) * shape.in_features // adapter.size
+            channels = channels.to(mixer.get_parameter("A_log").device)
             own = {"channels": channels}
             for name in reversed(_TRAINED):
                 update = ChannelUpdate(mixer.get_parameter(name), channels)
@@ -72,15 +70,3 @@ class SDT(Method):
                 own[name] = update.values
             tensors[site] = own
         return tensors
-
-
-def _most_moved(rates: nn.Parameter, size: int) -> Tensor:
-    """Return the channels whose A is furthest from the mean, rising; of equals the first ones.
-
-    It is decided on the CPU, where it comes out alike. A model without data gives the shape alone.
-    """
-    rows = rates.detach().float().reshape(len(rates), -1)
-    rows = rows if rows.is_meta else rows.cpu()
-    distances = (rows - rows.mean(0)).square().sum(1)
-    channels = distances.argsort(descending=True, stable=True)[:size]
-    return channels.sort().values.int().to(rates.device)

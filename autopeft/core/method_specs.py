@@ -125,6 +125,29 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             wraps=True,
         ),
         MethodSpec(
+            name="eva",
+            principle="low-rank update",
+            symbol="Ev",
+            kinds=_LINEAR,
+            size_name="rank",
+            options={"alpha": 8, "rslora": True, "dropout": 0.0},
+            minimums={"alpha": 0.0},
+            wraps=True,
+        ),
+        *(
+            MethodSpec(
+                name=name,
+                principle="low-rank update",
+                symbol=symbol,
+                kinds=_LINEAR,
+                size_name="rank",
+                options={"alpha": 8},
+                minimums={"alpha": 0.0},
+                wraps=True,
+            )
+            for name, symbol in (("lora_ga", "Ga"), ("corda", "Cd"))
+        ),
+        MethodSpec(
             name="lora_xs",
             principle="fixed bases",
             symbol="Lx",

@@ -17,6 +17,7 @@ SECTIONS = {
     "ask": "choose the next configuration, or the paused trial that goes on",
     "attach": "put adapters in and take them out",
     "count": "count peak memory and FLOPs before training",
+    "initialise": "make initial weights of the first training batches, for methods that want it",
     "set-up": "make the module, the Trainer and the optimizer, and end them",
     "data": "make training batches and move them to the device",
     "forward": "forward passes of training steps",

@@ -29,7 +29,9 @@ from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
+from autopeft.evaluation.data_initialisation import initialise_from_data
 from autopeft.methods import Attachment
+from autopeft.methods.attachment import load_tensors
 from autopeft.training.compute_meter import ComputeMeter
 from autopeft.training.module import FineTuning
 from autopeft.training.rank_allocation import allocation_callbacks
@@ -101,6 +103,8 @@ class EvaluationRun:
         ):
             if self.before is None:
                 self._begin(attachment)
+            elif self.before.state.kept:  # what an earlier version paused has none
+                load_tensors(attachment.kept, self.before.state.kept)
             if not self.violations:
                 if attachment.parameters:  # else they would serve a single validation
                     evaluator.hidden_states.open()
@@ -109,7 +113,7 @@ class EvaluationRun:
             self.measure_merged()
 
     def _begin(self, attachment: Attachment) -> None:
-        """Note the costs and the constraints that they violate, and load the initial weights."""
+        """Note the costs and the constraints that they violate, and put initial weights in place."""
         if self.is_trial:
             self.values |= self.evaluator.attached_costs(attachment)
             self.violations = [
@@ -117,7 +121,11 @@ class EvaluationRun:
                 for constraint in self.evaluator.constraints
                 if constraint.violation(self.values) > 0
             ]
-        if self.initial_weights is not None and not self.violations:
+        if self.violations:
+            return
+        if self.initial_weights is None:
+            initialise_from_data(self.evaluator, attachment, self.seed)
+        else:
             attachment.load_state_dict(self.initial_weights)
             self.warm_start = True
 
@@ -155,7 +163,9 @@ class EvaluationRun:
                 if self.before is not None:
                     restore_state(self.before.state, trainer, module, best, others)
                 _fit(trainer, module, evaluator, best, self.seed)
-                self.pause = capture.state
+                if capture.state is not None:
+                    kept = {name: tensor.cpu().clone() for name, tensor in attachment.kept.items()}
+                    self.pause = replace(capture.state, kept=kept)
             best.restore(module)
         self.values |= best.metrics
         self._measure()

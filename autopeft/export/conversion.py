@@ -13,12 +13,40 @@ from transformers.pytorch_utils import Conv1D
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.export.merging import merged_model
 from autopeft.export.serving import plain_adapter
+from autopeft.methods import METHODS
+from autopeft.methods.data_initialised import DataInitialised
 from autopeft.methods.lora import lora_scaling, lora_tensors
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight, is_quantized
 
 ENERGY = 0.99
 """Share of the squared singular values of an update that a LoRA in its place keeps at least."""
+
+
+def as_exported(configuration: Configuration) -> Configuration:
+    """Return a configuration with LoRA in the place of methods that differ from it in how they start."""
+    adapters = {
+        site: [
+            method.as_lora(adapter)
+            if isinstance(method := METHODS[adapter.method], DataInitialised)
+            else adapter
+            for adapter in several
+        ]
+        for site, several in configuration.adapters.items()
+    }
+    return configuration.replace(adapters=adapters)
+
+
+def exported_state(configuration: Configuration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of `as_exported`, which computes the same, from the configuration's own."""
+    exported = dict(state)
+    for site, adapter in configuration:
+        if isinstance(method := METHODS[adapter.method], DataInitialised):
+            prefix = f"{site}.{adapter.method}."
+            own = {name: exported.pop(name) for name in state if name.startswith(prefix)}
+            factors = method.lora_factors({name.removeprefix(prefix): own[name] for name in own})
+            exported |= dict(zip(lora_tensors(site), factors, strict=True))
+    return exported
 
 
 @dataclass(frozen=True, kw_only=True)

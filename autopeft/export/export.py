@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from autopeft.core.configuration import Configuration
 from autopeft.core.export_report import Conversion, ExportReport
 from autopeft.export.comparison import TRAINING_FILE, check_comparison, write_comparison
-from autopeft.export.conversion import ENERGY, plain_lora
+from autopeft.export.conversion import ENERGY, as_exported, exported_state, plain_lora
 from autopeft.export.folder_format import (
     CARD_FILE,
     CONFIGURATION_FILE,
@@ -108,6 +108,10 @@ def export_adapter(
     probe = {name: tensor[:PROBE_ROWS] for name, tensor in probe.items()}
     expected = trained_logits(backbone, configuration, state, probe, prediction)
     possible = possible_targets(backbone, configuration)
+    trained_methods = configuration.methods
+    configuration, state = as_exported(configuration), exported_state(configuration, state)
+    if configuration.methods != trained_methods:
+        details = {**(details or {}), "methods in training": ", ".join(trained_methods)}
     conversion = None
     if target in LORA_TARGETS:
         plain = plain_lora(backbone, configuration, state, energy)

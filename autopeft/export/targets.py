@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
+from autopeft.export.conversion import as_exported
 from autopeft.export.folder_format import Layout, adapter_layout
 from autopeft.export.serving import SERVERS
-from autopeft.methods import Placement, placements, unmergeable
+from autopeft.methods import METHODS, Placement, placements, unmergeable
+from autopeft.methods.data_initialised import DataInitialised
 from autopeft.models.backbone import Backbone
 
 COMPARISON = "peft-method-comparison"
@@ -39,8 +41,8 @@ def possible_targets(backbone: Backbone, configuration: Configuration) -> list[s
 
     Where other methods than LoRA sit on layers with a bias, only the conversion finds out if they change it.
     """
-    layout = adapter_layout(placements(configuration, backbone.sites))
-    shapes = [backbone.shape(site) for site, adapter in configuration if adapter.method != "lora"]
+    layout, exported = _layout(backbone, configuration), as_exported(configuration)
+    shapes = [backbone.shape(site) for site, adapter in exported if adapter.method != "lora"]
     is_lora = all(shape.kind == "linear" and not shape.bias for shape in shapes)
     return [
         target
@@ -56,7 +58,7 @@ def resolved_target(target: str | None, backbone: Backbone, configuration: Confi
     Raises:
         ValueError: There is no such target, or it cannot take the configuration; the message says which do.
     """
-    layout = adapter_layout(placements(configuration, backbone.sites))
+    layout = _layout(backbone, configuration)
     if target is not None and target not in TARGETS:
         raise unknown_choice("target", target, TARGETS)
     if not len(configuration) and not backbone.head:
@@ -69,6 +71,10 @@ def resolved_target(target: str | None, backbone: Backbone, configuration: Confi
     return target
 
 
+def _layout(backbone: Backbone, configuration: Configuration) -> Layout:
+    return adapter_layout(placements(as_exported(configuration), backbone.sites))
+
+
 def _obstacle(target: str, backbone: Backbone, configuration: Configuration, layout: Layout) -> str | None:
     """Say why a target cannot take a configuration."""
     if target == "autopeft":
@@ -76,6 +82,9 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
     methods = ", ".join(configuration.methods) or "a head alone"
     if target in ("peft", COMPARISON) and layout != "peft":
         return f"one peft config holds one family with one set of options, this is {methods}"
+    from_data = [name for name in configuration.methods if isinstance(METHODS[name], DataInitialised)]
+    if target == COMPARISON and from_data:
+        return f"{from_data[0]!r} starts from data, and the comparison trains from a config alone"
     if target in SERVERS or target == COMPARISON:
         auto_class = backbone.auto_class.__name__
         if auto_class != "AutoModelForCausalLM":

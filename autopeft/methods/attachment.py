@@ -134,7 +134,7 @@ class Attachment:
         self.backbone = backbone
         self.configuration = configuration
         self.parameters: dict[str, nn.Parameter] = {}
-        self._kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}  # with what is trained, as the places of sparse numbers
         self._undo = ExitStack()
         self._undo.callback(self._release)
         backbone.attached = configuration
@@ -152,7 +152,7 @@ class Attachment:
 
     def _attach_methods(self) -> None:
         by_method = placements(self.configuration, self.backbone.sites)
-        trained, self._kept = attach_methods(self.backbone.model, by_method, self._undo)
+        trained, self.kept = attach_methods(self.backbone.model, by_method, self._undo)
         self.parameters |= trained
 
     def _select_trainable(self) -> None:
@@ -188,8 +188,8 @@ class Attachment:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is trained and what is kept with it, as the places of sparse numbers."""
-        return {**self.parameters, **self._kept}
+        """What is trained and what is kept with it."""
+        return {**self.parameters, **self.kept}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of `tensors`: adapters under "site.method.name"; the head is there whole."""

@@ -16,12 +16,15 @@ from autopeft.methods.base import Method, Switchable
 from autopeft.methods.bitfit import BitFit
 from autopeft.methods.bottleneck import Parallel, Series
 from autopeft.methods.compacter import Compacter
+from autopeft.methods.corda import CorDA
+from autopeft.methods.eva import Eva
 from autopeft.methods.full import Full
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.ladder import Ladder
 from autopeft.methods.layernorm import LayerNormTuning
 from autopeft.methods.lora import Lora
 from autopeft.methods.lora_fa import LoraFA
+from autopeft.methods.lora_ga import LoraGA
 from autopeft.methods.lora_sparse import LoraSparse
 from autopeft.methods.lora_xs import LoraXS
 from autopeft.methods.loreft import LoReFT
@@ -35,6 +38,7 @@ from autopeft.methods.state_offset import StateOffsetTuning
 
 _ALONE = (
     *(Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning()),
+    *(Eva(), LoraGA(), CorDA()),
     *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
     *(SDT(), StateOffsetTuning()),
 )

@@ -1,16 +1,17 @@
-"""EVA's score: how much of a layer's inputs a few directions explain."""
+"""What the inputs of layers are like: their principal components (EVA's score), their second moment."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from autopeft.core.adapter import Site
 from autopeft.sensitivity.scored_matrices import MatrixSite, forward_hooks
@@ -94,6 +95,31 @@ class IncrementalVariance:
         variance = float(self._variance)
         return tuple((squares / variance).tolist() if variance else torch.zeros_like(squares).tolist())
 
+    def directions(self) -> Tensor:
+        """Return the leading components (count, width) in single precision, each of length 1.
+
+        They are fewer than asked for where the vectors were, or are not that wide.
+        """
+        if self._scaled is not None:
+            return normalize(self._scaled.float())
+        if self._covariances is None:
+            return torch.empty(0, 0)
+        vectors: Tensor = torch.linalg.eigh(self._covariances.double()).eigenvectors
+        return vectors.flip(1).mT[: self._components].float()
+
+
+class SecondMoment:
+    """The sum of xxᵀ over vectors that come in batches. For a shallow copy see `IncrementalVariance`."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors (count, width)."""
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        product = vectors.mT @ vectors
+        self.total = product if self.total is None else self.total + product
+
 
 def _principal(rows: Tensor, components: int) -> Tensor:
     """Return the leading right singular vectors of wide rows, scaled by their singular values."""
@@ -106,16 +132,28 @@ def _principal(rows: Tensor, components: int) -> Tensor:
     return left[:, -components:].flip(1).mT @ rows
 
 
-class InputVariance:
-    """Collect `explained_variance` while forward passes run.
+class _State(Protocol):
+    def add(self, vectors: Tensor) -> None: ...
+
+
+_StateT = TypeVar("_StateT", bound=_State)
+
+
+class WatchedInputs(Generic[_StateT]):
+    """Add what sites are given to a state of each, while forward passes run.
 
     Sites whose inputs were the very same tensors so far (query, key and value; gate and up) share one state;
     all begin with one that has seen nothing.
     """
 
-    def __init__(self, sites: Sequence[MatrixSite], state: IncrementalVariance) -> None:
+    def __init__(self, sites: Sequence[MatrixSite], state: _StateT) -> None:
         self._sites = sites
         self._states = {matrix.site: state for matrix in sites if not matrix.is_fused}
+
+    @property
+    def states(self) -> Mapping[Site, _StateT]:
+        """The state of each site; experts, of which each has inputs of its own, have none."""
+        return self._states
 
     @contextmanager
     def watch(self, mask_of: Callable[[Site], Tensor | None]) -> Iterator[None]:
@@ -125,7 +163,7 @@ class InputVariance:
         whole, and so are patches and frames, which have no mask.
         """
         # What a state became by a tensor. A tensor that is gone, or was changed since, is another one.
-        known: WeakKeyDictionary[IncrementalVariance, list[tuple[ref[Tensor], int, IncrementalVariance]]]
+        known: WeakKeyDictionary[_StateT, list[tuple[ref[Tensor], int, _StateT]]]
         known = WeakKeyDictionary()
 
         def add(matrix: MatrixSite, given: Tensor, _: Tensor) -> None:
@@ -144,17 +182,16 @@ class InputVariance:
         with forward_hooks(self._sites, add):
             yield
 
-    def scores(self, rank: int) -> SiteScores:
-        """Return the sum of the `rank` largest explained-variance ratios of each site's inputs.
 
-        Experts, of which each has inputs of its own, have none.
+def explained_variance_scores(states: Mapping[Site, IncrementalVariance], rank: int) -> SiteScores:
+    """Return the sum of the `rank` largest explained-variance ratios of each site's inputs.
 
-        The ratios themselves are the spectra. Sites that share their input score alike.
-        """
-        ratios = {state: state.ratios() for state in dict.fromkeys(self._states.values())}
-        spectra = {site: ratios[state] for site, state in self._states.items()}
-        values = {site: sum(spectrum[:rank]) for site, spectrum in spectra.items()}
-        return SiteScores(name="explained_variance", values=values, spectra=spectra)
+    The ratios themselves are the spectra. Sites that share their input score alike.
+    """
+    ratios = {state: state.ratios() for state in dict.fromkeys(states.values())}
+    spectra = {site: ratios[state] for site, state in states.items()}
+    values = {site: sum(spectrum[:rank]) for site, spectrum in spectra.items()}
+    return SiteScores(name="explained_variance", values=values, spectra=spectra)
 
 
 def _vectors(given: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from autopeft.core.method_specs import ENCODER_FED_ROLES
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision
 from autopeft.models.backbone import Backbone
-from autopeft.sensitivity.activation_variance import IncrementalVariance, InputVariance
+from autopeft.sensitivity.activation_variance import (
+    IncrementalVariance,
+    WatchedInputs,
+    explained_variance_scores,
+)
 from autopeft.sensitivity.curvature_scores import grasp_scores, hessian_scores
 from autopeft.sensitivity.gradient_scores import (
     BATCH_SCORES,
@@ -96,14 +101,14 @@ def compute_scores(
     subject = Subject(model=backbone.model, sites=sites, batches=batches, task=task, seed=seed)
     components = max(rank, _COMPONENTS)
     state = IncrementalVariance(components, leading=rank, convergence=_CONVERGENCE)
-    variance = InputVariance(sites, state)
+    variance = WatchedInputs(sites, state)
     of_means: Mapping[str, Callable[[MeanGradients], SiteScores]] = {
         "gora": gora_scores,
         "gradient_spectrum": lambda means: gradient_spectrum_scores(means, rank=rank, components=components),
         "grasp": lambda means: grasp_scores(subject, means),
     }
     others: Mapping[str, Callable[[], SiteScores]] = {
-        "explained_variance": lambda: variance.scores(rank),
+        "explained_variance": lambda: explained_variance_scores(variance.states, rank),
         "hessian": lambda: hessian_scores(subject, _HESSIAN_PROBES),
         "condition_number": lambda: condition_number_scores(sites),
         "synflow": lambda: synflow_scores(subject),
@@ -116,13 +121,13 @@ def compute_scores(
     asked_of_means = [name for name in names if name in of_means]
 
     def score_group(
-        group: Sequence[MatrixSite], receivers: Sequence[_Receiver], watched: InputVariance | None
+        group: Sequence[MatrixSite], receivers: Sequence[_Receiver], watched: WatchedInputs[Any] | None
     ) -> dict[str, SiteScores]:
         with TemporaryFile() as file:
             means = MeanGradients(group, len(batches), file) if group else None
             with backbone.cached_casts.in_place(precision):
                 all_receivers = receivers if means is None else [*receivers, means.add]
-                _run_pass(replace(subject, precision=precision), all_receivers, watched)
+                run_pass(replace(subject, precision=precision), all_receivers, watched)
             return {} if means is None else {name: of_means[name](means) for name in asked_of_means}
 
     first_group, *other_groups = _groups(sites, asked_of_means, mean_gradient_budget)
@@ -150,7 +155,7 @@ def uniform_scores(sites: Iterable[Site]) -> SiteScores:
     return SiteScores(name="uniform", values=dict.fromkeys(sites, 1.0))
 
 
-def _run_pass(subject: Subject, receivers: Sequence[_Receiver], watched: InputVariance | None) -> None:
+def run_pass(subject: Subject, receivers: Sequence[_Receiver], watched: WatchedInputs[Any] | None) -> None:
     """Run the model once on every batch, backwards too if a gradient is received."""
 
     def receive(layer: LayerGradient) -> None:

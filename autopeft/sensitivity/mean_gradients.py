@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autopeft.sensitivity.layer_gradients import LayerGradient
-from autopeft.sensitivity.scored_matrices import MatrixSite
+from autopeft.sensitivity.scored_matrices import MatrixSite, groups_within
 
 _BYTES = 4
 _SHARE_OF_FREE = 0.5
@@ -37,11 +37,7 @@ def mean_gradient_groups(sites: Sequence[MatrixSite], budget: int) -> list[Seque
         return [sites]
     folder = tempfile.gettempdir()
     room = min(budget, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free))
-    groups: list[list[MatrixSite]] = [[]]
-    for site in sites:
-        if groups[-1] and bytes_of([*groups[-1], site]) > room:
-            groups.append([])
-        groups[-1].append(site)
+    groups = groups_within(room, sites, lambda matrix: bytes_of([matrix]))
     _logger.info(
         "Mean gradients of %d sites take %.1f MiB: %d passes over the batches with at most %.1f MiB in %s.",
         len(sites),
@@ -50,7 +46,7 @@ def mean_gradient_groups(sites: Sequence[MatrixSite], budget: int) -> list[Seque
         max(map(bytes_of, groups)) / 2**20,
         folder,
     )
-    return list(groups)
+    return groups
 
 
 class MeanGradients:

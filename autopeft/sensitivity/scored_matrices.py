@@ -130,6 +130,18 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     return tuple(found)
 
 
+def groups_within(
+    room: int, sites: Sequence[MatrixSite], size: Callable[[MatrixSite], int]
+) -> list[Sequence[MatrixSite]]:
+    """Return the sites in groups whose sizes add up to no more than the room; one alone may exceed it."""
+    groups: list[list[MatrixSite]] = [[]]
+    for matrix in sites:
+        if groups[-1] and sum(map(size, [*groups[-1], matrix])) > room:
+            groups.append([])
+        groups[-1].append(matrix)
+    return list(groups)
+
+
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Put a model in evaluation mode with every parameter frozen; leave all as it was.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from autopeft.core.seeding import generator_states
 from autopeft.training.adapter_checkpoints import TrialFiles
 
 _META = "autopeft"
-_GROUPS = ("weights", "best_weights", "optimizer", "generators")
+_GROUPS = ("weights", "best_weights", "optimizer", "generators", "kept")
 _CALLBACKS = "callbacks"
 _TENSOR = "tensor"
 _TUPLE = "tuple"
@@ -43,6 +43,7 @@ class TrainingState:
         generators: States of the random generators, by device type.
         early_stopping: State of the early-stopping callback; empty without one.
         callbacks: State of each of the user's callbacks.
+        kept: Tensors that are kept with the adapters and not trained, as an `Attachment` names them.
     """
 
     step: int
@@ -54,6 +55,7 @@ class TrainingState:
     generators: Mapping[str, Tensor]
     early_stopping: Mapping[str, Any]
     callbacks: Sequence[Any] = ()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

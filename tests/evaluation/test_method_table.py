@@ -32,6 +32,7 @@ STARTS_ELSEWHERE = {"unilora"}
 HEEDS_PATTERNS = {
     "lora",
     "lora_fa",
+    "eva",
     "dora",
     "pissa",
     "olora",

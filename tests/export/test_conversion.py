@@ -50,6 +50,25 @@ def test_a_lora_stands_for_whatever_changes_weights(architecture: str, tmp_path:
     assert fingerprint(backbone.model) == before
 
 
+@pytest.mark.parametrize("target", ["peft", "lora"])
+def test_what_starts_from_data_is_exported_as_lora_without_loss(target: str, tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    names = ("lora", "eva", "lora_ga", "corda")
+    adapters = {
+        site: Adapter(names[index % 4], 2 + index % 3) for index, site in enumerate(places(backbone, "lora"))
+    }
+    configuration = Configuration(adapters)
+    expected = expected_logits(backbone, configuration)
+    report = export(backbone, configuration, tmp_path / "out", target=target)
+    assert report.conversion is None
+    loaded = PeftModel.from_pretrained(copy.deepcopy(backbone.model), str(tmp_path / "out")).eval()
+    assert {config.peft_type for config in loaded.peft_config.values()} == {"LORA"}
+    assert difference(loaded, tiny_batch(), expected) <= TOLERANCE
+    assert "lora, eva, lora_ga, corda" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="'eva' starts from data, and the comparison trains from a config"):
+        export(backbone, configuration, tmp_path / "other", target="peft-method-comparison")
+
+
 def test_less_energy_is_a_smaller_rank_and_the_card_says_what_it_costs(tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     configuration = everywhere(backbone, "hira")

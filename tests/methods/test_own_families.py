@@ -33,7 +33,8 @@ from tests.tiny_models import (
     tiny_batch,
 )
 
-FAMILIES = ("full", "ssf", "sparse", "lora_sparse", "lora_fa", "lora_xs", "compacter", "loreft")
+FROM_DATA = ("eva", "lora_ga", "corda")
+FAMILIES = ("full", "ssf", "sparse", "lora_sparse", "lora_fa", "lora_xs", "compacter", "loreft", *FROM_DATA)
 ARCHITECTURES = ("bert", "gpt2", "llama", "t5", "vit")
 PAIRS = [
     pytest.param(name, architecture, marks=() if architecture == "bert" else pytest.mark.slow)

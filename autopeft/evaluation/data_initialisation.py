@@ -1,0 +1,107 @@
+"""Initial values from the first training batches, for methods that begin from them (EVA, LoRA-GA, CorDA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from tempfile import TemporaryFile
+
+import torch
+from torch import Tensor
+
+from autopeft.core.adapter import Site
+from autopeft.core.profiling import section
+from autopeft.evaluation.context import EvaluationContext
+from autopeft.methods import METHODS, Attachment
+from autopeft.methods.data_initialised import DataInitialised, Statistic
+from autopeft.sensitivity.activation_variance import IncrementalVariance, SecondMoment, WatchedInputs
+from autopeft.sensitivity.computation import run_pass
+from autopeft.sensitivity.mean_gradients import MeanGradients, mean_gradient_groups
+from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, groups_within, undisturbed
+
+_Found = Iterator[tuple[MatrixSite, Tensor]]
+_BATCHES = 4  # as scores look at
+_ROOM = 2 * 2**30
+"""Bytes of mean gradients or second moments at a time; sites take turns, with a pass for each group."""
+
+
+@section("initialise")
+def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, seed: int) -> None:
+    """Give adapters that begin from data their initial values, from the training's first batches.
+
+    Once a training, and not once a search: gradients are those of the head that it has. What is attached has
+    to compute what the base does. Takes a forward pass over four batches a method, and for LoRA-GA a backward
+    pass.
+
+    Args:
+        evaluator: Has the backbone, the task and its data.
+        attachment: What is attached; nothing happens where no method begins from data.
+        seed: The training's.
+
+    Raises:
+        ValueError: The loss of a batch is not finite.
+    """
+    backbone, configuration = evaluator.backbone, attachment.configuration
+    methods = {name: METHODS[name] for name in configuration.methods}
+    from_data = {name: method for name, method in methods.items() if isinstance(method, DataInitialised)}
+    if not from_data:
+        return
+    with torch.random.fork_rng(devices=[]):
+        count = _BATCHES * evaluator.training.accumulate
+        batches = list(islice(evaluator.data.train_dataloader(seed), count))
+    precision, tensors = evaluator.training.resolved_precision(), attachment.tensors
+    for name, method in from_data.items():
+        adapters = {site: adapter for site, adapter in configuration if adapter.method == name}
+        subject = Subject(
+            model=backbone.model,
+            sites=[_matrix_site(attachment, site) for site in adapters],
+            batches=batches,
+            task=evaluator.task,
+            seed=seed,
+            precision=precision,
+        )
+        rank = max(adapter.size or 0 for adapter in adapters.values())
+        with undisturbed(backbone.model, seed), backbone.cached_casts.in_place(precision):
+            for matrix, statistic in _STATISTICS[method.statistic](subject, rank):
+                values = method.initial_values(adapters[matrix.site], statistic, matrix.weight)
+                for local, value in values.items():
+                    tensors[f"{matrix.site}.{name}.{local}"][: len(value)] = value
+
+
+def _matrix_site(attachment: Attachment, site: Site) -> MatrixSite:
+    shape = attachment.backbone.shape(site)
+    module = attachment.backbone.model.get_submodule(shape.module)
+    return MatrixSite(site, shape, module, module.get_parameter("weight"))
+
+
+def _input_directions(subject: Subject, rank: int) -> _Found:
+    inputs = WatchedInputs(subject.sites, IncrementalVariance(rank))
+    run_pass(subject, (), inputs)
+    for matrix in subject.sites:
+        yield matrix, inputs.states[matrix.site].directions()
+
+
+def _second_moments(subject: Subject, rank: int) -> _Found:
+    for group in groups_within(_ROOM, subject.sites, lambda matrix: 4 * matrix.shape.in_features**2):
+        inputs = WatchedInputs(group, SecondMoment())
+        run_pass(replace(subject, sites=group), (), inputs)
+        for matrix in group:
+            total = inputs.states[matrix.site].total
+            if total is not None and total.any():  # else the layer was given nothing
+                yield matrix, total
+
+
+def _mean_gradients(subject: Subject, rank: int) -> _Found:
+    for group in mean_gradient_groups(subject.sites, _ROOM):
+        with TemporaryFile() as file:
+            means = MeanGradients(group, len(subject.batches), file)
+            run_pass(replace(subject, sites=group), [means.add], None)
+            yield from means.means()
+
+
+_STATISTICS: Mapping[Statistic, Callable[[Subject, int], _Found]] = {
+    "input directions": _input_directions,
+    "second moment": _second_moments,
+    "mean gradient": _mean_gradients,
+}

@@ -1,0 +1,35 @@
+"""LoRA-GA: LoRA that starts from the gradient of the weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from autopeft.core.configuration import Adapter
+from autopeft.methods.data_initialised import OffsetLora, Statistic, singular_vectors
+from autopeft.models.site_shapes import SiteShape
+
+
+class LoraGA(OffsetLora):
+    """LoRA-GA: with G = UΣVᵀ, A₀ has the first r columns of V, B₀ the next r of U, both times ⁴√d_out / 4.
+
+    Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024: so the first step changes
+    the weight as much like a step of full fine-tuning as an update of this rank can. The factor is
+    the paper's, which keeps outputs stable.
+    """
+
+    name = "lora_ga"
+    statistic: Statistic = "mean gradient"
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+        """Return what is against it: there are not so many singular vectors."""
+        most = min(shape.in_features, shape.out_features)
+        if 2 * (adapter.size or 0) <= most:
+            return None
+        return f"its gradient has {most:,} singular vectors, and each rank takes two"
+
+    def factors(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A₀ and B₀; see `OffsetLora.factors`."""
+        assert adapter.size is not None
+        left, _, right = singular_vectors(statistic, 2 * adapter.size)
+        scale = len(statistic) ** 0.25 / 4
+        return scale * right[: adapter.size], scale * left[:, adapter.size :]

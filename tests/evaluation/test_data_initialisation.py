@@ -1,0 +1,188 @@
+"""Adapters that begin from training data: their initial values, and the trainings that begin so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.evaluation.data_initialisation import initialise_from_data
+from autopeft.evaluation.evaluator import Evaluator
+from autopeft.methods import Attachment, attach, obstacle
+from autopeft.search_spaces import PerLayer
+from autopeft.training.training_checkpoint import TrainingCheckpoints
+from tests.learnable import run, tiny_evaluator, tiny_search
+from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
+
+SITES = (Site(0, "query"), Site(1, "ffn_up"))
+FROM_DATA = ("eva", "lora_ga", "corda")
+RANK = 4
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    """One whose head is not drawn anew, which gradients depend on."""
+    objectives = ("accuracy", "trainable_parameters")
+    return tiny_evaluator(tiny_backbone("bert"), rungs=(0.5,), objectives=objectives)
+
+
+@contextmanager
+def initialised(evaluator: Evaluator, method: str, rank: int = RANK) -> Iterator[Attachment]:
+    configuration = Configuration(dict.fromkeys(SITES, Adapter(method, rank)))
+    with attach(evaluator.backbone, configuration, SEED) as attachment:
+        initialise_from_data(evaluator, attachment, SEED)
+        yield attachment
+
+
+def factors(attachment: Attachment, site: Site) -> tuple[Tensor, Tensor]:
+    """Return what A and B of a site begin with, in double precision."""
+    own = {name: tensor for name, tensor in attachment.state_dict().items() if name.startswith(f"{site}.")}
+    first = {name: tensor for name, tensor in own.items() if "first_" in name} or own
+    down, up = first.values()
+    return down.double(), up.double()
+
+
+def weight_of(evaluator: Evaluator, site: Site) -> torch.nn.Parameter:
+    return evaluator.backbone.model.get_submodule(evaluator.backbone.shape(site).module).get_parameter(
+        "weight"
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(evaluator: Evaluator) -> dict[Site, tuple[Tensor, Tensor]]:
+    """The tokens that sites are given in the first four batches, and mean gradients, by torch alone."""
+    backbone, task = evaluator.backbone, evaluator.task
+    weights = [weight_of(evaluator, site).requires_grad_() for site in SITES]
+    tokens: list[list[Tensor]] = [[] for _ in SITES]
+    gradients: list[list[Tensor]] = [[] for _ in SITES]
+    with ExitStack() as hooks:
+        for site, found in zip(SITES, tokens, strict=True):
+            layer = backbone.model.get_submodule(backbone.shape(site).module)
+            hooks.enter_context(
+                layer.register_forward_pre_hook(
+                    lambda _, given, found=found: found.append(given[0].detach()[mask])
+                )
+            )
+        for batch in islice(evaluator.data.train_dataloader(SEED), 4):
+            mask = batch["attention_mask"].bool()
+            loss = task.loss(task.forward(backbone.model, batch), batch)
+            for of_site, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+                of_site.append(gradient)
+    backbone.model.requires_grad_(False)
+    return {
+        site: (torch.cat(tokens[index]).double(), torch.stack(gradients[index]).mean(0).double())
+        for index, site in enumerate(SITES)
+    }
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected.double(), atol=1e-3, rtol=1e-3)
+
+
+def test_eva_begins_in_the_directions_in_which_inputs_vary(
+    evaluator: Evaluator, seen: dict[Site, tuple[Tensor, Tensor]]
+) -> None:
+    with initialised(evaluator, "eva") as attachment:
+        for site, (tokens, _) in seen.items():
+            down, up = factors(attachment, site)
+            _, _, right = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+            assert_near((down @ right[:RANK].mT).abs(), torch.eye(RANK))
+            assert not up.any()
+
+
+def test_lora_ga_begins_with_singular_vectors_of_the_mean_gradient(
+    evaluator: Evaluator, seen: dict[Site, tuple[Tensor, Tensor]]
+) -> None:
+    with initialised(evaluator, "lora_ga") as attachment:
+        for site, (_, gradient) in seen.items():
+            down, up = factors(attachment, site)
+            left, _, right = torch.linalg.svd(gradient)
+            expected = len(left) ** 0.25 / 4 * torch.eye(RANK)
+            assert_near((down @ right[:RANK].mT).abs(), expected)
+            assert_near((left[:, RANK : 2 * RANK].mT @ up).abs(), expected)
+
+
+def test_corda_begins_with_what_a_weight_does_on_its_inputs(
+    evaluator: Evaluator, seen: dict[Site, tuple[Tensor, Tensor]]
+) -> None:
+    with initialised(evaluator, "corda") as attachment:
+        for site, (tokens, _) in seen.items():
+            down, up = factors(attachment, site)
+            moment = tokens.mT @ tokens
+            moment = moment / moment.diagonal().mean() + 0.01 * torch.eye(len(moment))
+            left, sigma, right = torch.linalg.svd(weight_of(evaluator, site).detach().double() @ moment)
+            best = left[:, :RANK] * sigma[:RANK] @ right[:RANK]
+            assert_near(8 / RANK**0.5 * up @ down @ moment, best)
+    whole = 32
+    with initialised(evaluator, "corda", whole) as attachment:
+        down, up = factors(attachment, SITES[0])
+        assert_near(8 / whole**0.5 * up @ down, weight_of(evaluator, SITES[0]).detach())
+
+
+@pytest.mark.parametrize("method", FROM_DATA)
+def test_the_model_computes_what_it_did_and_nothing_is_left_of_it(method: str, evaluator: Evaluator) -> None:
+    backbone = evaluator.backbone
+    before, state, plain = fingerprint(backbone.model), torch.get_rng_state(), logits_of(backbone)
+    with initialised(evaluator, method) as attachment:
+        assert torch.equal(logits_of(backbone), plain)
+        assert all(parameter.grad is None for parameter in backbone.model.parameters())
+        assert all(parameter.requires_grad for parameter in attachment.parameters.values())
+    assert fingerprint(backbone.model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "method", ["lora_ga", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eva", "corda"))]
+)
+def test_a_training_pauses_and_goes_on_as_if_it_had_not(
+    method: str, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    adapters = everywhere(evaluator.backbone, method, RANK).adapters
+    configuration = Configuration(adapters, learning_rate=1e-2)
+    whole = evaluator.train(configuration, SEED)
+    store = TrainingCheckpoints(tmp_path)
+    paused = evaluator.train(configuration, SEED, rung=0).paused
+    assert paused is not None
+    store.save(1, paused)
+    resumed = evaluator.train(configuration, SEED, paused=store.load(1))
+    assert whole.state is not None
+    assert resumed.state is not None
+    assert whole.state.keys() == resumed.state.keys()
+    assert all(torch.equal(resumed.state[name], tensor) for name, tensor in whole.state.items())
+    scored = evaluator.score(configuration, whole.state, "validation")
+    values = whole.evaluation.values
+    assert scored["accuracy"] == values["accuracy"] == resumed.evaluation.values["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("method", "most", "why"),
+    [
+        ("lora_ga", 16, "its gradient has 32 singular vectors, and each rank takes two"),
+        ("corda", 32, "its weight has 32 singular values"),
+    ],
+)
+def test_ranks_beyond_the_singular_values_are_refused(
+    method: str, most: int, why: str, evaluator: Evaluator
+) -> None:
+    found = [obstacle(evaluator.backbone, SITES[0], Adapter(method, rank)) for rank in (most, most + 1)]
+    assert found == [None, why]
+
+
+@pytest.mark.slow
+def test_a_search_chooses_among_them_and_exports_plain_folders(tmp_path: Path) -> None:
+    space = PerLayer(methods=("lora", *FROM_DATA), ranks=(2, 4))
+    search = tiny_search(tmp_path, space=space, sampler="random", baselines=False)
+    front = run(search, 4)
+    evaluations = [record.evaluation for record in front.records]
+    assert all(evaluation.status == "complete" for evaluation in evaluations)
+    assert {name for each in evaluations for name in each.configuration.methods} >= {*FROM_DATA}
+    for point in front:
+        report = search.export(point.number, tmp_path / str(point.number), target="peft")
+        assert report.max_logit_difference is not None

@@ -21,6 +21,7 @@ from autopeft.sensitivity.mean_gradients import MeanGradients, mean_gradient_gro
 from autopeft.sensitivity.scored_matrices import MatrixSite, Subject, groups_within, undisturbed
 
 _Found = Iterator[tuple[MatrixSite, Tensor]]
+"""A layer that was given nothing is left out: it begins as LoRA does."""
 _BATCHES = 4  # as scores look at
 _ROOM = 2 * 2**30
 """Bytes of mean gradients or second moments at a time; sites take turns, with a pass for each group."""
@@ -79,7 +80,9 @@ def _input_directions(subject: Subject, rank: int) -> _Found:
     inputs = WatchedInputs(subject.sites, IncrementalVariance(rank))
     run_pass(subject, (), inputs)
     for matrix in subject.sites:
-        yield matrix, inputs.states[matrix.site].directions()
+        directions = inputs.states[matrix.site].directions()
+        if directions is not None:
+            yield matrix, directions
 
 
 def _second_moments(subject: Subject, rank: int) -> _Found:
@@ -88,7 +91,7 @@ def _second_moments(subject: Subject, rank: int) -> _Found:
         run_pass(replace(subject, sites=group), (), inputs)
         for matrix in group:
             total = inputs.states[matrix.site].total
-            if total is not None and total.any():  # else the layer was given nothing
+            if total is not None and total.any():
                 yield matrix, total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
@@ -100,7 +101,7 @@ class OffsetLora(DataInitialised, LayerMethod):
     def scaling(self, adapter: Adapter) -> float:
         """Return s = α/√r."""
         assert adapter.size is not None
-        return float(adapter.option("alpha")) / adapter.size**0.5
+        return float(adapter.option("alpha")) / math.sqrt(adapter.size)
 
     @abstractmethod
     def factors(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,15 +95,15 @@ class IncrementalVariance:
         variance = float(self._variance)
         return tuple((squares / variance).tolist() if variance else torch.zeros_like(squares).tolist())
 
-    def directions(self) -> Tensor:
+    def directions(self) -> Tensor | None:
         """Return the leading components (count, width) in single precision, each of length 1.
 
-        They are fewer than asked for where the vectors were, or are not that wide.
+        They are fewer than asked for where the vectors were, or are not that wide; None without vectors.
         """
         if self._scaled is not None:
             return normalize(self._scaled.float())
         if self._covariances is None:
-            return torch.empty(0, 0)
+            return None
         vectors: Tensor = torch.linalg.eigh(self._covariances.double()).eigenvectors
         return vectors.flip(1).mT[: self._components].float()
 

@@ -41,6 +41,7 @@ SITES: dict[str, dict[str, Any]] = {
     "sparse": {"0-1.ffn_down": {"method": "sparse", "size": 64}},
     "lora_sparse": {"0-1.ffn_down": {"method": "lora_sparse", "size": 4}},
     "lora_fa": {"0-1.ffn_down": {"method": "lora_fa", "size": 4}},
+    "lora_ga": {"0-1.ffn_down": {"method": "lora_ga", "size": 4}},
     "lora_xs": {"0-1.ffn_down": {"method": "lora_xs", "size": 4}},
     "compacter": {"0-1.ffn": {"method": "compacter", "size": 2}},
     "loreft": {"0-1.ffn": {"method": "loreft", "size": 2}},

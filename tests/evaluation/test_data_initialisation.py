@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.data_initialisation import initialise_from_data
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import Attachment, attach, obstacle
 from autopeft.search_spaces import PerLayer
+from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints
 from tests.learnable import run, tiny_evaluator, tiny_search
+from tests.quantized import quantized, quiet, save_base
+from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
 
 SITES = (Site(0, "query"), Site(1, "ffn_up"))
@@ -66,15 +70,14 @@ def seen(evaluator: Evaluator) -> dict[Site, tuple[Tensor, Tensor]]:
         for site, found in zip(SITES, tokens, strict=True):
             layer = backbone.model.get_submodule(backbone.shape(site).module)
             hooks.enter_context(
-                layer.register_forward_pre_hook(
-                    lambda _, given, found=found: found.append(given[0].detach()[mask])
-                )
+                layer.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0].detach()))
             )
         for batch in islice(evaluator.data.train_dataloader(SEED), 4):
-            mask = batch["attention_mask"].bool()
             loss = task.loss(task.forward(backbone.model, batch), batch)
             for of_site, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
                 of_site.append(gradient)
+            for found in tokens:
+                found[-1] = found[-1][batch["attention_mask"].bool()]
     backbone.model.requires_grad_(False)
     return {
         site: (torch.cat(tokens[index]).double(), torch.stack(gradients[index]).mean(0).double())
@@ -173,6 +176,19 @@ def test_ranks_beyond_the_singular_values_are_refused(
 ) -> None:
     found = [obstacle(evaluator.backbone, SITES[0], Adapter(method, rank)) for rank in (most, most + 1)]
     assert found == [None, why]
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.parametrize("method", FROM_DATA)
+def test_packed_weights_of_a_language_model_are_no_obstacle(method: str, tmp_path: Path) -> None:
+    task = task_of(24)
+    backbone = quantized(save_base(tmp_path), "nf4", task)
+    training = Training(epochs=2, batch_size=8, accumulate=2, device="cpu")
+    objectives = resolve_objectives(("loss", "trainable_parameters"), task.objectives)
+    evaluator = Evaluator(backbone, task, training, objectives)
+    evaluation = evaluator.evaluate(everywhere(backbone, method, RANK))
+    assert evaluation.status == "complete", evaluation.reason
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_a_lora_stands_for_whatever_changes_weights(architecture: str, tmp_path:
     assert fingerprint(backbone.model) == before
 
 
-@pytest.mark.parametrize("target", ["peft", "lora"])
+@pytest.mark.parametrize("target", ["peft", pytest.param("lora", marks=pytest.mark.slow)])
 def test_what_starts_from_data_is_exported_as_lora_without_loss(target: str, tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     names = ("lora", "eva", "lora_ga", "corda")

@@ -54,7 +54,8 @@ def run_loop(
                 started(job)
             if not scheduler.running:
                 return front
-            finished = executor.wait()
+            if (finished := executor.wait()) is None:
+                continue
             for record in study.tell(finished, scheduler.finished(finished)):
                 with section("record"):
                     front = front.with_trial(record)

@@ -3,8 +3,8 @@
     python -m benchmarks.ladder [--parts memory questions spam dialogue] [--adapters ladder lora]
 
 Peak memory is counted on the models, data and batches of the two demos. Accuracy is of the demos' trainings,
-with three learning rates of the configuration, of which a ladder is trained at its own multiple; validation
-and test split. Each result is written as soon as it is there, and no training is repeated.
+with three or four learning rates of the configuration, of which a ladder is trained at its own multiple;
+validation and test split. Each result is written as soon as it is there, and no training is repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.datasets import DATASETS
 RESULTS = Path(__file__).parent / "results" / "ladder.json"
 DEMOS = {"dialogue": Path("configs/dialogue.yaml"), "questions": Path("configs/demo.yaml")}
 ADAPTERS = {"lora": Adapter("lora", 8), "ladder": Adapter("ladder", 16), "wide ladder": Adapter("ladder", 64)}
-RATES = {"questions": (3e-3, 1e-2, 1e-3), "spam": (3e-3, 1e-2, 1e-3), "dialogue": (3e-3,)}
+RATES = {"questions": (3e-3, 1e-2, 1e-3), "spam": (3e-3, 1e-2, 1e-3, 3e-4), "dialogue": (3e-3,)}
 KINDS = {"lora": "linear", "ladder": "block"}
 
 

@@ -66,7 +66,7 @@ class Order:
     """In which order an executor's jobs ended, and how many it would take before each."""
 
     free: list[int] = field(default_factory=list)
-    finished: list[int] = field(default_factory=list)  # trials
+    finished: list[int | None] = field(default_factory=list)  # trials, and None for a worker that came
 
 
 class _Noting:
@@ -83,9 +83,9 @@ class _Noting:
         self._order.free.append(self._executor.free)
         return self._order.free[-1]
 
-    def wait(self) -> TrialRecord:
+    def wait(self) -> TrialRecord | None:
         record = self._executor.wait()
-        self._order.finished.append(record.number)
+        self._order.finished.append(None if record is None else record.number)
         return record
 
 
@@ -105,8 +105,9 @@ class _Replaying:
     def submit(self, job: Job) -> None:
         self._jobs[job.number] = job
 
-    def wait(self) -> TrialRecord:
-        return self._run(self._jobs.pop(next(self._finished)))
+    def wait(self) -> TrialRecord | None:
+        number = next(self._finished)
+        return None if number is None else self._run(self._jobs.pop(number))
 
     def close(self) -> None:
         self._jobs.clear()

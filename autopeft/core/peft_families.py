@@ -1,7 +1,8 @@
 """The adapter families of peft that sit on linear layers, a row each.
 
 A row is all that a family needs: `autopeft.methods.peft_family` asks the installed peft for the rest. Rates
-are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4.
+are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4; those of DoRA, LoKr, MiSS,
+VeRA, OFT and RoAd are measured on three backbones (`benchmarks/family_rates.py`).
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ PEFT_FAMILIES = (
         rate=3.0,
     ),
     # Kopiczko et al., "VeRA", 2024: vectors that scale random matrices, which all sites share.
-    _family("vera", "V", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    _family("vera", "V", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=20.0),
     # VeRA with a distribution in the place of the vectors' values.
     _family("pvera", "Pv", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
     # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
@@ -106,11 +107,19 @@ PEFT_FAMILIES = (
         rate=10.0,
     ),
     # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
-    _family("oft", "Of", "block size", principle="rotation", size_field="oft_block_size", sizes=(2, 32)),
+    _family(
+        "oft",
+        "Of",
+        "block size",
+        principle="rotation",
+        size_field="oft_block_size",
+        sizes=(2, 32),
+        rate=5.0,
+    ),
     # Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation", 2024.
     _family("hra", "H", "reflections", principle="rotation", sizes=(2, 32)),
     # Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024.
-    _family("road", "Ro", None, principle="rotation", config={"group_size": 2}, rate=3.0),
+    _family("road", "Ro", None, principle="rotation", config={"group_size": 2}, rate=10.0),
     # An orthogonal matrix of the size between the principal parts of a weight.
     _family("psoft", "Ps", "rank", principle="rotation", alpha_field="psoft_alpha"),
     # Nayak et al., "Sculpting Subspaces", 2025; see `autopeft.methods.sized_by_shape`.
@@ -138,7 +147,7 @@ PEFT_FAMILIES = (
         rate=300.0,
     ),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
-    _family("miss", "Mi", "rank"),
+    _family("miss", "Mi", "rank", rate=0.5),
     # A small network of the weight makes its update.
     _family("peanut", "Pe", "rank"),
     # An update within and beside a subspace that is projected out.

@@ -29,8 +29,10 @@ class Executor(Protocol):
     def submit(self, job: Job) -> None:
         """Take a job; return at once."""
 
-    def wait(self) -> TrialRecord:
-        """Return the record of a job that has finished; block until there is one.
+    def wait(self) -> TrialRecord | None:
+        """Return the record of a job that has finished, or None where another job may be submitted first.
+
+        Blocks until there is either.
 
         Raises:
             KeyboardInterrupt: The user interrupted; jobs that have not finished leave no record.

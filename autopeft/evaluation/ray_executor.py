@@ -25,6 +25,8 @@ _ATTEMPTS = 2
 _CONNECTION_SECONDS = 10.0
 _PATIENCE_SECONDS = 1800.0
 """For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
+_GRACE_SECONDS = 60.0
+"""For the other workers to start, once the first has."""
 _PAUSE_SECONDS = 1.0
 _DOUBLINGS = 6
 """Each further start in a row that fails doubles the pause before the next, so many times."""
@@ -138,7 +140,10 @@ class _RayJobs:
             for _ in range(settings.workers):
                 self._start_worker()
             while self._starting or not self._idle:
-                self._take_in(self._first_answer())
+                answer = self._first_answer(_GRACE_SECONDS if self._idle else _PATIENCE_SECONDS)
+                if answer is None:
+                    break  # the others join later
+                self._take_in(answer)
         except BaseException:
             self.close()
             raise
@@ -175,13 +180,13 @@ class _RayJobs:
         worker = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
         self._starting[worker.is_ready.remote()] = worker
 
-    def _first_answer(self) -> Any:
-        """Wait for a worker to be ready, or to finish a job.
+    def _first_answer(self, patience: float = _PATIENCE_SECONDS) -> Any:
+        """Wait for a worker to be ready, or to finish a job; return None after some seconds without any job.
 
         Raises:
             ValueError: No worker is left, and none found a place in the cluster.
         """
-        end = math.inf if self._running else time.monotonic() + _PATIENCE_SECONDS
+        end = math.inf if self._running else time.monotonic() + patience
         while (now := time.monotonic()) < end:
             for due in [due for due in self._restarts if due <= now]:
                 self._restarts.remove(due)
@@ -195,7 +200,9 @@ class _RayJobs:
             answers, _ = self._ray.wait(awaited, num_returns=1, timeout=timeout)
             if answers:
                 return answers[0]
-        raise ValueError(f"No worker found a place in the cluster within {_PATIENCE_SECONDS / 60:g} minutes.")
+        if self._idle:
+            return None
+        raise ValueError(f"No worker found a place in the cluster within {patience / 60:g} minutes.")
 
     def _take_in(self, answer: Any) -> None:
         """Have a worker that is ready, or after a pause another in place of one that died before it was.
@@ -232,19 +239,21 @@ class _RayJobs:
         worker = self._idle.pop()
         self._running[worker.run.remote(job)] = _Running(job, worker, attempt)
 
-    def wait(self) -> TrialRecord:
+    def wait(self) -> TrialRecord | None:
         if self._duplicates:
             return self._runner.run(self._duplicates.popleft())
         record = None
         while record is None or not (self._idle or self._running):  # where none is free, a search would end
             answer = self._first_answer()
-            if answer in self._starting:
+            if has_come := answer in self._starting:
                 self._take_in(answer)
             else:
                 record = self._finished(answer)
             while self._again and self._idle:
                 lost = self._again.popleft()
                 self._start(lost.job, lost.attempt + 1)
+            if has_come and self._idle:
+                break  # it may have a job at once
         return record
 
     def _finished(self, answer: Any) -> TrialRecord | None:

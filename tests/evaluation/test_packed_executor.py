@@ -130,7 +130,9 @@ def test_trained_tensors_are_kept_with_a_trials_own_record(runner: TrialRunner, 
     for number in range(2):
         executor.submit(New(number=number, configuration=LORAS[number]))
     for number in range(2):
-        assert executor.wait().number == number
+        record = executor.wait()
+        assert record is not None
+        assert record.number == number
         assert executor.free == (2 if number else 0)  # 0 while a record is to be taken
         assert kept.load(number) is not None
         kept.keep_only(set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,13 +38,13 @@ class Cluster:
     """What a RayExecutor calls of Ray.
 
     Attributes:
-        can_start: Of one start after another, whether the worker comes up.
+        can_start: Of one start after another, whether the worker comes up; None for one without a place.
         trials: How long each trial takes, and whether its worker survives it.
         now: The time in seconds.
         starts: When workers were started.
     """
 
-    can_start: Iterator[bool]
+    can_start: Iterator[bool | None]
     trials: Iterator[tuple[float, bool]]
     now: float = 0.0
     starts: list[float] = field(default_factory=list)
@@ -65,8 +66,8 @@ class Cluster:
 
     def start(self, *_: Any) -> Any:
         self.starts.append(self.now)
-        is_up = next(self.can_start) or None
-        answer = Answer(self.now + _START_SECONDS, is_up)
+        is_up = next(self.can_start)
+        answer = Answer(math.inf if is_up is None else self.now + _START_SECONDS, is_up or None)
         return SimpleNamespace(
             is_ready=SimpleNamespace(remote=lambda: answer), run=SimpleNamespace(remote=self.run)
         )
@@ -118,6 +119,15 @@ def test_a_search_begins_with_the_workers_that_could_be_started(monkeypatch: pyt
     assert cluster.now == _START_SECONDS
 
 
+def test_it_does_not_wait_for_a_worker_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(iter([True, None]), repeat((60.0, True)))
+    executor = executor_on(cluster, monkeypatch)
+    assert executor.free == 1
+    assert cluster.now < 100
+    executor.submit(trial(0))
+    assert executor.wait() == 0
+
+
 def test_while_another_trains_they_are_tried_again_after_longer_and_longer_pauses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,6 +135,8 @@ def test_while_another_trains_they_are_tried_again_after_longer_and_longer_pause
     cluster = Cluster(chain([True], repeat(False, failures), [True]), iter([(1e4, True)]))
     executor = executor_on(cluster, monkeypatch)
     executor.submit(trial(0))
+    assert executor.wait() is None  # the other worker has come, which may have a job at once
+    assert executor.free == 1
     assert executor.wait() == 0
     assert executor.free == 2
     first, *others = cluster.starts
@@ -140,7 +152,9 @@ def test_a_lost_trial_waits_for_a_worker_that_starts(monkeypatch: pytest.MonkeyP
     executor = executor_on(cluster, monkeypatch)
     for number in (0, 1):
         executor.submit(trial(number))
-    assert {executor.wait(), executor.wait()} == {0, 1}
+    records = (executor.wait() for _ in repeat(None))
+    finished = (record for record in records if record is not None)
+    assert {next(finished), next(finished)} == {0, 1}
 
 
 def test_it_is_an_error_where_no_worker_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

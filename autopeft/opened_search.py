@@ -175,8 +175,10 @@ def rehearse_export(evaluator: Evaluator, configurations: Iterable[Configuration
         probe = {name: tensor[:1] for name, tensor in evaluator.model_call().items()}
         for number, configuration in enumerate(configurations):
             with attach(evaluator.backbone, configuration, evaluator.seed) as attachment:
-                # New adapters add nothing: that one was lost would not show.
-                state = {name: tensor + _SLIGHTLY for name, tensor in attachment.state_dict().items()}
+                # New adapters add nothing: that one was lost would not show. What they keep stays, as it does
+                # in training: some add what is trained less what it began with.
+                state = attachment.state_dict()
+                state |= {name: state[name] + _SLIGHTLY for name in attachment.parameters}
             export_adapter(
                 evaluator.backbone,
                 configuration,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import BertConfig, BertForMaskedLM
 
 from autopeft import Search
+from autopeft.methods.lora_ga import LoraGA
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
+from autopeft.opened_search import rehearse_export
 from autopeft.search_spaces import Uniform
 from autopeft.search_spaces.suggest_trial import SuggestTrial
-from tests.learnable import learner, tiny_search
+from tests.learnable import learner, tiny_evaluator, tiny_search
 from tests.own_tasks import OwnTask
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import (
+    everywhere,
     fingerprint,
     tiny_chat_tokenizer,
     tiny_classifier,
@@ -172,6 +175,22 @@ def test_a_task_that_leaves_the_model_alone_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"^Exporting Own: Own\.forward does not call the model"):
         search_for(own(forward=forward), tmp_path).validate()
+
+
+def test_an_export_that_loses_an_adapter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of LoRA-GA, which adds nothing where all its tensors change alike."""
+    evaluator = tiny_evaluator()
+    configuration = everywhere(evaluator.backbone, "lora_ga", 4)
+    rehearse_export(evaluator, [configuration])
+    factors = LoraGA.lora_factors
+
+    def lost(method: LoraGA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        down, up = factors(method, tensors)
+        return down, torch.zeros_like(up)
+
+    monkeypatch.setattr(LoraGA, "lora_factors", lost)
+    with pytest.raises(ValueError, match=r"^Exporting TextClassification: RuntimeError: "):
+        rehearse_export(evaluator, [configuration])
 
 
 @pytest.mark.parametrize("positional", [True, False])

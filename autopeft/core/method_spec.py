@@ -44,6 +44,7 @@ class MethodSpec:
     excludes: frozenset[str] = frozenset()
     # Whether it takes a linear layer's place: a site carries one such method at most.
     wraps: bool = False
+    is_lora: bool = False  # whether it is LoRA to peft, at the latest once exported
     needs_bias: bool = False  # whether the module must have a bias
     # Whether the model must compute attention through transformers' attention interface.
     needs_attention_interface: bool = False

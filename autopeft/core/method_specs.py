@@ -74,6 +74,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             options={"alpha": 8, "rslora": True, "dropout": 0.0},
             minimums={"alpha": 0.0},
             wraps=True,
+            is_lora=True,
         ),
         MethodSpec(name="ia3", principle="vectors", symbol="I", kinds=_LINEAR, wraps=True),
         *PEFT_FAMILIES,
@@ -123,6 +124,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             options={"alpha": 8, "rslora": True, "dropout": 0.0},
             minimums={"alpha": 0.0},
             wraps=True,
+            is_lora=True,
         ),
         MethodSpec(
             name="eva",
@@ -133,6 +135,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             options={"alpha": 8, "rslora": True, "dropout": 0.0},
             minimums={"alpha": 0.0},
             wraps=True,
+            is_lora=True,
             rate=0.3,  # as of the next two, measured: `python -m benchmarks.data_initialisation`
         ),
         *(
@@ -145,6 +148,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
                 options={"alpha": 8},
                 minimums={"alpha": 0.0},
                 wraps=True,
+                is_lora=True,
                 rate=0.3,
             )
             for name, symbol in (("lora_ga", "Ga"), ("corda", "Cd"))

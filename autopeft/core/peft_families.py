@@ -33,6 +33,7 @@ def _lora(name: str, symbol: str, **config: Any) -> PeftSpec:
         symbol,
         "rank",
         peft_type="LORA",
+        is_lora=True,
         options={"alpha": 8},
         minimums={"alpha": 0.0},
         fields={"alpha": "lora_alpha"},

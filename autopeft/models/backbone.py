@@ -283,7 +283,7 @@ class Backbone:
             return f"{shape.module} has no bias"
         if specification.needs_bias and shape.module in self.quantized:
             return f"bitsandbytes casts the bias of {shape.module}, which it quantised"
-        if method == "lora" and shape.module in self.taken_for_experts:
+        if specification.is_lora and shape.module in self.taken_for_experts:
             return f"peft takes {shape.module} for an expert"
         if specification.needs_attention_interface and not self.has_attention_interface:
             return (

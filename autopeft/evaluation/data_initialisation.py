@@ -24,16 +24,22 @@ _Found = Iterator[tuple[MatrixSite, Tensor]]
 """A layer that was given nothing is left out: it begins as LoRA does."""
 _BATCHES = 4  # as scores look at
 _ROOM = 2 * 2**30
-"""Bytes of mean gradients or second moments at a time; sites take turns, with a pass for each group."""
+"""Bytes of mean gradients (in a file) or second moments (in main memory) at a time; sites take turns, with
+passes for each group.
+"""
 
 
 @section("initialise")
 def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, seed: int) -> None:
     """Give adapters that begin from data their initial values, from the training's first batches.
 
-    Once a training, and not once a search: gradients are those of the head that it has. What is attached has
-    to compute what the base does. Takes a forward pass over four batches a method, and for LoRA-GA a backward
-    pass.
+    Once a training, replicates included, and not once a search: which batches come first depends on the seed,
+    and LoRA-GA's gradients also on the head. What is attached has to compute what the base does.
+
+    Each method takes a forward pass over four batches, LoRA-GA a backward pass too; where sums of CorDA's or
+    LoRA-GA's take more than 2 GiB, such passes for each group of layers within. `peak_memory` does not count
+    them: they are in evaluation mode, in which transformers keeps all activations, with one part of a batch
+    at a time (`accumulate`) and one layer's sum on the device.
 
     Args:
         evaluator: Has the backbone, the task and its data.
@@ -41,7 +47,7 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
         seed: The training's.
 
     Raises:
-        ValueError: The loss of a batch is not finite.
+        ValueError: The loss of a batch, or what is found out about a layer, is not finite.
     """
     backbone, configuration = evaluator.backbone, attachment.configuration
     methods = {name: METHODS[name] for name in configuration.methods}
@@ -65,7 +71,12 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
         rank = max(adapter.size or 0 for adapter in adapters.values())
         with undisturbed(backbone.model, seed), backbone.cached_casts.in_place(precision):
             for matrix, statistic in _STATISTICS[method.statistic](subject, rank):
-                values = method.initial_values(adapters[matrix.site], statistic, matrix.weight)
+                if not bool(statistic.isfinite().all()):
+                    raise ValueError(
+                        f"The {method.statistic} of {matrix.site} is not finite. Check the data and the "
+                        "precision of the model."
+                    )
+                values = method.initial_values(adapters[matrix.site], statistic, matrix)
                 for local, value in values.items():
                     tensors[f"{matrix.site}.{name}.{local}"][: len(value)] = value
 
@@ -79,8 +90,9 @@ def _matrix_site(attachment: Attachment, site: Site) -> MatrixSite:
 def _input_directions(subject: Subject, rank: int) -> _Found:
     inputs = WatchedInputs(subject.sites, IncrementalVariance(rank))
     run_pass(subject, (), inputs)
+    found = {state: state.directions() for state in dict.fromkeys(inputs.states.values())}
     for matrix in subject.sites:
-        directions = inputs.states[matrix.site].directions()
+        directions = found[inputs.states[matrix.site]]
         if directions is not None:
             yield matrix, directions
 
@@ -92,13 +104,13 @@ def _second_moments(subject: Subject, rank: int) -> _Found:
         for matrix in group:
             total = inputs.states[matrix.site].total
             if total is not None and total.any():
-                yield matrix, total
+                yield matrix, total.to(matrix.stored.device)
 
 
 def _mean_gradients(subject: Subject, rank: int) -> _Found:
-    for group in mean_gradient_groups(subject.sites, _ROOM):
+    for group in mean_gradient_groups(subject.sites, _ROOM, in_file=True):
         with TemporaryFile() as file:
-            means = MeanGradients(group, len(subject.batches), file)
+            means = MeanGradients(group, len(subject.batches), file, in_file=True)
             run_pass(replace(subject, sites=group), [means.add], None)
             yield from means.means()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.data_initialised import OffsetLora, Statistic, singular_vectors
+from autopeft.methods.data_initialised import HasWeight, OffsetLora, Statistic, singular_vectors
 from autopeft.models.site_shapes import SiteShape
 
 _DAMPING = 0.01  # peft's, as a share of the mean of the diagonal
@@ -15,9 +15,9 @@ _DAMPING = 0.01  # peft's, as a share of the mean of the diagonal
 class CorDA(OffsetLora):
     """CorDA: with W·C = UΣVᵀ, C the inputs' second moment, s·B₀·A₀ = U_r·Σ_r·V_rᵀ·C⁻¹, the root of Σ in both.
 
-    Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", 2024, in the
-    mode that adapts what the task uses. How a product is split between A and B depends on C's unit; here the
-    mean of its diagonal is 1, so that inputs without a direction of their own give PiSSA's factors.
+    Yang et al., "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models", 2024, in its
+    instruction-previewed mode (IPM in peft). How a product is split between A and B depends on C's unit; here
+    the mean of its diagonal is 1, so that inputs without a direction of their own give PiSSA's factors.
     """
 
     name = "corda"
@@ -28,12 +28,12 @@ class CorDA(OffsetLora):
         most = min(shape.in_features, shape.out_features)
         return f"its weight has {most:,} singular values" if (adapter.size or 0) > most else None
 
-    def factors(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ and B₀; see `OffsetLora.factors`."""
         assert adapter.size is not None
         moment = statistic.double() / statistic.double().diagonal().mean()
         moment.diagonal().add_(_DAMPING)
-        left, sigma, right = singular_vectors(weight.double() @ moment, adapter.size)
+        left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.size)
         right = torch.cholesky_solve(right.mT, torch.linalg.cholesky(moment)).mT
         root = (sigma / self.scaling(adapter)).sqrt()
         return (root[:, None] * right).float(), (left * root).float()

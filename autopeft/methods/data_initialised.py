@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ Statistic = Literal["input directions", "second moment", "mean gradient"]
 """
 
 
+class HasWeight(Protocol):
+    """A linear layer."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in); where it is packed, it is unpacked each time."""
+
+
 class DataInitialised(ABC):
     """A method that is LoRA but for its initial values, which `autopeft.evaluation` computes.
 
@@ -34,13 +42,13 @@ class DataInitialised(ABC):
     """What its initial values are made of."""
 
     @abstractmethod
-    def initial_values(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return initial values by the tensors' names at a site; of fewer rows, the first ones are replaced.
 
         Args:
             adapter: What is attached.
             statistic: See `Statistic`.
-            weight: The layer's, (out, in).
+            layer: The layer.
         """
 
     @abstractmethod
@@ -104,12 +112,12 @@ class OffsetLora(DataInitialised, LayerMethod):
         return float(adapter.option("alpha")) / math.sqrt(adapter.size)
 
     @abstractmethod
-    def factors(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ (rank, in) and B₀ (out, rank); for the arguments see `initial_values`."""
 
-    def initial_values(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return A = A₀ and B = B₀; see `DataInitialised.initial_values`."""
-        down, up = self.factors(adapter, statistic, weight)
+        down, up = self.factors(adapter, statistic, layer)
         return {"down.weight": down, "first_down": down, "up.weight": up, "first_up": up}
 
     def as_lora(self, adapter: Adapter) -> Adapter:
@@ -128,7 +136,7 @@ class OffsetLora(DataInitialised, LayerMethod):
 def singular_vectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular vectors and values: U (rows, count), σ, Vᵀ (count, columns).
 
-    By torch's generator, as far above `count` as peft's LoRA-GA looks.
+    By `torch.svd_lowrank` with q = 2·count, as in peft's LoRA-GA; it draws from torch's global generator.
     """
     left, sigma, right = torch.svd_lowrank(matrix, q=min(2 * count, *matrix.shape), niter=4)
     return left[:, :count], sigma[:count], right[:, :count].mT

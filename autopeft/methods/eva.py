@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.data_initialised import DataInitialised, Statistic
+from autopeft.methods.data_initialised import DataInitialised, HasWeight, Statistic
 from autopeft.methods.lora import Lora
 
 
@@ -21,7 +21,7 @@ class Eva(DataInitialised, Lora):
     name = "eva"
     statistic: Statistic = "input directions"
 
-    def initial_values(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return the first rows of A; see `DataInitialised.initial_values`."""
         return {"lora_A.weight": statistic[: adapter.size]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.data_initialised import OffsetLora, Statistic, singular_vectors
+from autopeft.methods.data_initialised import HasWeight, OffsetLora, Statistic, singular_vectors
 from autopeft.models.site_shapes import SiteShape
 
 
@@ -27,7 +27,7 @@ class LoraGA(OffsetLora):
             return None
         return f"its gradient has {most:,} singular vectors, and each rank takes two"
 
-    def factors(self, adapter: Adapter, statistic: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ and B₀; see `OffsetLora.factors`."""
         assert adapter.size is not None
         left, _, right = singular_vectors(statistic, 2 * adapter.size)

@@ -109,7 +109,10 @@ class IncrementalVariance:
 
 
 class SecondMoment:
-    """The sum of xxᵀ over vectors that come in batches. For a shallow copy see `IncrementalVariance`."""
+    """The sum of xxᵀ over vectors that come in batches, in main memory.
+
+    For a shallow copy see `IncrementalVariance`.
+    """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -117,7 +120,7 @@ class SecondMoment:
     def add(self, vectors: Tensor) -> None:
         """Add vectors (count, width)."""
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        product = vectors.mT @ vectors
+        product = (vectors.mT @ vectors).cpu()
         self.total = product if self.total is None else self.total + product
 
 
@@ -143,7 +146,7 @@ class WatchedInputs(Generic[_StateT]):
     """Add what sites are given to a state of each, while forward passes run.
 
     Sites whose inputs were the very same tensors so far (query, key and value; gate and up) share one state;
-    all begin with one that has seen nothing.
+    all begin with one that has seen nothing. A ValueError is raised where inputs are not finite.
     """
 
     def __init__(self, sites: Sequence[MatrixSite], state: _StateT) -> None:
@@ -173,9 +176,15 @@ class WatchedInputs(Generic[_StateT]):
                 if tensor() is given and version == given._version:
                     self._states[matrix.site] = successor
                     return
+            vectors = _vectors(given.detach(), mask_of(matrix.site))
+            if not bool(vectors.isfinite().all()):
+                raise ValueError(
+                    f"The input of {matrix.site} ({matrix.shape.module}) is not finite. Check the data and "
+                    "the precision of the model."
+                )
             moved = copy.copy(state)
             with torch.no_grad():
-                moved.add(_vectors(given.detach(), mask_of(matrix.site)))
+                moved.add(vectors)
             successors.append((ref(given), given._version, moved))
             self._states[matrix.site] = moved
 

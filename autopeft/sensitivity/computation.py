@@ -87,9 +87,9 @@ def compute_scores(
         The scores by name, in the order asked for.
 
     Raises:
-        ValueError: An argument is not valid or is missing, the loss or a score is not finite, something is
-            attached to the backbone, a weight is quantised, or the mean gradients that grasp needs are beyond
-            their budget.
+        ValueError: An argument is not valid or is missing, the loss, an input or a score is not finite,
+            something is attached to the backbone, a weight is quantised, or the mean gradients that grasp
+            needs are beyond their budget.
         OSError: The disk has no room for the mean gradients.
     """
     names = tuple(dict.fromkeys(names))

@@ -27,13 +27,15 @@ _SHARE_OF_FREE = 0.5
 _logger = logging.getLogger(__name__)
 
 
-def mean_gradient_groups(sites: Sequence[MatrixSite], budget: int) -> list[Sequence[MatrixSite]]:
+def mean_gradient_groups(
+    sites: Sequence[MatrixSite], budget: int, *, in_file: bool = False
+) -> list[Sequence[MatrixSite]]:
     """Return the sites in groups whose mean gradients are kept at the same time.
 
-    That is all of them where they fit on their GPU. Else a group's file keeps within a budget of bytes and
-    within half of what is free on the disk; a single site may take more.
+    That is all of them where they fit on their GPU, unless they are to be in a file. A group's file keeps
+    within a budget of bytes and within half of what is free on the disk; a single site may take more.
     """
-    if _fit_on_device(sites):
+    if not in_file and _fit_on_device(sites):
         return [sites]
     folder = tempfile.gettempdir()
     room = min(budget, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free))
@@ -59,16 +61,19 @@ class MeanGradients:
         sites: The sites.
         batches: Number of batches.
         file: An empty file, of which 4 bytes an entry of the sites' weights are used.
+        in_file: Whether the sums are in the file even where the GPU has room.
     """
 
-    def __init__(self, sites: Sequence[MatrixSite], batches: int, file: IO[bytes]) -> None:
+    def __init__(
+        self, sites: Sequence[MatrixSite], batches: int, file: IO[bytes], *, in_file: bool = False
+    ) -> None:
         self._sites = sites
         self._batches = batches
         self._file = file
         ends = list(accumulate((math.prod(matrix.size) for matrix in sites), initial=0))
         self._places = {matrix.site: slice(*ends) for matrix, ends in zip(sites, pairwise(ends), strict=True)}
         self._on_device: Tensor | None = None
-        if _fit_on_device(sites):
+        if not in_file and _fit_on_device(sites):
             self._on_device = torch.zeros(ends[-1], device=sites[0].stored.device)
         else:
             file.truncate(_BYTES * ends[-1])  # reads as zeros

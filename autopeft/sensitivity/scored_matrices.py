@@ -101,7 +101,7 @@ class Subject:
         value = self.task.loss(self.output(batch), batch)
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
-                f"The loss of batch {index} is {value.item()}: scores need a finite one. "
+                f"The loss of batch {index} is {value.item()}, expected a finite number. "
                 "Check the batch's labels and the precision of the model."
             )
         return value

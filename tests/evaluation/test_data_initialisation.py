@@ -129,6 +129,31 @@ def test_corda_begins_with_what_a_weight_does_on_its_inputs(
         assert_near(8 / whole**0.5 * up @ down, weight_of(evaluator, SITES[0]).detach())
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("eva", r"^The input of 0\.query \(.*query\) is not finite"),
+        ("corda", r"^The input of 0\.query \(.*query\) is not finite"),
+        ("lora_ga", "^The loss of batch 0 is nan, expected a finite number"),
+    ],
+)
+def test_hidden_states_that_are_not_finite_are_named(method: str, message: str, evaluator: Evaluator) -> None:
+    embeddings = evaluator.backbone.model.get_submodule("bert.embeddings")
+    spoiled = embeddings.register_forward_hook(lambda _, given, output: output * torch.nan)
+    with spoiled, pytest.raises(ValueError, match=message), initialised(evaluator, method):
+        pass
+
+
+def test_gradients_that_are_not_finite_are_named(evaluator: Evaluator) -> None:
+    def spoil(_: torch.nn.Module, given: object, output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    spoiled = evaluator.backbone.model.get_submodule("bert.pooler").register_forward_hook(spoil)
+    message = r"^The mean gradient of 0\.query is not finite"
+    with spoiled, pytest.raises(ValueError, match=message), initialised(evaluator, "lora_ga"):
+        pass
+
+
 @pytest.mark.parametrize("method", FROM_DATA)
 def test_the_model_computes_what_it_did_and_nothing_is_left_of_it(method: str, evaluator: Evaluator) -> None:
     backbone = evaluator.backbone

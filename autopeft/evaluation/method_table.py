@@ -17,8 +17,9 @@ from autopeft.core.configuration import Adapter, Configuration
 from autopeft.core.method_specs import METHOD_SPECS, MethodSpec
 from autopeft.core.peft_families import LEFT_OUT
 from autopeft.core.tables import Tabular, titled_table
-from autopeft.methods import METHODS, PeftMethod, count_parameters, obstacle
+from autopeft.methods import METHODS, Method, PeftMethod, count_parameters, obstacle
 from autopeft.methods.abilities import Abilities, abilities
+from autopeft.methods.data_initialised import OffsetLora
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
 
@@ -37,7 +38,8 @@ class MethodRow:
     merges: bool  # the weights can take it in
     shares_state: bool  # sites share trainable parameters
     size_pattern: bool  # one peft adapter holds several sizes
-    abilities: Abilities | None  # what the installed peft makes of it; None of others' methods and on norms
+    # What the installed peft makes of it, or of the LoRA that it is exported as; None of others and on norms.
+    abilities: Abilities | None
     smallest: int | None  # parameters at the smallest size, on all sites of the model that take it
     middle: int | None  # the same at a middle size
 
@@ -109,12 +111,15 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
         merges=method.is_mergeable,
         shares_state=method.shares_state,
         size_pattern=isinstance(method, PeftMethod) and method.size_pattern is not None,
-        abilities=abilities(method)
-        if isinstance(method, PeftMethod) and "linear" in specification.kinds
-        else None,
+        abilities=_abilities(method, specification),
         smallest=_everywhere(backbone, Adapter(name, low if sized else None)),
         middle=_everywhere(backbone, Adapter(name, middle if sized else None)),
     )
+
+
+def _abilities(method: Method, specification: MethodSpec) -> Abilities | None:
+    probed = METHODS["lora"] if isinstance(method, OffsetLora) else method  # as which it is exported
+    return abilities(probed) if isinstance(probed, PeftMethod) and "linear" in specification.kinds else None
 
 
 def _everywhere(backbone: Backbone | None, adapter: Adapter) -> int | None:

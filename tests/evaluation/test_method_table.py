@@ -43,7 +43,17 @@ HEEDS_PATTERNS = {
     "fourierft",
     "c3a",
 }
-CONVERTS = HEEDS_PATTERNS - {"osf"} | {"gralora", "randlora", "vera", "unilora", "tinylora", "psoft", "miss"}
+CONVERTS = HEEDS_PATTERNS - {"osf"} | {
+    "lora_ga",
+    "corda",
+    "gralora",
+    "randlora",
+    "vera",
+    "unilora",
+    "tinylora",
+    "psoft",
+    "miss",
+}
 
 
 def test_abilities_are_those_that_were_found_with_peft_0_21() -> None:

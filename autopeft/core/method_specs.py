@@ -76,7 +76,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             wraps=True,
             is_lora=True,
         ),
-        MethodSpec(name="ia3", principle="vectors", symbol="I", kinds=_LINEAR, wraps=True),
+        MethodSpec(
+            name="ia3",
+            principle="vectors",
+            symbol="I",
+            kinds=_LINEAR,
+            wraps=True,
+            rate=20.0,  # as those of SSF and RoAd, measured: `python -m benchmarks.family_rates`
+        ),
         *PEFT_FAMILIES,
         MethodSpec(
             name="full",

@@ -12,7 +12,7 @@ from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
 from autopeft.models.site_shapes import SiteShape
 
-# The last of a mixer's own parameters, in their order: taken out in it, they stand where they stood.
+# In the order of a mixer's own parameters, which parametrizations are removed in to keep it.
 _TRAINED = ("A_log", "D")
 
 

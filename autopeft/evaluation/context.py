@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
@@ -22,6 +23,7 @@ from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.methods import Attachment, unmergeable
 from autopeft.models.backbone import Backbone
+from autopeft.models.own_dropout import own_dropout
 from autopeft.tasks import Task, TaskData
 from autopeft.tasks.base import SplitName
 from autopeft.training.module import FineTuning
@@ -90,8 +92,6 @@ class EvaluationContext:
         nn.Module.to(backbone.model, self.device)
         if training.gradient_checkpointing:
             backbone.enable_checkpointing()
-        if not task.trains_with_dropout:
-            backbone.leave_out_dropout()
         with section("tokenise"):
             self.data = task.data(backbone.processor, batch_size=training.part_size, seed=seed, cache=cache)
         if not isinstance(self.data, TaskData):
@@ -119,6 +119,10 @@ class EvaluationContext:
         """Return the training batches from a step on, to the stops of the plan."""
         loader = self.data.train_dataloader(seed)
         return SegmentedBatches(loader, self.plan, step, self.training.accumulate)
+
+    def own_dropout(self) -> AbstractContextManager[None]:
+        """Return the context of a training, without the model's own dropout where the task leaves it out."""
+        return own_dropout(self.backbone.model, is_on=self.task.trains_with_dropout)
 
     @section("count")
     def attached_costs(self, attachment: Attachment) -> dict[str, float]:

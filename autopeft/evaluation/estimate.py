@@ -19,6 +19,7 @@ from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.packed_weights import pack
 from autopeft.methods import attach, obstacle
 from autopeft.models.backbone import Backbone
+from autopeft.models.own_dropout import own_dropout
 from autopeft.tasks import CausalLM, Task, TextClassification
 from autopeft.training.settings import Training
 
@@ -132,8 +133,6 @@ def estimate(
         _check_possible(backbone, _adapter(method, rank))
     if checkpointing:
         backbone.enable_checkpointing()
-    if not task.trains_with_dropout:
-        backbone.leave_out_dropout()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
     batch = task.example_batch(training.part_size, length)
     counter = MemoryCounter(backbone.model)
@@ -143,7 +142,10 @@ def estimate(
             configuration = _placed(backbone, method, rank, share)
             if not len(configuration):
                 continue
-            with attach(backbone, configuration) as attachment:
+            with (
+                own_dropout(backbone.model, is_on=task.trains_with_dropout),
+                attach(backbone, configuration) as attachment,
+            ):
                 peak = counter.count(batch, task, precision="bf16-mixed", accumulate=accumulate)
                 rows.append(
                     Estimate(

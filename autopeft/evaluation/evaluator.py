@@ -27,6 +27,7 @@ class Evaluator(EvaluationContext):
     def costs(self, configuration: Configuration) -> dict[str, float]:
         """Return every cost that is exact before training."""
         with (
+            self.own_dropout(),
             attach(self.backbone, configuration, self.seed) as attachment,
             self.hidden_states.below(attachment),
         ):

@@ -39,6 +39,7 @@ def rehearse(evaluator: EvaluationContext, configuration: Configuration) -> None
     """
     name, data = type(evaluator.task).__name__, evaluator.data
     with (
+        evaluator.own_dropout(),
         attach(evaluator.backbone, configuration, evaluator.seed) as attachment,
         seeded(evaluator.seed, evaluator.device),
     ):

@@ -98,6 +98,7 @@ class EvaluationRun:
         """Cost, check, train, measure."""
         evaluator = self.evaluator
         with (
+            evaluator.own_dropout(),
             self.attachment(evaluator.backbone, self.configuration, self.seed) as attachment,
             evaluator.hidden_states.below(attachment),
         ):

@@ -174,18 +174,6 @@ class Backbone:
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
-    def leave_out_dropout(self) -> None:
-        """Set every rate of dropout to 0, in the model and in its config.
-
-        Evaluation mode would do as much, but activations are not computed again in it.
-        """
-        for module in self.model.modules():
-            for holder in filter(None, (module, getattr(module, "config", None))):
-                for name, value in list(vars(holder).items()):
-                    is_rate = "drop" in name or (name == "p" and isinstance(holder, nn.Dropout))
-                    if is_rate and isinstance(value, float):
-                        setattr(holder, name, 0.0)
-
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """The transformer blocks, stack after stack, from the input to the output."""

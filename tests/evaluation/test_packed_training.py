@@ -20,6 +20,7 @@ from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.evaluation.packing import trainer
 from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.methods import attach
+from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints, TrainingState
 from tests.evaluation.test_evaluator import in_training_forward
@@ -44,6 +45,15 @@ def test_trainings_with_callbacks_are_alone() -> None:
     evaluator = packing_evaluator(training=replace(TRAINING, callbacks=[LearningCurve]))
     assert not PackedTrainer(evaluator).can_pack(LORAS[0])
     assert PackedTrainer(packing_evaluator()).can_pack(LORAS[0])
+
+
+def test_the_models_own_dropout_is_left_out_in_packs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextClassification, "trains_with_dropout", False)
+    backbone = tiny_backbone("bert", new_head=True, hidden_dropout_prob=0.3)
+    loras = (lora("0-1.query", 3), lora("1.value", 2))
+    packed = compare(tiny_evaluator(backbone, training=TRAINING), loras)  # alike, as there are no masks
+    assert {trained.evaluation.status for trained in packed} == {"complete"}
+    assert backbone.model.config.hidden_dropout_prob == 0.3
 
 
 def test_a_trial_that_diverges_leaves_and_the_others_go_on() -> None:

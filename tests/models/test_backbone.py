@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import html
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +14,8 @@ from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS
 from autopeft.models.backbone import Backbone
 from tests.tiny_models import (
     HEADS,
-    logits_of,
     tiny_backbone,
-    tiny_batch,
     tiny_classifier,
-    tiny_language_model,
     tiny_tokenizer,
 )
 
@@ -194,29 +190,6 @@ class TestHead:
     def test_everything_is_frozen(self) -> None:
         backbone = tiny_backbone("bert")
         assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
-
-
-WITH_DROPOUT: dict[str, dict[str, Any]] = {
-    "gpt2": {"embd_pdrop": 0.3, "attn_pdrop": 0.3, "resid_pdrop": 0.3},
-    "llama": {"attention_dropout": 0.3},
-    "opt": {"attention_dropout": 0.3, "dropout": 0.3},
-    "falcon": {"attention_dropout": 0.3, "hidden_dropout": 0.3, "parallel_attn": False},
-    "bloom": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
-    "phi3": {"attention_dropout": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3},
-    "gpt_neox": {"attention_dropout": 0.3, "hidden_dropout": 0.3},
-}
-
-
-@pytest.mark.parametrize("architecture", WITH_DROPOUT)
-def test_dropout_is_left_out_of_trainings_and_checkpointing_is_not(architecture: str) -> None:
-    model = tiny_language_model(architecture, **WITH_DROPOUT[architecture])
-    backbone = _backbone(model, head=())
-    expected = logits_of(backbone)
-    model.train()
-    assert not torch.allclose(model(**tiny_batch()).logits, expected, atol=1e-4)
-    backbone.leave_out_dropout()
-    assert all(module.training for module in model.modules())
-    torch.testing.assert_close(model(**tiny_batch()).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

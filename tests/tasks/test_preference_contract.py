@@ -70,7 +70,7 @@ def test_a_training_step_is_that_of_a_slow_reference(
     with backbone.computing_in(evaluator.training.resolved_precision()):
         with torch.no_grad():
             reference = likelihoods(evaluator, batch)
-        with attach(backbone, lora(backbone)) as attachment:
+        with evaluator.own_dropout(), attach(backbone, lora(backbone)) as attachment:
             parameters = attachment.parameters
             draw_parameters(parameters.values(), std=0.1)
             loss = task.loss(task.forward(model.train(), batch), batch)
@@ -96,6 +96,7 @@ def test_before_a_step_the_model_in_training_is_its_reference(
     backbone, task, batch = evaluator.backbone, evaluator.task, evaluator.data.largest_batch()
     with (
         backbone.computing_in(evaluator.training.resolved_precision()),
+        evaluator.own_dropout(),
         attach(backbone, lora(backbone)),
     ):
         output = task.forward(backbone.model.train(), batch)
@@ -113,7 +114,7 @@ def test_memory_is_counted_with_both_passes(
 ) -> None:
     evaluator = evaluator_of(architecture, base, checkpointing, tmp_path)
     backbone, batch = evaluator.backbone, evaluator.data.largest_batch()
-    with attach(backbone, lora(backbone)) as attachment:
+    with evaluator.own_dropout(), attach(backbone, lora(backbone)) as attachment:
         counted = evaluator.peak_bytes(attachment)
         precision = evaluator.training.resolved_precision()
         real = measure_live_storage(backbone.model.train(), batch, evaluator.task, precision=precision)

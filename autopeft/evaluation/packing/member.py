@@ -35,6 +35,7 @@ class MemberRun(EvaluationRun):
         super().__post_init__()
         evaluator, backbone = self.evaluator, self.evaluator.backbone
         with (
+            evaluator.own_dropout(),
             attach(backbone, self.configuration, self.seed) as attachment,
             evaluator.hidden_states.below(attachment),
         ):

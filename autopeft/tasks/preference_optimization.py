@@ -49,7 +49,8 @@ class PreferenceOptimization(GroupedTask):
     count half), and the loss.
 
     The attributes of `DatasetTask` (rows with the same prompt stay in one split: where there is no column of
-    prompts, with the same words or messages in front of both replies), and:
+    prompts, with the same words or messages in front of both replies. Of texts that is a guess, as replies
+    may begin alike too: only with a column of prompts is none of them in two splits), and:
 
     Attributes:
         beta: How strongly the model is held to the reference.

@@ -85,6 +85,8 @@ def test_replies_alone_are_learnt_however_the_prompt_is_given() -> None:
 def test_prompts_stay_in_one_split() -> None:
     rows = compared_rows(12, 0)
     rows["prompt"] = [f"w{row // 3} " for row in range(12)]
+    for column in ("chosen", "rejected"):  # whatever replies begin with
+        rows[column][::3] = [f"w9 {text}" for text in rows[column][::3]]
     task = PreferenceOptimization(Dataset.from_dict(rows), test_share=0.25, validation_share=0.25)
     prompts = [set(task._columns(name)[0]) for name in ("train", "validation", "test")]
     assert [len(each) for each in prompts] == [2, 1, 1]

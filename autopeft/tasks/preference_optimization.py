@@ -50,7 +50,7 @@ class PreferenceOptimization(GroupedTask):
 
     The attributes of `DatasetTask` (rows with the same prompt stay in one split: where there is no column of
     prompts, with the same words or messages in front of both replies. Of texts that is a guess, as replies
-    may begin alike too: only with a column of prompts is none of them in two splits), and:
+    may begin alike too; with a column of prompts it is exact), and:
 
     Attributes:
         beta: How strongly the model is held to the reference.
@@ -234,10 +234,20 @@ def _key(prompt: Any, chosen: Any, rejected: Any) -> str:
 
 
 def _with_prompt(prompt: list[Any], reply: list[Any]) -> list[Any]:
-    """Return a reply with its prompt in front, where it does not begin with it, a system's message aside."""
-    asked, said = ([(each["role"], each["content"]) for each in chat] for chat in (prompt, reply))
-    is_whole = any(said[start : start + len(asked)] == asked for start in (0, 1))
-    return reply if is_whole else [*prompt, *reply]
+    """Return a reply with its prompt in front, where it does not begin with it.
+
+    A system's message of either comes first, that of the reply where both have one.
+    """
+    (system, asked), (own_system, said) = map(_system_apart, (prompt, reply))
+    both = asked, said[: len(asked)]
+    expected, found = ([(message["role"], message["content"]) for message in chat] for chat in both)
+    return [*(own_system or system), *([] if found == expected else asked), *said]
+
+
+def _system_apart(chat: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the system's message that a chat begins with, if it does, and the rest."""
+    count = sum(message["role"] == "system" for message in chat[:1])
+    return chat[:count], chat[count:]
 
 
 def _differ(chosen: TokenRow, rejected: TokenRow) -> bool:

@@ -137,6 +137,29 @@ def test_a_prompt_may_be_the_users_text_in_front_of_chats(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+SYSTEM = [{"role": "system", "content": "w9"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "expected"),
+    [
+        (CHAT, SYSTEM, [*SYSTEM, *CHAT]),
+        ([*SYSTEM, *CHAT], CHAT, [*SYSTEM, *CHAT]),
+        ([*SYSTEM, *CHAT], SYSTEM, [*SYSTEM, *CHAT]),
+        ([*SYSTEM, *CHAT], [], [*SYSTEM, *CHAT]),
+        (SYSTEM, CHAT, [*SYSTEM, *CHAT]),
+        (CHAT, [*reply("w3"), *CHAT], [*CHAT, *reply("w3"), *CHAT]),  # no system's message before the prompt
+    ],
+)
+def test_a_systems_message_comes_first_and_a_prompt_once(
+    prompt: list[Any], before: list[Any], expected: list[Any]
+) -> None:
+    given = {"prompt": [prompt], "chosen": [before + reply("w5 w6")], "rejected": [before + reply("w7")]}
+    whole = {"chosen": [expected + reply("w5 w6")], "rejected": [expected + reply("w7")]}
+    found, wanted = first_batch(task_of(given)), first_batch(task_of(whole))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
 def test_pairs_of_equal_replies_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     rows = {"prompt": ["w1 "] * 3, "chosen": ["w5 w6", "w5", "w5"], "rejected": ["w5 w7", "w5", "w6"]}
     assert len(first_batch(task_of(rows))["input_ids"]) == 2

@@ -179,7 +179,8 @@ class Task(ABC):
     def is_one_pass(self) -> bool:
         """Whether `forward` is one pass of the model over `model_inputs`, which several trials can share.
 
-        Here: whether it is `Task.forward`. The loss and the metrics then see the prediction alone.
+        Here: whether it is `Task.forward`. The loss and the metrics then see the prediction alone, so a task
+        of which they read another field of the output has to say False.
         """
         return type(self).forward is Task.forward
 

@@ -105,7 +105,7 @@ class Trainings:
 
     def __init__(self) -> None:
         lines = TRAININGS.read_text().splitlines() if TRAININGS.exists() else []
-        found = map(json.loads, lines)
+        found: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self._known = {(each["task"], each["family"], each["rate"], each["step"]): each for each in found}
         self.evaluator: Callable[[str], Evaluator] = cache(evaluator)
 

@@ -17,6 +17,7 @@ from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.methods import attach, count_parameters
 from autopeft.training import rank_allocation
 from autopeft.training.training_checkpoint import TrainingCheckpoints
+from tests.slow_cases import slow_cases
 from tests.tiny_models import everywhere
 from tests.training.test_training_checkpoint import make_evaluator, same
 
@@ -44,7 +45,9 @@ def logits(evaluator: Evaluator, configuration: Configuration, state: object) ->
         return found
 
 
-@pytest.mark.parametrize("allocation", RANK_ALLOCATIONS)
+@pytest.mark.parametrize(
+    "allocation", ["increlora", *slow_cases(*(name for name in RANK_ALLOCATIONS if name != "increlora"))]
+)
 def test_what_is_left_computes_the_same(
     evaluator: Evaluator, allocation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

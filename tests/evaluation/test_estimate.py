@@ -69,7 +69,7 @@ def test_the_estimate_is_the_count_of_a_built_model(config: Path, checkpointing:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", *slow_cases("gpt2")])
 @quiet
 def test_packed_weights_are_estimated_as_they_are_counted(
     architecture: str, quantization: Quantization, tmp_path: Path

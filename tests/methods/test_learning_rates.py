@@ -42,7 +42,7 @@ def test_each_family_of_a_mix_has_its_own_rate() -> None:
         method = name.split(".")[0] if "shared" in name else name.split(".")[2]
         factor = METHOD_SPECS[method].rate if method in METHOD_SPECS else 1.0  # of the head
         assert rate == pytest.approx(1e-3 * factor), name
-    assert len(set(found.values())) == 2  # VeRA's and Uni-LoRA's is the same
+    assert len(set(found.values())) == 3
 
 
 def test_the_methods_of_the_default_spaces_keep_the_configurations_rate() -> None:

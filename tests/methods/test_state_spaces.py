@@ -253,6 +253,7 @@ class TestStateOffset:
             torch.testing.assert_close(logits_of(alone), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "methods"), [("mamba", ON_STATE_SPACES), ("mamba2", ("sdt",))])
 def test_memory_is_counted(architecture: str, methods: tuple[str, ...]) -> None:
     backbone, task = backbone_of(architecture), task_of()

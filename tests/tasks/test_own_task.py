@@ -84,7 +84,8 @@ def test_before_a_step_the_model_in_training_is_its_reference(place: Path) -> No
     backbone = Backbone.load(tiny_language_model("gpt2"), task.head, tiny_chat_tokenizer())
     objectives = resolve_objectives(("accuracy", "trainable_parameters"), task.metrics)
     evaluator = Evaluator(backbone, task, Training(device="cpu"), objectives)
-    with attach(backbone, Configuration({Site(0, "ffn_down"): Adapter("lora", 4)})):
+    configuration = Configuration({Site(0, "ffn_down"): Adapter("lora", 4)})
+    with evaluator.own_dropout(), attach(backbone, configuration):
         batch = evaluator.data.largest_batch()
         margins = task.margins(task.forward(backbone.model.train(), batch), batch)
     assert not margins.any()

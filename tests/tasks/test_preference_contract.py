@@ -107,7 +107,7 @@ def test_before_a_step_the_model_in_training_is_its_reference(
 
 @pytest.mark.parametrize(
     ("architecture", "base", "checkpointing"),
-    slow_unless(lambda *case: case == ("gpt2", "nf4", True), CASES),
+    slow_unless(lambda *case: case == ("llama", "float32", False), CASES),
 )
 def test_memory_is_counted_with_both_passes(
     architecture: str, base: str, checkpointing: bool, tmp_path: Path

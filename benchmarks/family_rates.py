@@ -183,7 +183,7 @@ def main() -> None:
     Console(width=120).print(table)
     rates = {task: trainings.lora(task)[0] for task in TASKS}
     record = {
-        "command": "python -m benchmarks.family_rates",
+        "command": f"python -m benchmarks.family_rates --families {' '.join(families)}",
         "machine": platform.platform(),
         "learning_rates": rates,
         "families": rows,

@@ -37,9 +37,10 @@ BackboneSource = str | Path | PreTrainedModel | Backbone
 """A hub name, a local folder, a loaded transformers model, or a backbone."""
 
 _HALVING = SuccessiveHalving()
-# Of a model's config: a task's head changes them.
-_OF_THE_HEAD = frozenset(
+# Of a model's config: a task's head changes the former, and a `Backbone` the last three.
+_CHANGED = frozenset(
     {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path"}
+    | {"pad_token_id", "apply_spec_augment", "layerdrop"}
 )
 _PACKAGES = (
     "autopeft",
@@ -229,7 +230,7 @@ def source_settings(source: BackboneSource) -> dict[str, str]:
     model = source.model if isinstance(source, Backbone) else source
     origin = str(model.config.name_or_path or "")
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_HEAD}
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _CHANGED}
     text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "name": source.name if isinstance(source, Backbone) else name,

@@ -62,6 +62,23 @@ _SUBLAYER: frozenset[Kind] = frozenset({"attention", "ffn"})
 _STATE_SPACE: frozenset[Kind] = frozenset({"state space"})
 _ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
+
+def _like_lora(name: str, symbol: str, *, rate: float = 1.0, **options: OptionValue) -> MethodSpec:
+    """Return what differs from LoRA in how it starts or in what is trained."""
+    return MethodSpec(
+        name=name,
+        principle="low-rank update",
+        symbol=symbol,
+        kinds=_LINEAR,
+        size_name="rank",
+        options={"alpha": 8, **options},
+        minimums={"alpha": 0.0},
+        wraps=True,
+        is_lora=True,
+        rate=rate,
+    )
+
+
 METHOD_SPECS: dict[str, MethodSpec] = {
     specification.name: specification
     for specification in (
@@ -122,44 +139,11 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             minimums={"alpha": 0.0, "density": 0.0},
             wraps=True,
         ),
-        MethodSpec(
-            name="lora_fa",
-            principle="low-rank update",
-            symbol="Lf",
-            kinds=_LINEAR,
-            size_name="rank",
-            options={"alpha": 8, "rslora": True, "dropout": 0.0},
-            minimums={"alpha": 0.0},
-            wraps=True,
-            is_lora=True,
-        ),
-        MethodSpec(
-            name="eva",
-            principle="low-rank update",
-            symbol="Ev",
-            kinds=_LINEAR,
-            size_name="rank",
-            options={"alpha": 8, "rslora": True, "dropout": 0.0},
-            minimums={"alpha": 0.0},
-            wraps=True,
-            is_lora=True,
-            rate=0.3,  # as of the next two, measured: `python -m benchmarks.data_initialisation`
-        ),
-        *(
-            MethodSpec(
-                name=name,
-                principle="low-rank update",
-                symbol=symbol,
-                kinds=_LINEAR,
-                size_name="rank",
-                options={"alpha": 8},
-                minimums={"alpha": 0.0},
-                wraps=True,
-                is_lora=True,
-                rate=0.3,
-            )
-            for name, symbol in (("lora_ga", "Ga"), ("corda", "Cd"))
-        ),
+        _like_lora("lora_fa", "Lf", rslora=True, dropout=0.0),
+        # The rate of these three is measured: `python -m benchmarks.data_initialisation`.
+        _like_lora("eva", "Ev", rate=0.3, rslora=True, dropout=0.0),
+        _like_lora("lora_ga", "Ga", rate=0.3),
+        _like_lora("corda", "Cd", rate=0.3),
         MethodSpec(
             name="lora_xs",
             principle="fixed bases",

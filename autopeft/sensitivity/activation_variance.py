@@ -151,12 +151,8 @@ class WatchedInputs(Generic[_StateT]):
 
     def __init__(self, sites: Sequence[MatrixSite], state: _StateT) -> None:
         self._sites = sites
-        self._states = {matrix.site: state for matrix in sites if not matrix.is_fused}
-
-    @property
-    def states(self) -> Mapping[Site, _StateT]:
-        """The state of each site; experts, of which each has inputs of its own, have none."""
-        return self._states
+        # Of each site; experts, of which each has inputs of its own, have none.
+        self.states: dict[Site, _StateT] = {matrix.site: state for matrix in sites if not matrix.is_fused}
 
     @contextmanager
     def watch(self, mask_of: Callable[[Site], Tensor | None]) -> Iterator[None]:
@@ -170,11 +166,11 @@ class WatchedInputs(Generic[_StateT]):
         known = WeakKeyDictionary()
 
         def add(matrix: MatrixSite, given: Tensor, _: Tensor) -> None:
-            state = self._states[matrix.site]
+            state = self.states[matrix.site]
             successors = known.setdefault(state, [])
             for tensor, version, successor in successors:
                 if tensor() is given and version == given._version:
-                    self._states[matrix.site] = successor
+                    self.states[matrix.site] = successor
                     return
             vectors = _vectors(given.detach(), mask_of(matrix.site))
             if not bool(vectors.isfinite().all()):
@@ -186,7 +182,7 @@ class WatchedInputs(Generic[_StateT]):
             with torch.no_grad():
                 moved.add(vectors)
             successors.append((ref(given), given._version, moved))
-            self._states[matrix.site] = moved
+            self.states[matrix.site] = moved
 
         with forward_hooks(self._sites, add):
             yield

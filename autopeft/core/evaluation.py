@@ -51,6 +51,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(**{name: value - getattr(other, name) for name, value in asdict(self).items()})
+
     @classmethod
     def total(cls, costs: Sequence[Cost]) -> Cost:
         """Return the sum of many, in their order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -25,14 +26,35 @@ class Spent:
     cost: Cost = field(default_factory=Cost)  # what all evaluations cost; a duplicate cost nothing
 
     @classmethod
-    def of(cls, records: Iterable[TrialRecord], more: Cost | None = None) -> Self:
-        """Return the sum over trials, and what was spent beside them; derived points are no trials."""
+    def of(cls, records: Iterable[TrialRecord]) -> Self:
+        """Return the sum over trials; derived points are none."""
         own = [record for record in records if record.derived_from is None]  # what others cost is in these
         costs = [record.evaluation.cost for record in own if record.duplicate_of is None]
-        costs.insert(0, Cost() if more is None else more)
         return cls(
             trials=sum(record.evaluation.status != "infeasible" for record in own), cost=Cost.total(costs)
         )
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(trials=self.trials + other.trials, cost=self.cost + other.cost)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(trials=self.trials - other.trials, cost=self.cost - other.cost)
+
+
+class RunningSum:
+    """What the trials of one study have spent: only records that changed since the last call are added up."""
+
+    def __init__(self) -> None:
+        self._known: Sequence[TrialRecord] = ()
+        self._sum = Spent()
+
+    def of(self, records: Sequence[TrialRecord]) -> Spent:
+        """Return `Spent.of` of the records, but for rounding."""
+        pairs = [pair for pair in zip_longest(self._known, records) if pair[0] is not pair[1]]
+        self._sum -= Spent.of(before for before, _ in pairs if before is not None)
+        self._sum += Spent.of(now for _, now in pairs if now is not None)
+        self._known = tuple(records)
+        return self._sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from autopeft.core.objectives import Objective
 from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
 from autopeft.evaluation.warm_start import WarmStarts
-from autopeft.optimization.budget import Budget, Spent, is_exhausted
+from autopeft.optimization.budget import Budget, RunningSum, Spent, is_exhausted
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
 from autopeft.optimization.successive_halving import AshaPromoter
@@ -46,6 +46,7 @@ class Scheduler:
     _proposals: dict[int, Proposal] = field(default_factory=dict, init=False)  # of trials that are not over
     # Numbers of trials whose configuration another trial is training; they become its duplicates.
     _held: list[int] = field(default_factory=list, init=False)
+    _sum: RunningSum = field(default_factory=RunningSum, init=False)
 
     @section("ask")
     def next(self, records: Sequence[TrialRecord], free: int) -> list[Job]:
@@ -71,7 +72,8 @@ class Scheduler:
 
     def spent(self, records: Sequence[TrialRecord]) -> Spent:
         """Return what was spent, on the trials and beside them."""
-        return Spent.of(records, None if self.overhead is None else self.overhead.cost)
+        beside = Cost() if self.overhead is None else self.overhead.cost
+        return self._sum.of(records) + Spent(cost=beside)
 
     def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Return the trials on the front, or with a derived point there, that lack trainings."""

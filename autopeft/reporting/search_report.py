@@ -51,7 +51,8 @@ class SearchReport:
         if front.records:
             self.progress.say(_resuming(front.records))
         self.say_link()
-        self._update(front)
+        share, _ = self._spent()
+        self._update(share, front)
 
     def started(self, job: Job) -> None:
         """Show a trial as running."""
@@ -71,17 +72,16 @@ class SearchReport:
         if self._says_memory and is_counted and record.evaluation.cost.steps:
             self._says_memory = False
             self.progress.say(_resident_memory())
-        self._update(front)
-        self._track(record, front)
+        share, cost = self._spent()
+        self._update(share, front)
+        self._track(record, front, cost)
 
     @section("other")
-    def _update(self, front: ParetoFront) -> None:
-        share, _ = self._spent()
+    def _update(self, share: float, front: ParetoFront) -> None:
         self.progress.update(share, front_size=len(front), hypervolume=front.hypervolume)
 
     @section("log")
-    def _track(self, record: TrialRecord, front: ParetoFront) -> None:
-        _, cost = self._spent()
+    def _track(self, record: TrialRecord, front: ParetoFront, cost: Cost) -> None:
         figures = {f"cost/{name}": float(value) for name, value in asdict(cost).items()}
         figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
         self.tracker.progress(figures, step=self.evaluations - 1)

@@ -19,6 +19,7 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
     "scaling": st.floats(0.125, 8.0),
     "initial_std": st.sampled_from((0.02, 0.1)),
     "positions": st.integers(0, 3),
+    "b_rate": st.sampled_from((0.5, 4.0, 16.0)),
     "density": st.sampled_from((0.001, 0.01)),
 }
 

@@ -21,6 +21,12 @@ Principle = Literal[
 ]
 OptionValue = bool | int | float | str
 
+B_RATE = "b_rate"
+"""Option of LoRA that peft's config does not have: the learning rate of B as a multiple of A's (LoRA+)."""
+LORA_OPTIONS: Mapping[str, OptionValue] = {"alpha": 8, "rslora": True, "dropout": 0.0, B_RATE: 1.0}
+"""Options of LoRA, and of methods that are LoRA to peft."""
+LORA_MINIMUMS: Mapping[str, float] = {"alpha": 0.0, B_RATE: 0.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
@@ -63,6 +69,6 @@ class PeftSpec(MethodSpec):
     size_field: str = ""  # the config's field that is the size; empty for a method without one
     # The config's field for α, which is the option "scaling" times the size.
     alpha_field: str = ""
-    # The config's fields that options are called, where they have another name.
+    # The config's fields of options that have another name there.
     fields: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of the config with the same value always

@@ -6,11 +6,18 @@ The torch side of a method is an `autopeft.methods.Method` of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
-from autopeft.core.method_spec import Kind, MethodSpec, OptionValue, PeftSpec
+from autopeft.core.method_spec import (
+    LORA_MINIMUMS,
+    LORA_OPTIONS,
+    Kind,
+    MethodSpec,
+    OptionValue,
+    PeftSpec,
+)
 from autopeft.core.peft_families import PEFT_FAMILIES
 
 __all__ = ["Kind", "MethodSpec", "OptionValue", "PeftSpec"]
@@ -63,16 +70,23 @@ _STATE_SPACE: frozenset[Kind] = frozenset({"state space"})
 _ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 
-def _like_lora(name: str, symbol: str, *, rate: float = 1.0, **options: OptionValue) -> MethodSpec:
-    """Return what differs from LoRA in how it starts or in what is trained."""
+def _lora(
+    name: str,
+    symbol: str,
+    *,
+    without: Collection[str] = (),
+    kinds: frozenset[Kind] = _LINEAR,
+    rate: float = 1.0,
+) -> MethodSpec:
+    """Return LoRA, or what differs from it in how it starts or in what is trained."""
     return MethodSpec(
         name=name,
         principle="low-rank update",
         symbol=symbol,
-        kinds=_LINEAR,
+        kinds=kinds,
         size_name="rank",
-        options={"alpha": 8, **options},
-        minimums={"alpha": 0.0},
+        options={option: value for option, value in LORA_OPTIONS.items() if option not in without},
+        minimums=LORA_MINIMUMS,
         wraps=True,
         is_lora=True,
         rate=rate,
@@ -82,17 +96,7 @@ def _like_lora(name: str, symbol: str, *, rate: float = 1.0, **options: OptionVa
 METHOD_SPECS: dict[str, MethodSpec] = {
     specification.name: specification
     for specification in (
-        MethodSpec(
-            name="lora",
-            principle="low-rank update",
-            symbol="L",
-            kinds=frozenset({"linear", "experts"}),
-            size_name="rank",
-            options={"alpha": 8, "rslora": True, "dropout": 0.0},
-            minimums={"alpha": 0.0},
-            wraps=True,
-            is_lora=True,
-        ),
+        _lora("lora", "L", kinds=frozenset({"linear", "experts"})),
         MethodSpec(
             name="ia3",
             principle="vectors",
@@ -139,11 +143,11 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             minimums={"alpha": 0.0, "density": 0.0},
             wraps=True,
         ),
-        _like_lora("lora_fa", "Lf", rslora=True, dropout=0.0),
+        _lora("lora_fa", "Lf", without=("b_rate",)),
         # The rate of these three is measured: `python -m benchmarks.data_initialisation`.
-        _like_lora("eva", "Ev", rate=0.3, rslora=True, dropout=0.0),
-        _like_lora("lora_ga", "Ga", rate=0.3),
-        _like_lora("corda", "Cd", rate=0.3),
+        _lora("eva", "Ev", rate=0.3),
+        _lora("lora_ga", "Ga", without=("rslora", "dropout", "b_rate"), rate=0.3),
+        _lora("corda", "Cd", without=("rslora", "dropout", "b_rate"), rate=0.3),
         MethodSpec(
             name="lora_xs",
             principle="fixed bases",

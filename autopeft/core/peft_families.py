@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autopeft.core.method_spec import PeftSpec
+from autopeft.core.method_spec import LORA_MINIMUMS, LORA_OPTIONS, PeftSpec
 
 
 def _family(name: str, symbol: str, size_name: str | None, **given: Any) -> PeftSpec:
@@ -34,10 +34,10 @@ def _lora(name: str, symbol: str, **config: Any) -> PeftSpec:
         "rank",
         peft_type="LORA",
         is_lora=True,
-        options={"alpha": 8},
-        minimums={"alpha": 0.0},
-        fields={"alpha": "lora_alpha"},
-        config={"use_rslora": True, **config},
+        options=LORA_OPTIONS,
+        minimums=LORA_MINIMUMS,
+        fields={"alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
+        config=config,
     )
 
 

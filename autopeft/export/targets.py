@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
+from autopeft.core.method_spec import B_RATE
 from autopeft.export.conversion import as_exported
 from autopeft.export.folder_format import Layout, adapter_layout
 from autopeft.export.serving import SERVERS
@@ -85,6 +86,8 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
     from_data = [name for name in configuration.methods if isinstance(METHODS[name], DataInitialised)]
     if target == COMPARISON and from_data:
         return f"{from_data[0]!r} starts from data, and the comparison trains from a config alone"
+    if target == COMPARISON and any(B_RATE in dict(adapter.options) for _, adapter in configuration):
+        return "its settings have one learning rate, none of its own for B of a LoRA (b_rate)"
     if target in SERVERS or target == COMPARISON:
         auto_class = backbone.auto_class.__name__
         if auto_class != "AutoModelForCausalLM":

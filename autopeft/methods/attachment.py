@@ -72,7 +72,9 @@ def attach_methods(
                     f"{site} should carry {adapter} with {expected} parameters, but "
                     f"{shape.module} got {found}: {name} did not attach there."
                 )
-            own |= {f"{site}.{name}.{local}": tensor for local, tensor in at_site.items()}
+            for local, tensor in at_site.items():
+                setattr(tensor, RATE, METHODS[name].rate(adapter, local))
+                own[f"{site}.{name}.{local}"] = tensor
         shared = {
             f"{group}.shared.{local}": tensor
             for group, named in trainable.items()
@@ -82,9 +84,10 @@ def attach_methods(
         expected, found = METHODS[name].count_shared(placement), sum(map(Tensor.numel, shared.values()))
         if found != expected:
             raise RuntimeError(f"The sites of {name} should share {expected} parameters, but share {found}.")
+        for tensor in shared.values():
+            setattr(tensor, RATE, method_spec(name).rate)
         for full_name, tensor in (own | shared).items():
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                setattr(tensor, RATE, method_spec(name).rate)
                 trained[full_name] = tensor
             else:
                 kept[full_name] = tensor

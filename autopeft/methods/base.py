@@ -67,6 +67,10 @@ class Method(ABC):
         """Say why an adapter cannot sit on a module, which may be packed in 4 or 8 bits; None if it can."""
         return None
 
+    def rate(self, adapter: Adapter, name: str) -> float:
+        """Return at which multiple of the configuration's learning rate a tensor of an adapter is trained."""
+        return adapter.specification.rate
+
     def count_shared(self, placement: Placement) -> int:
         """Return the number of trainable parameters that sites share, beside what `count` says of each."""
         return 0

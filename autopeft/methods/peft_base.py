@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from autopeft.core.configuration import Adapter, Site
+from autopeft.core.method_spec import B_RATE
 from autopeft.methods.base import Method, Placement, Trainable, replace_module, swap
 from autopeft.models.site_shapes import SiteShape
 
@@ -41,6 +42,14 @@ class PeftMethod(Method):
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what the adapters of one peft config have in common."""
         return ()
+
+    def rate(self, adapter: Adapter, name: str) -> float:
+        """Return the method's own, of a LoRA's B times `b_rate`.
+
+        Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
+        """
+        factor = dict(adapter.options).get(B_RATE, 1.0) if name.startswith("lora_B") else 1.0
+        return float(factor) * super().rate(adapter, name)
 
     def groups(self, placement: Placement) -> dict[str, Placement]:
         """Split a placement into groups, by the name of the peft adapter that holds each."""

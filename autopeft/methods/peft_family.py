@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.configuration import Adapter, Site
+from autopeft.core.method_spec import B_RATE
 from autopeft.core.method_specs import PeftSpec
 from autopeft.methods.abilities import abilities
 from autopeft.methods.base import Placement
@@ -91,13 +92,14 @@ class PeftFamily(PeftMethod):
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what peft holds once a config: also the size, where its config has no pattern for it."""
         size = None if adapter.size is None or self.size_pattern else self.size_value(shape, adapter.size)
-        return adapter.options, shape.transposed, size
+        options = tuple(option for option in adapter.options if option[0] != B_RATE)
+        return options, shape.transposed, size
 
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return a config of the family over the modules."""
         row = self.row
         shape, adapter = next(iter(placement.values()))
-        options = {row.fields.get(name, name): adapter.option(name) for name in row.options}
+        options = {row.fields.get(name, name): adapter.option(name) for name in row.options if name != B_RATE}
         scaling = float(options.pop("scaling", 1.0))
         sizes = {
             shape.module: self.size_value(shape, adapter.size)

@@ -125,7 +125,7 @@ class FineTuning(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW over the trainable parameters, with linear warm-up and decay a step.
 
-        Those of a method whose `MethodSpec` has a rate of its own are trained at this multiple.
+        Each is trained at the multiple of the learning rate that `Method.rate` says.
         """
         trainable = {
             name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad

@@ -9,42 +9,35 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 class Bottleneck(Switchable):
-    """down-projection → non-linearity → up-projection → scaling, with the up-projection starting at 0."""
+    """down-projection → non-linearity → up-projection → scaling; the up-projection begins at 0."""
 
     down: Any  # a linear layer, or what computes as one
     up: Any
 
-    def __init__(
-        self, in_features: int, out_features: int, width: int, activation: str, scaling: float = 1.0
-    ) -> None:
+    def __init__(self, down: nn.Module, up: nn.Module, activation: str, scaling: float = 1.0) -> None:
         super().__init__()
-        self.down = nn.Linear(in_features, width)
-        self.up = nn.Linear(width, out_features)
+        self.down, self.up = down, up
         self.activation = ACTIVATIONS[activation]()
         self.scaling = scaling
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        if hidden.dtype != self.down.bias.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            # As peft does: adapters are in float32 on any base, also where nothing casts for them.
-            return self.forward(hidden.to(self.down.bias.dtype)).to(hidden.dtype)
-        update: Tensor = self.up(self.activation(self.down(hidden)))
-        return update if self.scaling == 1.0 else update * self.scaling
+        given = in_type_of(self, hidden)
+        update: Tensor = self.up(self.activation(self.down(given)))
+        update = update if self.scaling == 1.0 else update * self.scaling
+        return update if given is hidden else update.to(hidden.dtype)
 
 
 class _BottleneckMethod(Method):
@@ -60,13 +53,12 @@ class _BottleneckMethod(Method):
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return an adapter's module, on the CPU."""
         assert adapter.size is not None
-        return Bottleneck(
-            self.in_features(shape),
-            shape.out_features,
-            adapter.size,
-            str(adapter.option("activation")),
-            float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0,
-        )
+        down = nn.Linear(self.in_features(shape), adapter.size)
+        up = nn.Linear(adapter.size, shape.out_features)
+        for parameter in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(parameter)
+        scaling = float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0
+        return Bottleneck(down, up, str(adapter.option("activation")), scaling)
 
     def connect(self, model: nn.Module, shape: SiteShape, bottleneck: Bottleneck) -> list[RemovableHandle]:
         """Hook the adapter into the model's forward pass."""

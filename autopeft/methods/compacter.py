@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Placement, Switchable, Trainable
-from autopeft.methods.bottleneck import ACTIVATIONS, Bottleneck, Series
+from autopeft.methods.base import Placement, Trainable
+from autopeft.methods.bottleneck import Bottleneck, Series
 from autopeft.models.site_shapes import SiteShape
 
 TERMS = 4
@@ -33,17 +33,6 @@ class KroneckerLinear(nn.Module):
         return functional.linear(hidden, weight.reshape(len(self.bias), -1), self.bias)
 
 
-class CompactBottleneck(Bottleneck):
-    """A bottleneck of Kronecker layers, with the up-projection starting at 0."""
-
-    def __init__(self, features: int, width: int, activation: str) -> None:
-        Switchable.__init__(self)
-        self.down, self.up = KroneckerLinear(features, width), KroneckerLinear(width, features)
-        self.activation = ACTIVATIONS[activation]()
-        self.scaling = 1.0
-        nn.init.zeros_(self.up.outer)
-
-
 class Compacter(Series):
     """Compacter: series adapters, `size` fours wide, with "slow" weights that all of a model share.
 
@@ -53,7 +42,7 @@ class Compacter(Series):
     name = "compacter"
     shares_state = True
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: a width that is no multiple of the number of terms."""
         width = shape.out_features
         return f"its width of {width} is no multiple of {TERMS}" if width % TERMS else None
@@ -70,7 +59,10 @@ class Compacter(Series):
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return a bottleneck without the shared matrices."""
         assert adapter.size is not None
-        return CompactBottleneck(shape.out_features, TERMS * adapter.size, str(adapter.option("activation")))
+        features, width = shape.out_features, TERMS * adapter.size
+        down, up = KroneckerLinear(features, width), KroneckerLinear(width, features)
+        nn.init.zeros_(up.outer)
+        return Bottleneck(down, up, str(adapter.option("activation")))
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in, and give them their shared matrices; see `Method.attach`."""

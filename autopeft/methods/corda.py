@@ -7,6 +7,8 @@ from torch import Tensor
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.data_initialised import HasWeight, OffsetLora, Statistic, singular_vectors
+from autopeft.methods.layer_adapter import beyond_full_rank
+from autopeft.methods.lora import lora_scaling
 from autopeft.models.site_shapes import SiteShape
 
 _DAMPING = 0.01  # peft's, as a share of the mean of the diagonal
@@ -25,8 +27,7 @@ class CorDA(OffsetLora):
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
         """Return what is against it: there are not so many singular values."""
-        most = min(shape.in_features, shape.out_features)
-        return f"its weight has {most:,} singular values" if (adapter.size or 0) > most else None
+        return beyond_full_rank(shape, adapter)
 
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ and B₀; see `OffsetLora.factors`."""
@@ -35,5 +36,5 @@ class CorDA(OffsetLora):
         moment.diagonal().add_(_DAMPING)
         left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.size)
         right = torch.cholesky_solve(right.mT, torch.linalg.cholesky(moment)).mT
-        root = (sigma / self.scaling(adapter)).sqrt()
+        root = (sigma / lora_scaling(adapter)).sqrt()
         return (root[:, None] * right).float(), (left * root).float()

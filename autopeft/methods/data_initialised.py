@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal, Protocol
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate
+from autopeft.methods.lora import lora_scaling
 from autopeft.models.site_shapes import SiteShape
 
 Statistic = Literal["input directions", "second moment", "mean gradient"]
@@ -104,12 +104,7 @@ class OffsetLora(DataInitialised, LayerMethod):
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> UpdateSinceStart:
         """Return an update that begins as LoRA does."""
         assert adapter.size is not None
-        return UpdateSinceStart(shape, adapter.size, self.scaling(adapter))
-
-    def scaling(self, adapter: Adapter) -> float:
-        """Return s = α/√r."""
-        assert adapter.size is not None
-        return float(adapter.option("alpha")) / math.sqrt(adapter.size)
+        return UpdateSinceStart(shape, adapter.size, lora_scaling(adapter))
 
     @abstractmethod
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:

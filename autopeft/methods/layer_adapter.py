@@ -101,6 +101,12 @@ def weight_of(layer: nn.Module, shape: SiteShape) -> Tensor:
     return weight.mT if shape.transposed else weight
 
 
+def beyond_full_rank(shape: SiteShape, adapter: Adapter) -> str | None:
+    """Say what is against a rank that a weight does not have, or return None."""
+    most = min(shape.in_features, shape.out_features)
+    return f"its weight has {most:,} singular values" if (adapter.size or 0) > most else None
+
+
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
     """Merge adapters into the weights: `LayerAdapter` modules, and parametrizations that are `Switchable`."""

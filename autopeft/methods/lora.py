@@ -64,8 +64,7 @@ def lora_tensors(site: Site) -> tuple[str, str]:
 
 
 def lora_scaling(adapter: Adapter) -> float:
-    """Return the factor of a LoRA's update: α/√r (rsLoRA) or α/r."""
+    """Return the factor of a low-rank update: α/√r as in rsLoRA, or α/r where the option says so."""
     assert adapter.size is not None
-    return float(adapter.option("alpha")) / (
-        math.sqrt(adapter.size) if adapter.option("rslora") else adapter.size
-    )
+    divisor = adapter.size if ("rslora", False) in adapter.options else math.sqrt(adapter.size)
+    return float(adapter.option("alpha")) / divisor

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate
+from autopeft.methods.lora import lora_scaling
 from autopeft.methods.sparse import SparseUpdate
 from autopeft.models.site_shapes import SiteShape
 
@@ -48,7 +49,7 @@ class LoraSparse(LayerMethod):
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> LowRankAndSparse:
         """Return both updates."""
         assert adapter.size is not None
-        scaling = float(adapter.option("alpha")) / adapter.size**0.5
+        scaling = lora_scaling(adapter)
         return LowRankAndSparse(layer, shape, adapter.size, scaling, _entries(shape, adapter))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate, weight_of
+from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate, beyond_full_rank, weight_of
 from autopeft.models.site_shapes import SiteShape
 
 _ITERATIONS = 4  # of `torch.svd_lowrank`, as in peft's fast PiSSA
@@ -49,8 +49,7 @@ class LoraXS(LayerMethod):
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
         """Return what is against it: there are not so many singular values."""
-        most = min(shape.in_features, shape.out_features)
-        return f"its weight has {most:,} singular values" if (adapter.size or 0) > most else None
+        return beyond_full_rank(shape, adapter)
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r²."""

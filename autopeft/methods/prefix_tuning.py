@@ -99,6 +99,7 @@ class PrefixTuning(Method):
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
         assert isinstance(model, PreTrainedModel)
         parameters: Trainable = {}
+        # transformers has a setter of it, and no other way to read what is set.
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(_IMPLEMENTATION)
         for site, (shape, adapter) in placement.items():

@@ -36,18 +36,20 @@ from autopeft.methods.sized_by_shape import C3A, OSF, RandLora
 from autopeft.methods.sparse import Sparse
 from autopeft.methods.state_offset import StateOffsetTuning
 
-_ALONE = (
+_WITH_A_FILE = (
     *(Lora(), IA3(), LayerNormTuning(), BitFit(), Series(), Parallel(), PrefixTuning()),
     *(Eva(), LoraGA(), CorDA()),
     *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
     *(SDT(), StateOffsetTuning()),
 )
-_FAMILIES: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
+_SIZED_BY_SHAPE: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
 """Families of peft's whose size is not the number that peft's config has."""
 
-_METHODS: dict[str, Method] = {method.name: method for method in _ALONE}
+_METHODS: dict[str, Method] = {method.name: method for method in _WITH_A_FILE}
 for _row in PEFT_FAMILIES:
-    _METHODS[_row.name] = _FAMILIES.get(_row.name, PeftFamily)(_row)
+    _METHODS[_row.name] = _SIZED_BY_SHAPE.get(_row.name, PeftFamily)(_row)
+
+_BUILT_IN = frozenset(_METHODS)
 
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """The torch side of every method in `METHOD_SPECS`."""

@@ -16,7 +16,7 @@ from autopeft.core.method_specs import METHOD_SPECS, method_spec
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.evaluation.memory.counter import MemoryCounter
-from autopeft.evaluation.memory.packed_weights import pack
+from autopeft.evaluation.memory.packed_weights import Bits, pack
 from autopeft.methods import attach, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.models.own_dropout import own_dropout
@@ -127,8 +127,9 @@ def estimate(
     parameters = backbone.parameters
     if nf4 or int8:
         layers = [shape.module for shape in backbone.sites.values() if shape.kind == "linear"]
-        pack(backbone.model, layers, 4 if nf4 else 8)
-        backbone.quantized = frozenset(layers)
+        bits: Bits = 4 if nf4 else 8
+        pack(backbone.model, layers, bits)
+        backbone.quantized = dict.fromkeys(layers, bits)
     for method in methods:
         _check_possible(backbone, _adapter(method, rank))
     if checkpointing:

@@ -17,9 +17,20 @@ from autopeft.methods.base import Trainable
 from autopeft.methods.peft_base import PeftMethod
 from autopeft.models.site_shapes import SiteShape
 
-_SITE = Site(0, "query")
 _WIDTH = 64  # which every family's smallest size divides
 _NEAR = 1e-4
+
+PROBED_SHAPE = SiteShape(
+    site=Site(0, "query"),
+    kind="linear",
+    module="layer",
+    input_module="layer",
+    in_features=_WIDTH,
+    out_features=_WIDTH,
+    parameters=0,
+    bias=_WIDTH,
+)
+"""The layer that is asked about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +41,14 @@ class Abilities:
     starts_at_base: bool  # right after an injection the layer computes what it did before
     merges: bool  # the weights can take a trained adapter in
     converts: bool  # peft can make a LoRA of a trained adapter
-    takes_packed: bool  # the layer may be packed in 4 bits by bitsandbytes; False where that is not installed
+    takes_4_bits: bool | None  # trains on weights that bitsandbytes packed; None where that is not installed
+    takes_8_bits: bool | None
 
 
 @cache
 def abilities(method: PeftMethod) -> Abilities:
     """Find out what a family can do."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         torch.manual_seed(0)
         layer, inputs = nn.Linear(_WIDTH, _WIDTH), torch.randn(8, _WIDTH)
         weight, expected = layer.weight.detach().clone(), layer(inputs)
@@ -50,35 +62,30 @@ def abilities(method: PeftMethod) -> Abilities:
             starts_at_base=starts_at_base,
             converts=bool(adapted.supports_lora_conversion(method.name)),
             merges=_merges(adapted, inputs),
-            takes_packed=_takes_packed(method),
+            takes_4_bits=(in_4_bits := _trains_on(method, "Linear4bit", quant_type="nf4")),
+            # Families that train on 8-bit layers alone read the packed weight, and memory cannot be counted.
+            takes_8_bits=in_4_bits and _trains_on(method, "Linear8bitLt", has_fp16_weights=False),
         )
 
 
 def _injected(method: PeftMethod, layer: nn.Module) -> tuple[nn.ModuleDict, Trainable]:
     specification = method_spec(method.name)
     size = None if specification.size_name is None else specification.sizes[0]
-    shape = SiteShape(
-        site=_SITE,
-        kind="linear",
-        module="layer",
-        input_module="layer",
-        in_features=_WIDTH,
-        out_features=_WIDTH,
-        parameters=0,
-        bias=_WIDTH,
-    )
-    model = nn.ModuleDict({"layer": layer}).eval()
-    vars(model)["is_loaded_in_4bit"] = (
-        not isinstance(layer.weight, Tensor) or layer.weight.dtype == torch.uint8
-    )
-    return model, method.inject(model, {_SITE: (shape, Adapter(method.name, size))})
+    model, weight = nn.ModuleDict({"layer": layer}).eval(), layer.get_parameter("weight")
+    # By these attributes of a model, which transformers sets, peft knows that layers are packed.
+    vars(model)["is_loaded_in_4bit"] = weight.dtype == torch.uint8
+    vars(model)["is_loaded_in_8bit"] = weight.dtype == torch.int8
+    return model, method.inject(model, {PROBED_SHAPE.site: (PROBED_SHAPE, Adapter(method.name, size))})
 
 
 def _draw(trainable: Trainable) -> None:
     with torch.no_grad():
-        for named in trainable.values():
-            for parameter in named.values():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        for parameter in _trained(trainable):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def _trained(trainable: Trainable) -> list[Tensor]:
+    return [tensor for named in trainable.values() for tensor in named.values() if tensor.requires_grad]
 
 
 def _merges(layer: Any, inputs: Tensor) -> bool:
@@ -90,18 +97,19 @@ def _merges(layer: Any, inputs: Tensor) -> bool:
     return torch.allclose(layer(inputs), expected, atol=_NEAR)
 
 
-def _takes_packed(method: PeftMethod) -> bool:
+def _trains_on(method: PeftMethod, kind: str, **options: Any) -> bool | None:
+    """Return whether it trains on a kind of bitsandbytes' layers; None where there is no bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        return False
-    layers: Any = importlib.import_module("bitsandbytes.nn")
-    layer, inputs = layers.Linear4bit(_WIDTH, _WIDTH, quant_type="nf4").to("cpu"), torch.randn(8, _WIDTH)
+        return None
+    make: Any = getattr(importlib.import_module("bitsandbytes.nn"), kind)
+    layer, inputs = make(_WIDTH, _WIDTH, **options).to("cpu"), torch.randn(8, _WIDTH)
     expected = layer(inputs)
     try:
         model, trainable = _injected(method, layer)
-        starts = torch.allclose(model["layer"](inputs), expected, atol=0.02)  # kernels for 4 bits are coarse
+        starts = torch.allclose(model["layer"](inputs), expected, atol=0.02)  # their kernels are coarse
         _draw(trainable)
         output: Tensor = model["layer"](inputs)
         output.square().sum().backward()
-    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+    except Exception:  # whatever peft fails with, it cannot be trained there
         return False
-    return starts and all(p.grad is not None for named in trainable.values() for p in named.values())
+    return starts and all(tensor.grad is not None for tensor in _trained(trainable))

@@ -29,7 +29,7 @@ def obstacle(backbone: Backbone, site: Site, adapter: Adapter) -> str | None:
     """Say why an adapter of this method and size cannot sit on a site, or return None where it can."""
     shape = backbone.shape(site)
     why = backbone.obstacle(shape, adapter.method)
-    return why or METHODS[adapter.method].obstacle(shape, adapter, shape.module in backbone.quantized)
+    return why or METHODS[adapter.method].obstacle(shape, adapter, backbone.quantized.get(shape.module))
 
 
 def count_parameters(backbone: Backbone, configuration: Configuration) -> int:
@@ -145,9 +145,9 @@ class Attachment:
             with seeded(seed):
                 self._attach_methods()
                 self.parameters |= copy_head(backbone, self._undo)
-            for parameter in self.parameters.values():
-                if parameter.dtype.itemsize < torch.float32.itemsize:
-                    parameter.data = parameter.data.float()  # as peft trains and loads adapters on any base
+            for tensor in self.tensors.values():
+                if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize:
+                    tensor.data = tensor.data.float()  # as peft trains and loads adapters on any base
             self._select_trainable()
         except BaseException:
             self.detach()

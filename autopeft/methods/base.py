@@ -63,8 +63,14 @@ class Method(ABC):
         """Whether attaching changes a layer's own weights, so that it is given a copy of the layer."""
         return False
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
-        """Say why an adapter cannot sit on a module, which may be packed in 4 or 8 bits; None if it can."""
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
+        """Say why an adapter cannot sit on a module; None if it can.
+
+        Args:
+            shape: The module.
+            adapter: The adapter.
+            bits: 4 or 8 where bitsandbytes packed the module's weights.
+        """
         return None
 
     def rate(self, adapter: Adapter, name: str) -> float:

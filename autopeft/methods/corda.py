@@ -25,7 +25,7 @@ class CorDA(OffsetLora):
     name = "corda"
     statistic: Statistic = "second moment"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many singular values."""
         return beyond_full_rank(shape, adapter)
 

@@ -21,9 +21,9 @@ class Full(Method):
     name = "full"
     is_mergeable = True
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: weights that are packed cannot be trained."""
-        return "its weights are packed in 4 or 8 bits" if is_packed else None
+        return None if bits is None else f"its weights are packed in {bits} bits"
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of parameters of the layer, or of the experts' matrices."""

@@ -20,7 +20,7 @@ class LoraGA(OffsetLora):
     name = "lora_ga"
     statistic: Statistic = "mean gradient"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many singular vectors."""
         most = min(shape.in_features, shape.out_features)
         if 2 * (adapter.size or 0) <= most:

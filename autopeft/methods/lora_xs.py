@@ -47,7 +47,7 @@ class LoraXS(LayerMethod):
 
     name = "lora_xs"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many singular values."""
         return beyond_full_rank(shape, adapter)
 

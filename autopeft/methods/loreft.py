@@ -77,7 +77,7 @@ class LoReFT(Method):
 
     name = "loreft"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it."""
         if not shape.block_module:
             return "its block has no attention, and may not return a vector a token"

@@ -6,22 +6,28 @@ import warnings
 from collections.abc import Hashable
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autopeft.core.configuration import Adapter, Site
+from autopeft.core.configuration import Adapter
 from autopeft.core.method_spec import B_RATE
 from autopeft.core.method_specs import PeftSpec
-from autopeft.methods.abilities import abilities
+from autopeft.methods.abilities import PROBED_SHAPE, abilities
 from autopeft.methods.base import Placement
 from autopeft.methods.peft_base import PeftMethod, module_names, quiet_peft
 from autopeft.models.site_shapes import SiteShape
 
-_SITE = Site(0, "query")
+
+class _Found(NamedTuple):
+    """What peft makes of an adapter on a layer."""
+
+    own: int  # parameters of its own
+    shared: int  # parameters that all layers share
+    obstacle: str | None  # what peft says against it
 
 
 class PeftFamily(PeftMethod):
@@ -67,27 +73,30 @@ class PeftFamily(PeftMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return what peft's layer has; raise a ValueError where there is an `obstacle`."""
-        own, _, obstacle = self._probe(shape, adapter)
-        if obstacle is not None:
-            raise ValueError(f"{adapter} cannot sit on {shape.module}: {obstacle}")
-        return own
+        found = self._found(shape, adapter)
+        if found.obstacle is not None:
+            raise ValueError(f"{adapter} cannot sit on {shape.module}: {found.obstacle}")
+        return found.own
 
     def count_shared(self, placement: Placement) -> int:
         """Return what each group of like adapters shares."""
         if not self.shares_state:
             return 0
-        return sum(self._probe(*next(iter(group.values())))[1] for group in self.groups(placement).values())
-
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
-        """Return what peft says against an adapter on a layer of these widths."""
-        if is_packed and not abilities(self).takes_packed:
-            return "its weights are packed in 4 or 8 bits"
-        return self._probe(shape, adapter)[2]
-
-    def _probe(self, shape: SiteShape, adapter: Adapter) -> tuple[int, int, str | None]:
-        return _probe(
-            self, replace(shape, site=_SITE, module="layer", input_module="", parameters=0), adapter
+        return sum(
+            self._found(*next(iter(group.values()))).shared for group in self.groups(placement).values()
         )
+
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
+        """Return what peft says against an adapter on a layer of these widths."""
+        if bits is not None:
+            takes = abilities(self).takes_4_bits if bits == 4 else abilities(self).takes_8_bits
+            if takes is False:
+                return f"its weights are packed in {bits} bits, where peft cannot train it (tried on the CPU)"
+        return self._found(shape, adapter).obstacle
+
+    def _found(self, shape: SiteShape, adapter: Adapter) -> _Found:
+        alike = replace(shape, site=PROBED_SHAPE.site, module="layer", input_module="", parameters=0)
+        return _probe(self, alike, adapter)
 
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
         """Return what peft holds once a config: also the size, where its config has no pattern for it."""
@@ -123,26 +132,35 @@ class PeftFamily(PeftMethod):
 
 
 @lru_cache(maxsize=4096)
-def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> tuple[int, int, str | None]:
-    """Return the parameters of an adapter alone and those it shares, and what peft says against it.
+def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> _Found:
+    """Return what peft makes of an adapter on a layer.
 
     Asked of peft's own layer: without data on the meta device, or where the family looks at its numbers, on
     the CPU.
     """
     for device in ("meta", "cpu"):
         try:
-            with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*(Invalid|Adjust)")  # peft would take another size
-                model = nn.ModuleDict({"layer": _layer(shape)})
-                trainable = family.inject(model, {_SITE: (shape, adapter)})
-                model["layer"](torch.empty(1, shape.in_features))
-        except (ValueError, TypeError, RuntimeError, Warning) as error:
+            return _counted(family, shape, adapter, device)
+        except (ValueError, TypeError, NotImplementedError, UserWarning) as error:  # how peft refuses a layer
             obstacle = str(error)
-            continue
-        counts = {key: sum(map(nn.Parameter.numel, named.values())) for key, named in trainable.items()}
-        own, shared = counts.pop(_SITE), sum(counts.values())
-        return own, shared, None if own + shared else "peft puts nothing there"
-    return 0, 0, obstacle
+        except RuntimeError:
+            if device == "cpu":
+                raise
+    return _Found(0, 0, obstacle)
+
+
+def _counted(family: PeftFamily, shape: SiteShape, adapter: Adapter, device: str) -> _Found:
+    with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(Invalid|Adjust)")  # peft would take another size
+        model = nn.ModuleDict({"layer": _layer(shape)})
+        trainable = family.inject(model, {shape.site: (shape, adapter)})
+        try:
+            model["layer"](torch.empty(1, shape.in_features))
+        except RuntimeError as error:
+            raise ValueError(f"peft makes a layer that computes nothing: {error}") from error
+    counts = {key: sum(map(nn.Parameter.numel, named.values())) for key, named in trainable.items()}
+    own, shared = counts.pop(shape.site), sum(counts.values())
+    return _Found(own, shared, None if own + shared else "peft puts nothing there")
 
 
 def _layer(shape: SiteShape) -> nn.Module:

@@ -44,7 +44,7 @@ class SDT(Method):
     name = "sdt"
     is_mergeable = True
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many channels."""
         channels = shape.in_features
         return f"its state space has {channels:,} channels" if (adapter.size or 0) > channels else None

@@ -80,7 +80,7 @@ class Sparse(LayerMethod):
 
     name = "sparse"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many numbers."""
         numbers = shape.in_features * shape.out_features
         return f"its weight has {numbers:,} numbers" if (adapter.size or 0) > numbers else None

@@ -68,7 +68,7 @@ class StateOffsetTuning(Method):
 
     name = "state_offset"
 
-    def obstacle(self, shape: SiteShape, adapter: Adapter, is_packed: bool = False) -> str | None:
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: Mamba-2 makes C by a convolution that its kernels compute."""
         return None if shape.output_matrix_module else "no module of its state space returns C"
 

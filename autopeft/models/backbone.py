@@ -44,7 +44,7 @@ class Backbone:
         origin: Hub name or folder it can be loaded from again; empty where that is not known.
 
     Attributes:
-        quantized: Names of the layers whose weights bitsandbytes holds in 4 or 8 bits.
+        quantized: Bits of the weights that bitsandbytes packed, 4 or 8, by the layer's name.
         cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
         trained_head: Qualified names of the head's modules that are trained.
         head_parameters: Number of their parameters; trained with every configuration.
@@ -83,7 +83,7 @@ class Backbone:
         model.requires_grad_(False)
         _leave_out_chance(model)
         self.train_head("whole")
-        self.quantized = frozenset(keep_as_loaded(model))
+        self.quantized = keep_as_loaded(model)
         self._block_modules = find_blocks(model)
         self.sites: Mapping[Site, SiteShape] = all_sites(model, self._block_modules)
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")

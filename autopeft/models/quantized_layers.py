@@ -9,12 +9,16 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-_WEIGHTS = ("Params4bit", "Int8Params")  # by name, as peft does: bitsandbytes need not be installed
+_BITS = {"Params4bit": 4, "Int8Params": 8}  # by name, as peft does: bitsandbytes need not be installed
 
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer's own weight, not that of one inside it, is held in 4 or 8 bits."""
-    return type(dict(layer.named_parameters(recurse=False)).get("weight")).__name__ in _WEIGHTS
+    return _bits(layer) is not None
+
+
+def _bits(layer: nn.Module) -> int | None:
+    return _BITS.get(type(dict(layer.named_parameters(recurse=False)).get("weight")).__name__)
 
 
 def full_weight(layer: nn.Module, weight: nn.Parameter | None = None) -> Tensor:
@@ -38,8 +42,8 @@ def state_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (each for each in vars(layer.state).values() if isinstance(each, Tensor))
 
 
-def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:
-    """Keep bitsandbytes from changing layers in forward passes, and return the names of those it quantised.
+def keep_as_loaded(model: nn.Module) -> dict[str, int]:
+    """Keep bitsandbytes from changing layers in forward passes, and return the bits of those it quantised.
 
     On processors with AVX512-BF16 its 4-bit layers rearrange their weights in the first pass without
     gradients, and no gradient flows through them from then on. Biases are cast to the type of inputs: they
@@ -48,11 +52,11 @@ def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: The weights were rearranged already.
     """
-    names = []
+    found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not is_quantized(module):
+        if (bits := _bits(module)) is None:
             continue
-        names.append(name)
+        found[name] = bits
         layer: Any = module
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
@@ -64,7 +68,7 @@ def keep_as_loaded(model: nn.Module) -> tuple[str, ...]:
         if layer.bias is not None:
             dtype = getattr(layer, "compute_dtype", None) or layer.bias.dtype
             layer.bias.data = layer.bias.data.bfloat16().to(dtype)
-    return tuple(names)
+    return found
 
 
 def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchConfig
 
     Args:
         path: The file. Paths in it are relative to the working directory.
-        overrides: Changes such as "training.epochs=5" or "space.ranks=[1, 8]"; values are YAML.
+        overrides: Changes such as "training.epochs=5" or "space.sizes.rank=[1, 8]"; values are YAML.
 
     Raises:
         ValueError: The file cannot be read, or a key or value is not valid; the message names the
@@ -194,6 +194,8 @@ def _schema(made: type[Any]) -> type[BaseModel]:
 
 def _as_argument(value: Any, expected: Any) -> Any:
     """Turn YAML's lists into tuples, and one text into a sequence of one where a sequence is expected."""
+    if isinstance(value, Mapping):
+        return {key: _as_argument(part, Any) for key, part in value.items()}
     if isinstance(value, list):
         return tuple(_as_argument(part, Any) for part in value)
     kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)

@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 TRAININGS = (1, 2, 4, 8)
 ARMS: dict[str, dict[str, Any]] = {
     "search": {"space": ScoreGuided()},
-    "uniform": {"space": Uniform(ranks=(1, 64)), "sampler": "random"},
+    "uniform": {"space": Uniform(sizes={"rank": (1, 64)}), "sampler": "random"},
 }
 EXAMPLES = {"train": 1024, "validation": 500, "test": 500}
 

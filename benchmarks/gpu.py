@@ -214,7 +214,7 @@ def check_packing(setting: Setting) -> Found:
         search = Search(
             backbone,
             task,
-            Uniform(ranks=(1, 16)),
+            Uniform(sizes={"rank": (1, 16)}),
             training=setting.training(batch_size=32),
             halving=None,
             sampler="random",

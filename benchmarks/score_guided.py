@@ -34,8 +34,8 @@ from benchmarks.datasets import DATASETS
 RESULTS = Path(__file__).parent / "results"
 RATE = (5e-4, 1e-2)
 RANKS = (1, 32)
-_PER_LAYER = PerLayer(methods=("lora",), ranks=RANKS, learning_rate=RATE)
-_GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+_PER_LAYER = PerLayer(methods=("lora",), sizes={"rank": RANKS}, learning_rate=RATE)
+_GUIDED = ScoreGuided(methods=("lora",), sizes={"rank": RANKS}, learning_rate=RATE)
 SEARCHES: dict[str, tuple[SearchSpace, str]] = {
     "PerLayer, TPE": (_PER_LAYER, "tpe"),
     "PerLayer, EHVI": (_PER_LAYER, "ehvi"),

@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 from autopeft.core.adapter import Place, block_ranges
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import checked_names, unknown_choice
-from autopeft.core.method_specs import METHOD_SPECS, ROLES, MethodSpec, method_spec
+from autopeft.core.method_specs import METHOD_SPECS, ROLES, method_spec
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import SearchSpace
@@ -25,8 +25,9 @@ from autopeft.sensitivity import SiteScores
 _logger = logging.getLogger(__name__)
 _KEPT = "_slots_of_backbones"
 _DEFAULT_METHODS = ("lora", "series", "parallel", "prefix")
-_BOUNDS = {"rank": "ranks", "bottleneck width": "widths", "prefix length": "prefix_lengths"}
-"""The setting that bounds a size, by what the size means."""
+
+Sizes = Mapping[str, tuple[int, int]]
+"""(smallest, largest) size by what it is called or by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,9 @@ class MethodSpace(SearchSpace):
     Attributes:
         methods: The methods to choose from; None for LoRA, series and parallel adapters and prefix tuning,
             without those that no site of the backbone can take.
-        ranks: (smallest, largest) rank of LoRA and its kin; powers of two between them are searched.
-        widths: (smallest, largest) bottleneck width of series and parallel adapters.
-        prefix_lengths: (smallest, largest) prefix length.
-        sizes: (smallest, largest) size by method, as in `{"vera": (16, 64)}`, in the place of the settings
-            above or of the method's own bounds.
+        sizes: (smallest, largest) by what methods call their size, or for one method, which goes first:
+            `{"rank": (1, 16), "vera": (16, 64)}`. Powers of two between them are searched. Methods that are
+            not named have the bounds that `autopeft methods` lists.
         roles: Roles that may carry an adapter; None for all that a method can sit on.
         learning_rate: A number, or (lowest, highest) to search it on a log scale.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
@@ -50,12 +49,12 @@ class MethodSpace(SearchSpace):
     """
 
     methods: Sequence[str] | None = None
-    ranks: tuple[int, int] = (1, 64)
-    widths: tuple[int, int] = (1, 64)
-    prefix_lengths: tuple[int, int] = (1, 32)
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict, metadata={"unset": {}})
+    sizes: Sizes = field(default_factory=dict)
     roles: Sequence[str] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    default_sizes: ClassVar[Sizes] = {}
+    """What `sizes` are where they do not say others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,10 +64,15 @@ class MethodSpace(SearchSpace):
             object.__setattr__(self, "methods", checked_names("method", known, known or METHOD_SPECS))
         if self.roles is not None:
             object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))
-        for setting in ("options", "sizes"):
-            for method in getattr(self, setting):
-                if method not in self._offered:
-                    raise unknown_choice(f"method in {setting}", method, self._offered)
+        for method in self.options:
+            if method not in self._offered:
+                raise unknown_choice("method in options", method, self._offered)
+        sized = {name: size for name in self._offered if (size := method_spec(name).size_name) is not None}
+        for key in self.sizes:
+            if key not in sized and key not in sized.values():
+                raise unknown_choice(
+                    "size or method in sizes", str(key), [*dict.fromkeys(sized.values()), *sized]
+                )
         for method in self._offered:
             _ = self.choice_of(method).adapters  # checks the options
 
@@ -87,11 +91,14 @@ class MethodSpace(SearchSpace):
         specification = method_spec(method)
         if specification.size_name is None:
             return MethodChoice(method=method, options=options)
-        # A family with bounds of its own keeps them: a rank of one is not that of another.
-        setting = _BOUNDS.get(specification.size_name) if specification.sizes == MethodSpec.sizes else None
-        bounds = self.sizes.get(method) or (getattr(self, setting) if setting else specification.sizes)
-        ladder = size_ladder(bounds, f"sizes[{method!r}]" if method in self.sizes else setting or "sizes")
-        return MethodChoice(method=method, sizes=ladder, options=options)
+        named = [
+            (key, given[key])
+            for given in (self.sizes, self.default_sizes)
+            for key in (method, specification.size_name)
+            if key in given
+        ]
+        key, bounds = named[0] if named else (method, specification.sizes)
+        return MethodChoice(method=method, sizes=size_ladder(bounds, f"sizes[{key!r}]"), options=options)
 
     def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
         """Return the groups of blocks that share their choices; here each block is one."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from autopeft.core.adapter import Place
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS
 from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.method_space import Sizes
 from autopeft.search_spaces.per_layer import PerLayer
 
 
@@ -37,7 +39,7 @@ class Servable(PerLayer):
     """LoRA of ranks that servers take; `export(target="vllm")` writes one rank for all modules."""
 
     methods: Sequence[str] | None = ("lora",)
-    ranks: tuple[int, int] = (8, 64)
+    default_sizes: ClassVar[Sizes] = {"rank": (8, 64)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class NASPEFTPaper(PerLayer):
     Language Models", 2023. The paper prunes one training; here each configuration is trained.
     """
 
-    ranks: tuple[int, int] = (1, 16)
+    default_sizes: ClassVar[Sizes] = {"rank": (1, 16)}
 
     @property
     def default_methods(self) -> Sequence[str]:
@@ -98,7 +100,7 @@ class ShearsPaper(PerLayer):
     """
 
     methods: Sequence[str] | None = ("lora",)
-    ranks: tuple[int, int] = (8, 32)
+    default_sizes: ClassVar[Sizes] = {"rank": (8, 32)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
             "test_share": 0.2,
             "validation_share": 0.2,
         },
-        "space": {"type": "Uniform", "ranks": [1, 8]},
+        "space": {"type": "Uniform", "sizes": {"rank": [1, 8]}},
         "objectives": ["accuracy", "trainable_parameters"],
         "training": {"epochs": 1, "batch_size": 8, "device": "cpu"},
         "tracking": None,
@@ -104,7 +104,7 @@ def test_search_needs_a_budget(place: Path) -> None:
 
 
 def test_validate_trains_nothing(place: Path) -> None:
-    result = call("validate", place / "search.yaml", "name=other", "space.ranks=[1, 4]")
+    result = call("validate", place / "search.yaml", "name=other", "space.sizes.rank=[1, 4]")
     assert result.exit_code == 0
     assert "Uniform: one of lora(1), lora(2), lora(4) everywhere" in result.output
     assert "attention_output" in result.output

@@ -57,10 +57,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_file_names_what_another_package_has() -> None:
     settings = changed("task", {"type": "ratings", "dataset": "data.csv", "scale": 7})
-    settings |= {"space": {"type": "narrow", "ranks": [1, 4]}, "sampler": "dice"}
+    settings |= {"space": {"type": "narrow", "sizes": {"rank": [1, 4]}}, "sampler": "dice"}
     search: Any = build_config(settings).search
     assert (type(search.task).__name__, search.task.scale) == ("Ratings", 7)
-    assert (type(search.space).__name__, search.space.ranks) == ("Narrow", (1, 4))
+    assert (type(search.space).__name__, search.space.sizes) == ("Narrow", {"rank": (1, 4)})
     made = make_sampler(search.sampler, seed=0, number=1)
     assert isinstance(made, RandomSampler)
     assert type(made).__name__ == "Dice"

@@ -58,10 +58,12 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("mark", [":", "."])
 def test_a_task_and_a_space_of_ones_own_have_an_import_path(mark: str, own_module: str) -> None:
     task = {"type": f"{own_module}{mark}Ratings", "dataset": "data.csv", "scale": 7, "folder": "there"}
-    settings = changed("task", task) | {"space": {"type": f"{own_module}{mark}Narrow", "ranks": [1, 4]}}
+    settings = changed("task", task) | {
+        "space": {"type": f"{own_module}{mark}Narrow", "sizes": {"rank": [1, 4]}}
+    }
     found: Any = build_config(settings).search
     assert (type(found.task).__name__, found.task.scale, found.task.folder) == ("Ratings", 7, Path("there"))
-    assert (type(found.space).__name__, found.space.ranks) == ("Narrow", (1, 4))
+    assert (type(found.space).__name__, found.space.sizes) == ("Narrow", {"rank": (1, 4)})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ FIVE_LINES = """
 import autopeft
 assert "environment" in autopeft.__file__, autopeft.__file__
 task = autopeft.tasks.TextClassification("data.csv", validation_share=0.2, test_share=0.2)
-space = autopeft.search_spaces.Uniform(ranks=(1, 2))
+space = autopeft.search_spaces.Uniform(sizes={"rank": (1, 2)})
 front = autopeft.Search("model", task, space, tracking=None, halving=None, seeds=1).run(trials=2)
 print(front.best())
 """

@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "space": {
         "type": "PerLayer",
         "methods": ["lora", "prefix"],
-        "ranks": [1, 16],
+        "sizes": {"rank": [1, 16]},
         "learning_rate": [1e-3, 1e-2],
         "options": {"lora": {"alpha": 8}},
     },
@@ -63,7 +63,7 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
         TextClassification(dataset="data.csv", text=("question", "answer")),
         PerLayer(
             methods=("lora", "prefix"),
-            ranks=(1, 16),
+            sizes={"rank": (1, 16)},
             learning_rate=(1e-3, 1e-2),
             options={"lora": {"alpha": 8}},
         ),
@@ -77,7 +77,7 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
     found = config.search
     assert found.space == expected.space
     assert isinstance(found.space, PerLayer)
-    assert found.space.ranks == (1, 16)
+    assert found.space.sizes == {"rank": (1, 16)}
     assert isinstance(found.task, TextClassification)
     assert isinstance(expected.task, TextClassification)
     assert found.task.columns == expected.task.columns == ("question", "answer")
@@ -94,11 +94,11 @@ def test_yaml_gives_the_same_search_on_disk(tmp_path: Path) -> None:
     settings = {
         "backbone": str(model),
         "task": {"type": "TextClassification", "dataset": str(data)},
-        "space": {"type": "Uniform", "ranks": [1, 8]},
+        "space": {"type": "Uniform", "sizes": {"rank": [1, 8]}},
         "tracking": None,
     }
     found = load_config(written(tmp_path, settings)).search
-    expected = Search(model, TextClassification(dataset=data), Uniform(ranks=(1, 8)), tracking=None)
+    expected = Search(model, TextClassification(dataset=data), Uniform(sizes={"rank": (1, 8)}), tracking=None)
     assert found.identity() == expected.identity()
     assert found.name == expected.name
 
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_python() -> None:
     [
         ("bakcbone", r"key of the settings 'bakcbone'.*did you mean 'backbone'"),
         ("task.datset", r"key of 'task' 'datset'.*did you mean 'dataset'"),
-        ("space.rank", r"key of 'space' 'rank'.*did you mean 'ranks'"),
+        ("space.size", r"key of 'space' 'size'.*did you mean 'sizes'"),
         ("training.epoch", r"key of 'training' 'epoch'.*did you mean 'epochs'"),
         ("run.trial", r"key of 'run' 'trial'.*did you mean 'trials'"),
         ("constraints.peak_memry", r"'peak_memry'.*did you mean 'peak_memory'"),
@@ -153,7 +153,7 @@ def test_an_unknown_key_names_the_nearest(path: str, message: str) -> None:
         ("space", "PerLayer", r"'space' is a mapping with a 'type', got 'PerLayer'"),
         (
             "space",
-            {"ranks": [1, 2]},
+            {"sizes": {"rank": [1, 2]}},
             r"'space' needs a 'type': one of PerLayer, ScoreGuided, Uniform, AutoPEFTPaper",
         ),
         ("task", {"type": "TextClassification", "text": "text"}, r"'task' needs 'dataset'; given: text"),
@@ -180,7 +180,7 @@ def test_a_wrong_value_says_what_was_expected(path: str, value: Any, message: st
     ("path", "value", "message"),
     [
         ("space.groups", "abc", "space.groups should be a whole number, got 'abc'."),
-        ("space.ranks", [1, "a"], "space.ranks should be a whole number, got [1, 'a']."),
+        ("space.sizes.rank", [1, "a"], "space.sizes.rank should be a whole number, got [1, 'a']."),
         ("space.learning_rate", "a", "space.learning_rate should be a number or a list, got 'a'."),
         (
             "space.options",
@@ -271,11 +271,17 @@ def test_what_is_needed_is_named(missing: str) -> None:
 
 def test_overrides_are_yaml(tmp_path: Path) -> None:
     path = written(tmp_path)
-    overrides = ("training.epochs=5", "space.ranks=[2, 4]", "name=again", "run.hours=null", "constraints={}")
+    overrides = (
+        "training.epochs=5",
+        "space.sizes.rank=[2, 4]",
+        "name=again",
+        "run.hours=null",
+        "constraints={}",
+    )
     config = load_config(path, overrides)
     assert config.search.training == Training(epochs=5, batch_size=16)
     assert isinstance(config.search.space, PerLayer)
-    assert config.search.space.ranks == (2, 4)
+    assert config.search.space.sizes == {"rank": (2, 4)}
     assert config.search.constraints == ()
     assert config.search.name == "again"
     assert config.run == {"trials": 8, "hours": None}
@@ -295,7 +301,7 @@ def test_overrides_may_add_what_the_file_leaves_empty(tmp_path: Path) -> None:
         ("training.epochs", r"reads key=value.*got 'training\.epochs'"),
         ("=3", "reads key=value"),
         ("backbone.name=3", r"'backbone' holds 'model', not further keys"),
-        ("space.ranks=[1", "value is not valid YAML"),
+        ("space.sizes.rank=[1", "value is not valid YAML"),
         ("trainin.epochs=3", "did you mean 'training'"),
     ],
 )

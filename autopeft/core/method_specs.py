@@ -198,6 +198,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             symbol="X",
             kinds=frozenset({"attention"}),
             size_name="prefix length",
+            sizes=(1, 32),
             options={"initial_std": 0.02},
             minimums={"initial_std": 0.0},
             needs_attention_interface=True,

@@ -13,7 +13,7 @@ from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.search_spaces import ScoreGuided
 from benchmarks.rivals.setting import RANKS, RATE, TRAINING, Entry, Setting, per_layer
 
-GUIDED = ScoreGuided(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+GUIDED = ScoreGuided(methods=("lora",), sizes={"rank": RANKS}, learning_rate=RATE)
 _RUNGS = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=3)
 _WHOLE: Mapping[str, Any] = {"space": GUIDED, "halving": _RUNGS, "seeds": 3}
 _LOADED_AGAIN = "autopeft, backbone loaded again"

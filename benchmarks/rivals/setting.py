@@ -26,7 +26,7 @@ RANKS = (1, 32)
 
 def per_layer() -> PerLayer:
     """Return the space of every method but the AutoPEFT paper's: a LoRA rank, or none, at every site."""
-    return PerLayer(methods=("lora",), ranks=RANKS, learning_rate=RATE)
+    return PerLayer(methods=("lora",), sizes={"rank": RANKS}, learning_rate=RATE)
 
 
 @dataclass(frozen=True, kw_only=True)

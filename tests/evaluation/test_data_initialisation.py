@@ -218,7 +218,7 @@ def test_packed_weights_of_a_language_model_are_no_obstacle(method: str, tmp_pat
 
 @pytest.mark.slow
 def test_a_search_chooses_among_them_and_exports_plain_folders(tmp_path: Path) -> None:
-    space = PerLayer(methods=("lora", *FROM_DATA), ranks=(2, 4))
+    space = PerLayer(methods=("lora", *FROM_DATA), sizes={"rank": (2, 4)})
     search = tiny_search(tmp_path, space=space, sampler="random", baselines=False)
     front = run(search, 4)
     evaluations = [record.evaluation for record in front.records]

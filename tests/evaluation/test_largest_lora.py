@@ -17,7 +17,9 @@ from autopeft.search_spaces import PerLayer, SearchSpace, Uniform
 from tests.learnable import learner
 from tests.tiny_models import draw_parameters, everywhere, logits_of, tiny_backbone, tiny_batch
 
-SPACE = PerLayer(methods=("lora",), ranks=(1, 4), roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2))
+SPACE = PerLayer(
+    methods=("lora",), sizes={"rank": (1, 4)}, roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2)
+)
 
 
 def drawn_weights(backbone: Backbone) -> LargestLora:
@@ -83,7 +85,12 @@ def test_fused_experts_are_not_inherited() -> None:
 
 
 @pytest.mark.parametrize(
-    "space", [SPACE, Uniform(ranks=(1, 8)), PerLayer(methods=("series", "lora"), groups=2, ranks=(2, 8))]
+    "space",
+    [
+        SPACE,
+        Uniform(sizes={"rank": (1, 8)}),
+        PerLayer(methods=("series", "lora"), groups=2, sizes={"rank": (2, 8)}),
+    ],
 )
 def test_it_contains_every_lora_configuration_of_the_space(space: SearchSpace) -> None:
     backbone = learner()

@@ -26,7 +26,7 @@ FRONTS: dict[str, tuple[Any, Any, SearchSpace, set[str]]] = {
     "LoRA of a classifier": (
         learner,
         learnable_task,
-        Uniform(ranks=(1, 8)),
+        Uniform(sizes={"rank": (1, 8)}),
         {"peft", "autopeft", "merged", "lora"},
     ),
     "mixed, of a classifier": (

@@ -28,7 +28,7 @@ def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path
     search = tiny_search(
         tmp_path / "runs",
         backbone=model,
-        space=Uniform(methods=("lora",), ranks=(1, 8), learning_rate=(1e-2, 1e-1)),
+        space=Uniform(methods=("lora",), sizes={"rank": (1, 8)}, learning_rate=(1e-2, 1e-1)),
         objectives=("accuracy", "trainable_parameters"),
     )
     front = search.run(trials=2, progress=False)

@@ -90,5 +90,5 @@ def test_sites_of_a_family_say_why_they_cannot_take_it() -> None:
     space = PerLayer(methods=("oft", "vera"), sizes={"oft": (2, 48)})
     sizes = {tuple(slot.choices["oft"].sizes) for slot in space.slots(backbone) if "oft" in slot.choices}
     assert sizes == {(2, 4, 8, 16, 32)}
-    with pytest.raises(ValueError, match="Unknown method in sizes 'lora'"):
+    with pytest.raises(ValueError, match="Unknown size or method in sizes 'lora'"):
         PerLayer(methods=("oft",), sizes={"lora": (1, 2)})

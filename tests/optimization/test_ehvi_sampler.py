@@ -28,10 +28,13 @@ from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
 RATE = (1e-4, 1e-2)
-GUIDED = ScoreGuided(scores=("condition_number",), ranks=(2, 16), learning_rate=RATE)
+GUIDED = ScoreGuided(scores=("condition_number",), sizes={"rank": (2, 16)}, learning_rate=RATE)
 GUIDED = GUIDED.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, GUIDED.scores))
 MIXED = ScoreGuided(
-    scores=("condition_number",), methods=("lora", "series", "prefix"), ranks=(2, 9), learning_rate=1e-3
+    scores=("condition_number",),
+    methods=("lora", "series", "prefix"),
+    sizes={"rank": (2, 9)},
+    learning_rate=1e-3,
 ).with_scores(GUIDED.site_scores)
 SPACES: Mapping[str, SearchSpace] = MappingProxyType(
     {
@@ -39,7 +42,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "guided-mixed": MIXED,
         "per-layer": PerLayer(learning_rate=RATE),
         "per-layer-groups": PerLayer(
-            methods=("lora", "ia3"), groups=1, ranks=(3, 20), encoding="conditional"
+            methods=("lora", "ia3"), groups=1, sizes={"rank": (3, 20)}, encoding="conditional"
         ),
         "uniform": Uniform(methods=("lora", "ia3"), learning_rate=RATE),
         "paper": AutoPEFTPaper(learning_rate=RATE),

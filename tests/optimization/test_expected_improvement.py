@@ -24,7 +24,7 @@ from tests.records import METRICS, OBJECTIVES
 from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
-SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
+SPACE = ScoreGuided(scores=("condition_number",), sizes={"rank": (1, 16)}, learning_rate=(1e-4, 1e-2))
 SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
 FEWEST, MOST = (count_parameters(BACKBONE, extreme) for extreme in SPACE.extremes(BACKBONE))
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES

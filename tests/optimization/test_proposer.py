@@ -16,7 +16,7 @@ from tests.records import OBJECTIVES
 from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
-SPACE = PerLayer(methods=("lora",), ranks=(1, 8))
+SPACE = PerLayer(methods=("lora",), sizes={"rank": (1, 8)})
 STANDING = SPACE.baselines(BACKBONE)[:3]
 EARLIER = tuple(
     Baseline(

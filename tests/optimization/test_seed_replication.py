@@ -36,7 +36,7 @@ from tests.records import OBJECTIVES, synthetic_records
 
 ACCURACY = OBJECTIVES[0]
 WORST = {"accuracy": 0.25, "f1": 0.1}
-TWO_RATES = Uniform(ranks=(1, 4), learning_rate=(1e-3, 3e-2))
+TWO_RATES = Uniform(sizes={"rank": (1, 4)}, learning_rate=(1e-3, 3e-2))
 
 
 def evaluated(seed: int, accuracy: float, **changes: float) -> Evaluation:
@@ -250,7 +250,7 @@ def test_members_wait_for_later_trials_and_those_come_in_between(tmp_path: Path)
 @pytest.mark.slow
 def test_where_nothing_new_is_found_members_do_not_wait(tmp_path: Path) -> None:
     """The fourth training would come after 192 trials, and 100 that had all been tried end the search."""
-    small_search = search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2), seeds=4)
+    small_search = search(tmp_path, space=Uniform(sizes={"rank": (1, 2)}, learning_rate=1e-2), seeds=4)
     front = small_search.run(cpu_seconds=3600, progress=False)
     assert len(front.records) < 192
     assert all(point.record.evaluation.trainings == 4 for point in front)

@@ -43,7 +43,7 @@ def halving_search(folder: Path, **settings: Any) -> Search:
     defaults: dict[str, Any] = {
         "halving": SuccessiveHalving(rungs=(1 / 3, 2 / 3), reduction_factor=2),
         "training": TRAINING,
-        "space": Uniform(ranks=(1, 16), learning_rate=(1e-4, 3e-2)),
+        "space": Uniform(sizes={"rank": (1, 16)}, learning_rate=(1e-4, 3e-2)),
         "baselines": False,
     }
     return tiny_search(folder, **(defaults | settings))
@@ -108,7 +108,9 @@ def test_after_ctrl_c_a_paused_search_resumes(tmp_path: Path) -> None:
 
 def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
     halving = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=4)
-    search = halving_search(tmp_path, space=Uniform(ranks=(1, 4), learning_rate=1e-2), halving=halving)
+    search = halving_search(
+        tmp_path, space=Uniform(sizes={"rank": (1, 4)}, learning_rate=1e-2), halving=halving
+    )
     train, failed = search.open().evaluator.train, list[Configuration]()
 
     def failing_once(configuration: Configuration, *arguments: Any, **options: Any) -> Any:

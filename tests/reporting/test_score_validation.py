@@ -153,7 +153,7 @@ def test_a_constant_score_correlates_with_nothing() -> None:
 @pytest.mark.slow
 def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    space = PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8))
+    space = PerLayer(methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (1, 8)})
     search = tiny_search(tmp_path / "runs", space=space, tracking=uri, score_check=True)
     search.run(trials=11, progress=False)
     client = MlflowClient(tracking_uri=uri)
@@ -180,7 +180,9 @@ def test_a_search_ends_with_it_and_writes_it_to_mlflow(tmp_path: Path) -> None:
 def test_what_goes_wrong_in_it_does_not_end_a_search(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)), score_check=True)
+    search = tiny_search(
+        tmp_path, space=PerLayer(methods=("lora",), sizes={"rank": (1, 8)}), score_check=True
+    )
     (tmp_path / "scores").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger="autopeft"):
         front = search.run(trials=10, progress=False)

@@ -88,7 +88,7 @@ def test_a_search_neither_prints_nor_keeps_a_password(
     settings = {
         "backbone": str(save_tiny_model(tmp_path / "model")),
         "task": {"type": "TextClassification", "dataset": str(save_learnable_csv(tmp_path / "data.csv"))},
-        "space": {"type": "Uniform", "ranks": [1, 8]},
+        "space": {"type": "Uniform", "sizes": {"rank": [1, 8]}},
         "objectives": ["accuracy", "trainable_parameters"],
         "training": {"epochs": 1, "batch_size": 8, "device": "cpu"},
         "tracking": NOWHERE,

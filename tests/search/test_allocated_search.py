@@ -9,7 +9,7 @@ from autopeft.search_spaces import Uniform
 from autopeft.training.settings import Training
 from tests.learnable import outcomes, tiny_search
 
-SPACE = Uniform(ranks=(8, 8), learning_rate=(1e-2, 3e-2), allocations=("elalora",))
+SPACE = Uniform(sizes={"rank": (8, 8)}, learning_rate=(1e-2, 3e-2), allocations=("elalora",))
 TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 

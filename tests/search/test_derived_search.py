@@ -24,7 +24,7 @@ TRAINING = Training(epochs=3, batch_size=8, device="cpu", precision="32-true")
 
 def search(folder: Path, **settings: Any) -> Search:
     defaults: dict[str, Any] = {
-        "space": Uniform(ranks=(4, 16), learning_rate=(5e-3, 3e-2)),
+        "space": Uniform(sizes={"rank": (4, 16)}, learning_rate=(5e-3, 3e-2)),
         "objectives": ("accuracy", "trainable_parameters", "peak_memory"),
         "training": TRAINING,
         "derive": True,

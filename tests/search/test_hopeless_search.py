@@ -15,7 +15,7 @@ from tests.learnable import tiny_search
 
 @pytest.mark.slow
 def test_a_search_in_which_all_fails_alike_stops_and_says_why(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 4)), baselines=False)
+    search = tiny_search(tmp_path, space=PerLayer(methods=("lora",), sizes={"rank": (1, 4)}), baselines=False)
 
     def fail(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if module.training and type(output.logits) is torch.Tensor and not output.logits.is_meta:

@@ -31,7 +31,7 @@ is_language = "language" in sys.argv[4]
 search = Search(
     place / ("language" if is_language else "model"),
     (CausalLM if is_language else TextClassification)(dataset=place / "data.csv"),
-    PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), ranks=(1, 4)),
+    PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), sizes={"rank": (1, 4)}),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     halving=halving if "rungs" in sys.argv[4] else None,
     warm_start="warm" in sys.argv[4],

@@ -57,7 +57,7 @@ def test_trials_may_finish_out_of_order(tmp_path: Path) -> None:
     search = tiny_search(
         tmp_path,
         executor=Shuffled,
-        space=PerLayer(methods=("lora",), ranks=(1, 4)),
+        space=PerLayer(methods=("lora",), sizes={"rank": (1, 4)}),
         halving=SuccessiveHalving(rungs=(1 / 3,), reduction_factor=2),
         training=TRAINING,
         seeds=2,
@@ -135,7 +135,7 @@ def test_name_folder_and_front_load_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_an_interrupt_while_scores_are_computed_leaves_a_search_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = tiny_search(tmp_path, space=ScoreGuided(ranks=(1, 4)), sampler="ehvi")
+    search = tiny_search(tmp_path, space=ScoreGuided(sizes={"rank": (1, 4)}), sampler="ehvi")
     with monkeypatch.context() as patch:
 
         def interrupted(*arguments: Any, **options: Any) -> None:
@@ -181,7 +181,7 @@ def test_failed_trials_are_tried_again_on_request(tmp_path: Path, capsys: pytest
     logging.getLogger("autopeft.evaluation.run").setLevel(logging.ERROR)
     settings: dict[str, Any] = {
         "baselines": False,
-        "space": Uniform(ranks=(1, 8), learning_rate=(1e-4, 1e-2)),
+        "space": Uniform(sizes={"rank": (1, 8)}, learning_rate=(1e-4, 1e-2)),
     }
     search = tiny_search(tmp_path, **settings)
 
@@ -215,7 +215,7 @@ def test_what_is_promising_and_paused_is_named(tmp_path: Path, capsys: pytest.Ca
         tmp_path,
         baselines=False,
         task=learnable_task(rows=96),
-        space=Uniform(ranks=(1, 8), learning_rate=1e-2),
+        space=Uniform(sizes={"rank": (1, 8)}, learning_rate=1e-2),
         halving=SuccessiveHalving(rungs=(2 / 3,), reduction_factor=9),
         training=replace(TRAINING, epochs=6),
     )
@@ -286,7 +286,9 @@ def test_a_tracker_that_does_not_start_leaves_the_search_closed(
 
 def test_adapter_parameters_can_be_an_objective(tmp_path: Path) -> None:
     objectives = ("accuracy", "adapter_parameters")
-    search = tiny_search(tmp_path, objectives=objectives, space=ScoreGuided(ranks=(1, 4)), sampler="ehvi")
+    search = tiny_search(
+        tmp_path, objectives=objectives, space=ScoreGuided(sizes={"rank": (1, 4)}), sampler="ehvi"
+    )
     front = search.run(trials=6, progress=False)
     head = search.open().backbone.head_parameters
     for record in front.records:
@@ -297,7 +299,7 @@ def test_adapter_parameters_can_be_an_objective(tmp_path: Path) -> None:
 
 
 def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 16))
+    space = Uniform(sizes={"rank": (1, 16)})
     probe = tiny_search(tmp_path, space=space)
     bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
     search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})

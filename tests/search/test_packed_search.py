@@ -30,7 +30,7 @@ HALVING = SuccessiveHalving(rungs=(1 / 3,), reduction_factor=2)
 def packed_search(folder: Path, *, size: int = 4, **settings: Any) -> Search:
     defaults: dict[str, Any] = {
         "backbone": packing_backbone(),
-        "space": PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8)),
+        "space": PerLayer(methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (1, 8)}),
         "training": TRAINING,
         "objectives": ("accuracy", "trainable_parameters"),
         "executor": PackedExecutor(size=size),
@@ -69,7 +69,7 @@ def test_trials_of_a_packed_search_are_what_they_are_alone(
 
 
 def test_a_pack_has_the_seed_of_its_first_trial(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 8), learning_rate=(1e-3, 1e-2))
+    space = Uniform(sizes={"rank": (1, 8)}, learning_rate=(1e-3, 1e-2))
     front = packed_search(tmp_path, space=space, baselines=False).run(trials=8, progress=False)
     seeds = [record.evaluation.seed for record in front.records if record.duplicate_of is None]
     assert seeds == [training_seed(0, number // 4 * 4) for number in range(8)]
@@ -78,7 +78,7 @@ def test_a_pack_has_the_seed_of_its_first_trial(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_search_finds_what_an_uninterrupted_one_finds(tmp_path: Path) -> None:
     """Ctrl-C comes while the records of a pack are taken; what was taken is kept."""
-    settings: dict[str, Any] = {"space": ScoreGuided(methods=("lora",), ranks=(1, 8)), "seeds": 2}
+    settings: dict[str, Any] = {"space": ScoreGuided(methods=("lora",), sizes={"rank": (1, 8)}), "seeds": 2}
 
     def stop(record: TrialRecord, front: ParetoFront) -> None:
         if record.number == 3:
@@ -92,7 +92,7 @@ def test_an_interrupted_search_finds_what_an_uninterrupted_one_finds(tmp_path: P
 
 
 def test_the_same_configuration_is_trained_once(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 2), learning_rate=1e-2)
+    space = Uniform(sizes={"rank": (1, 2)}, learning_rate=1e-2)
     front = packed_search(tmp_path, space=space, size=8, sampler="random").run(trials=12, progress=False)
     firsts: dict[Any, int] = {}
     for record in front.records:
@@ -101,7 +101,7 @@ def test_the_same_configuration_is_trained_once(tmp_path: Path) -> None:
 
 
 def test_a_trial_that_fails_in_a_pack_is_recorded_and_the_others_complete(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 8), learning_rate=(1e-3, 1e8))
+    space = Uniform(sizes={"rank": (1, 8)}, learning_rate=(1e-3, 1e8))
     front = packed_search(tmp_path, space=space, baselines=False).run(trials=8, progress=False)
     reasons = {record.evaluation.status: record.evaluation.reason for record in front.records}
     assert reasons.keys() == {"complete", "failed"}
@@ -121,7 +121,10 @@ def test_the_executor_is_part_of_what_a_search_is(tmp_path: Path) -> None:
 
 
 def test_baselines_in_packs_are_initialised_from_random_weights(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"space": PerLayer(methods=("lora",), ranks=(1, 8)), "warm_start": True}
+    settings: dict[str, Any] = {
+        "space": PerLayer(methods=("lora",), sizes={"rank": (1, 8)}),
+        "warm_start": True,
+    }
     records = packed_search(tmp_path, **settings).run(trials=8, progress=False).records
     assert {record.baseline is None for record in records} == {True, False}
     for record in records:
@@ -129,7 +132,9 @@ def test_baselines_in_packs_are_initialised_from_random_weights(tmp_path: Path) 
 
 
 def test_a_profile_says_where_the_time_of_packs_went(tmp_path: Path) -> None:
-    search = packed_search(tmp_path, space=PerLayer(methods=("lora",), ranks=(1, 8)), halving=None, seeds=1)
+    search = packed_search(
+        tmp_path, space=PerLayer(methods=("lora",), sizes={"rank": (1, 8)}), halving=None, seeds=1
+    )
     search.run(trials=4, progress=False, profile=True)
     profile = json.loads((search.folder / PROFILE_FOLDER / "profile.json").read_text())
     calls = {name: values["calls"] for name, values in profile["sections"].items()}

@@ -22,7 +22,9 @@ from tests.exports import export
 from tests.learnable import learner, outcomes, tiny_search
 from tests.tiny_models import tiny_backbone
 
-SPACE = PerLayer(methods=("lora",), ranks=(1, 8), roles=("query", "value"), learning_rate=(1e-3, 3e-2))
+SPACE = PerLayer(
+    methods=("lora",), sizes={"rank": (1, 8)}, roles=("query", "value"), learning_rate=(1e-3, 3e-2)
+)
 
 
 @pytest.fixture(scope="module")

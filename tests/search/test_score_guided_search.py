@@ -30,7 +30,7 @@ from autopeft.sensitivity.allocation import ALLOCATORS
 from tests.learnable import TRAINING, outcomes, tiny_search
 from tests.tiny_models import tiny_backbone
 
-SPACE = ScoreGuided(scores=("gradient_norm", "gora"), ranks=(1, 8), learning_rate=(1e-3, 1e-2))
+SPACE = ScoreGuided(scores=("gradient_norm", "gora"), sizes={"rank": (1, 8)}, learning_rate=(1e-3, 1e-2))
 
 
 def parameters_of(search: Search) -> list[dict[str, Any]]:
@@ -44,7 +44,8 @@ def parameters_of(search: Search) -> list[dict[str, Any]]:
     [
         SPACE,
         pytest.param(
-            PerLayer(methods=("lora", "series"), ranks=(1, 8), widths=(1, 8)), marks=pytest.mark.slow
+            PerLayer(methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (1, 8)}),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -85,7 +86,7 @@ def test_five_trials_try_every_method_and_have_few_baselines(tmp_path: Path) -> 
 def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path: Path) -> None:
     is_spectral = ALLOCATORS[allocator].evidence == "spectra"
     score = "gradient_spectrum" if is_spectral else "gradient_norm"
-    space = ScoreGuided(scores=(score,), ranks=(1, 8), allocator=allocator)
+    space = ScoreGuided(scores=(score,), sizes={"rank": (1, 8)}, allocator=allocator)
     search = tiny_search(tmp_path, space=space, score_check=False)
     records = search.run(trials=5, progress=False).records
     assert {record.evaluation.status for record in records} == {"complete"}
@@ -112,7 +113,7 @@ def test_an_allocator_that_cannot_read_the_scores_is_refused(settings: dict[str,
 @pytest.mark.parametrize("ranks", [(1, 8), (16, 64), (32, 32)])
 def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_path: Path) -> None:
     """Also where the smallest size is more than a site's share of the smallest budget."""
-    space = ScoreGuided(scores=("gradient_norm",), ranks=ranks, learning_rate=(1e-3, 1e-2))
+    space = ScoreGuided(scores=("gradient_norm",), sizes={"rank": ranks}, learning_rate=(1e-3, 1e-2))
     search = tiny_search(tmp_path, space=space)
     search.validate()
     baselines = search.open().space.baselines(search.open().backbone)
@@ -133,7 +134,7 @@ def test_the_sampler_is_told_what_paused_and_infeasible_trials_are_worth(tmp_pat
 
     search = tiny_search(
         tmp_path,
-        space=ScoreGuided(scores=("gradient_norm",), ranks=(1, 8)),
+        space=ScoreGuided(scores=("gradient_norm",), sizes={"rank": (1, 8)}),
         sampler=Watching(startup_trials=6),
         halving=SuccessiveHalving(rungs=(0.5,)),
         constraints={"trainable_parameters": "2k"},
@@ -169,7 +170,7 @@ def test_the_sampler_is_told_whether_hidden_states_are_really_served(
 
     search = tiny_search(
         tmp_path,
-        space=ScoreGuided(scores=("gradient_norm",), ranks=(1, 8)),
+        space=ScoreGuided(scores=("gradient_norm",), sizes={"rank": (1, 8)}),
         sampler=Watching(startup_trials=2),
         training=replace(TRAINING, frozen_blocks=frozen_blocks),
         executor=executor,

@@ -24,9 +24,17 @@ from tests.records import front_of
 from tests.tiny_models import fingerprint, logits_of, tiny_batch, tiny_classifier, tiny_tokenizer
 
 SPACES = (
-    PerLayer(methods=("lora", "prefix"), ranks=(1, 4), prefix_lengths=(1, 4), roles=("query", "attention")),
-    PerLayer(methods=("lora", "layernorm", "series"), ranks=(1, 4), widths=(2, 4), encoding="conditional"),
-    Uniform(methods=("lora", "ia3"), ranks=(1, 4)),
+    PerLayer(
+        methods=("lora", "prefix"),
+        sizes={"rank": (1, 4), "prefix length": (1, 4)},
+        roles=("query", "attention"),
+    ),
+    PerLayer(
+        methods=("lora", "layernorm", "series"),
+        sizes={"rank": (1, 4), "bottleneck width": (2, 4)},
+        encoding="conditional",
+    ),
+    Uniform(methods=("lora", "ia3"), sizes={"rank": (1, 4)}),
     AutoPEFTPaper(),
 )
 
@@ -91,7 +99,7 @@ def test_baselines_come_first_and_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_not_trained_twice(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 2), learning_rate=1e-2)
+    space = Uniform(sizes={"rank": (1, 2)}, learning_rate=1e-2)
     search = tiny_search(tmp_path, space=space)
     trained: list[str] = []
     train = search.open().evaluator.train
@@ -112,7 +120,7 @@ def test_duplicates_are_not_trained_twice(tmp_path: Path) -> None:
 
 
 def test_a_budget_of_compute_ends_when_the_space_is_used_up(tmp_path: Path) -> None:
-    search = tiny_search(tmp_path, space=Uniform(ranks=(1, 2), learning_rate=1e-2))
+    search = tiny_search(tmp_path, space=Uniform(sizes={"rank": (1, 2)}, learning_rate=1e-2))
     front = search.run(cpu_seconds=3600, progress=False)
     assert {record.evaluation.configuration.key for record in front.records} == {
         record.evaluation.configuration.key for record in front.records[:2]
@@ -120,7 +128,7 @@ def test_a_budget_of_compute_ends_when_the_space_is_used_up(tmp_path: Path) -> N
 
 
 def test_candidates_that_break_a_constraint_are_not_trained(tmp_path: Path) -> None:
-    space = Uniform(ranks=(1, 16))
+    space = Uniform(sizes={"rank": (1, 16)})
     search = tiny_search(tmp_path, space=space)
     small, large = space.extremes(search.open().backbone)
     bound = count_parameters(search.open().backbone, large) // 6

@@ -26,7 +26,7 @@ def of_one_trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pareto
     ("change", "message"),
     [
         ({"seed": 1}, r"search\.seed: '0' there, '1' here"),
-        ({"space": Uniform(ranks=(1, 16))}, r"space\.ranks"),
+        ({"space": Uniform(sizes={"rank": (1, 16)})}, r"space\.sizes"),
         ({"training": replace(TRAINING, epochs=2)}, r"training\.epochs: '1' there, '2' here"),
         ({"sampler": RandomSampler()}, r"search\.sampler: 'tpe' there, 'optuna\.samplers\._random"),
         ({"sampler": "random"}, r"search\.sampler: 'tpe' there, 'random' here"),

@@ -34,7 +34,9 @@ from tests.learnable import outcomes, tiny_evaluator, tiny_search
 from tests.packed import assert_alike, packing_evaluator
 from tests.tiny_models import everywhere
 
-SPACE = PerLayer(methods=("lora",), ranks=(1, 4), roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2))
+SPACE = PerLayer(
+    methods=("lora",), sizes={"rank": (1, 4)}, roles=("query", "ffn_up"), learning_rate=(1e-3, 3e-2)
+)
 TRAINING = Training(epochs=4, batch_size=8, device="cpu", precision="32-true")
 
 
@@ -176,7 +178,7 @@ def test_the_largest_lora_is_paid_for_out_of_the_budget(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_has_other_methods_starts_from_random_weights(tmp_path: Path) -> None:
-    space = Uniform(methods=("lora", "series"), ranks=(1, 4), widths=(1, 4))
+    space = Uniform(methods=("lora", "series"), sizes={"rank": (1, 4), "bottleneck width": (1, 4)})
     search = warm_search(tmp_path, space=space, baselines=False)
     records = list(search.run(trials=8, progress=False).records)
     covered = [set(record.evaluation.configuration.methods) <= {"lora"} for record in records]
@@ -185,7 +187,7 @@ def test_what_has_other_methods_starts_from_random_weights(tmp_path: Path) -> No
 
 
 def test_a_space_without_lora_has_no_warm_starts(tmp_path: Path) -> None:
-    search = warm_search(tmp_path, space=Uniform(methods=("series",), widths=(1, 4)))
+    search = warm_search(tmp_path, space=Uniform(methods=("series",), sizes={"bottleneck width": (1, 4)}))
     records = list(search.run(trials=3, progress=False).records)
     assert warm_starts(records) == [False] * 3
     found = WarmStarts(search.open().evaluator, search.space, tmp_path / "none")

@@ -20,7 +20,7 @@ from tests.loss_task import CROSS_ENTROPY
 from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
-SPACE = ScoreGuided(scores=("condition_number",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
+SPACE = ScoreGuided(scores=("condition_number",), sizes={"rank": (1, 16)}, learning_rate=(1e-4, 1e-2))
 SPACE = SPACE.with_scores(compute_scores(BACKBONE, (), CROSS_ENTROPY, SPACE.scores))
 
 
@@ -51,7 +51,7 @@ def test_a_size_of_a_ladder_is_changed_to_the_next() -> None:
 
 
 def test_slots_of_several_blocks_change_together_and_methods_without_a_size_are_added() -> None:
-    space = PerLayer(methods=("lora", "ia3"), groups=1, ranks=(3, 20), learning_rate=1e-3)
+    space = PerLayer(methods=("lora", "ia3"), groups=1, sizes={"rank": (3, 20)}, learning_rate=1e-3)
     mutator, generator = space.mutator(BACKBONE), random.Random(0)
     parent = space.baselines(BACKBONE)[1].configuration
     children = {mutator({parent: 1.0}, generator) for _ in range(100)}

@@ -69,8 +69,8 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
     {
         "per-layer": PerLayer(),
         "per-layer-conditional": PerLayer(encoding="conditional"),
-        "per-layer-groups": PerLayer(groups=2, ranks=(2, 12), encoding="conditional"),
-        "per-layer-one-group": PerLayer(groups=1, methods=("series",), widths=(3, 3)),
+        "per-layer-groups": PerLayer(groups=2, sizes={"rank": (2, 12)}, encoding="conditional"),
+        "per-layer-one-group": PerLayer(groups=1, methods=("series",), sizes={"bottleneck width": (3, 3)}),
         "per-layer-without-sizes": PerLayer(
             methods=("ia3", "layernorm"), roles=("ffn_down", "ffn_norm", "attention_norm")
         ),
@@ -80,11 +80,13 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
             options={"lora": {"alpha": 16, "rslora": False}, "parallel": {"scaling": 1.0}},
         ),
         "uniform": Uniform(),
-        "uniform-several": Uniform(methods=("lora", "prefix", "ia3"), ranks=(3, 9), learning_rate=1e-3),
+        "uniform-several": Uniform(
+            methods=("lora", "prefix", "ia3"), sizes={"rank": (3, 9)}, learning_rate=1e-3
+        ),
         "uniform-allocations": Uniform(methods=("lora", "adalora"), allocations=("adalora", "ist")),
         "paper": AutoPEFTPaper(),
         "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
-        "own": EverySlot(methods=("lora", "ia3"), ranks=(2, 4)),
+        "own": EverySlot(methods=("lora", "ia3"), sizes={"rank": (2, 4)}),
     }
 )
 
@@ -105,7 +107,11 @@ _GUIDED: dict[str, dict[str, Any]] = {
     "guided": {},
     "guided-gora": {"allocator": "gora"},
     "guided-allocations": {"allocations": ("sora", "elalora")},
-    "guided-mixed": {"methods": ("lora", "series", "prefix"), "ranks": (2, 9), "learning_rate": 1e-3},
+    "guided-mixed": {
+        "methods": ("lora", "series", "prefix"),
+        "sizes": {"rank": (2, 9)},
+        "learning_rate": 1e-3,
+    },
 }
 PAIRS += [
     pytest.param(guided(backbone, **options), backbone, id=f"{name}-{architecture}")
@@ -115,25 +121,28 @@ PAIRS += [
 
 TINY: Mapping[str, SearchSpace] = MappingProxyType(
     {
-        "per-layer": PerLayer(methods=("lora",), roles=("ffn_up",), ranks=(1, 3), learning_rate=1e-3),
+        "per-layer": PerLayer(
+            methods=("lora",), roles=("ffn_up",), sizes={"rank": (1, 3)}, learning_rate=1e-3
+        ),
         "per-layer-conditional": PerLayer(
             methods=("ia3", "lora"),
             roles=("ffn_up", "ffn_down"),
-            ranks=(2, 2),
+            sizes={"rank": (2, 2)},
             learning_rate=1e-3,
             encoding="conditional",
         ),
         "per-layer-two-methods": PerLayer(
             methods=("series", "prefix"),
             roles=("attention",),
-            widths=(1, 2),
-            prefix_lengths=(4, 4),
+            sizes={"bottleneck width": (1, 2), "prefix length": (4, 4)},
             learning_rate=1e-3,
         ),
         "per-layer-group": PerLayer(
-            methods=("lora",), roles=("ffn_up",), ranks=(1, 4), groups=1, learning_rate=1e-3
+            methods=("lora",), roles=("ffn_up",), sizes={"rank": (1, 4)}, groups=1, learning_rate=1e-3
         ),
-        "uniform": Uniform(methods=("lora", "series"), ranks=(1, 8), widths=(2, 3), learning_rate=1e-3),
+        "uniform": Uniform(
+            methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (2, 3)}, learning_rate=1e-3
+        ),
     }
 )
 

@@ -12,7 +12,7 @@ from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces import PerLayer
+from autopeft.search_spaces import NASPEFTPaper, PerLayer
 from autopeft.search_spaces.method_space import size_ladder
 from tests.tiny_models import tiny_backbone
 
@@ -39,10 +39,12 @@ class TestSettings:
             ({"encoding": "conditionl"}, "did you mean 'conditional'"),
             ({"groups": 0}, "from 1 up, got 0"),
             ({"groups": 1.5}, "from 1 up, got 1.5"),
-            ({"ranks": (0, 8)}, r"ranks is \(smallest, largest\).*got \(0, 8\)"),
-            ({"ranks": (8, 4)}, r"ranks is .*got \(8, 4\)"),
-            ({"widths": 8}, r"widths is .*got 8"),
-            ({"prefix_lengths": (1.0, 8)}, "prefix_lengths is .*two whole numbers"),
+            ({"sizes": {"rank": (0, 8)}}, r"sizes\['rank'\] is \(smallest, largest\).*got \(0, 8\)"),
+            ({"sizes": {"lora": (8, 4)}}, r"sizes\['lora'\] is .*got \(8, 4\)"),
+            ({"sizes": {"bottleneck width": 8}}, r"width'\] is .*got 8"),
+            ({"sizes": {"prefix length": (1.0, 8)}}, "is .*two whole numbers"),
+            ({"sizes": {"ranks": (1, 8)}}, "size or method in sizes 'ranks'.*did you mean 'rank'"),
+            ({"methods": ("ia3", "lora"), "sizes": {"ia3": (1, 8)}}, "size or method in sizes 'ia3'"),
             ({"learning_rate": 0}, "above 0"),
             ({"learning_rate": (1e-2, 1e-4)}, "the lowest first"),
             ({"learning_rate": (1e-4, 1e-3, 1e-2)}, "is a number, or"),
@@ -108,14 +110,23 @@ class TestLadders:
         ],
     )
     def test_powers_of_two_and_both_ends(self, bounds: Any, expected: tuple[int, ...]) -> None:
-        assert size_ladder(bounds, "ranks") == expected
+        assert size_ladder(bounds, "sizes") == expected
+
+    def test_bounds_hold_for_all_sizes_of_a_name_or_for_one_method(self) -> None:
+        methods = ("lora", "vera", "gralora", "loreft", "lora_xs", "oft", "prefix")
+        space = PerLayer(methods=methods, sizes={"rank": (2, 8), "vera": (32, 32)})
+        found = {method: tuple(space.choice_of(method).sizes) for method in methods}
+        assert found.pop("vera") == (32,)
+        assert found.pop("oft") == (2, 4, 8, 16, 32)
+        assert found.pop("prefix") == (1, 2, 4, 8, 16, 32)
+        assert set(found.values()) == {(2, 4, 8)}
+        assert NASPEFTPaper().choice_of("lora").largest.size == 16
+        assert NASPEFTPaper(sizes={"rank": (1, 2)}).choice_of("lora").largest.size == 2
 
     def test_sizes_and_options_of_each_method(self) -> None:
         space = PerLayer(
             methods=("lora", "series", "prefix", "ia3"),
-            ranks=(4, 8),
-            widths=(16, 16),
-            prefix_lengths=(3, 3),
+            sizes={"rank": (4, 8), "bottleneck width": (16, 16), "prefix length": (3, 3)},
             options={"lora": {"alpha": 2}},
         )
         assert space.choice_of("lora").adapters == tuple(Adapter("lora", r, {"alpha": 2}) for r in (4, 8))
@@ -231,7 +242,9 @@ class TestEncodings:
             assert conditional.suggest(FixedTrial(encoded), BERT) == configuration
 
     def test_one_size_needs_no_question(self) -> None:
-        space = PerLayer(methods=("lora", "ia3"), roles=("query",), ranks=(8, 8), learning_rate=1e-3)
+        space = PerLayer(
+            methods=("lora", "ia3"), roles=("query",), sizes={"rank": (8, 8)}, learning_rate=1e-3
+        )
         assert set(self._asked(space, 0)) == {"0.on", "0.query.method", "1.on", "1.query.method"}
 
 
@@ -278,7 +291,7 @@ class TestLearningRate:
 
 class TestWhatToTryFirst:
     def test_anchors(self) -> None:
-        space = PerLayer(methods=("lora", "series"), ranks=(1, 16), roles=("query", "ffn"))
+        space = PerLayer(methods=("lora", "series"), sizes={"rank": (1, 16)}, roles=("query", "ffn"))
         baselines = {baseline.name: baseline.configuration for baseline in space.baselines(BERT)}
         assert list(baselines) == [
             "head alone",
@@ -296,7 +309,7 @@ class TestWhatToTryFirst:
         assert len(baselines["lora(4) everywhere"]) == 2
 
     def test_one_group_has_no_top_half(self) -> None:
-        space = PerLayer(methods=("lora",), groups=1, ranks=(4, 4))
+        space = PerLayer(methods=("lora",), groups=1, sizes={"rank": (4, 4)})
         assert [baseline.name for baseline in space.baselines(BERT)] == [
             "head alone",
             "lora(4) everywhere",
@@ -312,7 +325,9 @@ class TestWhatToTryFirst:
         assert sizes == {1}, "the smallest"
 
     def test_the_largest_point_takes_the_method_with_most_parameters_at_each_slot(self) -> None:
-        space = PerLayer(methods=("series", "prefix"), widths=(1, 4), prefix_lengths=(1, 32))
+        space = PerLayer(
+            methods=("series", "prefix"), sizes={"bottleneck width": (1, 4), "prefix length": (1, 32)}
+        )
         _, largest = space.extremes(BERT)
         chosen = {site.role: several[0].method for site, several in largest.adapters.items()}
         assert chosen == {"attention": "prefix", "ffn": "series"}
@@ -322,7 +337,7 @@ class TestWhatToTryFirst:
         assert PerLayer().count(BERT) == (8**6 * 21 * 15) ** 2
 
     def test_description_lists_the_choices(self) -> None:
-        text = PerLayer(methods=("lora", "ia3"), ranks=(2, 8), roles=("query",)).describe(BERT)
+        text = PerLayer(methods=("lora", "ia3"), sizes={"rank": (2, 8)}, roles=("query",)).describe(BERT)
         assert "2 groups of blocks (0, 1)" in text
         assert "  query: off, lora 2|4|8, ia3" in text
         assert "log-uniform in [0.0003, 0.01]" in text

@@ -76,7 +76,7 @@ def test_low_memory_leaves_the_lower_half_alone() -> None:
 
 
 def test_settings_of_a_preset_can_be_replaced() -> None:
-    space = Servable(ranks=(16, 16), roles=("query",))
+    space = Servable(sizes={"rank": (16, 16)}, roles=("query",))
     drawn = space.extremes(backbone_of("bert"))[1]
     assert {str(adapter) for _, adapter in drawn} == {"lora(16)"}
     assert len(Stratified().block_groups(backbone_of("bert"))) == 3

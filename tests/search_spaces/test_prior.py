@@ -24,7 +24,7 @@ from tests.tiny_models import tiny_backbone
 
 FOUR = tiny_backbone("bert", num_hidden_layers=4)
 TWO = {"": 2}
-LORA = PerLayer(methods=("lora",), ranks=(1, 16), learning_rate=(1e-4, 1e-2))
+LORA = PerLayer(methods=("lora",), sizes={"rank": (1, 16)}, learning_rate=(1e-4, 1e-2))
 
 
 def configuration(sizes: Mapping[str, int], rate: float = 1e-3, method: str = "lora") -> Configuration:
@@ -117,8 +117,8 @@ def test_sizes_methods_and_rates_are_those_of_the_space() -> None:
     [
         LORA,
         PerLayer(methods=("lora", "ia3"), groups=2),
-        ScoreGuided(ranks=(1, 16)),
-        Uniform(ranks=(1, 16)),
+        ScoreGuided(sizes={"rank": (1, 16)}),
+        Uniform(sizes={"rank": (1, 16)}),
         AutoPEFTPaper(),
     ],
     ids=lambda space: type(space).__name__,

@@ -13,7 +13,7 @@ BERT = tiny_backbone("bert")
 
 
 def test_one_adapter_sits_on_every_site_that_can_take_it() -> None:
-    space = Uniform(ranks=(1, 8), learning_rate=1e-3)
+    space = Uniform(sizes={"rank": (1, 8)}, learning_rate=1e-3)
     found = space.suggest(FixedTrial({"method": "lora", "lora.size": 4}), BERT)
     linear = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
     assert found == Configuration(
@@ -30,13 +30,13 @@ def test_roles_narrow_it_down() -> None:
 
 
 def test_choices_carry_the_options() -> None:
-    space = Uniform(methods=("lora", "ia3"), ranks=(3, 5), options={"lora": {"alpha": 2}})
+    space = Uniform(methods=("lora", "ia3"), sizes={"rank": (3, 5)}, options={"lora": {"alpha": 2}})
     assert list(space.adapters()) == ["lora(3, alpha=2)", "lora(4, alpha=2)", "lora(5, alpha=2)", "ia3()"]
     assert space.count(BERT) == 4
 
 
 def test_only_a_uniform_point_has_an_encoding() -> None:
-    space = Uniform(ranks=(1, 8), roles=("query",), learning_rate=1e-3)
+    space = Uniform(sizes={"rank": (1, 8)}, roles=("query",), learning_rate=1e-3)
     everywhere = {Site(block, "query"): Adapter("lora", 4) for block in (0, 1)}
     assert space.encode(Configuration(everywhere), BERT) == {"method": "lora", "lora.size": 4}
     for adapters in (
@@ -50,7 +50,7 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
 
 
 def test_anchors_are_three_sizes_of_each_method() -> None:
-    space = Uniform(methods=("lora", "ia3"), ranks=(1, 64))
+    space = Uniform(methods=("lora", "ia3"), sizes={"rank": (1, 64)})
     assert [baseline.name for baseline in space.baselines(BERT)] == [
         "lora(1) everywhere",
         "ia3() everywhere",
@@ -60,7 +60,7 @@ def test_anchors_are_three_sizes_of_each_method() -> None:
 
 
 def test_extremes_compare_methods() -> None:
-    smallest, largest = Uniform(methods=("lora", "ia3", "layernorm"), ranks=(4, 8)).extremes(BERT)
+    smallest, largest = Uniform(methods=("lora", "ia3", "layernorm"), sizes={"rank": (4, 8)}).extremes(BERT)
     assert smallest.methods == ("layernorm",)
     assert largest == smallest.replace(
         adapters={site: Adapter("lora", 8) for site, shape in BERT.sites.items() if shape.kind == "linear"}
@@ -71,7 +71,7 @@ def test_extremes_compare_methods() -> None:
     ("settings", "message"),
     [
         ({"methods": ("lara",)}, "did you mean 'lora'"),
-        ({"ranks": (0, 4)}, "ranks is"),
+        ({"sizes": {"rank": (0, 4)}}, r"sizes\['rank'\] is"),
         ({"learning_rate": -1}, "above 0"),
         ({"options": {"lora": {"alpha": -1}}}, "must be above 0"),
     ],
@@ -87,7 +87,7 @@ def test_must_fit_the_backbone() -> None:
 
 
 def test_description() -> None:
-    text = Uniform(ranks=(4, 8), learning_rate=2e-3).describe(BERT)
+    text = Uniform(sizes={"rank": (4, 8)}, learning_rate=2e-3).describe(BERT)
     assert text.splitlines()[:2] == [
         "Uniform: one of lora(4), lora(8) everywhere",
         "learning rate fixed at 0.002",

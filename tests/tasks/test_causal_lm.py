@@ -166,7 +166,7 @@ def test_chats_are_read_from_a_file(tmp_path: Path) -> None:
     search = Search(
         tiny_language_model("llama"),
         task,
-        Uniform(ranks=(1, 2)),
+        Uniform(sizes={"rank": (1, 2)}),
         objectives=("loss", "trainable_parameters"),
         tokenizer=tiny_chat_tokenizer(),
         folder=tmp_path,

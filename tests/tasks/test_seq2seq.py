@@ -117,7 +117,7 @@ def test_a_search_generates_and_exports(tmp_path: Path) -> None:
     search = autopeft.Search(
         tmp_path / "base",
         pairs,
-        Uniform(ranks=(1, 8)),
+        Uniform(sizes={"rank": (1, 8)}),
         objectives=("loss", "trainable_parameters", "right"),
         tokenizer=tiny_chat_tokenizer(),
         training=Training(epochs=1, batch_size=8, device="cpu"),

@@ -113,7 +113,7 @@ def test_class_and_settings_of_callbacks_are_part_of_the_identity() -> None:
 @pytest.mark.slow
 def test_a_search_with_layer_sampling_and_a_callback_of_ones_own(tmp_path: Path) -> None:
     training = replace(ONE_EPOCH, callbacks=[IST(every_n_steps=2, trials=2), Count])
-    space = PerLayer(methods=("lora", "ia3"), ranks=(1, 8))
+    space = PerLayer(methods=("lora", "ia3"), sizes={"rank": (1, 8)})
     search = tiny_search(tmp_path, space=space, training=training)
     front = search.run(trials=6, progress=False)
     # IST has nothing to act on in the head alone.

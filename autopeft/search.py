@@ -52,8 +52,8 @@ class Search(SearchSettings):
         space: What to choose from; `ScoreGuided()` by default.
         objectives: Names of metrics and costs to trade off; at least one metric. By default the task's first
             metric, trainable parameters and peak memory.
-        constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`. Candidates
-            that break one are not trained.
+        constraints: Bounds checked before training, as in `{"peak_memory": "12 GiB"}`, beside those that the
+            space brings along, as `Tiny` does. Candidates that break one are not trained.
         training: What every candidate has in common.
         halving: How candidates are trained in part and the promising ones on; None to train each to
             the end.

@@ -111,7 +111,9 @@ class SearchSettings:
         if objectives is None:
             objectives = (task.metrics[0].name, "trainable_parameters", "peak_memory")
         self.objectives = resolve_objectives(objectives, task.objectives)
-        self.constraints = resolve_constraints(constraints or {}, task.objectives)
+        self.constraints = resolve_constraints(
+            {**self.space.constraints, **(constraints or {})}, task.objectives
+        )
         self.training = Training() if training is None else training
         self.halving = halving
         self.warm_start = warm_start

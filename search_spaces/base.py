@@ -89,6 +89,11 @@ class SearchSpace(ABC):
         """Names of the sensitivity scores that a search has to compute before it can use the space."""
         return ()
 
+    @property
+    def constraints(self) -> Mapping[str, float | str]:
+        """Bounds that a `Search` of the space has, where its own `constraints` say no others."""
+        return {}
+
     def with_scores(self, scores: Mapping[str, SiteScores]) -> Self:
         """Return the space with the scores it needs."""
         return self

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from autopeft.core.adapter import Place
+from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.methods import METHODS
+from autopeft.methods import METHODS, count_parameters
 from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_space import Sizes
 from autopeft.search_spaces.per_layer import PerLayer
 
@@ -65,14 +68,43 @@ class LowMemory(PerLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny(PerLayer):
-    """Methods of some hundred numbers a site at most; `constraints` of a search keep to a total."""
+    """Methods of few numbers; a search trains nothing of more than 10,000 adapter parameters in all.
 
-    ranks: tuple[int, int] = (1, 1)
+    The bound is a constraint: a search that is given another one of `adapter_parameters` has that. What is
+    drawn, and baselines, keep to it.
+    """
+
+    most: ClassVar[int] = 10_000
+
+    default_sizes: ClassVar[Sizes] = {"lora": (1, 1), "lora_xs": (2, 8)}
+
+    @property
+    def constraints(self) -> Mapping[str, float | str]:
+        """At most 10,000 adapter parameters."""
+        return {"adapter_parameters": self.most}
 
     @property
     def default_methods(self) -> Sequence[str]:
-        """Vectors, and LoRA at its smallest."""
-        return ("lora", "ia3", "tinylora", "ssf", "lora_xs", "layernorm", "bitfit")
+        """Numbers that all sites share, small matrices, vectors, and LoRA at its smallest."""
+        return ("tinylora", "lora_xs", "ia3", "layernorm", "bitfit", "ssf", "lora")
+
+    def draw(self, generator: random.Random, backbone: Backbone) -> Configuration:
+        """Draw a point, and leave out slots until it keeps the bound; see `SearchSpace.draw`."""
+        point, slots = super().draw(generator, backbone), self.slots(backbone)
+        generator.shuffle(slots)
+        while not self._keeps(point, backbone):
+            left_out = slots.pop().sites
+            kept = {site: several for site, several in point.adapters.items() if site not in left_out}
+            point = point.replace(adapters=kept, allocation=None).with_allocation(point.allocation)
+        return point
+
+    def all_baselines(self, backbone: Backbone) -> Iterator[Baseline]:
+        """Yield those of `PerLayer` that keep the bound."""
+        several = super().all_baselines(backbone)
+        return (known for known in several if self._keeps(known.configuration, backbone))
+
+    def _keeps(self, point: Configuration, backbone: Backbone) -> bool:
+        return count_parameters(backbone, point) - backbone.head_parameters <= self.most
 
 
 @dataclass(frozen=True, kw_only=True)

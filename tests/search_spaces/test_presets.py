@@ -5,15 +5,21 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig
 
+from autopeft.core.configuration import Configuration
 from autopeft.core.method_specs import METHOD_SPECS
-from autopeft.methods import METHODS, attach, unmergeable
+from autopeft.methods import METHODS, attach, count_parameters, unmergeable
 from autopeft.models.backbone import Backbone
+from autopeft.search import Search
 from autopeft.search_spaces import Everything, LowMemory, Mergeable, PerLayer, Servable, Stratified, Tiny
 from autopeft.search_spaces.presets import PRESETS
 from autopeft.yaml_config import build_config
+from tests.learnable import learnable_task
 from tests.tiny_models import tiny_backbone
 
 
@@ -73,6 +79,35 @@ def test_low_memory_leaves_the_lower_half_alone() -> None:
         assert lowest is None or lowest[1] >= 1
     assert "ladder" in space.methods_on(backbone)
     assert [len(group) for group in replace(space, groups=2).block_groups(backbone)] == [1, 1]
+
+
+def test_tiny_keeps_below_its_bound_at_a_real_width(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )  # MiniLM's
+    config.save_pretrained(tmp_path)
+    task = learnable_task()
+    backbone = Backbone.without_weights(tmp_path, task.head, dtype=torch.float32)
+    space, generator = Tiny(), random.Random(0)
+
+    def adapters(configuration: Configuration) -> int:
+        return count_parameters(backbone, configuration) - backbone.head_parameters
+
+    drawn = [space.draw(generator, backbone) for _ in range(20)]
+    assert len({space.encode(configuration, backbone) and configuration.key for configuration in drawn}) > 15
+    assert 5_000 < max(map(adapters, drawn)) <= 10_000
+    assert {method for configuration in drawn for method in configuration.methods} == {*space.default_methods}
+    assert all(adapters(known.configuration) <= 10_000 for known in space.baselines(backbone))
+    # What is made from the drawn may go beyond, and is not trained.
+    assert adapters(space.extremes(backbone)[1]) > 10_000
+    (bound,) = Search(str(tmp_path), task, space, tracking=None).constraints
+    assert (bound.objective.name, bound.bound) == ("adapter_parameters", 10_000)
+    given = {"adapter_parameters": "5k", "peak_memory": "1 GiB"}
+    found = Search(str(tmp_path), task, space, constraints=given, tracking=None).constraints
+    assert {limit.objective.name: limit.bound for limit in found} == {
+        "adapter_parameters": 5_000,
+        "peak_memory": 2**30,
+    }
 
 
 def test_settings_of_a_preset_can_be_replaced() -> None:

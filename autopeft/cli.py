@@ -146,7 +146,7 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """List the adapter methods with what they can do, found out on the installed peft."""
-    from autopeft.evaluation.method_table import method_table
+    from autopeft.export.method_table import method_table
 
     found = method_table(model)
     if as_json:

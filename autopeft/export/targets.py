@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_spec import B_RATE
+from autopeft.core.method_specs import method_spec
 from autopeft.export.conversion import as_exported
 from autopeft.export.folder_format import Layout, adapter_layout
 from autopeft.export.serving import SERVERS
@@ -28,6 +29,12 @@ TARGETS: Mapping[str, str] = {
 """What each target is, as a phrase."""
 LORA_TARGETS = ("lora", *SERVERS)
 """Those that are given one LoRA, whatever the configuration has."""
+
+
+def becomes_lora(method: str) -> bool:
+    """Return whether an export can make a LoRA of a method's adapters on linear layers without a bias."""
+    specification = method_spec(method)
+    return "linear" in specification.kinds and not specification.needs_bias and METHODS[method].is_mergeable
 
 
 def layout_of(target: str, by_method: Mapping[str, Placement]) -> Layout:

@@ -42,7 +42,7 @@ class Method(ABC):
 
     * `count` equals the number of parameters that `attach` makes trainable at the site, and `count_shared`
       the number of those that sites share;
-    * right after `attach` the model computes what it computed before (prefix changes it slightly);
+    * right after `attach` the model computes what it computed before, if it `starts_at_base`;
     * closing `undo` leaves the very module and parameter objects that were there before, bit-identical;
     * methods can be attached to one model one after another, wrapping ones first.
     """
@@ -57,6 +57,11 @@ class Method(ABC):
     def is_mergeable(self) -> bool:
         """Whether weights can take its adapters in; those of others add computation of their own."""
         return False
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the model computes the same right after attaching."""
+        return True
 
     @property
     def changes_weights(self) -> bool:

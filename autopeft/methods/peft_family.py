@@ -63,6 +63,11 @@ class PeftFamily(PeftMethod):
         return abilities(self).changes_weights
 
     @cached_property
+    def starts_at_base(self) -> bool:
+        """Whether the model computes the same right after an injection (probed)."""
+        return abilities(self).starts_at_base
+
+    @cached_property
     def is_mergeable(self) -> bool:
         """Whether a merged layer computes what it did before (probed)."""
         return abilities(self).merges

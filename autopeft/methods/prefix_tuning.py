@@ -89,6 +89,7 @@ class PrefixTuning(Method):
     """
 
     name = "prefix"
+    starts_at_base = False  # every token attends to the prefix
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return a key and a value a prefix position."""

@@ -19,7 +19,6 @@ from autopeft.export.export import export_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
-from autopeft.methods.abilities import abilities
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
 from tests.exports import difference, trained
@@ -107,7 +106,7 @@ def test_is_counted_trained_and_taken_out(name: str, architecture: str) -> None:
         return torch.nn.functional.cross_entropy(backbone.model.eval()(**batch).logits, labels)
 
     with attach(backbone, configuration) as attachment:
-        if abilities(METHODS[name]).starts_at_base:
+        if METHODS[name].starts_at_base:
             torch.testing.assert_close(logits_of(backbone, batch), plain, rtol=0, atol=1e-4)
         own = {
             key: parameter for key, parameter in attachment.parameters.items() if not key.startswith("head.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from autopeft.core.configuration import Adapter, Configuration
 from autopeft.core.method_specs import METHOD_SPECS, MethodSpec
 from autopeft.core.peft_families import LEFT_OUT
 from autopeft.core.tables import Tabular, titled_table
+from autopeft.export.serving import SERVERS
+from autopeft.export.targets import becomes_lora
 from autopeft.methods import METHODS, Method, PeftMethod, count_parameters, obstacle
-from autopeft.methods.abilities import Abilities, abilities
+from autopeft.methods.abilities import PROBED_SHAPE, Abilities, abilities
 from autopeft.methods.data_initialised import OffsetLora
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
@@ -38,6 +40,11 @@ class MethodRow:
     merges: bool  # the weights can take it in
     shares_state: bool  # sites share trainable parameters
     size_pattern: bool  # one peft adapter holds several sizes
+    starts_at_base: bool  # right after attaching the model computes what it did before
+    to_lora: bool  # `export(target="lora")` makes one of it, on layers without a bias
+    takes_4_bits: bool | None  # it trains on a base in 4 bits; None where there is no bitsandbytes to ask
+    takes_8_bits: bool | None
+    servers: tuple[str, ...]  # what serves the LoRA that it is, or is made
     # What the installed peft makes of it, or of the LoRA that it is exported as; None of others and on norms.
     abilities: Abilities | None
     smallest: int | None  # parameters at the smallest size, on all sites of the model that take it
@@ -60,18 +67,18 @@ class MethodTable(Tabular):
     def table(self) -> Table:
         """Return a row a method."""
         words = ("method", "sites", "size")
-        signs = ("merges", "shares", "at base", "to LoRA", "4 bits")
-        counts = ("smallest", "middle") if self.model else ()
+        signs = ("merges", "shares", "at base", "to LoRA", "4 bits", "8 bits")
+        ends = ("servers", "smallest", "middle") if self.model else ("servers",)
         title = f"{len(self.rows)} adapter methods, with peft {self.peft}"
-        table = titled_table(title, (*words, "rate", *signs, *counts), words=words)
+        table = titled_table(title, (*words, "rate", *signs, *ends), words=(*words, "servers"))
         for row in self.rows:
-            found = row.abilities
-            probed = (found.starts_at_base, found.converts, found.takes_packed) if found else (None,) * 3
             size = f"{row.size} {row.sizes[0]} to {row.sizes[1]}" if row.sizes else "–"
-            said = (row.merges, row.shares_state, *probed)
+            packed = (row.takes_4_bits, row.takes_8_bits)
+            said = (row.merges, row.shares_state, row.starts_at_base, row.to_lora, *packed)
             marks = ("–" if sign is None else "yes" if sign else "no" for sign in said)
             costs = ("–" if count is None else f"{count:,}" for count in (row.smallest, row.middle))
-            cells = (row.name, ", ".join(row.sites), size, f"{row.rate:g}", *marks)
+            servers = ", ".join(row.servers) or "no"
+            cells = (row.name, ", ".join(row.sites), size, f"{row.rate:g}", *marks, servers)
             table.add_row(*cells, *(costs if self.model else ()))
         table.caption = "\n".join(f"No method: {name}, as {why}." for name, why in self.left_out.items())
         return table
@@ -111,6 +118,11 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
         merges=method.is_mergeable,
         shares_state=method.shares_state,
         size_pattern=isinstance(method, PeftMethod) and method.size_pattern is not None,
+        starts_at_base=method.starts_at_base,
+        to_lora=becomes_lora(name),
+        takes_4_bits=_takes(4, method, specification),
+        takes_8_bits=_takes(8, method, specification),
+        servers=tuple(SERVERS) if becomes_lora(name) else (),
         abilities=_abilities(method, specification),
         smallest=_everywhere(backbone, Adapter(name, low if sized else None)),
         middle=_everywhere(backbone, Adapter(name, middle if sized else None)),
@@ -120,6 +132,15 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
 def _abilities(method: Method, specification: MethodSpec) -> Abilities | None:
     probed = METHODS["lora"] if isinstance(method, OffsetLora) else method  # as which it is exported
     return abilities(probed) if isinstance(probed, PeftMethod) and "linear" in specification.kinds else None
+
+
+def _takes(bits: int, method: Method, specification: MethodSpec) -> bool | None:
+    if (found := _abilities(method, specification)) is not None:
+        return found.takes_4_bits if bits == 4 else found.takes_8_bits
+    layer = replace(PROBED_SHAPE, block_module="block", output_matrix_module="layer")
+    adapter = Adapter(method.name, specification.sizes[0] if specification.size_name else None)
+    # Biases of packed layers are not trained: see `Backbone.obstacle`.
+    return not specification.needs_bias and method.obstacle(layer, adapter, bits) is None
 
 
 def _everywhere(backbone: Backbone | None, adapter: Adapter) -> int | None:

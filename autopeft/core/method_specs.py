@@ -103,7 +103,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             symbol="I",
             kinds=_LINEAR,
             wraps=True,
-            rate=20.0,  # as those of SSF and RoAd, measured: `python -m benchmarks.family_rates`
+            rate=20.0,  # measured: `python -m benchmarks.family_rates`
         ),
         *PEFT_FAMILIES,
         MethodSpec(

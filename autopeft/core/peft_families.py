@@ -1,8 +1,9 @@
 """The adapter families of peft that sit on linear layers, a row each.
 
 A row is all that a family needs: `autopeft.methods.peft_family` asks the installed peft for the rest. Rates
-are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4; those of DoRA, LoKr, MiSS,
-VeRA, OFT and RoAd are measured on three backbones (`benchmarks/family_rates.py`).
+are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4. Those of DoRA, LoKr, MiSS,
+VeRA, OFT, RoAd and FourierFT were tried on three backbones (`benchmarks/family_rates.py`): MiSS, VeRA, OFT
+and RoAd have what was best, the others kept theirs.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ PEFT_FAMILIES = (
     ),
     # Kopiczko et al., "VeRA", 2024: vectors that scale random matrices, which all sites share.
     _family("vera", "V", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=20.0),
-    # VeRA with a distribution in the place of the vectors' values.
+    # Fillioux et al., "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation", 2025: VeRA with a
+    # distribution in the place of what passes between the matrices.
     _family("pvera", "Pv", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
     # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
     _family(
@@ -121,7 +123,8 @@ PEFT_FAMILIES = (
     _family("hra", "H", "reflections", principle="rotation", sizes=(2, 32)),
     # Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024.
     _family("road", "Ro", None, principle="rotation", config={"group_size": 2}, rate=10.0),
-    # An orthogonal matrix of the size between the principal parts of a weight.
+    # Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", 2026: an orthogonal
+    # matrix of the size between the principal parts of a weight.
     _family("psoft", "Ps", "rank", principle="rotation", alpha_field="psoft_alpha"),
     # Nayak et al., "Sculpting Subspaces", 2025; see `autopeft.methods.sized_by_shape`.
     _family("osf", "Os", "rank", principle="weights", size_field="effective_rank", rate=0.15),
@@ -136,7 +139,9 @@ PEFT_FAMILIES = (
         config={"init_weights": True},
         rate=30.0,
     ),
-    # Chen et al., "Circular Convolution", 2024; see `autopeft.methods.sized_by_shape`.
+    # Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024; see
+    # `autopeft.methods.sized_by_shape`. In peft's comparison 0.3 won, which would be a rate of 1,000; this is
+    # less, and not measured.
     _family(
         "c3a",
         "Cc",
@@ -149,9 +154,11 @@ PEFT_FAMILIES = (
     ),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
     _family("miss", "Mi", "rank", rate=0.5),
-    # A small network of the weight makes its update.
+    # Zhong et al., "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", 2024: a small
+    # network of the weight makes its update.
     _family("peanut", "Pe", "rank"),
-    # An update within and beside a subspace that is projected out.
+    # Kumar et al., "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models", 2025: an update
+    # within and beside a subspace that is projected out.
     _family("deft", "Df", "rank"),
     # Chavan et al., "One-for-All: Generalized LoRA", 2023: support for weight, bias and output.
     _family("glora", "Gl", "rank"),
@@ -161,7 +168,7 @@ PEFT_FAMILIES = (
 _PROMPTS = "it is put before the tokens of a whole model, not on a site"
 LEFT_OUT: Mapping[str, str] = {
     "ADAMSS": "it clusters by scikit-learn as a layer is made, and what it counts depends on the clusters",
-    "ADAPTION_PROMPT": "it replaces whole attention modules of Llama and GPT-2 alone",
+    "ADAPTION_PROMPT": "it replaces whole attention modules of Llama, Mistral and GPT-2 alone",
     "BEFT": "`bitfit` trains the same biases, of any layer",
     "BOFT": "it compiles a CUDA extension as a layer is made, and leaves CC and CXX set",
     "CARTRIDGE": _PROMPTS,

@@ -73,8 +73,7 @@ def register(method: Method, specification: MethodSpec) -> None:
 
 def is_found_elsewhere(name: str) -> bool:
     """Return whether another process finds a method by its name: it is autopeft's, or has an entry point."""
-    is_own = type(METHODS[name]).__module__.startswith("autopeft.")
-    return is_own or bool(entry_points(group="autopeft.methods", name=name))
+    return name in _BUILT_IN or bool(entry_points(group="autopeft.methods", name=name))
 
 
 def unmergeable(configuration: Configuration) -> Configuration:

@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-method.md"
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put the page's module on the path as a package that has its entry point."""
     page = PAGE.read_text(encoding="utf-8")
-    code, _, entry = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
+    code, _, entry, _ = re.findall(r"```(?:python|toml)\n(.*?)```", page, re.DOTALL)
     folder = tmp_path / "propulsion-1.0.dist-info"
     folder.mkdir()
     (tmp_path / "propulsion.py").write_text(code, encoding="utf-8")
@@ -75,6 +75,24 @@ def test_without_an_entry_point_its_export_is_checked_where_it_is_known(
     state = trained(backbone, configuration)
     report = export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch())
     assert "another process would find 'propulsion' by an entry point alone" in report.checked
+
+
+def test_another_setting_of_a_family_of_peft_s_is_a_row() -> None:
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[-1]
+    backbone = tiny_backbone("bert")
+    plain = logits_of(backbone)
+    try:
+        exec(code, {})
+        assert not is_found_elsewhere("coft")
+        adapter = Adapter("coft", 4)
+        with attach(backbone, Configuration({Site(0, "query"): adapter})) as attachment:
+            torch.testing.assert_close(logits_of(backbone), plain)
+            names = [name for name in attachment.parameters if name.startswith("0.query.coft.")]
+            own = sum(attachment.parameters[name].numel() for name in names)
+            assert own == METHODS["coft"].count(backbone.shape(Site(0, "query")), adapter) == 8 * 6
+    finally:
+        METHOD_SPECS.pop("coft", None)
+        vars(sys.modules["autopeft.methods.registry"])["_METHODS"].pop("coft", None)
 
 
 def test_a_name_is_taken_once(installed: None) -> None:

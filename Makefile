@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(INSTALL) --editable '.[docs,typecheck]'
+	$(INSTALL) --editable '.[docs,ray,typecheck]'  # a tutorial has two workers of Ray
 	@touch $@
 
 demo: setup ## Search adapters for a real model on real data, show the front, export the choice

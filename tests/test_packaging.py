@@ -196,7 +196,7 @@ def test_modules_are_short() -> None:
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    tools = (extras[extra] for extra in ("dev", "docs", "test", "typecheck"))
+    tools = (extras[extra] for extra in ("dev", "docs", "ray", "test", "typecheck"))
     wanted = {name_of(line) for line in (*project["dependencies"], *chain.from_iterable(tools))}
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {name_of(line) for line in constraints if "==" in line}

@@ -80,9 +80,10 @@ class Search(SearchSettings):
         experiment: MLflow experiment.
         tokenizer: Or another processor that the task needs, as of images. Needed where a loaded model does
             not say where it lies.
-        dtype: See `LoadOptions`, as of the next two. A loaded model is taken as it is.
+        dtype: See `LoadOptions`, as of the next three. A loaded model is taken as it is.
         quantization: "nf4" or "int8" to pack the backbone's weights.
         attention: transformers' name of an implementation of attention.
+        device_map: "auto" spreads a model that is too large for one GPU over all of them.
         head: "whole", or "last" to train its last layer alone; the layers before it then stay as they are
             drawn by a training's seed, those of a pretrained head as they are.
 

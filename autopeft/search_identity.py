@@ -23,7 +23,7 @@ from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadPart, Processor
-from autopeft.models.loading import Dtype, LoadOptions, Quantization
+from autopeft.models.loading import DeviceMap, Dtype, LoadOptions, Quantization
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
@@ -85,6 +85,7 @@ class SearchSettings:
         dtype: Dtype = "auto",
         quantization: Quantization | None = None,
         attention: str | None = None,
+        device_map: DeviceMap | None = None,
         head: HeadPart = "whole",
     ) -> None:
         make_sampler(sampler, seed)  # a name that is none shows before anything is loaded
@@ -130,7 +131,10 @@ class SearchSettings:
         self.tokenizer = tokenizer
         self.head = head
         self.dtype, self.quantization, self.attention = dtype, quantization, attention
-        self.loading = LoadOptions(dtype=dtype, quantization=quantization, attention=attention)
+        self.device_map = device_map
+        self.loading = LoadOptions(
+            dtype=dtype, quantization=quantization, attention=attention, device_map=device_map
+        )
         self._name = name
         self._root = Path(folder)
         valid_name = name is None or (isinstance(name, str) and re.fullmatch(r"\w[\w.\- ]{0,119}", name))

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from autopeft.models.spread import devices_of
+
 
 def rows_in(batch: Any) -> int:
     """Return the rows of a batch's first tensor; of a batch in parts, of all of them."""
@@ -57,8 +59,8 @@ class PeakMemory(Callback):
     """Read `torch.cuda.max_memory_allocated` over a fit.
 
     Attributes:
-        peak_bytes: Peak of live allocations on the module's device, what was there before included;
-            None where the module is not on a CUDA device.
+        peak_bytes: Peak of live allocations on the module's devices, added up, what was there before
+            included; None where the module is not on a CUDA device.
     """
 
     def __init__(self) -> None:
@@ -67,12 +69,13 @@ class PeakMemory(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting."""
         if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+            for device in devices_of(pl_module):
+                torch.cuda.reset_peak_memory_stats(device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the peak."""
         if pl_module.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(pl_module.device)
+            self.peak_bytes = sum(map(torch.cuda.max_memory_allocated, devices_of(pl_module)))
 
 
 class LearningCurve(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from autopeft import PackedExecutor
 from autopeft.core.configuration import Configuration
 from autopeft.methods import attach
+from autopeft.models.spread import keep_spread
 from autopeft.training.settings import Training
 from tests.learnable import learner, tiny_evaluator, tiny_search
 from tests.tiny_models import fingerprint
@@ -38,6 +40,22 @@ def test_a_candidate_is_trained_measured_and_taken_out() -> None:
     assert 0 <= evaluator.test(LORA, trained.state)["accuracy"] <= 1
     assert fingerprint(backbone.model) == before
     assert next(backbone.model.parameters()).device.type == "cuda"
+
+
+def test_a_model_on_two_devices_is_trained_as_on_one() -> None:
+    spread = learner()
+    last = next(name for name, module in spread.model.named_modules() if module is spread.blocks[-1])
+    nn.Module.to(spread.model, torch.device("cuda"))
+    spread.blocks[-1].to("cpu")
+    keep_spread(spread.model, [last])
+    assert [device.type for device in spread.devices] == ["cuda", "cpu"]
+    training = replace(ON_GPU, precision="32-true")
+    found, expected = (tiny_evaluator(each, training=training).train(LORA) for each in (spread, learner()))
+    assert found.evaluation.status == "complete", found.evaluation.reason
+    loss = expected.evaluation.values["validation_loss"]
+    assert found.evaluation.values["validation_loss"] == pytest.approx(loss, rel=1e-3)
+    assert found.state is not None
+    assert tiny_evaluator(spread, training=training).test(LORA, found.state).keys() >= {"accuracy"}
 
 
 def test_a_seed_means_the_same_initial_weights_as_on_the_cpu() -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the CPU's generator, and that of a CUDA device, until the end of the block.
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Seed the CPU's generator, and those of CUDA devices, until the end of the block.
 
     Not `torch.manual_seed`: where CUDA is there and not used, it keeps each call until CUDA is.
     """
-    cuda = [device] if device is not None and device.type == "cuda" else []
+    cuda = _cuda(devices)
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for gpu in cuda:
@@ -24,12 +24,26 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of the generators that a training on a device draws from, by device type."""
+def generator_states(devices: Iterable[torch.device]) -> dict[str, torch.Tensor]:
+    """Return the states of the generators on devices and the CPU: "cpu", "cuda", of a second GPU "cuda1"."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    return states | {name: torch.cuda.get_rng_state(device) for name, device in _named(devices).items()}
+
+
+def restore_generators(states: Mapping[str, torch.Tensor], devices: Iterable[torch.device]) -> None:
+    """Put the generators back to what `generator_states` has returned."""
+    torch.set_rng_state(states["cpu"])
+    for name, device in _named(devices).items():
+        if name in states:
+            torch.cuda.set_rng_state(states[name], device)
+
+
+def _cuda(devices: Iterable[torch.device]) -> list[torch.device]:
+    return [device for device in devices if device.type == "cuda"]
+
+
+def _named(devices: Iterable[torch.device]) -> dict[str, torch.device]:
+    return {f"cuda{place or ''}": device for place, device in enumerate(_cuda(devices))}
 
 
 def training_seed(seed: int, trial: int, training: int = 0) -> int:

@@ -89,7 +89,13 @@ class EvaluationContext:
         self._rungs, self._cache = rungs, cache
         self.monitor = next(each for each in objectives if each.is_metric and not each.at_end)
         self.device = training.resolved_device()
-        nn.Module.to(backbone.model, self.device)
+        if len(backbone.devices) == 1:
+            nn.Module.to(backbone.model, self.device)
+        elif self.device != backbone.devices[0]:
+            raise ValueError(
+                f"{backbone.name} lies on {', '.join(map(str, backbone.devices))}, but trials are trained on "
+                f"{self.device}: leave Training.device as it is, or device_map out."
+            )
         if training.gradient_checkpointing:
             backbone.enable_checkpointing()
         with section("tokenise"):

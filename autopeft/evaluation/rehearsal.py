@@ -41,7 +41,7 @@ def rehearse(evaluator: EvaluationContext, configuration: Configuration) -> None
     with (
         evaluator.own_dropout(),
         attach(evaluator.backbone, configuration, evaluator.seed) as attachment,
-        seeded(evaluator.seed, evaluator.device),
+        seeded(evaluator.seed, evaluator.backbone.devices),
     ):
         with naming(f"{name}'s training data"):
             loader = data.train_dataloader(evaluator.seed)

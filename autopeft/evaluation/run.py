@@ -149,7 +149,7 @@ class EvaluationRun:
         start = 0 if self.before is None else self.before.step
         with ExitStack() as ending:
             ending.callback(module.eval)
-            with seeded(self.seed, evaluator.device):
+            with seeded(self.seed, evaluator.backbone.devices):
                 with quiet_lightning():
                     pieces = plan.pieces(start, self.end)
                     trainer = build_trainer(

@@ -29,7 +29,8 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        weight = torch.einsum("tij,to,tn->iojn", self.rules, self.outer, self.inner)
+        rules = self.rules.to(self.outer.device)  # a model's blocks may lie on several
+        weight = torch.einsum("tij,to,tn->iojn", rules, self.outer, self.inner)
         return functional.linear(hidden, weight.reshape(len(self.bias), -1), self.bias)
 
 

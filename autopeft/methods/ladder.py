@@ -74,17 +74,17 @@ class SideNetwork(Switchable):
         """Add what the rungs make of the blocks' hidden states to what the stack returns."""
         if not self.is_on:
             return output
-        hidden = _hidden_of(output)
-        state = hidden.new_zeros(*hidden.shape[:-1], self.up.in_features)
-        weights = _weights(given.get("attention_mask"), hidden) if self.has_means else None
+        hidden, place = _hidden_of(output), self.up.weight.device  # a model's blocks may lie on several
+        state = hidden.new_zeros(*hidden.shape[:-1], self.up.in_features, device=place)
+        weights = _weights(given.get("attention_mask"), hidden).to(place) if self.has_means else None
         for block, rung in self.rungs.items():
             if (found := self._seen[block].shape) != hidden.shape:
                 raise ValueError(
                     f"A ladder cannot stand beside {type(stack).__name__}: its blocks return the shape "
                     f"{tuple(found)}, and it returns {tuple(hidden.shape)}."
                 )
-            state = rung(self._seen.pop(block), state, weights)
-        return _replaced(output, hidden, hidden + self.up(state).to(hidden.dtype))
+            state = rung(self._seen.pop(block).to(place), state, weights)
+        return _replaced(output, hidden, hidden + self.up(state).to(hidden))
 
 
 class Ladder(Method):

@@ -27,6 +27,7 @@ from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
 from autopeft.models.quantized_layers import keep_as_loaded
 from autopeft.models.site_shapes import SiteShape, all_sites
+from autopeft.models.spread import devices_of, keep_spread
 
 
 class Backbone:
@@ -50,8 +51,8 @@ class Backbone:
         head_parameters: Number of their parameters; trained with every configuration.
 
     Raises:
-        ValueError: No block was found, a head module does not exist, or quantised weights were
-            rearranged for inference.
+        ValueError: No block was found, a head module does not exist, quantised weights were rearranged for
+            inference, or a `device_map` has spread the model in a way that it cannot be trained in.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Backbone:
         self.train_head("whole")
         self.quantized = keep_as_loaded(model)
         self._block_modules = find_blocks(model)
+        keep_spread(model, (block.name for block in self._block_modules))
         self.sites: Mapping[Site, SiteShape] = all_sites(model, self._block_modules)
         names = (shape.module for shape in self.sites.values() if shape.kind == "linear")
         self.cached_casts = CachedCasts(map(model.get_submodule, names))  # before anything is put around them
@@ -200,6 +202,11 @@ class Backbone:
     def blocks_below(self, place: Place | None) -> int:
         """Return how many blocks run before one, those of the stacks before it included; all before None."""
         return len(self.places) if place is None else self.places.index(place)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where it lies; the first is where it takes its inputs."""
+        return devices_of(self.model)
 
     @property
     def own_precision(self) -> Precision:

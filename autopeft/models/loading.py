@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,6 +41,7 @@ _KINDS = {
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
+DeviceMap = Literal["auto"] | Mapping[str, int | str]
 _QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "nf4": {
         "load_in_4bit": True,
@@ -65,13 +66,18 @@ class LoadOptions:
             `BitsAndBytesConfig` give any other.
         attention: transformers' name of an implementation of attention, such as "sdpa", "eager" or
             "flash_attention_2"; None for its own choice.
+        device_map: "auto" to spread the model over all GPUs there are, or the device of each module by its
+            name, as transformers' `device_map`: each block is to have one device. None for a single device.
     """
 
     dtype: Dtype = "auto"
     quantization: Quantization | Mapping[str, Any] | None = None
     attention: str | None = None
+    device_map: DeviceMap | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.device_map, str) and self.device_map != "auto":
+            raise unknown_choice("device_map", self.device_map, ("auto",))
         if self.dtype not in get_args(Dtype):
             raise unknown_choice("dtype", str(self.dtype), get_args(Dtype))
         if self.quantization is None:
@@ -97,6 +103,8 @@ class LoadOptions:
             given = self.quantization
             packed = given if isinstance(given, Mapping) else _QUANTIZATIONS[given]
             found |= {"quantization_config": BitsAndBytesConfig(**packed), "device_map": {"": str(device)}}
+        if self.device_map is not None:
+            found["device_map"] = self.device_map
         return found
 
 
@@ -275,8 +283,10 @@ def _give_head(model: PreTrainedModel, head: HeadSpec) -> tuple[PreTrainedModel,
             f"A {type(model).__name__} cannot be put into a {type(headed).__name__}: name its folder instead."
         )
     expected = {name for name, _ in headed.named_parameters()}
+    setattr(headed, prefix, nn.Identity())
+    nn.Module.to(headed, model.device)  # without the model, which may lie on several devices
     setattr(headed, prefix, model)
-    nn.Module.to(headed, model.device).train(model.training)
+    headed.train(model.training)
     pretrained = {f"{prefix}.{name}" for name, _ in model.named_parameters()}
     absent = sorted(name for name in expected - pretrained if name.startswith(f"{prefix}."))
     if absent:

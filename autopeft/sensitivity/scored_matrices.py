@@ -18,6 +18,7 @@ from autopeft.core.seeding import seeded
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight
 from autopeft.models.site_shapes import SiteShape
+from autopeft.models.spread import devices_of
 from autopeft.tasks import Task
 
 _SHORT = 128  # tokens; at 256 the flash kernel is quicker again (9 heads of 64, and 12 of 32)
@@ -146,12 +147,12 @@ def groups_within(
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Put a model in evaluation mode with every parameter frozen; leave all as it was.
 
-    Inside, torch's random generators of the CPU and of the model's device start from `seed`; outside
+    Inside, torch's random generators of the CPU and of the model's devices start from `seed`; outside
     they go on where they were. Gradients that parameters carry are not touched.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with seeded(seed, flags[0][0].device), torch.enable_grad():
+    with seeded(seed, devices_of(model)), torch.enable_grad():
         try:
             model.eval()
             model.requires_grad_(False)

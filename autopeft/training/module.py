@@ -68,6 +68,11 @@ class FineTuning(LightningModule):
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._adds_up = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches go: the first device of a model that lies on several."""
+        return next(self.model.parameters()).device
+
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Return the model's output."""
         with self.serve(batch):

@@ -13,13 +13,37 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from autopeft.core.objectives import Objective
+from autopeft.models.spread import devices_of
 from autopeft.training.free_memory import return_free_memory
 from autopeft.training.lightning_profiler import training_profiler
 from autopeft.training.settings import Training
 
 
 class ResidentStrategy(SingleDeviceStrategy):
-    """A single device on which the model stays when training ends: Lightning would move it to the CPU."""
+    """A single device on which the model stays when training ends: Lightning would move it to the CPU.
+
+    A model that lies on several devices stays there too; this one is then where its batches go.
+    """
+
+    def model_to_device(self) -> None:
+        """Move the module; of one that lies on several devices, what has no parameters, as metrics."""
+        assert self.model is not None
+        if len(devices_of(self.model)) < 2:
+            super().model_to_device()
+            return
+        for part in self.model.children():
+            if not devices_of(part):
+                part.to(self.root_device)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as Lightning does, which moves the optimizer's state to one device."""
+        super().setup(trainer)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                moved = {
+                    name: tensor.to(parameter.device) for name, tensor in state.items() if name != "step"
+                }
+                state.update(moved)
 
     def teardown(self) -> None:
         """Release what belongs to the training, and leave the module where it is."""

@@ -18,7 +18,8 @@ from autopeft.callbacks import BestWeights
 from autopeft.core.durable_files import load_tensors, save_tensors
 from autopeft.core.evaluation import Evaluation
 from autopeft.core.profiling import section
-from autopeft.core.seeding import generator_states
+from autopeft.core.seeding import generator_states, restore_generators
+from autopeft.models.spread import devices_of
 from autopeft.training.adapter_checkpoints import TrialFiles
 
 _META = "autopeft"
@@ -40,7 +41,7 @@ class TrainingState:
         best: Value of the watched metric there.
         best_metrics: Every metric of that validation.
         optimizer: The optimizer's tensors, by "parameter|name".
-        generators: States of the random generators, by device type.
+        generators: States of the random generators, as `generator_states` names them.
         early_stopping: State of the early-stopping callback; empty without one.
         callbacks: State of each of the user's callbacks.
         kept: Tensors that are kept with the adapters and not trained, as an `Attachment` names them.
@@ -216,7 +217,7 @@ def capture_state(
             for name, parameter in trainable.items()
             for entry, value in optimizer.state[parameter].items()
         },
-        generators=generator_states(module.device),
+        generators=generator_states(devices_of(module)),
         early_stopping=early,
         callbacks=[_copies(callback.state_dict()) for callback in callbacks],
     )
@@ -243,9 +244,7 @@ def restore_state(
         early = dict(state.early_stopping)
         early["best_score"] = torch.tensor(early["best_score"])
         trainer.early_stopping_callback.load_state_dict(early)
-    torch.set_rng_state(state.generators["cpu"])
-    if "cuda" in state.generators:
-        torch.cuda.set_rng_state(state.generators["cuda"], module.device)
+    restore_generators(state.generators, devices_of(module))
 
 
 def stopped_early(trainer: Trainer) -> bool:

@@ -298,7 +298,8 @@ class HiddenStateCache:
     def _states(self, cut: int, rows: RowIndex, batch: Sequence[int]) -> Tensor:
         """Return the hidden states at a batch's tokens, of shape (tokens, width)."""
         inputs = rows.inputs(batch, self._device)
-        return states_at([cut], self.backbone, self.task, inputs)[cut][rows.inside(batch, self._device)]
+        states = states_at([cut], self.backbone, self.task, inputs)[cut].to(self._device)
+        return states[rows.inside(batch, self._device)]
 
     def _check_architecture(self, cut: int) -> None:
         """Try serving a few rows' hidden states that were computed alone: positions may count padding."""

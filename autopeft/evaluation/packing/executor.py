@@ -35,7 +35,11 @@ class PackedExecutor:
         check_whole("size", self.size, what="a number of trials", least=2)
 
     def __call__(self, runner: TrialRunner) -> _PackedJobs:
-        """Return an executor that runs jobs in this process."""
+        """Return an executor that runs jobs in this process.
+
+        Raises:
+            ValueError: The backbone lies on several devices.
+        """
         return _PackedJobs(runner, self.size)
 
 
@@ -45,6 +49,8 @@ class _PackedJobs(LocalExecutor):
     serves_hidden_states = False  # frozen blocks run once for all of a pack
 
     def __init__(self, runner: TrialRunner, size: int) -> None:
+        if len(runner.evaluator.backbone.devices) > 1:
+            raise ValueError("PackedExecutor is for a backbone on one device: leave out device_map or it.")
         super().__init__(runner)
         self._trainer = PackedTrainer(runner.evaluator)
         self._size = size

@@ -112,7 +112,7 @@ class PackedTrainer:
         pack, device = list(members.values()), self._evaluator.device
         meter, seed = ComputeMeter(device), pack[0].seed
         try:
-            with seeded(seed, device), self._evaluator.own_dropout():
+            with seeded(seed, [device]), self._evaluator.own_dropout():
                 _PackedTraining(self._evaluator, [*pack], self._structure, self._probe).run(seed)
             return {place: member.outcome(member.reason) for place, member in members.items()}
         except Exception as error:

@@ -188,9 +188,16 @@ def sensitivity(
 
 
 @app.command()
-def front(folder: Folder = Path("autopeft_runs"), name: Name = None) -> None:
+def front(
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+    points: Annotated[
+        int | None, typer.Option(help="So many at most, which leave the hypervolume large.")
+    ] = None,
+) -> None:
     """Print the Pareto front of a search."""
-    wide_console().print(_read_front(_search_folder(folder, name)).table())
+    found = _read_front(_search_folder(folder, name))
+    wide_console().print((found if points is None else found.thinned(points)).table())
 
 
 @app.command()

@@ -11,7 +11,7 @@ import numpy as np
 
 from autopeft.core.durable_files import load_json, save_json
 from autopeft.core.evaluation import TrialRecord
-from autopeft.core.pareto import contributions
+from autopeft.core.pareto import thinned
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.evaluator import Evaluator
@@ -119,7 +119,5 @@ def reach_verdict(front: ParetoFront, sweep: ParetoFront, tests: FinalTests, sha
 
 
 def finalists(front: ParetoFront) -> list[FrontPoint]:
-    """Return the points of a front that add most to its hypervolume."""
-    shares = contributions([point.values for point in front], front.axes)
-    ranked = sorted(zip(shares, front, strict=True), key=lambda pair: -pair[0])
-    return [point for _, point in ranked[:_FINALISTS]]
+    """Return the points of a front without which most of its hypervolume would be lost."""
+    return [front[index] for index in thinned([point.values for point in front], front.axes, _FINALISTS)]

@@ -200,6 +200,7 @@ def test_front_prints_the_front(place: Path) -> None:
     assert "Pareto front" in result.output
     assert "trainable_parameters" in result.output
     assert call("front", "--folder", place / "runs", "--search", "tiny").output == result.output
+    assert "Pareto front: 1 of " in call("front", "--folder", place / "runs", "--points", "1").output
 
 
 def test_front_names_the_searches_there_are(place: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -132,6 +132,23 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
     if len(axes) == 1:
         losses = [[loss, 0.0] for (loss,) in losses]  # moocore takes two objectives or more
     return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(losses[0])))]
+
+
+def thinned(
+    points: Sequence[Values], axes: Sequence[Axis], most: int, keep: Collection[int] = ()
+) -> list[int]:
+    """Return the indices of so many points at most, those in `keep` among them, whose hypervolume is large.
+
+    One after another is left out, each time that which adds least to the others: of two that are much alike,
+    one stays (Beume, Naujoks and Emmerich, "SMS-EMOA: Multiobjective Selection Based on Dominated
+    Hypervolume", 2007).
+    """
+    kept = list(range(len(points)))
+    while len(kept) > most:
+        added = contributions([points[index] for index in kept], axes)
+        places = [place for place, index in enumerate(kept) if index not in keep]
+        del kept[min(places, key=added.__getitem__)]
+    return kept
 
 
 def knee(points: Sequence[Values], axes: Sequence[Axis], tolerance: float = 0.05) -> int:

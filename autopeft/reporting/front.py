@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, overload
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import check_share, unknown_choice
+from autopeft.core.errors import check_share, check_whole, unknown_choice
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
-from autopeft.core.pareto import Axis, contributions, front_records, hypervolume, knee
+from autopeft.core.pareto import Axis, contributions, front_records, hypervolume, knee, thinned
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.formats import methods_label
@@ -252,6 +252,24 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         check_share("tolerance", tolerance, of="metric's axis")
         self._require_points()
         return self._points[knee([point.values for point in self._points], self.axes, tolerance)]
+
+    def thinned(self, points: int) -> ParetoFront:
+        """Return the front with so many points at most: the knee point, and what makes the hypervolume large.
+
+        See `autopeft.core.pareto.thinned`. The trials are all there, and no trial comes onto the front anew.
+
+        Raises:
+            ValueError: The number of points is below 1.
+        """
+        check_whole("points", points, least=1)
+        front = copy.copy(self)
+        vars(front).pop("members", None)
+        vars(front).pop("hypervolume", None)
+        values = [point.values for point in self._points]
+        if len(values) > points:
+            kept = thinned(values, self.axes, points, keep=[knee(values, self.axes)])
+            front._points = [self._points[index] for index in kept]
+        return front
 
     def trial(self, number: int) -> FrontPoint:
         """Return a trial by its number, on the front or not, completed or not.

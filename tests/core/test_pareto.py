@@ -18,6 +18,7 @@ from autopeft.core.pareto import (
     knee,
     non_dominated,
     non_dominated_sort,
+    thinned,
 )
 
 ACCURACY = Objective.score("accuracy")
@@ -264,3 +265,25 @@ def test_what_points_add_to_the_hypervolume() -> None:
     found = contributions(points, AXES[:2])
     assert found == pytest.approx([0.5 * 0.5, 0.0, 0.0, 0.25 * 0.5])
     assert contributions([], AXES) == []
+
+
+def test_of_points_that_are_much_alike_one_stays() -> None:
+    alike = [{"accuracy": 0.9 + step / 1e4, "trainable_parameters": 1e5 + step} for step in range(3)]
+    apart = {"accuracy": 0.4, "trainable_parameters": 1e3}
+    points = [*alike, apart]
+    assert max(range(4), key=contributions(points, AXES[:2]).__getitem__) == 3
+    assert len(kept := thinned(points, AXES[:2], 2)) == 2
+    assert 3 in kept
+    assert thinned(points, AXES[:2], 2, keep=[0]) == [0, 3]
+    assert thinned(points, AXES[:2], 4) == [0, 1, 2, 3]
+
+
+@given(st.lists(_inside, max_size=8), st.integers(1, 8))
+def test_the_least_is_left_out(points: list[Values], most: int) -> None:
+    kept = thinned(points, AXES, most)
+    assert len(kept) == min(most, len(points))
+    assert kept == sorted(kept)
+    if len(points) == most + 1:
+        rest = ([*points[:index], *points[index + 1 :]] for index in range(len(points)))
+        largest = max(hypervolume(others, AXES) for others in rest)
+        assert hypervolume([points[index] for index in kept], AXES) == pytest.approx(largest, abs=1e-9)

@@ -130,6 +130,19 @@ def test_hypervolume_grows_with_the_front(front: ParetoFront) -> None:
     assert 0 < fewer.hypervolume < front.hypervolume < 1
 
 
+def test_a_front_is_thinned_on_request(front: ParetoFront) -> None:
+    few = front.thinned(2)
+    assert len(few) == len(few.members) == 2
+    assert front.knee().number in few.members < front.members
+    assert few.records == front.records
+    assert few.hypervolume < front.hypervolume
+    assert len(front) == 4
+    assert [point.number for point in front.thinned(1)] == [front.knee().number]
+    assert front.thinned(9).members == front.members
+    with pytest.raises(ValueError, match="points is a whole number from 1 up, got 0"):
+        front.thinned(0)
+
+
 def test_an_empty_front_says_so() -> None:
     empty = ParetoFront([FAILED], OBJECTIVES, AXES)
     assert len(empty) == 0

@@ -174,20 +174,21 @@ def disturb(seed: int, fault: Fault, draw: random.Random) -> dict[str, int] | No
 
 def kill_a_worker(draw: random.Random) -> bool:
     """Kill one of the worker processes below this process."""
-    processes = sorted(_workers_below(os.getpid()))
+    processes = sorted(workers_below(os.getpid()))
     if processes:
         os.kill(draw.choice(processes), signal.SIGKILL)
     return bool(processes)
 
 
-def _workers_below(process: int) -> Iterator[int]:
+def workers_below(process: int) -> Iterator[int]:
+    """Yield the processes of Ray's workers that descend from a process."""
     folder = Path(f"/proc/{process}")
     with suppress(OSError):  # it has ended
         if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
             yield process
         for children in folder.glob("task/*/children"):
             for child in children.read_text().split():
-                yield from _workers_below(int(child))
+                yield from workers_below(int(child))
 
 
 class Cluster:

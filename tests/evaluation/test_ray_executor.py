@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,13 +219,15 @@ def test_rungs_and_replicates_go_to_any_worker(
 def test_a_search_whose_workers_are_killed_loses_nothing(
     tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
+    from benchmarks.worker_faults import workers_below  # it imports Ray
+
     finished: list[int] = []
     killed: list[int] = []
 
     def kill_one(record: TrialRecord, front: Any) -> None:
         finished.append(record.number)
         if len(finished) in (1, 4):  # the trial that lost its worker is done by the second time
-            killed.append(_worker_processes()[0])
+            killed.append(next(workers_below(os.getpid())))
             os.kill(killed[-1], signal.SIGKILL)
 
     run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2))
@@ -234,18 +235,3 @@ def test_a_search_whose_workers_are_killed_loses_nothing(
     assert len(killed) == 2
     assert [record.number for record in sorted(front.records, key=lambda each: each.number)] == list(range(6))
     assert all(record.evaluation.status == "complete" for record in front.records)
-
-
-def _worker_processes() -> list[int]:
-    """Return the processes of this test's Ray workers."""
-    time.sleep(0.5)
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                title = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"ray::_Worker"):
-                found.append(int(folder.name))
-    return found

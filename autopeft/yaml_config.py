@@ -231,7 +231,8 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     *parents, last = name.split(".")
     place = settings
     for parent in parents:
-        if place.get(parent) is None:  # also what YAML makes of a key with nothing behind it
+        # None is what YAML makes of a key with nothing behind it; "local" is an executor without keys.
+        if place.get(parent) in (None, "local"):
             place[parent] = {}
         if not isinstance(place[parent], dict):
             raise ValueError(f"{override!r}: {parent!r} holds {place[parent]!r}, not further keys.")

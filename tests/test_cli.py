@@ -15,7 +15,7 @@ import yaml
 from optuna.samplers import RandomSampler
 from typer.testing import CliRunner, Result
 
-from autopeft import Search
+from autopeft import RayExecutor, Search
 from autopeft.callbacks import Throughput
 from autopeft.cli import app, main
 from autopeft.core.configuration import Configuration
@@ -188,6 +188,26 @@ def test_an_interrupted_search_exits_with_130(
             assert result.exit_code == 130, result.output
             assert "Interrupted" in result.output
     assert call(*command, "run.trials=2").exit_code == 0
+
+
+@pytest.mark.parametrize("stored", [{}, {"executor": "local"}, {"executor": {"cpus_per_worker": 1}}])
+@pytest.mark.parametrize(
+    ("given", "address"), [("local", None), ("auto", "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")]
+)
+def test_ray_makes_the_executor(
+    stored: dict[str, Any],
+    given: str,
+    address: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executors: list[Any] = []
+    monkeypatch.setattr(Search, "validate", lambda self: None)
+    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(settings_of(tmp_path) | stored))
+    result = call("search", tmp_path / "search.yaml", "executor.workers=2", "--ray", given)
+    assert result.exit_code == 0, result.output
+    assert executors == [RayExecutor(workers=2, address=address)]
 
 
 def test_a_budget_of_words_is_refused(place: Path) -> None:

@@ -6,11 +6,14 @@ A folder that claims anything else is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from inspect import signature
 from math import prod
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from autopeft.core.configuration import Configuration, Site
 from autopeft.export.folder_format import HEAD_FILE, PEFT_FILE, Manifest, elements
@@ -32,6 +35,23 @@ def check_labels(folder: Path, manifest: Manifest) -> None:
         most = elements(folder / (PEFT_FILE if manifest.layout == "peft" else HEAD_FILE))
     if len(set(head.labels)) != len(head.labels) or len(head.labels) > most:
         raise ValueError(f"The manifest's {len(head.labels)} labels are not those of the head.")
+
+
+def check_quantization(manifest: Manifest) -> None:
+    """Raise where the base would be quantised by what bitsandbytes does not take, or by patterns.
+
+    transformers reads the names of modules as regular expressions, which may take forever.
+    """
+    given = manifest.quantization or {}
+    if unknown := given.keys() - signature(BitsAndBytesConfig).parameters:
+        raise ValueError(
+            f"The manifest's quantization has {min(unknown)!r}, which bitsandbytes does not take."
+        )
+    if (kind := given.get("bnb_4bit_quant_type", "nf4")) not in ("fp4", "nf4"):
+        raise ValueError(f"The manifest's bnb_4bit_quant_type is fp4 or nf4, got {kind!r}.")
+    names = given.get("llm_int8_skip_modules") or ()
+    if not isinstance(names, list | tuple) or any(not re.fullmatch(r"[\w.]+", str(name)) for name in names):
+        raise ValueError("The manifest's llm_int8_skip_modules are no list of modules' names.")
 
 
 def checked_sites(

@@ -18,6 +18,7 @@ from autopeft.export.folder_checks import (
     check_finite,
     check_head,
     check_labels,
+    check_quantization,
     check_sizes,
     checked_sites,
 )
@@ -64,6 +65,7 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
         )
     configuration = Configuration.load(folder / CONFIGURATION_FILE)
     check_labels(folder, manifest)
+    check_quantization(manifest)
     with torch.random.fork_rng(devices=[]):
         model = _with_head(base, manifest)
         sites = checked_sites(model, configuration, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class ScoreCheck(Tabular):
         frame = self.frame[::-1]  # plotly counts upwards
         bars = go.Scatter(
             x=frame["partial"],
-            y=frame["score"].map(_label),
+            y=frame["score"].map(_label).map(html.escape),
             error_x={
                 "array": frame["partial_high"] - frame["partial"],
                 "arrayminus": frame["partial"] - frame["partial_low"],
@@ -85,7 +86,9 @@ class ScoreCheck(Tabular):
         figure.add_vline(x=0, line_color="#444444")
         figure.update_xaxes(title=_AXIS, range=[-1, 1])
         height = 200 + 32 * len(frame)
-        figure.update_layout(title=self._title, template="plotly_white", width=900, height=height)
+        figure.update_layout(
+            title=html.escape(self._title), template="plotly_white", width=900, height=height
+        )
         return figure
 
     @property

@@ -71,7 +71,8 @@ class SensitivityReport(Tabular):
         """Return a plotly figure: a heat map of block and role for every score."""
         names, relative = list(self.scores), self._relative()
         rows = math.ceil(len(names) / _COLUMNS)
-        figure = make_subplots(rows=rows, cols=min(_COLUMNS, len(names)), subplot_titles=names)
+        titles = [html.escape(name) for name in names]
+        figure = make_subplots(rows=rows, cols=min(_COLUMNS, len(names)), subplot_titles=titles)
         for index, name in enumerate(names):
             cells = relative.dropna(subset=name).pivot(index="block", columns="role", values=name)
             cells = cells.reindex(

@@ -230,6 +230,47 @@ def test_a_hostile_folder_is_refused_with_one_sentence(
     assert fingerprint(base) == weights
 
 
+LOADED: dict[str, Attack] = {
+    "a type that is a function": manifest(head_dtype="load"),
+    "a type that is none": manifest(head_dtype="float128"),
+    "a type that is a list": manifest(head_dtype=["float32"]),
+    "a quantisation that is a list": manifest(quantization=["nf4"]),
+    "a quantisation by other arguments": manifest(quantization={"load_in_4bit": True, "device_map": "disk"}),
+    "a quantisation by words": manifest(quantization={"load_in_4bit": "yes"}),
+    "a quantisation to 4 and 8 bits": manifest(quantization={"load_in_4bit": True, "load_in_8bit": True}),
+    "a quantisation of a type that is none": manifest(
+        quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "fp3"}
+    ),
+    "a quantisation that computes in a function": manifest(
+        quantization={"load_in_4bit": True, "bnb_4bit_compute_dtype": "load"}
+    ),
+    "a quantisation that is stored in nothing": manifest(
+        quantization={"load_in_4bit": True, "bnb_4bit_quant_storage": "nothing"}
+    ),
+    "modules by patterns that take forever": manifest(
+        quantization={"load_in_4bit": True, "llm_int8_skip_modules": ["(.*)*" * 20 + "x"]}
+    ),
+    "modules that are a number": manifest(quantization={"load_in_4bit": True, "llm_int8_skip_modules": 3}),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", LOADED)
+def test_a_hostile_folder_does_not_say_how_a_base_is_loaded(
+    name: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_classifier("bert").save_pretrained("base")
+    shutil.copytree(folders / "peft", "folder")
+    load_adapter("base", "folder")
+    LOADED[name](Path("folder"))
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ValueError, match=r".") as found:
+        load_adapter("base", "folder")
+    assert len(str(found.value)) < 1000
+    assert sorted(Path().rglob("*")) == before, "something was executed or written"
+
+
 @pytest.mark.parametrize(
     "config",
     [

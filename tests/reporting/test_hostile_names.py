@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 
+from autopeft.core.adapter import Site
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis
 from autopeft.core.tables import markdown_block, markdown_text
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.front_plots import front_figure
+from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.mlflow.run_content import VERDICT_TAG, front_markdown
 from autopeft.reporting.mlflow.store import tag_search
+from autopeft.reporting.score_validation import ScoreCheck
+from autopeft.reporting.sensitivity_report import SensitivityReport
+from autopeft.sensitivity import SiteScores
 from tests.records import front_of, synthetic_records
 from tests.reporting.test_tracker import make, parent_run
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
+ENDS = ("", "_low", "_high")
 OBJECTIVES = resolve_objectives((HOSTILE, "trainable_parameters"), (Objective.score(HOSTILE),))
 RECORDS = [
     replace(
@@ -37,13 +45,38 @@ RECORDS = [
 
 def test_a_page_of_the_front_holds_them_as_text() -> None:
     figure = front_figure(RECORDS, front_of(RECORDS, OBJECTIVES), OBJECTIVES)
-    page = html_page(figure, title=HOSTILE)
-    assert "<img" not in page
-    assert page.count("</script>") == page.count("<script")
     texts = [figure.layout.yaxis.title.text, *(trace.name or "" for trace in figure.data)]
     texts += [text for trace in figure.data for text in trace.text or ()]
+    assert_is_text(html_page(figure, title=HOSTILE), texts)
+
+
+def test_a_page_of_scores_holds_them_as_text() -> None:
+    scores = SiteScores(name=HOSTILE, values={Site(0, "query"): 1.0, Site(1, "query"): 0.5})
+    report = SensitivityReport(scores={HOSTILE: scores}, batches=1)
+    figure = report.plot()
+    texts = [figure.layout.annotations[0].text, figure.data[0].hovertemplate]
+    assert_is_text(html_page(figure, title=HOSTILE), texts)
+
+
+def test_a_page_of_the_check_of_scores_holds_them_as_text() -> None:
+    numbers = {f"{name}{end}": [0.1] for name in ("spearman", "partial", "kendall") for end in ENDS}
+    frame = pandas.DataFrame({"score": [HOSTILE], "control": [False], **numbers})
+    figure = ScoreCheck(metric=HOSTILE, trials=10, frame=frame).plot()
+    assert_is_text(html_page(figure, title=HOSTILE), [figure.layout.title.text, *figure.data[0].y])
+
+
+def test_the_layer_card_holds_them_as_text() -> None:
+    site = {"site": "0.query", "trials": 1, "credit": 0.5}
+    card = LayerCard(backbone=HOSTILE, trials=1, frame=pandas.DataFrame([site]))
+    assert "<img" not in card.picture()
+
+
+def assert_is_text(page: str, texts: Iterable[str]) -> None:
+    """No tag stands in a page, nor in what plotly would read as one in a text."""
+    assert "<img" not in page
+    assert page.count("</script>") == page.count("<script")
     for text in texts:
-        assert not re.search(r"<(?!/?b>|br>)", text), text
+        assert not re.search(r"<(?!/?b>|br>|/?extra>)", text), text
 
 
 def test_a_notebook_shows_them_as_text() -> None:

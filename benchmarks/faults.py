@@ -3,29 +3,35 @@
     python -m benchmarks.faults [--faults 200] [--seed 0] [--kinds "MLflow read-only" "damaged scores"]
 
 A tiny random model is searched, again and again in processes that are forked from this one, each with one
-fault. A third of the studies has rungs and replicates, and faults that end or hinder the call: kill -9,
-SIGTERM, Ctrl-C at a random moment, a disk that is full after a random number of bytes, a damaged or lost
-checkpoint, half a line or a damaged line in the journal (refused, and restored from a copy), a clock set
-back, an MLflow server that is gone, an MLflow database and artifacts that are read-only from the start or
-from a random moment on. Another third has whole trainings, of which one fails at a random step: an exception,
-NaN or lack of memory; failed trials are tried again. The last reads scores, tokens and hidden states from
-files, of which one is cut, changed, emptied or deleted. So that a study sees many faults, calls that go on
-are ended by kill -9 at a random moment. The same call then resumes. When the trials are done, they are
-compared with those of an undisturbed search, and the next study begins.
+fault. A third of the studies has rungs, replicates, derived points and, every other one, warm starts, and
+faults that end or hinder the call: kill -9, SIGTERM, Ctrl-C at a random moment, a disk that is full after a
+random number of bytes, a damaged or lost checkpoint, half a line or a damaged line in the journal (refused,
+and restored from a copy), a clock set back, an MLflow server that is gone, an MLflow database and artifacts
+that are read-only from the start or from a random moment on, or that cannot be reached for a while. Another
+third has whole trainings, of which one fails at a random step: an exception, NaN or lack of memory; failed
+trials are tried again. The last reads scores, tokens and hidden states from files, of which one is cut,
+changed, emptied or deleted, or all are made again on a full disk. So that a study sees many faults, calls
+that go on are ended by kill -9 at a random moment. The same call then resumes. When the trials are done, they
+are compared with those of an undisturbed search, and the next study begins.
 
-A fault is recovered where the call goes on or ends with a clear error, the next call resumes and no trial
-that had finished is another one afterwards. Faults of Ray's workers: `benchmarks/worker_faults.py`.
+A fault counts as injected where it came in time, as recovered where the call goes on or ends with a clear
+error, the next call resumes and no trial that had finished is another one afterwards. In the column "front
+equal" stand the faults of studies that end with the undisturbed search's trials and front.
+
+Faults of Ray's workers: `benchmarks/worker_faults.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import random
 import resource
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +41,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -51,42 +57,45 @@ from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, records_in,
 from tests.learnable import learner, outcomes
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-FAULTS_A_STUDY = 18
+CALLS_A_STUDY = 18
 _DAY = 86_400.0
 _NOBODY = 65_534
 _REFUSED = 2  # how a child ends that was told clearly what is wrong
+
+EACH = (*COLUMNS, "front equal")
+_STRUCK = mmap.mmap(-1, 1)
+"""Shared with the children: whether a fault came before the call had ended."""
 
 Fault = Callable[[random.Random, Search], object]
 """What a child does to its search before it runs; see `Study` for where that keeps its files."""
 
 
-def _raises_in_a_step(make: Callable[[], Exception]) -> Fault:
-    """Fail in one of the next steps of a training."""
+def _strike(*_: Any) -> None:
+    _STRUCK[0] = 1
+
+
+def _in_a_step(spoil: Callable[[Any], Any]) -> Fault:
+    """Spoil the loss of one of the next steps of a training."""
 
     def fault(draw: random.Random, search: Search) -> None:
         step, left = FineTuning.training_step, 1 + draw.randrange(60)
 
-        def failing(module: FineTuning, *arguments: Any) -> Any:
+        def spoilt(module: FineTuning, *arguments: Any) -> Any:
             nonlocal left
             left -= 1
-            if left == 0:
-                raise make()
-            return step(module, *arguments)
+            loss = step(module, *arguments)
+            if left:
+                return loss
+            _strike()
+            return spoil(loss)
 
-        patch.object(FineTuning, "training_step", failing).start()
+        patch.object(FineTuning, "training_step", spoilt).start()
 
     return fault
 
 
-def _nan_in_a_step(draw: random.Random, search: Search) -> None:
-    step, left = FineTuning.training_step, 1 + draw.randrange(60)
-
-    def failing(module: FineTuning, *arguments: Any) -> Any:
-        nonlocal left
-        left -= 1
-        return step(module, *arguments) * (torch.nan if left == 0 else 1)
-
-    patch.object(FineTuning, "training_step", failing).start()
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _full_disk(draw: random.Random, search: Search) -> None:
@@ -94,11 +103,18 @@ def _full_disk(draw: random.Random, search: Search) -> None:
     journal = search.folder / STUDY_FILE
     size = journal.stat().st_size if journal.exists() else 0
     most = size + draw.randrange(20_000) if draw.random() < 0.7 else draw.randrange(20_000)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, _strike)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
+def _full_disk_of_caches(draw: random.Random, search: Search) -> None:
+    for name in ("cache", "disturbed/scores"):
+        shutil.rmtree(_place(search) / name, ignore_errors=True)
+    _full_disk(draw, search)
+
+
 def _clock_set_back(draw: random.Random, search: Search) -> None:
+    _strike()
     now, back = time.time, draw.random() * _DAY
     patch("time.time", lambda: now() - back).start()
 
@@ -110,6 +126,7 @@ def _damaged(pattern: str) -> Fault:
         files = sorted(path for path in _place(search).glob(pattern) if path.is_file())
         if not files:
             return
+        _strike()
         path = draw.choice(files)
         content = bytearray(path.read_bytes())
         kind = draw.choice(("cut", "changed", "empty", "gone"))
@@ -124,6 +141,7 @@ def _damaged(pattern: str) -> Fault:
 
 def _half_a_line(draw: random.Random, search: Search) -> None:
     with (search.folder / STUDY_FILE).open("ab") as file:
+        _strike()
         file.write(b'{"op_code": 4, "study_id": 0, "state'[: draw.randrange(1, 36)])
 
 
@@ -132,11 +150,12 @@ def _nothing(draw: random.Random, search: Search) -> None:
 
 
 def _mlflow_gone(draw: random.Random, search: Search) -> None:
+    _strike()
     search.tracking = "http://127.0.0.1:1"
 
 
-def _mlflow_read_only(draw: random.Random, search: Search) -> None:
-    """Let MLflow's database and artifacts be read alone, from the start or from a random moment on."""
+def _mlflow_of_its_own(search: Search) -> Path:
+    """Give a search MLflow's database, and the process a user whom modes bind; return the folder."""
     place = _place(search)
     store = place / "mlflow"
     search.tracking = f"sqlite:///{store}/mlflow.db"
@@ -146,13 +165,33 @@ def _mlflow_read_only(draw: random.Random, search: Search) -> None:
             os.chown(path, _NOBODY, _NOBODY)
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
+    for path in (store, *store.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return store
 
-    def change(of_folders: int, of_files: int) -> None:
+
+def _mlflow_read_only(draw: random.Random, search: Search) -> None:
+    """Let MLflow's database and artifacts be read alone, from the start or from a random moment on."""
+    store = _mlflow_of_its_own(search)
+
+    def forbid() -> None:
+        _strike()
         for path in (store, *store.rglob("*")):
-            path.chmod(of_folders if path.is_dir() else of_files)
+            path.chmod(0o555 if path.is_dir() else 0o444)
 
-    change(0o755, 0o644)
-    Timer(max(0.0, draw.uniform(-2, 4)), change, (0o555, 0o444)).start()
+    Timer(max(0.0, draw.uniform(-2, 4)), forbid).start()
+
+
+def _mlflow_away(draw: random.Random, search: Search) -> None:
+    """Let nobody reach MLflow's database and artifacts from a random moment on, for a random time."""
+    store = _mlflow_of_its_own(search)
+
+    def close() -> None:
+        _strike()
+        store.chmod(0)
+        Timer(draw.uniform(0, 4), store.chmod, [0o755]).start()
+
+    Timer(max(0.0, draw.uniform(-2, 4)), close).start()
 
 
 def _place(search: Search) -> Path:
@@ -179,16 +218,18 @@ OF_CALLS: Mapping[str, Fault] = {
     "damaged line in the journal": _nothing,  # see `Study.disturb`
     "MLflow gone": _mlflow_gone,
     "MLflow read-only": _mlflow_read_only,
+    "MLflow away for a while": _mlflow_away,
 }
 OF_TRAININGS: Mapping[str, Fault] = {
-    "exception in a model": _raises_in_a_step(lambda: RuntimeError("a mistake")),
-    "out of memory": _raises_in_a_step(lambda: torch.OutOfMemoryError("CUDA out of memory")),
-    "NaN": _nan_in_a_step,
+    "exception in a model": _in_a_step(lambda _: _raise(RuntimeError("a mistake"))),
+    "out of memory": _in_a_step(lambda _: _raise(torch.OutOfMemoryError("CUDA out of memory"))),
+    "NaN": _in_a_step(lambda loss: loss * torch.nan),
 }
 OF_CACHES: Mapping[str, Fault] = {
     "damaged hidden states": _damaged("cache/hidden_states/*.safetensors"),
     "damaged scores": _damaged("disturbed/scores/*.json"),
     "damaged tokens": _damaged("cache/*.safetensors"),
+    "full disk of caches and scores": _full_disk_of_caches,
 }
 STUDIES = (OF_CALLS, OF_TRAININGS, OF_CACHES)
 FAULTS = {**OF_CALLS, **OF_TRAININGS, **OF_CACHES}
@@ -207,6 +248,7 @@ class Study:
     def __init__(self, place: Path, faults: Mapping[str, Fault], seed: int, draw: random.Random) -> None:
         self.draw = draw
         self.faults = faults
+        self._was_killed = False  # the latest call, before it ended
         os.environ["AUTOPEFT_CACHE"] = str(place / "cache")
         (place / "mlflow").mkdir()
         (place / "mlflow" / "mlflow.db").write_bytes(_empty_store())
@@ -220,10 +262,11 @@ class Study:
         self.members = front.members
 
     def _search(self, folder: Path, seed: int) -> Search:
-        settings = {}
+        has_rungs = self.faults is OF_CALLS
+        settings: dict[str, Any] = {"derive": has_rungs, "warm_start": has_rungs and seed % 2 == 1}
         if self.faults is OF_CACHES:
-            settings = {"backbone": learner(num_hidden_layers=3), "space": ScoreGuided()}
-        return small_search(folder, seed, has_rungs=self.faults is OF_CALLS, **settings)
+            settings |= {"backbone": learner(num_hidden_layers=3), "space": ScoreGuided()}
+        return small_search(folder, seed, has_rungs=has_rungs, **settings)
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -235,7 +278,9 @@ class Study:
         before = {record.number: record for record in self.records}
         journal = self.search.folder / STUDY_FILE
         is_clear = True
+        _STRUCK[0] = 0
         if kind == "damaged line in the journal" and journal.exists():
+            _strike()
             whole = journal.read_bytes()
             lines = whole.splitlines(keepends=True)
             lines[self.draw.randrange(len(lines))] = b'{"op_code": 4, "stu\\xff"\n'
@@ -244,13 +289,16 @@ class Study:
             journal.write_bytes(whole)
         else:
             # Until MLflow is written to takes a while.
-            longest = self.seconds * (5 if kind == "MLflow read-only" else 1)
+            longest = self.seconds * (5 if FAULTS[kind] in (_mlflow_read_only, _mlflow_away) else 1)
             is_clear = self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), longest) != 1
+            if kind in KILLS and self._was_killed:
+                _strike()
         after = {record.number: record for record in self.records}
         finished = [record for record in before.values() if record.evaluation.status == "complete"]
         lost = sum(not self._is_kept(record, after.get(record.number)) for record in finished)
         twice = counted_twice(self.search.folder)
-        return dict(zip(COLUMNS, (1, int(is_clear and not lost and not twice), lost, twice), strict=True))
+        is_recovered = int(_STRUCK[0] and is_clear and not lost and not twice)
+        return dict(zip(COLUMNS, (_STRUCK[0], is_recovered, lost, twice), strict=True))
 
     def _is_kept(self, known: TrialRecord, now: TrialRecord | None) -> bool:
         if now is None or now.evaluation.status != "complete":
@@ -276,7 +324,8 @@ class Study:
                 os._exit(code)
         if kill is not None:
             handle = os.pidfd_open(child)
-            select.select([handle], [], [], self.draw.random() * longest)  # less where it ends before
+            ended, _, _ = select.select([handle], [], [], self.draw.random() * longest)
+            self._was_killed = not ended
             os.close(handle)
             os.kill(child, kill)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -312,19 +361,24 @@ def main() -> None:
     studies: list[dict[str, int]] = []
     while injected < arguments.faults:
         queue: list[str] = []
-        most = injected + FAULTS_A_STUDY
         faults, seed = groups[len(studies) % len(groups)], arguments.seed + len(studies)
-        mine = [kind for kind in faults if kind in kinds]
+        mine = Counter({kind: 0 for kind in faults if kind in kinds})
         with tempfile.TemporaryDirectory() as place:
             study = Study(Path(place), faults, seed, draw)
-            while injected < min(arguments.faults, most) and not study.is_done:
-                queue = queue or draw.sample(mine, len(mine))
+            for _ in range(CALLS_A_STUDY):
+                if injected == arguments.faults or study.is_done:
+                    break
+                queue = queue or draw.sample([*mine], len(mine))
                 kind = queue.pop()
-                kinds[kind].update(study.disturb(kind))
-                injected += 1
+                came = study.disturb(kind)
+                kinds[kind].update(came)
+                mine[kind] += came["injected"]
+                injected += came["injected"]
                 print(f"{injected} {kind}: {len(study.records)} trials", flush=True)
             studies.append(study.end())
-    show(f"{injected} faults in {len(studies)} studies of {TRIALS} trials", kinds)
+        for kind, count in mine.items():
+            kinds[kind]["front equal"] += count * studies[-1]["front equal"]
+    show(f"{injected} faults in {len(studies)} studies of {TRIALS} trials", kinds, EACH)
     equal = sum(study["front equal"] for study in studies)
     print(f"{equal} of {len(studies)} studies ended with the trials and the front of an undisturbed one.")
     if len(kinds) < len(FAULTS):

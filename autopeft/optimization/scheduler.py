@@ -44,9 +44,12 @@ class Scheduler:
     retried: list[int] = field(default_factory=list)  # numbers of failed trials to try again, ascending
     running: dict[int, Job] = field(default_factory=dict, init=False)  # by the number of the trial
     _proposals: dict[int, Proposal] = field(default_factory=dict, init=False)  # of trials that are not over
-    # Numbers of trials whose configuration another trial is training; they become its duplicates.
+    # Numbers of trials whose configuration another trial is training; they become its duplicates. There is at
+    # most one more of them than jobs are running: a small space would propose the same again and again.
     _held: list[int] = field(default_factory=list, init=False)
     _sum: RunningSum = field(default_factory=RunningSum, init=False)
+    _members: list[TrialRecord] = field(default_factory=list, init=False)  # of the front, which is that of:
+    _compared: dict[int, TrialRecord] = field(default_factory=dict, init=False)
 
     @section("ask")
     def next(self, records: Sequence[TrialRecord], free: int) -> list[Job]:
@@ -83,7 +86,15 @@ class Scheduler:
         return under_replicated((record for record in records if record.number in members), self.seeds)
 
     def _front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        return front_records([point for record in records for point in record.points], self.objectives)
+        """Return the front of all trials and points; only what is new since the last call is compared."""
+        new = [record for record in records if self._compared.get(record.number) is not record]
+        known = (self._compared.get(record.number) for record in new)
+        if any(record is not None and record.evaluation.status == "complete" for record in known):
+            new, self._members = list(records), []  # what was trained again may let others back
+        self._compared.update((record.number, record) for record in new)
+        points = [point for record in new for point in record.points]
+        self._members = front_records([*self._members, *points], self.objectives)
+        return self._members
 
     def _rivals(self, records: Sequence[TrialRecord]) -> Rivals | None:
         if not self.derives:
@@ -116,7 +127,7 @@ class Scheduler:
             return Replicate(record=record, training=record.evaluation.trainings)
         if (promoted := self._promoted(records, spent, reserved, begins=begins)) is not None:
             return Resume(record=promoted[0], rung=promoted[1], rivals=self._rivals(records))
-        return self._new(records) if begins else None
+        return self._new(records, spent) if begins else None
 
     def _promoted(
         self, records: Sequence[TrialRecord], spent: Spent, reserved: Cost, *, begins: bool
@@ -160,16 +171,21 @@ class Scheduler:
     def _first_rung(self) -> int | None:
         return None if self.promoter is None else 0
 
-    def _new(self, records: Sequence[TrialRecord]) -> Job | None:
-        """Begin a trial; None where what it tries is being trained by another."""
-        number = self._next_number(records)
-        pending = [proposal.configuration for proposal in self._proposals.values()]
-        proposal = self.propose(number, records, pending)
-        self._proposals[number] = proposal
-        job = self._of(number, proposal, records)
-        if job is None:
+    def _new(self, records: Sequence[TrialRecord], spent: Spent) -> Job | None:
+        """Begin a trial; None where too many try what others are training.
+
+        Such a trial is held back until the other is over, and one with the next number begins meanwhile.
+        """
+        while len(self._held) <= len(self.running) and self.budget.spent_share(spent) < 1:
+            number = self._next_number(records)
+            pending = [proposal.configuration for proposal in self._proposals.values()]
+            proposal = self.propose(number, records, pending)
+            self._proposals[number] = proposal
+            if (job := self._of(number, proposal, records)) is not None:
+                return job
             self._held.append(number)
-        return job
+            spent = replace(spent, trials=spent.trials + 1)
+        return None
 
     def _next_number(self, records: Sequence[TrialRecord]) -> int:
         """Return the lowest number without a trial: one that a killed process ran is run again."""
@@ -181,7 +197,10 @@ class Scheduler:
         return next(number for number in count() if number not in used)
 
     def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
-        """Return the job of a proposal: what was tried before is not trained again, unless it failed."""
+        """Return the job of a proposal; None where another trial is training the same.
+
+        What was tried before is not trained again, unless it failed.
+        """
         key, baseline = proposal.configuration.key, proposal.baseline
         if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
             return None

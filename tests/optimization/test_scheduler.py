@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from autopeft import SuccessiveHalving
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.evaluation import Cost, TrialRecord
+from autopeft.core.evaluation import Cost, TrialRecord, with_replicate
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.proposal import Proposal
@@ -100,16 +101,62 @@ def test_what_was_tried_is_not_trained_again() -> None:
     assert isinstance(third, New)
 
 
-def test_what_is_being_trained_is_waited_for() -> None:
-    made = scheduler(Budget(trials=3), 1, 1, 2)
-    (first,) = made.next([], 4)
-    assert sorted(made.running) == [0], "the second tries the same, and has no job yet"
-    records = [done(first)]
+def test_while_another_trial_trains_the_same_the_next_ones_begin() -> None:
+    made = scheduler(Budget(trials=5), 1, 1, 2, 1, 3)
+    first, *others = made.next([], 3)
+    assert [(job.number, isinstance(job, New)) for job in others] == [(2, True), (4, True)]
+    assert made.next([], 3) == [], "five in all, those that are held back included"
+    records = [done(others[0])]
     made.finished(records[0])
-    second, third = made.next(records, 4)
-    assert isinstance(second, Duplicate)
-    assert (second.number, second.original.number) == (1, 0)
-    assert (third.number, isinstance(third, New)) == (2, True)
+    assert made.next(records, 3) == [], "what they try is still being trained"
+    records.insert(0, done(first))
+    made.finished(records[0])
+    twins = made.next(records, 3)
+    assert all(isinstance(job, Duplicate) and job.original is records[0] for job in twins)
+    assert [job.number for job in twins] == [1, 3]
+
+
+def test_what_is_held_back_is_trained_where_the_other_has_failed() -> None:
+    made = scheduler(Budget(trials=3), 1, 1, 1)
+    (first,) = made.next([], 3)
+    record = done(first)
+    failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="lost"))
+    made.finished(failed)
+    (second,) = made.next([failed], 3)
+    assert (second.number, isinstance(second, New)) == (1, True), "and the third waits for the second"
+
+
+def test_few_trials_are_held_back_however_small_the_space_is() -> None:
+    proposer = Ranks(*[1] * 200)
+    made = Scheduler(proposer, Budget(cpu_seconds=9), OBJECTIVES)
+    for _ in range(3):
+        assert len(made.next([], 8)) <= 1
+    assert len(proposer.pending) == 3, "one is trained, two are held back"
+
+
+def test_a_search_of_several_workers_that_is_killed_ends_as_if_it_had_not_been() -> None:
+    """A trial that was held back has left nothing: its number is proposed again."""
+    ranks = (1, 1, 2, 1, 3, 2, 4, 4)
+
+    def run(made: Scheduler, records: list[TrialRecord], jobs: int) -> list[TrialRecord]:
+        """Let the oldest of three jobs end, so often."""
+        for _ in range(jobs):
+            made.next(records, 3 - len(made.running))
+            if made.running:
+                record = done(next(iter(made.running.values())))
+                made.finished(record)
+                records = sorted([*records, record], key=lambda known: known.number)
+        return records
+
+    def outcomes(records: list[TrialRecord]) -> list[tuple[int, Configuration]]:
+        return [(record.number, record.evaluation.configuration) for record in records]
+
+    whole = run(scheduler(Budget(trials=8), *ranks), [], 9)
+    assert [record.number for record in whole] == [*range(8)]
+    assert sum(record.duplicate_of is None for record in whole) == len(set(ranks))
+    for killed in range(8):
+        left = run(scheduler(Budget(trials=8), *ranks), [], killed)
+        assert outcomes(run(scheduler(Budget(trials=8), *ranks), left, 9)) == outcomes(whole)
 
 
 def test_a_configuration_that_failed_may_be_tried_again() -> None:
@@ -149,6 +196,28 @@ def test_members_of_the_front_are_replicated_once_at_a_time() -> None:
     records = [trial(0, 1e3, 0.5, 0.5, 0.5)]
     assert made.next(records, 2) == [Replicate(record=records[0], training=1)]
     assert made.next(records, 2) == []
+
+
+def test_the_front_is_that_of_all_records_however_they_came() -> None:
+    draw, made, records = random.Random(0), scheduler(Budget(trials=99), seeds=3), list[TrialRecord]()
+    sizes = set()
+    for number in range(60):
+        lacking = made.lacking(records)
+        fresh = scheduler(Budget(trials=99), seeds=3)
+        assert [record.number for record in lacking] == [each.number for each in fresh.lacking(records)]
+        sizes.add(len(lacking))
+        if lacking and draw.random() < 0.4:
+            again = draw.choice(lacking)
+            other = trial(again.number, 1e3, *[draw.random()] * 3).evaluation
+            other = replace(other, seed=again.evaluation.trainings)
+            evaluation = with_replicate(again.evaluation, other, {"accuracy": 0.0})
+            records[records.index(again)] = replace(again, evaluation=evaluation)
+        paused = [record for record in records if record.evaluation.status == "paused"]
+        if paused and draw.random() < 0.5:
+            records[records.index(paused[0])] = trial(paused[0].number, 2e3, *[draw.random()] * 3)
+        accuracies = [draw.random()] * draw.choice((1, 3))
+        records.append(trial(number, 10.0 ** draw.randrange(3, 7), *accuracies))
+    assert len(sizes) > 3
 
 
 def paused_search(budget: Budget) -> tuple[Scheduler, list[TrialRecord]]:

@@ -315,8 +315,8 @@ class Search(SearchSettings):
                 f"Trial {number} {record.evaluation.status} ({record.evaluation.reason}): "
                 "there is nothing to export."
             )
-        original = number if record.duplicate_of is None else record.duplicate_of
-        evaluation, configuration = front.trial(original).record.evaluation, record.evaluation.configuration
+        original = record if record.duplicate_of is None else front.trial(record.duplicate_of).record
+        evaluation, configuration = original.evaluation, record.evaluation.configuration
         allocation = front.trial(record.trained).record.evaluation.configuration.allocation
         opened = self.open()
         resolved_target(target, opened.backbone, configuration)  # before it is trained again

@@ -86,7 +86,7 @@ class Tested(LocalExecutor):
         evaluator, points = self._runner.evaluator, []
         names = [objective.name for objective in evaluator.objectives]
         for point in record.points:
-            state = self._runner.checkpoints.load(point.number)
+            state = self._runner.checkpoints.load(point)
             if state is not None and record.duplicate_of is None:
                 found = {name: point.evaluation.values[name] for name in names}
                 test = evaluator.test(point.evaluation.configuration, state)

@@ -191,7 +191,7 @@ def searched(setting: Setting, arm: str) -> dict[str, Any]:
         front = search.run(trials=setting.trials, progress=False)
         opened = search.open()
         checkpoints = AdapterCheckpoints(search.folder / "adapters")
-        members = [(point.configuration, point.values, checkpoints.load(point.number)) for point in front]
+        members = [(point.configuration, point.values, checkpoints.load(point.record)) for point in front]
         points = valued(opened.evaluator, members, search.objectives)
         largest = count_parameters(opened.backbone, uniform(opened.backbone, 32, RATE[0]))
         worst = setting.task.trivial_score(setting.metric)

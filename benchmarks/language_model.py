@@ -79,7 +79,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
         if not len(point.configuration):
             continue  # the untrained model is the base itself
         report = point.export(folder / str(point.number), overwrite=True)
-        state = checkpoints.load(point.number)
+        state = checkpoints.load(point.record)
         assert state is not None  # members of the front keep their tensors
         batches = list(opened.evaluator.data.test_dataloader())
         job = LossJob(base=str(search.backbone), dtype=dtype, folder=str(folder / str(point.number)))

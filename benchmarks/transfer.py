@@ -140,7 +140,7 @@ def run(search: Search, unit: float, units: float) -> dict[str, Any]:
         checkpoints = AdapterCheckpoints(search.folder / "adapters")
         tests = []
         for point in front:
-            state = checkpoints.load(point.number)
+            state = checkpoints.load(point.record)
             assert state is not None  # of what is on the front
             tests.append({**point.values, **evaluator.test(point.configuration, state)})
     curve = [json.loads(line) for line in path.read_text().splitlines()]

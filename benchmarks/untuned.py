@@ -75,7 +75,7 @@ def compare(model: str, task: ClassificationTask, seed: int) -> dict[str, Any]:
         front = search.run(cpu_seconds=seconds, progress=False)
         ours_seconds = time.process_time() - started
         checkpoints = AdapterCheckpoints(search.folder / "adapters")
-        members = [(point.configuration, point.values, checkpoints.load(point.number)) for point in front]
+        members = [(point.configuration, point.values, checkpoints.load(point.record)) for point in front]
         ours = valued(evaluator, members, objectives)
         largest = count_parameters(backbone, uniform(backbone, max(RANKS), RATES[0]))
         axes = (

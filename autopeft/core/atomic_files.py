@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The disk is full or the folder cannot be written to; the message names the file.
     """
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    # Hosts that share a folder have processes of equal numbers.
+    partial = path.with_name(f"{path.stem}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -51,7 +51,7 @@ class TrialRunner:
                 )
                 return self.recorded(job, trained)
             case Resume(record=record, rung=rung):
-                paused = self.paused.load(record.number)
+                paused = self._paused(record.number, record.evaluation.configuration)
                 seed = record.evaluation.seed
                 trained = self._trained(record.evaluation, seed, rung=rung, paused=paused)
                 return self._kept(record, trained, job.rivals)
@@ -72,8 +72,15 @@ class TrialRunner:
 
     def left_behind(self, job: New) -> TrainingCheckpoint | None:
         """Return what a process left of a job that was killed before it could record it."""
-        paused = None if job.rung is None else self.paused.load(job.number)
-        return None if paused is None or paused.evaluation.configuration != job.configuration else paused
+        return None if job.rung is None else self._paused(job.number, job.configuration)
+
+    def _paused(self, number: int, configuration: Configuration) -> TrainingCheckpoint | None:
+        """Return what a trial's training goes on from; None where it is missing or of another configuration.
+
+        A worker that has outlived its search may have written that, see `AdapterCheckpoints`.
+        """
+        paused = self.paused.load(number)
+        return None if paused is None or paused.evaluation.configuration != configuration else paused
 
     def recorded(self, job: New, trained: Trained) -> TrialRecord:
         """Keep what a new trial's training left, and return its record."""
@@ -93,7 +100,7 @@ class TrialRunner:
         record = replace(record, evaluation=outcomes[0].evaluation)
         for point, outcome in zip(record.points, outcomes, strict=True):
             if outcome.state is not None:
-                self.checkpoints.save(point.number, outcome.state, outcome.evaluation.seed)
+                self.checkpoints.save(point, outcome.state, outcome.evaluation.seed)
         return record
 
     def failed(self, job: New | Resume | Replicate, reason: str) -> TrialRecord:
@@ -131,10 +138,10 @@ class TrialRunner:
         if trained.state is None:
             return
         # A trial that was off the front for a while may have none.
-        kept_seed = self.checkpoints.seed(record.number)
+        kept_seed = self.checkpoints.seed(record)
         kept = None if kept_seed is None else record.evaluation.each_training().get(kept_seed)
         if kept is None or monitor.is_better(evaluation.values[monitor.name], kept[monitor.name]):
-            self.checkpoints.save(record.number, trained.state, evaluation.seed)
+            self.checkpoints.save(record, trained.state, evaluation.seed)
 
     def _trained(
         self,

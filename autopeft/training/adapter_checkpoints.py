@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from autopeft.core.durable_files import load_tensors, save_tensors
+from autopeft.core.evaluation import TrialRecord
 from autopeft.core.profiling import section
 
-_SEED = "seed"
+_SEED, _CONFIGURATION = "seed", "configuration"
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,32 @@ class TrialFiles:
 
 
 class AdapterCheckpoints(TrialFiles):
-    """The trained tensors of a search, one file a trial."""
+    """The trained tensors of a search, one file a trial or point.
+
+    What is of another configuration counts as missing: a worker that has outlived its search may write what
+    it trained, while the resumed search tries something else under the same number.
+    """
 
     @section("record")
-    def save(self, number: int, state: Mapping[str, Tensor], seed: int) -> None:
+    def save(self, record: TrialRecord, state: Mapping[str, Tensor], seed: int) -> None:
         """Write a trial's tensors and the seed of the training that they are of."""
-        save_tensors(self.path(number), state, {_SEED: str(seed)})
+        key = record.evaluation.configuration.key
+        save_tensors(self.path(record.number), state, {_SEED: str(seed), _CONFIGURATION: key})
 
-    def seed(self, number: int) -> int | None:
+    def seed(self, record: TrialRecord) -> int | None:
         """Return the seed of the training whose tensors a trial has; None where none are kept."""
-        kept = load_tensors(self.path(number))
-        return None if kept is None or _SEED not in kept[1] else int(kept[1][_SEED])
+        kept = self._read(record)
+        return None if kept is None else int(kept[1][_SEED])
 
-    def load(self, number: int) -> dict[str, Tensor] | None:
+    def load(self, record: TrialRecord) -> dict[str, Tensor] | None:
         """Return a trial's tensors, or None where they were not kept."""
-        kept = load_tensors(self.path(number))
+        kept = self._read(record)
         return None if kept is None else kept[0]
+
+    def _read(self, record: TrialRecord) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        kept = load_tensors(self.path(record.number))
+        is_its_own = kept is not None and kept[1].get(_CONFIGURATION) == record.evaluation.configuration.key
+        return kept if is_its_own else None
 
     @section("record")
     def drop(self, numbers: Iterable[int]) -> None:

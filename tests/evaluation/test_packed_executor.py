@@ -134,7 +134,7 @@ def test_trained_tensors_are_kept_with_a_trials_own_record(runner: TrialRunner, 
         assert record is not None
         assert record.number == number
         assert executor.free == (2 if number else 0)  # 0 while a record is to be taken
-        assert kept.load(number) is not None
+        assert kept.load(record) is not None
         kept.keep_only(set())
 
 

@@ -67,7 +67,7 @@ def test_a_search_trains_the_promising_on_and_leaves_the_rest_paused(tmp_path: P
     assert kept == paused
     states = AdapterCheckpoints(search.folder / "adapters")
     for point in front:
-        state = states.load(point.number)
+        state = states.load(point.record)
         assert state is not None
         whole = halving_search(tmp_path / "alone", halving=None)
         trained = whole.open().evaluator.train(point.configuration, point.record.evaluation.seed)

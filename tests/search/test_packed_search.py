@@ -64,7 +64,7 @@ def test_trials_of_a_packed_search_are_what_they_are_alone(
         assert record.duplicate_of is None
         rung = 0 if evaluation.status == "paused" else None
         alone = evaluator.train(evaluation.configuration, evaluation.seed, rung=rung)
-        state = kept.load(record.number) if record.number in front.members else alone.state
+        state = kept.load(record) if record.number in front.members else alone.state
         assert_alike(Trained(evaluation, state), alone, tolerance=5e-5)
 
 

@@ -193,9 +193,9 @@ def test_after_ctrl_c_the_same_call_resumes(tmp_path: Path, sampler: str) -> Non
     again = run(resumed, 13)
     assert outcomes(again.records) == outcomes(whole.records)
     assert again.members == whole.members
-    for number in whole.members:
-        state = AdapterCheckpoints(resumed.folder / "adapters").load(number)
-        expected = AdapterCheckpoints(tmp_path / "whole" / "tiny" / "adapters").load(number)
+    for point in whole:
+        state = AdapterCheckpoints(resumed.folder / "adapters").load(point.record)
+        expected = AdapterCheckpoints(tmp_path / "whole" / "tiny" / "adapters").load(point.record)
         assert state is not None
         assert expected is not None
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
@@ -277,7 +277,7 @@ def test_a_point_of_the_front_is_exported_and_loads_again(tmp_path: Path) -> Non
     assert fingerprint(search.open().backbone.model) == before
     assert report.max_logit_difference is not None
     assert report.max_logit_difference <= 1e-5
-    state = AdapterCheckpoints(search.folder / "adapters").load(point.number)
+    state = AdapterCheckpoints(search.folder / "adapters").load(point.record)
     assert state is not None
     with attach(search.open().backbone, point.configuration) as attachment:
         attachment.load_state_dict(state)

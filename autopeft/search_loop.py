@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job
+from autopeft.core.objectives import Objective
+from autopeft.core.pareto import dominated, front_records
 from autopeft.core.profiling import section
 from autopeft.evaluation.executor import Executor
 from autopeft.optimization.budget import raise_if_hopeless
@@ -69,37 +71,54 @@ def run_loop(
 class FileCleanup:
     """Listens to records, and deletes files that are not needed any more.
 
-    Trained tensors are kept of the front and of trials with several trainings; of all trials, while members
-    of the front lack trainings and may yet leave it.
+    Trained tensors are kept of what is on the front or may yet come onto it, and of trials with several
+    trainings. A member of the front that lacks trainings may leave it, so that what it beats may come back:
+    only what one with all of its trainings dominates cannot.
     """
 
     checkpoints: AdapterCheckpoints
     paused: TrainingCheckpoints
     seeds: int  # trainings that a member of the front is to have
-    # Trials that may have tensors; None before the first call: a look for each of all costs too much.
-    _kept: set[int] | None = field(default=None, init=False)
+    running: Collection[int]  # numbers of the trials that are being trained, whose files may be new
+    # Trials and points that may have tensors, by number; None before the first call: a look for each of all
+    # costs too much.
+    _kept: dict[int, TrialRecord] | None = field(default=None, init=False)
 
     def __call__(self, record: TrialRecord, front: ParetoFront) -> None:
         """Delete what a trial that is over, and the trials that it drove off the front, have left."""
         if record.evaluation.status != "paused":
             self.paused.drop(record.number)
         if self._kept is None:
-            self._kept = {known.number for known in front.records}
-        self._kept.update(point.number for point in record.points)
-        if (needed := self._needed(front)) is not None:
-            self.checkpoints.drop(self._kept - needed)
-            self._kept &= needed
+            self._kept = {known.number: known for known in front.records}
+        self._kept |= {point.number: point for point in record.points}
+        needed = self._needed(list(self._kept.values()), front.objectives)
+        self.checkpoints.drop(self._kept.keys() - needed)
+        self._kept = {number: self._kept[number] for number in needed}
 
     def tidy(self, front: ParetoFront) -> None:
         """Before anything is trained: delete also what no record knows, which a killed process has left."""
-        if (needed := self._needed(front)) is not None:
-            self.checkpoints.keep_only(needed)
+        self.checkpoints.keep_only(self._needed(front.records, front.objectives))
 
-    def _needed(self, front: ParetoFront) -> frozenset[int] | None:
-        """Return the trials whose tensors are needed; None while all are."""
-        if under_replicated((point.record for point in front), self.seeds):
-            return None
-        return front.members | {record.number for record in front.records if record.evaluation.by_seed}
+    def _needed(self, records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> set[int]:
+        """Return the trials and points whose tensors are needed."""
+        complete = [
+            record
+            for record in records
+            if record.evaluation.status == "complete" and record.duplicate_of is None
+        ]
+        lacking = {record.number for record in under_replicated(complete, self.seeds)}
+        lasting = front_records([record for record in complete if record.number not in lacking], objectives)
+        values, bounds = ([record.evaluation.values for record in several] for several in (complete, lasting))
+        flags = dominated(values, bounds, objectives)
+        hopeful = {record.number for record, is_out in zip(complete, flags, strict=True) if not is_out}
+        # What is trained again changes with all that was cut from it.
+        changed = hopeful & lacking
+        changing = {record.trained for record in complete if record.number in changed}.union(self.running)
+        return {
+            record.number
+            for record in records
+            if record.number in hopeful or record.trained in changing or record.evaluation.by_seed
+        }
 
 
 @contextmanager

@@ -66,7 +66,6 @@ class SearchRun:
         self.tracker = self._make_tracker()  # before the executor has workers, as it may raise
         make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
         self.executor: Executor = make_executor(runner)
-        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds)
         served = evaluator.hidden_states.is_served
         proposer = Proposer(
             space=opened.space,
@@ -93,6 +92,7 @@ class SearchRun:
             derives=settings.derive,
             retried=failed if retry_failed else [],
         )
+        self.cleanup = FileCleanup(checkpoints, paused, settings.seeds, self.scheduler.running)
 
     def front(self) -> ParetoFront:
         """Return the front so far."""

@@ -28,6 +28,17 @@ def non_dominated(points: Sequence[Values], objectives: Sequence[Objective]) -> 
     return [bool(is_kept) for is_kept in kept]
 
 
+def dominated(
+    points: Sequence[Values], others: Sequence[Values], objectives: Sequence[Objective]
+) -> list[bool]:
+    """Say of each point whether one of the others is at least as good everywhere and better somewhere."""
+    if not points or not others:
+        return [False] * len(points)
+    losses, bounds = _losses(points, objectives)[:, None], _losses(others, objectives)
+    is_worse = (bounds <= losses).all(axis=2) & (bounds < losses).any(axis=2)
+    return [bool(is_dominated) for is_dominated in is_worse.any(axis=1)]
+
+
 def non_dominated_sort(points: Sequence[Values], objectives: Sequence[Objective]) -> list[list[int]]:
     """Return the indices of finite points in layers: each is the front of what is left without those before.
 

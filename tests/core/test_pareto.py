@@ -14,6 +14,7 @@ from autopeft.core.pareto import (
     Axis,
     Values,
     contributions,
+    dominated,
     hypervolume,
     knee,
     non_dominated,
@@ -61,6 +62,14 @@ class TestDominance:
         objectives = OBJECTIVES[:dimensions]
         expected = [not any(_dominates(other, point, objectives) for other in points) for point in points]
         assert non_dominated(points, objectives) == expected
+
+    @given(points_of_any_kind, points_of_any_kind, st.sampled_from((1, 2, 3)))
+    def test_by_others_agrees_with_comparing_all_pairs(
+        self, points: list[Values], others: list[Values], dimensions: int
+    ) -> None:
+        objectives = OBJECTIVES[:dimensions]
+        expected = [any(_dominates(other, point, objectives) for other in others) for point in points]
+        assert dominated(points, others, objectives) == expected
 
     def test_equal_points_are_all_kept(self) -> None:
         point = {"accuracy": 0.5, "trainable_parameters": 10.0}

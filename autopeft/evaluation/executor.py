@@ -24,7 +24,10 @@ class Executor(Protocol):
 
     @property
     def free(self) -> int:
-        """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken."""
+        """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken.
+
+        At least 1 where it has no job: a search ends when none can be submitted and none runs.
+        """
 
     def submit(self, job: Job) -> None:
         """Take a job; return at once."""

@@ -42,11 +42,12 @@ class RayExecutor:
     data on whichever worker it runs; which trials are proposed depends on the order in which others finish.
 
     Attributes:
-        workers: Trials that are trained at the same time.
-        gpus_per_worker: GPUs of a worker; below 1 several share one.
+        workers: Trials that are trained at the same time. A cluster that has room for fewer begins with
+            those, and others join as it grows.
+        gpus_per_worker: GPUs of a worker, a whole number; or a share below 1 of one that several use.
         cpus_per_worker: CPU cores of a worker, which is also the number of its threads.
-        address: Of a running cluster, as in "auto" or "ray://head:10001"; None to start Ray on this machine,
-            and to stop it afterwards.
+        address: Of a running cluster, as in "auto" or "10.0.0.1:6379"; None to start Ray on this machine,
+            and to stop it afterwards. One as "ray://10.0.0.1:10001" needs `pip install 'ray[client]'`.
 
     Raises:
         ValueError: A number is out of range.
@@ -61,8 +62,9 @@ class RayExecutor:
     def __post_init__(self) -> None:
         check_whole("workers", self.workers, least=1)
         check_whole("cpus_per_worker", self.cpus_per_worker, what="a number of cores", least=1)
-        if not self.gpus_per_worker >= 0:
-            raise ValueError(f"gpus_per_worker is 0 or more, got {self.gpus_per_worker!r}.")
+        gpus = self.gpus_per_worker
+        if not (0 <= gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
+            raise ValueError(f"gpus_per_worker is a whole number of GPUs or a share below 1, got {gpus!r}.")
 
     def __call__(self, runner: TrialRunner) -> _RayJobs:
         """Start the workers.
@@ -72,6 +74,10 @@ class RayExecutor:
                 start, or the search has warm starts.
         """
         return _RayJobs(runner, self)
+
+
+_Training = New | Resume | Replicate
+"""A job that takes a worker."""
 
 
 class _Worker:
@@ -96,7 +102,7 @@ class _Worker:
 class _Running:
     """A job that a worker has."""
 
-    job: New | Resume | Replicate
+    job: _Training
     worker: Any
     attempt: int
 
@@ -118,15 +124,24 @@ class _RayJobs:
         self._ray: Any = ray
         self._runner, self._settings = runner, settings
         self._starting: dict[Any, Any] = {}  # by their answer that they are ready
+        self._asked: dict[Any, Any] = {}  # that were idle when another died, by their answer that they live
         self._failed_starts = 0  # in a row
         self._restarts: list[float] = []  # when to start workers in place of those that failed to
         self._idle: list[Any] = []
         self._running: dict[Any, _Running] = {}
-        self._again: deque[_Running] = deque()  # of workers that died
+        self._waiting: deque[tuple[_Training, int]] = deque()  # for a worker, each with its attempt
         self._duplicates: deque[Duplicate] = deque()
-        # What becomes of a worker that is killed, or whose host is. A job that ran out of memory is a record.
+        # What becomes of a worker that is killed, or whose host is, and of a record that is lost with it. A
+        # job that ran out of memory is a record.
         errors = ray.exceptions
-        self._deaths = (errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError)
+        self._deaths = (
+            errors.RayActorError,
+            errors.ActorUnschedulableError,
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.OutOfMemoryError,
+            errors.ObjectLostError,
+        )
         self._starts_ray = not ray.is_initialized()
         try:
             if self._starts_ray:
@@ -168,13 +183,23 @@ class _RayJobs:
             raise ValueError(f"No Ray cluster was found at {settings.address!r}: {error}") from error
 
     def _check_resources(self) -> None:
+        """Raise where there is no room for a worker; the others may start later, as hosts join."""
         settings, present = self._settings, self._ray.cluster_resources()
-        for name, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
-            if settings.workers * each > present.get(name, 0):
-                raise ValueError(
-                    f"{settings.workers} workers take {settings.workers * each:g} {name}s, but the cluster "
-                    f"has {present.get(name, 0):g}."
-                )
+        needed = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
+        there = {name: present.get(name, 0) for name in needed}
+        room = min(int(there[name] / each) for name, each in needed.items() if each)
+        if not room:
+            takes, has = (
+                " and ".join(f"{count:g} {name}" for name, count in counts.items())
+                for counts in (needed, there)
+            )
+            raise ValueError(f"A worker takes {takes}, but the cluster has {has}.")
+        if room < settings.workers:
+            _logger.warning(
+                "The cluster has room for %d of %d workers: the others start when it has grown.",
+                room,
+                settings.workers,
+            )
 
     def _start_worker(self) -> None:
         worker = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
@@ -191,7 +216,7 @@ class _RayJobs:
             for due in [due for due in self._restarts if due <= now]:
                 self._restarts.remove(due)
                 self._start_worker()
-            awaited = [*self._running, *self._starting]
+            awaited = [*self._running, *self._starting, *self._asked]
             seconds = min([end, *self._restarts]) - now
             if not awaited:
                 time.sleep(seconds)
@@ -205,56 +230,68 @@ class _RayJobs:
         raise ValueError(f"No worker found a place in the cluster within {patience / 60:g} minutes.")
 
     def _take_in(self, answer: Any) -> None:
-        """Have a worker that is ready, or after a pause another in place of one that died before it was.
+        """Have a worker that is ready, or another in place of one that died: after a pause if it never was.
 
         Raises:
             ValueError: One after another dies, and no worker is left.
         """
-        worker = self._starting.pop(answer)
+        is_new = answer in self._starting
+        worker = (self._starting if is_new else self._asked).pop(answer)
         try:
             self._ray.get(answer)
         except self._deaths as error:
+            if not is_new:
+                self._start_worker()
+                return
             self._failed_starts += 1
-            if self._failed_starts > self._settings.workers and not (self._running or self._idle):
+            is_left = self._running or self._idle or self._asked
+            if self._failed_starts > self._settings.workers and not is_left:
                 raise ValueError(f"A worker could not be started: {error}") from error
             pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
             name = type(error).__name__
             _logger.warning("A worker could not be started (%s); the next try is in %g s.", name, pause)
             self._restarts.append(time.monotonic() + pause)
         else:
-            self._failed_starts = 0
+            if is_new:
+                self._failed_starts = 0
             self._idle.append(worker)
 
     @property
     def free(self) -> int:
-        return 0 if self._duplicates else len(self._idle)
+        if self._duplicates:
+            return 0
+        # Where no worker is left, a job may wait for one that starts.
+        return len(self._idle) or int(not self._running and not self._waiting)
 
     def submit(self, job: Job) -> None:
         if isinstance(job, Duplicate):
             self._duplicates.append(job)  # nothing is trained
         else:
-            self._start(job, attempt=1)
+            self._waiting.append((job, 1))
+            self._hand_out()
 
-    def _start(self, job: New | Resume | Replicate, attempt: int) -> None:
-        worker = self._idle.pop()
-        self._running[worker.run.remote(job)] = _Running(job, worker, attempt)
+    def _hand_out(self) -> None:
+        """Give the jobs that wait to idle workers."""
+        while self._waiting and self._idle:
+            job, attempt = self._waiting.popleft()
+            worker = self._idle.pop()
+            self._running[worker.run.remote(job)] = _Running(job, worker, attempt)
 
     def wait(self) -> TrialRecord | None:
         if self._duplicates:
             return self._runner.run(self._duplicates.popleft())
-        record = None
-        while record is None or not (self._idle or self._running):  # where none is free, a search would end
+        while True:
             answer = self._first_answer()
-            if has_come := answer in self._starting:
-                self._take_in(answer)
-            else:
+            if answer in self._running:
                 record = self._finished(answer)
-            while self._again and self._idle:
-                lost = self._again.popleft()
-                self._start(lost.job, lost.attempt + 1)
-            if has_come and self._idle:
-                break  # it may have a job at once
-        return record
+                self._hand_out()
+                if record is not None:
+                    return record
+            else:
+                self._take_in(answer)
+                self._hand_out()
+                if self._idle:
+                    return None  # it may have a job at once
 
     def _finished(self, answer: Any) -> TrialRecord | None:
         """Return the record of a job; None where its worker died and it is to be run again."""
@@ -264,7 +301,7 @@ class _RayJobs:
         except self._deaths as error:
             self._ray.kill(running.worker)  # it may live, out of reach
             # What killed it may have killed those that wait, which is not the next job's fault.
-            self._starting |= {worker.is_ready.remote(): worker for worker in self._idle}
+            self._asked |= {worker.is_ready.remote(): worker for worker in self._idle}
             self._idle.clear()
             self._start_worker()
             if running.attempt == _ATTEMPTS:
@@ -274,16 +311,16 @@ class _RayJobs:
                 running.job.number,
                 type(error).__name__,
             )
-            self._again.append(running)
+            self._waiting.append((running.job, running.attempt + 1))
             return None
         self._idle.append(running.worker)
         return record
 
     def close(self) -> None:
         busy = (running.worker for running in self._running.values())
-        for worker in (*self._idle, *self._starting.values(), *busy):
+        for worker in (*self._idle, *self._starting.values(), *self._asked.values(), *busy):
             self._ray.kill(worker)
-        for kept in (self._idle, self._starting, self._restarts, self._running, self._again):
+        for kept in (self._idle, self._starting, self._asked, self._restarts, self._running, self._waiting):
             kept.clear()
         if self._starts_ray:
             self._ray.shutdown()

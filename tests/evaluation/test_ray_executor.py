@@ -19,9 +19,10 @@ from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.evaluation.executor import Executor
 from autopeft.tasks import TextClassification
+from tests.evaluation.test_ray_starts import Cluster
 from tests.quantized import quiet
 
-pytest.importorskip("ray", reason="needs the extra autopeft[ray]")
+ray = pytest.importorskip("ray", reason="needs the extra autopeft[ray]")
 pytestmark = [quiet, pytest.mark.slow]
 
 
@@ -140,9 +141,11 @@ def test_where_no_worker_starts_the_error_says_so(tmp_path: Path) -> None:
         RayExecutor(workers=1)(runner)
 
 
-def test_more_workers_than_a_cluster_has_room_for(tmp_path: Path) -> None:
+def test_a_worker_that_a_cluster_has_no_room_for(tmp_path: Path) -> None:
     runner: Any = DyingRunner(tmp_path)
-    with pytest.raises(ValueError, match=r"2 workers take 2 GPUs, but the cluster has 0"):
+    with pytest.raises(
+        ValueError, match=r"A worker takes 1 CPU and 1 GPU, but the cluster has 2 CPU and 0 GPU"
+    ):
         RayExecutor(workers=2, gpus_per_worker=1)(runner)
 
 
@@ -158,6 +161,12 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
 def test_numbers_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}|cores"):
         RayExecutor(**{"workers": 1, name: value})  # type: ignore[arg-type]
+
+
+def test_the_errors_that_a_job_is_run_again_for_are_named_as_on_the_stand_in() -> None:
+    for name in vars(Cluster.exceptions):
+        assert issubclass(getattr(ray.exceptions, name), ray.exceptions.RayError)
+    assert issubclass(ray.exceptions.OwnerDiedError, ray.exceptions.ObjectLostError)
 
 
 def search(folder: Path, minilm: Path, questions: Path, executor: Any, **settings: Any) -> Search:

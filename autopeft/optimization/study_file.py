@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +18,15 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, Jour
 
 from autopeft.core.atomic_files import replacing
 
+_logger = logging.getLogger(__name__)
 _STALE_SECONDS = 3  # after which a lock of Optuna's was left by a killed process: a write takes milliseconds
 
 
 def lock_folder(folder: Path, name: str) -> TextIO:
     """Keep a search to this process, and return the file that holds the lock: until it is closed.
 
-    The folder is made if it is not there. The lock is gone with its process, however that ends.
+    The folder is made if it is not there. The lock is gone with its process, however that ends. A file system
+    without locks, as Lustre may be, is warned of.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,7 @@ def lock_folder(folder: Path, name: str) -> TextIO:
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:  # the other is how some shared file systems say it
         file.seek(0)
         owner = file.read().strip() or "unknown"
         file.close()
@@ -42,8 +46,15 @@ def lock_folder(folder: Path, name: str) -> TextIO:
             f"The search {name!r} is being run by process {owner}: wait for it, stop it, or give "
             "this one another name or seed."
         ) from error
+    except OSError as error:
+        _logger.warning(
+            "The search cannot be kept to one process, as files in %s cannot be locked (%s): see that no "
+            "other runs it, or trials are lost or counted twice.",
+            folder,
+            error.strerror,
+        )
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"{os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 

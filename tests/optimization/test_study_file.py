@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import random
 import subprocess
 import sys
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
@@ -109,11 +112,24 @@ def test_a_second_process_is_refused_with_the_first_ones_id(tmp_path: Path) -> N
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(ValueError, match=f"'questions' is being run by process {other.pid}"):
+        with pytest.raises(
+            ValueError, match=f"'questions' is being run by process {other.pid} on {gethostname()}"
+        ):
             opened(tmp_path)
         other.kill()
         other.wait()
         opened(tmp_path).close()  # the lock dies with its process
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def not_there(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", not_there)
+    assert filled(tmp_path) == opened_records(tmp_path)
+    assert f"files in {tmp_path} cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_a_store_that_could_not_be_opened_is_not_held(tmp_path: Path) -> None:

@@ -303,8 +303,8 @@ class Study:
     def _is_kept(self, known: TrialRecord, now: TrialRecord | None) -> bool:
         if now is None or now.evaluation.status != "complete":
             return False
-        first = now.evaluation.each_training()
-        return all(seed in first for seed in known.evaluation.each_training())
+        is_same = now.evaluation.configuration == known.evaluation.configuration
+        return is_same and known.evaluation.each_training().items() <= now.evaluation.each_training().items()
 
     def _run(self, fault: Fault, kill: int | None = None, longest: float = 0.0) -> int:
         """Search in a process of its own, and return how that ended: 1 is an error that is not clear."""

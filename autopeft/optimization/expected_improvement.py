@@ -190,7 +190,7 @@ class ExpectedImprovement:
         placed = [place for place, (_, values) in trials if all(name in values for name in names)]
         flags = non_dominated([history.trials[place][1] for place in placed], objectives)
         self._front = frozenset(place for place, flag in zip(placed, flags, strict=True) if flag)
-        self._placed = sorted(self._front.union(self._learned_from(placed)))
+        self._placed = self._learned_from(placed)
         objectives += [constraint.objective for constraint in history.constraints]
         self._models = {
             objective.name: self._model(objective)
@@ -217,15 +217,17 @@ class ExpectedImprovement:
         return self._features.inputs([self._tried[place] for place in places], objective)
 
     def _learned_from(self, places: Sequence[int]) -> list[int]:
-        """Return the trials that a model learns from: on the front, once on it, and the latest of the others.
+        """Return the trials that a model learns from, so many at most.
 
-        What was trained again has been on the front: what it gained must not be forgotten.
+        First comes what adds most to the front, then what was trained again, the latest first: it has been on
+        the front, and what it gained must not be forgotten. Then come the latest of the others.
         """
-        was_on_front = {place: place in self._front or self._trainings[place] > 1 for place in places}
-        kept = [place for place in places if was_on_front[place]][-_LEARNED_TRIALS:]
-        others = [place for place in places if not was_on_front[place]]
-        room = _LEARNED_TRIALS - len(kept)
-        return sorted([*kept, *(others[-room:] if room else [])])
+
+        def order(place: int) -> tuple[bool, float, bool, int]:
+            share = self._history.front.get(self._tried[place], 0.0)
+            return place not in self._front, -share, self._trainings[place] == 1, -place
+
+        return sorted(sorted(places, key=order)[:_LEARNED_TRIALS])
 
     def _not_dominated(self) -> Array:
         """Return points spread evenly over the part of the unit cube that no trial dominates.

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.objectives import COST_OBJECTIVES, Constraint, Objective, resolve_constraints
 from autopeft.core.pareto import Axis, hypervolume
 from autopeft.methods import count_parameters
-from autopeft.optimization.expected_improvement import ExpectedImprovement, Features
+from autopeft.optimization import expected_improvement
+from autopeft.optimization.expected_improvement import _LEARNED_TRIALS, ExpectedImprovement, Features
+from autopeft.optimization.gaussian_process import GaussianProcess, Inputs
 from autopeft.optimization.proposal import History
 from autopeft.search_spaces import PerLayer, ScoreGuided
 from autopeft.search_spaces.learning_rates import log_place
@@ -253,6 +256,39 @@ def test_a_measured_cost_is_learned_from_the_blocks_it_takes() -> None:
     lower = upper.replace(adapters={Site(0, "query"): Adapter("lora", 8)})
     (above, below), _ = gain._predicted(seconds, [upper, lower])
     assert above > below + 0.1, "they differ in nothing but the blocks below"
+
+
+def test_of_very_many_trials_the_model_learns_from_those_that_add_most_and_the_latest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """400 trials, of which all but 100 are on the front."""
+    trials, given = drawn(400, 0), list[int]()
+
+    class Counted(GaussianProcess):
+        def __init__(self, inputs: Inputs, *rest: Any, **options: Any) -> None:
+            given.append(len(inputs.features))
+            super().__init__(inputs, *rest, **options)
+
+        def predict(self, inputs: Inputs) -> Any:
+            given.append(len(inputs.features))
+            return super().predict(inputs)
+
+    monkeypatch.setattr(expected_improvement, "GaussianProcess", Counted)
+    order = np.random.default_rng(0).permutation(300) / 300
+    reached = [*(0.5 + 0.4 * order), *[0.4] * 100]
+    known = [
+        {"accuracy": accuracy, "trainable_parameters": max(5e3, 1e4 * accuracy), "peak_memory": 2e6}
+        for accuracy in reached
+    ]
+    added = dict(zip(trials, order.tolist(), strict=False))
+    shown = History(trials=list(zip(trials, known, strict=True)), axes=AXES, front=added)
+    gain = ExpectedImprovement(shown, FEATURES)
+    assert max(given) == _LEARNED_TRIALS
+    most = sorted(range(300), key=lambda place: -added[trials[place]])[:_LEARNED_TRIALS]
+    assert gain._learned_from(range(400)) == sorted(most)
+    assert gain._placed == sorted(most)
+    few = [*range(0, 300, 3), *range(300, 400)]  # of the front, and of the others
+    assert gain._learned_from(few) == [*few[:100], *few[-28:]]
 
 
 def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:

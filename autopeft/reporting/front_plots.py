@@ -20,6 +20,7 @@ from autopeft.core.pareto import non_dominated
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 FRONT_COLOUR = "#D55E00"
+KNEE_COLOUR = "#009E73"
 REFERENCE_COLOUR = "#0072B2"
 OTHER_COLOUR = "#7F7F7F"
 

@@ -47,6 +47,7 @@ class SearchReport:
     def begin(self, front: ParetoFront, *, description: str, identity: SettingGroups) -> None:
         """Say what is searched, and what earlier calls found."""
         self.tracker.start(note=description, identity=identity, records=front.records, members=front.members)
+        self._track_knee(front)
         self.progress.say(description)
         if front.records:
             self.progress.say(_resuming(front.records))
@@ -86,10 +87,15 @@ class SearchReport:
         figures |= {"hypervolume": front.hypervolume, "front_size": float(len(front))}
         self.tracker.progress(figures, step=self.evaluations - 1)
         self.tracker.front_changed(front.members)
+        self._track_knee(front)
         for point in record.points:
             self.tracker.trial_finished(point)
         if self.tracker.is_front_due:
             self.tracker.publish_front(front.records, front.members)
+
+    def _track_knee(self, front: ParetoFront) -> None:
+        if len(front):
+            self.tracker.knee_changed(front.knee().number)
 
     def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
         """Write the front, and the profile below the search's folder."""

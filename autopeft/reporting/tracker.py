@@ -55,6 +55,9 @@ class Tracker:
     def front_changed(self, members: Collection[int]) -> None:
         """Take note of the trials that are on the front, of which the next to be written may be one."""
 
+    def knee_changed(self, number: int) -> None:
+        """Take note of the trial that is the front's knee; see `autopeft.ParetoFront.knee`."""
+
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, after so many evaluations."""
 

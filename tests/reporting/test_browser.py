@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver import Chrome
 
 from autopeft.reporting.formats import html_page
-from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR, front_figure
+from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR, front_figure
 from autopeft.reporting.mlflow.server import mlflow_server
 from autopeft.reporting.mlflow.tracker import MlflowTracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
@@ -31,6 +31,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(40)
     complete = [record for record in records if record.evaluation.status == "complete"]
     members = front_of(records)
+    knee = min(members)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with mlflow_server(uri, 5123) as server:
         tracker = MlflowTracker(
@@ -46,6 +47,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
             tracker.progress({"hypervolume": 0.5, "cost/wall_seconds": 2.0 * record.number}, record.number)
             tracker.trial_finished(record)
         tracker.front_changed(members)
+        tracker.knee_changed(knee)
         tracker.publish_front(records, members)
         tracker.finish("FINISHED", records)
         assert tracker.failures == 0
@@ -66,19 +68,19 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
         over_time = next(chart for chart in charts if chart["x"] == "search/wall_seconds")
         seconds = sorted(x for x, *_ in over_time["marks"])
         assert seconds == [2.0 * record.number for record in records]
-        # Front members stand out, and each stands where its trial is.
+        # Members of the front and its knee stand out, and each stands where its trial is.
         for chart, cost in ((chart, chart["x"].removeprefix("log10_")) for chart in charts[:2]):
-            on_front = {
-                (round(x, 6), round(y, 6))
-                for x, y, colour in chart["marks"]
-                if colour.lower() == FRONT_COLOUR.lower()
+            drawn: dict[str, set[tuple[float, float]]] = {}
+            for x, y, colour in chart["marks"]:
+                drawn.setdefault(colour.upper(), set()).add((round(x, 6), round(y, 6)))
+            assert drawn.keys() == {FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR}
+            values = {number: records[number].evaluation.values for number in members}
+            places = {
+                number: (round(math.log10(at[cost]), 6), round(at["accuracy"], 6))
+                for number, at in values.items()
             }
-            values = [records[number].evaluation.values for number in members]
-            assert on_front == {(round(math.log10(at[cost]), 6), round(at["accuracy"], 6)) for at in values}
-            assert {colour.lower() for *_, colour in chart["marks"]} == {
-                FRONT_COLOUR.lower(),
-                OTHER_COLOUR.lower(),
-            }
+            assert drawn[KNEE_COLOUR] == {places.pop(knee)}
+            assert drawn[FRONT_COLOUR] == set(places.values())
 
 
 @pytest.mark.slow

@@ -13,7 +13,13 @@ from mlflow.entities import Run
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import CurvePoint, TrialRecord
-from autopeft.reporting.mlflow.run_content import PARENT_TAG, STUDY_TAG, trial_params
+from autopeft.reporting.mlflow.run_content import (
+    NOTE_TAG,
+    PARENT_TAG,
+    STUDY_TAG,
+    trial_note,
+    trial_params,
+)
 from autopeft.reporting.mlflow.run_writer import RunWriter
 from autopeft.reporting.mlflow.store import checked_store, open_experiment
 from tests.records import OBJECTIVES, synthetic_records
@@ -34,7 +40,8 @@ def experiment(client: MlflowClient, request: pytest.FixtureRequest, tmp_path: P
 
 
 def writer(client: MlflowClient, experiment: str) -> RunWriter:
-    return RunWriter(client, experiment, {PARENT_TAG: "parent", STUDY_TAG: "study"}, OBJECTIVES)
+    tags = {PARENT_TAG: "parent", STUDY_TAG: "study"}
+    return RunWriter(client, experiment, tags, OBJECTIVES, search_name="my search", backbone="org/model")
 
 
 def runs(client: MlflowClient, experiment: str) -> list[Run]:
@@ -159,6 +166,49 @@ def test_the_front_changes_tags_of_the_trials_concerned_alone(client: MlflowClie
         colours = {tags["mlflow.runColor"] for number, tags in found.items() if number in on_front}
         assert len(colours) == 1
         assert {tags["autopeft.status"] for tags in found.values()} == {"complete"}
+
+
+def test_the_knee_has_a_colour_of_its_own(client: MlflowClient, experiment: str) -> None:
+    first = writer(client, experiment)
+    for record in RECORDS[:3]:
+        first.finish(record, [0, 1], NOW, {}, 1)
+    later, *_ = adopted(client, experiment, RECORDS[:3])
+    for knee in (1, 0, 0):
+        later.mark([0, 1], knee)
+        found = {int(run.data.tags["autopeft.trial"]): run.data.tags for run in runs(client, experiment)}
+        assert [number for number, tags in found.items() if tags["autopeft.knee"] == "true"] == [knee]
+        assert {found[0]["autopeft.pareto"], found[1]["autopeft.pareto"]} == {"true"}
+        assert len({tags["mlflow.runColor"] for tags in found.values()}) == 3
+
+
+def test_runs_that_an_earlier_version_marked_are_marked_anew(client: MlflowClient, experiment: str) -> None:
+    before = writer(client, experiment)
+    for record in RECORDS[:2]:
+        before.finish(record, [0, 1], NOW, {}, 0)
+    for run in runs(client, experiment):
+        client.delete_tag(run.info.run_id, "autopeft.knee")
+    later, *_ = adopted(client, experiment, RECORDS[:2])
+    later.mark([1], 1)
+    found = {run.data.tags["autopeft.trial"]: run.data.tags for run in runs(client, experiment)}
+    assert [found[number]["autopeft.pareto"] for number in "01"] == ["false", "true"]
+    assert [found[number]["autopeft.knee"] for number in "01"] == ["false", "true"]
+
+
+def test_a_trials_page_says_what_it_is_and_how_to_load_it(client: MlflowClient, experiment: str) -> None:
+    record = RECORDS[3]
+    writer(client, experiment).finish(record, [], NOW, {})
+    (run,) = runs(client, experiment)
+    note = run.data.tags[NOTE_TAG]
+    assert f"**trial 3** (complete): accuracy {record.evaluation.values['accuracy']:.4f}" in note
+    assert f"{record.evaluation.cost.wall_seconds:.1f} s" in note
+    assert record.evaluation.configuration.grid() in note
+    assert "autopeft export 3 --search 'my search' --to adapters/3" in note
+    assert "base = 'org/model'" in note
+    assert "autopeft.load_adapter(base, 'adapters/3')" in note
+    failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="nan at *step* 2"))
+    note = trial_note(failed, OBJECTIVES, "my search", "org/model")
+    assert r"(failed: nan at \*step\* 2)" in note
+    assert "export" not in note
 
 
 def test_parameters_say_what_sits_where() -> None:

@@ -31,6 +31,7 @@ def test_a_view_has_a_chart_a_cost_of_all_trials_of_the_search() -> None:
     ]
     assert "'abc'" in state["searchFilter"]
     assert state["runsHiddenMode"] == "SHOW_ALL"
+    assert {"metrics.`accuracy_std`", "tags.`autopeft.knee`"} <= set(state["selectedColumns"])
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 3
 
 

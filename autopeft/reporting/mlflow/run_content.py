@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from mlflow.entities import Dataset, Metric, RunStatus
 
 from autopeft.core.adapter import Place, block_ranges, place_name
 from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective
-from autopeft.core.tables import markdown_text
+from autopeft.core.tables import markdown_block, markdown_text
 from autopeft.reporting.formats import methods_label
-from autopeft.reporting.front_plots import FRONT_COLOUR, OTHER_COLOUR
+from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
 from autopeft.reporting.tracker import SettingGroups
 
@@ -25,6 +26,7 @@ PARENT_TAG: Final = "mlflow.parentRunId"
 SEARCH_TAG: Final = "autopeft.search"
 TRIAL_TAG: Final = "autopeft.trial"
 PARETO_TAG: Final = "autopeft.pareto"
+KNEE_TAG: Final = "autopeft.knee"
 STUDY_TAG: Final = "autopeft.study_id"
 VIEW_TAG: Final = "autopeft.view"
 VERDICT_TAG: Final = "autopeft.verdict"
@@ -40,6 +42,9 @@ RUN_STATUS: Mapping[Status, str] = {
     "infeasible": RunStatus.to_string(RunStatus.KILLED),
 }
 """The status of a run, by its trial's."""
+Standing = Literal["off", "front", "knee"]
+"""Of a trial: off the front, on it, or its knee."""
+_COLOURS: Mapping[Standing, str] = {"off": OTHER_COLOUR, "front": FRONT_COLOUR, "knee": KNEE_COLOUR}
 
 
 def trial_metrics(
@@ -113,9 +118,44 @@ def outcome_tags(record: TrialRecord) -> dict[str, str]:
     return tags
 
 
-def front_tags(*, on_front: bool) -> dict[str, str]:
-    """Return the tags that say whether a trial is on the front, in words and as the colour of its run."""
-    return {PARETO_TAG: str(on_front).lower(), COLOUR_TAG: FRONT_COLOUR if on_front else OTHER_COLOUR}
+def front_tags(standing: Standing) -> dict[str, str]:
+    """Return the tags that say where a trial stands, in words and as the colour of its run."""
+    return {
+        PARETO_TAG: str(standing != "off").lower(),
+        KNEE_TAG: str(standing == "knee").lower(),
+        COLOUR_TAG: _COLOURS[standing],
+    }
+
+
+def standing_of(tags: Mapping[str, str]) -> Standing | None:
+    """Read what `front_tags` gave; None where some of it is missing."""
+    return next((standing for standing in _COLOURS if front_tags(standing).items() <= tags.items()), None)
+
+
+def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name: str, backbone: str) -> str:
+    """Return the note on a trial's page: values, cost, where adapters sit, and how it is exported and loaded.
+
+    The backbone's name is its hub name, or that of its folder.
+    """
+    evaluation, number = record.evaluation, record.number
+    known = [objective for objective in objectives if objective.name in evaluation.values]
+    values = [f"{objective.name} {evaluation.format(objective)}" for objective in known]
+    cost, trainings = evaluation.cost, evaluation.trainings
+    values.append(f"{cost.wall_seconds:.1f} s" + (f" in {trainings} trainings" if trainings > 1 else ""))
+    status = evaluation.status + (f": {evaluation.reason}" if evaluation.reason else "")
+    parts = [
+        f"**trial {number}** ({markdown_text(shortened(status))}): {markdown_text(', '.join(values))}",
+        markdown_block(shortened(evaluation.configuration.grid())),
+    ]
+    if evaluation.status == "complete":
+        folder = f"adapters/{number}"
+        shell = f"autopeft export {number} --search {shlex.quote(search_name)} --to {folder}"
+        python = (
+            f"import autopeft\n\nbase = {backbone!r}  # a hub name, or the path of the folder\n"
+            f"model = autopeft.load_adapter(base, {folder!r})"
+        )
+        parts += ["Export it:", markdown_block(shell), "Load what was exported:", markdown_block(python)]
+    return "\n\n".join(parts)
 
 
 def search_params(identity: SettingGroups) -> dict[str, str]:

@@ -19,20 +19,31 @@ _METRICS_A_BATCH, _TEXTS_A_BATCH = 800, 100  # MLflow takes 1,000, of them 100 p
 
 
 class RunWriter:
-    """Keeps one run, with some tags, for each trial of a search, and deletes none."""
+    """Keeps one run, with some tags, for each trial of a search, and deletes none.
+
+    The names of search and backbone are for what a trial's page says on exporting and loading it.
+    """
 
     def __init__(
-        self, client: MlflowClient, experiment_id: str, tags: dict[str, str], objectives: Sequence[Objective]
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        tags: dict[str, str],
+        objectives: Sequence[Objective],
+        *,
+        search_name: str = "",
+        backbone: str = "",
     ) -> None:
         self._client = client
         self._experiment_id = experiment_id
         self._tags = tags
         self._objectives = objectives
+        self._names = search_name, backbone
         self._runs: dict[int, str] = {}
         self._written: dict[int, TrialRecord] = {}  # what whole runs hold
         self._points: dict[int, int] = {}  # of the learning curve, in runs that hold a result
         self._interrupted: dict[int, str] = {}  # runs without a result, left by an earlier call
-        self._tagged: set[int] = set()  # trials whose runs say that they are on the front
+        self._standings: dict[int, content.Standing | None] = {}  # as the tags say; a new run's say "off"
 
     def adopt(self, runs: Sequence[Run], records: Sequence[TrialRecord]) -> int:
         """Take over an earlier call's runs; return how many finished ones are not the study's, and stay."""
@@ -47,8 +58,7 @@ class RunWriter:
             else:
                 self._runs[number] = run_id
                 self._points[number] = int(run.data.tags.get(content.CURVE_TAG, 0))
-                if run.data.tags.get(content.PARETO_TAG) == "true":
-                    self._tagged.add(number)
+                self._standings[number] = content.standing_of(run.data.tags)
                 is_ended = run.info.status == content.RUN_STATUS[record.evaluation.status]
                 if is_ended and content.outcome_tags(record).items() <= run.data.tags.items():
                     self._written[number] = record
@@ -65,27 +75,35 @@ class RunWriter:
         name = f"trial {number} · {methods_label(configuration)}"
         run_id = self._interrupted.pop(number, None)
         if run_id is None:
-            tags = {**self._tags, content.TRIAL_TAG: str(number), **content.front_tags(on_front=False)}
+            tags = {**self._tags, content.TRIAL_TAG: str(number), **content.front_tags("off")}
             run_id = str(self._client.create_run(self._experiment_id, started, tags, name).info.run_id)
         else:
             self._client.update_run(run_id, status="RUNNING", name=name)
         self._runs[number] = run_id
 
     def finish(
-        self, record: TrialRecord, members: Collection[int], ended: int, figures: Mapping[str, float]
+        self,
+        record: TrialRecord,
+        members: Collection[int],
+        ended: int,
+        figures: Mapping[str, float],
+        knee: int | None = None,
     ) -> None:
         """Write a trial's result and end its run at a time in milliseconds; doing so again adds nothing.
 
-        `figures` are of the search at that time.
+        `members` are the trials on the front, and `figures` of the search at that time.
         """
         evaluation, number = record.evaluation, record.number
-        configuration, on_front = evaluation.configuration, number in members
-        moved = on_front != (number in self._tagged)  # a new run's tags say that it is off the front
+        configuration = evaluation.configuration
+        standing = _standing(number, members, knee)
+        moved = standing != self._standings.get(number, "off")
         self.start(number, configuration, ended - int(1000 * evaluation.cost.wall_seconds))
         run_id, points = self._runs[number], self._points.get(number)
         if points is None:
             self._client.log_text(run_id, configuration.to_yaml(), "configuration.yaml")
             self._client.log_text(run_id, configuration_svg(configuration), "configuration.svg")
+        note = content.trial_note(record, self._objectives, *self._names)
+        tags = {content.NOTE_TAG: note} | (content.front_tags(standing) if moved else {})
         log_in_batches(
             self._client,
             run_id,
@@ -94,24 +112,31 @@ class RunWriter:
                 *(Metric(name, value, ended, 0) for name, value in figures.items()),
             ],
             params=content.trial_params(record) if points is None else {},
-            tags=content.outcome_tags(record) | (content.front_tags(on_front=on_front) if moved else {}),
+            tags=tags | content.outcome_tags(record),
         )
         self._client.set_terminated(run_id, status=content.RUN_STATUS[evaluation.status], end_time=ended)
         self._points[number], self._written[number] = len(evaluation.curves), record
-        (self._tagged.add if on_front else self._tagged.discard)(number)
+        self._standings[number] = standing
 
-    def mark(self, members: Collection[int]) -> None:
-        """Bring the tags that say which trials are on the front up to date."""
-        for number in sorted(self._tagged ^ (set(members) & self._points.keys())):
-            tags = content.front_tags(on_front=number in members)
-            log_in_batches(self._client, self._runs[number], tags=tags)
-            self._tagged ^= {number}
+    def mark(self, members: Collection[int], knee: int | None = None) -> None:
+        """Bring the tags that say which trials are on the front, and which is its knee, up to date."""
+        for number in sorted(self._points.keys() & {*self._standings, *members}):
+            standing = _standing(number, members, knee)
+            if standing != self._standings.get(number, "off"):
+                log_in_batches(self._client, self._runs[number], tags=content.front_tags(standing))
+                self._standings[number] = standing
 
     def end_unfinished(self) -> None:
         """End the runs of interrupted trials; the search's next call goes on with them."""
         running = [run_id for number, run_id in self._runs.items() if number not in self._points]
         for run_id in (*running, *self._interrupted.values()):
             self._client.set_terminated(run_id, status="KILLED")
+
+
+def _standing(number: int, members: Collection[int], knee: int | None) -> content.Standing:
+    if number not in members:
+        return "off"
+    return "knee" if number == knee else "front"
 
 
 def log_in_batches(

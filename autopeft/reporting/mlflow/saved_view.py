@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from autopeft.core.evaluation import deviation_of
 from autopeft.core.objectives import Objective
 from autopeft.reporting.front_plots import projections
 from autopeft.reporting.mlflow.tracking_uri import redact_in
@@ -49,7 +50,8 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
     A last chart has the hypervolume that the search had reached by each trial's latest training, against the
     seconds that all trainings had taken.
     """
-    metric = valid_key(next(objective.name for objective in objectives if objective.is_metric))
+    first = next(objective.name for objective in objectives if objective.is_metric)
+    metric, deviation = valid_key(first), valid_key(deviation_of(first))
     costs = [cost for cost, _ in projections(objectives)]
     keys = [log_scale_key(cost) if cost.log_scale else valid_key(cost.name) for cost in costs]
     shared = {"deleted": False, "isGenerated": False}
@@ -73,7 +75,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         for key, value, name, title in shown
     ]
     layout = {"display": True, "isReordered": True, "columns": min(len(charts), 3), "cardHeight": 480}
-    columns = [f"metrics.`{name}`" for name in (metric, *(valid_key(cost.name) for cost in costs))]
+    columns = [f"metrics.`{name}`" for name in (metric, deviation, *(valid_key(cost.name) for cost in costs))]
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         # Any order but start time, which nests children under the collapsed parent and draws that alone.
@@ -82,7 +84,7 @@ def view_state(parent_run_id: str, objectives: Sequence[Objective]) -> str:
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [*columns, "tags.`autopeft.pareto`"],
+        "selectedColumns": [*columns, "tags.`autopeft.pareto`", "tags.`autopeft.knee`"],
         **{key: [] for key in ("datasetsFilter", "runsPinned", "runsHidden")},
         **{key: {} for key in ("runsExpanded", "runsVisibilityMap", "groupsExpanded")},
         "runsHiddenMode": "SHOW_ALL",

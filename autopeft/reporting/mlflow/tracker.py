@@ -85,6 +85,7 @@ class MlflowTracker(Tracker):
         self._parent = ""
         self._note = ""
         self._members: frozenset[int] = frozenset()  # of the front
+        self._knee: int | None = None
         self._waiting: list[Metric] = []
         self._figures: Mapping[str, float] = {}  # of the search, after the latest evaluation
         self._front_put = -math.inf  # when; the first trial is to be seen at once
@@ -137,7 +138,8 @@ class MlflowTracker(Tracker):
         parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
         self._parent = self._open_parent(experiment_id, parent, note, identity)
         tags = {content.PARENT_TAG: self._parent, content.STUDY_TAG: self._study_id}
-        self._runs = RunWriter(self._client, experiment_id, tags, self._objectives)
+        names = {"search_name": self._search_name, "backbone": identity.get("backbone", {}).get("name", "")}
+        self._runs = RunWriter(self._client, experiment_id, tags, self._objectives, **names)
         trials = [run for run in runs if content.TRIAL_TAG in run.data.tags]
         if foreign := self._runs.adopt(trials, records):
             _logger.warning(
@@ -176,12 +178,18 @@ class MlflowTracker(Tracker):
     def trial_finished(self, record: TrialRecord) -> None:
         """Write a trial's values, curves, cost, configuration and picture, and end its run."""
         now, figures = _milliseconds(), self._figures
-        self._worker.put(lambda: self._runs.finish(record, self._members, now, figures))
+        self._worker.put(lambda: self._runs.finish(record, self._members, now, figures, self._knee))
 
     def front_changed(self, members: Collection[int]) -> None:
         """Bring the tags that say which trials are on the front up to date."""
         self._members = frozenset(members)
-        self._worker.put(lambda: self._runs.mark(self._members))
+        self._worker.put(lambda: self._runs.mark(self._members, self._knee))
+
+    def knee_changed(self, number: int) -> None:
+        """Mark the run of the trial that is the front's knee."""
+        if number != self._knee:
+            self._knee = number
+            self._worker.put(lambda: self._runs.mark(self._members, self._knee))
 
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, at a trial's number."""

@@ -1,4 +1,4 @@
-"""Tasks, spaces and samplers of another package are known under the names of its entry points.
+"""Tasks, spaces, samplers and executors of another package are known under the names of its entry points.
 
 tests/methods/test_own_method.py has the methods'.
 """
@@ -19,6 +19,7 @@ from tests.test_yaml_config import changed
 CODE = """
 from dataclasses import dataclass
 from optuna.samplers import RandomSampler
+from autopeft.evaluation.executor import LocalExecutor
 from autopeft.search_spaces import Uniform
 from autopeft.tasks import TextClassification
 
@@ -31,6 +32,13 @@ class Narrow(Uniform):
 
 class Dice(RandomSampler):
     pass
+
+@dataclass(frozen=True)
+class BatchQueue:
+    places: int
+
+    def __call__(self, runner):
+        return LocalExecutor(runner)
 """
 ENTRIES = """
 [autopeft.tasks]
@@ -39,6 +47,8 @@ ratings = installed_plugin:Ratings
 narrow = installed_plugin:Narrow
 [autopeft.samplers]
 dice = installed_plugin:Dice
+[autopeft.executors]
+batch_queue = installed_plugin:BatchQueue
 """
 
 
@@ -58,9 +68,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_names_what_another_package_has() -> None:
     settings = changed("task", {"type": "ratings", "dataset": "data.csv", "scale": 7})
     settings |= {"space": {"type": "narrow", "sizes": {"rank": [1, 4]}}, "sampler": "dice"}
+    settings["executor"] = {"type": "batch_queue", "places": 3}
     search: Any = build_config(settings).search
     assert (type(search.task).__name__, search.task.scale) == ("Ratings", 7)
     assert (type(search.space).__name__, search.space.sizes) == ("Narrow", {"rank": (1, 4)})
+    assert (type(search.executor).__name__, search.executor.places) == ("BatchQueue", 3)
     made = make_sampler(search.sampler, seed=0, number=1)
     assert isinstance(made, RandomSampler)
     assert type(made).__name__ == "Dice"

@@ -30,7 +30,8 @@ class Server:
 
     # By what it multiplies a module's B·A, from peft's config and the rank of the module's tensors.
     scaling: Callable[[Mapping[str, Any], int], float]
-    # Shell commands, with the fields base, folder, name and rank.
+    # Shell commands, with the fields base, folder, name and rank; local and remote are what llama.cpp's
+    # converters want before a base in a folder and before one of the hub.
     commands: str
     ranks: tuple[int, ...] = ()  # the largest ranks it can be started for; empty where any will do
 
@@ -56,8 +57,8 @@ SERVERS: Mapping[str, Server] = {
     "llama.cpp": Server(
         scaling=_by_tensor,
         # Both scripts are in llama.cpp's repository; the first reads no weights of the base.
-        commands="python convert_lora_to_gguf.py {folder} --outfile {name}.gguf\n"
-        "python convert_hf_to_gguf.py {base} --outfile base.gguf\n"
+        commands="python convert_lora_to_gguf.py {folder} {local}--outfile {name}.gguf\n"
+        "python convert_hf_to_gguf.py {remote}{base} --outfile base.gguf\n"
         "llama-server --model base.gguf --lora {name}.gguf",
     ),
 }
@@ -67,8 +68,16 @@ def how_to_serve(server: Server, base: str, folder: str, configuration: Configur
     """Return the shell commands that serve an exported folder."""
     rank = largest_rank(configuration)
     enough = min((each for each in server.ranks if each >= rank), default=rank)
-    name = Path(folder).name
-    return server.commands.format(base=base or "BASE", folder=folder, name=name, rank=enough)
+    is_on_hub = bool(base) and not Path(base).is_dir()
+    base = base or "BASE"
+    return server.commands.format(
+        base=base,
+        folder=folder,
+        name=Path(folder).name,
+        rank=enough,
+        local="" if is_on_hub else f"--base {base} ",
+        remote="--remote " if is_on_hub else "",
+    )
 
 
 def largest_rank(configuration: Configuration) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Self
 
 from rich.console import Console
@@ -23,7 +24,10 @@ def wide_console() -> Console:
 
 
 class SearchProgress:
-    """Lines and tables, and below them a bar with front size, hypervolume and time left, where enabled."""
+    """Lines and tables, and below them a bar with front size, hypervolume and time left, where enabled.
+
+    A notebook without ipywidgets, which rich draws bars with there, has lines and tables alone.
+    """
 
     def __init__(self, *, enabled: bool = True) -> None:
         console = wide_console()
@@ -36,7 +40,7 @@ class SearchProgress:
             TextColumn("· left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not enabled,
+            disable=not enabled or (console.is_jupyter and find_spec("ipywidgets") is None),
             speed_estimate_period=math.inf,
         )
         self._task = self._progress.add_task("", total=1.0, summary="")

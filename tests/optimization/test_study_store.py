@@ -188,9 +188,12 @@ def test_plain_optuna_opens_the_study(tmp_path: Path) -> None:
     assert study.trials[0].values == values_of(records[0])
     assert study.trials[1].state is TrialState.FAIL
     assert len(study.best_trials) >= 1
-    plots = optuna.visualization.matplotlib
-    plots.plot_pareto_front(study)
-    plots.plot_slice(study, target=lambda trial: trial.values[0], target_name="accuracy")
+    for plots in (optuna.visualization, optuna.visualization.matplotlib):
+        plots.plot_pareto_front(study)
+        plots.plot_slice(study, target=lambda trial: trial.values[0], target_name="accuracy")
+    figure = optuna.visualization.plot_pareto_front(study)
+    drawn = {point for trace in figure.data for point in zip(trace.x, trace.y, trace.z, strict=True)}
+    assert drawn == {tuple(trial.values) for trial in study.trials if trial.values}
 
 
 def test_optuna_is_told_which_trials_break_a_constraint(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def standing_of(tags: Mapping[str, str]) -> Standing | None:
 
 
 def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name: str, backbone: str) -> str:
-    """Return the note on a trial's page: values, cost, where adapters sit, and how it is exported and loaded.
+    """Return the note on a trial's page: values, cost, how it is exported and loaded, where adapters sit.
 
     The backbone's name is its hub name, or that of its folder.
     """
@@ -143,10 +143,7 @@ def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name
     cost, trainings = evaluation.cost, evaluation.trainings
     values.append(f"{cost.wall_seconds:.1f} s" + (f" in {trainings} trainings" if trainings > 1 else ""))
     status = evaluation.status + (f": {evaluation.reason}" if evaluation.reason else "")
-    parts = [
-        f"**trial {number}** ({markdown_text(shortened(status))}): {markdown_text(', '.join(values))}",
-        markdown_block(shortened(evaluation.configuration.grid())),
-    ]
+    parts = [f"**trial {number}** ({markdown_text(shortened(status))}): {markdown_text(', '.join(values))}"]
     if evaluation.status == "complete":
         folder = f"adapters/{number}"
         shell = f"autopeft export {number} --search {shlex.quote(search_name)} --to {folder}"
@@ -155,7 +152,7 @@ def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name
             f"model = autopeft.load_adapter(base, {folder!r})"
         )
         parts += ["Export it:", markdown_block(shell), "Load what was exported:", markdown_block(python)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, markdown_block(shortened(evaluation.configuration.grid()))])
 
 
 def search_params(identity: SettingGroups) -> dict[str, str]:

@@ -1,38 +1,31 @@
-"""What README and documentation say can be typed: commands, settings, Python, and the site as a whole."""
+"""What README and documentation say can be typed: commands and settings; and the site as a whole.
+
+tests/test_docs_examples.py runs Python.
+"""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import pandas
 import pytest
 import typer
 import yaml
 
 from autopeft.cli import app
 from autopeft.yaml_config import build_config
-from tests.learnable import learnable_rows, save_tiny_model
-from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
+from benchmarks.first_front import INSTALLATION, LINES
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
-
-TESTED_ELSEWHERE = ("from peft import", "calls.csv")
-"""What marks blocks that tests/export and tests/tasks/test_audio.py have the like of."""
-AS_RUN = {
-    '"FacebookAI/roberta-base"': '"model"',
-    '"HuggingFaceTB/SmolLM2-135M-Instruct"': '"language"',
-    '"glue", subset="rte"': '"reviews.csv"',
-    r"run\((trials|hours)=\d+\)": "run(trials=2)",
-}
-"""What of a block is put for what it shows: a tiny model, data, two trials."""
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -72,28 +65,37 @@ def test_every_setting_in_yaml_is_one() -> None:
             assert build_config(settings).search is not None, name
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/how-to/search-your-model.md"])
-def test_python_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a page's blocks in turn, as they stand but for the names of models and data and the budget."""
-    monkeypatch.chdir(tmp_path)
-    save_tiny_model(tmp_path / "model")
-    tiny_language_model("llama").save_pretrained(tmp_path / "language")
-    tiny_chat_tokenizer().save_pretrained(tmp_path / "language")
-    rows = learnable_rows(90)
-    texts = {name: rows["text"] for name in ("review", "sentence1", "sentence2")}
-    pandas.DataFrame({**texts, "stars": rows["label"], "label": rows["label"]}).to_csv("reviews.csv")
-    pairs = [{"prompt": text, "completion": label} for text, label in zip(*rows.values(), strict=True)]
-    pandas.DataFrame(pairs).to_json("chat.jsonl", orient="records", lines=True)
-    names: dict[str, Any] = {}
-    for block in blocks(ROOT / page, "python"):
-        if any(other in block for other in TESTED_ELSEWHERE):
-            continue
-        for shown, run in AS_RUN.items():
-            block = re.sub(shown, run, block)
-        exec(block, names)
-    assert len(names["front"])
+def test_every_entry_point_in_toml_is_of_a_kind_that_is_looked_for() -> None:
+    shown = [tomllib.loads(text) for page in PAGES for text in blocks(page, "toml")]
+    groups = {group for text in shown for group in text["project"]["entry-points"]}
+    kinds = ("methods", "tasks", "spaces", "samplers", "executors")  # of `load_entry_point`
+    assert groups == {f"autopeft.{kind}" for kind in kinds}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_what_a_newcomer_types_is_what_the_benchmark_types(page: str) -> None:
+    words = {
+        "repository": '"$REPOSITORY"',
+        "model": "sentence-transformers/all-MiniLM-L6-v2",
+        "data": "reviews.csv",
+        "hours": "0.06",
+    }
+    lines = [line.format(**words).replace(" --quiet", "") for line in (*INSTALLATION, *LINES)]
+    shown = [line for text in blocks(ROOT / page, "sh") for line in text.splitlines()]
+    assert shown[: len(lines)] == lines
+    assert len(lines) <= 8
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (autopeft\.\S+)$", page, re.MULTILINE)
+    for path in shown:
+        where, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(where), name), path
+    rooms = {"search_spaces", "tasks"}  # in `autopeft.__all__`
+    names = {path.rpartition(".")[2] for path in shown}
+    for module in ("autopeft", *(f"autopeft.{room}" for room in (*rooms, "callbacks", "methods"))):
+        assert {*importlib.import_module(module).__all__} - rooms <= names, module
 
 
 @pytest.mark.slow

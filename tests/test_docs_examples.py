@@ -53,7 +53,7 @@ search.run(trials=14, progress=False)
     "docs/how-to/own-task.md": "",
     "docs/how-to/own-tracker.md": f'{_TASK}model = "classifier"',
     "docs/how-to/read-and-export.md": f"""{_TASK}
-search = autopeft.Search("classifier", task, autopeft.search_spaces.Uniform(ranks=(1, 4)), baselines=False)
+search = autopeft.Search("classifier", task, autopeft.search_spaces.Uniform(sizes={"rank": (1, 4)}), baselines=False)
 front = search.run(trials=4, progress=False)
 """,
     "docs/how-to/search-your-model.md": "",

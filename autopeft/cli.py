@@ -69,9 +69,7 @@ def search(
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
     ray: Annotated[
         str | None,
-        typer.Option(
-            help="Train in executor.workers processes of a Ray cluster: address, auto, or local to start."
-        ),
+        typer.Option(help="Train on the workers of a Ray cluster: its address, auto, or local to start one."),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try failed trials again, each once.")

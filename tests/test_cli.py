@@ -210,6 +210,15 @@ def test_ray_makes_the_executor(
     assert executors == [RayExecutor(workers=2, address=address)]
 
 
+def test_ray_needs_no_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executors: list[Any] = []
+    monkeypatch.setattr(Search, "validate", lambda self: None)
+    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(settings_of(tmp_path)))
+    assert call("search", tmp_path / "search.yaml", "--ray", "auto").exit_code == 0
+    assert executors == [RayExecutor(address="auto")]
+
+
 def test_a_budget_of_words_is_refused(place: Path) -> None:
     assert "trials must be a finite number" in error("validate", place / "search.yaml", "run.trials=abc")
 

@@ -43,7 +43,7 @@ class RayExecutor:
 
     Attributes:
         workers: Trials that are trained at the same time. A cluster that has room for fewer begins with
-            those, and others join as it grows.
+            those, and others join as it grows. None for as many as there is room for at the beginning.
         gpus_per_worker: GPUs of a worker, a whole number; or a share below 1 of one that several use.
         cpus_per_worker: CPU cores of a worker, which is also the number of its threads.
         address: Of a running cluster, as in "auto" or "10.0.0.1:6379"; None to start Ray on this machine,
@@ -53,14 +53,15 @@ class RayExecutor:
         ValueError: A number is out of range.
     """
 
-    workers: int
+    workers: int | None = None
     gpus_per_worker: float = 0
     cpus_per_worker: int = 1
     address: str | None = None
     alters_trials: ClassVar[bool] = False  # a search goes on with another number of workers, or without
 
     def __post_init__(self) -> None:
-        check_whole("workers", self.workers, least=1)
+        if self.workers is not None:
+            check_whole("workers", self.workers, least=1)
         check_whole("cpus_per_worker", self.cpus_per_worker, what="a number of cores", least=1)
         gpus = self.gpus_per_worker
         if not (0 <= gpus < 1 or (gpus >= 1 and float(gpus).is_integer())):
@@ -146,13 +147,13 @@ class _RayJobs:
         try:
             if self._starts_ray:
                 self._start_ray()
-            self._check_resources()
+            self._workers = self._checked_workers()
             self._shared = ray.put(runner)
             # A worker is replaced here, and not by Ray, which would not say what became of its job.
             self._actor: Any = ray.remote(
                 num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
             )(_Worker)
-            for _ in range(settings.workers):
+            for _ in range(self._workers):
                 self._start_worker()
             while self._starting or not self._idle:
                 answer = self._first_answer(_GRACE_SECONDS if self._idle else _PATIENCE_SECONDS)
@@ -167,7 +168,8 @@ class _RayJobs:
         settings = self._settings
         host, _, port = (settings.address or "").rpartition(":")
         # A machine of fewer cores runs as many workers as it is asked to: slower, and no error.
-        cores = settings.workers * settings.cpus_per_worker if settings.address is None else None
+        is_asked = settings.address is None and settings.workers is not None
+        cores = (settings.workers or 0) * settings.cpus_per_worker if is_asked else None
         try:
             if port.isdigit() and "/" not in host:
                 # Ray itself would try again for minutes.
@@ -182,8 +184,8 @@ class _RayJobs:
         except (OSError, ValueError) as error:
             raise ValueError(f"No Ray cluster was found at {settings.address!r}: {error}") from error
 
-    def _check_resources(self) -> None:
-        """Raise where there is no room for a worker; the others may start later, as hosts join."""
+    def _checked_workers(self) -> int:
+        """Return the number of workers; raise where there is no room for one. Others may start later."""
         settings, present = self._settings, self._ray.cluster_resources()
         needed = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
         there = {name: present.get(name, 0) for name in needed}
@@ -194,12 +196,15 @@ class _RayJobs:
                 for counts in (needed, there)
             )
             raise ValueError(f"A worker takes {takes}, but the cluster has {has}.")
+        if settings.workers is None:
+            return room
         if room < settings.workers:
             _logger.warning(
                 "The cluster has room for %d of %d workers: the others start when it has grown.",
                 room,
                 settings.workers,
             )
+        return settings.workers
 
     def _start_worker(self) -> None:
         worker = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
@@ -245,7 +250,7 @@ class _RayJobs:
                 return
             self._failed_starts += 1
             is_left = self._running or self._idle or self._asked
-            if self._failed_starts > self._settings.workers and not is_left:
+            if self._failed_starts > self._workers and not is_left:
                 raise ValueError(f"A worker could not be started: {error}") from error
             pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
             name = type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,12 @@ def test_workers_that_died_while_they_were_idle_are_not_the_next_jobs_fault(dyin
         os.kill(int(record.evaluation.values["process"]), signal.SIGKILL)
     dying.submit(New(number=5, configuration=Configuration()))
     assert next_record(dying).evaluation.status == "complete"
+
+
+def test_without_a_number_there_are_as_many_workers_as_there_is_room_for(tmp_path: Path) -> None:
+    runner: Any = DyingRunner(tmp_path)
+    with closing(RayExecutor(cpus_per_worker=os.cpu_count() or 1)(runner)) as executor:
+        assert executor.free == 1
 
 
 def test_where_no_worker_starts_the_error_says_so(tmp_path: Path) -> None:

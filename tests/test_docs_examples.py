@@ -53,7 +53,8 @@ search.run(trials=14, progress=False)
     "docs/how-to/own-task.md": "",
     "docs/how-to/own-tracker.md": f'{_TASK}model = "classifier"',
     "docs/how-to/read-and-export.md": f"""{_TASK}
-search = autopeft.Search("classifier", task, autopeft.search_spaces.Uniform(sizes={"rank": (1, 4)}), baselines=False)
+space = autopeft.search_spaces.Uniform(sizes={{"rank": (1, 4)}})
+search = autopeft.Search("classifier", task, space, baselines=False)
 front = search.run(trials=4, progress=False)
 """,
     "docs/how-to/search-your-model.md": "",
@@ -133,11 +134,11 @@ def test_python_on_a_page_runs(page: str, place: Path, tmp_path: Path) -> None:
     for path in place.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "script.py").write_text(script_of(page, tmp_path))
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "script.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "AUTOPEFT_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "PYTHONPATH": modules, "AUTOPEFT_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )

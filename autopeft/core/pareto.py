@@ -35,8 +35,8 @@ def dominated(
     if not points or not others:
         return [False] * len(points)
     losses, bounds = _losses(points, objectives)[:, None], _losses(others, objectives)
-    is_worse = (bounds <= losses).all(axis=2) & (bounds < losses).any(axis=2)
-    return [bool(is_dominated) for is_dominated in is_worse.any(axis=1)]
+    is_worse = np.all(bounds <= losses, axis=2) & np.any(bounds < losses, axis=2)
+    return [bool(is_dominated) for is_dominated in np.any(is_worse, axis=1)]
 
 
 def non_dominated_sort(points: Sequence[Values], objectives: Sequence[Objective]) -> list[list[int]]:

@@ -91,7 +91,8 @@ class Cluster:
 
     def run(self, job: New) -> Answer:
         seconds, outcome = next(self.trials)
-        return Answer(self.now + seconds, {True: job.number, False: None}.get(outcome, outcome))
+        record = job.number if outcome is True else None
+        return Answer(self.now + seconds, outcome if isinstance(outcome, Exception) else record)
 
     def wait(self, answers: list[Answer], *, num_returns: int, timeout: float | None) -> Any:
         assert num_returns == 1

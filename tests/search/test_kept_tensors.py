@@ -71,7 +71,7 @@ def test_what_comes_onto_the_front_has_its_tensors_and_little_else_is_kept(seed:
             parameters = share * evaluation.values["trainable_parameters"]
             expected = 0.3 + 0.1 * math.log10(parameters) - draw.random() * 0.2
             values = {"trainable_parameters": parameters, "expected": expected}
-            points.append(replace(evaluation, values=evaluation.values | values))
+            points.append(replace(evaluation, values={**evaluation.values, **values}))
         return measured(replace(record, evaluation=replace(points[0], derived=tuple(points[1:]))), 0)
 
     front, clean, kept, known, off_the_front = ParetoFront([], objectives, axes), cleanup(), 0, 0, False

@@ -110,6 +110,12 @@ class MethodSampler(EhviSampler):
     features = MethodFeatures
 
 
+class BlindSampler(EhviSampler):
+    """Has models that do not tell methods apart."""
+
+    features = NoFeatures
+
+
 def space_of(methods: Sequence[str]) -> PerLayer:
     """Return a space of some families in the top half, with few sizes: peft is asked about each."""
     sized = {name: METHOD_SPECS[name].sizes for name in methods if METHOD_SPECS[name].size_name}
@@ -168,6 +174,7 @@ ARMS: Mapping[str, tuple[Sequence[str], Callable[[int], EhviSampler]]] = {
     "seven": (SEVEN, lambda seed: EhviSampler(seed=seed)),
     "forty": (FORTY, lambda seed: EhviSampler(seed=seed)),
     "forty, models know methods alone": (FORTY, lambda seed: MethodSampler(seed=seed)),
+    "forty, models know nothing of methods": (FORTY, lambda seed: BlindSampler(seed=seed)),
 }
 
 

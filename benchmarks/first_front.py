@@ -3,9 +3,9 @@
     python -m benchmarks.first_front [--hours 0.06]
 
 Once, a checkout is made and installed by pip into a new virtual environment; nothing of this one is seen
-there: no variables but those of pip and the machine, an empty home. Then, for texts with classes, texts with
-numbers, and images, a person with a model and a file types the rest. Shown are the lines, the minutes until
-there is a front and an exported adapter, installation included, and the front's size.
+there: no variables but those of pip and the machine, an empty home. Then, for texts with classes, texts
+with 0 or 1, and images, a person with a model and a file types the rest. Shown are the lines, the minutes
+until there is a front and an exported adapter, installation included, and the front's size.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ INSTALLATION = (
 )
 KINDS = {
     "texts and classes": ("minilm", "questions", "questions.csv"),
-    "texts and numbers": ("minilm", "snippets", "snippets.csv"),
+    "texts and 0 or 1": ("minilm", "snippets", "snippets.csv"),
     "images": ("dinov2", "cifar10", "cifar10.parquet"),
 }
 LINES = (
     "autopeft init --model {model} --data {data} --to mine.yaml",
     "autopeft validate mine.yaml",
-    "autopeft search mine.yaml run.hours={hours}",
+    "autopeft search mine.yaml run.hours={hours} task.train_examples=512",
     "autopeft front",
     "autopeft export --knee --to adapter",
 )

@@ -35,12 +35,13 @@ def keep_spread(model: nn.Module, blocks: Iterable[str]) -> None:
         ValueError: A block lies on two devices, or weights were offloaded.
     """
     devices = devices_of(model)
-    if len(devices) > 1 and torch.device("meta") in devices:
+    has_no_weights = torch.device("meta") in devices
+    if has_no_weights and hasattr(model, "hf_device_map"):
         raise ValueError(
             "device_map leaves weights on the CPU or on disk, beside the GPUs, where they cannot be trained "
             'with: use more GPUs, or fewer bits as by quantization="nf4".'
         )
-    if len(devices) < 2:
+    if has_no_weights or len(devices) < 2:  # some models make parameters on the CPU all the same
         return
     inside = {name: model.get_submodule(name) for name in blocks}
     for name, block in inside.items():

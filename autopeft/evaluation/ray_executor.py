@@ -175,7 +175,7 @@ class _RayJobs:
                 # Ray itself would try again for minutes.
                 socket.create_connection((host, int(port)), timeout=_CONNECTION_SECONDS).close()
             self._ray.init(
-                settings.address,
+                settings.address or "local",  # None would join a cluster that runs on this machine
                 num_cpus=cores,
                 include_dashboard=None if settings.address else False,
                 log_to_driver=False,

@@ -77,7 +77,8 @@ def _without_the_variables_that_ray_sets() -> Iterator[None]:
 
 
 @pytest.fixture
-def dying(tmp_path: Path) -> Iterator[Executor]:
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that is gone, and is not asked for
     runner: Any = DyingRunner(tmp_path)
     executor = RayExecutor(workers=2)(runner)
     yield executor

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from autopeft.core.errors import is_finite_number, unknown_choice
+from autopeft.core.errors import is_finite_number, shown, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, ROLES, Kind, MethodSpec, OptionValue, method_spec
 
 _SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
@@ -106,7 +106,7 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     match = _SITE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"Cannot read the site {text!r}: expected 'block.role' or 'first-last.role', "
+            f"Cannot read the site {shown(text)}: expected 'block.role' or 'first-last.role', "
             "for example '3.query', '0-5.ffn_down' or 'decoder.3.query'."
         )
     first = int(match["first"])
@@ -114,7 +114,7 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     if last < first:
         raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
     if last >= MOST_BLOCKS:
-        raise ValueError(f"Cannot read the site {text!r}: expected blocks from 0 to {MOST_BLOCKS - 1}.")
+        raise ValueError(f"Cannot read the site {shown(text)}: expected blocks from 0 to {MOST_BLOCKS - 1}.")
     stack = match["stack"] or ""
     return tuple(Site(block, match["role"], stack) for block in range(first, last + 1))
 
@@ -174,9 +174,9 @@ class Adapter:
     def from_dict(cls, data: Mapping[str, Any]) -> Adapter:
         """Read an adapter from `{"method": "lora", "size": 8, ...}`; "rank" is taken for "size"."""
         if "method" not in data:
-            raise ValueError(f"An adapter needs a 'method', got the keys {sorted(map(str, data))}.")
+            raise ValueError(f"An adapter needs a 'method', got the keys {shown(sorted(map(str, data)))}.")
         if not isinstance(data["method"], str):
-            raise ValueError(f"A 'method' is a name, got {data['method']!r}.")
+            raise ValueError(f"A 'method' is a name, got {shown(data['method'])}.")
         rest = {key: value for key, value in data.items() if key != "method"}
         if "rank" in rest and "size" in rest:
             raise ValueError("An adapter has one size: give 'size' or 'rank', not both.")

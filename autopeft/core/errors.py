@@ -11,6 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_LONGEST = 200
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, without its middle where that is long: files may hold anything."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 4 :]}"
+
 
 def nearest(given: str, valid: Iterable[str]) -> str | None:
     """Return the valid choice closest to what was given, or None where nothing is close."""
@@ -25,7 +33,7 @@ def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
     choices = list(valid)
     close = nearest(given, choices)
     hint = f"; did you mean {close!r}?" if close is not None else "."
-    return ValueError(f"Unknown {kind} {given!r}: expected one of {', '.join(choices) or 'none'}{hint}")
+    return ValueError(f"Unknown {kind} {shown(given)}: expected one of {', '.join(choices) or 'none'}{hint}")
 
 
 def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
@@ -45,20 +53,20 @@ def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tupl
 def check_whole(name: str, value: object, *, least: int, what: str = "a whole number") -> None:
     """Raise a ValueError where a value is no whole number (of `what`) from a least one up."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {what} from {least} up, got {value!r}.")
+        raise ValueError(f"{name} is {what} from {least} up, got {shown(value)}.")
 
 
 def check_flags(**values: object) -> None:
     """Raise a ValueError where a value is neither True nor False."""
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{name} is True or False, got {value!r}.")
+            raise ValueError(f"{name} is True or False, got {shown(value)}.")
 
 
 def check_share(name: str, share: float, *, of: str) -> None:
     """Raise a ValueError where a value is no share in [0, 1] of something."""
     if not 0 <= share <= 1:
-        raise ValueError(f"{name} is a share of the {of} in [0, 1], got {share!r}.")
+        raise ValueError(f"{name} is a share of the {of} in [0, 1], got {shown(share)}.")
 
 
 def check_numbers(*, least: float | None = None, above: float = -math.inf, **values: Any) -> None:
@@ -67,7 +75,7 @@ def check_numbers(*, least: float | None = None, above: float = -math.inf, **val
     for name, value in values.items():
         if not is_finite_number(value) or (value <= above if least is None else value < least):
             hint = _number_hint(value)
-            raise ValueError(f"{name} must be a finite number {bound}, got {value!r}{hint}.")
+            raise ValueError(f"{name} must be a finite number {bound}, got {shown(value)}{hint}.")
 
 
 def is_finite_number(value: object) -> bool:

@@ -39,6 +39,7 @@ from transformers import (
 from autopeft.core.adapter import MOST_BLOCKS
 from autopeft.core.configuration import Site
 from autopeft.core.documents import parse_json, read_text
+from autopeft.core.errors import shown
 from autopeft.methods import METHODS, PeftMethod, Placement
 from autopeft.methods.peft_base import stored_names
 from autopeft.models.backbone import Backbone
@@ -182,7 +183,7 @@ class Manifest:
             }
             return _MANIFEST.validate_python({**data, "sites": sites})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged: {error!r}. Export it again.") from error
+            raise ValueError(f"{file} is damaged: {shown(error)}. Export it again.") from error
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
 from autopeft.core.atomic_files import replacing
+from autopeft.core.errors import shown
 
 _logger = logging.getLogger(__name__)
 _STALE_SECONDS = 3  # after which a lock of Optuna's was left by a killed process: a write takes milliseconds
@@ -87,14 +88,25 @@ def read_journal(path: Path) -> JournalStorage:
         return JournalStorage(lines)
 
 
+_DAMAGE = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RecursionError,
+    OptunaError,
+)
+
+
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
     """Raise what Optuna and our own readers say of JSON with other content as a ValueError with the path."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, OptunaError) as error:
+    except _DAMAGE as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): expected operations of Optuna's journal, and trials of a "
+            f"{path} is damaged ({shown(error)}): expected operations of Optuna's journal, and trials of a "
             "search. Restore the file from a copy."
         ) from error
 

@@ -30,3 +30,10 @@ def test_reads_valid_choices_from_an_iterator_once() -> None:
 )
 def test_nearest_choice(given: str, expected: str | None) -> None:
     assert nearest(given, ("query", "key", "value")) == expected
+
+
+def test_a_long_value_is_shown_by_its_ends() -> None:
+    message = str(unknown_choice("role", f"query{'x' * 5000}key", ["query"]))
+    assert len(message) < 300
+    assert "'queryx" in message
+    assert "xkey'" in message

@@ -142,7 +142,9 @@ def contributions(points: Sequence[Values], axes: Sequence[Axis]) -> list[float]
     losses = _axis_losses(points, axes)
     if len(axes) == 1:
         losses = [[loss, 0.0] for (loss,) in losses]  # moocore takes two objectives or more
-    return [float(share) for share in moocore.hv_contributions(losses, ref=np.ones(len(losses[0])))]
+    # Points of a front may be equal on an axis but for rounding, where one then dominates the other.
+    shares = moocore.hv_contributions(losses, ref=np.ones(len(losses[0])), ignore_dominated=False)
+    return [float(share) for share in shares]
 
 
 def thinned(

@@ -112,7 +112,7 @@ def parse_sites(text: str) -> tuple[Site, ...]:
     first = int(match["first"])
     last = int(match["last"]) if match["last"] is not None else first
     if last < first:
-        raise ValueError(f"The range of blocks in {text!r} runs backwards: {first} > {last}.")
+        raise ValueError(f"The range of blocks in {shown(text)} runs backwards: {first} > {last}.")
     if last >= MOST_BLOCKS:
         raise ValueError(f"Cannot read the site {shown(text)}: expected blocks from 0 to {MOST_BLOCKS - 1}.")
     stack = match["stack"] or ""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.core.method_spec import (
+    B_RATE,
     LORA_MINIMUMS,
     LORA_OPTIONS,
     Kind,
@@ -143,11 +144,11 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             minimums={"alpha": 0.0, "density": 0.0},
             wraps=True,
         ),
-        _lora("lora_fa", "Lf", without=("b_rate",)),
+        _lora("lora_fa", "Lf", without=(B_RATE,)),
         # The rate of these three is measured: `python -m benchmarks.data_initialisation`.
         _lora("eva", "Ev", rate=0.3),
-        _lora("lora_ga", "Ga", without=("rslora", "dropout", "b_rate"), rate=0.3),
-        _lora("corda", "Cd", without=("rslora", "dropout", "b_rate"), rate=0.3),
+        _lora("lora_ga", "Ga", without=("rslora", "dropout", B_RATE), rate=0.3),
+        _lora("corda", "Cd", without=("rslora", "dropout", B_RATE), rate=0.3),
         MethodSpec(
             name="lora_xs",
             principle="fixed bases",

@@ -167,9 +167,10 @@ class _RayJobs:
     def _start_ray(self) -> None:
         settings = self._settings
         host, _, port = (settings.address or "").rpartition(":")
-        # A machine of fewer cores runs as many workers as it is asked to: slower, and no error.
-        is_asked = settings.address is None and settings.workers is not None
-        cores = (settings.workers or 0) * settings.cpus_per_worker if is_asked else None
+        cores = None
+        if settings.address is None and settings.workers is not None:
+            # A machine of fewer cores runs as many workers as it is asked to: slower, and no error.
+            cores = settings.workers * settings.cpus_per_worker
         try:
             if port.isdigit() and "/" not in host:
                 # Ray itself would try again for minutes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, create_study
@@ -24,7 +23,6 @@ from autopeft.search_spaces import Baseline, SearchSpace
 from autopeft.search_spaces.base import FEWEST_BASELINES
 from autopeft.search_spaces.prior import Prior
 
-_baseline = attrgetter("baseline")
 _EARLIER_SHARE = 0.1  # so that a prior that is no good costs little more
 
 
@@ -80,7 +78,7 @@ class Proposer:
         self, records: Sequence[TrialRecord], pending: Sequence[Configuration]
     ) -> Baseline | None:
         """Return the next that was not tried: the space's first, what the prior has, the space's others."""
-        tried, split = set(map(_baseline, records)), FEWEST_BASELINES
+        tried, split = {record.baseline for record in records}, FEWEST_BASELINES
         done = {record.evaluation.configuration.key for record in records} if self.prior.baselines else ()
         first, others, earlier = (
             [

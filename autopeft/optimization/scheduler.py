@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import count
-from operator import attrgetter
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, TrialRecord
@@ -18,8 +17,6 @@ from autopeft.optimization.budget import Budget, RunningSum, Spent, is_exhausted
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
 from autopeft.optimization.successive_halving import AshaPromoter
-
-_key = attrgetter("evaluation.configuration.key")
 
 Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Proposal]
 """Says what a new trial tries, from its number, all records and what is being trained for the first time; the
@@ -207,8 +204,7 @@ class Scheduler:
         key, baseline = proposal.configuration.key, proposal.baseline
         if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
             return None
-        is_known = key in map(_key, records)  # the loop over thousands takes longer than all else
-        for record in reversed(records if is_known else ()):
+        for record in reversed(records):
             evaluation = record.evaluation
             if record.duplicate_of is None and evaluation.configuration.key == key:
                 if evaluation.status in ("complete", "paused"):

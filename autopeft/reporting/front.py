@@ -170,12 +170,17 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             return ParetoFront([*others, record], self.objectives, self.axes, self._export)
         # A new trial drives members off the front, and brings nothing else onto it.
         members = [*(point.record for point in self._points), *record.points]
-        front = copy.copy(self)
-        vars(front).pop("members", None)
-        vars(front).pop("hypervolume", None)
+        front = self._copy()
         front.verdict = UNKNOWN
         front.records = tuple(sorted([*self.records, *record.points], key=_number))
         front._points = front._sorted(front_records(members, self.objectives))
+        return front
+
+    def _copy(self) -> ParetoFront:
+        """Return a copy whose points may be set: it has yet to find its members and hypervolume."""
+        front = copy.copy(self)
+        for found in ("members", "hypervolume"):
+            vars(front).pop(found, None)
         return front
 
     def _point(self, record: TrialRecord) -> FrontPoint:
@@ -262,9 +267,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             ValueError: The number of points is below 1.
         """
         check_whole("points", points, least=1)
-        front = copy.copy(self)
-        vars(front).pop("members", None)
-        vars(front).pop("hypervolume", None)
+        front = self._copy()
         values = [point.values for point in self._points]
         if len(values) > points:
             kept = thinned(values, self.axes, points, keep=[knee(values, self.axes)])

@@ -21,8 +21,9 @@ from autopeft.export.conversion import ENERGY
 from autopeft.export.export import export_adapter
 from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
-from autopeft.optimization.budget import Budget, Spent
+from autopeft.optimization.budget import Budget
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
+from autopeft.optimization.trial_records import Spent
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.layer_card import LayerCard

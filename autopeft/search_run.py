@@ -178,7 +178,7 @@ class SearchRun:
         records = [record for record in self.study.records if record.duplicate_of is None]
         if sum(record.evaluation.status == "complete" for record in records) < FEWEST_TRIALS:
             return
-        spent = replace(self.scheduler.spent(records), trials=0)
+        spent = replace(self.scheduler.spent(self.study.records), trials=0)
         if self.budget.spent_share(spent) >= 1:
             progress.say("The budget is spent: the scores are not checked; search.check_scores() does it.")
             return

@@ -40,9 +40,9 @@ from assets.prepare import prepare
 from autopeft import Configuration, ParetoFront, Search, Site
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.pareto import hypervolume
-from autopeft.optimization.budget import Spent
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
+from autopeft.optimization.trial_records import Spent
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.datasets import DATASETS
 from benchmarks.rivals.ours import GUIDED

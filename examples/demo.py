@@ -18,7 +18,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Evaluation
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import Attachment, FullFineTuning
-from autopeft.optimization.budget import Spent
+from autopeft.optimization.trial_records import Spent
 from autopeft.reporting.console import wide_console
 from autopeft.yaml_config import load_config
 

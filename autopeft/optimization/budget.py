@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, Self
 
 import torch
 
 from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, TrialRecord
+from autopeft.optimization.trial_records import Spent
 
 _MOST_INFEASIBLE = 500
 _MOST_DUPLICATES = 100
 _MOST_ALIKE_FAILURES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """What the trials of a search have used up."""
-
-    trials: int = 0  # trials that a budget counts: all but the infeasible ones
-    cost: Cost = field(default_factory=Cost)  # what all evaluations cost; a duplicate cost nothing
-
-    @classmethod
-    def of(cls, records: Iterable[TrialRecord]) -> Self:
-        """Return the sum over trials; derived points are none."""
-        own = [record for record in records if record.derived_from is None]  # what others cost is in these
-        costs = [record.evaluation.cost for record in own if record.duplicate_of is None]
-        return cls(
-            trials=sum(record.evaluation.status != "infeasible" for record in own), cost=Cost.total(costs)
-        )
-
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(trials=self.trials + other.trials, cost=self.cost + other.cost)
-
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(trials=self.trials - other.trials, cost=self.cost - other.cost)
-
-
-class RunningSum:
-    """What the trials of one study have spent: only records that changed since the last call are added up."""
-
-    def __init__(self) -> None:
-        self._known: Sequence[TrialRecord] = ()
-        self._sum = Spent()
-
-    def of(self, records: Sequence[TrialRecord]) -> Spent:
-        """Return `Spent.of` of the records, but for rounding."""
-        pairs = [pair for pair in zip_longest(self._known, records) if pair[0] is not pair[1]]
-        self._sum -= Spent.of(before for before, _ in pairs if before is not None)
-        self._sum += Spent.of(now for _, now in pairs if now is not None)
-        self._known = tuple(records)
-        return self._sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.optimization.proposal import History, Proposal
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
+from autopeft.optimization.trial_records import TrialRecords
 from autopeft.search_spaces import Baseline, SearchSpace
 from autopeft.search_spaces.base import FEWEST_BASELINES
 from autopeft.search_spaces.prior import Prior
@@ -45,9 +46,7 @@ class Proposer:
     are_states_served: Callable[[int], bool]  # see `History`
 
     @section("ask")
-    def propose(
-        self, number: int, records: Sequence[TrialRecord], pending: Sequence[Configuration] = ()
-    ) -> Proposal:
+    def propose(self, number: int, records: TrialRecords, pending: Sequence[Configuration] = ()) -> Proposal:
         """Return what a trial is to try: the next baseline that was not tried, or what the sampler chooses.
 
         The records are those of finished and paused trials; what is trained for the first time is pending.
@@ -74,26 +73,23 @@ class Proposer:
             system_attrs=frozen.system_attrs,
         )
 
-    def _next_baseline(
-        self, records: Sequence[TrialRecord], pending: Sequence[Configuration]
-    ) -> Baseline | None:
+    def _next_baseline(self, records: TrialRecords, pending: Sequence[Configuration]) -> Baseline | None:
         """Return the next that was not tried: the space's first, what the prior has, the space's others."""
-        tried, split = {record.baseline for record in records}, FEWEST_BASELINES
-        done = {record.evaluation.configuration.key for record in records} if self.prior.baselines else ()
+        split, has_earlier = FEWEST_BASELINES, bool(self.prior.baselines)
         first, others, earlier = (
             [
                 known
                 for known in several
-                if known.name not in tried
+                if known.name not in records.baselines
                 and known.configuration not in pending
-                and known.configuration.key not in done
+                and not (has_earlier and records.tried(known.configuration.key))
             ]
             for several in (self.baselines[:split], self.baselines[split:], self.prior.baselines)
         )
         may_try_earlier = not first and earlier and self._may_try_earlier(records, pending)
         return next(iter([*first, *(earlier if may_try_earlier else ()), *others]), None)
 
-    def _may_try_earlier(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> bool:
+    def _may_try_earlier(self, records: TrialRecords, pending: Sequence[Configuration]) -> bool:
         """Whether the prior's trials off the front took at most a tenth of all optimizer steps."""
         names = {baseline.name for baseline in self.prior.baselines}
         if not {baseline.configuration for baseline in self.prior.baselines}.isdisjoint(pending):

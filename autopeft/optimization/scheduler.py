@@ -10,15 +10,15 @@ from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume, Rivals
 from autopeft.core.objectives import Objective
-from autopeft.core.pareto import front_records
 from autopeft.core.profiling import section
 from autopeft.evaluation.warm_start import WarmStarts
-from autopeft.optimization.budget import Budget, RunningSum, Spent, is_exhausted
+from autopeft.optimization.budget import Budget, is_exhausted
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.seed_replication import cost_of_replicates, next_to_replicate, under_replicated
 from autopeft.optimization.successive_halving import AshaPromoter
+from autopeft.optimization.trial_records import Spent, TrialRecords
 
-Propose = Callable[[int, Sequence[TrialRecord], Sequence[Configuration]], Proposal]
+Propose = Callable[[int, TrialRecords, Sequence[Configuration]], Proposal]
 """Says what a new trial tries, from its number, all records and what is being trained for the first time; the
 same arguments give the same."""
 
@@ -47,12 +47,9 @@ class Scheduler:
     # Numbers of trials whose configuration another trial is training; they become its duplicates. There is at
     # most one more of them than jobs are running: a small space would propose the same again and again.
     _held: list[int] = field(default_factory=list, init=False)
-    _sum: RunningSum = field(default_factory=RunningSum, init=False)
-    _members: list[TrialRecord] = field(default_factory=list, init=False)  # of the front, which is that of:
-    _compared: dict[int, TrialRecord] = field(default_factory=dict, init=False)
 
     @section("ask")
-    def next(self, records: Sequence[TrialRecord], free: int) -> list[Job]:
+    def next(self, records: TrialRecords, free: int) -> list[Job]:
         """Return what to do now; nothing where the search is done, or has to wait for what is running.
 
         The records are of all trials by number, finished and paused; there are at most `free` jobs.
@@ -73,41 +70,32 @@ class Scheduler:
         """What was proposed for new trials that are not over."""
         return self._proposals.values()
 
-    def spent(self, records: Sequence[TrialRecord]) -> Spent:
+    def spent(self, records: TrialRecords) -> Spent:
         """Return what was spent, on the trials and beside them."""
         beside = Cost() if self.overhead is None else self.overhead.cost
-        return self._sum.of(records) + Spent(cost=beside)
+        return records.spent + Spent(cost=beside)
 
-    def lacking(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    def lacking(self, records: TrialRecords) -> list[TrialRecord]:
         """Return the trials on the front, or with a derived point there, that lack trainings."""
         if self.seeds == 1:
             return []
-        members = {point.trained for point in self._front(records)}
-        return under_replicated((record for record in records if record.number in members), self.seeds)
+        trained = (
+            records.numbered(number) for number in sorted({point.trained for point in records.front()})
+        )
+        return under_replicated((record for record in trained if record is not None), self.seeds)
 
-    def _front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Return the front of all trials and points; only what is new since the last call is compared."""
-        new = [record for record in records if self._compared.get(record.number) is not record]
-        known = (self._compared.get(record.number) for record in new)
-        if any(record is not None and record.evaluation.status == "complete" for record in known):
-            new, self._members = list(records), []  # what was trained again may let others back
-        self._compared.update((record.number, record) for record in new)
-        points = [point for record in new for point in record.points]
-        self._members = front_records([*self._members, *points], self.objectives)
-        return self._members
-
-    def _rivals(self, records: Sequence[TrialRecord]) -> Rivals | None:
+    def _rivals(self, records: TrialRecords) -> Rivals | None:
         if not self.derives:
             return None
         names = [objective.name for objective in self.objectives]
-        front = (point.evaluation.values for point in self._front(records))
+        front = (point.evaluation.values for point in records.front())
         return tuple({name: values[name] for name in names} for values in front)
 
-    def promising(self, records: Sequence[TrialRecord]) -> list[tuple[TrialRecord, int]]:
+    def promising(self, records: TrialRecords) -> list[tuple[TrialRecord, int]]:
         """Return the paused trials that are expected to come onto the front, and the rungs they go to."""
         return [] if self.promoter is None else self.promoter.promising(records, self.running)
 
-    def _next(self, records: Sequence[TrialRecord]) -> Job | None:
+    def _next(self, records: TrialRecords) -> Job | None:
         spent = self.spent(records)
         spent = replace(spent, trials=spent.trials + len(self._proposals))
         if self.budget.spent_share(replace(spent, trials=0)) >= 1:
@@ -130,7 +118,7 @@ class Scheduler:
         return self._new(records, spent) if begins else None
 
     def _promoted(
-        self, records: Sequence[TrialRecord], spent: Spent, reserved: Cost, *, begins: bool
+        self, records: TrialRecords, spent: Spent, reserved: Cost, *, begins: bool
     ) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on; promising ones once the budget is just enough for them."""
         if self.promoter is None:
@@ -145,12 +133,12 @@ class Scheduler:
         may_wait = begins and self.budget.spent_share(spent, reserved) < 1
         return None if may_wait or not promising else promising[0]
 
-    def _again(self, records: Sequence[TrialRecord]) -> Job | None:
+    def _again(self, records: TrialRecords) -> Job | None:
         """Return a trial that is to be tried again, or one whose original was being trained."""
-        by_number = {record.number: record for record in records} if self.retried or self._held else {}
         while self.retried:
-            record = by_number[self.retried.pop(0)]
-            original = by_number.get(-1 if record.duplicate_of is None else record.duplicate_of)
+            record = records.numbered(self.retried.pop(0))
+            assert record is not None, "only trials on record have failed"
+            original = None if record.duplicate_of is None else records.numbered(record.duplicate_of)
             if original is not None:
                 return Duplicate(number=record.number, original=original, baseline=record.baseline)
             return New(
@@ -171,7 +159,7 @@ class Scheduler:
     def _first_rung(self) -> int | None:
         return None if self.promoter is None else 0
 
-    def _new(self, records: Sequence[TrialRecord], spent: Spent) -> Job | None:
+    def _new(self, records: TrialRecords, spent: Spent) -> Job | None:
         """Begin a trial; None where too many try what others are training.
 
         Such a trial is held back until the other is over, and one with the next number begins meanwhile.
@@ -187,7 +175,7 @@ class Scheduler:
             spent = replace(spent, trials=spent.trials + 1)
         return None
 
-    def _next_number(self, records: Sequence[TrialRecord]) -> int:
+    def _next_number(self, records: TrialRecords) -> int:
         """Return the lowest number without a trial: one that a killed process ran is run again."""
         begun = self._proposals.keys()
         highest = max([-1, *begun, *(record.number for record in records[-1:])])
@@ -196,7 +184,7 @@ class Scheduler:
         used = {record.number for record in records} | self.running.keys() | begun
         return next(number for number in count() if number not in used)
 
-    def _of(self, number: int, proposal: Proposal, records: Sequence[TrialRecord]) -> Job | None:
+    def _of(self, number: int, proposal: Proposal, records: TrialRecords) -> Job | None:
         """Return the job of a proposal; None where another trial is training the same.
 
         What was tried before is not trained again, unless it failed.
@@ -204,12 +192,9 @@ class Scheduler:
         key, baseline = proposal.configuration.key, proposal.baseline
         if any(isinstance(job, New) and job.configuration.key == key for job in self.running.values()):
             return None
-        for record in reversed(records):
-            evaluation = record.evaluation
-            if record.duplicate_of is None and evaluation.configuration.key == key:
-                if evaluation.status in ("complete", "paused"):
-                    return Duplicate(number=number, original=record, baseline=baseline)
-                break
+        original = records.tried(key)
+        if original is not None and original.evaluation.status in ("complete", "paused"):
+            return Duplicate(number=number, original=original, baseline=baseline)
         configuration, rung = proposal.configuration, self._first_rung
         rivals = self._rivals(records)
         return New(number=number, configuration=configuration, baseline=baseline, rung=rung, rivals=rivals)

@@ -8,7 +8,6 @@ finished trial, and its record in the study's attributes. Samplers read a study 
 
 from __future__ import annotations
 
-import bisect
 import json
 import uuid
 import warnings
@@ -29,6 +28,7 @@ from autopeft.core.objectives import Constraint, Direction, Objective
 from autopeft.core.profiling import section
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_file import damage_named, lock_folder, open_journal, read_journal
+from autopeft.optimization.trial_records import TrialRecords
 
 STUDY_FILE = "study.log"
 SETTINGS_FILE = "search.yaml"
@@ -92,12 +92,12 @@ class StudyStore:
         with damage_named(self.folder / STUDY_FILE):
             found = _records_of(self._storage, self._study)
         self._places = {record.number: place for place, record in enumerate(found)}  # Optuna's numbers
-        self._records = sorted(found, key=_number)
+        self._records = TrialRecords(self._objectives, found)
         self._finish(self._records)  # what a killed process did not get to
         self._end_duplicates()
 
     @property
-    def records(self) -> Sequence[TrialRecord]:
+    def records(self) -> TrialRecords:
         """Every finished and paused trial, by number."""
         return self._records
 
@@ -136,7 +136,7 @@ class StudyStore:
         )
         trial_id = self._storage.create_new_trial(self._study, trial)
         self._places[record.number] = self._storage.get_trial_number_from_id(trial_id)
-        bisect.insort(self._records, record, key=_number)
+        self._records.put(record)
         return [record]
 
     def _update(self, record: TrialRecord) -> None:
@@ -145,7 +145,7 @@ class StudyStore:
         else:
             self._storage.set_trial_user_attr(self._trial_id(record), _RECORD, _encode(record))
             self._finish([record])
-        self._records[bisect.bisect_left(self._records, record.number, key=_number)] = record
+        self._records.put(record)
 
     def _finish(self, records: Sequence[TrialRecord]) -> None:
         """Finish trials of the file that are over."""

@@ -172,7 +172,10 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         members = [*(point.record for point in self._points), *record.points]
         front = self._copy()
         front.verdict = UNKNOWN
-        front.records = tuple(sorted([*self.records, *record.points], key=_number))
+        records = list(self.records)
+        for point in record.points:
+            bisect.insort(records, point, key=_number)
+        front.records = tuple(records)
         front._points = front._sorted(front_records(members, self.objectives))
         return front
 

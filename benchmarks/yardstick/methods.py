@@ -24,10 +24,10 @@ from autopeft.core.pareto import Axis, Values, contributions, non_dominated_sort
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.models.backbone import Backbone
-from autopeft.optimization.budget import Spent
 from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
+from autopeft.optimization.trial_records import Spent
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
 from autopeft.training.compute_meter import ComputeMeter
 from benchmarks.uniform_lora import PLACES, uniform

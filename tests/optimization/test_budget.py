@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from autopeft.core.evaluation import Cost, Evaluation, Status, TrialRecord
-from autopeft.optimization.budget import Budget, RunningSum, Spent
+from autopeft.optimization.budget import Budget
+from autopeft.optimization.trial_records import Spent
 from tests.records import random_configuration
 
 CONFIGURATION = random_configuration(random.Random(0))
@@ -41,14 +41,6 @@ def test_infeasible_trials_do_not_count() -> None:
 def test_a_duplicate_cost_nothing() -> None:
     assert Spent.of(RECORDS).cost == Cost(wall_seconds=6, cpu_seconds=12, gpu_seconds=3, steps=30)
     assert Spent.of([]).cost == Cost()
-
-
-def test_a_running_sum_follows_new_changed_and_inserted_records() -> None:
-    running = RunningSum()
-    first, *others = RECORDS
-    promoted = replace(first, evaluation=replace(first.evaluation, cost=Cost(wall_seconds=5, steps=20)))
-    for records in ([], [first], RECORDS, [promoted, *others], [*others, promoted], others, []):
-        assert running.of(records) == Spent.of(records)
 
 
 def test_trials_are_shared_out() -> None:

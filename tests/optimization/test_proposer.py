@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.proposal import nothing_is_served
 from autopeft.optimization.proposer import Proposer
+from autopeft.optimization.trial_records import TrialRecords
 from autopeft.search_spaces import Baseline, PerLayer
 from autopeft.search_spaces.prior import Prior
 from tests.records import OBJECTIVES
@@ -44,6 +46,10 @@ def proposer(**changes: Any) -> Proposer:
     return Proposer(**(given | changes))
 
 
+def known(records: Sequence[TrialRecord]) -> TrialRecords:
+    return TrialRecords(OBJECTIVES, records)
+
+
 def trial(number: int, baseline: str | None, *, steps: int, accuracy: float) -> TrialRecord:
     """Make a trial up; the larger its number, the more parameters it has."""
     values = {"accuracy": accuracy, "trainable_parameters": float(number + 1), "peak_memory": 1.0}
@@ -58,7 +64,7 @@ def proposed(*, good: bool, trials: int = 24) -> list[str | None]:
     """Return the baselines that a search tries, the prior's for 10 steps and others for 30."""
     records: list[TrialRecord] = []
     for number in range(trials):
-        name = proposer().propose(number, records).baseline
+        name = proposer().propose(number, known(records)).baseline
         is_earlier = name is not None and name.endswith("earlier")
         accuracy = 0.5 + number / 100 if not is_earlier or good else 0.0
         records.append(trial(number, name, steps=10 if is_earlier else 30, accuracy=accuracy))
@@ -83,17 +89,17 @@ def test_what_is_bad_takes_a_tenth_of_the_steps() -> None:
 
 def test_one_is_tried_at_a_time_and_duplicates_cost_nothing() -> None:
     records = [trial(number, name, steps=30, accuracy=0.9) for number, name in enumerate(STANDING_NAMES)]
-    assert proposer().propose(3, records).baseline == EARLIER_NAMES[0]
-    assert proposer().propose(4, records, [EARLIER[0].configuration]).baseline is None
+    assert proposer().propose(3, known(records)).baseline == EARLIER_NAMES[0]
+    assert proposer().propose(4, known(records), [EARLIER[0].configuration]).baseline is None
     bad = trial(3, EARLIER_NAMES[0], steps=30, accuracy=0.0)
-    assert proposer().propose(4, [*records, bad]).baseline is None
+    assert proposer().propose(4, known([*records, bad])).baseline is None
     same = replace(bad, duplicate_of=0)
-    assert proposer().propose(4, [*records, same]).baseline == EARLIER_NAMES[1]
+    assert proposer().propose(4, known([*records, same])).baseline == EARLIER_NAMES[1]
 
 
 def test_without_standing_baselines_the_prior_begins() -> None:
-    assert proposer(baselines=()).propose(0, []).baseline == EARLIER_NAMES[0]
-    assert proposer(prior=Prior()).propose(0, []).baseline == STANDING_NAMES[0]
+    assert proposer(baselines=()).propose(0, known([])).baseline == EARLIER_NAMES[0]
+    assert proposer(prior=Prior()).propose(0, known([])).baseline == STANDING_NAMES[0]
 
 
 def test_rates_of_earlier_searches_reach_the_sampler() -> None:
@@ -106,6 +112,6 @@ def test_rates_of_earlier_searches_reach_the_sampler() -> None:
 
     prior = Prior(rates={"series": 1e-3})
     proposer(baselines=(), prior=prior, sampler=Watching(), are_states_served=nothing_is_served).propose(
-        0, []
+        0, known([])
     )
     assert seen == [{"series": 1e-3}]

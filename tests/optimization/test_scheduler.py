@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +10,13 @@ import pytest
 
 from autopeft import SuccessiveHalving
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.evaluation import Cost, TrialRecord, with_replicate
+from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.successive_halving import AshaPromoter
+from autopeft.optimization.trial_records import TrialRecords
 from tests.optimization.test_promotion import AXES, HALVING, OBJECTIVES, RUNGS, trial
 
 
@@ -37,6 +37,10 @@ class Ranks:
         self.pending.append(len(pending))
         rank = self.ranks[number] if number < len(self.ranks) else number + 1
         return Proposal(configuration=configuration(rank), params={"rank": rank}, distributions={})
+
+
+def known(records: Sequence[TrialRecord]) -> TrialRecords:
+    return TrialRecords(OBJECTIVES, records)
 
 
 def scheduler(
@@ -61,20 +65,20 @@ def done(job: Job, accuracy: float = 0.5, parameters: float = 1e3) -> TrialRecor
 
 def test_new_trials_fill_the_free_places_and_the_budget() -> None:
     made = scheduler(Budget(trials=5))
-    jobs = made.next([], 3)
+    jobs = made.next(known([]), 3)
     assert [job.number for job in jobs] == [0, 1, 2]
     assert all(isinstance(job, New) and job.rung is None for job in jobs)
-    assert made.next([], 0) == []
+    assert made.next(known([]), 0) == []
     records = [done(jobs[2])]  # the others are not over
     made.finished(records[0])
-    assert [job.number for job in made.next(records, 4)] == [3, 4], "five in all, finished and running"
+    assert [job.number for job in made.next(known(records), 4)] == [3, 4], "five in all, finished and running"
     assert sorted(made.running) == [0, 1, 3, 4]
 
 
 def test_the_proposer_is_told_what_is_pending_and_gives_what_is_recorded() -> None:
     proposer = Ranks()
     made = Scheduler(proposer, Budget(trials=9), OBJECTIVES)
-    jobs = made.next([], 3)
+    jobs = made.next(known([]), 3)
     assert proposer.pending == [0, 1, 2]
     proposal = made.finished(done(jobs[1]))
     assert proposal is not None
@@ -84,45 +88,45 @@ def test_the_proposer_is_told_what_is_pending_and_gives_what_is_recorded() -> No
 
 def test_gaps_of_a_search_that_was_interrupted_are_filled_first() -> None:
     records = [done(New(number=number, configuration=configuration(number + 1))) for number in (0, 2, 5)]
-    assert [job.number for job in scheduler(Budget(trials=9)).next(records, 4)] == [1, 3, 4, 6]
+    assert [job.number for job in scheduler(Budget(trials=9)).next(known(records), 4)] == [1, 3, 4, 6]
 
 
 def test_what_was_tried_is_not_trained_again() -> None:
     made = scheduler(Budget(trials=4), 1, 1, 2)
-    (first,) = made.next([], 1)
+    (first,) = made.next(known([]), 1)
     records = [done(first)]
     made.finished(records[0])
-    (second,) = made.next(records, 1)
+    (second,) = made.next(known(records), 1)
     assert isinstance(second, Duplicate)
     assert second.original is records[0]
     records.append(done(second))
     made.finished(records[1])
-    (third,) = made.next(records, 1)
+    (third,) = made.next(known(records), 1)
     assert isinstance(third, New)
 
 
 def test_while_another_trial_trains_the_same_the_next_ones_begin() -> None:
     made = scheduler(Budget(trials=5), 1, 1, 2, 1, 3)
-    first, *others = made.next([], 3)
+    first, *others = made.next(known([]), 3)
     assert [(job.number, isinstance(job, New)) for job in others] == [(2, True), (4, True)]
-    assert made.next([], 3) == [], "five in all, those that are held back included"
+    assert made.next(known([]), 3) == [], "five in all, those that are held back included"
     records = [done(others[0])]
     made.finished(records[0])
-    assert made.next(records, 3) == [], "what they try is still being trained"
+    assert made.next(known(records), 3) == [], "what they try is still being trained"
     records.insert(0, done(first))
     made.finished(records[0])
-    twins = made.next(records, 3)
+    twins = made.next(known(records), 3)
     assert all(isinstance(job, Duplicate) and job.original is records[0] for job in twins)
     assert [job.number for job in twins] == [1, 3]
 
 
 def test_what_is_held_back_is_trained_where_the_other_has_failed() -> None:
     made = scheduler(Budget(trials=3), 1, 1, 1)
-    (first,) = made.next([], 3)
+    (first,) = made.next(known([]), 3)
     record = done(first)
     failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="lost"))
     made.finished(failed)
-    (second,) = made.next([failed], 3)
+    (second,) = made.next(known([failed]), 3)
     assert (second.number, isinstance(second, New)) == (1, True), "and the third waits for the second"
 
 
@@ -130,7 +134,7 @@ def test_few_trials_are_held_back_however_small_the_space_is() -> None:
     proposer = Ranks(*[1] * 200)
     made = Scheduler(proposer, Budget(cpu_seconds=9), OBJECTIVES)
     for _ in range(3):
-        assert len(made.next([], 8)) <= 1
+        assert len(made.next(known([]), 8)) <= 1
     assert len(proposer.pending) == 3, "one is trained, two are held back"
 
 
@@ -141,7 +145,7 @@ def test_a_search_of_several_workers_that_is_killed_ends_as_if_it_had_not_been()
     def run(made: Scheduler, records: list[TrialRecord], jobs: int) -> list[TrialRecord]:
         """Let the oldest of three jobs end, so often."""
         for _ in range(jobs):
-            made.next(records, 3 - len(made.running))
+            made.next(known(records), 3 - len(made.running))
             if made.running:
                 record = done(next(iter(made.running.values())))
                 made.finished(record)
@@ -161,21 +165,21 @@ def test_a_search_of_several_workers_that_is_killed_ends_as_if_it_had_not_been()
 
 def test_a_configuration_that_failed_may_be_tried_again() -> None:
     made = scheduler(Budget(trials=3), 1, 1)
-    (first,) = made.next([], 1)
+    (first,) = made.next(known([]), 1)
     record = done(first)
     failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="lost"))
     made.finished(failed)
-    (second,) = made.next([failed], 1)
+    (second,) = made.next(known([failed]), 1)
     assert isinstance(second, New)
 
 
 def test_a_paused_trial_in_flight_is_not_handed_out_twice() -> None:
     made = scheduler(Budget(trials=2), halving=HALVING)
     records = [trial(0, 1e3, 0.5), trial(1, 2e3, 0.9)]
-    (first,) = made.next(records, 1)
+    (first,) = made.next(known(records), 1)
     assert isinstance(first, Resume)
     assert first.record is records[first.number]
-    others = made.next(records, 4)
+    others = made.next(known(records), 4)
     assert first.number not in [job.number for job in others]
     assert all(isinstance(job, Resume) for job in others)
 
@@ -183,41 +187,19 @@ def test_a_paused_trial_in_flight_is_not_handed_out_twice() -> None:
 def test_failed_trials_are_tried_again_on_request_whatever_the_budget_of_trials() -> None:
     record = trial(0, 1e3, 0.5, 0.5, 0.5)
     failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="a bug"))
-    assert scheduler(Budget(trials=1)).next([failed], 1) == []
+    assert scheduler(Budget(trials=1)).next(known([failed]), 1) == []
     made = scheduler(Budget(trials=1), retried=[0], halving=HALVING)
-    (job,) = made.next([failed], 1)
+    (job,) = made.next(known([failed]), 1)
     assert job == New(number=0, configuration=record.evaluation.configuration, rung=0, failed=failed)
     made.finished(failed)
-    assert made.next([failed], 1) == [], "once in a call"
+    assert made.next(known([failed]), 1) == [], "once in a call"
 
 
 def test_members_of_the_front_are_replicated_once_at_a_time() -> None:
     made = scheduler(Budget(trials=1), seeds=2)
     records = [trial(0, 1e3, 0.5, 0.5, 0.5)]
-    assert made.next(records, 2) == [Replicate(record=records[0], training=1)]
-    assert made.next(records, 2) == []
-
-
-def test_the_front_is_that_of_all_records_however_they_came() -> None:
-    draw, made, records = random.Random(0), scheduler(Budget(trials=99), seeds=3), list[TrialRecord]()
-    sizes = set()
-    for number in range(60):
-        lacking = made.lacking(records)
-        fresh = scheduler(Budget(trials=99), seeds=3)
-        assert [record.number for record in lacking] == [each.number for each in fresh.lacking(records)]
-        sizes.add(len(lacking))
-        if lacking and draw.random() < 0.4:
-            again = draw.choice(lacking)
-            other = trial(again.number, 1e3, *[draw.random()] * 3).evaluation
-            other = replace(other, seed=again.evaluation.trainings)
-            evaluation = with_replicate(again.evaluation, other, {"accuracy": 0.0})
-            records[records.index(again)] = replace(again, evaluation=evaluation)
-        paused = [record for record in records if record.evaluation.status == "paused"]
-        if paused and draw.random() < 0.5:
-            records[records.index(paused[0])] = trial(paused[0].number, 2e3, *[draw.random()] * 3)
-        accuracies = [draw.random()] * draw.choice((1, 3))
-        records.append(trial(number, 10.0 ** draw.randrange(3, 7), *accuracies))
-    assert len(sizes) > 3
+    assert made.next(known(records), 2) == [Replicate(record=records[0], training=1)]
+    assert made.next(known(records), 2) == []
 
 
 def paused_search(budget: Budget) -> tuple[Scheduler, list[TrialRecord]]:
@@ -235,7 +217,7 @@ def paused_search(budget: Budget) -> tuple[Scheduler, list[TrialRecord]]:
 
 def test_promising_paused_trials_are_trained_on_when_all_trials_are_begun() -> None:
     made, records = paused_search(Budget(trials=4))
-    jobs = made.next(records, 9)
+    jobs = made.next(known(records), 9)
     assert all(isinstance(job, Resume) for job in jobs)
     assert {job.number for job in jobs} == {1, 2, 3}
 
@@ -244,16 +226,16 @@ def test_a_budget_of_compute_keeps_enough_for_promising_paused_trials() -> None:
     """Each has had 1 s of 9: beside the one that goes on anyway, two need 16 s, and 4 s were spent."""
     for seconds, expected in ((21.0, New), (19.0, Resume)):
         made, records = paused_search(Budget(cpu_seconds=seconds))
-        (promoted,) = made.next(records, 1)
+        (promoted,) = made.next(known(records), 1)
         assert isinstance(promoted, Resume)
-        (job,) = made.next(records, 1)
+        (job,) = made.next(known(records), 1)
         assert isinstance(job, expected)
 
 
 def test_what_cannot_be_trained_on_is_named() -> None:
     made, records = paused_search(Budget(cpu_seconds=1.0))
-    assert made.next(records, 1) == []
-    assert sorted((record.number, rung) for record, rung in made.promising(records)) == [
+    assert made.next(known(records), 1) == []
+    assert sorted((record.number, rung) for record, rung in made.promising(known(records))) == [
         (1, 1),
         (2, 1),
         (3, 1),
@@ -263,9 +245,9 @@ def test_what_cannot_be_trained_on_is_named() -> None:
 @pytest.mark.parametrize("budget", [Budget(trials=3), Budget(cpu_seconds=0.1)])
 def test_a_search_that_is_done_has_no_jobs(budget: Budget) -> None:
     made = scheduler(budget)
-    jobs = scheduler(Budget(trials=3)).next([], 3)
+    jobs = scheduler(Budget(trials=3)).next(known([]), 3)
     records = [done(job) for job in jobs]
     cost = Cost(cpu_seconds=1, steps=90)
     records = [replace(record, evaluation=replace(record.evaluation, cost=cost)) for record in records]
-    assert made.next(records, 3) == []
-    assert budget.spent_share(made.spent(records)) >= 1
+    assert made.next(known(records), 3) == []
+    assert budget.spent_share(made.spent(known(records))) >= 1

@@ -21,7 +21,7 @@ from autopeft import Search
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import FAILED_SEEDS, Cost, Evaluation, TrialRecord, with_replicate
 from autopeft.core.seeding import training_seed
-from autopeft.optimization.budget import Budget, Spent
+from autopeft.optimization.budget import Budget
 from autopeft.optimization.seed_replication import (
     cost_of_replicates,
     next_to_replicate,
@@ -29,6 +29,7 @@ from autopeft.optimization.seed_replication import (
 )
 from autopeft.optimization.study_store import STUDY_FILE, load_study
 from autopeft.optimization.successive_halving import SuccessiveHalving
+from autopeft.optimization.trial_records import Spent
 from autopeft.reporting.front import ParetoFront
 from autopeft.search_spaces import Uniform
 from tests.learnable import outcomes, save_tiny_model, tiny_search

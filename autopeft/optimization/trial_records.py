@@ -108,5 +108,8 @@ class TrialRecords(Sequence[TrialRecord]):
     def __getitem__(self, index: int | slice) -> TrialRecord | list[TrialRecord]:
         return self._records[index]
 
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._records!r})"

@@ -27,7 +27,7 @@ def test_half_a_line_is_cut_and_everything_before_kept(tmp_path: Path, garbage: 
     assert load_study(tmp_path)[1] == records
     assert journal.read_bytes() == whole + garbage, "reading changes nothing"
     store = opened(tmp_path)
-    assert list(store.records) == records
+    assert store.records == records
     assert journal.read_bytes() == whole
     records.append(told(store, 4))
     store.close()
@@ -52,7 +52,7 @@ def test_a_blank_line_is_harmless(tmp_path: Path, place: int) -> None:
     journal.write_bytes(b"".join(lines))
     assert load_study(tmp_path)[1] == records
     store = opened(tmp_path)
-    assert list(store.records) == records
+    assert store.records == records
     told(store, 4)
     store.close()
     assert len(optunas(tmp_path).trials) == 5, "for plain Optuna too"
@@ -85,7 +85,7 @@ def test_a_journal_cut_anywhere_keeps_the_whole_trials(tmp_path: Path) -> None:
         (folder / STUDY_FILE).write_bytes(content[: draw.randrange(len(content))])
         store = opened(folder)
         known = len(store.records)
-        assert list(store.records) == records[:known]
+        assert store.records == records[:known]
         told(store, known)
         store.close()
         assert len(load_study(folder)[1]) == known + 1

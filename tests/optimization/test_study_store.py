@@ -40,7 +40,7 @@ def test_what_was_told_is_there_again(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "search"
     records = filled(folder)
     store = opened(folder)
-    assert list(store.records) == records
+    assert store.records == records
     records.append(told(store, 4))
     store.close()
     attributes, found = load_study(folder)
@@ -67,7 +67,7 @@ def test_trials_may_be_told_in_any_order(tmp_path: Path) -> None:
     store.tell(whole[2], proposed(whole[2], 3))
     store.tell(whole[4])
     expected = [twice if record.number == 3 else record for record in whole]
-    assert list(store.records) == expected
+    assert store.records == expected
     view = store.view().get_trials()
     assert [trial.params["rank"] for trial in view] == list(range(1, 9))
     assert [trial.values for trial in view] == [None if n == 6 else values_of(expected[n]) for n in range(8)]
@@ -279,7 +279,7 @@ def test_duplicates_of_a_paused_trial_end_with_it(
         store = opened(tmp_path)
     else:
         assert store.tell(whole) == [whole, twin]
-    assert list(store.records) == [whole, twin]
+    assert store.records == [whole, twin]
     for study in (store.view(), optunas(tmp_path)):
         for trial in study.get_trials():
             assert (trial.state, trial.values) == (TrialState.COMPLETE, values_of(whole))

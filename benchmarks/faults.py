@@ -318,7 +318,7 @@ class Study:
                 fault(random.Random(seed), self.search)
                 self.search.run(trials=TRIALS, progress=False, retry_failed=True)
                 code = 0
-            except (ValueError, OSError, KeyboardInterrupt):
+            except (ValueError, OSError, KeyboardInterrupt, SystemExit):  # the last by Lightning, on SIGTERM
                 code = _REFUSED
             finally:
                 os._exit(code)

@@ -4,7 +4,6 @@ from autopeft.callbacks.adalora import AdaLoRA
 from autopeft.callbacks.ard_lora import ARDLoRA
 from autopeft.callbacks.best_weights import BestWeights
 from autopeft.callbacks.divergence import DivergenceError, StopOnDivergence
-from autopeft.callbacks.dylora import DyLoRA
 from autopeft.callbacks.elalora import ElaLoRA
 from autopeft.callbacks.increlora import IncreLoRA
 from autopeft.callbacks.ist import IST
@@ -21,7 +20,6 @@ __all__ = [
     "AdaLoRA",
     "BestWeights",
     "DivergenceError",
-    "DyLoRA",
     "ElaLoRA",
     "IncreLoRA",
     "LearningCurve",

@@ -12,7 +12,6 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from autopeft.callbacks.lora_modules import truncated_tensors
 from autopeft.callbacks.rank_gates import StepCallback
 
 
@@ -133,26 +132,6 @@ class AdaLoRA(StepCallback):
     def ranks(self) -> Mapping[str, int]:
         """Return the rank of every module, by its qualified name in the LightningModule."""
         return {name: int(self._kept(name).sum()) for name in self._layers}
-
-    def truncated_state(self) -> dict[str, Tensor]:
-        """Return the tensors of an ordinary LoRA (λ in A) that computes what the fitted model does.
-
-        They are for a LoRA of each module's rank, scaled by lora_alpha/rank; modules of rank 0 are left
-        out. Names are "<module>.lora_A.weight" and "<module>.lora_B.weight".
-        """
-        state: dict[str, Tensor] = {}
-        for name, rank in self.ranks().items():
-            layer, adapter = self._layers[name]
-            # As in peft's forward, which divides by the rank it began with, and guards the division.
-            scaling = layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)
-            state |= truncated_tensors(
-                name,
-                down=layer.lora_A[adapter] * layer.lora_E[adapter],
-                up=cast(Tensor, layer.lora_B[adapter]),
-                keep=self._kept(name),
-                rescale=scaling * max(1, rank) / layer.lora_alpha[adapter],
-            )
-        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Return which ranks are kept, and peft's averages of sensitivity and uncertainty."""

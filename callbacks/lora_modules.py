@@ -1,17 +1,15 @@
-"""The peft LoRA layers of a module, and what is left of one when ranks are dropped."""
+"""The trainable peft LoRA layers of a module."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -42,43 +40,6 @@ class LoraModule:
     def rank(self) -> int:
         """The number of ranks the adapter was made with."""
         return int(self.layer.r[self.adapter])
-
-    def scaling(self, rank: int) -> float:
-        """Return s of a LoRA of another rank with this one's α: α/√rank (rsLoRA) or α/rank."""
-        alpha = float(self.layer.lora_alpha[self.adapter])
-        return alpha / (math.sqrt(rank) if self.layer.use_rslora.get(self.adapter, False) else rank)
-
-    def truncated(self, factors: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of an ordinary LoRA that computes what this one does under `factors`.
-
-        Each rank is multiplied by its factor, of shape (rank,); ranks with 0 are dropped. The copies are
-        called "<name>.lora_A.weight" and "<name>.lora_B.weight", for the same α and rule of scaling; there
-        are none where every factor is 0.
-        """
-        count = max(1, int(torch.count_nonzero(factors)))
-        return truncated_tensors(
-            self.name,
-            down=self.down.weight,
-            up=self.up.weight * factors.to(self.up.weight),
-            keep=factors != 0,
-            rescale=float(self.layer.scaling[self.adapter]) / self.scaling(count),
-        )
-
-
-def truncated_tensors(
-    name: str, *, down: Tensor, up: Tensor, keep: Tensor, rescale: float
-) -> dict[str, Tensor]:
-    """Return copies of A (rank, inputs) and B (outputs, rank) of a module's LoRA with some ranks only.
-
-    `keep` says which, of shape (rank,). B is rescaled: by the scaling it was trained with over the new one.
-    """
-    kept = keep.to(down.device)
-    if not bool(kept.any()):
-        return {}
-    return {
-        f"{name}.lora_A.weight": down.detach()[kept].clone(),
-        f"{name}.lora_B.weight": up.detach()[:, kept] * rescale,
-    }
 
 
 def find_lora_modules(module: nn.Module) -> dict[str, LoraModule]:

@@ -46,8 +46,8 @@ class RankGates(StepCallback):
     A checkpoint written during training holds weights without gates, which are in the callback's state. A
     callback that puts back weights of an earlier step alone takes those of `folded_weights`.
 
-    Guarantees (tested for every subclass): `ranks()` and `truncated_state()` describe a LoRA of
-    different ranks that computes what the fitted model does.
+    Guarantee (tested for every subclass): in the fitted model the columns of B are 0 of all ranks but those
+    that `ranks()` counts.
 
     Raises:
         ValueError: When a fit starts and the module has no LoRA layer, or one without separable ranks
@@ -88,17 +88,6 @@ class RankGates(StepCallback):
         """Return B times its gates."""
         up = self._modules[name].up.weight
         return up * self.factors(name).to(up)
-
-    @torch.no_grad()
-    def truncated_state(self) -> dict[str, Tensor]:
-        """Return the tensors of an ordinary LoRA with the effective ranks, modules of rank 0 left out.
-
-        Names are those of `LoraModule.truncated`.
-        """
-        state: dict[str, Tensor] = {}
-        for name, module in self._modules.items():
-            state |= module.truncated(self.factors(name))
-        return state
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the layers, and put gates on them where this is a fit."""

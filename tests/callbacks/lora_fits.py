@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -74,24 +74,6 @@ def lora(model: PreTrainedModel, rank: int = RANK, *, drawn: bool = True, **opti
             for name, parameter in classifier.named_parameters():
                 if "lora_B" in name:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return classifier
-
-
-def truncated_classifier(
-    model: PreTrainedModel, ranks: Mapping[str, int], state: Mapping[str, Tensor], **options: Any
-) -> Classifier:
-    """Return a classifier with an ordinary LoRA of different ranks and the given tensors."""
-    inner = {name.removeprefix("model.base_model.model."): rank for name, rank in ranks.items() if rank}
-    if not inner:
-        return Classifier(model)
-    classifier = lora(model, target_modules=list(inner), rank_pattern=inner, **options)
-    assert isinstance(classifier.model, PeftModel)
-    renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in state.items()}
-    found = {name: parameter for name, parameter in classifier.named_parameters() if ".lora_" in name}
-    assert {name: parameter.shape for name, parameter in found.items()} == {
-        name: tensor.shape for name, tensor in renamed.items()
-    }
-    classifier.load_state_dict(renamed, strict=False)
     return classifier
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from autopeft.callbacks import IST, LISA, ARDLoRA, DyLoRA, ElaLoRA, IncreLoRA, SoRA
+from autopeft.callbacks import IST, LISA, ARDLoRA, ElaLoRA, IncreLoRA, SoRA
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import attach
@@ -139,7 +139,6 @@ CALLBACKS: Mapping[str, Callable[[int], Callback]] = {
     "LISA": lambda sites: LISA(1, every_n_steps=3),
     "SoRA": lambda sites: SoRA(0.02),
     "ARDLoRA": lambda sites: ARDLoRA(0.02, total_variation=0.01, granularity="module"),
-    "DyLoRA": lambda sites: DyLoRA(),
     "IncreLoRA": lambda sites: IncreLoRA(2 * sites, every_n_steps=2, modules_per_growth=sites // 4),
     "ElaLoRA": lambda sites: ElaLoRA(2 * sites, every_n_steps=2, moves=3),
     "Count": lambda sites: Count(),
@@ -187,7 +186,7 @@ def test_a_state_that_cannot_be_kept_is_refused_where_trials_pause() -> None:
     assert evaluator.train(lora(evaluator)).evaluation.status == "complete"
 
 
-@pytest.mark.parametrize("name", ["SoRA", "ARDLoRA", "DyLoRA", "ElaLoRA"])
+@pytest.mark.parametrize("name", ["SoRA", "ARDLoRA", "ElaLoRA"])
 def test_the_tensors_that_are_kept_score_what_was_validated(name: str) -> None:
     evaluator = make_evaluator(())
     configuration = lora(evaluator, 3e-2)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from autopeft.core.evaluation import TrialRecord
+from autopeft.core.interrupts import interruptible
 from autopeft.core.jobs import Job
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import dominated, front_records
@@ -49,8 +46,8 @@ def run_loop(
     Returns:
         The front of all trials.
     """
-    with noticed_interrupts() as raise_if_interrupted:
-        while True:
+    while True:
+        with interruptible():
             for job in scheduler.next(study.records, executor.free):
                 executor.submit(job)
                 started(job)
@@ -64,7 +61,6 @@ def run_loop(
                 for listener in listeners:
                     listener(record, front)
             raise_if_hopeless(study.records)
-            raise_if_interrupted()
 
 
 @dataclass(eq=False)
@@ -72,8 +68,7 @@ class FileCleanup:
     """Listens to records, and deletes files that are not needed any more.
 
     Trained tensors are kept of what is on the front or may yet come onto it, and of trials with several
-    trainings. A member of the front that lacks trainings may leave it, so that what it beats may come back:
-    only what one with all of its trainings dominates cannot.
+    trainings. A member without all replicates may drop out and let dominated trials return.
     """
 
     checkpoints: AdapterCheckpoints
@@ -119,32 +114,3 @@ class FileCleanup:
             for record in records
             if record.number in hopeful or record.trained in changing or record.evaluation.by_seed
         }
-
-
-@contextmanager
-def noticed_interrupts() -> Iterator[Callable[[], None]]:
-    """Notice every Ctrl-C in a `with` block: Python drops one that falls into a `__del__`, for example.
-
-    Yields:
-        A function that raises KeyboardInterrupt where one was dropped.
-    """
-    interrupted = False
-
-    def notice(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    def raise_if_interrupted() -> None:
-        if interrupted:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before != signal.default_int_handler:
-        yield raise_if_interrupted  # the caller handles Ctrl-C
-        return
-    signal.signal(signal.SIGINT, notice)
-    try:
-        yield raise_if_interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -16,11 +16,12 @@ from torchmetrics import MetricCollection
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation
+from autopeft.core.interrupts import interruptible
 from autopeft.core.objectives import GENERATION_SPEEDS
 from autopeft.core.profiling import whole_section
 from autopeft.core.seeding import seeded
 from autopeft.evaluation.context import EvaluationContext
-from autopeft.evaluation.run import best_weights, interrupts_stay_interrupts
+from autopeft.evaluation.run import best_weights
 from autopeft.methods import attach
 from autopeft.tasks import Batch
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
@@ -171,7 +172,7 @@ def _step(
     module.train()
     with ExitStack() as ending:
         ending.callback(module.eval)
-        ending.enter_context(interrupts_stay_interrupts())
+        ending.enter_context(interruptible())
         ending.enter_context(quiet_lightning())
         precision = evaluator.training.resolved_precision()
         ending.enter_context(evaluator.backbone.cached_casts.in_place(precision))

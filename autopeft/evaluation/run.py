@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +23,7 @@ from autopeft.callbacks import (
 )
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, Status
+from autopeft.core.interrupts import interruptible
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
 from autopeft.core.seeding import seeded
@@ -179,8 +178,9 @@ class EvaluationRun:
         module = evaluator.module(self.configuration)
         module.eval()
         casts = evaluator.backbone.cached_casts.in_place(evaluator.training.resolved_precision())
-        with quiet_lightning(), casts:
+        with quiet_lightning(), casts, ExitStack() as ending:
             trainer = build_trainer(evaluator.training, [self.memory], monitor=evaluator.monitor)
+            ending.callback(dismantle, trainer)
             (metrics,) = trainer.validate(module, evaluator.data.val_dataloader(), verbose=False)
         self.curve.points += [(name, 0, float(value)) for name, value in metrics.items()]
         self.values |= {name: float(value) for name, value in metrics.items()}
@@ -280,26 +280,5 @@ def _fit(
     batches = evaluator.batches(seed, module.first_step)
     precision = evaluator.training.resolved_precision()
     lowered = evaluator.backbone.cached_casts.in_place(precision)
-    with interrupts_stay_interrupts(), quiet_lightning(), lowered:
+    with interruptible(), quiet_lightning(), lowered:
         trainer.fit(module, batches, evaluator.data.val_dataloader())
-
-
-@contextmanager
-def interrupts_stay_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt where Lightning would leave the process on Ctrl-C, and keep SIGINT working.
-
-    On Ctrl-C Lightning ignores further SIGINTs and calls `sys.exit(1)`. SIGTERM still ends the process, and a
-    model that calls `sys.exit` has failed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from exit_
-        raise
-    finally:
-        signal.signal(signal.SIGINT, handler)

@@ -76,6 +76,18 @@ def test_the_untrained_model_does_not_pause_at_a_rung() -> None:
     assert paused.evaluation.values["loss"] == evaluator.evaluate(Configuration()).values["loss"]
 
 
+def test_a_validation_that_fails_leaves_no_trainer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, dismantled = evaluator_of(), list[Any]()
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("autopeft.evaluation.run.dismantle", dismantled.append)
+    monkeypatch.setattr(type(evaluator.data), "val_dataloader", broken)
+    assert evaluator.evaluate(Configuration()).status == "failed"
+    assert len(dismantled) == 1
+
+
 def test_no_hidden_states_are_kept_for_the_untrained_model(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = evaluator_of()
     opened: list[int] = []

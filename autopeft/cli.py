@@ -81,6 +81,8 @@ def search(
 
     changes = [*(overrides or ())]
     if ray is not None:
+        if _executor_type(config) not in (None, "RayExecutor"):
+            changes.insert(0, "executor=null")  # with settings that a RayExecutor does not have
         changes += ["executor.type=RayExecutor", f"executor.address={'null' if ray == 'local' else ray}"]
     loaded = load_config(config, changes)
     if not loaded.run:
@@ -303,6 +305,14 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _executor_type(config: Path) -> Any:
+    """Return the executor's type in a YAML file, None without one; loading says what is wrong with a file."""
+    try:
+        return yaml.safe_load(config.read_text(encoding="utf-8"))["executor"]["type"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _asked(given: str | None, option: str, question: str) -> str:

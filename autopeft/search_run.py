@@ -16,7 +16,6 @@ from autopeft.evaluation.executor import Executor, LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.opened_search import OpenSearch
 from autopeft.optimization.budget import Budget, is_exhausted
-from autopeft.optimization.proposal import nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.seed_replication import evaluations_of
@@ -62,11 +61,10 @@ class SearchRun:
         self.promoter = opened.promoter(settings.halving)
         checkpoints = AdapterCheckpoints(study.folder / "adapters")
         paused = TrainingCheckpoints(study.folder / "paused")
-        runner = TrialRunner(evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts)
-        self.tracker = self._make_tracker()  # before the executor has workers, as it may raise
-        make_executor = LocalExecutor if isinstance(settings.executor, str) else settings.executor
-        self.executor: Executor = make_executor(runner)
-        served = evaluator.hidden_states.is_served
+        self.runner = TrialRunner(
+            evaluator, checkpoints, paused, seed=settings.seed, warm_starts=self.warm_starts
+        )
+        self.tracker = self._make_tracker()
         proposer = Proposer(
             space=opened.space,
             backbone=opened.backbone,
@@ -79,7 +77,7 @@ class SearchRun:
             baselines=opened.space.baselines(opened.backbone, budget.trials) if settings.baselines else (),
             prior=opened.prior,
             forecast=None if self.promoter is None else self.promoter.forecast,
-            are_states_served=served if self.executor.serves_hidden_states else nothing_is_served,
+            are_states_served=self._are_states_served,
         )
         failed = [record.number for record in study.records if record.evaluation.status == "failed"]
         self.scheduler = Scheduler(
@@ -116,6 +114,9 @@ class SearchRun:
         report = SearchReport(self._spent, evaluations=before, progress=progress, tracker=self.tracker)
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
+        # Last, so that its workers are stopped whatever goes wrong.
+        make_executor = LocalExecutor if isinstance(self.settings.executor, str) else self.settings.executor
+        self.executor: Executor = make_executor(self.runner)
         try:
             with report.progress, quiet_lightning():
                 report.begin(
@@ -166,6 +167,9 @@ class SearchRun:
     def _evaluations(self) -> int:
         rungs = self.evaluator.plan.rungs
         return sum(evaluations_of(record, rungs) for record in self.study.records)
+
+    def _are_states_served(self, cut: int) -> bool:
+        return self.executor.serves_hidden_states and self.evaluator.hidden_states.is_served(cut)
 
     def _view(self) -> Study:
         """Return the study that an Optuna sampler is asked from."""

@@ -210,6 +210,19 @@ def test_ray_makes_the_executor(
     assert executors == [RayExecutor(workers=2, address=address)]
 
 
+def test_ray_takes_the_place_of_another_executor_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executors: list[Any] = []
+    monkeypatch.setattr(Search, "validate", lambda self: None)
+    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
+    path = tmp_path / "search.yaml"
+    for stored in ({"type": "PackedExecutor", "size": 8}, {"type": "RayExecutor", "workers": 3}):
+        path.write_text(yaml.safe_dump(settings_of(tmp_path) | {"executor": stored}))
+        assert call("search", path, "--ray", "auto").exit_code == 0
+    assert executors == [RayExecutor(address="auto"), RayExecutor(workers=3, address="auto")]
+
+
 def test_ray_needs_no_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executors: list[Any] = []
     monkeypatch.setattr(Search, "validate", lambda self: None)

@@ -28,9 +28,12 @@ PRIVATE: Mapping[str, str] = MappingProxyType(
         "evaluation/memory/storage_tracker.py: torch.ops.aten._grouped_mm": (
             "how a dispatch mode and a FLOP counter know torch.nn.functional.grouped_mm"
         ),
+        "methods/prefix_tuning.py: model.config._attn_implementation": (
+            "transformers has a public setter, and no other way to read what is to be set again"
+        ),
     }
 )
-"""Private names of other packages that may be imported, with the reason why there is no public way."""
+"""Private names of other packages that may be used, with the reason why there is no public way."""
 
 MOST_PRIVATE = 4
 MOST_ROOT_MODULES = 12
@@ -71,8 +74,27 @@ def is_private(name: str) -> bool:
     return any(part.startswith("_") and not part.startswith("__") for part in parts)
 
 
+def own_names(parsed: ast.Module) -> Iterator[str]:
+    """Yield the names that a module gives: of functions, classes, variables, and attributes of `self`."""
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_of_itself(node):
+            yield node.attr
+
+
+def is_of_itself(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
 def private_names(parsed: ast.Module) -> set[str]:
-    """Return the private names of other packages that a module imports or reaches through an import."""
+    """Return the private names that a module imports of other packages, or reads of what it did not name.
+
+    In `x._name` nothing says whose `x` is: what the module names itself, and what the fields of a named tuple
+    are asked by, passes.
+    """
     found = set()
     bound: dict[str, str] = {}
     for node in ast.walk(parsed):
@@ -85,15 +107,12 @@ def private_names(parsed: ast.Module) -> set[str]:
         whole = f"{module}.{name}" if name else module
         if not whole.startswith("autopeft") and is_private(whole):
             found.add(whole)
+    passes = {*own_names(parsed), "_asdict", "_fields", "_make", "_replace"}
     for node in ast.walk(parsed):
-        chain: list[str] = []
-        while isinstance(node, ast.Attribute):
-            chain.append(node.attr)
-            node = node.value
-        if chain and isinstance(node, ast.Name) and node.id in bound:
-            whole = ".".join((bound[node.id], *reversed(chain)))
-            if not whole.startswith("autopeft") and is_private(whole):
-                found.add(whole)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in passes:
+            root, point, rest = ast.unparse(node).partition(".")
+            if not is_of_itself(node):
+                found.add(bound.get(root, root) + point + rest)
     return found
 
 
@@ -151,6 +170,9 @@ def test_no_private_name_of_another_package_is_used() -> None:
         ("import torch as t\nt._C._log_api_usage_once('')", {"torch._C._log_api_usage_once", "torch._C"}),
         ("def later() -> None:\n    from peft import _x", {"peft._x"}),
         ("import torch\ntorch.__version__\nself._own.x", set()),
+        ("def f(model):\n    return model.config._attn", {"model.config._attn"}),
+        ("def f(model):\n    model._attn = 1", {"model._attn"}),
+        ("def f(other, pair):\n    self._x = other._x\n    return pair._replace(a=1)", set()),
         ("from __future__ import annotations\nfrom autopeft.core import _x", set()),
     ],
 )

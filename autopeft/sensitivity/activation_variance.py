@@ -161,15 +161,15 @@ class WatchedInputs(Generic[_StateT]):
         Where a site's mask (rows, positions) is 0, a token is left out; inputs of other dimensions are taken
         whole, and so are patches and frames, which have no mask.
         """
-        # What a state became by a tensor. A tensor that is gone, or was changed since, is another one.
-        known: WeakKeyDictionary[_StateT, list[tuple[ref[Tensor], int, _StateT]]]
+        # What a state became by a tensor with a sum. A tensor that is gone, or was changed since, is another.
+        known: WeakKeyDictionary[_StateT, list[tuple[ref[Tensor], Tensor, _StateT]]]
         known = WeakKeyDictionary()
 
         def add(matrix: MatrixSite, given: Tensor, _: Tensor) -> None:
             state = self.states[matrix.site]
-            successors = known.setdefault(state, [])
-            for tensor, version, successor in successors:
-                if tensor() is given and version == given._version:
+            successors, total = known.setdefault(state, []), given.detach().sum(dtype=torch.float64)
+            for tensor, before, successor in successors:
+                if tensor() is given and torch.equal(before, total):
                     self.states[matrix.site] = successor
                     return
             vectors = _vectors(given.detach(), mask_of(matrix.site))
@@ -181,7 +181,7 @@ class WatchedInputs(Generic[_StateT]):
             moved = copy.copy(state)
             with torch.no_grad():
                 moved.add(vectors)
-            successors.append((ref(given), given._version, moved))
+            successors.append((ref(given), total, moved))
             self.states[matrix.site] = moved
 
         with forward_hooks(self._sites, add):

@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from autopeft.core.evaluation import VALIDATION_LOSS
 from autopeft.methods.base import RATE
 from autopeft.tasks import Batch, Task
+from autopeft.tasks.batch import rows_key, rows_of
 from autopeft.training.accumulation import TrainingBatch, loss_in_parts, with_shares
 
 Serve = Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]]
@@ -77,6 +78,13 @@ class FineTuning(LightningModule):
         """Return the model's output."""
         with self.serve(batch):
             return self.task.forward(self.model, batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch but for its row numbers: reading them later would wait for the device."""
+        if isinstance(batch, list):
+            return [self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch]
+        moved, rows = super().transfer_batch_to_device(batch, device, dataloader_idx), rows_of(batch)
+        return moved if rows is None else moved | {rows_key(rows[0]): rows[1]}
 
     def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
         """Return the loss of one batch; of a batch in parts, all gradients but the last's are there then."""

@@ -198,6 +198,17 @@ def test_sites_part_where_their_inputs_do() -> None:
     bend.remove()
 
 
+def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
+    backbone = tiny_backbone("bert")
+    key = backbone.model.get_submodule(backbone.shape(Site(1, "key")).module)
+    bend = key.register_forward_pre_hook(lambda _, given: given[0].exp_())
+    values = compute_scores(backbone, labelled_batches(2), CROSS_ENTROPY, ["explained_variance"])[
+        "explained_variance"
+    ].values
+    bend.remove()
+    assert values[Site(1, "query")] != values[Site(1, "key")] == values[Site(1, "value")]
+
+
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 21)])
 def test_singular_values_are_exact_in_single_precision(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -6, shape[1]))

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from autopeft.core.evaluation import VALIDATION_LOSS
 from autopeft.core.objectives import Direction, Objective
+from autopeft.tasks.batch import rows_key, rows_of
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
 from autopeft.training.trainer import ResidentStrategy, build_trainer, quiet_lightning
@@ -219,3 +220,11 @@ def test_metrics_that_are_used_again_forget_the_training_before() -> None:
     output = SimpleNamespace(logits=torch.tensor([[0.0, 1.0]]))
     again.add_validated(output, {"labels": torch.tensor([1])})
     assert again.take_validated()["accuracy"] == 1.0
+
+
+def test_row_numbers_stay_on_the_cpu() -> None:
+    part = {"inputs": torch.ones(1, 2), rows_key("train"): torch.tensor([3])}
+    moved = module().transfer_batch_to_device([part, part], torch.device("meta"), 0)
+    assert [(other["inputs"].device.type, rows_of(other)) for other in moved] == [
+        ("meta", ("train", torch.tensor([3])))
+    ] * 2

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from optuna import create_study
 from optuna.distributions import distribution_to_json
+from optuna.samplers import BaseSampler
 
 from autopeft.core.cache_folder import cache_folder
 from autopeft.core.configuration import Configuration
@@ -23,6 +24,7 @@ from autopeft.export.export import export_adapter
 from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.optimization.ehvi_sampler import encoded
+from autopeft.optimization.proposal import History
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.successive_halving import AshaPromoter, SuccessiveHalving
@@ -202,10 +204,14 @@ def rehearse_sampler(settings: SearchSettings, space: SearchSpace, backbone: Bac
             sampler = make_sampler(copy.deepcopy(settings.sampler), settings.seed)
         except TypeError:  # it holds what cannot be copied, such as a lock
             return
-        with quiet_optuna():
-            directions = [objective.direction for objective in settings.objectives]
-            study = create_study(directions=directions, sampler=sampler)
-        configuration = space.suggest(study.ask(), backbone)
+        if isinstance(sampler, BaseSampler):
+            with quiet_optuna():
+                directions = [objective.direction for objective in settings.objectives]
+                study = create_study(directions=directions, sampler=sampler)
+            configuration = space.suggest(study.ask(), backbone)
+        else:
+            history = History(trials=(), axes=(), constraints=settings.constraints)
+            configuration = sampler.choose(0, space, backbone, history)
         backbone.check(configuration)
         _, distributions = encoded(space, configuration, backbone)
         for distribution in distributions.values():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from optuna.samplers import BaseSampler
 from transformers import PreTrainedModel
 
 from autopeft.core.errors import check_flags, check_whole, unknown_choice
@@ -24,6 +23,7 @@ from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadPart, Processor
 from autopeft.models.loading import DeviceMap, Dtype, LoadOptions, Quantization
+from autopeft.optimization.proposal import Sampler
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
@@ -69,7 +69,7 @@ class SearchSettings:
         training: Training | None = None,
         halving: SuccessiveHalving | None = _HALVING,
         warm_start: bool = False,
-        sampler: str | BaseSampler = "ehvi",
+        sampler: str | Sampler = "ehvi",
         seed: int = 0,
         seeds: int = 3,
         derive: bool = False,
@@ -263,7 +263,7 @@ def _with_parent(folder: str | Path) -> str:
     return "/".join(Path(folder).expanduser().resolve().parts[-2:])
 
 
-def describe_sampler(sampler: str | BaseSampler) -> str:
+def describe_sampler(sampler: str | Sampler) -> str:
     """Return a sampler's name; of a user's own its import path and what can be read of its arguments.
 
     An argument is read from the attribute of its name, with or without an underscore before it. Of functions

@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -40,6 +39,7 @@ from autopeft.sensitivity import SiteScores, compute_scores
 from autopeft.training.settings import Training
 from benchmarks.allocation_arms import ARMS, BUDGETS, Arm
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "allocation.json"
 TRAININGS = Path(__file__).parent / "results" / "allocation_trainings.jsonl"
@@ -248,7 +248,7 @@ def report(outcomes: Sequence[Outcome], command: str) -> None:
     console.print(summary)
     record = {
         "command": command,
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "examples": EXAMPLES,
         "epochs": TRAINING.epochs,
         "precision": TRAINING.resolved_precision(),

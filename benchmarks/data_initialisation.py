@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 from dataclasses import replace
 from functools import cache
@@ -28,6 +26,7 @@ from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rivals.setting import TRAINING, Setting
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +68,7 @@ def outcome(dataset: str, method: str, rate: float, seed: int) -> dict[str, floa
     if key not in kept:
         kept[key] = train(dataset, method, rate, seed)
         print(key, kept[key], flush=True)
-        machine = f"{platform.platform()}, {os.cpu_count()} cores, 1 thread"
+        machine = this_machine("1 thread")
         path.write_text(json.dumps({"machine": machine, "trainings": kept}, indent=1) + "\n")
     return kept[key]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.table import Table
 from autopeft import Search
 from autopeft.export.targets import TARGETS
 from autopeft.yaml_config import load_config
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "export_targets.json"
 
@@ -102,7 +102,7 @@ def main() -> None:
     Console(width=140).print(table(rows))
     result = {
         "command": "python -m benchmarks.export_targets " + " ".join(map(str, arguments.configs)),
-        "machine": platform.processor(),
+        "machine": this_machine(),
         "torch": torch.__version__,
         "rows": rows,
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rich.table import Table
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "family_fronts.json"
 
@@ -68,7 +68,7 @@ def main() -> None:
     at_trivial = (f"{search['at the trivial score']} / {search['trials']}" for search in searches)
     table.add_row("at the trivial score", *at_trivial)
     wide_console().print(table)
-    record = {"machine": platform.platform(), "searches": searches}
+    record = {"machine": this_machine(), "searches": searches}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,6 +35,7 @@ from autopeft.methods.attachment import obstacle
 from autopeft.methods.base import RATE
 from autopeft.models.backbone import Backbone
 from autopeft.yaml_config import load_config
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "family_rates.json"
 TRAININGS = RESULTS.with_name("family_rates_trainings.jsonl")
@@ -184,7 +184,7 @@ def main() -> None:
     rates = {task: trainings.lora(task)[0] for task in TASKS}
     record = {
         "command": f"python -m benchmarks.family_rates --families {' '.join(families)}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "learning_rates": rates,
         "families": rows,
     }

@@ -27,7 +27,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import random
 import resource
 import select
@@ -54,6 +53,7 @@ from autopeft.reporting.mlflow import tracker as _imported_once  # noqa: F401 - 
 from autopeft.search_spaces import ScoreGuided
 from autopeft.training.module import FineTuning
 from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, records_in, show, small_search
+from benchmarks.machine import this_machine
 from tests.learnable import learner, outcomes
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
@@ -385,7 +385,7 @@ def main() -> None:
         return
     record = {
         "command": f"python -m benchmarks.faults --faults {arguments.faults} --seed {arguments.seed}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "faults": kinds,
         "studies": len(studies),
         "studies equal to an undisturbed one": equal,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from assets.prepare import prepare
 from autopeft.reporting.console import wide_console
+from benchmarks.machine import this_machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "first_front.json"
@@ -101,7 +101,7 @@ def main() -> None:
     wide_console().print(table)
     record = {
         "command": f"python -m benchmarks.first_front --hours {arguments.hours:g}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "installation_minutes": installation / 60,
         "rows": rows,
     }

@@ -47,8 +47,9 @@ from rich.table import Table
 from autopeft.core.pareto import Axis, Values, fixed_axes, hypervolume
 from autopeft.evaluation.derived import measured_cut
 from autopeft.search_spaces import ScoreGuided
+from benchmarks.machine import this_machine
 from benchmarks.uniform_lora import uniform
-from benchmarks.yardstick.methods import METHODS, OURS, SWEEP, Run
+from benchmarks.yardstick.methods import METHODS, OURS, PROTOCOL, SWEEP, Run
 from benchmarks.yardstick.runs import (
     Archive,
     Outcome,
@@ -88,6 +89,11 @@ class Plan:
     most: int = 8
     deadline: float = math.inf
 
+    def path(self, archive: Archive, method: str, seed: int) -> Path:
+        """Return the file of a run: AutoPEFT's protocol is another one with another budget."""
+        budget = f", {max(self.units):g} units" * (method == PROTOCOL)
+        return archive.path(f"{method}{budget}", seed)
+
     @property
     def fresh(self) -> range:
         """The seeds of trainings that no method has."""
@@ -120,7 +126,7 @@ def run(method: str, task: FrontTask, seed: int, archive: Archive, plan: Plan) -
     if time.time() > plan.deadline:
         return "left for another call"
     torch.set_num_threads(1)
-    log = RunLog(archive.path(method, seed), archive.unit_seconds[platform.node()])
+    log = RunLog(plan.path(archive, method, seed), archive.unit_seconds[platform.node()])
     folder = archive.folder / "searches" / f"{method} {seed}"
     settings = Run(
         task=task,
@@ -135,7 +141,7 @@ def run(method: str, task: FrontTask, seed: int, archive: Archive, plan: Plan) -
         try:
             METHODS[method](settings)
         except ValueError as error:
-            if log.outcomes:
+            if log.outcomes or method == OURS:  # it works with every task
                 raise
             return f"left out: {error}"
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -193,7 +199,8 @@ class Comparison:
 
     def _done(self, method: str) -> dict[int, list[Outcome]]:
         """Return the outcomes of a method by seed, of runs that have spent their budget."""
-        logs = {seed: read_outcomes(self.archive.path(method, seed)) for seed in range(self.plan.seeds)}
+        paths = {seed: self.plan.path(self.archive, method, seed) for seed in range(self.plan.seeds)}
+        logs = {seed: read_outcomes(path) for seed, path in paths.items()}
         return {seed: log for seed, log in logs.items() if is_done(log, max(self.plan.units))}
 
     def _run_missing(self) -> None:
@@ -204,6 +211,8 @@ class Comparison:
             if seed not in self._done(method)
         }
         for future in as_completed(futures):
+            if future.exception() is not None:  # it is raised when what has begun is done
+                self.pool.shutdown(wait=False, cancel_futures=True)
             print(f"{futures[future]}: {future.result()}", flush=True)
 
     def _train_missing(self, logs: Sequence[Sequence[Outcome]]) -> None:
@@ -325,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show(name, result, plan.units)
             record = {
                 "command": command(name, given),
-                "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a run",
+                "machine": this_machine("one thread a run"),
                 "task": {"name": name, "part": part, "config": task.config, "changes": list(task.changes)},
                 "fresh_seeds": plan.fresh_seeds,
                 "points_at_most": plan.most,

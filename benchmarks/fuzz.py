@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import tempfile
@@ -40,6 +39,7 @@ from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
 from autopeft.yaml_config import load_config
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -249,7 +249,7 @@ def main() -> None:
         return
     record = {
         "command": f"python -m benchmarks.fuzz --inputs {arguments.inputs} --seed {arguments.seed}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "inputs": arguments.inputs,
         "processor_seconds": time.process_time() - began,
         "readers": counts,

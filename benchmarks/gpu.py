@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from autopeft.search_spaces import Uniform
 from autopeft.tasks import CausalLM, Task
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.memory import measure_cuda, measure_live_storage
 from tests.learnable import learnable_task
 from tests.tiny_models import tiny_backbone, tiny_chat_tokenizer
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(rows, device)
     path = given.to or (RESULTS if given.device == "cuda" else None)
     if path is not None:
-        machine = f"{platform.platform()}, torch {torch.__version__}"
+        machine = this_machine(f"torch {torch.__version__}")
         command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
         record = {"command": command, "device": device, "machine": machine, "checks": rows}
         path.write_text(json.dumps(record, indent=2) + "\n")

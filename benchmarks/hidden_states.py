@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -42,6 +40,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.training.module import Serve
 from autopeft.training.settings import FrozenBlocksMode, Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "hidden_states.json"
 BATCH_SIZE = 32
@@ -211,7 +210,7 @@ def main() -> None:
         f"python -m benchmarks.hidden_states --steps {arguments.steps} --rows {arguments.rows} "
         f"--threads {arguments.threads} --seeds {arguments.seeds} --parts"
     )
-    record["machine"] = f"{platform.platform()}, {os.cpu_count()} cores, {arguments.threads} thread(s)"
+    record["machine"] = this_machine(f"{arguments.threads} thread(s)")
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         modes: tuple[FrozenBlocksMode, ...] = ("train", "eval", "cached")

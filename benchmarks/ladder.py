@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from autopeft.tasks import Task
 from autopeft.training.settings import Training
 from autopeft.yaml_config import load_config
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "ladder.json"
 DEMOS = {"dialogue": Path("configs/dialogue.yaml"), "questions": Path("configs/demo.yaml")}
@@ -92,7 +92,7 @@ def keep(key: str, values: dict[str, float]) -> None:
     """Print a result and write it beside the others."""
     print(key, values, flush=True)
     found = {**results(), key: values}
-    record = {"command": "python -m benchmarks.ladder", "machine": platform.platform(), "results": found}
+    record = {"command": "python -m benchmarks.ladder", "machine": this_machine(), "results": found}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from autopeft.tasks import CausalLM
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.yaml_config import load_config
 from benchmarks.fresh_loss import LossJob, fresh_loss
+from benchmarks.machine import this_machine
 from benchmarks.resident import Resident, searched
 from benchmarks.uniform_lora import uniform
 
@@ -167,7 +167,7 @@ def main() -> None:
     print(f"Largest difference of a test loss in a fresh process: {difference:.1e}.")
     record = {
         "command": f"python -m benchmarks.language_model --config {arguments.config}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "trials": len(front.records),
         "front": len(front),
         "memory": memory,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.search_spaces import PerLayer
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "leak.json"
 WARM_UP = 20
@@ -107,7 +107,7 @@ def main() -> None:
     Console(width=120).print(table)
     record = {
         "command": f"python -m benchmarks.leak --trials {arguments.trials}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         **row,
         "resident_mib": [round(resident / 2**20, 1) for resident in memory],
     }

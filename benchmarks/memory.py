@@ -10,7 +10,6 @@ the time of a count.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
 from autopeft.tasks import Task, TextClassification
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"method": "lora", "size": 8}
@@ -191,7 +191,7 @@ def report(rows: list[dict[str, object]]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {
         "command": "python -m benchmarks.memory",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "device": device,
         "results": rows,
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import tempfile
 import time
@@ -47,6 +46,7 @@ from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.module import FineTuning
+from benchmarks.machine import this_machine
 from benchmarks.stopwatch import Places, Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
@@ -232,7 +232,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     names = " ".join(arguments.samplers)
     command = f"python -m benchmarks.overhead --trials {trials} --samplers {names}"
-    record = {"command": command, "machine": platform.platform(), "results": results}
+    record = {"command": command, "machine": this_machine(), "results": results}
     RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +33,7 @@ from autopeft.evaluation.packing.trainer import PackedTrainer
 from autopeft.models.backbone import Backbone
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"
 BATCH_SIZE = 32
@@ -132,7 +131,7 @@ def main() -> None:
     show(found, device)
     record = {
         "command": f"python -m benchmarks.packing --steps {arguments.steps} --repeats {arguments.repeats}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": this_machine(f"{torch.get_num_threads()} threads"),
         "device": device,
         "places": found,
     }

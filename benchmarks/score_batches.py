@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from rich.table import Table
 from autopeft.evaluation.site_scoring import SCORE_BATCHES, score_sites
 from autopeft.sensitivity import CHEAP_SCORES, SiteScores
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rivals.setting import Setting
 from benchmarks.scoring import agreement
 
@@ -94,7 +94,7 @@ def main() -> None:
     batches = " ".join(map(str, arguments.batches))
     record = {
         "command": f"python -m benchmarks.score_batches --batches {batches} --seeds {arguments.seeds}",
-        "machine": f"{platform.platform()}, one thread",
+        "machine": this_machine("one thread"),
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")

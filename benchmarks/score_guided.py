@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from autopeft.core.pareto import front_records, hypervolume
 from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
 RATE = (5e-4, 1e-2)
@@ -137,7 +137,7 @@ def main() -> None:
         "command": f"python -m benchmarks.score_guided --trials {arguments.trials} "
         f"--seeds {arguments.seeds} --dataset {arguments.dataset}{suffix}",
         "dataset": arguments.dataset,
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "baselines": baselines,
         "rows": rows,
         "median_shares": medians,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,6 +38,7 @@ from autopeft.sensitivity import CHEAP_SCORES, SiteScores, compute_scores
 from autopeft.tasks import TextClassification
 from autopeft.training.settings import Training
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.memory import measure_live_storage
 
 RESULTS = Path(__file__).parent / "results" / "scoring.json"
@@ -160,7 +159,7 @@ def main() -> None:
     print(f"Lowest rank correlation of sites between precisions: {correlations[lowest]:.4f} ({lowest})")
     record = {
         "command": f"python -m benchmarks.scoring --batches {batches}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "rows": rows,
         "rank_correlation_of_precisions": correlations,
     }

@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,7 @@ from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.largest_lora import LargestLora
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rivals.comparison import FRESH_SEEDS, MOMENTS, Archive, Comparison, end_of
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import EXAMPLES, TRAINING, Entry, Setting
@@ -272,8 +272,7 @@ def main() -> None:
     draw(rows, PICTURES / f"search_cost_{name}.png")
     record = {
         "command": command(arguments),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a run, "
-        f"{arguments.processes} runs at once",
+        "machine": this_machine("one thread a run", f"{arguments.processes} runs at once"),
         "examples": EXAMPLES,
         "epochs": TRAINING.epochs,
         "reference": comparison.reference(),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +32,7 @@ from autopeft.optimization.candidates import single_adapter_probes
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.score_allocation import site_values
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import FRESH_SEEDS
 from benchmarks.rivals.ours import GUIDED
@@ -140,7 +140,7 @@ def main() -> None:
     record = {
         "command": f"python -m benchmarks.single_adapter_probes --dataset {dataset} --seeds {count} "
         f"--rate {rate:g}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, one thread a training",
+        "machine": this_machine("one thread a training"),
         **row,
     }
     (RESULTS / f"single_adapter_probes_{dataset}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -45,6 +44,7 @@ from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from autopeft.optimization.trial_records import Spent
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rivals.ours import GUIDED
 from benchmarks.rivals.setting import EXAMPLES, TRAINING
 from benchmarks.uniform_lora import uniform
@@ -246,7 +246,7 @@ def main() -> None:
     record = {
         "command": f"python -m benchmarks.transfer --pairs {' '.join(given.pairs)} --seeds {given.seeds} "
         f"--units {given.units:g} --rows {given.rows}",
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
+        "machine": this_machine("1 thread"),
         "unit_cpu_seconds": {target: done[f"unit of {target}"] for target in targets},
         "rows": [
             {**row, "units_to": finite(row["units_to"]), "relative": finite(row["relative"])} for row in table

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from autopeft.methods import count_parameters
 from autopeft.tasks import ImageClassification, TextClassification
 from autopeft.tasks.classification_task import ClassificationTask
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from benchmarks.machine import this_machine
 from benchmarks.uniform_lora import uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,7 +126,7 @@ def main() -> None:
     record = {
         "command": f"python -m benchmarks.untuned --seeds {arguments.seeds} --model {arguments.model} "
         f"--dataset {arguments.dataset}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "medians": medians,
         "runs": runs,
     }

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -37,6 +35,7 @@ from autopeft.evaluation.derived import cut_state
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import InitialWeights
 from benchmarks.datasets import DATASETS
+from benchmarks.machine import this_machine
 from benchmarks.rank_correlation import spearman
 from benchmarks.rivals.comparison import members_at, read_runs
 from benchmarks.rivals.ours import GUIDED
@@ -224,7 +223,7 @@ def main() -> None:
         "command": f"python -m benchmarks.warm_start --dataset {given.dataset} "
         f"--configurations {given.configurations} --seeds {given.seeds}"
         + ("" if given.runs == RUNS else f" --runs {given.runs.name}"),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, 1 thread",
+        "machine": this_machine("1 thread"),
         "metric": setting.metric,
         "largest_cpu_seconds": found.largest_seconds,
         "correlations": ranked,

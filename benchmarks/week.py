@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from autopeft.search_spaces import PerLayer
 from autopeft.tasks import TextClassification
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.leak import resident_bytes
+from benchmarks.machine import this_machine
 from benchmarks.stopwatch import Places, Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "week.json"
@@ -249,7 +249,7 @@ def main() -> None:
     command_line = f"python -m benchmarks.week {flags}" + (" --tracking" if arguments.tracking else "")
     known["with MLflow" if arguments.tracking else "without MLflow"] = {
         "command": command_line,
-        "machine": platform.platform(),
+        "machine": this_machine(),
         **results,
     }
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")

@@ -20,7 +20,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -44,6 +43,7 @@ from autopeft.core.jobs import Job
 from autopeft.evaluation.executor import Executor, ExecutorFactory
 from autopeft.evaluation.trial_runner import TrialRunner
 from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, show, small_search
+from benchmarks.machine import this_machine
 from tests.learnable import outcomes
 
 RESULTS = Path(__file__).parent / "results" / "worker_faults.json"
@@ -288,7 +288,7 @@ def main() -> None:
             print(f"{kind}, seed {seed}: {came or 'came too late'}", flush=True)
             counts[kind].update(came or {})
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        record = {"command": command, "machine": platform.platform(), **counts[kind]}
+        record = {"command": command, "machine": this_machine(), **counts[kind]}
         RESULTS.write_text(json.dumps({**known, kind: record}, indent=1) + "\n")
 
     if arguments.kills:

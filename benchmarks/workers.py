@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from autopeft.evaluation.executor import Executor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.reporting.console import wide_console
 from autopeft.tasks import TextClassification
+from benchmarks.machine import this_machine
 from benchmarks.worker_faults import Executors
 from tests.learnable import outcomes
 
@@ -94,7 +94,7 @@ def main() -> None:
     flags = f"--trials {arguments.trials} --rows {arguments.rows} --seed {arguments.seed}"
     record = {
         "command": f"python -m benchmarks.workers {flags}",
-        "machine": platform.platform(),
+        "machine": this_machine(),
         "cores": os.cpu_count(),
         "trials_an_hour": rates,
         "ratio": rates[2] / rates[1],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from optuna.study import Study
-from optuna.trial import FixedTrial, FrozenTrial
+from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.errors import check_share, check_whole
@@ -23,12 +21,8 @@ _MOST_PARENTS = 64  # of the front, those that add most: choosing a parent takes
 _DRAWS_FOR_A_NEW_METHOD = 8  # before a first trial does without a method that was not tried
 
 
-Encoded = tuple[dict[str, Any], dict[str, BaseDistribution]]
-"""Parameters of a point of a space, and the distributions they are from."""
-
-
 @dataclass(kw_only=True)
-class EhviSampler(BaseSampler):
+class EhviSampler:
     """Tries the candidate with the largest expected hypervolume improvement for its compute.
 
     What a candidate gains is worked out by `ExpectedImprovement`; the candidates are those of `Candidates`.
@@ -36,8 +30,7 @@ class EhviSampler(BaseSampler):
     are sites where none was tried and the space has such points. The first trials, and a few later ones, are
     drawn by the space.
 
-    It works with every `SearchSpace`, and depends on the seed, the trial's number and the history alone. A
-    search hands the history to `choose`; after `learn` any Optuna study may ask.
+    It works with every `SearchSpace`, and depends on the seed, the trial's number and the history alone.
 
     Attributes:
         seed: With the trial's number, the only source of chance.
@@ -55,10 +48,6 @@ class EhviSampler(BaseSampler):
     modelled: float = 0.95
     probe_share: float = 0.5
     features: ClassVar[type[Features]] = Features  # what the models are given of a configuration
-    _learned: tuple[SearchSpace, Backbone, History] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
-    _chosen: Encoded = field(default=({}, {}), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_whole("startup_trials", self.startup_trials, what="a number of trials", least=1)
@@ -66,7 +55,7 @@ class EhviSampler(BaseSampler):
         check_share("probe_share", self.probe_share, of="modelled trials")
 
     def choose(self, number: int, space: SearchSpace, backbone: Backbone, history: History) -> Configuration:
-        """Return what the trial of a number is to try."""
+        """Return what a trial is to try; see `HistorySampler.choose`."""
         generator = random.Random(f"{self.seed}:{number}")
         if number < self.startup_trials:
             return _unlike(history, space, backbone, generator)
@@ -76,7 +65,7 @@ class EhviSampler(BaseSampler):
         gain = ExpectedImprovement(history, self.features.of(space, backbone))
         candidates = Candidates(space, backbone, dict(best), generator, history.earlier_rates)
         if self.probe_share and generator.random() < self.probe_share:
-            # By themselves: models seldom think much of what is unlike the front.
+            # Ranked separately: the model underrates candidates far from the front.
             probes = candidates.probes(configuration for configuration, _ in history.trials)
             worth = gain.per_compute(probes)
             probes = [probe for probe, share in zip(probes, worth, strict=True) if share > 0]
@@ -86,37 +75,10 @@ class EhviSampler(BaseSampler):
         first = gain.best(pool)
         return space.draw(generator, backbone) if first is None else pool[first]
 
-    def learn(self, space: SearchSpace, backbone: Backbone, history: History) -> None:
-        """Remember what a search has found, for the trials that a study asks next."""
-        self._learned = space, backbone, history
 
-    def reseed_rng(self) -> None:
-        """Do nothing: chance follows from the seed and the trial's number."""
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Choose, and return the parameters that the choice has; none before `learn` was called."""
-        self._chosen = {}, {}
-        if self._learned is not None:
-            space, backbone, _ = self._learned
-            self._chosen = encoded(space, self.choose(trial.number, *self._learned), backbone)
-        return self._chosen[1]
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Return the parameters of what was chosen."""
-        return self._chosen[0]
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Draw a parameter that is none of the space's."""
-        generator = random.Random(f"{self.seed}:{trial.number}:{param_name}")
-        sampler = RandomSampler(seed=generator.getrandbits(32))
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-
-def encoded(space: SearchSpace, configuration: Configuration, backbone: Backbone) -> Encoded:
+def encoded(
+    space: SearchSpace, configuration: Configuration, backbone: Backbone
+) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
     """Return the parameters of a point of a space, and the distributions they are from."""
     params = space.encode(configuration, backbone)
     trial = FixedTrial(params)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import Constraint
 from autopeft.core.pareto import Axis
+from autopeft.models.backbone import Backbone
+from autopeft.search_spaces import SearchSpace
 
 
 def nothing_is_served(block: int) -> bool:
@@ -37,6 +40,18 @@ class History:
     # Whether trainings whose lowest adapter sits in a block (or, where it is their number, that have the head
     # alone) read kept hidden states in place of running the blocks below.
     are_states_served: Callable[[int], bool] = nothing_is_served
+
+
+@runtime_checkable
+class HistorySampler(Protocol):
+    """A sampler that is told a search's history, where Optuna's read a study."""
+
+    def choose(self, number: int, space: SearchSpace, backbone: Backbone, history: History) -> Configuration:
+        """Return the point of the space that the trial of a number is to try."""
+
+
+Sampler = BaseSampler | HistorySampler
+"""What chooses the next configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)

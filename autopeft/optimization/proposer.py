@@ -14,9 +14,9 @@ from autopeft.core.objectives import Constraint, Objective
 from autopeft.core.pareto import Axis, contributions, front_records
 from autopeft.core.profiling import section
 from autopeft.models.backbone import Backbone
-from autopeft.optimization.ehvi_sampler import EhviSampler, encoded
+from autopeft.optimization.ehvi_sampler import encoded
 from autopeft.optimization.learning_curve_forecast import Forecast
-from autopeft.optimization.proposal import History, Proposal
+from autopeft.optimization.proposal import History, Proposal, Sampler
 from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.trial_records import TrialRecords
@@ -33,7 +33,7 @@ class Proposer:
 
     space: SearchSpace
     backbone: Backbone
-    sampler: str | BaseSampler  # an `EhviSampler` is handed the history, others read an Optuna study
+    sampler: str | Sampler
     objectives: Sequence[Objective]
     axes: Sequence[Axis]  # of the hypervolume
     view: Callable[[], Study]  # a new study with every trial so far, running ones included
@@ -54,7 +54,7 @@ class Proposer:
         if (baseline := self._next_baseline(records, pending)) is not None:
             return self._encoded(baseline.configuration, baseline.name)
         sampler = make_sampler(self.sampler, self.seed, number)
-        if isinstance(sampler, EhviSampler):
+        if not isinstance(sampler, BaseSampler):
             history = self._history(records, pending)
             return self._encoded(sampler.choose(number, self.space, self.backbone, history))
         if type(sampler) is RandomSampler:  # it reads no trials: a study of thousands would be made for each

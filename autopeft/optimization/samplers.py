@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISample
 from autopeft.core.entry_points import load_entry_point
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
+from autopeft.optimization.proposal import HistorySampler, Sampler
 
 _STARTUP_TRIALS = 10
 _POPULATION = 20
@@ -40,14 +41,14 @@ SAMPLERS: Mapping[str, Callable[..., BaseSampler]] = {
 """By name, what makes an Optuna sampler from `seed=`; NSGA-II and NSGA-III suit 60 trials or more."""
 
 
-def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> BaseSampler:
+def make_sampler(sampler: str | Sampler, seed: int, number: int = 0) -> Sampler:
     """Return the sampler that chooses a trial.
 
     With a new one for each trial, what is asked depends on the seed, the trial's number and the study alone,
     and not on whether the search was interrupted. A sampler of the caller's is used as it is.
     A name may be that of an entry point `autopeft.samplers`, which makes a sampler from `seed=`.
     """
-    if isinstance(sampler, BaseSampler):
+    if isinstance(sampler, BaseSampler | HistorySampler):
         return sampler
     if sampler == "ehvi":
         return EhviSampler(seed=seed)
@@ -57,5 +58,5 @@ def make_sampler(sampler: str | BaseSampler, seed: int, number: int = 0) -> Base
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        made: BaseSampler = make(seed=int.from_bytes(digest[:4], "big"))
+        made: Sampler = make(seed=int.from_bytes(digest[:4], "big"))
     return made

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna import create_study
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autopeft import ParetoFront, Search
@@ -89,8 +90,10 @@ def asked(
     space.validate(backbone)
     name = "random" if run.log.units < random_share * run.budget else sampler
     directions = [axis.objective.direction for axis in run.axes]
+    made = make_sampler(name, run.seed, len(run.log.tried))
+    assert isinstance(made, BaseSampler)
     with quiet_optuna():
-        study = create_study(directions=directions, sampler=make_sampler(name, run.seed, len(run.log.tried)))
+        study = create_study(directions=directions, sampler=made)
         study.add_trials([_told(outcome, space, backbone, run.axes) for outcome in run.log.tried])
         return space.suggest(study.ask(), backbone)
 
@@ -203,10 +206,10 @@ def searched(run: Run, *, options: Callable[[Search], dict[str, Any]]) -> None:
     run.log.end(run.budget)
 
 
-SWEEP, OURS = "uniform rsLoRA sweep", "autopeft"
+SWEEP, OURS, PROTOCOL = "uniform rsLoRA sweep", "autopeft", "AutoPEFT's protocol"
 _ASKED: Mapping[str, Propose] = {
     "Optuna TPE over one rank": partial(asked, space=Uniform(), sampler="tpe"),
-    "AutoPEFT's protocol": partial(
+    PROTOCOL: partial(
         asked, space=AutoPEFTPaper(learning_rate=Uniform().learning_rate), sampler="gp", random_share=0.5
     ),
 }

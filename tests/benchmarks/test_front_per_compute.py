@@ -14,9 +14,9 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.objectives import resolve_objectives
 from autopeft.core.pareto import Axis, Values
 from autopeft.search_spaces import Uniform
-from benchmarks.front_per_compute import Comparison, Plan, show, train_again
+from benchmarks.front_per_compute import Comparison, Plan, run, show, train_again
 from benchmarks.uniform_lora import uniform
-from benchmarks.yardstick.methods import METHODS, OURS, RATES, SWEEP, Run, asked, goes_on, sweep
+from benchmarks.yardstick.methods import METHODS, OURS, PROTOCOL, RATES, SWEEP, Run, asked, goes_on, sweep
 from benchmarks.yardstick.runs import Archive, Outcome, RunLog, front_at, is_done
 from benchmarks.yardstick.tasks import TASKS, FrontTask
 from tests.learnable import OBJECTIVES, TRAINING, learnable_task, learner
@@ -106,6 +106,25 @@ def test_axes_are_those_of_the_first_machine(tmp_path: Path) -> None:
     objectives = [axis.objective for axis in axes()]
     assert Archive(tmp_path).axes(objectives) == axes()
     assert [*Archive(tmp_path).unit_seconds.values()] == [3.0]
+
+
+def test_a_method_that_is_planned_by_its_budget_begins_anew_with_another(tmp_path: Path) -> None:
+    archive, short, long = Archive(tmp_path), Plan(units=(2.0, 4.0)), Plan(units=(40.0,))
+    assert short.path(archive, PROTOCOL, 0) != long.path(archive, PROTOCOL, 0)
+    assert short.path(archive, SWEEP, 0) == long.path(archive, SWEEP, 0)
+
+
+def test_a_default_that_fails_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Run) -> None:
+        raise ValueError("no such site")
+
+    archive, plan = Archive(tmp_path), Plan(units=(1.0,))
+    archive.add_task(axes(), 1.0)
+    for method in (OURS, PROTOCOL):
+        monkeypatch.setitem(METHODS, method, broken)
+    assert run(PROTOCOL, TinyTask(), 0, archive, plan) == "left out: no such site"
+    with pytest.raises(ValueError, match="no such site"):
+        run(OURS, TinyTask(), 0, archive, plan)
 
 
 def test_half_of_the_tasks_are_held_out() -> None:

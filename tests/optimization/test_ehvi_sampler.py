@@ -1,4 +1,4 @@
-"""The sampler of expected hypervolume improvement, in every space, and through Optuna's door."""
+"""The sampler of expected hypervolume improvement, in every space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import optuna
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
@@ -122,24 +121,6 @@ class TestEverySpace:
         if name != "uniform":  # it has few points
             assert len({*found}) >= len(found) - 1
 
-    def test_an_optuna_study_may_ask_it(self, name: str) -> None:
-        space, sampler = SPACES[name], EhviSampler(seed=1)
-        trials = [
-            (baseline.configuration, values(space, baseline.configuration))
-            for baseline in space.baselines(BACKBONE)
-        ]
-        known = history(space, trials)
-        sampler.learn(space, BACKBONE, known)
-        study = optuna.create_study(directions=("maximize", "minimize", "minimize"), sampler=sampler)
-        found = []
-        for number in range(6):
-            trial = study.ask()
-            found.append(space.suggest(trial, BACKBONE))
-            assert found[-1] == sampler.choose(number, space, BACKBONE, known)
-            assert trial.params == space.encode(found[-1], BACKBONE)
-            study.tell(trial, list(values(space, found[-1]).values()))
-        assert len({*found}) > 1
-
     @pytest.mark.slow
     def test_finds_more_than_draws_do(self, name: str) -> None:
         space = SPACES[name]
@@ -157,15 +138,6 @@ class TestEverySpace:
             for modelled in (1.0, 0.0)
         }
         assert worth[1.0] > worth[0.0]
-
-
-def test_before_anything_is_known_parameters_are_drawn() -> None:
-    study = optuna.create_study(sampler=EhviSampler(seed=2))
-    again = optuna.create_study(sampler=EhviSampler(seed=2))
-    space = PerLayer()
-    first, second = (space.suggest(each.ask(), BACKBONE) for each in (study, again))
-    assert first == second != space.suggest(study.ask(), BACKBONE)
-    space.encode(first, BACKBONE)
 
 
 def test_startup_trials_have_methods_that_were_not_tried() -> None:
@@ -294,8 +266,3 @@ def test_a_space_without_single_adapters_is_not_probed() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EhviSampler(**options)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -22,9 +23,15 @@ def new_study(trials: Sequence[FrozenTrial] = ()) -> Study:
     return study
 
 
+def optuna_sampler(name: str, seed: int, number: int) -> BaseSampler:
+    made = make_sampler(name, seed, number)
+    assert isinstance(made, BaseSampler)
+    return made
+
+
 def ask(study: Study, name: str, seed: int = 0) -> Trial:
     """Ask for the next trial, of a sampler of its own."""
-    study.sampler = make_sampler(name, seed, len(study.trials))
+    study.sampler = optuna_sampler(name, seed, len(study.trials))
     return study.ask()
 
 
@@ -115,7 +122,7 @@ def test_an_optuna_sampler_is_used_as_it_is() -> None:
 
 
 def test_named_samplers_are_seeded_by_trial() -> None:
-    rates = [make_sampler("random", seed, number) for seed, number in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    rates = [optuna_sampler("random", seed, number) for seed, number in ((0, 1), (0, 1), (0, 2), (1, 1))]
     drawn = []
     for sampler in rates:
         study = new_study()

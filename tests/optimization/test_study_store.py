@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
@@ -324,7 +325,9 @@ def test_trials_that_run_are_in_the_view(tmp_path: Path) -> None:
 def test_a_resumed_search_asks_what_an_uninterrupted_one_asks(name: str, tmp_path: Path) -> None:
     def ask(store: StudyStore, record: TrialRecord) -> int:
         view = store.view()
-        view.sampler = make_sampler(name, 3, record.number)
+        sampler = make_sampler(name, 3, record.number)
+        assert isinstance(sampler, BaseSampler)
+        view.sampler = sampler
         trial = view.ask()
         rank = trial.suggest_int("rank", 1, 64)
         attributes = view.get_trials()[-1].system_attrs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 from optuna.samplers import RandomSampler
 
 from autopeft import Search, SuccessiveHalving
+from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job
 from autopeft.evaluation.evaluator import Evaluator
@@ -23,8 +25,9 @@ from autopeft.evaluation.executor import LocalExecutor
 from autopeft.evaluation.trial_runner import TrialRunner
 from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
+from autopeft.optimization.proposal import History
 from autopeft.optimization.study_store import load_study
-from autopeft.search_spaces import PerLayer, ScoreGuided, Uniform
+from autopeft.search_spaces import PerLayer, ScoreGuided, SearchSpace, Uniform
 from autopeft.training.settings import Training
 from tests.learnable import learnable_task, learner, outcomes, tiny_search
 
@@ -80,6 +83,33 @@ def test_an_executor_is_named_or_makes_one(tmp_path: Path) -> None:
         tiny_search(tmp_path, executor="locl")
 
 
+class Counted(LocalExecutor):
+    """Counts those that were not closed."""
+
+    open = 0
+
+    def __init__(self, runner: TrialRunner) -> None:
+        super().__init__(runner)
+        Counted.open += 1
+
+    def close(self) -> None:
+        super().close()
+        Counted.open -= 1
+
+
+@pytest.mark.parametrize("place", ["FileCleanup.tidy", "Scheduler"])
+def test_an_executor_is_closed_whatever_fails(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"autopeft.search_run.{place}", full)
+    with pytest.raises(OSError, match="No space left"):
+        tiny_search(tmp_path, executor=Counted).run(trials=1, progress=False)
+    assert Counted.open == 0
+
+
 class OwnSampler(RandomSampler):
     """A user's sampler."""
 
@@ -97,6 +127,27 @@ def test_a_samplers_arguments_are_settings(tmp_path: Path) -> None:
     assert len({search.name for search in searches}) == 3
     assert searches[2].name == searches[3].name, "an object like it is no other setting"
     assert f"sampler {__name__}.OwnSampler(scale=2.0, weight=builtins.float)" in searches[1].describe()
+
+
+class SmallestFirst:
+    """A user's sampler that reads the history."""
+
+    def choose(self, number: int, space: SearchSpace, backbone: Backbone, history: History) -> Configuration:
+        drawn = [space.draw(random.Random(f"{number} {each}"), backbone) for each in range(8)]
+        tried = {configuration for configuration, _ in history.trials}
+        new = [configuration for configuration in drawn if configuration not in tried]
+        return min(new or drawn, key=lambda configuration: count_parameters(backbone, configuration))
+
+
+def test_a_sampler_of_ones_own_may_read_the_history(tmp_path: Path) -> None:
+    space = PerLayer(methods=("lora",), sizes={"rank": (1, 4)})
+    search = tiny_search(tmp_path, sampler=SmallestFirst(), space=space, baselines=False)
+    assert f"sampler {__name__}.SmallestFirst()" in search.describe()
+    tried = [record.evaluation.configuration for record in search.run(trials=3, progress=False).records]
+    backbone, again = search.open().backbone, SmallestFirst()
+    history = History(trials=[(configuration, {}) for configuration in tried[:2]], axes=())
+    assert tried[2] == again.choose(2, space, backbone, history)
+    assert len({*tried}) == 3
 
 
 def test_the_defaults_are_the_best_that_was_measured(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The neighbourhood of configurations: what a space has near some of its points."""
+"""Mutation and crossover of configurations."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ class SiteMutator(Mutator):
         return {site: adapters[site] for site in order[count:]}
 
     def _add(self, adapters: Adapters, generator: random.Random) -> Adapters:
-        """Put adapters where there are none: half of them where more is promised, half anywhere.
+        """Put adapters where there are none.
 
-        Promises are made before anything is trained; what they pass over would never be found out.
+        Half of the additions follow the scores, half are random, as scores can be wrong.
         """
         empty = [site for site in self.choices if site not in adapters]
         if not empty:

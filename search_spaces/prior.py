@@ -126,7 +126,7 @@ def blocks_at(block: int, here: int, there: int) -> list[int]:
     """Return the blocks, of a stack of so many there, that stand at the depth of a block of one here.
 
     Each block of the longer stack stands at the block of the shorter one into which its middle falls. So
-    each has its like, and a stack of the same length stands block at block.
+    every block has a counterpart, and a stack of the same length stands block at block.
     """
     if there <= here:
         return [(2 * block + 1) * there // (2 * here)]

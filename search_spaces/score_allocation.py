@@ -29,7 +29,7 @@ class Allocation:
     allocator: str = "proportional"  # one of `ALLOCATORS`
     placement: float = 1.0  # share of the sites that may carry an adapter, the best first, in (0, 1]
     # Blocks below it carry none, which is what saves memory. It counts in the longest stack; shorter ones
-    # have the like share of their blocks below.
+    # have the same share of their blocks below.
     lowest_block: int = 0
     stacks: Sequence[str] | None = None  # stacks that may carry an adapter; None for all
     # Roles that may carry an adapter; None for all that the method can sit on.

@@ -27,8 +27,8 @@ _TEMPERATURE = "temperature"
 _FEWEST_SITES_SHARE = 8  # the smallest budget pays for the smallest adapter at an eighth of the sites
 
 
-class _Anchor(NamedTuple):
-    """A baseline: the places of budget and rate on their log scales, the share of blocks without adapters."""
+class _GuidedBaseline(NamedTuple):
+    """The places of budget and rate on their log scales, the share of blocks without adapters."""
 
     budget: float
     lowest_block: float
@@ -40,10 +40,10 @@ class _Anchor(NamedTuple):
 # and sizes go together, a model takes one for the other. The higher rate, which may come to nothing, goes on
 # after a rung only if it is promising; three whole trainings (the head alone is the third) say what is gained
 # after a rung.
-_ANCHORS = (
-    _Anchor(budget=0.1, lowest_block=0.83, rate=1.0, is_trained_whole=True),
-    _Anchor(budget=0.35, lowest_block=0.67, rate=0.6, is_trained_whole=True),
-    _Anchor(budget=0.35, lowest_block=0.67, rate=0.8, is_trained_whole=False),
+_GUIDED_BASELINES = (
+    _GuidedBaseline(budget=0.1, lowest_block=0.83, rate=1.0, is_trained_whole=True),
+    _GuidedBaseline(budget=0.35, lowest_block=0.67, rate=0.6, is_trained_whole=True),
+    _GuidedBaseline(budget=0.35, lowest_block=0.67, rate=0.8, is_trained_whole=False),
 )
 
 
@@ -60,8 +60,8 @@ class ScoreGuided(SlotSpace):
 
     Attributes:
         scores: Scores to choose from, of `autopeft.sensitivity.SCORES`. The search computes them once.
-        methods: Methods with a size to choose from: lora, series, parallel, prefix. A guided configuration
-            has one of them, another may mix them.
+        methods: Methods with a size to choose from, such as lora, series, parallel and prefix; peft's other
+            families are for `PerLayer`. A guided configuration has one of them, another may mix them.
         allocator: How the sites share a budget, of `autopeft.sensitivity.allocation.ALLOCATORS`:
             "proportional", "gora", "fisher" or "top_k"; or "explained_variance" or "water_filling", which
             read the spectra that the scores "gradient_spectrum" and "explained_variance" have.
@@ -198,11 +198,11 @@ class ScoreGuided(SlotSpace):
         blocks = self._highest_block(backbone) + 1
         score, first = self.scores[0], self.methods[0]
         temperature = min(max(0.5, self.temperature[0]), self.temperature[1])
-        small, *others = _ANCHORS
-        anchors = [(small, method) for method in self.methods] + [(anchor, first) for anchor in others]
-        for anchor, method in anchors:
-            budget = round(low * (high / low) ** anchor.budget)
-            lowest_block = min(round(anchor.lowest_block * blocks), blocks - 1)
+        small, *others = _GUIDED_BASELINES
+        wanted = [(small, method) for method in self.methods] + [(guided, first) for guided in others]
+        for guided, method in wanted:
+            budget = round(low * (high / low) ** guided.budget)
+            lowest_block = min(round(guided.lowest_block * blocks), blocks - 1)
             numbers = {
                 "temperature": temperature,
                 "placement": self.placement[1],
@@ -212,12 +212,12 @@ class ScoreGuided(SlotSpace):
                 if budget >= high:
                     break
                 budget *= 2  # no site's share was the smallest size
-            point = self.point(adapters, anchor.rate)
+            point = self.point(adapters, guided.rate)
             yield Baseline(
                 name=f"{score if method == first else f'{score}, {method}'}, {budget:,} parameters "
                 f"from block {lowest_block} up at rate {point.learning_rate:g}",
                 configuration=point,
-                is_trained_whole=anchor.is_trained_whole,
+                is_trained_whole=guided.is_trained_whole,
             )
 
     def summary(self, backbone: Backbone) -> str:

@@ -37,8 +37,8 @@ class _Failure:
 class WarmStarts:
     """The largest LoRA of a search, trained when first needed and kept in a folder, so that a search resumes.
 
-    Training 0 initialises the first training of every trial, training n that with the n-th further seed: with
-    one for all, its luck would be taken for the quality of the trials.
+    Training 0 initialises the first training of every trial, training n that with the n-th further seed:
+    otherwise the noise of one training would bias all trials.
     """
 
     evaluator: Evaluator  # trains it

@@ -1,4 +1,4 @@
-"""IA3, peft's."""
+"""IA3, implemented by peft."""
 
 from __future__ import annotations
 

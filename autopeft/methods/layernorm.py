@@ -1,4 +1,4 @@
-"""LayerNorm tuning, peft's."""
+"""LayerNorm tuning, implemented by peft."""
 
 from __future__ import annotations
 

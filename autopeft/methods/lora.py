@@ -1,4 +1,4 @@
-"""LoRA, peft's."""
+"""LoRA, implemented by peft."""
 
 from __future__ import annotations
 

@@ -219,8 +219,8 @@ class ExpectedImprovement:
     def _learned_from(self, places: Sequence[int]) -> list[int]:
         """Return the trials that a model learns from, so many at most.
 
-        First comes what adds most to the front, then what was trained again, the latest first: it has been on
-        the front, and what it gained must not be forgotten. Then come the latest of the others.
+        First comes what adds most to the front, then repeated trials, the latest first: their means are the
+        most reliable data. Then come the latest of the others.
         """
 
         def order(place: int) -> tuple[bool, float, bool, int]:
@@ -232,9 +232,8 @@ class ExpectedImprovement:
     def _not_dominated(self) -> Array:
         """Return points spread evenly over the part of the unit cube that no trial dominates.
 
-        A trial stands where the model has it: by what was measured, the luckiest training would say what is
-        left to gain (Picheny, Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy
-        optimization", 2013).
+        A trial stands at the model's mean, not at the measured value, which favours lucky runs (Picheny,
+        Wagner and Ginsbourger, "A benchmark of kriging-based infill criteria for noisy optimization", 2013).
         """
         axes, positions = self._history.axes, []
         for axis in axes:

@@ -30,10 +30,10 @@ class _Gains(NamedTuple):
 
 
 class Forecast:
-    """What whole trainings, by number, tell of paused trials.
+    """Predicts a paused trial's final metric from completed trials of similar cost and loss.
 
-    On the fixed axes of the hypervolume costs are near or far; of the metric `monitor` the best validation
-    counts.
+    Completed trials are sorted by number. Costs are compared on the fixed axes of the hypervolume; of the
+    metric `monitor` the best validation counts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training members of the front again, with other seeds: a front of lucky trainings disappoints.
+"""Training members of the front again, with other seeds, to remove selection bias.
 
 Each member is trained again until it has been trained with a given number of seeds; its values are the means,
 and where these do not hold it leaves the front. While a search is young much is on its front for a moment

@@ -1,4 +1,4 @@
-"""The file of a study: who may write it, and what a killed process or a hand may have left in it."""
+"""Locking the study file, and repair after a crash or a manual edit."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ class AshaPromoter:
     ) -> tuple[TrialRecord, int] | None:
         """Return the trial to train on and the rung it goes to; None where a new one is due.
 
-        The highest rung comes first, as in ASHA: what is nearly done is worth most. The space's baselines go
-        on first: whole trainings of the best alone would not tell what others gain after a rung.
+        The highest rung comes first, as in ASHA: trials close to completion are finished first. The space's
+        baselines go on first: whole trainings of the best alone would not tell what others gain after a rung.
         Those that are running are not trained on twice.
         """
         for rung in reversed(range(len(self.steps) - 1)):
@@ -198,11 +198,13 @@ class AshaPromoter:
         best += self._by_loss(others)[: self._quota(others, least=0 if begun else 1)]
         paused = [candidate for candidate in begun if candidate.is_paused]
         whole = [record.evaluation.values for record in filter(_is_whole, records)]
-        bars = [
+        thresholds = [
             *(_Threshold(candidate.values, candidate.expected, whole=False) for candidate in paused),
             *(_Threshold(values, values[self.monitor.name], whole=True) for values in whole),
         ]
-        going = (candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, bars))
+        going = (
+            candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, thresholds)
+        )
         return next(going, None)
 
     def _quota(self, candidates: Sequence[_Candidate], *, least: int) -> int:
@@ -231,24 +233,29 @@ class AshaPromoter:
         rest = [candidate for candidate in candidates if not math.isfinite(candidate.loss)]
         return [known[index] for layer in layers for index in layer] + rest
 
-    def _is_stopped(self, candidate: _Candidate, bars: Sequence[_Threshold]) -> bool:
-        """Whether a trial that costs no more is better than this one can be hoped to become.
+    def _is_stopped(self, candidate: _Candidate, thresholds: Sequence[_Threshold]) -> bool:
+        """Whether a trial that costs no more already beats this one's optimistic estimate.
 
-        One at the trivial score may become anything, as its metric has told nothing yet: what stops it is a
-        whole training as good as any.
+        At the trivial score the metric says nothing; only a complete trial that is as good as any stops it.
         """
         values = candidate.values
-        rivals = [bar for bar in bars if all(values[name] >= bar.costs[name] for name in self._costs)]
+        rivals = [
+            threshold
+            for threshold in thresholds
+            if all(values[name] >= threshold.costs[name] for name in self._costs)
+        ]
         if candidate.at_trivial:
-            scores = [bar.score for bar in bars if bar.whole]
+            scores = [threshold.score for threshold in thresholds if threshold.whole]
             best = self.monitor.best([*scores, self._trivial_score])
-            return best != self._trivial_score and any(bar.whole and bar.score == best for bar in rivals)
+            return best != self._trivial_score and any(
+                rival.whole and rival.score == best for rival in rivals
+            )
         noise = candidate.noise
         hoped = candidate.expected + self.monitor.sign * (noise or 0.0)
-        for bar in rivals:
-            is_dearer = any(values[name] > bar.costs[name] for name in self._costs)
-            if bar.whole and (noise is None or (noise == 0 and is_dearer)):
-                continue  # none has gained, or all alike: what dearer ones gain is not known
-            if self.monitor.is_better(bar.score, hoped) or (bar.whole and hoped == bar.score):
+        for rival in rivals:
+            is_dearer = any(values[name] > rival.costs[name] for name in self._costs)
+            if rival.whole and (noise is None or (noise == 0 and is_dearer)):
+                continue  # no spread of gains is known yet
+            if self.monitor.is_better(rival.score, hoped) or (rival.whole and hoped == rival.score):
                 return True
         return False

@@ -41,7 +41,7 @@ def front_frame(
         "warm_start": [evaluation.warm_start for evaluation in evaluations],
         "trainings": [evaluation.trainings for evaluation in evaluations],
         "wall_seconds": [evaluation.cost.wall_seconds for evaluation in evaluations],
-        "reference": [record.baseline for record in records],
+        "baseline": [record.baseline for record in records],
         "duplicate_of": [record.duplicate_of for record in records],
         "derived_from": [record.derived_from for record in records],
         "reason": [evaluation.reason for evaluation in evaluations],

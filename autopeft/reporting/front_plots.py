@@ -21,7 +21,7 @@ from autopeft.core.pareto import non_dominated
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
 FRONT_COLOUR = "#D55E00"
 KNEE_COLOUR = "#009E73"
-REFERENCE_COLOUR = "#0072B2"
+BASELINE_COLOUR = "#0072B2"
 OTHER_COLOUR = "#7F7F7F"
 
 _MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
@@ -96,7 +96,7 @@ def front_figure(
                 x=[min(_shown(drawn, x)), max(_shown(drawn, x))],
                 y=height,
                 mode="lines",
-                line={"color": REFERENCE_COLOUR, "width": 1.5, "dash": "dot"},
+                line={"color": BASELINE_COLOUR, "width": 1.5, "dash": "dot"},
                 name=html.escape(_name(record)),
                 legendgroup=_name(record),
                 showlegend=column == 1,
@@ -170,7 +170,7 @@ def static_front_figure(
     for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         _draw_panel(axes, drawn, members, x, y)
         for record in _off_scale(records, objectives):
-            axes.axhline(*_shown([record], y), color=REFERENCE_COLOUR, ls=":", lw=1.5, label=_name(record))
+            axes.axhline(*_shown([record], y), color=BASELINE_COLOUR, ls=":", lw=1.5, label=_name(record))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
@@ -195,7 +195,7 @@ def _draw_panel(
                 capsize=2,
                 alpha=group.opacity,
                 zorder=3 if group.name == "front" else 2,
-                label=group.name if (symbol == "D") == (group.name == "reference point") else None,
+                label=group.name if (symbol == "D") == (group.name == "baseline") else None,
             )
     stairs = _stairs(drawn, members, x, y)
     points = list(zip(_shown(stairs, x), _shown(stairs, y), strict=True))
@@ -255,7 +255,7 @@ def _groups(drawn: Sequence[TrialRecord], members: Collection[int]) -> list[_Gro
     rest = [record for record in drawn if record.number not in members]
     return [
         _Group("trial", [record for record in rest if record.baseline is None], OTHER_COLOUR, 7, 0.6),
-        _Group("reference point", [record for record in rest if record.baseline], REFERENCE_COLOUR, 9),
+        _Group("baseline", [record for record in rest if record.baseline], BASELINE_COLOUR, 9),
         _Group("front", front, FRONT_COLOUR, 11),
     ]
 

@@ -1,4 +1,4 @@
-"""The rules of allocation, each as its source has it but for what every allocator promises."""
+"""Allocation rules, as published, adjusted to spend the whole budget."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def completed(
 
 
 def synthetic_records(count: int, *, seed: int = 0) -> list[TrialRecord]:
-    """Make records of which the first two are reference points and every ninth did not complete."""
+    """Make records of which the first two are baselines and every ninth did not complete."""
     random_state = random.Random(seed)
     records = []
     for number in range(count):

@@ -218,7 +218,7 @@ def test_reference_points_go_on_whatever_a_rung_says() -> None:
     promotion = AshaPromoter(HALVING, RUNGS, OBJECTIVES, AXES, OBJECTIVES[0], ["uniform lora 8"])
     reference, other = (replace(worst, baseline=name) for name in ("uniform lora 8", "uniform lora 64"))
     assert promotion.next([*known, reference]) == (reference, 1)
-    assert promotion.next([*known, other]) is None, "no reference point of those that always go on"
+    assert promotion.next([*known, other]) is None, "no baseline of those that always go on"
 
 
 def test_what_is_hoped_for_is_what_those_of_like_loss_gained() -> None:

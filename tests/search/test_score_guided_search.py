@@ -111,7 +111,7 @@ def test_an_allocator_that_cannot_read_the_scores_is_refused(settings: dict[str,
 
 
 @pytest.mark.parametrize("ranks", [(1, 8), (16, 64), (32, 32)])
-def test_only_the_first_anchor_is_the_head_alone(ranks: tuple[int, int], tmp_path: Path) -> None:
+def test_only_the_first_baseline_is_the_head_alone(ranks: tuple[int, int], tmp_path: Path) -> None:
     """Also where the smallest size is more than a site's share of the smallest budget."""
     space = ScoreGuided(scores=("gradient_norm",), sizes={"rank": ranks}, learning_rate=(1e-3, 1e-2))
     search = tiny_search(tmp_path, space=space)

@@ -104,7 +104,7 @@ def test_other_points_have_no_encoding(adapters: dict[Site, Adapter]) -> None:
         SPACE.encode(Configuration(adapters, learning_rate=1e-4), BERT)
 
 
-def test_anchors() -> None:
+def test_baselines() -> None:
     names = [baseline.name for baseline in SPACE.baselines(BERT)]
     assert names == [
         "head alone",

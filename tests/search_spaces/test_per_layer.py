@@ -290,7 +290,7 @@ class TestLearningRate:
 
 
 class TestWhatToTryFirst:
-    def test_anchors(self) -> None:
+    def test_baselines(self) -> None:
         space = PerLayer(methods=("lora", "series"), sizes={"rank": (1, 16)}, roles=("query", "ffn"))
         baselines = {baseline.name: baseline.configuration for baseline in space.baselines(BERT)}
         assert list(baselines) == [

@@ -49,7 +49,7 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
             space.encode(Configuration(adapters), BERT)
 
 
-def test_anchors_are_three_sizes_of_each_method() -> None:
+def test_baselines_are_three_sizes_of_each_method() -> None:
     space = Uniform(methods=("lora", "ia3"), sizes={"rank": (1, 64)})
     assert [baseline.name for baseline in space.baselines(BERT)] == [
         "lora(1) everywhere",

@@ -60,8 +60,7 @@ class Search(SearchSettings):
             the end.
         warm_start: Initialise trials that have LoRA alone from the space's largest LoRA, which is trained
             first and cut to their ranks, instead of from random weights.
-        sampler: "ehvi" (see `EhviSampler`), "tpe", "nsga2", "nsga3", "random", "gp", "botorch", an Optuna
-            sampler, or one that is told the history (see `HistorySampler`).
+        sampler: "ehvi", "tpe", "nsga2", "nsga3", "random", "gp", "botorch", an Optuna or a `HistorySampler`.
         seed: The same seed gives the same configurations and, on the CPU, the same scores. Every training
             has a seed of its own, made from it.
         seeds: Trainings that what is on the front is to have, each with another seed. The values of a trial

@@ -108,12 +108,13 @@ class Backbone:
                 backbone, which is returned as it is.
             head: The task's, as in `task.head`.
             processor: Needed where a loaded model does not say where the one lies that the task needs.
-            options: How weights are loaded; by default as they are stored. A loaded model is taken as it is.
+            options: How weights are loaded, of a name or a folder; by default as they are stored.
             device: Where the model will compute; the CPU by default.
 
         Raises:
             ValueError: The source cannot be loaded, or a loaded model's head does not fit.
         """
+        (options or LoadOptions()).check_for(source)
         if isinstance(source, Backbone):
             return source
         return cls(**load_model(source, head, processor, options, device))

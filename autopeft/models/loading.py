@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,15 +28,10 @@ from autopeft.core.errors import unknown_choice
 from autopeft.core.precision import quickest_precision
 from autopeft.models.block_discovery import find_blocks
 from autopeft.models.head_spec import HeadSpec, Processor
+from autopeft.models.processors import load_processor
 
 _logger = logging.getLogger(__name__)
 _HEAD_SEED = 0
-_FEWEST_WORDS = 10
-_KINDS = {
-    "AutoTokenizer": "tokenizer",
-    "AutoImageProcessor": "image processor",
-    "AutoFeatureExtractor": "feature extractor",
-}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "int8"]
@@ -90,6 +84,16 @@ class LoadOptions:
                 "pip install 'autopeft[quantization]'."
             )
 
+    def check_for(self, source: object) -> None:
+        """Raise a ValueError where an option is set for a model that is loaded already."""
+        default = LoadOptions()
+        given = [f"{name}={value!r}" for name, value in vars(self).items() if value != getattr(default, name)]
+        if given and not isinstance(source, str | Path):
+            raise ValueError(
+                f"{', '.join(given)} is for loading a checkpoint, and a {type(source).__name__} is taken as "
+                "it is: give its folder or hub name, or load it as you want it."
+            )
+
     def arguments(self, config: Any, device: torch.device) -> dict[str, Any]:
         """Return what `from_pretrained` is told."""
         dtype: Any = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -132,7 +136,7 @@ def load_model(
             )
         missing = _name_labels(model, head.labels, names, missing)
     if processor is None and head.processor_class is not None:
-        processor = _load_processor(origin, head.processor_class)
+        processor = load_processor(origin, head.processor_class)
     if isinstance(processor, PreTrainedTokenizerBase):
         _pad_alike(model, processor)
     name = Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
@@ -306,28 +310,6 @@ def _pad_alike(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     # Decoders look for the last token that is not padding: with another id they would pool elsewhere.
     for config in (model.config, model.config.get_text_config()):  # two configs in composite models alone
         config.pad_token_id = tokenizer.pad_token_id
-
-
-def _load_processor(origin: str, processor_class: Any) -> Processor:
-    kind = _KINDS.get(processor_class.__name__, "processor")
-    # Images are processed alike with and without torchvision.
-    options = {"backend": "pil"} if processor_class is AutoImageProcessor else {}
-    try:
-        loaded: Processor = processor_class.from_pretrained(origin, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No {kind} was found for the backbone {origin!r}: pass one as tokenizer=..."
-        ) from error
-    # Where there is no vocabulary, transformers hands out a tokenizer of special tokens (and a blank
-    # or two), for which every text reads alike.
-    if not isinstance(loaded, PreTrainedTokenizerBase):
-        return loaded
-    if len(loaded) - len(loaded.all_special_tokens) < _FEWEST_WORDS:
-        raise ValueError(
-            f"No tokenizer was found for the backbone {origin!r} (there is no vocabulary): "
-            "pass one as tokenizer=..."
-        )
-    return loaded
 
 
 def empty_model(source: str | Path, head: HeadSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:

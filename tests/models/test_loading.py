@@ -114,6 +114,15 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"'int8' needs bitsandbytes: pip install 'autopeft"):
             LoadOptions(quantization="int8")
 
+    def test_they_are_refused_for_what_is_loaded_already(self) -> None:
+        options = LoadOptions(dtype="bfloat16", attention="eager")
+        for source in (tiny_classifier("bert"), tiny_backbone("bert")):
+            with pytest.raises(
+                ValueError, match=r"dtype='bfloat16', attention='eager' is for .* taken as it is"
+            ):
+                Backbone.load(source, head_spec(), tiny_tokenizer(), options=options)
+            Backbone.load(source, head_spec(), tiny_tokenizer(), options=LoadOptions())
+
     def test_the_new_head_is_the_same_in_every_process(self, tmp_path: Path) -> None:
         folder = _saved(tiny_model("bert"), tmp_path)
         torch.manual_seed(1)

@@ -154,13 +154,14 @@ class EvaluationContext:
 
     def peak_bytes(self, attachment: Attachment) -> int:
         """Return the peak bytes of a training of what is attached now, counted."""
-        return self._memory.count(
+        counted = self._memory.count(
             self.data.largest_batch(),
             self.task,
             precision=self.training.resolved_precision(),
             accumulate=self.training.accumulate,
             attached=attachment.structure,
         )
+        return counted + self.backbone.kept_bytes
 
     def module(self, configuration: Configuration, paused: TrainingCheckpoint | None = None) -> FineTuning:
         """Return the LightningModule that trains what is attached, from its start or from a pause on.

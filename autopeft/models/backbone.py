@@ -25,6 +25,7 @@ from autopeft.models.block_discovery import find_blocks
 from autopeft.models.cached_casts import CachedCasts
 from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
+from autopeft.models.output_layer import output_layer
 from autopeft.models.quantized_layers import keep_as_loaded
 from autopeft.models.site_shapes import SiteShape, all_sites
 from autopeft.models.spread import devices_of, keep_spread
@@ -49,6 +50,7 @@ class Backbone:
         cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
         trained_head: Qualified names of the head's modules that are trained.
         head_parameters: Number of their parameters; trained with every configuration.
+        kept_bytes: Bytes of a pretrained output layer that stay in memory beside the copy that is trained.
 
     Raises:
         ValueError: No block was found, a head module does not exist, quantised weights were rearranged for
@@ -69,9 +71,9 @@ class Backbone:
         self.model = model
         self.processor: Any = processor  # of the class that the task's head names
         self.name = name
-        self.head = tuple(head)
+        self.head = self._task_head = tuple(head)
         self.auto_class = auto_class
-        self.new_head = new_head
+        self.new_head = new_head and bool(self._task_head)
         self.origin = origin
         self.attached: Configuration | None = None
         modules = dict(model.named_modules())
@@ -144,11 +146,17 @@ class Backbone:
         )
 
     def train_head(self, part: HeadPart) -> None:
-        """Train the whole head, or its last layer alone: the rest then stays as it is drawn or was loaded.
+        """Train the whole head, its last layer alone, or the output layer that a language model came with.
+
+        What of a head is not trained stays as it is drawn or was loaded.
 
         Raises:
-            ValueError: No layer of the head has an output a label.
+            ValueError: No layer of the head has an output a label, or the model has no output layer that can
+                be trained apart from its other weights.
         """
+        self.head = self._task_head
+        if part == "pretrained":
+            self.head = (output_layer(self.model, self._task_head, self.quantized),)
         self.trained_head = self.head
         if part == "last":
             labels = getattr(self.model.config, "num_labels", None)
@@ -160,14 +168,16 @@ class Backbone:
                 and len(weight) == labels
             ]
             if not layers:
+                other = "whole" if self.head else "pretrained"
                 raise ValueError(
                     f"head='last' needs a trained head with a layer of {labels} outputs, which "
-                    f"{type(self.model).__name__} does not have here: use head='whole'."
+                    f"{type(self.model).__name__} does not have here: use head={other!r}."
                 )
             self.trained_head = (layers[-1],)
         trained = map(self.model.get_submodule, self.trained_head)
         parameters = {parameter for module in trained for parameter in module.parameters()}
         self.head_parameters = sum(parameter.numel() for parameter in parameters)
+        self.kept_bytes = sum(each.nbytes for each in parameters) if part == "pretrained" else 0
 
     def enable_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
@@ -302,10 +312,10 @@ class Backbone:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the architecture and every weight: tells backbones apart, in about 1 s a GB.
 
-        The head is left out: it is trained anyway, and a new one would differ from process to process.
+        The task's head is left out: it is trained anyway, and a new one would differ from process to process.
         """
         digest = hashlib.sha256(type(self.model).__name__.encode())
-        heads = tuple(f"{head}." for head in self.head)
+        heads = tuple(f"{head}." for head in self._task_head)
         for name, parameter in self.model.named_parameters():
             if name.startswith(heads):
                 continue

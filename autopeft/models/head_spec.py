@@ -17,8 +17,8 @@ from transformers import (
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 """What makes a model's inputs of data."""
 
-HeadPart = Literal["whole", "last"]
-"""What of a head is trained: all of it, or its last layer alone."""
+HeadPart = Literal["whole", "last", "pretrained"]
+"""What is trained beside adapters: the task's head, its last layer, or a language model's output layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

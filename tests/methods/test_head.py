@@ -128,5 +128,5 @@ def test_a_head_without_a_layer_of_labels_is_refused() -> None:
     with pytest.raises(ValueError, match=rf"with a layer of {LABELS} outputs, which Bert.* use head='whole'"):
         backbone.train_head("last")
     language_model = Backbone(tiny_language_model("llama"), tiny_tokenizer(), name="tiny", head=())
-    with pytest.raises(ValueError, match=r"needs a trained head .*Llama.* use head='whole'"):
+    with pytest.raises(ValueError, match=r"needs a trained head .*Llama.* use head='pretrained'"):
         language_model.train_head("last")

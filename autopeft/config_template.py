@@ -16,10 +16,11 @@ from datasets import ClassLabel, Dataset, Value
 
 from autopeft.core.errors import unknown_choice
 from autopeft.models.backbone import Backbone
-from autopeft.tasks import TASKS, CausalLM
+from autopeft.models.processors import load_processor
+from autopeft.tasks import TASKS, CausalLM, PreferenceOptimization
 from autopeft.tasks.dataset_loading import TEXT, load_splits
 from autopeft.tasks.dataset_task import ColumnKind, DatasetTask
-from autopeft.tasks.language_rows import layout_of
+from autopeft.tasks.language_rows import LAYOUTS, layout_of
 
 _TASKS = [task for task in TASKS if issubclass(task, DatasetTask)]
 _MOST_CLASSES = 0.2
@@ -71,6 +72,8 @@ def write_template(to: Path, model: str, data: str, task: str | None = None) -> 
     found, columns, held = recognise(data, task)
     found.validate()
     Backbone.without_weights(model, found.head, dtype=torch.float32)  # raises where it is not for the task
+    if isinstance(found, CausalLM | PreferenceOptimization):
+        found.reader(load_processor(model, found.head.processor_class))  # raises where chats need a template
     settings = {"type": type(found).__name__, "dataset": data, **columns}
     text = _TEMPLATE.format(
         to=to,
@@ -107,7 +110,8 @@ def recognise(data: str, task: str | None = None) -> tuple[DatasetTask, dict[str
     if task is None:
         raise ValueError(
             f"No task was recognised by the columns {_listed(kinds)}: call what is to be predicted 'label', "
-            f"or name the task with --task ({', '.join(by_name)})."
+            f"for a language model name columns {LAYOUTS}, or name the task with --task "
+            f"({', '.join(by_name)})."
         )
     needed = " and ".join(f"{setting!r} ({kind})" for setting, kind in by_name[task].needs.items())
     raise ValueError(
@@ -151,7 +155,8 @@ def _likely(kinds: Mapping[str, ColumnKind]) -> list[type[DatasetTask]]:
     except ValueError:
         layout = None
     others = [made for made in _TASKS if made is not CausalLM and made.recognised_by <= kinds.keys()]
-    if layout is not None and layout != "text":  # else messages could be taken for tags
+    is_labelled = layout == "question/answer" and "label" in kinds  # whether answers are right, perhaps
+    if layout not in (None, "text") and not is_labelled:  # else messages could be taken for tags
         others = [made for made in others if made.recognised_by]
     return others if layout is None else [*others, CausalLM]
 

@@ -129,6 +129,28 @@ def test_what_is_written_for_chats_is_valid(place: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_chats_need_a_template(tmp_path: Path) -> None:
+    tiny_language_model("llama").save_pretrained(tmp_path / "plain")
+    tiny_chat_tokenizer(template=None).save_pretrained(tmp_path / "plain")
+    chats = [[{"from": "human", "value": f"w{row}"}, {"from": "gpt", "value": "w1"}] for row in range(30)]
+    data, to = saved(tmp_path, {"conversations": chats}), tmp_path / "chats.yaml"
+    found = init_error("--model", tmp_path / "plain", "--data", data, "--to", to)
+    assert "has no chat template, which the column 'conversations' needs" in found
+    assert not to.exists()
+
+
+def test_answers_are_learnt_unless_they_are_labelled(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {
+        "question": [f"w{row} w1" for row in range(40)],
+        "answer": [f"w{row}" for row in range(40)],
+        "subject": [f"s{row % 4}" for row in range(40)],
+    }
+    assert type(recognise(saved(tmp_path, rows))[0]).__name__ == "CausalLM"
+    labelled = rows | {"label": [row % 2 for row in range(40)]}
+    found, settings, _ = recognise(saved(tmp_path, labelled))
+    assert (type(found).__name__, settings["label"]) == ("TextClassification", "label")
+
+
 def test_a_terminal_is_asked_for_what_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--model is missing" in init_error("--data", place / "data.csv")
     monkeypatch.setattr("autopeft.cli._is_terminal", lambda: True)
@@ -151,5 +173,6 @@ def test_errors_name_the_mend(place: Path, tmp_path: Path) -> None:
         "--model", tmp_path / "nowhere", "--data", data, "--to", to
     )
     odd = saved(tmp_path, {"a": [f"text {row}" for row in range(20)], "b": list(range(20))})
-    assert "call what is to be predicted 'label'" in init_error("--model", model, "--data", odd, "--to", to)
+    found = init_error("--model", model, "--data", odd, "--to", to)
+    assert "call what is to be predicted 'label', for a language model name columns 'messages'; " in found
     assert not to.exists()

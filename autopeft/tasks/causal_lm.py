@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import SplitName
-from autopeft.tasks.batch import IGNORED, model_inputs
+from autopeft.tasks.batch import model_inputs
 from autopeft.tasks.dataset_task import SPLITS
 from autopeft.tasks.language_data import LanguageData
-from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
+from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of, learnt_column
 from autopeft.tasks.language_task import LanguageTask
 from autopeft.tasks.row_data import RowData
 
@@ -30,9 +30,10 @@ _logger = logging.getLogger(__name__)
 class CausalLM(LanguageTask):
     """Fine-tune a language model on text, on prompts with completions, or on chats.
 
-    The columns say which: `messages` (chats, written by the tokenizer's chat template), `prompt` and
-    `completion`, `instruction` and `output` (with `input` or without), or `text`. The loss counts completions
-    alone; of plain text all tokens. Metrics are those of `LanguageTask`.
+    The columns say which: `messages` or `conversations` (chats, written by the tokenizer's chat template),
+    `prompt` and `completion` (texts as they are), `instruction` and `output` (with `input` or without),
+    `prompt` and `response`, `question` and `answer` (instructions all three), or `text`. The loss counts
+    completions alone; of plain text all tokens. Metrics are those of `LanguageTask`.
 
     The attributes of `LanguageTask`, and:
 
@@ -79,6 +80,14 @@ class CausalLM(LanguageTask):
             )
         super().validate()
 
+    def reader(self, tokenizer: PreTrainedTokenizerBase) -> RowReader:
+        """Return what reads a row.
+
+        Raises:
+            ValueError: The tokenizer lacks what the layout needs.
+        """
+        return RowReader(tokenizer, self.layout, all_tokens=self.all_tokens)
+
     def data(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -93,7 +102,7 @@ class CausalLM(LanguageTask):
             ValueError: A row is not of the data's layout, the tokenizer lacks what the layout needs, or no
                 completion is left of a split after rows were cut.
         """
-        reader = RowReader(tokenizer, self.layout, all_tokens=self.all_tokens)
+        reader = self.reader(tokenizer)
         data = LanguageData(
             lambda name: self._read(reader, name),
             tokenizer,
@@ -118,13 +127,19 @@ class CausalLM(LanguageTask):
             for number, row in zip(numbers, self._sources[source].select(numbers), strict=True)
         ]
         cut = [row.cut(self.max_length) for row in read]
-        rows = tuple(row for row in cut if any(label != IGNORED for label in row.labels[1:]))
+        rows = tuple(row for row in cut if row.is_learnt)
         shortened = sum(len(row.tokens) > self.max_length for row in read)
         if not rows:
+            column, empty = learnt_column(self.layout), sum(not row.is_learnt for row in read)
+            if empty == len(read):
+                raise ValueError(
+                    f"No row of the {name} split has anything to learn: {column!r} is empty in all {empty:,}."
+                )
             longest = max(len(row.tokens) for row in read)
             raise ValueError(
                 f"No row of the {name} split has a completion within max_length={self.max_length} tokens "
                 f"(the longest row has {longest}): raise max_length, or shorten the prompts."
+                + (f" In {empty:,} of its {len(read):,} rows {column!r} is empty." if empty else "")
             )
         if shortened or len(rows) < len(read):
             _logger.warning(

@@ -164,6 +164,8 @@ def _read(path: Path, reader: Callable[[], Any]) -> Any:
     datasets.disable_progress_bars()
     try:
         return reader()
+    except StopIteration as error:  # of an empty file of JSON lines
+        raise ValueError(f"Cannot read {path}: there are no rows in it.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"Cannot read {path}: {error}") from error
     finally:

@@ -11,14 +11,31 @@ from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.batch import IGNORED
 
-Layout = Literal["messages", "prompt/completion", "instruction", "text"]
+Layout = Literal[
+    "messages",
+    "prompt/completion",
+    "instruction",
+    "text",
+    "conversations",
+    "prompt/response",
+    "question/answer",
+]
 
 _LAYOUTS: Mapping[Layout, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt/completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
+    "conversations": ("conversations",),
+    "prompt/response": ("prompt", "response"),
+    "question/answer": ("question", "answer"),
 }
+LAYOUTS = "; ".join(" and ".join(map(repr, needed)) for needed in _LAYOUTS.values())
+"""The columns of each layout, for people."""
+_CHATS: tuple[Layout, ...] = ("messages", "conversations")
+_INSTRUCTIONS: tuple[Layout, ...] = ("instruction", "prompt/response", "question/answer")
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles that are not those of chat templates."""
 _ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -41,6 +58,11 @@ class TokenRow:
     prompt: int
     completion: str
 
+    @property
+    def is_learnt(self) -> bool:
+        """Whether it has a token that is learnt; the first is not predicted."""
+        return any(label != IGNORED for label in self.labels[1:])
+
     def cut(self, length: int) -> TokenRow:
         """Return the row with so many tokens at most."""
         if len(self.tokens) <= length:
@@ -57,19 +79,24 @@ def layout_of(columns: Sequence[str]) -> Layout:
     for layout, needed in _LAYOUTS.items():
         if set(needed) <= set(columns):
             return layout
-    known = "; ".join(" and ".join(map(repr, needed)) for needed in _LAYOUTS.values())
     raise ValueError(
         f"The columns {', '.join(map(repr, columns))} are no layout of a language model's data: expected "
-        f"{known}. Rename columns with `datasets.Dataset.rename_column`."
+        f"{LAYOUTS}. Rename columns with `datasets.Dataset.rename_column`."
     )
+
+
+def learnt_column(layout: Layout) -> str:
+    """Return the column that holds what is learnt."""
+    return _LAYOUTS[layout][-1]
 
 
 def example_key(row: Mapping[str, Any], layout: Layout) -> str:
     """Return what rows of one prompt have in common, so that they stay in one split; of text all of it."""
-    if layout == "messages":
-        return json.dumps(row["messages"][:-1] if isinstance(row["messages"], list) else str(row["messages"]))
-    names = {"prompt/completion": ("prompt",), "instruction": ("instruction", "input"), "text": ("text",)}
-    return json.dumps([row.get(name) for name in names[layout]])
+    prompt = _LAYOUTS[layout][0]
+    if layout in _CHATS:
+        return json.dumps(row[prompt][:-1] if isinstance(row[prompt], list) else str(row[prompt]))
+    names = (prompt, "input") if layout == "instruction" else (prompt,)
+    return json.dumps([row.get(name) for name in names])
 
 
 @dataclass(frozen=True)
@@ -100,10 +127,10 @@ class RowReader:
                 f"{type(tokenizer).__name__} does not say which characters a token stands for: expected a "
                 "fast tokenizer (one with a tokenizer.json)."
             )
-        if layout == "messages" and tokenizer.chat_template is None:
+        if layout in _CHATS and tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of {tokenizer.name_or_path or 'this backbone'} has no chat template, which "
-                "the column 'messages' needs: set tokenizer.chat_template, take an instruction-tuned "
+                f"the column {layout!r} needs: set tokenizer.chat_template, take an instruction-tuned "
                 "backbone, or give columns 'prompt' and 'completion'."
             )
         self._tokenizer = tokenizer
@@ -152,7 +179,7 @@ class RowReader:
     @property
     def _is_chat(self) -> bool:
         has_template = self._tokenizer.chat_template is not None
-        return self._layout == "messages" or (self._layout == "instruction" and has_template)
+        return self._layout in _CHATS or (self._layout in _INSTRUCTIONS and has_template)
 
     def _plain(self, completion: str) -> str:
         """Return a completion without special tokens, as a generated one is decoded."""
@@ -160,26 +187,30 @@ class RowReader:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _parts(self, row: Mapping[str, Any], place: str) -> list[_Part]:
-        if self._layout == "messages":
-            return self._chat(_messages(row["messages"], place), place)
-        texts = {name: _text(row.get(name), name, place) for name in (*_LAYOUTS[self._layout], "input")}
+        columns = _LAYOUTS[self._layout]
+        if self._layout in _CHATS:
+            return self._chat(_messages(row[columns[0]], columns[0], place), place)
+        names = (*columns, "input") if self._layout == "instruction" else columns
+        texts = {name: _text(row.get(name), name, place) for name in names}
         if self._layout == "text":
             return [_Part(texts["text"], is_completion=False)]
+        prompt, completion = columns
+        instruction, output = texts[prompt], texts[completion]
         if self._layout == "prompt/completion":
-            return [_Part(texts["prompt"], False), _Part(texts["completion"], True)]
-        instruction, given = texts["instruction"], texts["input"]
+            return [_Part(instruction, False), _Part(output, True)]
+        given = texts.get("input", "")
         if self._is_chat:
             question = f"{instruction}\n\n{given}" if given else instruction
             return self._chat(
-                [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}],
+                [{"role": "user", "content": question}, {"role": "assistant", "content": output}],
                 place,
             )
-        prompt = _ALPACA.format(
+        written = _ALPACA.format(
             instruction=instruction,
             with_input=", paired with an input that provides further context" if given else "",
             input=f"### Input:\n{given}\n\n" if given else "",
         )
-        return [_Part(prompt, False), _Part(texts["output"], True)]
+        return [_Part(written, False), _Part(output, True)]
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], place: str) -> list[_Part]:
         """Return a conversation in parts: what the assistant says is a completion, its end token included.
@@ -227,17 +258,26 @@ def is_chat(value: Any) -> bool:
     )
 
 
-def _messages(value: Any, place: str) -> list[Mapping[str, Any]]:
-    if not is_chat(value):
+def _messages(value: Any, column: str, place: str) -> list[Mapping[str, Any]]:
+    """Return messages with a role and a content; those of ShareGPT have "from" and "value" in their place."""
+    messages = [_renamed(message) for message in value] if isinstance(value, list) else value
+    if not is_chat(messages):
         raise ValueError(
-            f"{place} has {str(value)[:80]!r} in 'messages', expected a list of messages such as "
-            '{"role": "user", "content": "Hello"}.'
+            f"{place} has {str(value)[:80]!r} in {column!r}, expected a list of messages such as "
+            '{"role": "user", "content": "Hello"} or {"from": "human", "value": "Hello"}.'
         )
-    if not any(message["role"] == "assistant" for message in value):
+    if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(
-            f"{place} has no message of the role 'assistant' in 'messages': nothing can be learnt."
+            f"{place} has no message of the role 'assistant' in {column!r}: nothing can be learnt."
         )
-    return list(value)
+    return list(messages)
+
+
+def _renamed(message: Any) -> Any:
+    if not isinstance(message, Mapping) or message.get("from") is None:
+        return message
+    role = message["from"]
+    return {"role": _ROLES.get(str(role), role), "content": message.get("value")}
 
 
 def _text(value: Any, name: str, place: str) -> str:

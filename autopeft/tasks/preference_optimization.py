@@ -99,6 +99,14 @@ class PreferenceOptimization(GroupedTask):
     def _is_chat(self) -> bool:
         return not isinstance(self._sources["train"].features["chosen"], Value)
 
+    def reader(self, tokenizer: PreTrainedTokenizerBase) -> RowReader:
+        """Return what reads a prompt with a reply.
+
+        Raises:
+            ValueError: The tokenizer lacks what chats need.
+        """
+        return RowReader(tokenizer, "messages" if self._is_chat else "prompt/completion")
+
     def data(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -113,7 +121,7 @@ class PreferenceOptimization(GroupedTask):
             ValueError: A row has no two replies of one kind, the tokenizer lacks what they need, or no two
                 different replies are left of a split after rows were cut.
         """
-        reader = RowReader(tokenizer, "messages" if self._is_chat else "prompt/completion")
+        reader = self.reader(tokenizer)
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collate = partial(_padded, padding=padding or 0)
 

@@ -153,6 +153,27 @@ def test_completions_that_are_all_cut_away_are_refused() -> None:
         task.data(tiny_chat_tokenizer(), batch_size=4, seed=0)
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_empty_completions_are_named(nothing: str | None) -> None:
+    rows = [{"prompt": f"w{row}", "completion": nothing} for row in range(30)]
+    with pytest.raises(ValueError, match="anything to learn: 'completion' is empty in all 24"):
+        CausalLM(dataset=Dataset.from_list(rows)).data(tiny_chat_tokenizer(), batch_size=4, seed=0)
+    rows[::2] = [{"prompt": f"w{row} w1 w2", "completion": " w3"} for row in range(15)]
+    task = CausalLM(dataset=Dataset.from_list(rows), max_length=3)
+    with pytest.raises(
+        ValueError, match=r"within max_length=3 .* In \d+ of its 24 rows 'completion' is empty"
+    ):
+        task.data(tiny_chat_tokenizer(), batch_size=4, seed=0)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    for suffix in ("jsonl", "csv"):
+        path = tmp_path / f"chat.{suffix}"
+        path.touch()
+        with pytest.raises(ValueError, match=rf"Cannot read .*chat\.{suffix}: "):
+            CausalLM(dataset=path).validate()
+
+
 def test_chats_are_read_from_a_file(tmp_path: Path) -> None:
     lines = [
         {"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": f"w{n + 1}"}]}

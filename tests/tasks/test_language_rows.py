@@ -41,6 +41,10 @@ def learnt(row: TokenRow) -> str:
         (["instruction", "input", "output"], "instruction"),
         (["output", "instruction"], "instruction"),
         (["text", "source"], "text"),
+        (["id", "conversations"], "conversations"),
+        (["prompt", "response"], "prompt/response"),
+        (["question", "answer"], "question/answer"),
+        (["question", "answer", "text"], "text"),
     ],
 )
 def test_layouts_are_recognised(columns: list[str], layout: Layout) -> None:
@@ -48,8 +52,8 @@ def test_layouts_are_recognised(columns: list[str], layout: Layout) -> None:
 
 
 def test_unknown_columns_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'question', 'answer' are no layout.*'prompt' and 'completion'"):
-        layout_of(["question", "answer"])
+    with pytest.raises(ValueError, match=r"'query', 'reply' are no layout.*'prompt' and 'completion'"):
+        layout_of(["query", "reply"])
 
 
 def test_every_reply_of_a_chat_is_learnt_with_its_end() -> None:
@@ -60,6 +64,14 @@ def test_every_reply_of_a_chat_is_learnt_with_its_end() -> None:
     assert learnt(row) == "w3 <end> w5 w6 <end>"
     assert words(row.tokens[: row.prompt]).endswith("w4 <end> <assistant>")
     assert row.completion == "w5 w6"
+
+
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+def test_chats_of_sharegpt_are_read_as_others(layout: Layout) -> None:
+    names = {"user": "human", "assistant": "gpt"}
+    chat = [{"from": names[each["role"]], "value": each["content"]} for each in CHAT["messages"]]
+    assert read({layout: chat}, layout) == read(CHAT, "messages")
+    assert read({layout: CHAT["messages"]}, layout) == read(CHAT, "messages")
 
 
 def test_all_tokens_are_learnt_where_asked_for() -> None:
@@ -111,6 +123,16 @@ def test_instructions_without_a_template_are_written_as_alpaca_has_them() -> Non
     assert learnt(row) == "w2 <end>"
 
 
+@pytest.mark.parametrize("layout", ["prompt/response", "question/answer"])
+def test_questions_are_written_as_instructions(layout: Layout) -> None:
+    prompt, completion = layout.split("/")
+    row = {prompt: "w1 w2", completion: "w3"}
+    for options in ({}, {"template": None}):
+        expected = read({"instruction": "w1 w2", "output": "w3"}, "instruction", **options)
+        assert read(row, layout, **options) == expected
+    assert example_key(row, layout) == example_key({"prompt": "w1 w2"}, "prompt/completion")
+
+
 def test_rows_are_cut_at_their_end() -> None:
     row = read(CHAT, "messages")
     cut = row.cut(6)
@@ -125,6 +147,7 @@ def test_rows_are_cut_at_their_end() -> None:
         ({"messages": [{"role": "user"}]}, "messages", "expected a list of messages"),
         ({"messages": [{"role": "user", "content": "w1"}]}, "messages", "no message of the role 'assistant'"),
         ({"prompt": 3, "completion": "w1"}, "prompt/completion", "has '3' in 'prompt', expected text"),
+        ({"conversations": [{"from": "gpt"}]}, "conversations", "in 'conversations', expected a list of mes"),
     ],
 )
 def test_rows_of_another_kind_are_named(row: dict[str, Any], layout: Layout, message: str) -> None:

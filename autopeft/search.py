@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autopeft.core.errors import check_numbers, check_whole
+from autopeft.core.errors import check_numbers, check_whole, checked_names
 from autopeft.core.export_report import ExportReport
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.derived import measured_cut
@@ -35,7 +35,7 @@ from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.search_verdict import FinalTests, reach_verdict, sweep_settings
-from autopeft.sensitivity import CHEAP_SCORES
+from autopeft.sensitivity import CHEAP_SCORES, SCORES
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
 _logger = logging.getLogger(__name__)
@@ -78,14 +78,13 @@ class Search(SearchSettings):
         folder: Where searches are kept, each in a folder of its own name.
         tracking: MLflow tracking URI; what makes another `Tracker`; None to record nothing.
         experiment: MLflow experiment.
-        tokenizer: Or another processor that the task needs, as of images. Needed where a loaded model does
-            not say where it lies.
-        dtype: See `LoadOptions`, as of the next three. A loaded model is taken as it is.
+        tokenizer: Or another processor, as of images; for a loaded model that does not say where its own is.
+        dtype: See `LoadOptions`, as of the next three. They are for names and folders, not for loaded models.
         quantization: "nf4" or "int8" to pack the backbone's weights.
         attention: transformers' name of an implementation of attention.
         device_map: "auto" spreads a model that is too large for one GPU over all of them.
-        head: "whole", or "last" to train its last layer alone; the layers before it then stay as they are
-            drawn by a training's seed, those of a pretrained head as they are.
+        head: "whole" trains the head that the task adds, "last" its last layer alone (what is before it stays
+            as it is drawn or loaded), "pretrained" the output layer that a language model came with.
 
     Raises:
         ValueError: An argument is not valid; what needs the backbone or the data is checked by
@@ -152,8 +151,8 @@ class Search(SearchSettings):
         Raises:
             ValueError: A score is unknown, or batches is below 1.
         """
-        evaluator = self.open().evaluator
-        found = score_sites(evaluator, tuple(scores), batches=batches, folder=self._score_folder)
+        names = checked_names("score", scores, SCORES)
+        found = score_sites(self.open().evaluator, names, batches=batches, folder=self._score_folder)
         return SensitivityReport(scores=found, batches=batches)
 
     def check_scores(self, scores: Sequence[str] = CHEAP_SCORES) -> ScoreCheck:

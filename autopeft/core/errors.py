@@ -41,7 +41,7 @@ def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tupl
     given = (names,) if isinstance(names, str) else tuple(names)
     choices = tuple(valid)
     if not given:
-        raise ValueError(f"A search space needs a {kind}, one or more of {', '.join(choices)}.")
+        raise ValueError(f"Expected a {kind}, one or more of {', '.join(choices)}.")
     for name in given:
         if name not in choices:
             raise unknown_choice(kind, name, choices)

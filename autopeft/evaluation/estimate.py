@@ -11,8 +11,8 @@ from datasets import Dataset
 from rich.table import Table
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import check_whole, unknown_choice
-from autopeft.core.method_specs import METHOD_SPECS, method_spec
+from autopeft.core.errors import check_whole, checked_names, unknown_choice
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.evaluation.memory.counter import MemoryCounter
@@ -120,8 +120,7 @@ def estimate(
     training = Training(batch_size=batch_size, accumulate=accumulate)
     if nf4 and int8:
         raise ValueError("The linear layers lie packed in 4 bits or in 8: expected nf4 or int8, got both.")
-    for method in methods:
-        method_spec(method)
+    methods = checked_names("method", methods, METHOD_SPECS)
     task = _task(task) if isinstance(task, str) else task
     backbone = Backbone.without_weights(model, task.head, dtype=torch.bfloat16)
     parameters = backbone.parameters

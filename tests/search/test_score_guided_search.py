@@ -194,7 +194,7 @@ def test_scores_are_computed_once_and_reported(tmp_path: Path, monkeypatch: pyte
     assert again.scores["gradient_norm"].values == report.scores["gradient_norm"].values
     with monkeypatch.context() as patch:
         patch.setattr(site_scoring, "compute_scores", None)  # nothing is missing
-        assert search.sensitivity(("random",), batches=2).scores["random"] == again.scores["random"]
+        assert search.sensitivity("random", batches=2).scores["random"] == again.scores["random"]
     frame = report.to_frame()
     assert list(frame.columns) == ["block", "role", "gradient_norm", "uniform"]
     assert len(frame) == len(report.sites) == len(report.scores["uniform"].values)

@@ -12,6 +12,7 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -54,6 +55,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.json"
 SECONDS = 480  # of all checks together
 ERROR_GOAL = 0.05  # of counted memory
 PACKING_GOAL = 1.5  # times as many trials an hour
+_PARTS = 4  # of a batch that is accumulated
 _LINEAR = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
 _TINY: Mapping[str, Any] = {
     "hidden_size": 128,
@@ -179,27 +181,43 @@ def check_tests(setting: Setting) -> Found:
     return Found(passed=code == 0 and bool(counts) if were_run else None, result=said, figures=counts)
 
 
+def memory_errors(setting: Setting, quantization: Quantization | None = None) -> dict[str, float]:
+    """Return by how much counted peaks differ from those of real steps, relative to these."""
+    task, options, device = language_task(setting), LoadOptions(quantization=quantization), setting.device
+    source = str(language_model(setting))
+    backbone = Backbone.load(source, task.head, options=options, device=torch.device(device))
+    counter, rows, length = MemoryCounter(backbone.model), *((4, 16) if setting.quick else (8, 512))
+    lora = everywhere(backbone, Adapter("lora", 16))
+    in_parts, checkpointed = f"lora, a batch in {_PARTS} parts", "lora with checkpointing"
+    cases = {
+        "lora": lora,
+        "lora in the top half": everywhere(backbone, Adapter("lora", 16), len(backbone.blocks) // 2),
+        "ia3": everywhere(backbone, Adapter("ia3")),
+        in_parts: lora,
+        checkpointed: lora,
+    }
+    measure = measure_cuda if device == "cuda" else measure_live_storage
+    errors = {}
+    for name, configuration in (cases if quantization is None else {f"lora on {quantization}": lora}).items():
+        parts = _PARTS if name == in_parts else 1
+        batch = task.example_batch(rows // parts, length)
+        if name == checkpointed:
+            backbone.enable_checkpointing()
+        with attach(backbone, configuration):
+            counted = counter.count(batch, task, precision="bf16-mixed", accumulate=parts)
+            model = backbone.model.train()
+            real = measure(model, batch, task, precision="bf16-mixed", accumulate=parts)
+            model.eval()
+        errors[name] = counted / real - 1
+    return errors
+
+
 def check_memory(setting: Setting) -> Found:
     """Compare the peak memory that is counted with that of real steps."""
-    task = language_task(setting)
-    backbone = Backbone.load(str(language_model(setting)), task.head, device=torch.device(setting.device))
-    counter, batch = (
-        MemoryCounter(backbone.model),
-        task.example_batch(*((2, 16) if setting.quick else (8, 512))),
-    )
-    top = len(backbone.blocks) // 2
-    measure = measure_cuda if setting.device == "cuda" else measure_live_storage
-    errors = {}
-    for name, configuration in {
-        "lora": everywhere(backbone, Adapter("lora", 16)),
-        "lora in the top half": everywhere(backbone, Adapter("lora", 16), top),
-        "ia3": everywhere(backbone, Adapter("ia3")),
-    }.items():
-        with attach(backbone, configuration):
-            counted = counter.count(batch, task, precision="bf16-mixed")
-            backbone.model.train()
-            errors[name] = counted / measure(backbone.model, batch, task, precision="bf16-mixed") - 1
-            backbone.model.eval()
+    errors = memory_errors(setting)
+    if find_spec("bitsandbytes") is not None:
+        gc.collect()  # or the first model would be counted as well
+        errors |= memory_errors(setting, "nf4")
     said = ", ".join(f"{name} {error:+.1%}" for name, error in errors.items())
     within = max(map(abs, errors.values())) <= ERROR_GOAL
     return Found(passed=within or setting.quick, result=f"counted against real: {said}", figures=errors)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from autopeft import Backbone, Configuration, attach
 from autopeft.core.precision import Precision, autocast
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.evaluation.memory.storage_tracker import StorageCounter
-from autopeft.tasks import Task, TextClassification
+from autopeft.tasks import Batch, Task, TextClassification
+from autopeft.training.accumulation import loss_in_parts
 from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,22 +78,50 @@ def batch_of(shape: tuple[int, int]) -> dict[str, Tensor]:
     }
 
 
-def measure_cuda(model: nn.Module, batch: Mapping[str, Tensor], task: Task, precision: Precision) -> int:
-    """Return the CUDA allocator's peak over two steps, what was allocated before left out but the model."""
-    device = torch.device("cuda")
-    nn.Module.to(model, device)
-    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+def as_parts(batch: Mapping[str, Tensor], count: int) -> list[Batch]:
+    """Return a batch and copies of it, as the parts of a larger one."""
+    copies = ({name: tensor.clone() for name, tensor in batch.items()} for _ in range(count - 1))
+    return [dict(batch), *copies]
+
+
+def take_steps(
+    model: nn.Module, parts: Sequence[Batch], task: Task, precision: Precision, steps: int
+) -> None:
+    """Train the model's trainable parameters for some steps, each on a batch in equal parts."""
     optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        with autocast(precision, "cuda"):
-            loss = task.loss(task.forward(model, on_device), on_device)
-        optimizer.zero_grad()
+
+    def loss_of(part: Batch) -> Tensor:
+        return task.loss(task.forward(model, part), part)
+
+    for _ in range(steps):
+        with autocast(precision, next(model.parameters()).device.type):
+            if len(parts) == 1:
+                loss = loss_of(parts[0])
+                optimizer.zero_grad()
+            else:  # all parts but the last add their gradients in here
+                optimizer.zero_grad()
+                loss = loss_in_parts([(1 / len(parts), part) for part in parts], loss_of)
         loss.backward()
         del loss
         optimizer.step()
+
+
+def measure_cuda(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    task: Task,
+    precision: Precision,
+    *,
+    accumulate: int = 1,
+) -> int:
+    """Return the CUDA allocator's peak over two steps, each on so many copies of a batch as its parts."""
+    device, before = torch.device("cuda"), next(model.parameters()).device
+    nn.Module.to(model, device)
+    parts = as_parts({name: tensor.to(device) for name, tensor in batch.items()}, accumulate)
+    torch.cuda.reset_peak_memory_stats()
+    take_steps(model, parts, task, precision, steps=2)
     peak = torch.cuda.max_memory_allocated()
-    nn.Module.to(model, "cpu")
+    nn.Module.to(model, before)
     return peak
 
 
@@ -103,22 +132,18 @@ def measure_live_storage(
     *,
     steps: int = 2,
     precision: Precision = "32-true",
+    accumulate: int = 1,
 ) -> int:
     """Return the peak live bytes of real optimizer steps on the CPU: what `MemoryCounter` predicts.
 
-    Trains the model's trainable parameters for `steps` steps.
+    Trains the model's trainable parameters for `steps` steps, each on so many copies of a batch as its parts.
     """
-    optimizer = torch.optim.AdamW(each for each in model.parameters() if each.requires_grad)
     counter = StorageCounter()
-    base = counter.exclude((*batch.values(), *model.parameters(), *model.buffers()))
+    parts = as_parts(batch, accumulate)
+    inputs = (tensor for part in parts for tensor in part.values())
+    base = counter.exclude((*inputs, *model.parameters(), *model.buffers()))
     with counter:
-        for _ in range(steps):
-            with autocast(precision, "cpu"):
-                value = task.loss(task.forward(model, batch), batch)
-            optimizer.zero_grad()
-            value.backward()
-            del value
-            optimizer.step()
+        take_steps(model, parts, task, precision, steps)
     return base + counter.peak_bytes
 
 

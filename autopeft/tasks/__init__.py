@@ -1,5 +1,7 @@
 """What to fine-tune for: what to load, data, forward pass, loss and metrics."""
 
+from autopeft.core.objectives import Objective
+from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.audio_classification import AudioClassification
 from autopeft.tasks.base import Batch, Task, TaskData
 from autopeft.tasks.causal_lm import CausalLM
@@ -32,9 +34,11 @@ __all__ = [
     "AudioClassification",
     "Batch",
     "CausalLM",
+    "HeadSpec",
     "ImageClassification",
     "LoaderData",
     "MultiLabelClassification",
+    "Objective",
     "PreferenceOptimization",
     "Regression",
     "Seq2Seq",

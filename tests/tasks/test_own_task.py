@@ -38,7 +38,7 @@ def pairs(count: int, seed: int) -> list[dict[str, str]]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working directory with the page's module, pairs and a base model."""
     (code, *_) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 55
+    assert len([line for line in code.splitlines() if line.strip()]) <= 45
     (tmp_path / f"{MODULE}.py").write_text(code)
     for seed, (split, count) in enumerate({"train": 48, "validation": 24, "test": 24}.items()):
         lines = [json.dumps(pair) for pair in pairs(count, seed)]

@@ -21,7 +21,7 @@ from autopeft.core.evaluation import VALIDATION_LOSS, Cost
 from autopeft.core.jobs import Rivals
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import Trained, reason_of_failure
-from autopeft.methods import count_parameters, count_site
+from autopeft.methods import attach, count_site
 from autopeft.methods.lora import Lora, lora_scaling, lora_tensors
 from autopeft.models.backbone import Backbone
 from autopeft.training.compute_meter import ComputeMeter
@@ -34,8 +34,8 @@ SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 def derive(evaluator: Evaluator, trained: Trained, rivals: Rivals) -> list[Trained]:
     """Cut a whole training to one share after another, while that may give a point of the front.
 
-    A cut is measured if it would be on the front with the metrics of what has more parameters, and kept if it
-    is on the front with its own.
+    A cut is measured if it would be on the front with its own sizes and the metrics of what has more
+    parameters, and kept if it is on the front with its own.
 
     Returns:
         The training, which bears the cost, and the cuts.
@@ -54,8 +54,9 @@ def derive(evaluator: Evaluator, trained: Trained, rivals: Rivals) -> list[Train
 
     for share in SHARES:
         cut = cut_configuration(backbone, configuration, trained.state, share)
-        size = {"trainable_parameters": float(count_parameters(backbone, cut))}
-        if not len(cut) or not adds({**hoped, **size}):
+        with attach(backbone, cut, evaluator.seed) as attachment:
+            sizes = evaluator.sizes(attachment)
+        if not len(cut) or not adds({**hoped, **sizes}):
             break
         point = measured_cut(evaluator, trained, cut)
         if point.evaluation.status != "complete":

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Evaluation, TrialRecord, with_replicate
+from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.derived import cut_configuration, cut_state, derive, derive_again, measured_cut
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.run import Trained
 from autopeft.methods import attach, count_parameters
 from autopeft.methods.lora import lora_scaling
 from tests.learnable import tiny_evaluator
+from tests.records import METRICS
 
 QUERY, UP = Site(0, "query"), Site(1, "ffn_up")
 MIXED = Configuration(
@@ -140,6 +142,19 @@ def test_only_what_may_come_onto_the_front_is_measured(
     as_good = {"accuracy": 0.9, "trainable_parameters": 9.0, "peak_memory": 1e6}
     assert len(derive(evaluator, trained(state), (as_good,))) == 1
     assert not measured
+
+
+@pytest.mark.parametrize("size", ["adapter_parameters", "adapter_bytes", "forward_flops"])
+def test_a_cut_may_be_smaller_in_any_exact_size(
+    size: str, evaluator: Evaluator, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "objectives", resolve_objectives(("accuracy", size), METRICS))
+    monkeypatch.setattr(evaluator, "needed", frozenset(("accuracy", size)))
+    with attach(evaluator.backbone, MIXED) as attachment:
+        whole = evaluator.sizes(attachment)
+    cuts = derive(evaluator, trained(state, **whole), ())[1:]
+    assert cuts
+    assert all(cut.evaluation.values[size] < whole[size] for cut in cuts)
 
 
 def test_another_training_is_cut_to_the_same_configurations(

@@ -38,11 +38,12 @@ class ScoreCheck(Tabular):
     Attributes:
         metric: The metric that was trained for.
         trials: Number of trials compared.
-        frame: A row a score, the best first: its name (`score`); whether it is what the scores have to beat
-            (`control`: uniform, random, the number of parameters); `spearman`, Spearman's rank correlation,
-            with the 95 % interval of Bonett and Wright (Psychometrika 2000); `partial`, the same given the
-            number of trainable parameters: what the score knows beyond it; `kendall`, Kendall's τ-b with the
-            interval of Fieller, Hartley and Pearson (Biometrika 1957). Intervals end in `_low` and `_high`.
+        frame: A row a score, the best first by `partial`: its name (`score`); whether it is what the scores
+            have to beat (`control`: uniform, random, the number of parameters); `spearman`, Spearman's rank
+            correlation, with the 95 % interval of Bonett and Wright (Psychometrika 2000); `partial`, the same
+            given the number of trainable parameters: what the score knows beyond it; `kendall`, Kendall's τ-b
+            with the interval of Fieller, Hartley and Pearson (Biometrika 1957). Intervals end in `_low` and
+            `_high`.
     """
 
     metric: str
@@ -144,7 +145,7 @@ def check_scores(
     }
     implied[PARAMETERS] = parameters
     rows = [_agreement(name, values, trained, parameters) for name, values in implied.items()]
-    frame = pd.DataFrame(rows).sort_values("spearman", ascending=False, kind="stable", ignore_index=True)
+    frame = pd.DataFrame(rows).sort_values("partial", ascending=False, kind="stable", ignore_index=True)
     return ScoreCheck(metric=metric.name, trials=len(usable), frame=frame)
 
 

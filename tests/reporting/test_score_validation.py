@@ -96,6 +96,10 @@ def test_a_score_that_only_counts_parameters_adds_nothing_to_their_number() -> N
         assert abs(found[name].partial) < 0.35
         assert found[name].partial_low < found[name].partial < found[name].partial_high
     assert found["trainable_parameters"].partial == 0
+    assert found["trainable_parameters"].spearman == max(row.spearman for row in found.values())
+    assert [row.partial for row in found.values()] == sorted(
+        (row.partial for row in found.values()), reverse=True
+    )
     # The correlation of what the ranks have left once those of the number of parameters are taken out.
     columns = [
         [implied_quality(record.evaluation.configuration, RISING) for record in records],

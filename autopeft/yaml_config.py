@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -106,7 +107,7 @@ def _checked_run(run: Any) -> Mapping[str, Any]:
         raise ValueError(f"'run' is a mapping with a budget such as trials: 50, got {run!r}.")
     for key in run:
         if key not in _RUN_KEYS:
-            raise unknown_choice("key of 'run'", str(key), _RUN_KEYS)
+            raise _unknown_key("run", str(key), _RUN_KEYS)
     bounds = dict(run)
     retry_failed, verdict = bounds.pop("retry_failed", False), bounds.pop("verdict", 0.0)
     if not isinstance(retry_failed, bool):
@@ -164,7 +165,7 @@ def _build(made: type[Any], given: Any, section: str = "") -> Any:
     schema = _schema(made)
     for key in given:
         if key not in schema.model_fields:
-            raise unknown_choice(f"key of {where}", str(key), schema.model_fields)
+            raise _unknown_key(section, str(key), [*schema.model_fields])
     values = {key: _as_argument(value, schema.model_fields[key].annotation) for key, value in given.items()}
     try:
         schema(**values)
@@ -174,6 +175,23 @@ def _build(made: type[Any], given: Any, section: str = "") -> Any:
         return made(**values)
     except TypeError as error:  # such as a method that a class of the user's own lacks
         raise ValueError(f"{where}: {error}.") from error
+
+
+def _unknown_key(section: str, key: str, valid: Sequence[str]) -> ValueError:
+    """Return the error for a key that a section does not have; it says where else the key belongs."""
+    where = repr(section) if section else "the settings"
+    classes = {"": (Search,), **{name: (made,) for name, made in SECTIONS.items()}, **TYPES}
+    homes = [
+        name
+        for name, types in classes.items()
+        if name != section and any(key in _schema(made).model_fields for made in types)
+    ]
+    homes += ["run"] * (key in _RUN_KEYS)
+    is_slip = get_close_matches(key, valid, cutoff=0.85)  # "size" for "sizes", where executors have a "size"
+    if homes and not is_slip:
+        places = " or ".join(f"{name}.{key}" if name else key for name in homes)
+        return ValueError(f"Unknown key of {where} {key!r}: set it as {places}.")
+    return unknown_choice(f"key of {where}", key, valid)
 
 
 def _schema(made: type[Any]) -> type[BaseModel]:

@@ -131,11 +131,35 @@ def test_defaults_are_those_of_python() -> None:
         ("space.size", r"key of 'space' 'size'.*did you mean 'sizes'"),
         ("training.epoch", r"key of 'training' 'epoch'.*did you mean 'epochs'"),
         ("run.trial", r"key of 'run' 'trial'.*did you mean 'trials'"),
+        ("space.scores", r"key of 'space' 'scores': expected one of learning_rate, "),
         ("constraints.peak_memry", r"'peak_memry'.*did you mean 'peak_memory'"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        build_config(changed(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "places"),
+    [
+        ("device", "training.device"),
+        ("trials", "run.trials"),
+        ("methods", "space.methods"),
+        ("rungs", "halving.rungs"),
+        ("cpus_per_worker", "executor.cpus_per_worker"),
+        ("text", "task.text"),
+        ("training.learning_rate", "space.learning_rate"),
+        ("training.trials", "run.trials"),
+        ("training.seed", "seed or task.seed"),
+        ("training.seeds", "seeds"),
+        ("space.constraints", "constraints"),
+        ("run.epochs", "training.epochs"),
+    ],
+)
+def test_a_key_of_another_section_says_where_it_belongs(path: str, places: str) -> None:
+    *_, key = path.split(".")
+    with pytest.raises(ValueError, match=rf"^Unknown key of .* '{key}': set it as {places}\.$"):
         build_config(changed(path, 1))
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import yaml
 from autopeft.core.errors import unknown_choice
 from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
-from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.front import SHOWN_POINTS, ParetoFront
 
 if TYPE_CHECKING:
     from autopeft.search import Search
@@ -174,10 +175,8 @@ def sensitivity(
     search = load_config(config, overrides or ()).search
     report = search.sensitivity(scores or CHEAP_SCORES, batches=SCORE_BATCHES if batches is None else batches)
     wide_console().print(report.table())
-    try:
+    with _written(to):
         paths = report.save(to)
-    except OSError as error:
-        raise ValueError(f"The report cannot be written to {to}: {error.strerror}.") from error
     if isinstance(search.tracking, str):
         from autopeft.reporting.mlflow.store import log_report_run
 
@@ -198,6 +197,19 @@ def front(
     """Print the Pareto front of a search."""
     found = _read_front(_search_folder(folder, name))
     wide_console().print((found if points is None else found.thinned(points)).table())
+
+
+@app.command()
+def report(
+    to: Annotated[Path, typer.Option(help="Folder to write report.html to.")] = Path("report"),
+    points: Annotated[int, typer.Option(help="So many at most are shown whole.")] = SHOWN_POINTS,
+    folder: Folder = Path("autopeft_runs"),
+    name: Name = None,
+) -> None:
+    """Write a page: verdict, front, its points and how to load them, learning curves, what was spent."""
+    found = _read_front(_search_folder(folder, name))
+    with _written(to):
+        print(f"Written: {found.report(to, points=points)}")
 
 
 @app.command()
@@ -324,6 +336,15 @@ def _asked(given: str | None, option: str, question: str) -> str:
 
 def _is_terminal() -> bool:
     return sys.stdin.isatty()
+
+
+@contextmanager
+def _written(to: Path) -> Iterator[None]:
+    """Say what a user can mend where a report cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"The report cannot be written to {to}: {error.strerror}.") from error
 
 
 def _search_folder(folder: Path, name: str | None) -> Path:

@@ -94,7 +94,8 @@ class SearchRun:
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
-        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.export)
+        names = {"search": self.settings.name, "backbone": self.opened.backbone.name}
+        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.export, **names)
 
     def run(
         self,

@@ -40,7 +40,6 @@ from autopeft.methods.attachment import count_parameters
 from autopeft.optimization.scheduler import Scheduler
 from autopeft.optimization.study_store import StudyStore
 from autopeft.reporting.console import wide_console
-from autopeft.reporting.formats import html_page
 from autopeft.reporting.search_report import SearchReport
 from autopeft.search_loop import FileCleanup
 from autopeft.search_spaces import PerLayer
@@ -204,7 +203,7 @@ def look(folder: Path, trials: int, workers: int, *, tracking: bool) -> dict[str
         front = search.front()
         assert repr(front)
     with timed("report"):
-        (folder / "front.html").write_text(html_page(front.plot(), title="Pareto front"), encoding="utf-8")
+        front.report(folder)
         front.to_frame(all_trials=True).to_csv(folder / "trials.csv")
     search.validate()
     with timed("resume"):

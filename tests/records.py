@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost, CurvePoint, Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
-from autopeft.core.pareto import non_dominated
+from autopeft.core.pareto import Axis, non_dominated
+from autopeft.reporting.front import ParetoFront
 
 METRICS = (Objective.score("accuracy"), Objective.score("f1_macro"))
 OBJECTIVES = resolve_objectives(("accuracy", "trainable_parameters", "peak_memory"), METRICS)
+AXES = tuple(
+    Axis(objective=objective, worst=worst, best=best)
+    for objective, (worst, best) in zip(OBJECTIVES, ((0.2, 1.0), (1e6, 2_000.0), (4e9, 1e8)), strict=True)
+)
 IDENTITY = {
     "backbone": {"name": "all-MiniLM-L6-v2", "class": "BertForSequenceClassification"},
     "task": {"name": "questions", "train_examples": "4,306", "fingerprint": "5a1d"},
@@ -108,3 +113,8 @@ def front_of(records: Sequence[TrialRecord], objectives: Sequence[Objective] = O
     whole = [record for record in records if record.evaluation.status == "complete"]
     keep = non_dominated([record.evaluation.values for record in whole], objectives)
     return {record.number for record, kept in zip(whole, keep, strict=True) if kept}
+
+
+def pareto_front(records: Sequence[TrialRecord], **names: str) -> ParetoFront:
+    """Return the front of records with the three objectives."""
+    return ParetoFront(records, OBJECTIVES, AXES, None, **names)

@@ -163,7 +163,9 @@ def test_a_value_of_the_wrong_kind_is_refused(place: Path, override: str) -> Non
     assert name in error("validate", place / "search.yaml", "space.type=PerLayer", override)
 
 
-@pytest.mark.parametrize("command", [["front"], ["show", "0"], ["export", "--knee", "--to", "out"]])
+@pytest.mark.parametrize(
+    "command", [["front"], ["report"], ["show", "0"], ["export", "--knee", "--to", "out"]]
+)
 def test_a_search_killed_at_its_start_has_no_finished_trial(command: list[str], tmp_path: Path) -> None:
     objectives = resolve_objectives(["accuracy", "trainable_parameters"], METRICS)
     StudyStore(tmp_path / "killed", "killed", objectives).close()
@@ -243,6 +245,18 @@ def test_front_prints_the_front(place: Path) -> None:
     assert "trainable_parameters" in result.output
     assert call("front", "--folder", place / "runs", "--search", "tiny").output == result.output
     assert "Pareto front: 1 of " in call("front", "--folder", place / "runs", "--points", "1").output
+
+
+def test_report_writes_a_page_without_loading_a_model(place: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from autopeft.cli import app; app(standalone_mode=False); "
+        "assert not {'torch', 'mlflow', 'lightning', 'transformers', 'peft', 'datasets'} & sys.modules.keys()"
+    )
+    where = ["report", "--folder", str(place / "runs"), "--points", "1", "--to", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", script, *where], check=True, capture_output=True, text=True)
+    assert done.stdout == f"Written: {tmp_path / 'report.html'}\n"
+    assert "--search tiny --to adapters/" in (tmp_path / "report.html").read_text()
+    assert "cannot be written" in error("report", "--folder", place / "runs", "--to", "/proc/none")
 
 
 def test_front_names_the_searches_there_are(place: Path, tmp_path: Path) -> None:
@@ -395,5 +409,5 @@ def test_the_installed_command_prints_errors_without_a_traceback(tmp_path: Path)
 
 def test_help_lists_the_commands() -> None:
     output = call("--help").output
-    for command in ("search", "validate", "front", "show", "export", "ui"):
+    for command in ("search", "validate", "front", "report", "show", "export", "ui"):
         assert command in output

@@ -20,6 +20,7 @@ FAILED_SEEDS = "failed_seeds"
 DERIVED_NUMBERS = 100_000
 """A trial's number and those of the points derived from it are so far apart: no search has more trials."""
 _PEAK_MEASURED = "peak_memory_measured"
+_OF_TRAINING = "/training_"  # between a metric and a training's number, in the names of further curves
 
 
 def deviation_of(metric: str) -> str:
@@ -118,6 +119,14 @@ class Evaluation:
         """Return the standard deviation of a metric over several trainings; None where there was one."""
         return self.values.get(deviation_of(objective.name)) if self.by_seed else None
 
+    def curves_of(self, metric: str) -> list[list[CurvePoint]]:
+        """Return a metric's learning curves, one a training that has some."""
+        found: dict[str, list[CurvePoint]] = {}
+        for point in self.curves:
+            if point.metric.partition(_OF_TRAINING)[0] == metric:
+                found.setdefault(point.metric, []).append(point)
+        return list(found.values())
+
     def format(self, objective: Objective) -> str:
         """Return an objective's value as text, with its standard deviation where there is one."""
         deviation = self.deviation(objective)
@@ -186,7 +195,7 @@ def with_replicate(evaluation: Evaluation, replicate: Evaluation, worst: Mapping
         outcome |= {name: value for name, value in worst.items() if name in evaluation.values}
     by_seed[replicate.seed] = outcome
     values = _means(list(by_seed.values()), worst)
-    curves = [replace(point, metric=f"{point.metric}/training_{number}") for point in replicate.curves]
+    curves = [replace(point, metric=f"{point.metric}{_OF_TRAINING}{number}") for point in replicate.curves]
     lost = replace(replicate, values={}, curves=(), cost=Cost())
     others = replicate.derived or [lost] * len(evaluation.derived)
     derived = zip(evaluation.derived, others, strict=True)

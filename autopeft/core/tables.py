@@ -39,6 +39,14 @@ def markdown_block(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
+def html_table(table: Table) -> str:
+    """Return the headings and rows of a table as HTML, which shows every cell as it is."""
+    heading = _html_row((column.header for column in table.columns), "th")
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(_html_row(row, "td") for row in rows)
+    return f"<table><thead>{heading}</thead><tbody>{body}</tbody></table>"
+
+
 class Tabular:
     """What is shown as a table."""
 
@@ -51,12 +59,8 @@ class Tabular:
 
     def _repr_html_(self) -> str:
         table = self.table()
-        heading = _html_row((column.header for column in table.columns), "th")
-        rows = zip(*(column.cells for column in table.columns), strict=True)
-        body = "".join(_html_row(row, "td") for row in rows)
         title, caption = html.escape(str(table.title)), html.escape(str(table.caption or ""))
-        shown = f"<table><thead>{heading}</thead><tbody>{body}</tbody></table>"
-        return f"<p>{title}</p>{shown}<p>{caption}</p>"
+        return f"<p>{title}</p>{html_table(table)}<p>{caption}</p>"
 
 
 def _html_row(cells: Iterable[object], tag: str) -> str:

@@ -1,12 +1,16 @@
-"""Methods as text, and figures as pages of their own."""
+"""Trials as text, and figures as pages of their own."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Objective
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -19,8 +23,48 @@ def methods_label(configuration: Configuration, values: Mapping[str, float] | No
     return ("+".join(configuration.methods) or alone) + how
 
 
-def html_page(figure: Figure, *, title: str) -> str:
-    """Return a plotly figure as a page (about 5 MB) that it fills in width, with nothing from the network."""
-    chart = figure.to_html(include_plotlyjs=True, full_html=False, config={"responsive": True})
-    head = f'<head><meta charset="utf-8"/><title>{html.escape(title)}</title></head>'
-    return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{chart}\n</body>\n</html>\n'
+def outcome_line(record: TrialRecord, objectives: Sequence[Objective]) -> str:
+    """Return a trial's objectives and time, as in "accuracy 0.8312 ± 0.0104, 9.2 s in 3 trainings"."""
+    evaluation, trainings = record.evaluation, record.evaluation.trainings
+    known = [objective for objective in objectives if objective.name in evaluation.values]
+    values = [f"{objective.name} {evaluation.format(objective)}" for objective in known]
+    time = f"{evaluation.cost.wall_seconds:.1f} s" + (f" in {trainings} trainings" if trainings > 1 else "")
+    return ", ".join([*values, time])
+
+
+def how_to_load(number: int, search: str, backbone: str) -> tuple[str, str]:
+    """Return the command that exports a trial of a search, and the Python that loads what it wrote.
+
+    The backbone's name is its hub name, or that of its folder.
+    """
+    folder = f"adapters/{number}"
+    shell = f"autopeft export {number} --search {shlex.quote(search)} --to {folder}"
+    python = (
+        f"import autopeft\n\nbase = {backbone!r}  # a hub name, or the path of the folder\n"
+        f"model = autopeft.load_adapter(base, {folder!r})"
+    )
+    return shell, python
+
+
+def html_page(*parts: Figure | str, title: str, style: str = "") -> str:
+    """Return plotly figures and HTML, one below the other, as a page with nothing from the network.
+
+    It takes about 5 MB, for plotly. Halves of characters, which names of folders may hold, are written out.
+    """
+    from plotly.offline import get_plotlyjs  # takes long to import, and is often not needed
+
+    options: dict[str, Any] = {"include_plotlyjs": False, "full_html": False, "config": {"responsive": True}}
+    names = (f"figure-{number}" for number in itertools.count())  # else they are random
+    body = [f"<script>{get_plotlyjs()}</script>"]
+    for part in parts:
+        text = part if isinstance(part, str) else part.to_html(**options, div_id=next(names))
+        body.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    head = f'<meta charset="utf-8"/><title>{html.escape(title)}</title><style>{style}</style>'
+    lines = [
+        '<!DOCTYPE html>\n<html lang="en">',
+        f"<head>{head}</head>",
+        "<body>",
+        *body,
+        "</body>\n</html>\n",
+    ]
+    return "\n".join(lines)

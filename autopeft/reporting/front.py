@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 _number = attrgetter("number")
+SHOWN_POINTS = 8
+"""Points of a front that a report shows whole, where none other is asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,6 +99,8 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         axes: The fixed axes of hypervolume and knee point.
         export: `Search.export` of the search; None for a front read without it.
         verdict: Whether it beats a uniform LoRA sweep, as a sentence.
+        search: Name of the search.
+        backbone: The backbone's hub name, or that of its folder.
     """
 
     def __init__(
@@ -106,6 +110,9 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         axes: Sequence[Axis],
         export: Callable[..., ExportReport] | None = None,
         verdict: str = UNKNOWN,
+        *,
+        search: str = "",
+        backbone: str = "",
     ) -> None:
         trials = [record for record in records if record.derived_from is None]
         points = [point for record in trials for point in record.points]
@@ -115,6 +122,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         self.metric = next(objective for objective in objectives if objective.is_metric)
         self._export = export
         self.verdict = verdict
+        self.search, self.backbone = search, backbone
         self._points = self._sorted(front_records(self.records, self.objectives))
 
     def _sorted(self, members: Sequence[TrialRecord]) -> list[FrontPoint]:
@@ -152,7 +160,10 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             ]
             told = attributes.get("verdict", {})  # on the trials there were then
             verdict = told["text"] if told.get("trials") == len(records) else UNKNOWN
-            return cls(records, objectives, axes, export, verdict)
+            backbone = attributes["identity"].get("backbone", {}).get("name", "")
+            return cls(
+                records, objectives, axes, export, verdict, search=attributes["name"], backbone=backbone
+            )
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The study of {attributes['name']!r} is damaged ({error!r}): restore it from a copy."
@@ -166,17 +177,16 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         """Return the front with one more finished trial, or with what became of one that it knows."""
         place = bisect.bisect_left(self.records, record.number, key=_number)
         if self.records[place : place + 1] and self.records[place].number == record.number:
-            others = [known for known in self.records if known.number != record.number]
-            return ParetoFront([*others, record], self.objectives, self.axes, self._export)
-        # A new trial drives members off the front, and brings nothing else onto it.
-        members = [*(point.record for point in self._points), *record.points]
-        front = self._copy()
-        front.verdict = UNKNOWN
-        records = list(self.records)
+            records = [known for known in self.records if known.trained != record.number]
+            rivals = list(records)
+        else:  # it drives members off the front, and brings nothing else onto it
+            records, rivals = list(self.records), [point.record for point in self._points]
         for point in record.points:
             bisect.insort(records, point, key=_number)
+        front = self._copy()
+        front.verdict = UNKNOWN
         front.records = tuple(records)
-        front._points = front._sorted(front_records(members, self.objectives))
+        front._points = front._sorted(front_records([*rivals, *record.points], self.objectives))
         return front
 
     def _copy(self) -> ParetoFront:
@@ -306,6 +316,37 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         from autopeft.reporting.front_plots import front_figure
 
         return front_figure(self.records, self.members, self.objectives)
+
+    def to_html(self, points: int = SHOWN_POINTS) -> str:
+        """Return what `report` writes."""
+        from autopeft.reporting.front_page import front_page
+
+        return front_page(
+            self.records,
+            self.members,
+            [point.record for point in self.thinned(points)],
+            self.objectives,
+            table=self.table(),
+            knee=self.knee().number if self._points else None,
+            search=self.search,
+            backbone=self.backbone,
+        )
+
+    def report(self, folder: str | Path, *, points: int = SHOWN_POINTS) -> Path:
+        """Write `report.html` into a folder and return its path: one page (about 5 MB) without a network.
+
+        It has the verdict, the front, its points as a table and, of so many at most, configurations, learning
+        curves and how they are loaded; and what the search has spent.
+
+        Raises:
+            ValueError: The number of points is below 1.
+            OSError: The folder cannot be written.
+        """
+        path = Path(folder) / "report.html"
+        page = self.to_html(points)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        return path
 
     def table(self) -> Table:
         """Return the front as a rich table, with a line that says whether it beats a uniform LoRA sweep."""

@@ -97,8 +97,8 @@ def front_figure(
                 y=height,
                 mode="lines",
                 line={"color": BASELINE_COLOUR, "width": 1.5, "dash": "dot"},
-                name=html.escape(_name(record)),
-                legendgroup=_name(record),
+                name=html.escape(trial_name(record)),
+                legendgroup=trial_name(record),
                 showlegend=column == 1,
                 text=[_hover(record, objectives)] * 2,
                 hoverinfo="text",
@@ -152,10 +152,11 @@ def _hover(record: TrialRecord, objectives: Sequence[Objective]) -> str:
     values = [html.escape(f"{each.name} {evaluation.format(each)}") for each in objectives]
     rest = f"learning_rate {evaluation.configuration.learning_rate:g}"
     grid = html.escape(evaluation.configuration.grid()).splitlines()
-    return "<br>".join([f"<b>{html.escape(_name(record))}</b>", *values, rest, "", *grid])
+    return "<br>".join([f"<b>{html.escape(trial_name(record))}</b>", *values, rest, "", *grid])
 
 
-def _name(record: TrialRecord) -> str:
+def trial_name(record: TrialRecord) -> str:
+    """Return a trial's number and origin, as in "trial 3 · lora(8) everywhere"."""
     origin = "" if record.derived_from is None else f" · cut from trial {record.derived_from}"
     return f"trial {record.number}{origin}" + (f" · {record.baseline}" if record.baseline else "")
 
@@ -170,7 +171,9 @@ def static_front_figure(
     for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         _draw_panel(axes, drawn, members, x, y)
         for record in _off_scale(records, objectives):
-            axes.axhline(*_shown([record], y), color=BASELINE_COLOUR, ls=":", lw=1.5, label=_name(record))
+            axes.axhline(
+                *_shown([record], y), color=BASELINE_COLOUR, ls=":", lw=1.5, label=trial_name(record)
+            )
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

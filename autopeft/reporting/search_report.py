@@ -91,7 +91,7 @@ class SearchReport:
         for point in record.points:
             self.tracker.trial_finished(point)
         if self.tracker.is_front_due:
-            self.tracker.publish_front(front.records, front.members)
+            self.tracker.publish_front(front)
 
     def _track_knee(self, front: ParetoFront) -> None:
         if len(front):
@@ -100,7 +100,7 @@ class SearchReport:
     def end(self, status: RunEnd, front: ParetoFront, folder: Path, trainings: int) -> None:
         """Write the front, and the profile below the search's folder."""
         try:
-            self.tracker.publish_front(front.records, front.members)
+            self.tracker.publish_front(front)
             self._record_profile(folder / PROFILE_FOLDER, trainings)
         finally:
             self.tracker.finish(status, front.records)

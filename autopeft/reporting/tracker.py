@@ -8,6 +8,7 @@ from pathlib import Path
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.profiling import TimeSpan
+from autopeft.reporting.front import ParetoFront
 
 SettingGroups = Mapping[str, Mapping[str, str]]
 """Settings as text, by group and name."""
@@ -61,8 +62,8 @@ class Tracker:
     def progress(self, metrics: Mapping[str, float], step: int) -> None:
         """Write figures of the whole search, as hypervolume and cost, after so many evaluations."""
 
-    def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
-        """Write the front."""
+    def publish_front(self, front: ParetoFront) -> None:
+        """Write the front, of which `records` are all trials and the points derived from them."""
 
     def log_report(self, save: Callable[[Path], object], place: str) -> None:
         """Write the files that `save` puts into a folder, under a name."""

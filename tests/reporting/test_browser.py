@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
-from autopeft.reporting.formats import html_page
-from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR, front_figure
+from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.server import mlflow_server
 from autopeft.reporting.mlflow.tracker import MlflowTracker
 from tests.chromium import DRAWN_POINTS, open_chromium, wait_for
-from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
+from tests.records import IDENTITY, OBJECTIVES, front_of, pareto_front, synthetic_records
 
 pytestmark = pytest.mark.browser
 
@@ -48,7 +47,7 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
             tracker.trial_finished(record)
         tracker.front_changed(members)
         tracker.knee_changed(knee)
-        tracker.publish_front(records, members)
+        tracker.publish_front(pareto_front(records))
         tracker.finish("FINISHED", records)
         assert tracker.failures == 0
 
@@ -84,17 +83,21 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_front_page_stands_alone(browser: Chrome, tmp_path: Path) -> None:
+def test_a_report_stands_alone(browser: Chrome, tmp_path: Path) -> None:
     records = synthetic_records(20)
     complete = sum(record.evaluation.status == "complete" for record in records)
-    page = tmp_path / "front.html"
-    page.write_text(html_page(front_figure(records, [1, 2, 3], OBJECTIVES), title="Pareto front"))
-    browser.get(page.as_uri())
-    wait_for(
-        browser,
-        "return document.querySelectorAll('.scatterlayer .point').length",
-        lambda found: found == 2 * complete,
-    )
+    front = pareto_front(records, search="reviews")
+    trained = {point.record.trained for point in front.thinned(3)}
+    browser.get(front.report(tmp_path / "report", points=3).as_uri())
+    drawn = "return document.querySelectorAll('#figure-{} .scatterlayer .point').length"
+    wait_for(browser, drawn.format(0), lambda found: found == 2 * complete)
+    # Four validations of a metric, and as many values of the training loss.
+    wait_for(browser, drawn.format(1), lambda found: found == 8 * len(trained))
+    assert "beats a uniform LoRA sweep" in browser.find_element("class name", "verdict").text
+    pictures = browser.find_elements("css selector", ".point svg")
+    assert len(pictures) == 3
+    width = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert width <= 0, "nothing sticks out to the side"
     requests = browser.execute_script(
         "return performance.getEntriesByType('resource').map(entry => entry.name)"
         ".filter(name => name.startsWith('http'))"

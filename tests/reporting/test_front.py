@@ -14,14 +14,9 @@ from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis, front_records
 from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.front import ParetoFront
-from tests.records import METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
+from tests.records import AXES, METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
 
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
-AXES = (
-    Axis(objective=ACCURACY, worst=0.2, best=1.0),
-    Axis(objective=PARAMETERS, worst=1e6, best=2_000.0),
-    Axis(objective=MEMORY, worst=4e9, best=1e8),
-)
 POINTS = (
     # accuracy, parameters, MiB
     (0.50, 2_000, 200),  # 0: the cheapest
@@ -51,7 +46,7 @@ FAILED = TrialRecord(
 
 @pytest.fixture
 def front() -> ParetoFront:
-    return ParetoFront([*RECORDS, FAILED], OBJECTIVES, AXES)
+    return ParetoFront([*RECORDS, FAILED], OBJECTIVES, AXES, search="mine")
 
 
 def test_members_are_the_trials_none_beats_cheapest_first(front: ParetoFront) -> None:
@@ -276,6 +271,7 @@ def test_a_front_with_one_more_trial_is_that_of_all_trials(front: ParetoFront) -
     assert front.with_trial(beaten).hypervolume == front.hypervolume
     for new in (better, redone):
         grown = front.with_trial(new)
+        assert grown.search == "mine"
         assert grown.hypervolume == ParetoFront(grown.records, OBJECTIVES, AXES).hypervolume
         assert grown.hypervolume != front.hypervolume
     assert [known.number for known in front.with_trial(redone).records] == [0, 1, 2, 3, 4, 5]

@@ -16,6 +16,7 @@ from autopeft.core.pareto import Axis
 from autopeft.core.tables import markdown_block, markdown_text
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.front_page import curves_figure
 from autopeft.reporting.front_plots import front_figure
 from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.mlflow.run_content import VERDICT_TAG, front_markdown
@@ -48,6 +49,16 @@ def test_a_page_of_the_front_holds_them_as_text() -> None:
     texts = [figure.layout.yaxis.title.text, *(trace.name or "" for trace in figure.data)]
     texts += [text for trace in figure.data for text in trace.text or ()]
     assert_is_text(html_page(figure, title=HOSTILE), texts)
+
+
+def test_a_report_holds_them_as_text() -> None:
+    axes = [Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0)]
+    names = {"verdict": HOSTILE, "search": HOSTILE, "backbone": f"\udcff{HOSTILE}"}
+    figure = curves_figure(RECORDS, OBJECTIVES[0])
+    page = ParetoFront(RECORDS, OBJECTIVES, axes, None, **names).to_html()
+    assert_is_text(page, [figure.layout.yaxis.title.text, *(trace.name for trace in figure.data)])
+    assert page.count("&lt;img src=x") > len(names)
+    assert page.encode()
 
 
 def test_a_page_of_scores_holds_them_as_text() -> None:

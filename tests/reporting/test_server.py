@@ -14,7 +14,7 @@ import pytest
 
 from autopeft.reporting.mlflow.server import HOST, mlflow_server, serve
 from autopeft.reporting.mlflow.tracker import MlflowTracker
-from tests.records import IDENTITY, OBJECTIVES, synthetic_records
+from tests.records import IDENTITY, OBJECTIVES, pareto_front, synthetic_records
 
 SERVE = (
     "import sys; from autopeft.reporting.mlflow.server import serve; "
@@ -50,7 +50,7 @@ def test_the_link_is_printed_and_the_server_ends_with_the_command(
         uri, experiment="autopeft", search_name="shown", study_id="a", objectives=OBJECTIVES
     )
     tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
-    tracker.publish_front(synthetic_records(2), [1])
+    tracker.publish_front(pareto_front(synthetic_records(2)))
     tracker.finish("FINISHED")
     command = [sys.executable, "-c", SERVE, uri, str(busy_port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

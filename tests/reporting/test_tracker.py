@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from autopeft.core.evaluation import CurvePoint, Evaluation, TrialRecord
 from autopeft.reporting.mlflow.run_content import front_markdown, shortened
 from autopeft.reporting.mlflow.tracker import MlflowTracker
-from tests.records import IDENTITY, OBJECTIVES, front_of, synthetic_records
+from tests.records import IDENTITY, OBJECTIVES, front_of, pareto_front, synthetic_records
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def track(uri: str, records: list[TrialRecord], members: list[int]) -> MlflowTra
         tracker.trial_finished(record)
         tracker.progress({"hypervolume": 0.1 * record.number}, step=record.number)
     tracker.front_changed(members)
-    tracker.publish_front(records, members)
+    tracker.publish_front(pareto_front(records, search="one"))
     tracker.finish("FINISHED", records)
     assert tracker.failures == 0
     return tracker
@@ -108,7 +108,7 @@ def test_a_front_is_written_every_minute_and_less_often_where_that_takes_long(ur
     assert tracker.is_front_due
 
 
-def test_the_search_is_a_run_with_the_front(uri: str) -> None:
+def test_the_search_is_a_run_with_the_front(uri: str, tmp_path: Path) -> None:
     records = synthetic_records(12)
     track(uri, records, [0, 3])
     client = MlflowClient(tracking_uri=uri)
@@ -116,7 +116,9 @@ def test_the_search_is_a_run_with_the_front(uri: str) -> None:
     assert parent.info.status == "FINISHED"
     names = {file.path for file in client.list_artifacts(parent.info.run_id, "pareto")}
     assert {"pareto/front.html", "pareto/front.png", "pareto/front.csv"} <= names
-    assert "Pareto front: 2 of 12" in parent.data.tags["mlflow.note.content"]
+    assert f"Pareto front: {len(front_of(records))} of 12" in parent.data.tags["mlflow.note.content"]
+    (page,) = tmp_path.glob("mlartifacts/*/artifacts/pareto/front.html")
+    assert "autopeft export 0 --search one --to adapters/0" in page.read_text()
     assert parent.data.params["backbone.name"] == IDENTITY["backbone"]["name"]
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert [metric.step for metric in history] == list(range(12))
@@ -321,7 +323,7 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytes
     with caplog.at_level(logging.WARNING, logger="autopeft"):
         tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
         tracker.trial_finished(synthetic_records(1)[0])
-        tracker.publish_front(synthetic_records(1), [0])
+        tracker.publish_front(pareto_front(synthetic_records(1)))
         tracker.finish("FINISHED")
     assert time.monotonic() - begun < 20
     assert "The search is not recorded in MLflow" in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from autopeft.core.adapter import Place, block_ranges, place_name
 from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.tables import markdown_block, markdown_text
-from autopeft.reporting.formats import methods_label
+from autopeft.reporting.formats import how_to_load, methods_label, outcome_line
 from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR
 from autopeft.reporting.mlflow.saved_view import COLOUR_TAG, log_scale_key, valid_key
 from autopeft.reporting.tracker import SettingGroups
@@ -135,22 +134,14 @@ def standing_of(tags: Mapping[str, str]) -> Standing | None:
 def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name: str, backbone: str) -> str:
     """Return the note on a trial's page: values, cost, how it is exported and loaded, where adapters sit.
 
-    The backbone's name is its hub name, or that of its folder.
+    For the names see `how_to_load`.
     """
     evaluation, number = record.evaluation, record.number
-    known = [objective for objective in objectives if objective.name in evaluation.values]
-    values = [f"{objective.name} {evaluation.format(objective)}" for objective in known]
-    cost, trainings = evaluation.cost, evaluation.trainings
-    values.append(f"{cost.wall_seconds:.1f} s" + (f" in {trainings} trainings" if trainings > 1 else ""))
     status = evaluation.status + (f": {evaluation.reason}" if evaluation.reason else "")
-    parts = [f"**trial {number}** ({markdown_text(shortened(status))}): {markdown_text(', '.join(values))}"]
+    outcome = markdown_text(outcome_line(record, objectives))
+    parts = [f"**trial {number}** ({markdown_text(shortened(status))}): {outcome}"]
     if evaluation.status == "complete":
-        folder = f"adapters/{number}"
-        shell = f"autopeft export {number} --search {shlex.quote(search_name)} --to {folder}"
-        python = (
-            f"import autopeft\n\nbase = {backbone!r}  # a hub name, or the path of the folder\n"
-            f"model = autopeft.load_adapter(base, {folder!r})"
-        )
+        shell, python = how_to_load(number, search_name, backbone)
         parts += ["Export it:", markdown_block(shell), "Load what was exported:", markdown_block(python)]
     return "\n\n".join([*parts, markdown_block(shortened(evaluation.configuration.grid()))])
 

@@ -17,9 +17,9 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.profiling import section
 from autopeft.core.tables import markdown_block
-from autopeft.reporting.formats import html_page
 from autopeft.reporting.frame import front_frame
-from autopeft.reporting.front_plots import front_figure, static_front_figure
+from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.front_plots import static_front_figure
 from autopeft.reporting.mlflow import run_content as content
 from autopeft.reporting.mlflow.run_writer import RunWriter, log_in_batches
 from autopeft.reporting.mlflow.saved_view import (
@@ -211,16 +211,15 @@ class MlflowTracker(Tracker):
         age = time.monotonic() - self._front_put
         return age > max(_FRONT_EVERY_SECONDS, self._front_seconds / _FRONT_SHARE)
 
-    def publish_front(self, records: Sequence[TrialRecord], members: Collection[int]) -> None:
+    def publish_front(self, front: ParetoFront) -> None:
         """Write the front's page, picture, table and the run's note."""
         self._front_put = time.monotonic()
-        self._worker.put(partial(self._write_front, tuple(records), frozenset(members)))
+        self._worker.put(partial(self._write_front, front))
 
-    def _write_front(self, records: Sequence[TrialRecord], members: frozenset[int]) -> None:
+    def _write_front(self, found: ParetoFront) -> None:
         started = time.monotonic()
-        shown = records, members, self._objectives
-        page = html_page(front_figure(*shown), title="Pareto front")
-        frame = front_frame(*shown)
+        shown = found.records, found.members, found.objectives
+        page, frame = found.to_html(), front_frame(*shown)
         front = frame[frame["front"]].drop(columns="front")
         self._client.log_text(self._parent, page, "pareto/front.html")
         self._client.log_figure(self._parent, static_front_figure(*shown), "pareto/front.png")

@@ -55,16 +55,8 @@ def html_page(*parts: Figure | str, title: str, style: str = "") -> str:
 
     options: dict[str, Any] = {"include_plotlyjs": False, "full_html": False, "config": {"responsive": True}}
     names = (f"figure-{number}" for number in itertools.count())  # else they are random
-    body = [f"<script>{get_plotlyjs()}</script>"]
-    for part in parts:
-        text = part if isinstance(part, str) else part.to_html(**options, div_id=next(names))
-        body.append(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    body = [part if isinstance(part, str) else part.to_html(**options, div_id=next(names)) for part in parts]
     head = f'<meta charset="utf-8"/><title>{html.escape(title)}</title><style>{style}</style>'
-    lines = [
-        '<!DOCTYPE html>\n<html lang="en">',
-        f"<head>{head}</head>",
-        "<body>",
-        *body,
-        "</body>\n</html>\n",
-    ]
-    return "\n".join(lines)
+    top = f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n<body>\n<script>{get_plotlyjs()}</script>'
+    page = "\n".join([top, *body, "</body>\n</html>\n"])
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -53,12 +53,12 @@ def test_a_page_of_the_front_holds_them_as_text() -> None:
 
 def test_a_report_holds_them_as_text() -> None:
     axes = [Axis(objective=OBJECTIVES[0], worst=0.0, best=1.0)]
-    names = {"verdict": HOSTILE, "search": HOSTILE, "backbone": f"\udcff{HOSTILE}"}
+    names = {"verdict": HOSTILE, "search": f"\udcff{HOSTILE}", "backbone": f"\udcff{HOSTILE}"}
     figure = curves_figure(RECORDS, OBJECTIVES[0])
     page = ParetoFront(RECORDS, OBJECTIVES, axes, None, **names).to_html()
     assert_is_text(page, [figure.layout.yaxis.title.text, *(trace.name for trace in figure.data)])
     assert page.count("&lt;img src=x") > len(names)
-    assert page.encode()
+    assert page.encode(), "no half of a character, which a name of a folder may hold"
 
 
 def test_a_page_of_scores_holds_them_as_text() -> None:

@@ -45,7 +45,7 @@ class OpenSearch:
     Attributes:
         backbone: The resident backbone.
         evaluator: Trains and measures configurations on it; holds the data.
-        space: The search space with the scores it needs.
+        space: The search space with its learning rates and the scores it needs.
         prior: What earlier fronts say of them.
         axes: The fixed axes of the hypervolume. A metric runs from its trivial score to its best value;
             parameters, memory and FLOPs on a log scale from the space's largest to its smallest
@@ -124,7 +124,6 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         )
     backbone.train_head(settings.head)
     space.validate(backbone)
-    prior = Prior.placed(fronts, space, backbone)
     evaluator = Evaluator(
         backbone,
         task,
@@ -135,6 +134,8 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         seed=settings.seed,
         cache=cache_folder(),
     )
+    space = space.with_learning_rates(backbone, evaluator.plan.total_steps)
+    prior = Prior.placed(fronts, space, backbone)
     # Before scores and costs, which run the task as well and cannot say what is wrong with it.
     single = single_adapters(space, backbone)
     rehearse(evaluator, single[0])

@@ -102,7 +102,7 @@ class Search(SearchSettings):
             ValueError: Data, backbone, task or space are not valid.
         """
         if self._opened is None:
-            self._opened = open_search(self, self._score_folder)
+            self._opened = open_search(self, self._root / "scores")
         return self._opened
 
     def validate(self) -> None:
@@ -116,17 +116,15 @@ class Search(SearchSettings):
         """
         self.open().validate()
 
-    @property
-    def _score_folder(self) -> Path:
-        return self._root / "scores"
-
     def identity(self) -> dict[str, dict[str, str]]:
         """Return what makes this search the one it is: a resumed search must have the same.
 
         Raises:
             ValueError: Data, backbone or space are not valid.
         """
-        return self._identity(self.open().backbone.identity(), self.task.identity())
+        opened = self.open()
+        space = self.space.with_learning_rates(opened.backbone, opened.evaluator.plan.total_steps)
+        return self._identity(opened.backbone.identity(), self.task.identity(), space)
 
     def describe(self) -> str:
         """Say in a few lines what is searched for and how.
@@ -152,7 +150,7 @@ class Search(SearchSettings):
             ValueError: A score is unknown, or batches is below 1.
         """
         names = checked_names("score", scores, SCORES)
-        found = score_sites(self.open().evaluator, names, batches=batches, folder=self._score_folder)
+        found = score_sites(self.open().evaluator, names, batches=batches, folder=self._root / "scores")
         return SensitivityReport(scores=found, batches=batches)
 
     def check_scores(self, scores: Sequence[str] = CHEAP_SCORES) -> ScoreCheck:

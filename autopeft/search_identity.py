@@ -149,8 +149,8 @@ class SearchSettings:
         """The search's name."""
         if self._name is None:
             backbone = source_settings(self.backbone)
-            identity = json.dumps(self._identity(backbone, task_settings(self.task)), sort_keys=True)
-            digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+            identity = self._identity(backbone, task_settings(self.task), self.space)
+            digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
             stem = re.sub(r"[^\w.\-]+", "-", f"{self.task.name}-{backbone['name']}")
             self._name = f"{stem}-{digest}"
         return self._name
@@ -170,13 +170,15 @@ class SearchSettings:
             "tracking": redact(self.tracking) if isinstance(self.tracking, str) else self.tracking,
         }
 
-    def _identity(self, backbone: Mapping[str, str], task: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    def _identity(
+        self, backbone: Mapping[str, str], task: Mapping[str, str], space: SearchSpace
+    ) -> dict[str, dict[str, str]]:
         """Return the settings as text, with what tells backbone and task from others."""
         bounds = [f"{constraint.objective.name}={constraint.bound:g}" for constraint in self.constraints]
         return {
             "backbone": dict(backbone),
             "task": dict(task),
-            "space": _fields(self.space),
+            "space": _fields(space),
             "training": self.training.identity(),
             **({} if self.loading == LoadOptions() else {"loading": _fields(self.loading)}),
             "halving": {"class": "none"} if self.halving is None else _fields(self.halving),

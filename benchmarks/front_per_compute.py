@@ -112,7 +112,8 @@ def set_up(task: FrontTask) -> tuple[tuple[Axis, ...], float]:
         for metric in evaluator.objectives
         if metric.is_metric
     }
-    ends = [evaluator.costs(configuration) for configuration in ScoreGuided().ends(evaluator.backbone)]
+    space = ScoreGuided(learning_rate=1e-3)  # on which costs do not depend
+    ends = [evaluator.costs(configuration) for configuration in space.ends(evaluator.backbone)]
     plain = uniform(evaluator.backbone, 8, 1e-3)
     trainings = [evaluator.evaluate(plain) for _ in range(2)]
     if failed := [training.reason for training in trainings if training.status != "complete"]:

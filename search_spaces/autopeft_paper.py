@@ -28,7 +28,7 @@ class AutoPEFTPaper(SearchSpace):
     that is 768, 384, …, 3, 1, 0. The paper fixes the learning rate; a range searches it too.
     """
 
-    learning_rate: LearningRate = 1e-4
+    learning_rate: LearningRate | None = 1e-4
 
     def validate(self, backbone: Backbone) -> None:
         """Raise ValueError where a block cannot carry one of the three methods."""

@@ -19,6 +19,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import (
     LearningRate,
     checked_learning_rate,
+    fitting_learning_rates,
     learning_rate_at,
     learning_rate_bounds,
     suggest_learning_rate,
@@ -29,7 +30,7 @@ from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 from autopeft.sensitivity import SiteScores
 
 _ALLOCATION, _FIXED = "allocation", "fixed"
-_LARGEST_SHARE = 4  # baselines are at most a quarter of the trials
+_LARGEST_SHARE = 4  # baselines are at most a quarter of the trials: most are to be chosen by what was found
 FEWEST_BASELINES = 2  # the head alone says what adapters add, the smallest one that they add anything
 
 
@@ -67,7 +68,8 @@ class SearchSpace(ABC):
     `encode_adapters`, `all_baselines`, `summary`, `extremes` and `count`; `SlotSpace` has the last two.
 
     Attributes:
-        learning_rate: A number, or (lowest, highest) to search it on a log scale.
+        learning_rate: A number, or (lowest, highest) to search it on a log scale. By default a search takes
+            the range that fits the backbone's hidden size and the steps of a training.
         allocations: Ways to allocate ranks in training, to choose from beside ranks that stay, as
             ("adalora", "sora"). What an allocation cannot be used with has ranks that stay.
 
@@ -75,11 +77,12 @@ class SearchSpace(ABC):
         ValueError: The learning rate or an allocation is not valid.
     """
 
-    learning_rate: LearningRate = (3e-4, 1e-2)
+    learning_rate: LearningRate | None = None
     allocations: Sequence[str] = field(default=(), metadata={"unset": ()})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
+        if self.learning_rate is not None:
+            object.__setattr__(self, "learning_rate", checked_learning_rate(self.learning_rate))
         if self.allocations:
             names = checked_names("allocation", self.allocations, RANK_ALLOCATIONS)
             object.__setattr__(self, "allocations", names)
@@ -97,6 +100,12 @@ class SearchSpace(ABC):
     def with_scores(self, scores: Mapping[str, SiteScores]) -> Self:
         """Return the space with the scores it needs."""
         return self
+
+    def with_learning_rates(self, backbone: Backbone, steps: int) -> Self:
+        """Return the space with learning rates: its own, or those that fit a training of so many steps."""
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=fitting_learning_rates(backbone.hidden_size, steps))
 
     @abstractmethod
     def validate(self, backbone: Backbone) -> None:
@@ -217,7 +226,10 @@ class SearchSpace(ABC):
         )
 
     def point(self, adapters: Mapping[Site, AdapterLike] | None = None, place: float = 0.5) -> Configuration:
-        """Return adapters, or the head alone, with the learning rate at a place, from 0 (lowest) to 1."""
+        """Return adapters, or the head alone, with the learning rate at a place, from 0 (lowest) to 1.
+
+        In the middle of the default range is the rate that published sweeps foretell.
+        """
         return Configuration(adapters, learning_rate=learning_rate_at(place, self.learning_rate))
 
     def baselines(self, backbone: Backbone, trials: int | None = None) -> tuple[Baseline, ...]:

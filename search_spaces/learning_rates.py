@@ -11,6 +11,25 @@ from autopeft.search_spaces.suggest_trial import SuggestTrial
 LearningRate = float | tuple[float, float]
 """A fixed learning rate, or the (lowest, highest) of a log-uniform choice."""
 
+# The rate of full fine-tuning at a hidden size of 2,000, and the power of the width with which it falls: the
+# fit of tinker-cookbook (`get_lr`) to its sweeps of Llama. Qwen's power is 0.0775, whose rates are 3.2 times
+# lower at a hidden size of 384 and 1.7 times higher at 4,096.
+_FULL_RATE, _FITTED_WIDTH, _POWER = 5e-5, 2000, 0.781
+# LoRA's rate on all linear modules, as a multiple of that of full fine-tuning: in trainings of 100 steps or
+# more, and in shorter ones. Schulman et al., "LoRA Without Regret", 2025.
+_LORA_FACTOR, _LORA_FACTOR_WHEN_SHORT, _SHORT = 10, 15, 100
+# Narrower models have the rates of this width, 2.7e-3 in short trainings: of 1e-3, 3.2e-3 and 1e-2 the second
+# was LoRA's best on MiniLM and Whisper tiny (384) and on a T5 of 128 (`benchmarks/family_rates.py`).
+_NARROWEST = 384
+# How far the ends of the range are from that rate, as a factor: beyond Qwen's fit either way. So it is 4.8e-5
+# to 1.7e-3 at a hidden size of 4,096, about the grid of a published sweep of 35 models (4e-5 to 1e-3, best at
+# 3e-4 or 1e-3 for 32 of them), and 3e-4 to 1.1e-2 at 384, where MiniLM's searches had 3e-4 to 1e-2.
+_RANGE_FACTOR = 6
+
+RATE_SPREAD = 0.5
+"""Spread of the logarithm of rates that are drawn near a good one, a factor of 1.6: half a step of the grids
+that are usually swept (1e-4, 3e-4, 1e-3)."""
+
 
 def checked_learning_rate(learning_rate: Any) -> LearningRate:
     """Return a learning rate or a range of it; raise a ValueError where it is neither."""
@@ -24,16 +43,37 @@ def checked_learning_rate(learning_rate: Any) -> LearningRate:
     return low if low == high else (low, high)
 
 
-def learning_rate_bounds(learning_rate: LearningRate) -> tuple[float, float]:
-    """Return (lowest, highest), which are equal where the learning rate is fixed."""
+def fitting_learning_rates(hidden_size: int, steps: int) -> tuple[float, float]:
+    """Return the range around LoRA's rate for a model and a training, as published sweeps foretell it.
+
+    Args:
+        hidden_size: Width of the model's hidden states.
+        steps: Optimizer steps of a whole training.
+    """
+    factor = _LORA_FACTOR if steps >= _SHORT else _LORA_FACTOR_WHEN_SHORT
+    middle = factor * _FULL_RATE * (_FITTED_WIDTH / max(hidden_size, _NARROWEST)) ** _POWER
+    return float(f"{middle / _RANGE_FACTOR:.2g}"), float(f"{middle * _RANGE_FACTOR:.2g}")
+
+
+def learning_rate_bounds(learning_rate: LearningRate | None) -> tuple[float, float]:
+    """Return (lowest, highest), which are equal where the learning rate is fixed.
+
+    Raises:
+        ValueError: It is None: it follows from a backbone and a training, which are not known yet.
+    """
+    if learning_rate is None:
+        raise ValueError(
+            "The space has no learning rates yet: use it in a Search, which knows the training, call "
+            "with_learning_rates(backbone, steps), or give learning_rate=(lowest, highest)."
+        )
     return (learning_rate, learning_rate) if isinstance(learning_rate, float) else learning_rate
 
 
-def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate) -> float:
+def suggest_learning_rate(trial: SuggestTrial, learning_rate: LearningRate | None) -> float:
     """Ask for the learning rate on a log scale; three significant digits keep it readable."""
-    if isinstance(learning_rate, float):
-        return learning_rate
-    low, high = learning_rate
+    low, high = learning_rate_bounds(learning_rate)
+    if low == high:
+        return low
     return readable_learning_rate(trial.suggest_float("learning_rate", low, high, log=True), low, high)
 
 
@@ -43,7 +83,7 @@ def readable_learning_rate(value: float, low: float, high: float) -> float:
     return min(max(readable, low), high)
 
 
-def learning_rate_at(place: float, learning_rate: LearningRate) -> float:
+def learning_rate_at(place: float, learning_rate: LearningRate | None) -> float:
     """Return the learning rate at a place on the range's log scale, from 0 (lowest) to 1; two digits."""
     low, high = learning_rate_bounds(learning_rate)
     return low if low == high else min(max(float(f"{low * (high / low) ** place:.2g}"), low), high)

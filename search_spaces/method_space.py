@@ -41,7 +41,7 @@ class MethodSpace(SearchSpace):
             `{"rank": (1, 16), "vera": (16, 64)}`. Powers of two between them are searched. Methods that are
             not named have the bounds that `autopeft methods` lists.
         roles: Roles that may carry an adapter; None for all that a method can sit on.
-        learning_rate: A number, or (lowest, highest) to search it on a log scale.
+        learning_rate: See `SearchSpace`.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
 
     Raises:
@@ -138,6 +138,13 @@ class MethodSpace(SearchSpace):
     def slots(self, backbone: Backbone) -> list[Slot]:
         """Return the slots of all groups."""
         return [slot for slots in self.groups_of_slots(backbone).values() for slot in slots]
+
+    def ffn_slots(self, backbone: Backbone) -> list[Slot]:
+        """Return the slots of the MLPs, of which LoRA gains most.
+
+        Schulman et al., "LoRA Without Regret", 2025; in attention alone it is worse with as many parameters.
+        """
+        return [slot for slot in self.slots(backbone) if slot.sites[0].role.startswith("ffn")]
 
     def methods_on(self, backbone: Backbone) -> tuple[str, ...]:
         """Return the methods that some site of a backbone can take."""

@@ -79,7 +79,8 @@ class PerLayer(SlotSpace):
     def all_baselines(self, backbone: Backbone) -> Iterator[Baseline]:
         """Yield the head alone, each method at its smallest everywhere, and the first at more sizes.
 
-        These are in the top half of each stack and everywhere: memory follows the lowest adapted block.
+        These are in the top half of each stack (memory follows the lowest adapted block), in all MLPs, and
+        everywhere.
         """
         methods = self.methods_on(backbone)
         first = self.choice_of(methods[0])
@@ -93,7 +94,11 @@ class PerLayer(SlotSpace):
         yield Baseline(name="head alone", configuration=self.point())
         candidates = [(self.choice_of(method).smallest, "everywhere", everywhere) for method in methods]
         for adapter in first.three_adapters:
-            candidates += [(adapter, "in the top half", top), (adapter, "everywhere", everywhere)]
+            candidates += [
+                (adapter, "in the top half", top),
+                (adapter, "in the MLPs", self.ffn_slots(backbone)),
+                (adapter, "everywhere", everywhere),
+            ]
         for adapter, where, slots in candidates:
             yield Baseline(name=f"{adapter} {where}", configuration=self.point(placed(adapter, slots)))
 

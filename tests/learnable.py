@@ -84,7 +84,7 @@ def tiny_search(folder: Path, **settings: Any) -> Search:
     defaults: dict[str, Any] = {
         "backbone": learner(),
         "task": learnable_task(),
-        "space": Uniform(sizes={"rank": (1, 8)}),
+        "space": Uniform(sizes={"rank": (1, 8)}, learning_rate=(3e-4, 1e-2)),
         "objectives": ("accuracy", "trainable_parameters"),  # counting memory takes longer than a training
         "training": TRAINING,
         "halving": None,

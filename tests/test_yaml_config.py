@@ -109,6 +109,8 @@ def test_yaml_gives_the_same_search_on_disk(tmp_path: Path) -> None:
         ({"type": "Uniform"}, Uniform()),
         ({"type": "AutoPEFTPaper"}, AutoPEFTPaper()),
         ({"type": "PerLayer", "roles": ["query"]}, PerLayer(roles=("query",))),
+        ({"type": "PerLayer", "learning_rate": None}, PerLayer()),
+        ({"type": "PerLayer", "learning_rate": [0.001, 0.01]}, PerLayer(learning_rate=(1e-3, 1e-2))),
     ],
 )
 def test_every_space_has_its_name(space: dict[str, Any], expected: Any) -> None:

@@ -210,6 +210,11 @@ class Backbone:
         """Number of blocks of each stack."""
         return {stack: len(places) for stack, places in self.stacks.items()}
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states; the largest where stages differ."""
+        return max(block.width for block in self._block_modules)
+
     def blocks_below(self, place: Place | None) -> int:
         """Return how many blocks run before one, those of the stacks before it included; all before None."""
         return len(self.places) if place is None else self.places.index(place)

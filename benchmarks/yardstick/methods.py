@@ -38,6 +38,7 @@ from benchmarks.yardstick.tasks import FrontTask
 RANKS = (8, 2, 32, 1, 16, 4, 64)
 RATES = (1e-3, 3e-3, 3e-4, 1e-2)
 RUNGS = (1 / 9, 1 / 3)
+_RANGE = min(RATES), max(RATES)
 _REDUCTION = 3
 
 
@@ -208,10 +209,8 @@ def searched(run: Run, *, options: Callable[[Search], dict[str, Any]]) -> None:
 
 SWEEP, OURS, PROTOCOL = "uniform rsLoRA sweep", "autopeft", "AutoPEFT's protocol"
 _ASKED: Mapping[str, Propose] = {
-    "Optuna TPE over one rank": partial(asked, space=Uniform(), sampler="tpe"),
-    PROTOCOL: partial(
-        asked, space=AutoPEFTPaper(learning_rate=Uniform().learning_rate), sampler="gp", random_share=0.5
-    ),
+    "Optuna TPE over one rank": partial(asked, space=Uniform(learning_rate=_RANGE), sampler="tpe"),
+    PROTOCOL: partial(asked, space=AutoPEFTPaper(learning_rate=_RANGE), sampler="gp", random_share=0.5),
 }
 _VARIANTS: Mapping[str, Callable[[Search], dict[str, Any]]] = {
     OURS: lambda search: {},
@@ -228,7 +227,9 @@ METHODS: Mapping[str, Method] = {
     SWEEP: partial(trained_in_turn, propose=sweep),
     **{name: partial(trained_in_turn, propose=propose) for name, propose in _ASKED.items()},
     "MO-ASHA": partial(
-        trained_in_turn, propose=partial(drawn, space=PerLayer(methods=("lora",))), rungs=RUNGS
+        trained_in_turn,
+        propose=partial(drawn, space=PerLayer(methods=("lora",), learning_rate=_RANGE)),
+        rungs=RUNGS,
     ),
     **{name: partial(searched, options=options) for name, options in _VARIANTS.items()},
 }

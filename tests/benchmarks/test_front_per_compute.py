@@ -177,7 +177,11 @@ class ShortLog(RunLog):
 
 
 def test_what_a_sampler_is_told_follows_from_the_log(tmp_path: Path) -> None:
-    path, backbone, space = tmp_path / "log.jsonl", learner(), Uniform(sizes={"rank": (1, 8)})
+    path, backbone, space = (
+        tmp_path / "log.jsonl",
+        learner(),
+        Uniform(sizes={"rank": (1, 8)}, learning_rate=(3e-4, 1e-2)),
+    )
     tried: list[Configuration] = []
     for number in range(12):  # more than the first ten, which are drawn at random
         log = RunLog(path, 1.0)

@@ -88,8 +88,8 @@ def test_fused_experts_are_not_inherited() -> None:
     "space",
     [
         SPACE,
-        Uniform(sizes={"rank": (1, 8)}),
-        PerLayer(methods=("series", "lora"), groups=2, sizes={"rank": (2, 8)}),
+        Uniform(sizes={"rank": (1, 8)}, learning_rate=1e-3),
+        PerLayer(methods=("series", "lora"), groups=2, sizes={"rank": (2, 8)}, learning_rate=1e-3),
     ],
 )
 def test_it_contains_every_lora_configuration_of_the_space(space: SearchSpace) -> None:

@@ -163,7 +163,7 @@ class TestPictures:
 
 class TestSpaces:
     def test_the_top_half_is_of_each_stack(self, t5: Backbone) -> None:
-        space = PerLayer(methods=("lora",), roles=("query",))
+        space = PerLayer(methods=("lora",), roles=("query",), learning_rate=1e-3)
         top = next(base for base in space.all_baselines(t5) if "top half" in base.name)
         assert set(map(str, top.configuration.adapters)) == {
             "encoder.1.query",
@@ -178,7 +178,8 @@ class TestSpaces:
             PerLayer(groups=3).block_groups(t5)
 
     def test_guided_configurations_choose_stacks(self, t5: Backbone) -> None:
-        space = ScoreGuided(scores=("uniform",)).with_scores({"uniform": uniform_scores(t5.sites)})
+        space = ScoreGuided(scores=("uniform",), learning_rate=1e-3)
+        space = space.with_scores({"uniform": uniform_scores(t5.sites)})
         drawn = [space.draw(random.Random(seed), t5) for seed in range(40)]
         found = {frozenset(site.stack for site in configuration.adapters) for configuration in drawn}
         assert found == {frozenset(["encoder"]), frozenset(["decoder"]), frozenset(["encoder", "decoder"])}
@@ -195,7 +196,7 @@ class TestSpaces:
         "space", [Uniform(), PerLayer(methods=("lora", "series")), ScoreGuided(scores=("uniform",))]
     )
     def test_hold_their_promises(self, space: Uniform | PerLayer | ScoreGuided, t5: Backbone) -> None:
-        space = space.with_scores({"uniform": uniform_scores(t5.sites)})
+        space = space.with_scores({"uniform": uniform_scores(t5.sites)}).with_learning_rates(t5, 100)
         space.validate(t5)
         generator = random.Random(0)
         for _ in range(5):

@@ -352,7 +352,7 @@ def test_adapter_parameters_can_be_an_objective(tmp_path: Path) -> None:
 def test_exporting_what_never_completed_says_why(tmp_path: Path) -> None:
     space = Uniform(sizes={"rank": (1, 16)})
     probe = tiny_search(tmp_path, space=space)
-    bound = count_parameters(probe.open().backbone, space.extremes(probe.open().backbone)[0])
+    bound = count_parameters(probe.open().backbone, probe.open().space.extremes(probe.open().backbone)[0])
     search = tiny_search(tmp_path, space=space, constraints={"trainable_parameters": bound})
     front = search.run(trials=3, progress=False)
     number = next(record.number for record in front.records if record.evaluation.status == "infeasible")

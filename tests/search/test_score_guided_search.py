@@ -217,7 +217,7 @@ def test_bad_arguments_are_refused_before_anything_is_scored(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="placement"):
         ScoreGuided(placement=(0.0, 1.0))
     with pytest.raises(ValueError, match="has no 'gora' scores yet"):
-        ScoreGuided(scores=("gora",)).baselines(search.open().backbone)
+        ScoreGuided(scores=("gora",), learning_rate=1e-3).baselines(search.open().backbone)
 
 
 def rising_scores() -> SiteScores:

@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from autopeft.models.backbone import Backbone
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.front import ParetoFront
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
+from autopeft.search_spaces.learning_rates import fitting_learning_rates
+from autopeft.search_verdict import sweep_settings
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
-from tests.learnable import learnable_task, learner, outcomes, run, save_tiny_model, tiny_search
+from tests.learnable import TRAINING, learnable_task, learner, outcomes, run, save_tiny_model, tiny_search
 from tests.records import front_of
 from tests.tiny_models import fingerprint, logits_of, tiny_batch, tiny_classifier, tiny_tokenizer
 
@@ -86,10 +89,27 @@ def test_the_same_seed_gives_the_same_search_and_another_does_not(tmp_path: Path
     assert first != other
 
 
+def test_learning_rates_follow_from_the_model_and_the_steps_and_are_part_of_the_identity(
+    tmp_path: Path,
+) -> None:
+    space = PerLayer(methods=("lora",), sizes={"rank": (1, 4)})
+    search = tiny_search(tmp_path, space=space)
+    rates = fitting_learning_rates(32, search.open().evaluator.plan.total_steps)
+    assert search.open().space.learning_rate == rates
+    assert search.identity()["space"]["learning_rate"] == str(rates)
+    assert f"log-uniform in [{rates[0]:g}, {rates[1]:g}]" in search.describe()
+    given = tiny_search(tmp_path, space=replace(space, learning_rate=rates))
+    assert given.identity() == search.identity()
+    assert search.arguments()["space"] == space, "its document leaves them open"
+    assert sweep_settings(search, search.open().backbone)["space"] == Uniform()
+    longer = tiny_search(tmp_path, space=space, training=replace(TRAINING, epochs=20))
+    assert longer.open().space.learning_rate == fitting_learning_rates(32, 120) != rates
+
+
 def test_baselines_come_first_and_can_be_left_out(tmp_path: Path) -> None:
     """At most a quarter of the budget's trials are baselines, but two at least."""
     search = tiny_search(tmp_path / "with")
-    baselines = [baseline.name for baseline in search.space.baselines(search.open().backbone)]
+    baselines = [baseline.name for baseline in search.open().space.baselines(search.open().backbone)]
     names = [record.baseline for record in run(search, 4 * len(baselines)).records]
     assert names[: len(baselines) + 1] == [*baselines, None]
     small = tiny_search(tmp_path / "small")
@@ -130,7 +150,7 @@ def test_a_budget_of_compute_ends_when_the_space_is_used_up(tmp_path: Path) -> N
 def test_candidates_that_break_a_constraint_are_not_trained(tmp_path: Path) -> None:
     space = Uniform(sizes={"rank": (1, 16)})
     search = tiny_search(tmp_path, space=space)
-    small, large = space.extremes(search.open().backbone)
+    small, large = search.open().space.extremes(search.open().backbone)
     bound = count_parameters(search.open().backbone, large) // 6
     assert count_parameters(search.open().backbone, small) < bound
     constraints = {"trainable_parameters": bound}

@@ -190,7 +190,7 @@ def test_a_space_without_lora_has_no_warm_starts(tmp_path: Path) -> None:
     search = warm_search(tmp_path, space=Uniform(methods=("series",), sizes={"bottleneck width": (1, 4)}))
     records = list(search.run(trials=3, progress=False).records)
     assert warm_starts(records) == [False] * 3
-    found = WarmStarts(search.open().evaluator, search.space, tmp_path / "none")
+    found = WarmStarts(search.open().evaluator, search.open().space, tmp_path / "none")
     assert found.largest() is None
     assert found.obstacle == "the space has no LoRA on a linear layer"
     assert found.cost == Cost()

@@ -91,7 +91,7 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
 )
 
 PAIRS = [
-    pytest.param(space, backbone, id=f"{name}-{architecture}")
+    pytest.param(space.with_learning_rates(backbone, 100), backbone, id=f"{name}-{architecture}")
     for name, space in SPACES.items()
     for architecture, backbone in BACKBONES.items()
 ]
@@ -99,7 +99,7 @@ PAIRS = [
 
 def guided(backbone: Backbone, **options: Any) -> ScoreGuided:
     """Return a score-guided space with scores that need no data."""
-    space = ScoreGuided(scores=("condition_number", "random"), **options)
+    space = ScoreGuided(scores=("condition_number", "random"), **options).with_learning_rates(backbone, 100)
     return space.with_scores(compute_scores(backbone, (), CROSS_ENTROPY, space.scores))
 
 
@@ -317,7 +317,9 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
     deep = tiny_backbone("bert", num_hidden_layers=80)
     count = space.count(deep)
     assert count > 10**400
-    described = re.search(r"(\d\.\d\d)e\+(\d+) configurations", space.describe(deep))
+    described = re.search(
+        r"(\d\.\d\d)e\+(\d+) configurations", space.with_learning_rates(deep, 100).describe(deep)
+    )
     assert described is not None
     digits = int(described[2])
     assert abs(count // 10 ** (digits - 2) - 100 * float(described[1])) <= 1
@@ -325,6 +327,7 @@ def test_a_space_with_more_points_than_a_float_holds_is_described(space: SearchS
 
 def test_allocations_are_among_what_is_drawn_and_what_is_near_it() -> None:
     space, backbone = PerLayer(methods=("lora",), allocations=("sora", "ist")), BACKBONES["bert"]
+    space = space.with_learning_rates(backbone, 100)
     found = [
         configuration for seed in range(8) for configuration in _drawn_and_changed(space, backbone, seed)
     ]
@@ -346,8 +349,8 @@ def _quiet() -> None:
 
 @pytest.mark.parametrize("name", SPACES)
 def test_where_no_head_is_trained_the_head_alone_is_the_untrained_model(name: str) -> None:
-    space = SPACES[name]
     backbone = Backbone(tiny_language_model("llama"), tiny_tokenizer(), name="tiny", head=())
+    space = SPACES[name].with_learning_rates(backbone, 100)
     baselines = space.baselines(backbone)
     untrained = [baseline.name for baseline in baselines if not len(baseline.configuration)]
     assert untrained in ([], ["untrained model"])

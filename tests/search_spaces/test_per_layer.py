@@ -17,6 +17,7 @@ from autopeft.search_spaces.method_space import size_ladder
 from tests.tiny_models import tiny_backbone
 
 BERT = tiny_backbone("bert")
+RATE = (3e-4, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,10 @@ class TestSettings:
         PerLayer().validate(deberta)
         assert "'prefix' can sit on none of the roles" in caplog.text
         assert "it is left out of the search" in caplog.text
-        assert PerLayer().methods_on(deberta) == ("lora", "series", "parallel")
-        baselines = [baseline.configuration for baseline in PerLayer().baselines(deberta)]
-        for configuration in (*PerLayer().extremes(deberta), *baselines):
+        space = PerLayer(learning_rate=RATE)
+        assert space.methods_on(deberta) == ("lora", "series", "parallel")
+        baselines = [baseline.configuration for baseline in space.baselines(deberta)]
+        for configuration in (*space.extremes(deberta), *baselines):
             deberta.check(configuration)
         caplog.clear()
         PerLayer().validate(BERT)
@@ -200,7 +202,7 @@ class TestEncodings:
         return dict(trial.distributions)
 
     def test_fixed_asks_for_the_same_every_time(self) -> None:
-        asked = [self._asked(PerLayer(encoding="fixed"), seed) for seed in range(12)]
+        asked = [self._asked(PerLayer(encoding="fixed", learning_rate=RATE), seed) for seed in range(12)]
         assert all(distributions == asked[0] for distributions in asked)
         assert asked[0]["0.on"] == CategoricalDistribution((True, False))
         assert asked[0]["0.query.method"] == CategoricalDistribution(("off", "lora"))
@@ -218,9 +220,9 @@ class TestEncodings:
         )
 
     def test_conditional_asks_for_what_matters(self) -> None:
-        every = self._asked(PerLayer(encoding="fixed"), 0)
+        every = self._asked(PerLayer(encoding="fixed", learning_rate=RATE), 0)
         for seed in range(12):
-            space = PerLayer(encoding="conditional")
+            space = PerLayer(encoding="conditional", learning_rate=RATE)
             trial = create_study(sampler=RandomSampler(seed=seed)).ask()
             configuration = space.suggest(trial, BERT)
             assert trial.distributions.items() <= every.items()
@@ -233,7 +235,9 @@ class TestEncodings:
             assert len(sizes) == len(configuration) + 1, "a size an adapter, and the learning rate"
 
     def test_both_hold_the_same_points(self) -> None:
-        fixed, conditional = (PerLayer(encoding=encoding) for encoding in ("fixed", "conditional"))
+        fixed, conditional = (
+            PerLayer(encoding=encoding, learning_rate=RATE) for encoding in ("fixed", "conditional")
+        )
         assert fixed.count(BERT) == conditional.count(BERT)
         for seed in range(10):
             trial = create_study(sampler=RandomSampler(seed=seed)).ask()
@@ -249,7 +253,7 @@ class TestEncodings:
 
 
 class TestLearningRate:
-    space = PerLayer(methods=("lora",), roles=("query",))
+    space = PerLayer(methods=("lora",), roles=("query",), learning_rate=RATE)
 
     def test_is_rounded_to_three_digits_within_the_range(self) -> None:
         for seed in range(20):
@@ -291,42 +295,53 @@ class TestLearningRate:
 
 class TestWhatToTryFirst:
     def test_baselines(self) -> None:
-        space = PerLayer(methods=("lora", "series"), sizes={"rank": (1, 16)}, roles=("query", "ffn"))
+        roles = ("query", "ffn_up", "ffn")
+        space = PerLayer(methods=("lora", "series"), sizes={"rank": (1, 16)}, roles=roles, learning_rate=RATE)
         baselines = {baseline.name: baseline.configuration for baseline in space.baselines(BERT)}
         assert list(baselines) == [
             "head alone",
             "lora(1) everywhere",
             "series(1) everywhere",
             "lora(1) in the top half",
+            "lora(1) in the MLPs",
             "lora(4) in the top half",
+            "lora(4) in the MLPs",
             "lora(4) everywhere",
             "lora(16) in the top half",
+            "lora(16) in the MLPs",
             "lora(16) everywhere",
         ]
         assert len(baselines["head alone"]) == 0
         top = baselines["lora(4) in the top half"]
-        assert dict(top.adapters) == {Site(1, "query"): (Adapter("lora", 4),)}
-        assert len(baselines["lora(4) everywhere"]) == 2
+        assert dict(top.adapters) == dict.fromkeys(
+            (Site(1, "query"), Site(1, "ffn_up")), (Adapter("lora", 4),)
+        )
+        assert set(baselines["lora(4) in the MLPs"].adapters) == {Site(0, "ffn_up"), Site(1, "ffn_up")}
+        assert len(baselines["lora(4) everywhere"]) == 4
 
     def test_one_group_has_no_top_half(self) -> None:
-        space = PerLayer(methods=("lora",), groups=1, sizes={"rank": (4, 4)})
+        space = PerLayer(methods=("lora",), groups=1, sizes={"rank": (4, 4)}, learning_rate=RATE)
         assert [baseline.name for baseline in space.baselines(BERT)] == [
             "head alone",
             "lora(4) everywhere",
+            "lora(4) in the MLPs",
         ]
 
-    @pytest.mark.parametrize(("trials", "count"), [(1, 2), (5, 2), (8, 2), (12, 3), (40, 10), (None, 10)])
+    @pytest.mark.parametrize(("trials", "count"), [(1, 2), (5, 2), (8, 2), (12, 3), (40, 10), (None, 13)])
     def test_a_small_budget_has_few(self, trials: int | None, count: int) -> None:
-        baselines = PerLayer().baselines(BERT, trials)
+        space = PerLayer(learning_rate=RATE)
+        baselines = space.baselines(BERT, trials)
         assert len(baselines) == count
-        assert baselines == PerLayer().baselines(BERT)[:count]
+        assert baselines == space.baselines(BERT)[:count]
         assert [len(baseline.configuration) for baseline in baselines[:2]] == [0, 12]
         sizes = {adapter.size for _, adapter in baselines[1].configuration}
         assert sizes == {1}, "the smallest"
 
     def test_the_largest_point_takes_the_method_with_most_parameters_at_each_slot(self) -> None:
         space = PerLayer(
-            methods=("series", "prefix"), sizes={"bottleneck width": (1, 4), "prefix length": (1, 32)}
+            methods=("series", "prefix"),
+            sizes={"bottleneck width": (1, 4), "prefix length": (1, 32)},
+            learning_rate=RATE,
         )
         _, largest = space.extremes(BERT)
         chosen = {site.role: several[0].method for site, several in largest.adapters.items()}
@@ -337,7 +352,10 @@ class TestWhatToTryFirst:
         assert PerLayer().count(BERT) == (8**6 * 21 * 15) ** 2
 
     def test_description_lists_the_choices(self) -> None:
-        text = PerLayer(methods=("lora", "ia3"), sizes={"rank": (2, 8)}, roles=("query",)).describe(BERT)
+        space = PerLayer(
+            methods=("lora", "ia3"), sizes={"rank": (2, 8)}, roles=("query",), learning_rate=RATE
+        )
+        text = space.describe(BERT)
         assert "2 groups of blocks (0, 1)" in text
         assert "  query: off, lora 2|4|8, ia3" in text
         assert "log-uniform in [0.0003, 0.01]" in text

@@ -47,7 +47,8 @@ SMALLEST = {name: (row.sizes[0], row.sizes[0]) for name, row in METHOD_SPECS.ite
 def test_gives_configurations_that_the_model_carries(made: type[PerLayer], architecture: str) -> None:
     backbone, generator = backbone_of(architecture), random.Random(0)
     offered = made().default_methods if made in (Everything, Mergeable) else ()
-    space = made(sizes={name: SMALLEST[name] for name in offered if name in SMALLEST})
+    sizes = {name: SMALLEST[name] for name in offered if name in SMALLEST}
+    space = made(sizes=sizes, learning_rate=(3e-4, 1e-2))
     space.validate(backbone)
     asked = [space.draw(generator, backbone) for _ in range(5)]
     assert len(set(asked)) == 5
@@ -73,7 +74,7 @@ def test_everything_offers_every_method_that_a_site_takes() -> None:
 
 def test_low_memory_leaves_the_lower_half_alone() -> None:
     backbone = backbone_of("bert")
-    space, generator = LowMemory(), random.Random(1)
+    space, generator = LowMemory(learning_rate=1e-3), random.Random(1)
     for _ in range(5):
         lowest = space.draw(generator, backbone).lowest_block
         assert lowest is None or lowest[1] >= 1
@@ -88,7 +89,7 @@ def test_tiny_keeps_below_its_bound_at_a_real_width(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     task = learnable_task()
     backbone = Backbone.without_weights(tmp_path, task.head, dtype=torch.float32)
-    space, generator = Tiny(), random.Random(0)
+    space, generator = Tiny(learning_rate=1e-3), random.Random(0)
 
     def adapters(configuration: Configuration) -> int:
         return count_parameters(backbone, configuration) - backbone.head_parameters
@@ -111,11 +112,12 @@ def test_tiny_keeps_below_its_bound_at_a_real_width(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_preset_can_be_replaced() -> None:
-    space = Servable(sizes={"rank": (16, 16)}, roles=("query",))
+    space = Servable(sizes={"rank": (16, 16)}, roles=("query",), learning_rate=1e-3)
     drawn = space.extremes(backbone_of("bert"))[1]
     assert {str(adapter) for _, adapter in drawn} == {"lora(16)"}
     assert len(Stratified().block_groups(backbone_of("bert"))) == 3
-    assert {adapter.size for _, adapter in Tiny(methods=("lora",)).extremes(backbone_of("bert"))[1]} == {1}
+    tiny = Tiny(methods=("lora",), learning_rate=1e-3).extremes(backbone_of("bert"))[1]
+    assert {adapter.size for _, adapter in tiny} == {1}
     assert not len(unmergeable(drawn))
 
 

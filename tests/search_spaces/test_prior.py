@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.tiny_models import tiny_backbone
 FOUR = tiny_backbone("bert", num_hidden_layers=4)
 TWO = {"": 2}
 LORA = PerLayer(methods=("lora",), sizes={"rank": (1, 16)}, learning_rate=(1e-4, 1e-2))
+LORA_ON_VALUE = replace(LORA, roles=("value",))
 
 
 def configuration(sizes: Mapping[str, int], rate: float = 1e-3, method: str = "lora") -> Configuration:
@@ -109,16 +111,16 @@ def test_sizes_methods_and_rates_are_those_of_the_space() -> None:
     assert fixed.learning_rate == 2e-3
     assert translated(configuration({"1.ffn": 4}, method="series"), TWO, LORA, FOUR) is None
     some = LORA.nearest(configuration({"3.query": 4}), FOUR)
-    assert translated(some, {"": 4}, PerLayer(methods=("lora",), roles=("value",)), FOUR) is None
+    assert translated(some, {"": 4}, LORA_ON_VALUE, FOUR) is None
 
 
 @pytest.mark.parametrize(
     "space",
     [
         LORA,
-        PerLayer(methods=("lora", "ia3"), groups=2),
-        ScoreGuided(sizes={"rank": (1, 16)}),
-        Uniform(sizes={"rank": (1, 16)}),
+        PerLayer(methods=("lora", "ia3"), groups=2, learning_rate=(3e-4, 1e-2)),
+        ScoreGuided(sizes={"rank": (1, 16)}, learning_rate=(3e-4, 1e-2)),
+        Uniform(sizes={"rank": (1, 16)}, learning_rate=(3e-4, 1e-2)),
         AutoPEFTPaper(),
     ],
     ids=lambda space: type(space).__name__,

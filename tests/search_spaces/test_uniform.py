@@ -50,7 +50,7 @@ def test_only_a_uniform_point_has_an_encoding() -> None:
 
 
 def test_baselines_are_three_sizes_of_each_method() -> None:
-    space = Uniform(methods=("lora", "ia3"), sizes={"rank": (1, 64)})
+    space = Uniform(methods=("lora", "ia3"), sizes={"rank": (1, 64)}, learning_rate=1e-3)
     assert [baseline.name for baseline in space.baselines(BERT)] == [
         "lora(1) everywhere",
         "ia3() everywhere",
@@ -60,7 +60,8 @@ def test_baselines_are_three_sizes_of_each_method() -> None:
 
 
 def test_extremes_compare_methods() -> None:
-    smallest, largest = Uniform(methods=("lora", "ia3", "layernorm"), sizes={"rank": (4, 8)}).extremes(BERT)
+    space = Uniform(methods=("lora", "ia3", "layernorm"), sizes={"rank": (4, 8)}, learning_rate=1e-3)
+    smallest, largest = space.extremes(BERT)
     assert smallest.methods == ("layernorm",)
     assert largest == smallest.replace(
         adapters={site: Adapter("lora", 8) for site, shape in BERT.sites.items() if shape.kind == "linear"}

@@ -72,7 +72,10 @@ class MethodChoice:
         return replace(self, sizes=[adapter.size or 1 for adapter in fitting]) if fitting else None
 
     def place(self, adapter: Adapter) -> float:
-        """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest)."""
+        """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest).
+
+        That there is an adapter, where none is 0, counts as much as all that its size can be.
+        """
         if not self.sizes:
             return 0.5
         low, high = self.sizes[0], self.sizes[-1]

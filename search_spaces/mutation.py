@@ -12,18 +12,24 @@ from typing import Any
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
-from autopeft.search_spaces.learning_rates import readable_learning_rate, summed_learning_rate
+from autopeft.search_spaces.learning_rates import (
+    RATE_SPREAD,
+    readable_learning_rate,
+    summed_learning_rate,
+)
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 
 Adapters = dict[Site, Adapter]
 Placed = Mapping[Site, tuple[Adapter, ...]]
-_SECOND_MOVE_SHARE = 0.5  # of the children: one move alone seldom leaves a local optimum
-_CROSSED_SHARE = 0.25  # of the children made in parameters; in sites crossing is one of four moves
-_SUM_KEPT_SHARE = 0.5  # of the children: they keep the summed learning rate, not that of each adapter
-_RATE_CHANGED_SHARE = 0.5  # of the children: the others tell what the adapters alone change
-_ALLOCATION_CHANGED_SHARE = 0.25  # of the children, where a space has any
-_RATE_SPREAD = 0.4  # of the logarithm: a factor of 1.5
+# Shares of the children. Where nothing says which of two is better, they are even.
+_SECOND_MOVE_SHARE = 0.5  # one move alone seldom leaves a local optimum
+_CROSSED_SHARE = 0.25  # of those made in parameters, as in sites, where crossing is one of four moves
+_SUM_KEPT_SHARE = 0.5  # they keep the summed learning rate, not that of each adapter
+_RATE_CHANGED_SHARE = 0.5  # the others tell what the adapters alone change
+_ALLOCATION_CHANGED_SHARE = 0.25  # as one of four moves, where a space has any
+_LEAST_ODDS = 0.5  # of the mean: a parent that is worth nothing is drawn a third as often as an average one
+_MOST_DROPPED = 4  # a quarter of a parent's adapters: two moves leave half of them or more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class Mutator(ABC):
         """
         adapted = {parent: share for parent, share in parents.items() if parent.adapters} or parents
         mean = sum(adapted.values()) / len(adapted)
-        weights = [share + mean / 2 + 1e-12 for share in adapted.values()]
+        weights = [share + _LEAST_ODDS * mean + 1e-12 for share in adapted.values()]
         parent, other = generator.choices(list(adapted), weights, k=2)
         adapters = self.changed(parent, other, generator)
         count = sum(len(several) for several in adapters.values())
@@ -51,7 +57,7 @@ class Mutator(ABC):
             rate = summed_learning_rate(parent) / count
         low, high = self.learning_rate
         if low < high and generator.random() < _RATE_CHANGED_SHARE:
-            rate *= math.exp(generator.gauss(0, _RATE_SPREAD))
+            rate *= math.exp(generator.gauss(0, RATE_SPREAD))
         allocation = parent.allocation
         if self.allocations and generator.random() < _ALLOCATION_CHANGED_SHARE:
             allocation = generator.choice((None, *self.allocations))
@@ -131,7 +137,7 @@ class SiteMutator(Mutator):
         order = sorted((site for site in self.choices if site in adapters), key=self.values.__getitem__)
         if what == "anywhere":
             generator.shuffle(order)
-        count = generator.randint(1, max(1, len(order) // 4))
+        count = generator.randint(1, max(1, len(order) // _MOST_DROPPED))
         return {site: adapters[site] for site in order[count:]}
 
     def _add(self, adapters: Adapters, generator: random.Random) -> Adapters:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autopeft.core.adapter import Adapter, Site
+from autopeft.core.method_specs import method_spec
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.method_choice import MethodChoice
@@ -14,7 +15,8 @@ from autopeft.sensitivity import SiteScores
 from autopeft.sensitivity.allocation import ALLOCATORS, RankBudget
 
 _FFN = "ffn"
-_LORA = MethodChoice(method="lora", sizes=range(1, 65))
+_LOWEST, _HIGHEST = method_spec("lora").sizes
+_LORA = MethodChoice(method="lora", sizes=range(_LOWEST, _HIGHEST + 1))
 SCORES_WITH_SPECTRA = ("gradient_spectrum", "explained_variance")
 """Scores that say what each rank of an adapter adds, which some allocators read."""
 

@@ -13,18 +13,21 @@ from autopeft.models.backbone import Backbone
 from autopeft.optimization.gaussian_process import Array
 from autopeft.search_spaces import SearchSpace
 from autopeft.search_spaces.learning_rates import (
+    RATE_SPREAD,
     learning_rate_at,
+    learning_rate_bounds,
     readable_learning_rate,
     summed_learning_rate,
 )
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.mutation import Mutator
 
-_DRAWN_CANDIDATES = 32  # of a pool: what is unlike the front is seldom best, but is not to be missed
-_MUTATED_CANDIDATES = 128  # of a pool: most of what is best is near the front
-_RATE_SPREAD = 0.5  # of the logarithm, a factor of 1.6: near what is good, and yet tells rates apart
+# Of a pool, which is predicted in some tenths of a second (`benchmarks/overhead.py`): most of what is best is
+# near the front, what is unlike it is not to be missed. Chosen on MiniLM alone (questions, spam).
+_DRAWN_CANDIDATES = 32
+_MUTATED_CANDIDATES = 128
 _ROUNDS = 3  # so that what is found is some moves away from what is known
-_PARENTS_A_ROUND = 8  # several, as the best alone would lead to one local optimum
+_PARENTS_A_ROUND = 8  # about as many as in SMAC, ten: the best alone would lead to one local optimum
 _CHILDREN_A_ROUND = 48  # three rounds predict fewer candidates than the pool they begin from
 
 
@@ -32,7 +35,7 @@ class Candidates:
     """What one trial may try, as its generator decides.
 
     Configurations of the front come with what they add to the hypervolume; for the rates of earlier searches
-    see `History`.
+    and cuts see `History`.
     """
 
     def __init__(
@@ -42,17 +45,18 @@ class Candidates:
         front: Mapping[Configuration, float],
         generator: random.Random,
         earlier_rates: Mapping[str, float],
+        cuts: Sequence[Configuration] = (),
     ) -> None:
         self._space, self._backbone, self._generator = space, backbone, generator
+        self._cuts = [space.nearest(cut, backbone) for cut in cuts]
         self._front = front
         self._mutator = space.mutator(backbone)
-        rate = space.learning_rate
-        self._rates = (
-            None if isinstance(rate, float) else LearningRatePrior(front, backbone, rate, earlier_rates)
-        )
+        rates = learning_rate_bounds(space.learning_rate)
+        is_fixed = rates[0] == rates[1]
+        self._rates = None if is_fixed else LearningRatePrior(front, backbone, rates, earlier_rates)
 
     def pool(self, worth: Callable[[Sequence[Configuration]], Array]) -> list[Configuration]:
-        """Return drawn points, points near the front, and what a local search leads to from these.
+        """Return drawn points, points near the front, cuts, and what a local search leads to from these.
 
         Each of the former stands there with two learning rates, its own and one of a sum near what the front
         has. The head alone is not among them: it is a baseline, and would often be tried again for the noise
@@ -60,7 +64,7 @@ class Candidates:
         """
         found = [self._space.draw(self._generator, self._backbone) for _ in range(_DRAWN_CANDIDATES)]
         found += [self._mutator(self._front, self._generator) for _ in range(_MUTATED_CANDIDATES)]
-        found = [candidate for candidate in found if candidate.adapters]
+        found = [candidate for candidate in [*found, *self._cuts] if candidate.adapters]
         found += [] if self._rates is None else self._with_near_rates(found)
         return found + (local_search(found, worth, self._mutator, self._generator) if found else [])
 
@@ -141,7 +145,7 @@ class LearningRatePrior:
             size = self._size(configuration)
             _, summed = min(self._known, key=lambda known: abs(known[0] - size))
             rate = summed / max(1, len(configuration))
-        return readable_learning_rate(rate * math.exp(generator.gauss(0, _RATE_SPREAD)), *self._bounds)
+        return readable_learning_rate(rate * math.exp(generator.gauss(0, RATE_SPREAD)), *self._bounds)
 
 
 def local_search(

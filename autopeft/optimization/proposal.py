@@ -32,6 +32,8 @@ class History:
     axes: Sequence[Axis]
     # Configurations of the front, each with what it adds to the hypervolume.
     front: Mapping[Configuration, float] = field(default_factory=dict)
+    # What is left of trials that were cut to points of the front: structures to train from scratch.
+    cuts: Sequence[Configuration] = ()
     constraints: Sequence[Constraint] = ()  # bounds on what is exact before training
     # How many trainings the values of each trial are the means of; one each where empty.
     trainings: Sequence[int] = ()

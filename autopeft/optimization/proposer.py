@@ -110,9 +110,10 @@ class Proposer:
             configuration=configuration, params=params, distributions=distributions, baseline=baseline
         )
 
-    def _history(self, records: Sequence[TrialRecord], pending: Sequence[Configuration]) -> History:
+    def _history(self, known: TrialRecords, pending: Sequence[Configuration]) -> History:
         """Return every trial with the values known of it; a failed training has the worst of the metrics."""
-        records = [_at_end(record) for record in records]
+        cuts = [point.evaluation.configuration for point in known.front() if point.derived_from is not None]
+        records = [_at_end(record) for record in known]
         forecast = None if self.forecast is None else self.forecast(records)
         worst = {axis.objective.name: axis.worst for axis in self.axes if not axis.objective.before_training}
         names = [objective.name for objective in self.objectives]
@@ -131,6 +132,7 @@ class Proposer:
             trials=[*trials, *((configuration, {}) for configuration in pending)],
             axes=self.axes,
             front={member.configuration: share for member, share in zip(members, shares, strict=True)},
+            cuts=cuts,
             constraints=self.constraints,
             trainings=[*(evaluation.trainings for evaluation in evaluations), *(1 for _ in pending)],
             earlier_rates=self.prior.rates,

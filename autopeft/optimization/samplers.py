@@ -15,8 +15,7 @@ from autopeft.core.errors import unknown_choice
 from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.proposal import HistorySampler, Sampler
 
-_STARTUP_TRIALS = 10
-_POPULATION = 20
+_POPULATION = 20  # Optuna's 50 would leave a search of 60 trials one generation; this leaves it three
 
 
 def _botorch(*, seed: int) -> BaseSampler:
@@ -26,16 +25,16 @@ def _botorch(*, seed: int) -> BaseSampler:
         raise ValueError(
             "The sampler 'botorch' needs the extra autopeft[botorch] (optuna-integration, botorch)."
         ) from error
-    sampler: BaseSampler = BoTorchSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
+    sampler: BaseSampler = BoTorchSampler(seed=seed)
     return sampler
 
 
 SAMPLERS: Mapping[str, Callable[..., BaseSampler]] = {
-    "tpe": partial(TPESampler, multivariate=True, n_startup_trials=_STARTUP_TRIALS),
+    "tpe": partial(TPESampler, multivariate=True),
     "nsga2": partial(NSGAIISampler, population_size=_POPULATION),
     "nsga3": partial(NSGAIIISampler, population_size=_POPULATION),
     "random": RandomSampler,
-    "gp": partial(GPSampler, n_startup_trials=_STARTUP_TRIALS),
+    "gp": GPSampler,
     "botorch": _botorch,
 }
 """By name, what makes an Optuna sampler from `seed=`; NSGA-II and NSGA-III suit 60 trials or more."""

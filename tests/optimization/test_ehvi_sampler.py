@@ -41,7 +41,11 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "guided-mixed": MIXED,
         "per-layer": PerLayer(learning_rate=RATE),
         "per-layer-groups": PerLayer(
-            methods=("lora", "ia3"), groups=1, sizes={"rank": (3, 20)}, encoding="conditional"
+            methods=("lora", "ia3"),
+            groups=1,
+            sizes={"rank": (3, 20)},
+            learning_rate=RATE,
+            encoding="conditional",
         ),
         "uniform": Uniform(methods=("lora", "ia3"), learning_rate=RATE),
         "paper": AutoPEFTPaper(learning_rate=RATE),

@@ -8,8 +8,9 @@ from typing import Any
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
+from autopeft.core.pareto import fixed_axes
 from autopeft.optimization.ehvi_sampler import EhviSampler
-from autopeft.optimization.proposal import nothing_is_served
+from autopeft.optimization.proposal import History, nothing_is_served
 from autopeft.optimization.proposer import Proposer
 from autopeft.optimization.trial_records import TrialRecords
 from autopeft.search_spaces import Baseline, PerLayer
@@ -18,7 +19,7 @@ from tests.records import OBJECTIVES
 from tests.tiny_models import tiny_backbone
 
 BACKBONE = tiny_backbone("bert")
-SPACE = PerLayer(methods=("lora",), sizes={"rank": (1, 8)})
+SPACE = PerLayer(methods=("lora",), sizes={"rank": (1, 8)}, learning_rate=(3e-4, 1e-2))
 STANDING = SPACE.baselines(BACKBONE)[:3]
 EARLIER = tuple(
     Baseline(
@@ -85,6 +86,31 @@ def test_what_is_bad_takes_a_tenth_of_the_steps() -> None:
     for end in range(4, len(names)):
         steps = [10 if name in EARLIER_NAMES else 30 for name in names[:end]]
         assert sum(step for step in steps if step == 10) <= 0.1 * sum(steps) + 10
+
+
+def test_the_sampler_is_told_what_is_left_of_cuts_on_the_front() -> None:
+    told: list[History] = []
+
+    class Watching(EhviSampler):
+        def choose(self, *arguments: Any) -> Configuration:
+            told.append(arguments[-1])
+            return SPACE.point()
+
+    def evaluation(rank: int, *, accuracy: float, derived: tuple[Evaluation, ...] = ()) -> Evaluation:
+        values = {"accuracy": accuracy, "trainable_parameters": float(rank), "peak_memory": 1.0}
+        point = SPACE.point({Site(0, "value"): Adapter("lora", rank)})
+        return Evaluation(
+            configuration=point, status="complete", values=values, cost=Cost(steps=1), derived=derived
+        )
+
+    good, bad = (evaluation(rank, accuracy=accuracy) for rank, accuracy in ((4, 0.8), (7, 0.1)))
+    record = TrialRecord(number=0, evaluation=evaluation(8, accuracy=0.9, derived=(good, bad)))
+    ends = [{"trainable_parameters": parameters, "peak_memory": parameters} for parameters in (1.0, 9.0)]
+    axes = fixed_axes(OBJECTIVES, {"accuracy": (0.0, 1.0)}, ends)
+    asked = proposer(sampler=Watching(), baselines=(), prior=Prior(), axes=axes)
+    asked.propose(1, known([record]))
+    assert told[0].cuts == [good.configuration]
+    assert [configuration for configuration, _ in told[0].trials] == [record.evaluation.configuration]
 
 
 def test_one_is_tried_at_a_time_and_duplicates_cost_nothing() -> None:

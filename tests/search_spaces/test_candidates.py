@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.optimization.candidates import local_search
+from autopeft.optimization.candidates import Candidates, local_search
 from autopeft.optimization.gaussian_process import Array
-from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided
+from autopeft.search_spaces import AutoPEFTPaper, PerLayer, ScoreGuided, SearchSpace
 from autopeft.search_spaces.learning_rates import summed_learning_rate
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.search_spaces.mutation import SiteMutator
@@ -91,10 +91,39 @@ def test_half_the_children_keep_the_summed_learning_rate() -> None:
     assert sorted(child.learning_rate for child in adapted)[len(adapted) // 4] > 5e-3, "nothing to sum over"
 
 
+def test_smallest_adapters_in_the_mlps_and_everywhere_are_baselines_at_the_published_rate() -> None:
+    in_mlps, everywhere = (baseline.configuration for baseline in SPACE.baselines(BACKBONE)[-2:])
+    assert {site.role for site in in_mlps.adapters} == {"ffn_up", "ffn_down"}
+    assert everywhere.adapters.keys() == SPACE.choices(BACKBONE).keys()
+    assert {adapter.size for _, adapter in everywhere} == {1}
+    assert in_mlps.learning_rate == everywhere.learning_rate == SPACE.point().learning_rate
+
+
+def test_what_is_left_of_a_cut_is_a_candidate_with_its_rate_and_one_near_the_fronts() -> None:
+    cut = Configuration(
+        {Site(1, "query"): Adapter("lora", 3), Site(1, "ffn_up"): Adapter("lora", 1)}, learning_rate=2e-3
+    )
+    front = {baseline.configuration: 0.1 for baseline in SPACE.baselines(BACKBONE)[1:3]}
+
+    def pool(space: SearchSpace, cuts: Sequence[Configuration]) -> list[Configuration]:
+        found = Candidates(space, BACKBONE, front, random.Random(0), {}, cuts)
+        return found.pool(lambda candidates: np.zeros(len(candidates)))
+
+    with_cut = pool(SPACE, [cut])
+    assert cut in with_cut
+    rates = [candidate.learning_rate for candidate in with_cut if candidate.adapters == cut.adapters]
+    assert len(set(rates)) > 1
+    assert cut not in pool(SPACE, [])
+    ladder = PerLayer(methods=("lora",), sizes={"rank": (1, 16)}, learning_rate=(1e-4, 1e-2))
+    near = ladder.nearest(cut, BACKBONE)
+    assert near != cut
+    assert near in pool(ladder, [cut]), "of other sizes the nearest point of the space"
+
+
 def test_rungs_spare_all_baselines_but_the_larger_one_at_the_higher_rate() -> None:
     baselines = SPACE.baselines(BACKBONE)
-    assert [baseline.is_trained_whole for baseline in baselines] == [True, True, True, False]
-    lower, higher = (baseline.configuration for baseline in baselines[-2:])
+    assert [baseline.is_trained_whole for baseline in baselines] == [True] * 3 + [False] * 3
+    lower, higher = (baseline.configuration for baseline in baselines[2:4])
     assert lower.adapters == higher.adapters
     assert lower.learning_rate < higher.learning_rate
 

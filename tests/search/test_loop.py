@@ -337,9 +337,8 @@ def test_a_tracker_that_does_not_start_leaves_the_search_closed(
 
 def test_adapter_parameters_can_be_an_objective(tmp_path: Path) -> None:
     objectives = ("accuracy", "adapter_parameters")
-    search = tiny_search(
-        tmp_path, objectives=objectives, space=ScoreGuided(sizes={"rank": (1, 4)}), sampler="ehvi"
-    )
+    space = ScoreGuided(sizes={"rank": (1, 4)}, learning_rate=(3e-4, 1e-2))
+    search = tiny_search(tmp_path, objectives=objectives, space=space, sampler="ehvi")
     front = search.run(trials=6, progress=False)
     head = search.open().backbone.head_parameters
     for record in front.records:

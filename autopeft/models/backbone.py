@@ -23,9 +23,9 @@ from autopeft.core.precision import Precision, autocast
 from autopeft.core.tables import as_text, titled_table
 from autopeft.models.block_discovery import find_blocks
 from autopeft.models.cached_casts import CachedCasts
+from autopeft.models.head_layers import last_layer, output_layer
 from autopeft.models.head_spec import HeadPart, HeadSpec, Processor
 from autopeft.models.loading import LoadOptions, empty_model, head_modules, load_model
-from autopeft.models.output_layer import output_layer
 from autopeft.models.quantized_layers import keep_as_loaded
 from autopeft.models.site_shapes import SiteShape, all_sites
 from autopeft.models.spread import devices_of, keep_spread
@@ -159,21 +159,7 @@ class Backbone:
             self.head = (output_layer(self.model, self._task_head, self.quantized),)
         self.trained_head = self.head
         if part == "last":
-            labels = getattr(self.model.config, "num_labels", None)
-            layers = [
-                name
-                for head in self.head
-                for name, module in self.model.get_submodule(head).named_modules(prefix=head)
-                if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-                and len(weight) == labels
-            ]
-            if not layers:
-                other = "whole" if self.head else "pretrained"
-                raise ValueError(
-                    f"head='last' needs a trained head with a layer of {labels} outputs, which "
-                    f"{type(self.model).__name__} does not have here: use head={other!r}."
-                )
-            self.trained_head = (layers[-1],)
+            self.trained_head = (last_layer(self.model, self.head),)
         trained = map(self.model.get_submodule, self.trained_head)
         parameters = {parameter for module in trained for parameter in module.parameters()}
         self.head_parameters = sum(parameter.numel() for parameter in parameters)

@@ -1,9 +1,10 @@
-"""The output layer that a language model came with, which stays frozen unless it is asked for."""
+"""Which layers of a head are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -37,3 +38,25 @@ def output_layer(model: PreTrainedModel, head: Sequence[str], packed: Container[
     else:
         return name
     raise ValueError(f"head='pretrained' trains a language model's own output layer: {why}.")
+
+
+def last_layer(model: PreTrainedModel, head: Sequence[str]) -> str:
+    """Return the name of the layer of a task's head that has an output a label.
+
+    Raises:
+        ValueError: There is none.
+    """
+    labels = getattr(model.config, "num_labels", None)
+    layers = [
+        name
+        for part in head
+        for name, module in model.get_submodule(part).named_modules(prefix=part)
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and len(weight) == labels
+    ]
+    if not layers:
+        other = "whole" if head else "pretrained"
+        raise ValueError(
+            f"head='last' needs a trained head with a layer of {labels} outputs, which "
+            f"{type(model).__name__} does not have here: use head={other!r}."
+        )
+    return layers[-1]

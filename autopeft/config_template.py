@@ -73,7 +73,8 @@ def write_template(to: Path, model: str, data: str, task: str | None = None) -> 
     found.validate()
     Backbone.without_weights(model, found.head, dtype=torch.float32)  # raises where it is not for the task
     if isinstance(found, CausalLM | PreferenceOptimization):
-        found.reader(load_processor(model, found.head.processor_class))  # raises where chats need a template
+        tokenizer: Any = load_processor(model, found.head.processor_class)
+        found.reader(tokenizer)  # raises where chats need a template
     settings = {"type": type(found).__name__, "dataset": data, **columns}
     text = _TEMPLATE.format(
         to=to,

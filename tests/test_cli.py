@@ -15,7 +15,7 @@ import yaml
 from optuna.samplers import RandomSampler
 from typer.testing import CliRunner, Result
 
-from autopeft import RayExecutor, Search
+from autopeft import Search
 from autopeft.callbacks import Throughput
 from autopeft.cli import app, main
 from autopeft.core.configuration import Configuration
@@ -190,48 +190,6 @@ def test_an_interrupted_search_exits_with_130(
             assert result.exit_code == 130, result.output
             assert "Interrupted" in result.output
     assert call(*command, "run.trials=2").exit_code == 0
-
-
-@pytest.mark.parametrize("stored", [{}, {"executor": "local"}, {"executor": {"cpus_per_worker": 1}}])
-@pytest.mark.parametrize(
-    ("given", "address"), [("local", None), ("auto", "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")]
-)
-def test_ray_makes_the_executor(
-    stored: dict[str, Any],
-    given: str,
-    address: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    executors: list[Any] = []
-    monkeypatch.setattr(Search, "validate", lambda self: None)
-    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(settings_of(tmp_path) | stored))
-    result = call("search", tmp_path / "search.yaml", "executor.workers=2", "--ray", given)
-    assert result.exit_code == 0, result.output
-    assert executors == [RayExecutor(workers=2, address=address)]
-
-
-def test_ray_takes_the_place_of_another_executor_with_its_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    executors: list[Any] = []
-    monkeypatch.setattr(Search, "validate", lambda self: None)
-    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
-    path = tmp_path / "search.yaml"
-    for stored in ({"type": "PackedExecutor", "size": 8}, {"type": "RayExecutor", "workers": 3}):
-        path.write_text(yaml.safe_dump(settings_of(tmp_path) | {"executor": stored}))
-        assert call("search", path, "--ray", "auto").exit_code == 0
-    assert executors == [RayExecutor(address="auto"), RayExecutor(workers=3, address="auto")]
-
-
-def test_ray_needs_no_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executors: list[Any] = []
-    monkeypatch.setattr(Search, "validate", lambda self: None)
-    monkeypatch.setattr(Search, "run", lambda self, **_: executors.append(self.executor))
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(settings_of(tmp_path)))
-    assert call("search", tmp_path / "search.yaml", "--ray", "auto").exit_code == 0
-    assert executors == [RayExecutor(address="auto")]
 
 
 def test_a_budget_of_words_is_refused(place: Path) -> None:

@@ -47,7 +47,7 @@ def last_layer(model: PreTrainedModel, head: Sequence[str]) -> str:
         ValueError: There is none.
     """
     labels = getattr(model.config, "num_labels", None)
-    layers = [
+    layers: list[str] = [
         name
         for part in head
         for name, module in model.get_submodule(part).named_modules(prefix=part)

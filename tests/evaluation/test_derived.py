@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -95,9 +96,11 @@ def test_nothing_is_lost_where_nothing_is_cut(evaluator: Evaluator, state: dict[
     torch.testing.assert_close(cut_state(MIXED, state, MIXED), cut_state(MIXED, state, MIXED), rtol=0, atol=0)
 
 
-def trained(state: dict[str, Tensor], seed: int = 7, **values: float) -> Trained:
+def trained(state: dict[str, Tensor], seed: int = 7, values: Mapping[str, float] | None = None) -> Trained:
     known = {"accuracy": 0.9, "trainable_parameters": 2000.0, "peak_memory": 1e6, "training_seconds": 3.0}
-    evaluation = Evaluation(configuration=MIXED, status="complete", values=known | values, seed=seed)
+    evaluation = Evaluation(
+        configuration=MIXED, status="complete", values={**known, **(values or {})}, seed=seed
+    )
     return Trained(evaluation, state)
 
 
@@ -152,7 +155,7 @@ def test_a_cut_may_be_smaller_in_any_exact_size(
     monkeypatch.setattr(evaluator, "needed", frozenset(("accuracy", size)))
     with attach(evaluator.backbone, MIXED) as attachment:
         whole = evaluator.sizes(attachment)
-    cuts = derive(evaluator, trained(state, **whole), ())[1:]
+    cuts = derive(evaluator, trained(state, values=whole), ())[1:]
     assert cuts
     assert all(cut.evaluation.values[size] < whole[size] for cut in cuts)
 
@@ -163,7 +166,7 @@ def test_another_training_is_cut_to_the_same_configurations(
     first = derive(evaluator, trained(state), ())
     other = {name: tensor.flip(0) for name, tensor in state.items()}
     cuts = [cut.evaluation.configuration for cut in first[1:]]
-    again = derive_again(evaluator, trained(other, seed=8, accuracy=0.7), cuts)
+    again = derive_again(evaluator, trained(other, seed=8, values={"accuracy": 0.7}), cuts)
     assert [cut.evaluation.configuration for cut in again[1:]] == cuts
     replicate = again[0].evaluation
     whole = with_replicate(first[0].evaluation, replicate, {"accuracy": 0.1})

@@ -30,8 +30,9 @@ from autopeft.optimization.samplers import make_sampler
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.trial_records import Spent
 from autopeft.search_spaces import AutoPEFTPaper, PerLayer, SearchSpace, Uniform
+from autopeft.search_spaces.uniform import PLACES
 from autopeft.training.compute_meter import ComputeMeter
-from benchmarks.uniform_lora import PLACES, uniform
+from benchmarks.uniform_lora import uniform
 from benchmarks.yardstick.runs import Outcome, RunLog, seconds_of
 from benchmarks.yardstick.tasks import FrontTask
 

@@ -83,6 +83,9 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
         "uniform-several": Uniform(
             methods=("lora", "prefix", "ia3"), sizes={"rank": (3, 9)}, learning_rate=1e-3
         ),
+        "uniform-places": Uniform(
+            methods=("lora", "series"), places=("all", "query and value", "top half", "MLP")
+        ),
         "uniform-allocations": Uniform(methods=("lora", "adalora"), allocations=("adalora", "ist")),
         "paper": AutoPEFTPaper(),
         "paper-learning-rate": AutoPEFTPaper(learning_rate=(1e-5, 1e-2)),
@@ -142,6 +145,11 @@ TINY: Mapping[str, SearchSpace] = MappingProxyType(
         ),
         "uniform": Uniform(
             methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (2, 3)}, learning_rate=1e-3
+        ),
+        "uniform-places": Uniform(
+            methods=("lora", "prefix"),
+            places=("all", "query and value", "top half", "MLP"),
+            learning_rate=1e-3,
         ),
     }
 )

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import Uniform
-from tests.tiny_models import tiny_backbone
+from tests.tiny_models import tiny_backbone, tiny_model
 
 BERT = tiny_backbone("bert")
+PLACES = ("all", "query and value", "top half", "MLP")
 
 
 def test_one_adapter_sits_on_every_site_that_can_take_it() -> None:
@@ -93,3 +96,67 @@ def test_description() -> None:
         "Uniform: one of lora(4), lora(8) everywhere",
         "learning rate fixed at 0.002",
     ]
+
+
+def headless(architecture: str) -> Backbone:
+    return Backbone(tiny_model(architecture), None, name=f"tiny-{architecture}", head=())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "query_and_value", "mlp"),
+    [
+        ("bert", {"query", "value"}, {"ffn_up", "ffn_down"}),
+        ("llama", {"query", "value"}, {"ffn_gate", "ffn_up", "ffn_down"}),
+        ("gpt2", {"qkv"}, {"ffn_up", "ffn_down"}),
+        ("vit", {"query", "value"}, {"ffn_up", "ffn_down"}),
+        ("mamba", None, None),
+    ],
+)
+def test_places_are_those_that_a_model_has(
+    architecture: str, query_and_value: set[str] | None, mlp: set[str] | None
+) -> None:
+    backbone = headless(architecture)
+    space = Uniform(sizes={"rank": (2, 2)}, places=PLACES)
+    sites = {
+        place: {site for slot in slots for site in slot.sites}
+        for place, slots in space.places_of("lora", backbone).items()
+    }
+    linear = {site for site, shape in backbone.sites.items() if shape.kind == "linear"}
+    expected = {
+        "all": linear,
+        "query and value": {site for site in linear if site.role in (query_and_value or ())},
+        "top half": {site for site in linear if site.block == 1},
+        "MLP": {site for site in linear if site.role in (mlp or ())},
+    }
+    assert sites == {place: there for place, there in expected.items() if there}
+    assert space.count(backbone) == len(sites)
+    found = {space.draw(random.Random(seed), backbone) for seed in range(40)}
+    assert {frozenset(point.adapters) for point in found} == {*map(frozenset, sites.values())}
+
+
+def test_places_are_tried_in_turn_and_named() -> None:
+    space = Uniform(sizes={"rank": (1, 8)}, places=PLACES)
+    baselines = space.baselines(BERT)
+    assert [baseline.name for baseline in baselines[:5]] == [
+        "lora(1) everywhere",
+        "lora(1) on query and value",
+        "lora(4) everywhere",
+        "lora(1) on top half",
+        "lora(4) on query and value",
+    ]
+    assert len(baselines) == 3 * 4
+    text = space.describe(BERT)
+    assert "lora(8) everywhere, on query and value, on top half, on MLP" in text
+    smallest, _ = space.extremes(BERT)
+    assert space.name_of(smallest, BERT) == "lora(1) on query and value"
+
+
+def test_a_space_of_one_place_is_the_one_it_was() -> None:
+    assert {*Uniform().encode(Uniform().extremes(BERT)[0], BERT)} == {"method", "lora.size", "learning_rate"}
+
+
+def test_a_place_must_be_one_and_have_a_site() -> None:
+    with pytest.raises(ValueError, match=r"Unknown place 'mlp'.*did you mean 'MLP'"):
+        Uniform(places=("mlp",))
+    with pytest.raises(ValueError, match="'lora' has no site in query and value, MLP of tiny-mamba"):
+        Uniform(places=("query and value", "MLP")).validate(headless("mamba"))

@@ -53,6 +53,12 @@ class SearchRun:
         retry_failed: bool = False,
     ) -> None:
         evaluator = opened.evaluator
+        trains_here = getattr(settings.executor, "trains_here", True)
+        if budget.gpu_seconds is not None and trains_here and evaluator.device.type != "cuda":
+            raise ValueError(
+                f"gpu_seconds is given, but trials are trained on the {evaluator.device}, which takes none: "
+                "give cpu_seconds or hours."
+            )
         self.opened, self.evaluator, self.axes, self.study = opened, evaluator, opened.axes, study
         self.budget, self.export, self.settings = budget, export, settings
         keep_fronts(opened.prior.fronts, study.folder)

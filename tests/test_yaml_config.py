@@ -282,12 +282,6 @@ def test_one_text_is_a_list_of_one_and_a_whole_number_is_a_number() -> None:
     assert space == PerLayer(methods=("lora",), learning_rate=1.0)
 
 
-def test_gpu_seconds_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="gpu_seconds is given, but torch sees no CUDA device"):
-        build_config(changed("run", {"gpu_seconds": 5}))
-
-
 @pytest.mark.parametrize("missing", ["backbone", "task"])
 def test_what_is_needed_is_named(missing: str) -> None:
     settings = {key: value for key, value in SETTINGS.items() if key != missing}

@@ -49,6 +49,7 @@ ExecutorFactory = Callable[[TrialRunner], Executor]
 """Makes an executor from what runs a job in this process.
 
 Where its attribute `alters_trials` is False, a search that was begun with another executor may go on with it.
+Where `trains_here` is False, GPU-seconds may be a budget although this process has no GPU.
 """
 
 

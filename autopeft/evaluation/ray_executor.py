@@ -58,6 +58,7 @@ class RayExecutor:
     cpus_per_worker: int = 1
     address: str | None = None
     alters_trials: ClassVar[bool] = False  # a search goes on with another number of workers, or without
+    trains_here: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.workers is not None:

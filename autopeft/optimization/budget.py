@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-import torch
-
 from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.optimization.trial_records import Spent
@@ -39,8 +37,6 @@ class Budget:
         check_numbers(above=0, **self.bounds)
         if self.trials is not None and not float(self.trials).is_integer():
             raise ValueError(f"trials must be a whole number, got {self.trials!r}.")
-        if self.gpu_seconds is not None and not torch.cuda.is_available():
-            raise ValueError("gpu_seconds is given, but torch sees no CUDA device.")
 
     def less(self, share: float) -> Self:
         """Return what is left of hours and seconds when a share of them is kept for a verdict.

@@ -290,7 +290,7 @@ def register(
 @app.command()
 def verdict(
     share: Annotated[float, typer.Option(help="Compute of the sweep, of what the search took.")] = 1.0,
-    seeds: Annotated[int, typer.Option(help="Fresh trainings of each point.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh trainings of each point, 3 or more.")] = 3,
     folder: Folder = Path("autopeft_runs"),
     name: Name = None,
 ) -> None:

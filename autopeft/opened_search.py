@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 
 from autopeft.core.cache_folder import cache_folder
 from autopeft.core.configuration import Configuration
+from autopeft.core.errors import NoCandidateError
 from autopeft.core.pareto import Axis, fixed_axes
 from autopeft.core.profiling import section, whole_section
 from autopeft.evaluation.evaluator import Evaluator
@@ -62,7 +63,7 @@ class OpenSearch:
         """Find a constraint that no configuration can keep.
 
         Raises:
-            ValueError: Says by how much the closest breaks it.
+            NoCandidateError: Says by how much the closest breaks it.
         """
         constraints = self.evaluator.constraints
         if not constraints:
@@ -74,7 +75,7 @@ class OpenSearch:
         for constraint in constraints:
             closest = min(values, key=constraint.violation)
             if constraint.violation(closest) > 0:
-                raise ValueError(
+                raise NoCandidateError(
                     "No candidate can keep the constraint: the closest of the space's smallest configuration "
                     f"and its baselines already has {constraint.describe(closest)}."
                 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autopeft.core.errors import check_numbers, check_whole, checked_names
+from autopeft.core.errors import checked_names
 from autopeft.core.export_report import ExportReport
 from autopeft.core.profiling import Profile
 from autopeft.evaluation.derived import measured_cut
@@ -23,8 +23,6 @@ from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
-from autopeft.optimization.trial_records import Spent
-from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
@@ -34,7 +32,7 @@ from autopeft.search_document import save_document
 from autopeft.search_identity import SearchSettings
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
-from autopeft.search_verdict import FinalTests, reach_verdict, sweep_settings
+from autopeft.search_verdict import SEEDS, reach_verdict
 from autopeft.sensitivity import CHEAP_SCORES, SCORES
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 
@@ -190,8 +188,10 @@ class Search(SearchSettings):
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
         interrupted trial is run again, a search that is done returns its front at once.
 
-        With a `verdict`, that share of the hours or seconds is kept for the uniform sweep of the method of
-        this name, which is called at the end.
+        With a `verdict`, that share of the hours or seconds is kept for the method of this name, which is
+        called at the end: for the tests of both fronts what they take by the mean of the search's trainings,
+        half of the share at most, and for the uniform LoRA sweep the rest. Tests that take more than half
+        come on top.
 
         With `retry_failed` trials that have failed are tried again, each once, as after a mistake in a task
         was mended.
@@ -225,46 +225,32 @@ class Search(SearchSettings):
                 self.interrupted = run.interrupted
             if not verdict or self.interrupted:
                 return front
-            self.verdict(verdict / (1 - verdict), progress=progress)
+            try:
+                reach_verdict(self, Search, verdict / (1 - verdict), progress=progress, covers_tests=True)
+            except KeyboardInterrupt:
+                self.interrupted = True
             return self.front()
 
-    def verdict(self, share: float = 1.0, *, seeds: int = 3, progress: bool = True) -> Verdict:
+    def verdict(self, share: float = 1.0, *, seeds: int = SEEDS, progress: bool = True) -> Verdict:
         """Say whether the front beats a uniform LoRA sweep, on the test split and with an interval.
 
-        The sweep trains one LoRA on all linear modules, rank and learning rate chosen by TPE, as a search in
-        this one's folder. The points that add most to each front are then trained again with fresh seeds,
-        which takes further compute. The same call again goes on where it was stopped.
+        The sweep trains LoRA of one rank, chosen by TPE with its learning rate and its place: all linear
+        modules, those of the top half, the MLP alone, or query and value. It is a search in this one's
+        folder. The points without which each front would lose most hypervolume, and the head alone, are then
+        trained again with fresh seeds, which takes further compute. The same call again goes on where it was
+        stopped.
 
         Args:
-            share: Compute of the sweep, as a share of what the search took.
+            share: Compute of the sweep, as a share of what the search took, warm starts included.
             seeds: Fresh trainings of each point.
-            progress: Whether to print.
+            progress: Whether to print, a line for each fresh training.
 
         Raises:
-            ValueError: An argument is not valid, the front is empty, or no uniform LoRA is feasible.
+            ValueError: An argument is not valid, or the front is empty.
+            RuntimeError: The head alone cannot be trained, or all of the sweep fails alike.
+            KeyboardInterrupt: Ctrl-C; what was done is kept.
         """
-        check_numbers(above=0, share=share)
-        check_whole("seeds", seeds, what="a number of trainings", least=2)
-        front, opened, said = self.front(), self.open(), SearchProgress(enabled=progress)
-        front.best()  # raises where it is empty
-        spent = Spent.of(front.records).cost
-        device = "gpu_seconds" if spent.gpu_seconds else "cpu_seconds"
-        seconds = share * getattr(spent, device)
-        said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested.")
-        sweep = Search(**self.arguments() | sweep_settings(self, opened.backbone))
-        swept = sweep.run(progress=False, **{device: seconds})
-        warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
-        tests = FinalTests(opened.evaluator, warm_starts, self.folder / "tests.json", self.seed, seeds)
-        found = reach_verdict(front, swept, tests, share)
-        said.say(str(found))
-        with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
-            study.set_attribute("verdict", {"trials": len(study.records), "text": str(found)})
-            if isinstance(self.tracking, str):
-                from autopeft.reporting.mlflow.run_content import VERDICT_TAG
-                from autopeft.reporting.mlflow.store import tag_search
-
-                tag_search(self.tracking, self.experiment, study.study_id, VERDICT_TAG, str(found))
-        return found
+        return reach_verdict(self, Search, share, seeds=seeds, progress=progress)
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.

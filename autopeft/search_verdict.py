@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autopeft.core.configuration import Configuration
 from autopeft.core.durable_files import load_json, save_json
-from autopeft.core.evaluation import TrialRecord
+from autopeft.core.errors import NoCandidateError, check_numbers, check_whole
+from autopeft.core.evaluation import Cost, TrialRecord
+from autopeft.core.objectives import Objective
 from autopeft.core.pareto import thinned
 from autopeft.core.seeding import training_seed
 from autopeft.evaluation.derived import measured_cut
@@ -18,13 +22,74 @@ from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.resampled_test import DRAWS, resampled_test
 from autopeft.evaluation.warm_start import WarmStarts, initial_weights
 from autopeft.models.backbone import Backbone
+from autopeft.models.loading import LoadOptions
+from autopeft.optimization.study_store import StudyStore
+from autopeft.optimization.trial_records import Spent
+from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import FrontPoint, ParetoFront
-from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes
+from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes, state_of
 from autopeft.search_identity import SearchSettings, alters_trials
 from autopeft.search_spaces import Uniform
+from autopeft.search_spaces.uniform import PLACES
 
+if TYPE_CHECKING:
+    from autopeft.search import Search
+
+SEEDS = 3
+"""Fresh trainings of each point; of fewer, an interval says little."""
 _FINALISTS = 5
 _FRESH = 1000  # trainings beyond those that any trial has in a search
+_ENOUGH_TRAININGS = 3  # to say what one takes
+_SWEPT = Uniform(places=tuple(PLACES))
+_HEAD = "head alone"  # key of its record, where the search has none
+
+
+def reach_verdict(
+    search: Search,
+    make_search: Callable[..., Search],
+    share: float,
+    *,
+    seeds: int = SEEDS,
+    progress: bool = True,
+    covers_tests: bool = False,
+) -> Verdict:
+    """Return the verdict on a search, and keep it with its study and in MLflow; see `Search.verdict`.
+
+    Args:
+        search: What the verdict is on.
+        make_search: Makes the sweep.
+        share: Compute of the sweep, as a share of what the search took.
+        seeds: Fresh trainings of each point.
+        progress: Whether to print.
+        covers_tests: Whether the share is for the tests too, which then get half of it at most.
+    """
+    check_numbers(above=0, share=share)
+    check_whole("seeds", seeds, what="a number of trainings", least=SEEDS)
+    front, opened, said = search.front(), search.open(), SearchProgress(enabled=progress)
+    front.best()  # raises where it is empty
+    warm_starts = opened.warm_starts(search.warm_start, search.folder, trains=False)
+    spent = Spent.of(front.records).cost + (Cost() if warm_starts is None else warm_starts.cost)
+    device = "gpu_seconds" if spent.gpu_seconds else "cpu_seconds"
+    seconds, for_tests = share * getattr(spent, device), getattr(expected_tests(front, seeds), device)
+    if covers_tests:
+        seconds -= min(for_tests, seconds / 2)
+    about = f" in about {for_tests:.0f} {device}" if for_tests else ""
+    said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested{about}.")
+    sweep = make_search(**search.arguments() | sweep_settings(search, opened.backbone))
+    swept = _swept(sweep, **{device: seconds})
+    tests = FinalTests(
+        opened.evaluator, warm_starts, search.folder / "final_tests.json", search.seed, seeds, said.say
+    )
+    taken = 0.0 if swept is None else getattr(Spent.of(swept.records).cost, device) / getattr(spent, device)
+    found = _compared(front, swept, tests, opened.space.point(place=1.0), taken)
+    said.say(str(found))
+    with closing(StudyStore(search.folder, search.name, search.objectives, search.constraints)) as study:
+        study.set_attribute("verdict", {"state": state_of(front.records), "text": str(found)})
+        if isinstance(search.tracking, str):
+            from autopeft.reporting.mlflow.store import note_verdict
+
+            note_verdict(search.tracking, search.experiment, study.study_id, str(found))
+    return found
 
 
 def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, Any]:
@@ -32,19 +97,51 @@ def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, An
     rate = settings.space.learning_rate
     return {
         "backbone": backbone,
-        "space": Uniform() if isinstance(rate, float) else Uniform(learning_rate=rate),
+        **vars(LoadOptions()),  # it is loaded
+        "space": _SWEPT if isinstance(rate, float) else replace(_SWEPT, learning_rate=rate),
         "sampler": "tpe",
-        "name": "uniform",
+        "name": "sweep",
         "folder": settings.folder,
         "seeds": 1,
         "prior": (),
+        "baselines": True,
         "executor": "local" if alters_trials(settings.executor) else settings.executor,
         **dict.fromkeys(("halving", "tracking"), None),
         **dict.fromkeys(("derive", "score_check", "warm_start"), False),
     }
 
 
-@dataclass(frozen=True)
+def _swept(sweep: Search, **budget: Any) -> ParetoFront | None:
+    """Return a sweep's front; None where no uniform LoRA keeps the constraints, or none could be trained.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended the sweep.
+    """
+    try:
+        front = sweep.run(progress=False, **budget)
+    except NoCandidateError:
+        return None
+    if sweep.interrupted:
+        raise KeyboardInterrupt
+    return front if len(front) else None
+
+
+def expected_tests(front: ParetoFront, seeds: int) -> Cost:
+    """Return what testing a front and a sweep's takes, by a search's whole trainings; nothing for so few."""
+    whole = [
+        record.evaluation
+        for record in front.records
+        if record.evaluation.status == "complete"
+        and (record.duplicate_of, record.derived_from) == (None, None)
+    ]
+    trainings = sum(evaluation.trainings for evaluation in whole)
+    if trainings < _ENOUGH_TRAININGS:
+        return Cost()
+    points = len({point.record.trained for point in finalists(front)}) + _FINALISTS + 1
+    return Cost.total([evaluation.cost for evaluation in whole]).times(points * seeds / trainings)
+
+
+@dataclass
 class FinalTests:
     """Trains points again with fresh seeds and tests them; what is done is kept in a file."""
 
@@ -53,13 +150,17 @@ class FinalTests:
     path: Path
     seed: int
     seeds: int  # trainings of each point
+    say: Callable[[str], None]  # a line for each training
+    known: dict[str, Any] = field(init=False)  # what the file has
 
-    def of(self, front: ParetoFront, points: Sequence[FrontPoint]) -> list[FinalPoint]:
+    def __post_init__(self) -> None:
+        self.known = load_json(self.path) or {}
+
+    def of(self, front: ParetoFront, points: Sequence[FrontPoint], whose: str) -> list[FinalPoint]:
         """Return points of a front with their tests.
 
         Cuts of a trial are cut from its fresh trainings. What fails counts as the trivial score.
         """
-        known = load_json(self.path) or {}
         found: dict[int, list[list[float]]] = {point.number: [] for point in points}
         for place in range(self.seeds):
             for number in dict.fromkeys(point.record.trained for point in points):
@@ -68,12 +169,16 @@ class FinalTests:
                 seed = training_seed(self.seed, number, _FRESH + place)
                 key = f"{trial.evaluation.configuration.key} {seed}"
                 keys = {point.number: f"{key} {point.configuration.key}" for point in own}
-                if not known.keys() >= {*keys.values()}:
-                    tests = self._tests(trial, own, seed)
-                    known |= {keys[name]: values for name, values in tests.items()}
-                    save_json(self.path, known)
+                if not self.known.keys() >= {*keys.values()}:
+                    tests = self._tests(trial, own, seed, place)
+                    self._keep({keys[name]: values for name, values in tests.items()})
+                    scores = ", ".join(self.metric.format(values[0]) for values in tests.values())
+                    which = f"fresh training {place + 1} of {self.seeds}"
+                    self.say(
+                        f"{whose.format(number)}, {which}: {self.metric.name} {scores} on the test split"
+                    )
                 for name, kept in keys.items():
-                    found[name].append(known[kept])
+                    found[name].append(self.known[kept])
         costs = [objective.name for objective in front.objectives if not objective.is_metric]
         return [
             FinalPoint(
@@ -82,10 +187,42 @@ class FinalTests:
             for point in points
         ]
 
-    def _tests(self, trial: TrialRecord, points: Sequence[FrontPoint], seed: int) -> dict[int, list[float]]:
+    @property
+    def metric(self) -> Objective:
+        """What is tested."""
+        return self.evaluator.monitor
+
+    def head_alone(self, front: ParetoFront, configuration: Configuration) -> ParetoFront:
+        """Return a front's trial of the head alone, by itself; trained as `configuration` where it has none.
+
+        Raises:
+            RuntimeError: It cannot be trained.
+        """
+        tried = (
+            record
+            for record in front.records
+            if not len(record.evaluation.configuration) and record.evaluation.status == "complete"
+        )
+        record = next(tried, None)
+        if record is None:
+            if _HEAD not in self.known:
+                evaluation = self.evaluator.evaluate(configuration)
+                if evaluation.status != "complete":
+                    raise RuntimeError(f"The head alone could not be trained: {evaluation.reason}.")
+                self._keep({_HEAD: TrialRecord(number=-1, evaluation=evaluation).to_dict()})
+            record = TrialRecord.from_dict(self.known[_HEAD])
+        return ParetoFront([record], front.objectives, front.axes)
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        self.known.update(found)
+        save_json(self.path, self.known)
+
+    def _tests(
+        self, trial: TrialRecord, points: Sequence[FrontPoint], seed: int, place: int
+    ) -> dict[int, list[float]]:
         evaluator, evaluation = self.evaluator, trial.evaluation
-        worst = evaluator.task.trivial_score(evaluator.monitor.name, evaluator.data)
-        weights = initial_weights(self.warm_starts, evaluation)
+        worst = evaluator.task.trivial_score(self.metric.name, evaluator.data)
+        weights = initial_weights(self.warm_starts, evaluation, place)
         trained, tests = evaluator.train(evaluation.configuration, seed, initial_weights=weights), {}
         for point in points:
             outcome = trained
@@ -99,22 +236,29 @@ class FinalTests:
         return tests
 
 
-def reach_verdict(front: ParetoFront, sweep: ParetoFront, tests: FinalTests, share: float) -> Verdict:
+def _compared(
+    front: ParetoFront, swept: ParetoFront | None, tests: FinalTests, head: Configuration, share: float
+) -> Verdict:
     """Return the verdict on a search's front beside a sweep's, to which the head alone is added."""
-    metric, best = tests.evaluator.monitor, sweep.best()
-    heads = [
-        front.trial(record.number)
-        for record in front.records
-        if not len(record.evaluation.configuration) and record.evaluation.status == "complete"
-    ]
-    _, adapter = next(iter(best.configuration))
+    metric, backbone = tests.metric, tests.evaluator.backbone
+    heads = tests.head_alone(front, head)
+    name = "the head alone" if backbone.head else "the untrained model"
+    search = tests.of(front, finalists(front), "Trial {} of the search")
+    uniform = [] if swept is None else tests.of(swept, finalists(swept), "Trial {} of the sweep")
+    alone = tests.of(heads, heads, name.capitalize())
+    take = name
+    best = heads[0] if swept is None else swept.best()
+    if metric.is_better(best.values[metric.name], heads[0].values[metric.name]):
+        where = _SWEPT.name_of(best.configuration, backbone)
+        take = f"{where} at rate {best.configuration.learning_rate:.2g}, the sweep's {best}"
     return compare(
-        tests.of(front, finalists(front)),
-        [*tests.of(sweep, finalists(sweep)), *tests.of(front, heads[:1])],
-        joint_axes(front.axes, sweep.axes),
+        search,
+        [*uniform, *alone],
+        front.axes if swept is None else joint_axes(front.axes, swept.axes),
         metric,
+        head=f"{metric.name} {metric.format(float(alone[0].tests[:, 0].mean()))} of {name}",
         share=share,
-        take=f"{adapter} everywhere at rate {best.configuration.learning_rate:.2g}, the sweep's {best}",
+        take=take,
     )
 
 

@@ -14,6 +14,10 @@ from typing import Any
 _LONGEST = 200
 
 
+class NoCandidateError(ValueError):
+    """No candidate of a search can keep its constraints."""
+
+
 def shown(value: object) -> str:
     """Return a value as Python writes it, without its middle where that is long: files may hold anything."""
     text = repr(value)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from autopeft.core.configuration import Configuration
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.methods import attach
+from autopeft.tasks.base import Batch
 
+_logger = logging.getLogger(__name__)
 DRAWS = 100
 """Bootstrap samples of the test split."""
+FEWEST_BATCHES = 50
+"""That samples are drawn of, where there are as many rows: of few, a sample differs too little."""
 
 
 def resampled_test(
@@ -24,7 +30,8 @@ def resampled_test(
     The samples are the same for every model, so that differences between models can be taken. Batches stand
     for rows: of these a task's metrics cannot be computed one by one.
     """
-    loader, task, name = evaluator.data.test_dataloader(), evaluator.task, evaluator.monitor.name
+    loader, task = in_small_batches(evaluator.data.test_dataloader()), evaluator.task
+    name = evaluator.monitor.name
     count = len(loader)
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=DRAWS)
     samples = [task.metric_collection().to(evaluator.device) for _ in range(1 + DRAWS)]
@@ -41,3 +48,28 @@ def resampled_test(
                     for _ in range(times):
                         task.update_metrics(metrics, output, batch, loss)
             return [float(metrics.compute()[name]) for metrics in samples]
+
+
+def in_small_batches(loader: DataLoader[Batch]) -> DataLoader[Batch]:
+    """Return a loader of the same rows in `FEWEST_BATCHES` batches or more, or else one by one.
+
+    A loader that makes its own batches is returned as it is, and the log says so.
+    """
+    if len(loader) >= FEWEST_BATCHES:
+        return loader
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
+        _logger.warning(
+            "The test split comes in %d batches that cannot be made smaller: of so few the interval of a "
+            "verdict is too narrow.",
+            len(loader),
+        )
+        return loader
+    rows = [row for batch in loader.batch_sampler for row in batch]
+    size = max(1, len(rows) // FEWEST_BATCHES)
+    batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, hypervolume
 
@@ -37,14 +38,17 @@ class Verdict:
         search: Hypervolume of the search's front on the test split, means over fresh seeds.
         uniform: The same of the sweep's front and the head alone.
         margin: Half of the 95 % interval of the difference, by bootstrap over seeds and rows.
+        head: What the head alone has on the test split, in words.
         seeds: Fresh seeds that each point was trained with.
-        share: Compute of the sweep, as a share of what the search took.
-        take: The sweep's best, in words.
+        share: Compute of the sweep, as a share of what the search took; 0 where no uniform LoRA could be
+            trained within the constraints, so that the head alone stands for the sweep.
+        take: The best of the sweep and the head alone, in words.
     """
 
     search: float
     uniform: float
     margin: float
+    head: str
     seeds: int
     share: float
     take: str
@@ -56,9 +60,14 @@ class Verdict:
 
     def __str__(self) -> str:
         difference = f"{self.search - self.uniform:+.4f} ± {self.margin:.4f} hypervolume"
+        swept = (
+            f"a sweep of {self.share:.0%} of the search's compute"
+            if self.share
+            else "the head alone in its place, as no uniform LoRA could be trained within the constraints"
+        )
         told = (
-            f"on the test split ({self.search:.4f} against {self.uniform:.4f}, {self.seeds} fresh seeds, "
-            f"a sweep of {self.share:.0%} of the search's compute)"
+            f"on the test split ({self.search:.4f} against {self.uniform:.4f}; {self.head}; "
+            f"{self.seeds} fresh seeds, {swept})"
         )
         if self.beats:
             return f"The front beats a uniform LoRA sweep: {difference} {told}."
@@ -75,6 +84,7 @@ def compare(
     axes: Sequence[Axis],
     metric: Objective,
     *,
+    head: str,
     share: float,
     take: str,
 ) -> Verdict:
@@ -98,10 +108,18 @@ def compare(
         search=both[0][0],
         uniform=both[0][1],
         margin=_NORMAL_95 * float(np.std(differences, ddof=1)),
+        head=head,
         seeds=seeds,
         share=share,
         take=take,
     )
+
+
+def state_of(records: Sequence[TrialRecord]) -> list[int]:
+    """Return the trials, trainings and steps of a search: what a verdict was reached on."""
+    own = [record.evaluation for record in records if record.derived_from is None]
+    trainings = sum(evaluation.trainings for evaluation in own)
+    return [len(own), trainings, sum(evaluation.cost.steps for evaluation in own)]
 
 
 def joint_axes(axes: Sequence[Axis], others: Sequence[Axis]) -> list[Axis]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.evaluation import Evaluation, TrialRecord, with_replicate
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis, front_records
 from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.front import ParetoFront
+from autopeft.reporting.verdict import UNKNOWN, state_of
 from tests.records import AXES, METRICS, OBJECTIVES, front_of, random_configuration, synthetic_records
 
 ACCURACY, PARAMETERS, MEMORY = OBJECTIVES
@@ -202,6 +203,12 @@ def test_a_front_is_read_from_a_study(front: ParetoFront) -> None:
     assert stored.records == front.records
     with pytest.raises(ValueError, match="'mine' has no finished trial yet"):
         ParetoFront.stored({"name": "mine"}, [])
+    attributes["verdict"] = {"state": state_of(front.records), "text": "No better."}
+    assert ParetoFront.stored(attributes, front.records).verdict == "No better."
+    first, *others = front.records
+    again = replace(first.evaluation, seed=first.evaluation.seed + 1)
+    evaluation = with_replicate(first.evaluation, again, {"accuracy": 0.0})
+    assert ParetoFront.stored(attributes, [replace(first, evaluation=evaluation), *others]).verdict == UNKNOWN
 
 
 def test_a_plot_has_every_cost(front: ParetoFront) -> None:

@@ -19,8 +19,8 @@ from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.front_page import curves_figure
 from autopeft.reporting.front_plots import front_figure
 from autopeft.reporting.layer_card import LayerCard
-from autopeft.reporting.mlflow.run_content import VERDICT_TAG, front_markdown
-from autopeft.reporting.mlflow.store import tag_search
+from autopeft.reporting.mlflow.run_content import NOTE_TAG, VERDICT_TAG, front_markdown
+from autopeft.reporting.mlflow.store import note_verdict
 from autopeft.reporting.score_validation import ScoreCheck
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.sensitivity import SiteScores
@@ -122,7 +122,11 @@ def test_no_line_of_a_block_ends_it(text: str) -> None:
 def test_a_search_with_quotes_in_its_name_is_found_by_its_study(tmp_path: Path) -> None:
     uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", 'it\'s "one"'
     tracker = make(uri, name, study_id="0123")
-    tracker.start(note="", identity={}, records=())
+    tracker.start(note="what", identity={}, records=())
     tracker.finish("FINISHED")
-    tag_search(uri, "autopeft", "0123", VERDICT_TAG, "better")
-    assert parent_run(uri, name).data.tags[VERDICT_TAG] == "better"
+    before = parent_run(uri, name).data.tags[NOTE_TAG]
+    for verdict in ("better", "*no* better"):
+        note_verdict(uri, "autopeft", "0123", verdict)
+        tags = parent_run(uri, name).data.tags
+        assert tags[VERDICT_TAG] == verdict
+        assert tags[NOTE_TAG] == f"{before}\n\n**Verdict**: {markdown_text(verdict)}"

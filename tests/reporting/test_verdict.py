@@ -31,14 +31,24 @@ def verdict(seed: int, search: float, uniform: float) -> Verdict:
     generator = np.random.default_rng(seed)
     ours = [point(search, 1e4, generator), point(search - 0.1, 1e3, generator)]
     theirs = [point(uniform, 1e4, generator), point(uniform - 0.1, 1e3, generator)]
-    return compare(ours, theirs, AXES, ACCURACY, share=0.5, take="lora(8) everywhere")
+    return compare(
+        ours,
+        theirs,
+        AXES,
+        ACCURACY,
+        head="accuracy 0.5 of the head alone",
+        share=0.5,
+        take="lora(8) everywhere",
+    )
 
 
 def test_a_planted_difference_is_found() -> None:
     found = verdict(0, search=0.9, uniform=0.75)
     assert found.beats
     assert str(found).startswith("The front beats a uniform LoRA sweep: +0.1")
-    assert "3 fresh seeds, a sweep of 50% of the search's compute" in str(found)
+    assert "accuracy 0.5 of the head alone; 3 fresh seeds, a sweep of 50% of the search's compute" in str(
+        found
+    )
     assert "lora(8)" not in str(found)
     expected = (0.9 - 0.75) / 0.8 * (np.log(1e6 / 1e3) / np.log(1e4))
     assert found.search - found.uniform == pytest.approx(expected, abs=2 * found.margin)
@@ -51,6 +61,11 @@ def test_where_nothing_is_better_it_says_so() -> None:
     assert not worse.beats
     assert str(worse).startswith("No better than a uniform LoRA sweep, -0.")
     assert str(worse).endswith("take lora(8) everywhere.")
+
+
+def test_it_says_where_the_head_alone_stands_for_the_sweep() -> None:
+    found = replace(verdict(0, search=0.9, uniform=0.75), share=0.0)
+    assert "3 fresh seeds, the head alone in its place, as no uniform LoRA could be trained" in str(found)
 
 
 def test_notebooks_get_the_verdict_escaped() -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from autopeft.reporting.mlflow.run_content import SEARCH_TAG, STUDY_TAG
+from autopeft.core.tables import markdown_text
+from autopeft.reporting.mlflow.run_content import NOTE_TAG, SEARCH_TAG, STUDY_TAG, VERDICT_TAG
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
+
+_VERDICT = "\n\n**Verdict**: "
 
 
 def checked_store(uri: str) -> tuple[str, str | None]:
@@ -81,13 +84,15 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
     return run_id
 
 
-def tag_search(uri: str, experiment: str, study_id: str, tag: str, text: str) -> None:
-    """Tag the run of the search whose study has an id."""
+def note_verdict(uri: str, experiment: str, study_id: str, verdict: str) -> None:
+    """Put a verdict at the end of the note on the search whose study has an id, and into a tag."""
     try:
         client, experiment_id = open_experiment(*checked_store(uri), experiment)
         of_the_study = f"tags.`{STUDY_TAG}` = '{study_id}' AND tags.`{SEARCH_TAG}` LIKE '%'"
         for run in client.search_runs([experiment_id], of_the_study):
-            client.set_tag(run.info.run_id, tag, text)
+            note, *_ = run.data.tags.get(NOTE_TAG, "").partition(_VERDICT)
+            client.set_tag(run.info.run_id, NOTE_TAG, f"{note}{_VERDICT}{markdown_text(verdict)}")
+            client.set_tag(run.info.run_id, VERDICT_TAG, verdict)
     except Exception as error:  # see `log_report_run`
         raise unusable_store(uri, error) from None
 

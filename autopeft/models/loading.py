@@ -189,11 +189,11 @@ def from_pretrained(
             **arguments,
             **head.config,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a package for `attention` is missing
         raise ValueError(
             f"Cannot load the backbone {source!r}: it is no local folder, and the hub gave: "
             f"{str(error).strip().splitlines()[0]}"
-            if not looks_local
+            if not (looks_local or isinstance(error, ImportError))
             else f"Cannot load the backbone {source!r}: {error}"
         ) from error
     mismatched = {str(key) for key, *_ in info["mismatched_keys"]}

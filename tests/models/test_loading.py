@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,12 @@ class TestFolder:
         for attention in ("eager", "sdpa"):
             backbone = Backbone.load(folder, head_spec(), options=LoadOptions(attention=attention))
             assert backbone.model.config._attn_implementation == attention
+
+    @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash attention is installed")
+    def test_an_attention_whose_package_is_missing_is_said(self, tmp_path: Path) -> None:
+        folder = _saved(tiny_model("llama"), tmp_path)
+        with pytest.raises(ValueError, match=r"Cannot load the backbone.*[Ff]lash"):
+            Backbone.load(folder, head_spec(), options=LoadOptions(attention="flash_attention_2"))
 
     def test_unknown_options_are_told_the_nearest(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"dtype 'float23'.*did you mean 'float32'"):

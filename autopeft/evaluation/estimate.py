@@ -20,6 +20,7 @@ from autopeft.evaluation.memory.packed_weights import Bits, pack
 from autopeft.methods import attach, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.models.own_dropout import own_dropout
+from autopeft.models.positions import check_positions
 from autopeft.tasks import CausalLM, Task, TextClassification
 from autopeft.training.settings import Training
 
@@ -112,8 +113,9 @@ def estimate(
         checkpointing: Whether activations are computed again in the backward pass.
 
     Raises:
-        ValueError: An argument is not valid, there is no such model, or a family can sit on none of the
-            layers that it is for, as `full` where they are packed.
+        ValueError: An argument is not valid, there is no such model, it has learnt fewer positions than rows
+            have tokens, or a family can sit on none of the layers that it is for, as `full` where they are
+            packed.
     """
     for name, value in (("rank", rank), ("length", length)):
         check_whole(name, value, least=1)
@@ -135,6 +137,8 @@ def estimate(
         backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
     batch = task.example_batch(training.part_size, length)
+    if (mask := task.mask(batch)) is not None:
+        check_positions(backbone.model, mask.shape[-1])
     counter = MemoryCounter(backbone.model)
     rows = []
     for method in methods:

@@ -53,6 +53,7 @@ def rehearse(evaluator: EvaluationContext, configuration: Configuration) -> None
             batch = _first(loader)
         with naming(f"{name}'s validation data"):
             validation = _first(data.val_dataloader())
+        _check_model(evaluator)
         is_trained = bool(attachment.parameters)
         _check_outputs(evaluator, batch, is_trained=is_trained)
         _check_words(evaluator)
@@ -81,6 +82,13 @@ def _first(loader: Iterable[Any]) -> Batch:
         if not isinstance(value, Tensor):
             raise ValueError(f"a batch maps names to tensors, got {key} as a {type(value).__name__}.")
     return dict(batch)
+
+
+def _check_model(evaluator: EvaluationContext) -> None:
+    """Let the task say whether the model can compute its batches."""
+    backbone, precision = evaluator.backbone, evaluator.training.resolved_precision()
+    with naming(type(evaluator.task).__name__), torch.no_grad(), backbone.computing_in(precision):
+        evaluator.task.check_model(backbone.model.eval(), evaluator.data)
 
 
 def _check_outputs(evaluator: EvaluationContext, batch: Batch, *, is_trained: bool) -> None:

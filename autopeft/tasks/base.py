@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from autopeft.core.errors import unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
+from autopeft.models.positions import check_positions
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 
 Batch = dict[str, Tensor]
@@ -183,6 +184,16 @@ class Task(ABC):
         of which they read another field of the output has to say False.
         """
         return type(self).forward is Task.forward
+
+    def check_model(self, model: Any, data: TaskData) -> None:
+        """Raise ValueError where a model cannot do what the task's batches ask of it.
+
+        A search calls it before the first forward pass, with the model in evaluation mode. Here: rows are
+        longer than the positions that it has learnt, which on a GPU would end the process.
+        """
+        for batch in (data.largest_batch(), next(iter(data.val_dataloader()))):
+            if (mask := self.mask(batch)) is not None:
+                check_positions(model, mask.shape[-1])
 
     def mask(self, batch: Mapping[str, Tensor], *, is_decoder: bool = False) -> Tensor | None:
         """Return which positions count, of shape (rows, positions); None where all do.

@@ -147,6 +147,15 @@ def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message:
         autopeft.estimate(config, **options)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_rows_of_more_tokens_than_positions_are_refused(architecture: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(architecture, **OPTIONS[architecture]).save_pretrained(tmp_path)
+    task = "causal-lm" if architecture == "gpt2" else "text-classification"
+    assert autopeft.estimate(tmp_path, task, length=64, methods=("ia3",)).rows
+    with pytest.raises(ValueError, match=r"has learnt 64 positions, and rows have up to 65 tokens"):
+        autopeft.estimate(tmp_path, task, length=65)
+
+
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
         autopeft.estimate(tmp_path)

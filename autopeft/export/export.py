@@ -152,8 +152,18 @@ def export_adapter(
             manifest.save(unfinished)
         if verify:
             server = target if target in SERVERS else None
+            own_head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
+            without = trained_logits(backbone, Configuration(), own_head, probe, prediction)
             check = check_export(
-                unfinished, manifest, backbone, probe, expected, prediction, server=server, fresh=fresh
+                unfinished,
+                manifest,
+                backbone,
+                probe,
+                expected,
+                prediction,
+                without=without,
+                server=server,
+                fresh=fresh,
             )
         checked = "It was not loaded again to be checked." if check is None else str(check)
         model_card(

@@ -7,6 +7,7 @@ hold the model twice.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,13 @@ _OTHER_KERNELS = 1e-3
 """The same in float32, where one side was computed on a GPU."""
 _MERGING = 10
 """(W + sBA)x and Wx + sB(Ax) round differently, in every layer."""
+_CHANGE = 1 / 3
+"""How much of what adapters change may be missing, in root mean square over logits.
+
+Of four exports on SmolLM2 in bfloat16 rounding left out 0.26 at most, half of an adapter 0.42 at least.
+"""
+_NOISE = 3e-2
+"""The same as a share of the logits' standard deviation, for adapters that change little: 0.023 there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,7 @@ def check_export(
     expected: Tensor,
     prediction: str = "logits",
     *,
+    without: Tensor | None = None,
     server: str | None = None,
     fresh: bool = True,
 ) -> Check:
@@ -97,6 +106,9 @@ def check_export(
     not wanted, the base model cannot be loaded again, or no other process would know a method, a copy of the
     base model in this process stands for it. A merged model always has a process of its own. With the name of
     a server, what it makes of the folder by its own rule is compared as well.
+
+    Below single precision, rounding may move a logit as far as some adapters do. Given the logits `without`
+    adapters, the export must also have most of what these change, in root mean square.
     """
     methods = Configuration.load(folder / CONFIGURATION_FILE).methods
     unknown = [name for name in methods if not is_found_elsewhere(name)] if manifest.layout == "mixed" else []
@@ -126,14 +138,22 @@ def check_export(
         found = torch.stack([found, trained_logits(backbone, *as_there, probe, prediction)])
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)
-    if not difference <= check.tolerance:  # so that NaN is an error
+    mean, most = _distance(found, expected), math.inf
+    if without is not None:
+        most = max(_CHANGE * _distance(expected, without), _NOISE * max(1.0, float(expected.std())))
+    if not (difference <= check.tolerance and mean <= most):  # so that NaN is an error
         raise RuntimeError(
-            f"The export does not reproduce the trained model: loaded {how}, its logits differ by "
-            f"{difference:.1e}, expected at most {check.tolerance:.0e}. If the base model was changed "
-            f"after it was loaded from {backbone.origin!r}, save it to a folder and use that as the "
-            "backbone."
+            f"The export does not reproduce the trained model: loaded {how}, its logits differ by up to "
+            f"{difference:.1e} and by {mean:.1e} in root mean square, expected at most {check.tolerance:.0e} "
+            f"and {most:.0e}. If the base model was changed after it was loaded from {backbone.origin!r}, "
+            "save it to a folder and use that as the backbone."
         )
     return check
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Return the root mean square of the difference."""
+    return float(torch.dist(found, expected)) / math.sqrt(found.numel())
 
 
 @torch.no_grad()

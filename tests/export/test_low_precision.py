@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from autopeft.core.configuration import Configuration
+from autopeft.export.export import export_adapter
+from autopeft.export.folder_format import write_adapters
 from autopeft.export.loading import load_adapter
+from autopeft.export.verification import trained_logits
 from autopeft.methods import attach
+from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import Uniform
-from tests.exports import all_methods, difference, expected_logits, export
+from tests.exports import all_methods, difference, expected_logits, export, trained
 from tests.learnable import tiny_search
-from tests.tiny_models import everywhere, tiny_backbone, tiny_batch, tiny_model, tiny_tokenizer
+from tests.tasks.test_causal_lm import task_of
+from tests.tiny_models import (
+    everywhere,
+    tiny_backbone,
+    tiny_batch,
+    tiny_chat_tokenizer,
+    tiny_language_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 HALF = torch.bfloat16
 
@@ -53,6 +71,50 @@ def test_a_model_loaded_in_bf16_is_searched_and_exported_for_plain_peft(tmp_path
         with torch.autocast("cpu", HALF):
             expected = search.open().backbone.model.eval()(**inputs).logits.float()
     assert difference(loaded, inputs, expected) < 0.05 * float(expected.max() - expected.min())
+
+
+def nothing(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return state
+
+
+def all_of_it(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: tensor * ("lora_B" not in name) for name, tensor in state.items()}
+
+
+def half_of_each(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: tensor / (2 if "lora_B" in name else 1) for name, tensor in state.items()}
+
+
+def those_of_a_block(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: tensor * (not name.startswith("0.")) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("lost", [nothing, all_of_it, half_of_each, those_of_a_block])
+def test_what_is_lost_of_an_adapter_is_noticed_on_a_bf16_base(
+    lost: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The adapter changes the logits by less than rounding may move one of them."""
+
+    def write(folder: Path, placements: Any, state: Mapping[str, Tensor], **options: Any) -> None:
+        write_adapters(folder, placements, lost(state), **options)
+
+    monkeypatch.setattr("autopeft.export.export.write_adapters", write)
+    model: Any = tiny_language_model("llama")
+    model.lm_head.weight.data.mul_(4)  # logits as large as those of real models
+    nn.Module.to(model, HALF)
+    backbone = Backbone.load(model, task_of().head, tiny_chat_tokenizer())
+    configuration = everywhere(backbone, "lora")
+    state = trained(backbone, configuration, std=0.005)
+    probe = tiny_batch()
+    expected, without = (
+        trained_logits(backbone, point, tensors, probe)
+        for point, tensors in ((configuration, state), (Configuration(), {}))
+    )
+    assert (expected - without).abs().max() < 0.1 * (expected.max() - expected.min())
+    with nullcontext() if lost is nothing else pytest.raises(RuntimeError, match="does not reproduce"):
+        export_adapter(backbone, configuration, state, tmp_path / "out", probe=probe, fresh=False)
 
 
 @pytest.mark.parametrize("target", ["autopeft", pytest.param("merged", marks=pytest.mark.slow)])

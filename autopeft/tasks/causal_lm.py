@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import SplitName
+from autopeft.models.positions import check_positions
+from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import model_inputs
 from autopeft.tasks.dataset_task import SPLITS
 from autopeft.tasks.language_data import LanguageData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of, learnt_column
 from autopeft.tasks.language_task import LanguageTask
+from autopeft.tasks.packing import do_rows_mix
 from autopeft.tasks.row_data import RowData
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ class CausalLM(LanguageTask):
 
     Attributes:
         all_tokens: Whether prompts count in the loss too.
-        packing: Whether short rows share a sequence of `max_length` tokens. They do not see each other.
+        packing: Whether short rows share a sequence of `max_length` tokens. They do not see each other: a
+            model that lets them is refused before a search.
 
     Raises:
         ValueError: A setting is out of its range; the data are checked by `validate`.
@@ -104,7 +107,7 @@ class CausalLM(LanguageTask):
         """
         reader = self.reader(tokenizer)
         data = LanguageData(
-            lambda name: self._read(reader, name),
+            lambda name: self._read(reader, name, cache),
             tokenizer,
             batch_size=batch_size,
             seed=seed,
@@ -120,12 +123,30 @@ class CausalLM(LanguageTask):
             )
         return data
 
-    def _read(self, reader: RowReader, name: SplitName) -> tuple[TokenRow, ...]:
+    def check_model(self, model: Any, data: TaskData) -> None:
+        """Raise ValueError where rows are too long for a model, or packed ones see each other."""
+        assert isinstance(data, LanguageData)
+        rows = [row for name in SPLITS[:2] for row in data.rows(name)]
+        lengths = [len(row.tokens) for row in rows]
+        if self._generated:
+            prompts, _ = self._examples(data, "validation")
+            lengths += [len(prompt) + self.new_tokens for prompt in prompts]
+        check_positions(model, max(lengths))
+
+        def logits(batch: Batch) -> Tensor:
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            return self.predicted(self.forward(model, on_device)).float().cpu()
+
+        if self.packing and do_rows_mix(logits, rows, data.tokenizer, min(2, data.batch_size)):
+            raise ValueError(
+                f"Packed rows see each other in {type(model).__name__}: expected packing=False, or with "
+                "attention='flash_attention_2' another attention or one pack a batch."
+            )
+
+    def _read(self, reader: RowReader, name: SplitName, cache: Path | None) -> tuple[TokenRow, ...]:
         source, numbers = self._drawn(name)
-        read = [
-            reader.read(row, f"Row {number} of the {source} split")
-            for number, row in zip(numbers, self._sources[source].select(numbers), strict=True)
-        ]
+        places = [f"Row {number} of the {source} split" for number in numbers]
+        read = reader.read_all(list(self._sources[source].select(numbers)), places, cache)
         cut = [row.cut(self.max_length) for row in read]
         rows = tuple(row for row in cut if row.is_learnt)
         shortened = sum(len(row.tokens) > self.max_length for row in read)
@@ -176,7 +197,14 @@ class CausalLM(LanguageTask):
         if self.layout == "text":  # without prompts: how fast text is generated is measured from half of each
             return [row.tokens[: len(row.tokens) // 2 or 1] for row in rows], [""] * len(rows)
         whole = [row for row in rows if 0 < row.prompt < len(row.tokens)]  # the last reply may be cut away
-        return [row.tokens[: row.prompt] for row in whole], [row.completion for row in whole]
+        replies = data.tokenizer.batch_decode([[*row.reply] for row in whole], skip_special_tokens=True)
+        return [row.tokens[: row.prompt] for row in whole], [reply.strip() for reply in replies]
+
+    def _ends(self, data: RowData) -> Sequence[int]:
+        """Return what every reply ends with, which a chat template may have chosen and the model not know."""
+        assert isinstance(data, LanguageData)
+        ends = {row.reply[-1] for row in data.rows("train") if row.reply}
+        return [*ends] if len(ends) == 1 else []
 
     def describe(self) -> str:
         """Return the settings, and the layout that was recognised."""

@@ -63,6 +63,7 @@ def generate_texts(
     *,
     new_tokens: int,
     batch_size: int,
+    ends: Sequence[int] = (),
 ) -> list[str]:
     """Write on from prompts, or for what an encoder reads, greedily.
 
@@ -73,6 +74,7 @@ def generate_texts(
         inputs: Gives what the model is given of examples.
         new_tokens: Tokens to generate at most.
         batch_size: Examples at once.
+        ends: Tokens that a text ends with, beside the model's own.
 
     Returns:
         The new text of each example, special tokens left out.
@@ -82,7 +84,7 @@ def generate_texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         given = inputs([examples[row] for row in rows])
-        found = new_ids(model, tokenizer, given, max_new_tokens=new_tokens)
+        found = new_ids(model, tokenizer, given, ends=ends, max_new_tokens=new_tokens)
         for row, text in zip(rows, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
             texts[row] = text.strip()
     return texts
@@ -101,9 +103,16 @@ def padded(
 
 
 def new_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Tensor], **options: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Mapping[str, Tensor],
+    ends: Sequence[int] = (),
+    **options: Any,
 ) -> Tensor:
     """Return the new tokens of each row, decoded greedily; options are `generate`'s."""
+    if ends:
+        own = model.generation_config.eos_token_id
+        options["eos_token_id"] = [*([own] if isinstance(own, int) else own or []), *ends]
     with torch.inference_mode():
         found: Tensor = model.generate(
             **{name: tensor.to(model.device) for name, tensor in given.items()},

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.batch import IGNORED
+from autopeft.tasks.tokenization import Arrays, content_path, kept, tokenizer_key
+
+_FORMAT = "token rows, 1"
+"""Of the files that rows are kept in: another number for whatever reads rows in another way."""
 
 Layout = Literal[
     "messages",
@@ -50,13 +57,13 @@ class TokenRow:
         tokens: All token ids, the end token included.
         labels: The id of each token that is learnt, `IGNORED` for the others.
         prompt: Number of tokens before the last completion; 0 for plain text.
-        completion: Text of the last completion; empty for plain text.
+        reply: Token ids of the last completion and its end, whole where the row is cut; none for plain text.
     """
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
     prompt: int
-    completion: str
+    reply: tuple[int, ...]
 
     @property
     def is_learnt(self) -> bool:
@@ -159,9 +166,9 @@ class RowReader:
                 completions.append((position, position + len(part.text)))
             position += len(part.text)
         end = self._tokenizer.eos_token_id
-        if not self._is_chat and end is not None and (not tokens or tokens[-1] != end):
-            tokens.append(end)
-            spans.append((position - 1, position))
+        if not self._is_chat and end is not None:
+            before = len(tokens) - (tokens[-1:] == [end])  # some write it, as standing for no character
+            tokens[before:], spans[before:] = [end], [(position - 1, position)]
         if self._layout == "text" or self._all_tokens:
             is_learnt = [True] * len(tokens)
         else:
@@ -171,20 +178,53 @@ class RowReader:
             ]
         labels = (token if learnt else IGNORED for token, learnt in zip(tokens, is_learnt, strict=True))
         if not completions:
-            return TokenRow(tuple(tokens), tuple(labels), 0, "")
+            return TokenRow(tuple(tokens), tuple(labels), 0, ())
         start, stop = completions[-1]
         prompt = next((index for index, (_, last) in enumerate(spans) if last > start), len(tokens))
-        return TokenRow(tuple(tokens), tuple(labels), prompt, self._plain(text[start:stop]))
+        behind = next((index for index, (first, _) in enumerate(spans) if first >= stop), len(tokens))
+        return TokenRow(tuple(tokens), tuple(labels), prompt, tuple(tokens[prompt:behind]))
+
+    def read_all(
+        self, rows: Sequence[Mapping[str, Any]], places: Sequence[str], cache: Path | None
+    ) -> list[TokenRow]:
+        """Return rows as tokens, from a folder where it has them.
+
+        Args:
+            rows: Their columns.
+            places: Where each stands.
+            cache: Folder with one file a (rows, tokenizer, settings); None for no file.
+
+        Raises:
+            ValueError: A row is not of the layout, or the folder cannot be written.
+        """
+        path = None if cache is None else content_path(cache, self._settings, [rows])
+
+        def read() -> Arrays:
+            found = [self.read(row, place) for row, place in zip(rows, places, strict=True)]
+            labels = np.array([label for row in found for label in row.labels], np.int32)
+            return {
+                "tokens": np.array([token for row in found for token in row.tokens], np.int32),
+                "is_learnt": labels != IGNORED,
+                "counts": np.array([(len(row.tokens), row.prompt, len(row.reply)) for row in found]),
+            }
+
+        arrays, found, start = kept(path, read), [], 0
+        for length, prompt, reply in arrays["counts"].tolist():
+            here, start = slice(start, start + length), start + length
+            ids, is_learnt = arrays["tokens"][here], arrays["is_learnt"][here]
+            tokens, labels = tuple(ids.tolist()), tuple(np.where(is_learnt, ids, IGNORED).tolist())
+            found.append(TokenRow(tokens, labels, prompt, tokens[prompt : prompt + reply]))
+        return found
+
+    @cached_property
+    def _settings(self) -> list[str]:
+        own = [_FORMAT, self._layout, str(self._all_tokens), str(self._tokenizer.chat_template)]
+        return [tokenizer_key(self._tokenizer), *own]
 
     @property
     def _is_chat(self) -> bool:
         has_template = self._tokenizer.chat_template is not None
         return self._layout in _CHATS or (self._layout in _INSTRUCTIONS and has_template)
-
-    def _plain(self, completion: str) -> str:
-        """Return a completion without special tokens, as a generated one is decoded."""
-        ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _parts(self, row: Mapping[str, Any], place: str) -> list[_Part]:
         columns = _LAYOUTS[self._layout]

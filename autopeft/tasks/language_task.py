@@ -136,6 +136,10 @@ class LanguageTask(GroupedTask):
     def _examples(self, data: Any, name: SplitName) -> tuple[Sequence[Any], Sequence[str]]:
         """Return what text is generated from, and what it is compared with, of each row."""
 
+    def _ends(self, data: Any) -> Sequence[int]:
+        """Return tokens that a text ends with, beside the model's own."""
+        return ()
+
     def _inputs(
         self, model: nn.Module, data: Any, name: SplitName, examples: Sequence[Any]
     ) -> Mapping[str, Tensor]:
@@ -186,6 +190,7 @@ class LanguageTask(GroupedTask):
             lambda rows: self._inputs(model, data, split, rows),
             new_tokens=self.new_tokens,
             batch_size=_GENERATION_BATCH,
+            ends=self._ends(data),
         )
         expected = [references[index] for index in chosen]
         functions = self.generate if isinstance(self.generate, Mapping) else TEXT_METRICS
@@ -195,8 +200,8 @@ class LanguageTask(GroupedTask):
         """Continue the first validation rows; see `Task.generate_tokens`."""
         examples = self._examples(data, "validation")[0][:_TIMED_ROWS]
         given = self._inputs(model, data, "validation", examples)
-        exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-        return new_ids(model, data.tokenizer, given, **exactly).numel()
+        found = new_ids(model, data.tokenizer, given, min_new_tokens=tokens, max_new_tokens=tokens)
+        return found.numel()
 
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what predicting each token by its frequency in training scores; without a text, 0 or 1."""

@@ -127,16 +127,19 @@ class PreferenceOptimization(GroupedTask):
 
         @lru_cache
         def loader(name: SplitName) -> DataLoader[Any]:
-            pairs: Any = self._pairs(reader, name)
+            pairs: Any = self._pairs(reader, name, cache)
             return DataLoader(pairs, batch_size, collate_fn=collate)
 
         loader("validation")  # what is wrong with its rows is said now
         return LoaderData(loader, seed=seed)
 
-    def _pairs(self, reader: RowReader, name: SplitName) -> list[_Pair]:
+    def _pairs(self, reader: RowReader, name: SplitName, cache: Path | None) -> list[_Pair]:
         source, numbers = self._drawn(name)
-        rows = zip(numbers, self._sources[source].select(numbers), strict=True)
-        read = [self._read(reader, row, f"Row {number} of the {source} split") for number, row in rows]
+        places = [f"Row {number} of the {source} split" for number in numbers]
+        rows = zip(self._sources[source].select(numbers), places, strict=True)
+        replies = [reply for row, place in rows for reply in self._replies(row, place)]
+        each = reader.read_all(replies, [place for place in places for _ in _REPLIES], cache)
+        read = list(zip(each[::2], each[1::2], strict=True))
         pairs = [(chosen.cut(self.max_length), rejected.cut(self.max_length)) for chosen, rejected in read]
         kept = [(chosen, rejected) for chosen, rejected in pairs if _differ(chosen, rejected)]
         if not kept:
@@ -159,17 +162,12 @@ class PreferenceOptimization(GroupedTask):
             )
         return kept
 
-    def _read(self, reader: RowReader, row: Mapping[str, Any], place: str) -> _Pair:
+    def _replies(self, row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         """Return the prompt with either reply."""
         prompt, *replies = self._columns_of(row, place)
-
-        def read(reply: Any) -> TokenRow:
-            if self._is_chat:
-                return reader.read({"messages": _with_prompt(prompt, reply)}, place)
-            return reader.read({"prompt": prompt, "completion": reply}, place)
-
-        chosen, rejected = map(read, replies)
-        return chosen, rejected
+        if self._is_chat:
+            return [{"messages": _with_prompt(prompt, reply)} for reply in replies]
+        return [{"prompt": prompt, "completion": reply} for reply in replies]
 
     def _columns_of(self, row: Mapping[str, Any], place: str) -> tuple[Any, Any, Any]:
         """Return a row's prompt, which may be empty, and its replies: all of them texts, or messages."""

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.frozen_blocks.block_skipping import states_at
 from autopeft.models.backbone import Backbone
+from autopeft.tasks import CausalLM
 from autopeft.tasks.batch import POSITIONS, model_inputs
 from autopeft.training.settings import Training
 from tests.tasks.test_causal_lm import task_of
@@ -125,6 +127,24 @@ def test_packed_rows_do_not_see_each_other_in_hidden_states() -> None:
             alone = {name: tensor[:1, start:end] for name, tensor in inputs.items()}
             expected = states_at([2], backbone, task, alone)[2][0]
             torch.testing.assert_close(packed[start:end], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_learnt_its_replies_writes_them_whatever_its_own_end_token_is() -> None:
+    """A base model's own is another than that of the chat template that it is trained with."""
+    tokenizer, model = tiny_chat_tokenizer(), tiny_language_model("llama")
+    tokenizer.eos_token = "w100"
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    chats = [
+        {"messages": [{"role": "user", "content": f"w{n % 9}"}, {"role": "assistant", "content": "w7 w8"}]}
+        for n in range(200)
+    ]
+    task = CausalLM(Dataset.from_list(chats), generate="exact_match", new_tokens=12, validation_share=0.2)
+    objectives = resolve_objectives(("loss", "trainable_parameters", "exact_match"), task.objectives)
+    training = Training(epochs=12, batch_size=8, device="cpu", precision="32-true")
+    evaluator = Evaluator(Backbone.load(model, task.head, tokenizer), task, training, objectives)
+    evaluation = evaluator.evaluate(lora(evaluator.backbone, learning_rate=2e-2))
+    assert evaluation.values["exact_match"] == 1.0
 
 
 def test_what_is_measured_at_the_end_is_not_measured_at_a_rung() -> None:

@@ -239,6 +239,29 @@ def test_a_parameter_that_no_study_can_keep_is_refused(tmp_path: Path) -> None:
         search_for(OwnTask(), tmp_path, space=ChoosesTypes()).validate()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("gpt2", {"n_positions": 8}, r"GPT2LMHeadModel has learnt 8 positions, and rows have up to"),
+        ("mpt", {}, r"Packed rows see each other in MptForCausalLM: expected packing=False"),
+    ],
+)
+def test_a_model_that_cannot_compute_the_batches_is_refused(
+    architecture: str, options: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    model = tiny_language_model(architecture, **options)
+    settings: dict[str, Any] = {"backbone": model, "tokenizer": tiny_chat_tokenizer()}
+    settings |= {"objectives": ("loss", "trainable_parameters")}
+    with pytest.raises(ValueError, match=f"^CausalLM: {message}"):
+        tiny_search(tmp_path, task=task_of(24, packing=architecture == "mpt"), **settings).validate()
+
+
+def test_a_classifier_with_too_few_positions_is_refused(tmp_path: Path) -> None:
+    model = tiny_classifier("bert", max_position_embeddings=4)
+    with pytest.raises(ValueError, match=r"^TextClassification: .* has learnt 4 positions"):
+        tiny_search(tmp_path, backbone=model, tokenizer=tiny_tokenizer()).validate()
+
+
 def test_a_model_that_cannot_generate_is_refused_where_text_is_measured(tmp_path: Path) -> None:
     model = tiny_language_model("llama")
     assert model.generation_config is not None

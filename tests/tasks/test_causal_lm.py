@@ -95,10 +95,9 @@ def test_an_epoch_has_every_row_padded_behind() -> None:
     assert found == {(row.tokens, row.labels) for row in data.rows("train")}
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_equals_a_slow_reference(architecture: str, packing: bool) -> None:
-    model, task = tiny_language_model(architecture), task_of(packing=packing)
+def check_loss(model: Any, *, packing: bool, tolerance: float) -> None:
+    """Compare loss and perplexity with those of the slow reference."""
+    task = task_of(packing=packing)
     data = task.data(tiny_chat_tokenizer(), batch_size=3, seed=0)
     if packing:
         assert len(data.split("validation")) < len(data.rows("validation"))
@@ -110,9 +109,15 @@ def test_loss_equals_a_slow_reference(architecture: str, packing: bool) -> None:
     kept = data.rows("validation")
     expected, _ = slow_loss(model, [row.tokens for row in kept], [row.labels for row in kept])
     found = metrics.compute()
-    assert float(found["loss"]) == pytest.approx(expected, rel=1e-4)
-    assert float(found["perplexity"]) == pytest.approx(math.exp(expected), rel=1e-4)
+    assert float(found["loss"]) == pytest.approx(expected, rel=tolerance)
+    assert math.log(found["perplexity"]) == pytest.approx(expected, rel=tolerance)
     assert set(found) == {metric.name for metric in task.metrics}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_equals_a_slow_reference(architecture: str, packing: bool) -> None:
+    check_loss(tiny_language_model(architecture), packing=packing, tolerance=1e-4)
 
 
 def test_weight_counts_the_tokens_that_are_predicted() -> None:
@@ -236,6 +241,37 @@ def test_generation_is_that_of_each_prompt_alone() -> None:
     assert len(set(together)) == 3
 
 
+def test_text_ends_with_the_models_token_or_one_that_is_named() -> None:
+    model, tokenizer = tiny_language_model("llama"), tiny_chat_tokenizer()
+    given = partial(generate_texts, model, tokenizer, [[5, 6, 7]], partial(padded, model, tokenizer))
+    (whole,) = given(new_tokens=6, batch_size=1)
+    words = whole.split()
+    assert len(words) == 6
+    end = tokenizer.convert_tokens_to_ids(words[2])
+    assert isinstance(end, int)
+    (text,) = given(new_tokens=6, batch_size=1, ends=[end])
+    assert text == " ".join(words[: words.index(words[2]) + 1])
+    model.generation_config.eos_token_id = end
+    assert given(new_tokens=6, batch_size=1, ends=[tokenizer.pad_token_id]) == [text]
+
+
+def test_text_ends_as_replies_do() -> None:
+    """A base model's own end token need not be the one that its chat template writes."""
+    tokenizer = tiny_chat_tokenizer()
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = "w100"
+    chats = [
+        {"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": f"w7 w{n}"}]}
+        for n in range(40)
+    ]
+    task = CausalLM(Dataset.from_list(chats), max_length=5)  # of each reply, the end is cut away
+    data = task.data(tokenizer, batch_size=4, seed=0)
+    assert {row.tokens[-1] for row in data.rows("train")} == {tokenizer.convert_tokens_to_ids("w7")}
+    assert task._ends(data) == [end]
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    assert task._ends(task.data(tokenizer, batch_size=4, seed=0)) == []
+
+
 def test_a_users_metric_is_given_texts_and_references() -> None:
     seen: dict[str, Any] = {}
 
@@ -248,7 +284,8 @@ def test_a_users_metric_is_given_texts_and_references() -> None:
     found = task.measure_at_end(tiny_language_model("gpt2"), data, "validation")
     assert found == {"mine": 0.5}
     assert len(seen["texts"]) == len(seen["references"]) == 4
-    assert set(seen["references"]) <= {row.completion for row in data.rows("validation")}
+    replies = [[*row.reply] for row in data.rows("validation")]
+    assert set(seen["references"]) <= {*data.tokenizer.batch_decode(replies, skip_special_tokens=True)}
     again = dict(seen)
     task.measure_at_end(tiny_language_model("gpt2"), data, "validation")
     assert seen == again

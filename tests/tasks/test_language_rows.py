@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from autopeft.tasks.batch import IGNORED
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of
-from tests.tiny_models import tiny_chat_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, tiny_chat_tokenizer
 
 CHAT = {
     "messages": [
@@ -63,7 +66,7 @@ def test_every_reply_of_a_chat_is_learnt_with_its_end() -> None:
     )
     assert learnt(row) == "w3 <end> w5 w6 <end>"
     assert words(row.tokens[: row.prompt]).endswith("w4 <end> <assistant>")
-    assert row.completion == "w5 w6"
+    assert words(row.reply) == "w5 w6 <end>"
 
 
 @pytest.mark.parametrize("layout", ["messages", "conversations"])
@@ -77,7 +80,7 @@ def test_chats_of_sharegpt_are_read_as_others(layout: Layout) -> None:
 def test_all_tokens_are_learnt_where_asked_for() -> None:
     row = read(CHAT, "messages", all_tokens=True)
     assert row.labels == row.tokens
-    assert row.completion == "w5 w6"
+    assert words(row.reply) == "w5 w6 <end>"
 
 
 def test_of_a_template_that_forgets_earlier_replies_the_last_is_learnt() -> None:
@@ -99,14 +102,24 @@ def test_prompts_and_completions_end_with_the_end_token() -> None:
     row = read({"prompt": "w1 w2", "completion": " w3 w4"}, "prompt/completion")
     assert words(row.tokens) == "w1 w2 w3 w4 <end>"
     assert learnt(row) == "w3 w4 <end>"
-    assert (row.prompt, row.completion) == (2, "w3 w4")
+    assert (row.prompt, words(row.reply)) == (2, "w3 w4 <end>")
+
+
+def test_an_end_that_the_tokenizer_writes_itself_is_learnt() -> None:
+    tokenizer = tiny_chat_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
+    )
+    row = RowReader(tokenizer, "prompt/completion").read({"prompt": "w1", "completion": " w2"}, "Row 7")
+    assert words(row.tokens) == "w1 w2 <end>"
+    assert learnt(row) == words(row.reply) == "w2 <end>"
 
 
 def test_plain_text_is_learnt_whole() -> None:
     row = read({"text": "w1 w2"}, "text")
     assert row.labels == row.tokens
     assert words(row.tokens) == "w1 w2 <end>"
-    assert (row.prompt, row.completion) == (0, "")
+    assert (row.prompt, row.reply) == (0, ())
 
 
 @pytest.mark.parametrize("given", ["w9", "", None])
@@ -136,7 +149,7 @@ def test_questions_are_written_as_instructions(layout: Layout) -> None:
 def test_rows_are_cut_at_their_end() -> None:
     row = read(CHAT, "messages")
     cut = row.cut(6)
-    assert (cut.tokens, cut.labels) == (row.tokens[:6], row.labels[:6])
+    assert (cut.tokens, cut.labels, cut.reply) == (row.tokens[:6], row.labels[:6], row.reply)
     assert row.cut(100) is row
 
 
@@ -167,3 +180,19 @@ def test_examples_of_one_prompt_have_one_key() -> None:
         {"prompt": "a", "completion": "c"}, "prompt/completion"
     )
     assert example_key({"text": "a"}, "text") != example_key({"text": "b"}, "text")
+
+
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_rows_are_read_once(all_tokens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [CHAT, {"messages": CHAT["messages"][:2]}]
+
+    def read_all(template: str = CHAT_TEMPLATE, rows: Sequence[Any] = rows) -> list[TokenRow]:
+        reader = RowReader(tiny_chat_tokenizer(template=template), "messages", all_tokens=all_tokens)
+        return reader.read_all(rows, ["Row 0", "Row 1"][: len(rows)], tmp_path)
+
+    expected = [read(row, "messages", all_tokens=all_tokens) for row in rows]
+    assert read_all() == expected
+    others = [read_all(rows=rows[:1]), read_all(template=f"w9 {CHAT_TEMPLATE}")]
+    assert len([*tmp_path.iterdir()]) == 1 + len(others)
+    monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("a row was read again"))
+    assert read_all() == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from autopeft.methods import attach
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import PreferenceOptimization
 from autopeft.tasks.batch import LABELS
+from autopeft.tasks.language_rows import RowReader
 from tests.task_cases import compared_rows, splits_of
 from tests.tiny_models import tiny_chat_tokenizer, tiny_language_model
 
@@ -158,6 +160,23 @@ def test_a_systems_message_comes_first_and_a_prompt_once(
     whole = {"chosen": [expected + reply("w5 w6")], "rejected": [expected + reply("w7")]}
     found, wanted = first_batch(task_of(given)), first_batch(task_of(whole))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_replies_are_read_once(is_chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"prompt": CHAT, "chosen": reply("w5 w6"), "rejected": reply("w7")}
+    texts = {"prompt": "w1 ", "chosen": "w5 w6", "rejected": "w7"}
+    task = task_of({name: [value] for name, value in (given if is_chat else texts).items()})
+
+    def batch(cache: Path | None = tmp_path) -> dict[str, torch.Tensor]:
+        return task.data(tiny_chat_tokenizer(), batch_size=2, seed=0, cache=cache).largest_batch()
+
+    expected = batch(None)
+    assert not any(tmp_path.iterdir())
+    batch()
+    monkeypatch.setattr(RowReader, "read", lambda *_: pytest.fail("a reply was read again"))
+    found = batch()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_pairs_of_equal_replies_are_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,8 @@ halving = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2)
 is_language = "language" in sys.argv[4]
 search = Search(
     place / ("language" if is_language else "model"),
-    (CausalLM if is_language else TextClassification)(dataset=place / "data.csv"),
+    CausalLM(place / "data.csv", packing="packed" in sys.argv[4]) if is_language
+    else TextClassification(place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), sizes={"rank": (1, 4)}),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),
     halving=halving if "rungs" in sys.argv[4] else None,
@@ -69,7 +70,7 @@ def run(
         place: Has model and data.
         folder: Of the search.
         trials: Trials.
-        fidelity: "rungs" or "whole", each also "with warm starts" or "of a language model".
+        fidelity: "rungs" or "whole", each also "with warm starts" or "of a (packed) language model".
         kill_at: Bytes of the study after which it is killed, and seconds from then on.
     """
     with (folder / "stderr.txt").open("w") as errors:
@@ -149,7 +150,9 @@ def check_kills(place: Path, folder: Path, *, trials: int, kills: int, seed: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fidelity", ["rungs", "rungs of a language model"])
+@pytest.mark.parametrize(
+    "fidelity", ["rungs", "rungs of a language model", "rungs of a packed language model"]
+)
 def test_a_search_killed_twice_is_the_search_never_killed(place: Path, tmp_path: Path, fidelity: str) -> None:
     check_kills(place, tmp_path, trials=8, kills=2, seed=0, fidelity=fidelity)
 

@@ -151,7 +151,6 @@ def test_bad_arguments_are_named(config: Path, options: dict[str, Any], message:
 def test_rows_of_more_tokens_than_positions_are_refused(architecture: str, tmp_path: Path) -> None:
     AutoConfig.for_model(architecture, **OPTIONS[architecture]).save_pretrained(tmp_path)
     task = "causal-lm" if architecture == "gpt2" else "text-classification"
-    assert autopeft.estimate(tmp_path, task, length=64, methods=("ia3",)).rows
     with pytest.raises(ValueError, match=r"has learnt 64 positions, and rows have up to 65 tokens"):
         autopeft.estimate(tmp_path, task, length=65)
 

@@ -38,7 +38,7 @@ def main(scratch: Path) -> None:
     """Do the job that lies in a folder, and put what was predicted beside it."""
     job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=job["autocast"]):
         output = load(job).eval()(**load_file(scratch / "probe.safetensors"))
     predicted = getattr(output, job["prediction"]).float().cpu().contiguous()
     save_file({"predicted": predicted}, scratch / "predicted.safetensors")

@@ -30,7 +30,7 @@ halving = SuccessiveHalving(rungs=(0.25, 0.5), reduction_factor=2)
 is_language = "language" in sys.argv[4]
 search = Search(
     place / ("language" if is_language else "model"),
-    CausalLM(place / "data.csv", packing="packed" in sys.argv[4]) if is_language
+    CausalLM(place / "data.csv", packing="packed" in sys.argv[4], max_length=16) if is_language
     else TextClassification(place / "data.csv"),
     PerLayer(methods=("lora", "prefix"), roles=("query", "value", "attention"), sizes={"rank": (1, 4)}),
     training=Training(epochs=2, batch_size=8, device="cpu", precision="32-true"),

@@ -181,6 +181,7 @@ def test_exports_load_in_plain_peft(tmp_path: Path) -> None:
             "folder": str(folder / "adapter"),
             "options": {"num_labels": len(head.labels)} if head.labels else {},
             "threads": torch.get_num_threads(),
+            "autocast": False,
         }
         (folder / "job.json").write_text(json.dumps(job))
         save_file(probe, folder / "probe.safetensors")

@@ -144,7 +144,7 @@ def test_a_planted_difference_is_found(tmp_path: Path) -> None:
     with torch.no_grad():
         for site, shape in blind.sites.items():
             if site.role == "value":
-                blind.model.get_submodule(shape.module).weight.zero_()
+                blind.model.get_parameter(f"{shape.module}.weight").zero_()
     search = tiny_search(
         tmp_path,
         backbone=blind,

@@ -150,7 +150,7 @@ def test_a_sampler_of_ones_own_may_read_the_history(tmp_path: Path) -> None:
     assert len({*tried}) == 3
 
 
-def test_the_defaults_are_the_best_that_was_measured(tmp_path: Path) -> None:
+def test_two_arguments_give_the_default_strategy(tmp_path: Path) -> None:
     search = Search("a/model", learnable_task())
     assert search.space == ScoreGuided()
     assert search.halving == SuccessiveHalving()

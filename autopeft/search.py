@@ -226,7 +226,7 @@ class Search(SearchSettings):
             if not verdict or self.interrupted:
                 return front
             try:
-                reach_verdict(self, Search, verdict / (1 - verdict), progress=progress, covers_tests=True)
+                self._reach_verdict(verdict / (1 - verdict), progress=progress, covers_tests=True)
             except KeyboardInterrupt:
                 self.interrupted = True
             return self.front()
@@ -250,7 +250,10 @@ class Search(SearchSettings):
             RuntimeError: The head alone cannot be trained, or all of the sweep fails alike.
             KeyboardInterrupt: Ctrl-C; what was done is kept.
         """
-        return reach_verdict(self, Search, share, seeds=seeds, progress=progress)
+        return self._reach_verdict(share, seeds=seeds, progress=progress)
+
+    def _reach_verdict(self, share: float, **options: Any) -> Verdict:
+        return reach_verdict(self, self.front(), self.open(), Search, share, **options)
 
     def front(self) -> ParetoFront:
         """Return the front of the trials finished so far, read from disk.

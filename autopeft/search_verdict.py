@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from autopeft.evaluation.resampled_test import DRAWS, resampled_test
 from autopeft.evaluation.warm_start import WarmStarts, initial_weights
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
+from autopeft.opened_search import OpenSearch
 from autopeft.optimization.study_store import StudyStore
 from autopeft.optimization.trial_records import Spent
 from autopeft.reporting.console import SearchProgress
@@ -31,9 +32,6 @@ from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes,
 from autopeft.search_identity import SearchSettings, alters_trials
 from autopeft.search_spaces import Uniform
 from autopeft.search_spaces.uniform import PLACES
-
-if TYPE_CHECKING:
-    from autopeft.search import Search
 
 SEEDS = 3
 """Fresh trainings of each point; of fewer, an interval says little."""
@@ -44,9 +42,20 @@ _SWEPT = Uniform(places=tuple(PLACES))
 _HEAD = "head alone"  # key of its record, where the search has none
 
 
+class Sweep(Protocol):
+    """A search, as far as a verdict runs one."""
+
+    interrupted: bool
+
+    def run(self, *, progress: bool, **budget: Any) -> ParetoFront:
+        """Search until the budget is spent; see `Search.run`."""
+
+
 def reach_verdict(
-    search: Search,
-    make_search: Callable[..., Search],
+    search: SearchSettings,
+    front: ParetoFront,
+    opened: OpenSearch,
+    make_sweep: Callable[..., Sweep],
     share: float,
     *,
     seeds: int = SEEDS,
@@ -57,7 +66,9 @@ def reach_verdict(
 
     Args:
         search: What the verdict is on.
-        make_search: Makes the sweep.
+        front: Its front.
+        opened: It, opened.
+        make_sweep: Makes a search, of `Search`'s arguments.
         share: Compute of the sweep, as a share of what the search took.
         seeds: Fresh trainings of each point.
         progress: Whether to print.
@@ -65,7 +76,7 @@ def reach_verdict(
     """
     check_numbers(above=0, share=share)
     check_whole("seeds", seeds, what="a number of trainings", least=SEEDS)
-    front, opened, said = search.front(), search.open(), SearchProgress(enabled=progress)
+    said = SearchProgress(enabled=progress)
     front.best()  # raises where it is empty
     warm_starts = opened.warm_starts(search.warm_start, search.folder, trains=False)
     spent = Spent.of(front.records).cost + (Cost() if warm_starts is None else warm_starts.cost)
@@ -75,7 +86,7 @@ def reach_verdict(
         seconds -= min(for_tests, seconds / 2)
     about = f" in about {for_tests:.0f} {device}" if for_tests else ""
     said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested{about}.")
-    sweep = make_search(**search.arguments() | sweep_settings(search, opened.backbone))
+    sweep = make_sweep(**search.arguments() | sweep_settings(search, opened.backbone))
     swept = _swept(sweep, **{device: seconds})
     tests = FinalTests(
         opened.evaluator, warm_starts, search.folder / "final_tests.json", search.seed, seeds, said.say
@@ -111,7 +122,7 @@ def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, An
     }
 
 
-def _swept(sweep: Search, **budget: Any) -> ParetoFront | None:
+def _swept(sweep: Sweep, **budget: Any) -> ParetoFront | None:
     """Return a sweep's front; None where no uniform LoRA keeps the constraints, or none could be trained.
 
     Raises:

@@ -47,8 +47,9 @@ class Sweep(Protocol):
 
     interrupted: bool
 
-    def run(self, *, progress: bool, **budget: Any) -> ParetoFront:
-        """Search until the budget is spent; see `Search.run`."""
+    @property
+    def run(self) -> Callable[..., ParetoFront]:
+        """Search until a budget is spent; see `Search.run`."""
 
 
 def reach_verdict(

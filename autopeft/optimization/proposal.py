@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -12,8 +12,10 @@ from optuna.samplers import BaseSampler
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import Constraint
 from autopeft.core.pareto import Axis
-from autopeft.models.backbone import Backbone
-from autopeft.search_spaces import SearchSpace
+
+if TYPE_CHECKING:  # reading a study loads no torch
+    from autopeft.models.backbone import Backbone
+    from autopeft.search_spaces import SearchSpace
 
 
 def nothing_is_served(block: int) -> bool:

@@ -146,7 +146,7 @@ def test_a_sampler_of_ones_own_may_read_the_history(tmp_path: Path) -> None:
     tried = [record.evaluation.configuration for record in search.run(trials=3, progress=False).records]
     backbone, again = search.open().backbone, SmallestFirst()
     history = History(trials=[(configuration, {}) for configuration in tried[:2]], axes=())
-    assert tried[2] == again.choose(2, space, backbone, history)
+    assert tried[2] == again.choose(2, search.open().space, backbone, history)
     assert len({*tried}) == 3
 
 

@@ -29,12 +29,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"methods": ()}, "needs a method"),
+            ({"methods": ()}, "Expected a method"),
             ({"methods": ("lara",)}, "did you mean 'lora'"),
             ({"methods": ("lora", "lora")}, "A method is named twice: lora, lora"),
             ({"roles": ("querry",)}, "did you mean 'query'"),
             ({"roles": ("query", "query")}, "A role is named twice"),
-            ({"roles": ()}, "needs a role"),
+            ({"roles": ()}, "Expected a role"),
             ({"options": {"lora": {"alfa": 2}}}, "did you mean 'alpha'"),
             ({"methods": ("lora",), "options": {"series": {"activation": "relu"}}}, "method in options"),
             ({"encoding": "conditionl"}, "did you mean 'conditional'"),

@@ -133,6 +133,7 @@ def test_half_of_the_tasks_are_held_out() -> None:
     assert len({task.model for task in TASKS.values()}) >= 3
 
 
+@pytest.mark.slow
 def test_a_sweep_begins_with_what_is_most_usual(tmp_path: Path) -> None:
     backbone, log = learner(), RunLog(tmp_path / "log.jsonl", 1.0)
     run = Run(task=TinyTask(), seed=0, budget=9.0, axes=axes(), log=log, folder=tmp_path)

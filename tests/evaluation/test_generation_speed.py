@@ -84,6 +84,7 @@ def test_nothing_is_generated_unless_an_objective_asks_for_it(monkeypatch: pytes
     assert not set(SPEEDS) & evaluation.values.keys()
 
 
+@pytest.mark.slow
 def test_packed_trials_have_speeds_of_their_own() -> None:
     evaluator = evaluator_of(OBJECTIVES)
     configurations = [lora(evaluator.backbone, rate) for rate in (1e-2, 1e-3)]

@@ -12,6 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autopeft.optimization.samplers import SAMPLERS, make_sampler
+from tests.slow_cases import slow_cases
 
 NAMES = [name for name in SAMPLERS if name != "botorch"]
 
@@ -93,7 +94,7 @@ def test_what_is_asked_follows_from_the_trials_before(name: str, length: int, st
         trials = study.get_trials()
 
 
-@pytest.mark.parametrize("name", ["nsga2", "nsga3"])
+@pytest.mark.parametrize("name", ["nsga2", *slow_cases("nsga3")])
 def test_genetic_samplers_go_on_with_the_generations_of_the_trials_they_are_shown(name: str) -> None:
     study, sizes = new_study(), list[int]()
     for _ in range(100):

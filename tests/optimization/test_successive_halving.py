@@ -131,6 +131,7 @@ def test_what_failed_when_it_went_on_is_trained_anew(tmp_path: Path) -> None:
             assert record.evaluation.status == records[record.duplicate_of].evaluation.status
 
 
+@pytest.mark.slow
 def test_optunas_own_study_is_valid(tmp_path: Path) -> None:
     search = halving_search(tmp_path)
     front = run(search, 8)

@@ -119,6 +119,7 @@ def test_no_line_of_a_block_ends_it(text: str) -> None:
     assert first not in text
 
 
+@pytest.mark.slow
 def test_a_search_with_quotes_in_its_name_is_found_by_its_study(tmp_path: Path) -> None:
     uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", 'it\'s "one"'
     tracker = make(uri, name, study_id="0123")

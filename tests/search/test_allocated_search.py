@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from autopeft import Search, load_adapter
 from autopeft.search_spaces import Uniform
 from autopeft.training.settings import Training
@@ -20,6 +22,7 @@ def search(folder: Path) -> Search:
     )
 
 
+@pytest.mark.slow
 def test_what_ranks_came_to_is_on_the_front_and_exported(tmp_path: Path) -> None:
     found = search(tmp_path)
     front = found.run(trials=3, progress=False)

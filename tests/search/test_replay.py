@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from autopeft import Search, SuccessiveHalving
@@ -69,6 +70,7 @@ def order_on_disk(search: Search) -> list[int]:
     return [json.loads(text)["number"] for text in records]
 
 
+@pytest.mark.slow
 def test_a_replay_of_the_order_on_disk_gives_the_same_study(tmp_path: Path) -> None:
     first = searched(tmp_path / "first")
     order = order_on_disk(first)

@@ -136,6 +136,7 @@ def warm_starts(records: list[TrialRecord]) -> list[bool]:
     return [record.evaluation.warm_start for record in records]
 
 
+@pytest.mark.slow
 def test_trials_but_baselines_are_initialised_from_the_largest_lora(tmp_path: Path) -> None:
     search = warm_search(tmp_path)
     records = list(search.run(trials=10, progress=False).records)

@@ -23,6 +23,7 @@ from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
 from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
+from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.layer_card import LayerCard
 from autopeft.reporting.score_validation import ScoreCheck, check_scores
@@ -213,7 +214,8 @@ class Search(SearchSettings):
             opened, identity = self.open(), self.identity()
             with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
                 study.check_identity(identity)
-                save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": whole.bounds})
+                kept = whole.bounds | ({"verdict": verdict} if verdict else {})
+                save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": kept})
                 run = SearchRun(opened, self, study, budget, self.export, retry_failed=retry_failed)
                 front = run.run(
                     description=self.describe(),
@@ -223,22 +225,23 @@ class Search(SearchSettings):
                     check_scores=lambda: (self.sensitivity(), self.check_scores()),
                 )
                 self.interrupted = run.interrupted
-            if not verdict or self.interrupted:
+            if not verdict or self.interrupted or not len(front):
                 return front
             try:
                 self._reach_verdict(verdict / (1 - verdict), progress=progress, covers_tests=True)
             except KeyboardInterrupt:
                 self.interrupted = True
+                SearchProgress(enabled=progress).say("Interrupted: search.verdict() goes on from there.")
             return self.front()
 
     def verdict(self, share: float = 1.0, *, seeds: int = SEEDS, progress: bool = True) -> Verdict:
         """Say whether the front beats a uniform LoRA sweep, on the test split and with an interval.
 
-        The sweep trains LoRA of one rank, chosen by TPE with its learning rate and its place: all linear
-        modules, those of the top half, the MLP alone, or query and value. It is a search in this one's
-        folder. The points without which each front would lose most hypervolume, and the head alone, are then
-        trained again with fresh seeds, which takes further compute. The same call again goes on where it was
-        stopped.
+        The sweep trains LoRA of one rank at one place: all linear modules, those of the top half, the MLP
+        alone, or query and value. It begins with usual ranks at each, at the middle learning rate; then TPE
+        chooses all three. It is a search in this one's folder. The points without which each front would lose
+        most hypervolume, and the head alone, are then trained again with fresh seeds, which takes further
+        compute. The same call again goes on where it was stopped.
 
         Args:
             share: Compute of the sweep, as a share of what the search took, warm starts included.

@@ -25,6 +25,7 @@ from autopeft.reporting.score_validation import FEWEST_TRIALS, ScoreCheck
 from autopeft.reporting.search_report import RunEnd, SearchReport
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.tracker import Tracker
+from autopeft.reporting.verdict import stored_verdict
 from autopeft.search_identity import SearchSettings, environment
 from autopeft.search_loop import FileCleanup, TrialListener, run_loop
 from autopeft.search_prior import keep_fronts
@@ -100,8 +101,16 @@ class SearchRun:
 
     def front(self) -> ParetoFront:
         """Return the front so far."""
-        names = {"search": self.settings.name, "backbone": self.opened.backbone.name}
-        return ParetoFront(self.study.records, self.evaluator.objectives, self.axes, self.export, **names)
+        records = self.study.records
+        return ParetoFront(
+            records,
+            self.evaluator.objectives,
+            self.axes,
+            self.export,
+            stored_verdict(self.study.attribute("verdict", {}), records),
+            search=self.settings.name,
+            backbone=self.opened.backbone.name,
+        )
 
     def run(
         self,

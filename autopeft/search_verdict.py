@@ -179,7 +179,7 @@ class FinalTests:
                 trial = front.trial(number).record
                 own = [point for point in points if point.record.trained == number]
                 seed = training_seed(self.seed, number, _FRESH + place)
-                key = f"{trial.evaluation.configuration.key} {seed}"
+                key = f"{trial.evaluation.configuration.key} {seed} {trial.evaluation.initialised_from}"
                 keys = {point.number: f"{key} {point.configuration.key}" for point in own}
                 if not self.known.keys() >= {*keys.values()}:
                     tests = self._tests(trial, own, seed, place)

@@ -74,7 +74,7 @@ class MethodChoice:
     def place(self, adapter: Adapter) -> float:
         """Return where an adapter's size lies on a log scale, from 0.5 (smallest) to 1 (largest).
 
-        That there is an adapter, where none is 0, counts as much as all that its size can be.
+        No adapter is 0; having one counts as much as the whole range of its sizes.
         """
         if not self.sizes:
             return 0.5

@@ -38,8 +38,8 @@ class _GuidedBaseline(NamedTuple):
     is_trained_whole: bool
 
 
-# Small ones: large ones are tried when a model promises something of them. Two have one budget: where rates
-# and sizes go together, a model takes one for the other. The higher rate, which may come to nothing, goes on
+# Small ones: large ones are tried when a model promises something of them. Two share a budget and differ in
+# rate, so that a model can tell rate from size. The higher rate, which may come to nothing, goes on
 # after a rung only if it is promising; three whole trainings (the head alone is the third) say what is gained
 # after a rung. In the top third of the blocks a step takes two thirds of the compute, a third where hidden
 # states are kept; the smallest has half as many blocks. Budgets and rates were chosen on MiniLM alone

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 DRAWS = 100
 """Bootstrap samples of the test split."""
 FEWEST_BATCHES = 50
-"""That samples are drawn of, where there are as many rows: of few, a sample differs too little."""
+"""To draw bootstrap samples from, where there are as many rows; of fewer, samples vary too little."""
 
 
 def resampled_test(

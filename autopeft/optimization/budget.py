@@ -11,7 +11,8 @@ from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import Cost, TrialRecord
 from autopeft.optimization.trial_records import Spent
 
-# In a row: counting so many takes minutes. Where one in a hundred is feasible, 0.7 % of searches end in vain.
+# In a row, before a search gives up: counting so many takes minutes. Where one in a hundred is feasible,
+# 0.7 % of searches end in vain.
 _MOST_INFEASIBLE = 500
 _MOST_DUPLICATES = 100  # in a row: where one in twenty is new, 0.6 % of searches end too early
 _MOST_ALIKE_FAILURES = 5  # the first: if every other training failed by chance, 3 % of searches would end

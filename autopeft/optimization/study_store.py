@@ -108,9 +108,13 @@ class StudyStore:
             raise self._other_search(differing)
         self.set_attribute("identity", new)
 
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """Return a value that was kept with the study."""
+        return self._attributes().get(f"{_PREFIX}{name}", default)
+
     def set_attribute(self, name: str, value: Any) -> None:
         """Keep a JSON value with the study."""
-        if self._attributes().get(f"{_PREFIX}{name}") != value:
+        if self.attribute(name) != value:
             self._storage.set_study_user_attr(self._study, f"{_PREFIX}{name}", value)
 
     @section("record")

@@ -23,7 +23,7 @@ from autopeft.core.pareto import Axis, contributions, front_records, hypervolume
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.formats import methods_label
-from autopeft.reporting.verdict import UNKNOWN, state_of
+from autopeft.reporting.verdict import UNKNOWN, stored_verdict
 
 if TYPE_CHECKING:
     import pandas
@@ -158,8 +158,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 Axis(objective=known[name], worst=worst, best=best)
                 for name, worst, best in attributes["axes"]
             ]
-            told = attributes.get("verdict", {})  # on what was trained by then
-            verdict = told["text"] if told.get("state") == state_of(records) else UNKNOWN
+            verdict = stored_verdict(attributes.get("verdict", {}), records)
             backbone = attributes["identity"].get("backbone", {}).get("name", "")
             return cls(
                 records, objectives, axes, export, verdict, search=attributes["name"], backbone=backbone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,11 @@ def state_of(records: Sequence[TrialRecord]) -> list[int]:
     own = [record.evaluation for record in records if record.derived_from is None]
     trainings = sum(evaluation.trainings for evaluation in own)
     return [len(own), trainings, sum(evaluation.cost.steps for evaluation in own)]
+
+
+def stored_verdict(kept: Mapping[str, Any], records: Sequence[TrialRecord]) -> str:
+    """Return the verdict that a study keeps; it is not known where more was trained since."""
+    return str(kept["text"]) if kept.get("state") == state_of(records) else UNKNOWN
 
 
 def joint_axes(axes: Sequence[Axis], others: Sequence[Axis]) -> list[Axis]:

@@ -24,6 +24,7 @@ from autopeft.evaluation.executor import LocalExecutor
 from autopeft.evaluation.resampled_test import DRAWS, FEWEST_BATCHES, in_small_batches, resampled_test
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
+from autopeft.optimization.study_store import SETTINGS_FILE
 from autopeft.reporting.mlflow.run_content import SEARCH_TAG, VERDICT_TAG
 from autopeft.reporting.verdict import UNKNOWN
 from autopeft.search_spaces import PerLayer, Uniform
@@ -107,6 +108,7 @@ def test_what_the_head_alone_solves_has_no_winner(
     assert str(found).endswith("take the head alone.")
     assert found.share > 0.1, "a training takes more"
     assert search.front().verdict == str(found)
+    assert search.run(trials=1, progress=False).verdict == str(found), "nothing was trained since"
     lines = capsys.readouterr().out
     assert len(re.findall(r"fresh training \d of 3: accuracy \d\.\d+ on the test split", lines)) % 3 == 0
     assert "The head alone, fresh training 3 of 3: accuracy 1.0000 on the test split" in lines
@@ -195,6 +197,7 @@ def test_a_share_of_the_compute_is_for_the_verdict(
         capsys.readouterr().out,
     )
     assert said is not None
+    assert "verdict: 0.25" in (search.folder / SETTINGS_FILE).read_text()
     assert [*map(int, said.groups())] == [round(spent / 3 / 2), round(for_tests)]
     with pytest.raises(ValueError, match=r"verdict is a share of the compute, .* got 1"):
         search.run(trials=2, verdict=1)

@@ -228,7 +228,7 @@ class SearchSpace(ABC):
     def point(self, adapters: Mapping[Site, AdapterLike] | None = None, place: float = 0.5) -> Configuration:
         """Return adapters, or the head alone, with the learning rate at a place, from 0 (lowest) to 1.
 
-        In the middle of the default range is the rate that published sweeps foretell.
+        The middle of the default range is the rate that published sweeps predict.
         """
         return Configuration(adapters, learning_rate=learning_rate_at(place, self.learning_rate))
 

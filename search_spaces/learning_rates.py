@@ -44,7 +44,7 @@ def checked_learning_rate(learning_rate: Any) -> LearningRate:
 
 
 def fitting_learning_rates(hidden_size: int, steps: int) -> tuple[float, float]:
-    """Return the range around LoRA's rate for a model and a training, as published sweeps foretell it.
+    """Return the range around LoRA's rate for a model and a training, as published sweeps predict it.
 
     Args:
         hidden_size: Width of the model's hidden states.

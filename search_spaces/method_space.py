@@ -144,7 +144,7 @@ class MethodSpace(SearchSpace):
 
         Schulman et al., "LoRA Without Regret", 2025; in attention alone it is worse with as many parameters.
         """
-        return [slot for slot in self.slots(backbone) if slot.sites[0].role.startswith("ffn")]
+        return [slot for slot in self.slots(backbone) if in_mlp(slot.sites[0])]
 
     def methods_on(self, backbone: Backbone) -> tuple[str, ...]:
         """Return the methods that some site of a backbone can take."""
@@ -235,3 +235,8 @@ def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
     low, high = bounds
     powers = (2**exponent for exponent in range(high.bit_length()))
     return tuple(sorted({low, *(power for power in powers if low < power < high), high}))
+
+
+def in_mlp(site: Site) -> bool:
+    """Whether a site is in the MLP of its block."""
+    return site.role.startswith("ffn")

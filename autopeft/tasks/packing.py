@@ -15,7 +15,7 @@ from autopeft.tasks.language_rows import TokenRow
 from autopeft.tasks.length_bucketing import Collator, TokenisedSplit
 
 _ROUNDING = 1e-2
-"""What rounding may change of a row's logits, as a share of what other tokens change of their own row's."""
+"""Change of a row's logits that is taken for rounding, as a share of that in the row whose tokens changed."""
 
 
 def pack(rows: Sequence[TokenRow], length: int) -> TokenisedSplit:

@@ -291,11 +291,12 @@ def register(
 def verdict(
     share: Annotated[float, typer.Option(help="Compute of the sweep, of what the search took.")] = 1.0,
     seeds: Annotated[int, typer.Option(help="Fresh trainings of each point, 3 or more.")] = 3,
+    full: Annotated[bool, typer.Option("--full-fine-tuning", help="Train all weights, to compare.")] = False,
     folder: Folder = Path("autopeft_runs"),
     name: Name = None,
 ) -> None:
     """Say whether the front beats a uniform LoRA sweep, which is trained beside it, on the test split."""
-    _stored_search(_search_folder(folder, name)).verdict(share, seeds=seeds)
+    _stored_search(_search_folder(folder, name)).verdict(share, seeds=seeds, full_fine_tuning=full)
 
 
 @app.command()

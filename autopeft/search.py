@@ -234,7 +234,14 @@ class Search(SearchSettings):
                 SearchProgress(enabled=progress).say("Interrupted: search.verdict() goes on from there.")
             return self.front()
 
-    def verdict(self, share: float = 1.0, *, seeds: int = SEEDS, progress: bool = True) -> Verdict:
+    def verdict(
+        self,
+        share: float = 1.0,
+        *,
+        seeds: int = SEEDS,
+        full_fine_tuning: bool = False,
+        progress: bool = True,
+    ) -> Verdict:
         """Say whether the front beats a uniform LoRA sweep, on the test split and with an interval.
 
         The sweep trains LoRA of one rank at one place: all linear modules, those of the top half, the MLP
@@ -246,6 +253,9 @@ class Search(SearchSettings):
         Args:
             share: Compute of the sweep, as a share of what the search took, warm starts included.
             seeds: Fresh trainings of each point.
+            full_fine_tuning: Whether every weight is trained as well, at three rates and then with further
+                seeds, to be named in the sentence. It takes as much memory again as the backbone, and
+                gradients and optimizer states of all its weights.
             progress: Whether to print, a line for each fresh training.
 
         Raises:
@@ -253,7 +263,7 @@ class Search(SearchSettings):
             RuntimeError: The head alone cannot be trained, or all of the sweep fails alike.
             KeyboardInterrupt: Ctrl-C; what was done is kept.
         """
-        return self._reach_verdict(share, seeds=seeds, progress=progress)
+        return self._reach_verdict(share, seeds=seeds, full_fine_tuning=full_fine_tuning, progress=progress)
 
     def _reach_verdict(self, share: float, **options: Any) -> Verdict:
         return reach_verdict(self, self.front(), self.open(), Search, share, **options)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from autopeft.evaluation.derived import measured_cut
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.resampled_test import DRAWS, resampled_test
 from autopeft.evaluation.warm_start import WarmStarts, initial_weights
+from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
 from autopeft.opened_search import OpenSearch
@@ -31,12 +33,14 @@ from autopeft.reporting.front import FrontPoint, ParetoFront
 from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes, state_of
 from autopeft.search_identity import SearchSettings, alters_trials
 from autopeft.search_spaces import Uniform
+from autopeft.search_spaces.learning_rates import full_learning_rate
 from autopeft.search_spaces.uniform import PLACES
 
 SEEDS = 3
 """Fresh trainings of each point; of fewer, an interval says little."""
 _FINALISTS = 5
 _FRESH = 1000  # trainings beyond those that any trial has in a search
+_FULL = 0  # in the place of a trial's number
 _ENOUGH_TRAININGS = 3  # to say what one takes
 _SWEPT = Uniform(places=tuple(PLACES))
 _HEAD = "head alone"  # key of its record, where the search has none
@@ -60,6 +64,7 @@ def reach_verdict(
     share: float,
     *,
     seeds: int = SEEDS,
+    full_fine_tuning: bool = False,
     progress: bool = True,
     covers_tests: bool = False,
 ) -> Verdict:
@@ -72,6 +77,7 @@ def reach_verdict(
         make_sweep: Makes a search, of `Search`'s arguments.
         share: Compute of the sweep, as a share of what the search took.
         seeds: Fresh trainings of each point.
+        full_fine_tuning: Whether every weight is trained as well, to be named beside the fronts.
         progress: Whether to print.
         covers_tests: Whether the share is for the tests too, which then get half of it at most.
     """
@@ -94,13 +100,16 @@ def reach_verdict(
     )
     taken = 0.0 if swept is None else getattr(Spent.of(swept.records).cost, device) / getattr(spent, device)
     found = _compared(front, swept, tests, opened.space.point(place=1.0), taken)
+    if full_fine_tuning:
+        found = replace(found, full=tests.of_full_fine_tuning())
+    front.verdict = str(found)
     said.say(str(found))
     with closing(StudyStore(search.folder, search.name, search.objectives, search.constraints)) as study:
         study.set_attribute("verdict", {"state": state_of(front.records), "text": str(found)})
         if isinstance(search.tracking, str):
             from autopeft.reporting.mlflow.store import note_verdict
 
-            note_verdict(search.tracking, search.experiment, study.study_id, str(found))
+            note_verdict(search.tracking, search.experiment, study.study_id, str(found), page=front.to_html())
     return found
 
 
@@ -224,6 +233,37 @@ class FinalTests:
                 self._keep({_HEAD: TrialRecord(number=-1, evaluation=evaluation).to_dict()})
             record = TrialRecord.from_dict(self.known[_HEAD])
         return ParetoFront([record], front.objectives, front.axes)
+
+    def of_full_fine_tuning(self) -> str:
+        """Return what training every weight reaches on the test split, at the best of three rates, in words.
+
+        The rate is chosen by the first seed, on the validation split.
+        """
+        first, *others = (training_seed(self.seed, _FULL, _FRESH + place) for place in range(self.seeds))
+        usual = full_learning_rate(self.evaluator.backbone.hidden_size)
+        rates = [float(f"{usual * factor:.2g}") for factor in (1, 1 / 3, 3)]
+        tried = {rate: self._full_training(rate, first) for rate in rates}
+        done = {rate: training for rate, training in tried.items() if "reason" not in training}
+        if not done:
+            return f"full fine-tuning failed: {tried[rates[0]]['reason']}"
+        best = max(done, key=lambda rate: self.metric.sign * done[rate]["validation"])
+        trainings = [done[best], *(self._full_training(best, seed) for seed in others)]
+        tests = [training["test"] for training in trainings if "reason" not in training]
+        return f"{self.metric.name} {self.metric.format(mean(tests))} of full fine-tuning at rate {best:.2g}"
+
+    def _full_training(self, rate: float, seed: int) -> dict[str, Any]:
+        key, evaluator, name = f"full fine-tuning {rate:.2g} {seed}", self.evaluator, self.metric.name
+        if key not in self.known:
+            configuration = Configuration(learning_rate=rate)
+            trained = evaluator.train(configuration, seed, attachment=FullFineTuning)
+            values, found = trained.evaluation.values, {"reason": trained.evaluation.reason}
+            if trained.state is not None:
+                test = evaluator.test(configuration, trained.state, attachment=FullFineTuning)[name]
+                found = {"validation": values[name], "test": test}
+                reached = f"{name} {self.metric.format(test)} on the test split"
+                self.say(f"Full fine-tuning at rate {rate:.2g}: {reached}")
+            self._keep({key: found})
+        return self.known[key]
 
     def _keep(self, found: dict[str, Any]) -> None:
         self.known.update(found)

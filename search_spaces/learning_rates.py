@@ -51,8 +51,13 @@ def fitting_learning_rates(hidden_size: int, steps: int) -> tuple[float, float]:
         steps: Optimizer steps of a whole training.
     """
     factor = _LORA_FACTOR if steps >= _SHORT else _LORA_FACTOR_WHEN_SHORT
-    middle = factor * _FULL_RATE * (_FITTED_WIDTH / max(hidden_size, _NARROWEST)) ** _POWER
+    middle = factor * full_learning_rate(hidden_size)
     return float(f"{middle / _RANGE_FACTOR:.2g}"), float(f"{middle * _RANGE_FACTOR:.2g}")
+
+
+def full_learning_rate(hidden_size: int) -> float:
+    """Return the rate of full fine-tuning for a model of a width, as published sweeps predict it."""
+    return _FULL_RATE * (_FITTED_WIDTH / max(hidden_size, _NARROWEST)) ** _POWER
 
 
 def learning_rate_bounds(learning_rate: LearningRate | None) -> tuple[float, float]:

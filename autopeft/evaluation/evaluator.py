@@ -81,21 +81,33 @@ class Evaluator(EvaluationContext):
             torch.cuda.empty_cache()
         return run.outcome(reason)
 
-    def test(self, configuration: Configuration, state: Mapping[str, Tensor]) -> dict[str, float]:
+    def test(
+        self,
+        configuration: Configuration,
+        state: Mapping[str, Tensor],
+        *,
+        attachment: type[Attachment] = Attachment,
+    ) -> dict[str, float]:
         """Return the metrics on the held-out test split, which the search never reads.
 
         Args:
             configuration: What was trained.
             state: Its trained tensors.
+            attachment: How it was attached; see `train`.
         """
-        return self.score(configuration, state, "test")
+        return self.score(configuration, state, "test", attachment=attachment)
 
     def score(
-        self, configuration: Configuration, state: Mapping[str, Tensor], split: SplitName
+        self,
+        configuration: Configuration,
+        state: Mapping[str, Tensor],
+        split: SplitName,
+        *,
+        attachment: type[Attachment] = Attachment,
     ) -> dict[str, float]:
         """Return the metrics of trained tensors on a split; for the arguments see `test`."""
-        with attach(self.backbone, configuration, self.seed) as attachment:
-            attachment.load_state_dict(state)
+        with attachment(self.backbone, configuration, self.seed) as attached:
+            attached.load_state_dict(state)
             return self._scored(configuration, split)
 
     def measure(

@@ -44,6 +44,7 @@ class Verdict:
         share: Compute of the sweep, as a share of what the search took; 0 where no uniform LoRA could be
             trained within the constraints, so that the head alone stands for the sweep.
         take: The best of the sweep and the head alone, in words.
+        full: What full fine-tuning has on the test split, in words; empty where it was not asked for.
     """
 
     search: float
@@ -53,6 +54,7 @@ class Verdict:
     seeds: int
     share: float
     take: str
+    full: str = ""
 
     @property
     def beats(self) -> bool:
@@ -67,8 +69,8 @@ class Verdict:
             else "the head alone in its place, as no uniform LoRA could be trained within the constraints"
         )
         told = (
-            f"on the test split ({self.search:.4f} against {self.uniform:.4f}; {self.head}; "
-            f"{self.seeds} fresh seeds, {swept})"
+            f"on the test split ({self.search:.4f} against {self.uniform:.4f}; "
+            f"{'; '.join(filter(None, (self.head, self.full)))}; {self.seeds} fresh seeds, {swept})"
         )
         if self.beats:
             return f"The front beats a uniform LoRA sweep: {difference} {told}."

@@ -127,7 +127,7 @@ def test_a_search_with_quotes_in_its_name_is_found_by_its_study(tmp_path: Path) 
     tracker.finish("FINISHED")
     before = parent_run(uri, name).data.tags[NOTE_TAG]
     for verdict in ("better", "*no* better"):
-        note_verdict(uri, "autopeft", "0123", verdict)
+        note_verdict(uri, "autopeft", "0123", verdict, page=f"<p>{verdict}</p>")
         tags = parent_run(uri, name).data.tags
         assert tags[VERDICT_TAG] == verdict
         assert tags[NOTE_TAG] == f"{before}\n\n**Verdict**: {markdown_text(verdict)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import random
 import re
@@ -22,6 +23,7 @@ from autopeft.core.evaluation import Cost
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.evaluation.executor import LocalExecutor
 from autopeft.evaluation.resampled_test import DRAWS, FEWEST_BATCHES, in_small_batches, resampled_test
+from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
 from autopeft.optimization.study_store import SETTINGS_FILE
@@ -116,8 +118,30 @@ def test_what_the_head_alone_solves_has_no_winner(
     trained = len(seeds)
     assert search.verdict(0.01, progress=False) == found, "the sweep has taken what it has taken"
     assert len(seeds) == trained, "what was done is kept"
+    beside = search.verdict(0.01, full_fine_tuning=True, progress=False)
+    assert re.search(r"; accuracy \d\.\d+ of full fine-tuning at rate [\d.e-]+; 3 fresh seeds", str(beside))
+    assert len(seeds) == trained + 5, "three rates, and two further seeds at the best"
+    assert search.front().verdict == str(beside)
     with pytest.raises(ValueError, match="seeds is a number of trainings from 3 up, got 2"):
         search.verdict(seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_draws")
+def test_full_fine_tuning_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Uniform(sizes={"rank": (1, 8)}, learning_rate=3e-2)
+    search = tiny_search(tmp_path, space=space, tracking=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    search.run(trials=1, progress=False)
+
+    def too_large(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(FullFineTuning, "_attach_methods", too_large)
+    found = search.verdict(0.1, full_fine_tuning=True, progress=False)
+    assert "; full fine-tuning failed: " in str(found)
+    (page,) = tmp_path.glob("mlartifacts/*/artifacts/pareto/front.html")
+    with page.open() as file:
+        assert html.escape(str(found)) in file.read()
 
 
 @pytest.mark.usefixtures("few_draws")

@@ -31,6 +31,7 @@ VIEW_TAG: Final = "autopeft.view"
 VERDICT_TAG: Final = "autopeft.verdict"
 CURVE_TAG: Final = "autopeft.curve_points"
 NOTE_TAG: Final = "mlflow.note.content"
+FRONT_PAGE: Final = "pareto/front.html"
 KEY_PARAM: Final = "configuration_key"
 LONGEST_TEXT: Final = 5000
 _MOST_ROWS = 30

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from autopeft.core.tables import markdown_text
-from autopeft.reporting.mlflow.run_content import NOTE_TAG, SEARCH_TAG, STUDY_TAG, VERDICT_TAG
+from autopeft.reporting.mlflow.run_content import FRONT_PAGE, NOTE_TAG, SEARCH_TAG, STUDY_TAG, VERDICT_TAG
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 
 _VERDICT = "\n\n**Verdict**: "
@@ -84,8 +84,16 @@ def log_report_run(uri: str, experiment: str, name: str, save: Callable[[Path], 
     return run_id
 
 
-def note_verdict(uri: str, experiment: str, study_id: str, verdict: str) -> None:
-    """Put a verdict at the end of the note on the search whose study has an id, and into a tag."""
+def note_verdict(uri: str, experiment: str, study_id: str, verdict: str, *, page: str) -> None:
+    """Put a verdict at the end of the note on the search whose study has an id, and into a tag.
+
+    Args:
+        uri: The tracking store.
+        experiment: The search's experiment.
+        study_id: The study.
+        verdict: A sentence.
+        page: The front's page with the verdict, which takes the place of the one without.
+    """
     try:
         client, experiment_id = open_experiment(*checked_store(uri), experiment)
         of_the_study = f"tags.`{STUDY_TAG}` = '{study_id}' AND tags.`{SEARCH_TAG}` LIKE '%'"
@@ -93,6 +101,7 @@ def note_verdict(uri: str, experiment: str, study_id: str, verdict: str) -> None
             note, *_ = run.data.tags.get(NOTE_TAG, "").partition(_VERDICT)
             client.set_tag(run.info.run_id, NOTE_TAG, f"{note}{_VERDICT}{markdown_text(verdict)}")
             client.set_tag(run.info.run_id, VERDICT_TAG, verdict)
+            client.log_text(run.info.run_id, page, FRONT_PAGE)
     except Exception as error:  # see `log_report_run`
         raise unusable_store(uri, error) from None
 

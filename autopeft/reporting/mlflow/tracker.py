@@ -221,7 +221,7 @@ class MlflowTracker(Tracker):
         shown = found.records, found.members, found.objectives
         page, frame = found.to_html(), front_frame(*shown)
         front = frame[frame["front"]].drop(columns="front")
-        self._client.log_text(self._parent, page, "pareto/front.html")
+        self._client.log_text(self._parent, page, content.FRONT_PAGE)
         self._client.log_figure(self._parent, static_front_figure(*shown), "pareto/front.png")
         self._client.log_text(self._parent, front.to_csv(index=False), "pareto/front.csv")
         self._client.log_text(self._parent, frame.to_csv(index=False), "pareto/trials.csv")

@@ -315,7 +315,7 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # last: a task of one's own there hides no module
     try:
         app()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

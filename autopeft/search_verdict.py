@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from autopeft.search_spaces import Uniform
 from autopeft.search_spaces.learning_rates import full_learning_rate
 from autopeft.search_spaces.uniform import PLACES
 
+_logger = logging.getLogger(__name__)
 SEEDS = 3
 """Fresh trainings of each point; of fewer, an interval says little."""
 _FINALISTS = 5
@@ -109,7 +111,12 @@ def reach_verdict(
         if isinstance(search.tracking, str):
             from autopeft.reporting.mlflow.store import note_verdict
 
-            note_verdict(search.tracking, search.experiment, study.study_id, str(found), page=front.to_html())
+            try:
+                note_verdict(
+                    search.tracking, search.experiment, study.study_id, str(found), page=front.to_html()
+                )
+            except ValueError as error:  # the study has it: MLflow never fails a search
+                _logger.warning("The verdict is not in MLflow: %s", error)
     return found
 
 

@@ -114,9 +114,15 @@ def _full_disk_of_caches(draw: random.Random, search: Search) -> None:
 
 
 def _clock_set_back(draw: random.Random, search: Search) -> None:
-    _strike()
+    """Set the clock back by up to a day, from a random moment on, while runs are written to MLflow."""
+    _mlflow_of_its_own(search)
     now, back = time.time, draw.random() * _DAY
-    patch("time.time", lambda: now() - back).start()
+
+    def set_back() -> None:
+        _strike()
+        patch("time.time", lambda: now() - back).start()
+
+    Timer(max(0.0, draw.uniform(-2, 4)), set_back).start()
 
 
 def _damaged(pattern: str) -> Fault:
@@ -232,6 +238,7 @@ OF_CACHES: Mapping[str, Fault] = {
     "full disk of caches and scores": _full_disk_of_caches,
 }
 STUDIES = (OF_CALLS, OF_TRAININGS, OF_CACHES)
+_WRITING_TO_MLFLOW = (_mlflow_read_only, _mlflow_away, _clock_set_back)
 FAULTS = {**OF_CALLS, **OF_TRAININGS, **OF_CACHES}
 
 
@@ -289,7 +296,7 @@ class Study:
             journal.write_bytes(whole)
         else:
             # Until MLflow is written to takes a while.
-            longest = self.seconds * (5 if FAULTS[kind] in (_mlflow_read_only, _mlflow_away) else 1)
+            longest = self.seconds * (5 if FAULTS[kind] in _WRITING_TO_MLFLOW else 1)
             is_clear = self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), longest) != 1
             if kind in KILLS and self._was_killed:
                 _strike()
@@ -318,8 +325,10 @@ class Study:
                 fault(random.Random(seed), self.search)
                 self.search.run(trials=TRIALS, progress=False, retry_failed=True)
                 code = 0
-            except (ValueError, OSError, KeyboardInterrupt, SystemExit):  # the last by Lightning, on SIGTERM
+            except (ValueError, KeyboardInterrupt, SystemExit):  # the last by Lightning, on SIGTERM
                 code = _REFUSED
+            except OSError as error:
+                code = _REFUSED if "/" in str(error) else 1  # it has to name the file
             finally:
                 os._exit(code)
         if kill is not None:

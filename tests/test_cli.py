@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -349,6 +350,19 @@ def test_errors_are_one_line_and_exit_code_two(
     shown = capsys.readouterr()
     assert shown.err.startswith("Error: Unknown search 'tyny'")
     assert "Traceback" not in shown.err + shown.out
+
+
+def test_a_disk_that_is_full_is_one_line_too(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "study.log cannot be written: No space left on device")
+
+    monkeypatch.setattr(Search, "run", full)
+    monkeypatch.setattr(sys, "argv", ["autopeft", "search", str(place / "search.yaml")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "study.log cannot be written: No space left on device\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ more values than there are atoms, and lists can lie in each other deeper than a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,20 +50,22 @@ def parse_json(text: str, name: str) -> Any:
 def parse_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Return what a YAML text holds, read with a safe loader; errors call it by its name."""
     try:
-        content = yaml.load(text, Loader=loader)
+        reader = loader(text)
+        node = reader.get_single_node()
+        is_small = node is None or _count(node, {}) <= _MOST_VALUES  # merging keys copies what they stand for
+        if is_small:
+            return None if node is None else reader.construct_document(node)
     except (yaml.YAMLError, *_OF_CONSTRUCTORS) as error:
         raise ValueError(f"{name} is not valid YAML: {error}") from error
-    if _count(content, {}) > _MOST_VALUES:
-        raise ValueError(f"{name} stands for more than {_MOST_VALUES:,} values, or holds itself, by aliases.")
-    return content
+    raise ValueError(f"{name} stands for more than {_MOST_VALUES:,} values, or holds itself, by aliases.")
 
 
-def _count(value: Any, counted: dict[int, int]) -> int:
-    """Return the number of values in a value, each as often as it stands there."""
-    if not isinstance(value, dict | list | set | tuple):
+def _count(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
+    """Return the number of values that a node stands for, each as often as it stands there."""
+    if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(value) not in counted:
-        counted[id(value)] = _MOST_VALUES + 1  # of what holds itself
-        parts: Iterable[Any] = chain(value, value.values()) if isinstance(value, dict) else value
-        counted[id(value)] = 1 + sum(_count(part, counted) for part in parts)
-    return counted[id(value)]
+    if node not in counted:
+        counted[node] = _MOST_VALUES + 1  # of what holds itself
+        parts = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counted[node] = 1 + sum(_count(part, counted) for part in parts)
+    return counted[node]

@@ -22,7 +22,7 @@ def titled_table(title: str, headings: Iterable[str], *, words: Collection[str])
 
 def as_text(table: Table) -> str:
     """Return a table as plain text."""
-    console = Console(width=TEXT_WIDTH, color_system=None)
+    console = Console(width=TEXT_WIDTH, color_system=None, markup=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()

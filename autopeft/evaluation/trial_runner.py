@@ -42,6 +42,8 @@ class TrialRunner:
         match job:
             case New():
                 paused = self.left_behind(job)
+                if paused is not None:
+                    job = replace(job, failed=None)  # whose cost the checkpoint has
                 trained = self.evaluator.train(
                     job.configuration,
                     self.seed_of(job) if paused is None else paused.evaluation.seed,

@@ -20,7 +20,7 @@ from autopeft.reporting.formats import methods_label
 
 def wide_console() -> Console:
     """Return a console on standard output, wide enough for tables where that is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else TEXT_WIDTH)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else TEXT_WIDTH)
 
 
 class SearchProgress:
@@ -54,7 +54,7 @@ class SearchProgress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, markup=False, soft_wrap=True)
+        self._progress.console.print(text, soft_wrap=True)
 
     def show(self, table: Table) -> None:
         """Print a table."""

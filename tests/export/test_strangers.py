@@ -102,6 +102,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MERGED_BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{after}: &{after} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
 ATTACKS: dict[str, tuple[str, Attack]] = {
     "no JSON": ("peft", lambda folder: (folder / "autopeft.json").write_text("{")),
     "JSON that is a list": ("peft", lambda folder: (folder / "autopeft.json").write_text("[]")),
@@ -130,6 +134,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "sites elsewhere": ("mixed", shape(module="classifier")),
     "a shape without fields": ("mixed", manifest(sites={"0.query": {}})),
     "bombs of aliases": ("peft", configuration(f"{BOMB}sites: *i\n")),
+    "bombs of merged keys": ("peft", configuration(f"{MERGED_BOMB}sites: *i\n")),
     "aliases to itself": ("peft", configuration("sites: &a [*a]\n")),
     "deep YAML": ("peft", configuration("[" * 10_000)),
     "a YAML object": ("peft", configuration("!!python/object/apply:os.system [touch executed]\n")),

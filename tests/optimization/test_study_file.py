@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import random
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +132,23 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(fcntl, "flock", not_there)
     assert filled(tmp_path) == opened_records(tmp_path)
     assert f"files in {tmp_path} cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    told(store, 0)
+    size = (tmp_path / STUDY_FILE).stat().st_size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/{STUDY_FILE} cannot be written: File too large"):
+            told(store, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    store.close()
+    assert len(opened_records(tmp_path)) == 1
 
 
 def test_a_store_that_could_not_be_opened_is_not_held(tmp_path: Path) -> None:

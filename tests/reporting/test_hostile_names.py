@@ -13,7 +13,8 @@ import pytest
 from autopeft.core.adapter import Site
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.core.pareto import Axis
-from autopeft.core.tables import markdown_block, markdown_text
+from autopeft.core.tables import as_text, markdown_block, markdown_text, titled_table
+from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.formats import html_page
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.front_page import curves_figure
@@ -95,6 +96,13 @@ def test_a_notebook_shows_them_as_text() -> None:
     front = ParetoFront(RECORDS, OBJECTIVES, axes)
     for page in (front[0]._repr_html_(), front._repr_html_()):
         assert "<img" not in page
+
+
+def test_a_terminal_shows_them_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    table = titled_table("acc[/b]", ["[link=file:///etc]x", "[bold]y"], words=())
+    SearchProgress().show(table)
+    for shown in (as_text(table), capsys.readouterr().out):
+        assert all(text in shown for text in ("acc[/b]", "[link=file:///etc]x", "[bold]y"))
 
 
 def test_the_note_holds_them_as_text() -> None:

@@ -128,7 +128,9 @@ def test_what_the_head_alone_solves_has_no_winner(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_draws")
-def test_full_fine_tuning_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_fine_tuning_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     space = Uniform(sizes={"rank": (1, 8)}, learning_rate=3e-2)
     search = tiny_search(tmp_path, space=space, tracking=f"sqlite:///{tmp_path / 'mlflow.db'}")
     search.run(trials=1, progress=False)
@@ -142,6 +144,9 @@ def test_full_fine_tuning_that_fails_is_told(tmp_path: Path, monkeypatch: pytest
     (page,) = tmp_path.glob("mlartifacts/*/artifacts/pareto/front.html")
     with page.open() as file:
         assert html.escape(str(found)) in file.read()
+    search.tracking = "http://127.0.0.1:1"
+    assert search.verdict(0.1, full_fine_tuning=True, progress=False) == found
+    assert "The verdict is not in MLflow: No MLflow server answers at http://127.0.0.1:1" in caplog.text
 
 
 @pytest.mark.usefixtures("few_draws")

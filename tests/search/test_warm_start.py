@@ -290,6 +290,17 @@ def test_a_training_left_behind_by_a_killed_process_goes_on(tmp_path: Path) -> N
     assert again.cost == first.cost  # nothing was trained a second time
 
 
+def test_what_a_failed_attempt_took_is_counted_once(tmp_path: Path) -> None:
+    runner, weights = warm_runner(tmp_path)
+    took = Cost(cpu_seconds=1000.0)
+    failed = Evaluation(configuration=chosen_of(weights), status="failed", reason="a mistake", cost=took)
+    job = New(
+        number=3, configuration=chosen_of(weights), rung=0, failed=TrialRecord(number=3, evaluation=failed)
+    )
+    assert runner.run(job).evaluation.cost.cpu_seconds > 1000  # and was never recorded
+    assert runner.run(job).evaluation.cost.cpu_seconds < 2000
+
+
 @pytest.mark.slow
 def test_what_failed_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []

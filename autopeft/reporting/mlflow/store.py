@@ -55,7 +55,12 @@ def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowC
     """Return a client of a store, and the id of the experiment of a name, which is made or restored.
 
     URI and artifacts are what `checked_store` returned.
+
+    Raises:
+        ValueError: No server answers at the URI.
     """
+    if uri.startswith("http"):
+        check_server(uri)
     _make_database(uri)
     client = MlflowClient(tracking_uri=uri)
     if uri.startswith("http"):  # else it prints two lines a run, with the password in them

@@ -30,7 +30,7 @@ from autopeft.reporting.mlflow.saved_view import (
     view_link,
     view_state,
 )
-from autopeft.reporting.mlflow.store import check_server, checked_store, log_folder, open_experiment
+from autopeft.reporting.mlflow.store import checked_store, log_folder, open_experiment
 from autopeft.reporting.mlflow.tracking_uri import redact, redact_in
 from autopeft.reporting.mlflow.worker import Worker
 from autopeft.reporting.tracker import SettingGroups, Tracker
@@ -130,8 +130,6 @@ class MlflowTracker(Tracker):
             self.trial_finished(record)
 
     def _open(self, note: str, identity: SettingGroups, records: Sequence[TrialRecord]) -> None:
-        if self.is_server:
-            check_server(self._uri)  # MLflow's client would try again for minutes
         self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
         of_this_study = f"tags.`{content.STUDY_TAG}` = '{self._study_id}'"
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)

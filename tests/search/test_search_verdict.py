@@ -146,7 +146,9 @@ def test_full_fine_tuning_that_fails_is_told(
         assert html.escape(str(found)) in file.read()
     search.tracking = "http://127.0.0.1:1"
     assert search.verdict(0.1, full_fine_tuning=True, progress=False) == found
-    assert re.search("The verdict is not in MLflow: .*No MLflow server answers at http://127.0.0.1:1", caplog.text)
+    assert re.search(
+        "The verdict is not in MLflow: .*No MLflow server answers at http://127.0.0.1:1", caplog.text
+    )
 
 
 @pytest.mark.usefixtures("few_draws")

@@ -114,6 +114,16 @@ def run(*command: str, folder: Path = ROOT) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
 
 
+def run_five_lines(environment: Path, folder: Path) -> None:
+    """Search with a tiny model in an environment, where only its own autopeft is found."""
+    save_tiny_model(folder / "model")
+    save_learnable_csv(folder / "data.csv")
+    (folder / "five_lines.py").write_text(FIVE_LINES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        run(str(environment / "bin" / "python"), "five_lines.py", folder=folder)
+
+
 def packages_on_disk() -> Iterator[str]:
     """Dotted names of the importable folders, the two linked ones counted where they stand."""
     for start in ("autopeft", *LINKED):
@@ -168,14 +178,23 @@ def test_twine_takes_wheel_and_sdist(wheel: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_wheel_searches_in_an_environment_of_its_own(environment: Path, tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "model")
-    save_learnable_csv(tmp_path / "data.csv")
-    (tmp_path / "five_lines.py").write_text(FIVE_LINES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONPATH", raising=False)
-        run(str(environment / "bin" / "python"), "five_lines.py", folder=tmp_path)
-        options = ("--model", "model", "--data", "data.csv")
-        run(str(environment / "bin" / "autopeft"), "init", *options, folder=tmp_path)
+    run_five_lines(environment, tmp_path)
+    options = ("--model", "model", "--data", "data.csv")
+    run(str(environment / "bin" / "autopeft"), "init", *options, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_five_lines_run_where_pip_has_installed_the_wheel(version: str, wheel: Path, tmp_path: Path) -> None:
+    interpreter = shutil.which(f"python{version}") or ""
+    if not interpreter or subprocess.run([interpreter, "-c", ""], check=False).returncode:
+        pytest.skip(f"needs python{version}")
+    environment = tmp_path / "environment"
+    run(interpreter, "-m", "venv", str(environment))
+    install = (str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet")
+    run(*install, "-c", str(ROOT / "constraints.txt"), str(wheel))
+    run_five_lines(environment, tmp_path)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from autopeft.core.errors import unknown_choice
 from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import SHOWN_POINTS, ParetoFront
+from autopeft.terminal_questions import asked, column_question
 
 if TYPE_CHECKING:
     from autopeft.search import Search
@@ -51,14 +52,16 @@ def init(
         str | None, typer.Option(help="CSV, JSON lines or Parquet file, a folder, or a hub name.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="A task's class; default: by the columns.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Column of texts; twice for pairs.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
     to: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("search.yaml"),
 ) -> None:
     """Write the YAML of a first search; what is not given is asked for."""
-    model = _asked(model, "--model", "Model (hub name or folder)")
-    data = _asked(data, "--data", "Data (file, folder or hub name)")
+    model = asked(model, "--model", "Model (hub name or folder)")
+    data = asked(data, "--data", "Data (file, folder or hub name)")
     from autopeft.config_template import write_template
 
-    settings = write_template(to, model, data, task)
+    settings = write_template(to, model, data, task, text=text or (), label=label, choose=column_question())
     print("Recognised: " + ", ".join(f"{name}: {value}" for name, value in settings.items()))
     print(f"Written: {to}. Next: autopeft validate {to}")
 
@@ -326,17 +329,6 @@ def _executor_type(config: Path) -> Any:
         return yaml.safe_load(config.read_text(encoding="utf-8"))["executor"]["type"]
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
         return None
-
-
-def _asked(given: str | None, option: str, question: str) -> str:
-    """Return what was given, or what is answered at a terminal."""
-    if given is None and not _is_terminal():
-        raise ValueError(f"{option} is missing, and there is no terminal to ask at.")
-    return str(typer.prompt(question)) if given is None else given
-
-
-def _is_terminal() -> bool:
-    return sys.stdin.isatty()
 
 
 @contextmanager

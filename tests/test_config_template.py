@@ -87,28 +87,103 @@ def test_preferences_are_recognised_before_their_chats(tmp_path: Path) -> None:
     assert type(recognise(saved(tmp_path, rows))[0]).__name__ == "CausalLM"
 
 
-def test_columns_of_other_names_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
-    count = 40
-    rows: dict[str, list[Any]] = {
-        "id": list(range(count)),
+def reviews(count: int = 40) -> dict[str, list[Any]]:
+    return {
         "review": [f"what guest {row} thinks of it" for row in range(count)],
         "stars": [row % 5 for row in range(count)],
-        "town": [f"t{row % 8}" for row in range(count)],
     }
-    found, settings, held = recognise(saved(tmp_path, rows))
-    assert type(found).__name__ == "TextClassification"
-    assert settings == {"text": "review", "label": "stars"}
-    assert held == "'id' (other), 'review' (text), 'stars' (class), 'town' (class)"
-    rows["title"] = [f"guest {row}" for row in range(count)]
-    assert recognise(saved(tmp_path, rows))[1]["text"] == ["review", "title"]
-    rows["price"] = [row + 0.5 for row in range(count)]
-    found, settings, _ = recognise(saved(tmp_path, rows), "Regression")
-    assert settings["label"] == "price"
+
+
+def distinct(name: str, count: int = 40) -> dict[str, list[Any]]:
+    return {name: [f"2024-01-{row}" for row in range(count)]}
+
+
+@pytest.mark.parametrize("aside", ["id", "date", "Review_ID", "url"])
+def test_what_tells_rows_apart_is_no_text(aside: str, tmp_path: Path) -> None:
+    found, settings, _ = recognise(saved(tmp_path, {**distinct(aside), **reviews()}))
+    assert (type(found).__name__, settings) == ("TextClassification", {"text": "review", "label": "stars"})
+
+
+def test_texts_have_words_unless_none_does(tmp_path: Path) -> None:
+    named: dict[str, list[Any]] = {"user": [f"guest{row}" for row in range(40)], **reviews()}
+    assert recognise(saved(tmp_path, named))[1]["text"] == "review"
+    rows: dict[str, list[Any]] = {
+        "review": [f"好吃{row}" for row in range(40)],
+        "stars": [row % 5 for row in range(40)],
+    }
+    assert recognise(saved(tmp_path, rows))[1]["text"] == "review"
+
+
+@pytest.mark.parametrize("aside", ["split", "fold", "user_id"])
+def test_what_parts_rows_is_no_label(aside: str, tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {**reviews(), aside: [row % 2 for row in range(40)]}
+    assert recognise(saved(tmp_path, rows))[1]["label"] == "stars"
+
+
+def test_several_columns_are_a_question(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {**reviews(), "verified": [row % 2 == 0 for row in range(40)]}
+    data = saved(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"may be the label: 'stars', 'verified'. Say which with --label\."):
+        recognise(data)
+    assert recognise(data, label="verified")[1] == {"text": "review", "label": "verified"}
+    rows["title"] = [f"of guest {row}" for row in range(40)]
+    data = saved(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"may be the text: 'review', 'title'. Say which with --text \(two"):
+        recognise(data, label="stars")
+    assert recognise(data, text=["title", "review"], label="stars")[1]["text"] == ["title", "review"]
+    answers = {"label": ("stars",), "text": ("review", "title")}
+    assert recognise(data, choose=lambda setting, columns: answers[setting])[1] == {
+        "text": ["review", "title"],
+        "label": "stars",
+    }
+    with pytest.raises(ValueError, match="did you mean 'review'"):
+        recognise(data, text=["reviews"])
+
+
+def test_a_label_of_another_task_may_be_meant(tmp_path: Path) -> None:
+    data = saved(tmp_path, {**reviews(), "price": [row + 0.5 for row in range(40)]})
+    with pytest.raises(ValueError, match="may be the label: 'price', 'stars'"):
+        recognise(data)
+    for label, task in (("price", "Regression"), ("stars", "TextClassification")):
+        assert type(recognise(data, label=label)[0]).__name__ == task
+    assert recognise(data, "Regression")[1]["label"] == "price"
+    with pytest.raises(ValueError, match="CausalLM has no 'label': leave out --label"):
+        recognise(data, "CausalLM", label="stars")
+
+
+@pytest.mark.parametrize(
+    "pair", [("evidence", "claim"), ("premise", "hypothesis"), ("Question", "Passage"), ("text_a", "text_b")]
+)
+def test_texts_are_read_together_where_their_names_say_so(pair: tuple[str, str], tmp_path: Path) -> None:
+    texts = {name: [f"what {name} {row} says" for row in range(40)] for name in pair}
+    rows: dict[str, list[Any]] = {**distinct("title"), **texts, "label": [row % 2 for row in range(40)]}
+    assert recognise(saved(tmp_path, rows))[1]["text"] == [*pair]
+    rows |= {name: [f"what {name} {row} says" for row in range(40)] for name in ("sentence1", "sentence2")}
+    with pytest.raises(ValueError, match="may be the text: "):
+        recognise(saved(tmp_path, rows))
+
+
+def test_tags_of_several_kinds_are_a_question(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {
+        "tokens": [["a", "b"]] * 20,
+        "pos_tags": [[0, 1]] * 20,
+        "ner_tags": [[0, 0]] * 20,
+    }
+    data = saved(tmp_path, rows)
+    with pytest.raises(ValueError, match="may be the label: 'pos_tags', 'ner_tags'"):
+        recognise(data)
+    assert recognise(data, label="ner_tags")[1] == {"text": "tokens", "label": "ner_tags"}
+
+
+def test_twenty_rows_of_five_classes_are_enough(tmp_path: Path) -> None:
+    found, settings, _ = recognise(saved(tmp_path, reviews(20)))
+    assert (type(found).__name__, settings["label"]) == ("TextClassification", "stars")
+    found.validate()
 
 
 def test_what_is_written_for_texts_is_valid(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    result = init("--model", "model", "--data", "data.csv", "--to", "texts.yaml")
+    result = init("--model", "model", "--data", "data.csv", "--to", "texts.yaml", "--text", "text")
     assert (
         "Recognised: type: TextClassification, dataset: data.csv, text: text, label: label" in result.output
     )
@@ -153,13 +228,22 @@ def test_answers_are_learnt_unless_they_are_labelled(tmp_path: Path) -> None:
 
 def test_a_terminal_is_asked_for_what_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--model is missing" in init_error("--data", place / "data.csv")
-    monkeypatch.setattr("autopeft.cli._is_terminal", lambda: True)
+    monkeypatch.setattr("autopeft.terminal_questions.is_terminal", lambda: True)
     to = place / "asked.yaml"
     result = init("--model", place / "model", "--to", to, answers=f"{place / 'data.csv'}\n")
     assert result.exit_code == 0, result.output
     assert "Data" in result.output
     assert "Model" not in result.output
     assert str(place / "data.csv") in to.read_text()
+    data, to = (
+        saved(place, {**reviews(), "title": [f"of guest {row}" for row in range(40)]}),
+        place / "b.yaml",
+    )
+    result = init("--model", place / "model", "--data", data, "--to", to, answers="review, title\n")
+    assert "Column of the text: review, title, or two with a comma between" in result.output
+    assert "  text:\n  - review\n  - title\n  label: stars\n" in to.read_text()
+    odd = init("--model", place / "model", "--data", data, "--to", place / "c.yaml", answers="revew\n")
+    assert "did you mean 'review'" in str(odd.exception)
 
 
 def test_errors_name_the_mend(place: Path, tmp_path: Path) -> None:
@@ -174,5 +258,5 @@ def test_errors_name_the_mend(place: Path, tmp_path: Path) -> None:
     )
     odd = saved(tmp_path, {"a": [f"text {row}" for row in range(20)], "b": list(range(20))})
     found = init_error("--model", model, "--data", odd, "--to", to)
-    assert "call what is to be predicted 'label', for a language model name columns 'messages'; " in found
+    assert "with --text and --label, for a language model name columns 'messages'; " in found
     assert not to.exists()

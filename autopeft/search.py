@@ -164,9 +164,9 @@ class Search(SearchSettings):
         front = self.front()
         return check_scores(front.records, self.sensitivity(scores).scores, front.metric)
 
-    def layer_card(self) -> LayerCard:
-        """Say what an adapter at each site costs, and what the sites have given so far; see `open`."""
-        return self.open().layer_card(self.front())
+    def layer_card(self, *, memory: bool = False) -> LayerCard:
+        """Say what an adapter at each site costs, on request in memory, and what sites have given so far."""
+        return self.open().layer_card(self.front(), memory=memory)
 
     def run(
         self,
@@ -392,7 +392,7 @@ class Search(SearchSettings):
         with TemporaryDirectory() as scratch:
             report = self.export(number, Path(scratch, "model"), target="merged", **options)
             tags = {"autopeft.registered_search": self.name, "autopeft.registered_trial": str(number)}
-            return register_model(self.tracking, self.experiment, name, report.folder, tags)
+            return register_model(self.tracking, self.experiment, name, report.folder, tags, self.task)
 
     def __repr__(self) -> str:
         names = ", ".join(objective.name for objective in self.objectives)

@@ -146,7 +146,7 @@ def check_export(
     mean, most = _distance(found, expected), math.inf
     if without is not None:
         is_unpacked = manifest.layout == "merged" and 8 in backbone.quantized.values()
-        noise = (_UNPACKED if is_unpacked else _NOISE) * max(1.0, float(expected.std()))
+        noise = (_UNPACKED if is_unpacked else _NOISE) * max(1.0, float(expected.std(correction=0)))
         most = max(_CHANGE * _distance(expected, without), noise)
     if not (difference <= check.tolerance and mean <= most):  # so that NaN is an error
         raise RuntimeError(

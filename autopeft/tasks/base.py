@@ -257,6 +257,19 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} generates nothing.")
 
+    def serve(self, pipeline: Any) -> dict[str, Any]:
+        """Prepare a pipeline of transformers' around the exported model to compute what was trained.
+
+        Returns:
+            The arguments of its calls, which a model registry keeps with it; here, none.
+        """
+        return {}
+
+    @property
+    def served_example(self) -> Any:
+        """What such a pipeline can be asked, of no data set; None for what registries assume of its kind."""
+        return None
+
     @abstractmethod
     def trivial_score(self, metric: str, data: TaskData) -> float:
         """Return what a model that learnt nothing scores in validation."""

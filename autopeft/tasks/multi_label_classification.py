@@ -122,6 +122,10 @@ class MultiLabelClassification(TextTask):
         labels = torch.zeros(rows, len(self.labels), dtype=torch.int64)
         return super().example_batch(rows, length) | {LABELS: labels}
 
+    def serve(self, pipeline: Any) -> dict[str, Any]:
+        """Have the probability of every label; see `Task.serve`."""
+        return super().serve(pipeline) | {"top_k": None}
+
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean binary cross entropy, a scalar, of logits and labels (rows, labels)."""
         logits = output.logits.float()

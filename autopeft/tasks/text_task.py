@@ -106,6 +106,16 @@ class TextTask(LabelledTask):
         ids = torch.ones(rows, length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": ids.clone()}
 
+    def serve(self, pipeline: Any) -> dict[str, Any]:
+        """Have texts cut as in training; see `Task.serve`."""
+        pipeline.tokenizer.model_max_length = self.max_length
+        return {"truncation": True, "max_length": self.max_length}
+
+    @property
+    def served_example(self) -> Any:
+        """A text, or a list with a pair under the names that transformers has for its texts."""
+        return "A text." if len(self.columns) == 1 else [{"text": "A text.", "text_pair": "Another one."}]
+
     def _label_values(self, labels: Sequence[Any]) -> NDArray[Any]:
         return np.array(labels, dtype=np.int64)
 

@@ -63,6 +63,11 @@ class TokenClassification(TextTask):
         if not isinstance(self.text, str):
             raise ValueError(f"text is one column with lists of words, got {self.text!r}.")
 
+    def serve(self, pipeline: Any) -> dict[str, Any]:
+        """Have texts cut as in training, of which this pipeline takes no argument; see `Task.serve`."""
+        super().serve(pipeline)
+        return {}
+
     @property
     def metrics(self) -> tuple[Objective, ...]:
         """The metrics, the default one first."""

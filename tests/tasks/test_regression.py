@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from autopeft.models.backbone import Backbone
 from autopeft.tasks import Regression
 from autopeft.tasks.dataset_task import SPLITS
+from tests.learnable import tiny_search
+from tests.tiny_models import tiny_headed, tiny_tokenizer
 
 
 def rows(count: int = 60) -> dict[str, list[Any]]:
@@ -82,3 +86,10 @@ def test_what_is_no_number_in_the_test_split_is_said() -> None:
     strange = Dataset.from_dict({"text": ["w1", "w2"], "label": ["1,5", "2"]})
     with pytest.raises(ValueError, match="Row 0 of the test split has '1,5' in 'label'"):
         task(dataset=DatasetDict(train=Dataset.from_dict(rows()), test=strange)).validate()
+
+
+def test_a_search_tries_its_export_on_one_number(tmp_path: Path) -> None:
+    made = task()
+    backbone = Backbone.load(tiny_headed(made.head, "bert"), made.head, tiny_tokenizer())
+    objectives = ("pearson", "trainable_parameters")
+    tiny_search(tmp_path, backbone=backbone, task=made, objectives=objectives).validate()

@@ -15,11 +15,14 @@ from transformers import pipeline
 from transformers.pipelines import SUPPORTED_TASKS
 
 from autopeft.reporting.mlflow.store import checked_store, open_experiment, unusable_store
+from autopeft.tasks import Task
 
 _PACKAGES = ("torch", "transformers")
 
 
-def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Mapping[str, str]) -> str:
+def register_model(
+    uri: str, experiment: str, name: str, folder: Path, tags: Mapping[str, str], task: Task
+) -> str:
     """Log a merged model to a run of its own, and register it there as a new version of a name.
 
     Args:
@@ -28,6 +31,7 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
         name: Name in the registry.
         folder: The model, as an export writes it.
         tags: Tags of the run and of the version.
+        task: What it was trained for; it says how the model is called, and what it can be asked.
 
     Returns:
         Its URI, as "models:/reviews/1", for `mlflow.pyfunc.load_model` or `mlflow.transformers.load_model`.
@@ -37,9 +41,12 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
     """
     store, artifacts = checked_store(uri)
     card = ModelCard.load(folder / "README.md")
-    task = card.data.get("pipeline_tag")
-    if task not in SUPPORTED_TASKS:
-        raise ValueError("MLflow serves models by transformers' pipelines, of which none takes this one.")
+    kind = card.data.get("pipeline_tag")
+    if kind not in SUPPORTED_TASKS:
+        raise ValueError(
+            f"transformers has no pipeline for a model of {type(task).__name__}, and MLflow serves models by "
+            'pipelines alone: use search.export(..., target="merged"), and load the folder yourself.'
+        )
     needs = [f"{package}=={version(package)}" for package in _PACKAGES]
     try:
         client, experiment_id = open_experiment(store, artifacts, experiment)
@@ -48,8 +55,16 @@ def register_model(uri: str, experiment: str, name: str, folder: Path, tags: Map
             saved = Path(scratch, "model")
             # By the client, and not by `log_model`: that works on the process's own store and run.
             # Of a folder alone MLflow asks the table of pipelines as transformers 4 has it.
-            loaded = pipeline(task, model=str(folder))
-            mlflow.transformers.save_model(loaded, str(saved), model_card=card, pip_requirements=needs)
+            loaded = pipeline(kind, model=str(folder))
+            options = task.serve(loaded)
+            mlflow.transformers.save_model(
+                loaded,
+                str(saved),
+                model_card=card,
+                pip_requirements=needs,
+                model_config=options or None,
+                input_example=task.served_example,
+            )
             client.log_artifacts(run.run_id, str(saved), "model")
         client.set_terminated(run.run_id)
         with suppress(MlflowException):  # it is there

@@ -80,9 +80,10 @@ class OpenSearch:
                     f"and its baselines already has {constraint.describe(closest)}."
                 )
 
-    def layer_card(self, front: ParetoFront) -> LayerCard:
-        """Return what the sites cost, and what they have given to a front."""
-        return LayerCard.of(self.backbone, self.space, self.prior, front)
+    def layer_card(self, front: ParetoFront, *, memory: bool = False) -> LayerCard:
+        """Return what the sites cost, peak memory on request, and what they have given to a front."""
+        costs = self.evaluator.costs if memory else None
+        return LayerCard.of(self.backbone, self.space, self.prior, front, costs)
 
     def promoter(self, halving: SuccessiveHalving | None) -> AshaPromoter | None:
         """Return what decides which paused trial goes on; None where trials do not pause."""
@@ -136,7 +137,7 @@ def open_search(settings: SearchSettings, scores: Path) -> OpenSearch:
         cache=cache_folder(),
     )
     space = space.with_learning_rates(backbone, evaluator.plan.total_steps)
-    prior = Prior.placed(fronts, space, backbone)
+    prior = Prior.placed(fronts, space, backbone, evaluator.plan.total_steps)
     # Before scores and costs, which run the task as well and cannot say what is wrong with it.
     single = single_adapters(space, backbone)
     rehearse(evaluator, single[0])

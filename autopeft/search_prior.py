@@ -15,6 +15,8 @@ from autopeft.search_spaces.prior import EarlierFront, Member
 
 PRIOR_FILE = "prior.json"
 """What a search has read, in its folder: later calls go on with it, whatever becomes of the sources."""
+TRAINED = "trained"
+"""The attribute of a study that says for which width and steps its learning rates are; see `EarlierFront`."""
 
 
 def earlier_fronts(sources: Sequence[str | Path], folder: Path) -> list[EarlierFront]:
@@ -77,18 +79,22 @@ def _of_search(folder: Path) -> EarlierFront:
         depths={stack: int(count) for count, _, stack in blocks},
         members=members,
         tried=frozenset(site for evaluation in trained for site in evaluation.configuration.adapters),
+        **attributes.get(TRAINED, {}),
     )
 
 
 def _of_adapters(folder: Path, exported: Sequence[Path]) -> EarlierFront:
-    depths, *others = (Manifest.load(adapter).blocks for adapter in exported)
+    bases = [(manifest.blocks, manifest.hidden_size) for manifest in map(Manifest.load, exported)]
+    depths, hidden_size = bases[0]
     if not depths:
         raise ValueError(
             f"{folder} does not say how many blocks its base has, as exports of this version do: export it "
             "again."
         )
-    if any(other != depths for other in others):
-        raise ValueError(f"The adapters in {folder} are of bases of unlike depth: name each by itself.")
+    if any(base != bases[0] for base in bases):
+        raise ValueError(
+            f"The adapters in {folder} are of bases of unlike depth or width: name each by itself."
+        )
     points = [Configuration.load(adapter / CONFIGURATION_FILE) for adapter in exported]
     named = zip((adapter.resolve().name for adapter in exported), points, strict=True)
     members = [Member(name, point, 1 / len(points)) for name, point in named if point.adapters]
@@ -99,4 +105,5 @@ def _of_adapters(folder: Path, exported: Sequence[Path]) -> EarlierFront:
         depths=depths,
         members=members,
         tried=frozenset(site for member in members for site in member.configuration.adapters),
+        hidden_size=hidden_size,
     )

@@ -28,7 +28,7 @@ from autopeft.reporting.tracker import Tracker
 from autopeft.reporting.verdict import stored_verdict
 from autopeft.search_identity import SearchSettings, environment
 from autopeft.search_loop import FileCleanup, TrialListener, run_loop
-from autopeft.search_prior import keep_fronts
+from autopeft.search_prior import TRAINED, keep_fronts
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.training.trainer import quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoints
@@ -124,6 +124,8 @@ class SearchRun:
         """Run the loop, and leave study, files and what is tracked in order; see `Search.run`."""
         front = self.front()
         self.study.set_attribute("metrics", [asdict(each) for each in self.evaluator.task.objectives])
+        trained = {"hidden_size": self.opened.backbone.hidden_size, "steps": self.evaluator.plan.total_steps}
+        self.study.set_attribute(TRAINED, trained)
         self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
         self.cleanup.tidy(front)
         before = self._evaluations()

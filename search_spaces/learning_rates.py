@@ -43,21 +43,26 @@ def checked_learning_rate(learning_rate: Any) -> LearningRate:
     return low if low == high else (low, high)
 
 
-def fitting_learning_rates(hidden_size: int, steps: int) -> tuple[float, float]:
-    """Return the range around LoRA's rate for a model and a training, as published sweeps predict it.
+def fitting_learning_rate(hidden_size: int, steps: int) -> float:
+    """Return LoRA's rate for a model and a training, as published sweeps predict it.
 
     Args:
         hidden_size: Width of the model's hidden states.
         steps: Optimizer steps of a whole training.
     """
     factor = _LORA_FACTOR if steps >= _SHORT else _LORA_FACTOR_WHEN_SHORT
-    middle = factor * full_learning_rate(hidden_size)
+    return factor * full_learning_rate(hidden_size)
+
+
+def fitting_learning_rates(hidden_size: int, steps: int) -> tuple[float, float]:
+    """Return the range around `fitting_learning_rate`."""
+    middle = fitting_learning_rate(hidden_size, steps)
     return float(f"{middle / _RANGE_FACTOR:.2g}"), float(f"{middle * _RANGE_FACTOR:.2g}")
 
 
 def full_learning_rate(hidden_size: int) -> float:
     """Return the rate of full fine-tuning for a model of a width, as published sweeps predict it."""
-    return _FULL_RATE * (_FITTED_WIDTH / max(hidden_size, _NARROWEST)) ** _POWER
+    return float(_FULL_RATE * (_FITTED_WIDTH / max(hidden_size, _NARROWEST)) ** _POWER)
 
 
 def learning_rate_bounds(learning_rate: LearningRate | None) -> tuple[float, float]:

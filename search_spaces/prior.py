@@ -16,6 +16,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline, SearchSpace
 from autopeft.search_spaces.learning_rates import (
+    fitting_learning_rate,
     learning_rate_bounds,
     readable_learning_rate,
     summed_learning_rate,
@@ -49,6 +50,13 @@ class EarlierFront:
     depths: Mapping[str, int]  # number of blocks of each stack of its backbone
     members: Sequence[Member]
     tried: frozenset[Site]  # where some trial had an adapter
+    hidden_size: int | None = None  # of its backbone; None in what earlier versions wrote
+    steps: int | None = None  # of its whole trainings; None of adapters, too
+
+    def rate_factor(self, hidden_size: int, steps: int) -> float:
+        """Return by what its learning rates are multiplied for a model and a training; 1 where not known."""
+        there = fitting_learning_rate(self.hidden_size or hidden_size, self.steps or steps)
+        return fitting_learning_rate(hidden_size, steps) / there
 
     @property
     def relative_credits(self) -> dict[Site, float]:
@@ -64,6 +72,8 @@ class EarlierFront:
             "depths": dict(self.depths),
             "members": [[name, point.to_dict(), worth] for name, point, worth in self.members],
             "tried": [str(site) for site in sorted(self.tried)],
+            "hidden_size": self.hidden_size,
+            "steps": self.steps,
         }
 
     @classmethod
@@ -73,7 +83,8 @@ class EarlierFront:
             Member(name, Configuration.from_dict(point), worth) for name, point, worth in data["members"]
         ]
         tried = frozenset(map(Site.parse, data["tried"]))
-        return cls(name=data["name"], depths=data["depths"], members=members, tried=tried)
+        trained = {name: data.get(name) for name in ("hidden_size", "steps")}
+        return cls(name=data["name"], depths=data["depths"], members=members, tried=tried, **trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +97,23 @@ class Prior:
     rates: Mapping[str, float] = field(default_factory=dict)  # summed learning rate by method
 
     @classmethod
-    def placed(cls, fronts: Sequence[EarlierFront], space: SearchSpace, backbone: Backbone) -> Prior:
-        """Place fronts on a backbone.
+    def placed(
+        cls, fronts: Sequence[EarlierFront], space: SearchSpace, backbone: Backbone, steps: int
+    ) -> Prior:
+        """Place fronts on a backbone, of which a whole training has so many steps.
 
         Raises:
             ValueError: None of their members can be placed.
         """
         found: dict[Configuration, Baseline] = {}
-        members = [(front, member) for front in fronts for member in front.members]
-        for front, member in sorted(members, key=lambda pair: -pair[1].worth):
-            point = translated(member.configuration, front.depths, space, backbone)
+        members = [
+            (front, member, factor)
+            for front in fronts
+            for factor in [front.rate_factor(backbone.hidden_size, steps)]
+            for member in front.members
+        ]
+        for front, member, factor in sorted(members, key=lambda each: -each[1].worth):
+            point = translated(member.configuration, front.depths, space, backbone, factor)
             if point is not None:
                 name = f"{member.name} of {front.name}"
                 if any(baseline.name == name for baseline in found.values()):  # of a search's namesake
@@ -104,13 +122,18 @@ class Prior:
         if fronts and not found:
             raise ValueError(_nothing_placed(fronts, space, backbone))
         weights = _weights(fronts, backbone)
+        rates = _rates((member, factor) for _, member, factor in members)
         baselines = tuple(found.values())
-        return cls(fronts=tuple(fronts), baselines=baselines, weights=weights, rates=_rates(members))
+        return cls(fronts=tuple(fronts), baselines=baselines, weights=weights, rates=rates)
 
     def describe(self) -> str:
         """Say what there is to begin from."""
         names = ", ".join(front.name for front in self.fronts)
-        return f"prior {names}: {len(self.baselines)} configurations, weights of {len(self.weights)} sites"
+        kept = ", ".join(front.name for front in self.fronts if front.hidden_size is None)
+        return (
+            f"prior {names}: {len(self.baselines)} configurations, weights of {len(self.weights)} sites"
+            + (f"; learning rates as they were, for a model of unknown width: {kept}" if kept else "")
+        )
 
 
 def site_credits(members: Iterable[tuple[Configuration, float]]) -> dict[Site, float]:
@@ -143,12 +166,16 @@ def sites_at(site: Site, backbone: Backbone, depths: Mapping[str, int]) -> list[
 
 
 def translated(
-    configuration: Configuration, depths: Mapping[str, int], space: SearchSpace, backbone: Backbone
+    configuration: Configuration,
+    depths: Mapping[str, int],
+    space: SearchSpace,
+    backbone: Backbone,
+    rate_factor: float = 1.0,
 ) -> Configuration | None:
     """Return the point of a space that stands for a configuration of another backbone; None where none does.
 
-    Where several sites come together, what is largest there stands. The summed learning rate is kept within
-    the bounds of the space.
+    Where several sites come together, what is largest there stands. The summed learning rate is multiplied by
+    the factor, and kept within the bounds of the space.
     """
     adapters: dict[Site, list[Adapter]] = {}
     for site, choices in space.choices(backbone).items():
@@ -162,7 +189,7 @@ def translated(
     point = space.nearest(Configuration(adapters, learning_rate=configuration.learning_rate), backbone)
     if not point.adapters:
         return None
-    rate = summed_learning_rate(configuration) / len(point)
+    rate = rate_factor * summed_learning_rate(configuration) / len(point)
     return point.replace(
         learning_rate=readable_learning_rate(rate, *learning_rate_bounds(space.learning_rate))
     )
@@ -187,12 +214,16 @@ def _weights(fronts: Sequence[EarlierFront], backbone: Backbone) -> dict[Site, f
     return {site: min(_LARGEST_WEIGHT, (1 + fmean(values)) / 2) for site, values in told.items() if values}
 
 
-def _rates(members: Iterable[tuple[EarlierFront, Member]]) -> dict[str, float]:
-    """Return by method the geometric mean of its members' summed learning rates, weighted by their worth."""
+def _rates(members: Iterable[tuple[Member, float]]) -> dict[str, float]:
+    """Return by method the geometric mean of its members' summed learning rates, weighted by their worth.
+
+    Each member comes with what its rates are multiplied by.
+    """
     rates: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for _, member in members:
+    for member, factor in members:
+        rate = math.log(factor * summed_learning_rate(member.configuration))
         for method in member.configuration.methods:
-            rates[method].append((math.log(summed_learning_rate(member.configuration)), member.worth))
+            rates[method].append((rate, member.worth))
     return {
         method: math.exp(fmean([rate for rate, _ in known], [worth for _, worth in known]))
         for method, known in rates.items()

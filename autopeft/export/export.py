@@ -132,6 +132,7 @@ def export_adapter(
         head=TaskHead.of(backbone),
         sites={site: backbone.shape(site) for site in configuration.adapters},
         blocks=backbone.depths,
+        hidden_size=backbone.hidden_size,
         quantization=None if layout == "merged" else quantization_of(backbone.model),
     )
     options = base_options(manifest, backbone.origin)

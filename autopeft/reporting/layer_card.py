@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 
-from autopeft.core.adapter import Site
+from autopeft.core.configuration import Configuration, Site
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
 from autopeft.methods import count_site
@@ -33,11 +35,11 @@ class LayerCard(Tabular):
         backbone: Its name.
         trials: Number of trials that it is made from.
         frame: A row a site that the space offers: the `site`; the features that are its `inputs` and
-            `outputs`; in a column a method the parameters of its smallest adapter there; the `least_memory`
-            in bytes of a training with an adapter there; the number of `trials` with one, and of those on the
-            `front`; the `credit`, what the site has added to the hypervolume as a share of what all have
-            (each point of the front shares evenly among its sites); and the `weight` that earlier searches
-            give it. NaN where nothing is known.
+            `outputs`; in a column a method the parameters of its smallest adapter there; on request the
+            `peak_memory` in bytes of training the smallest of these adapters alone; the number of `trials`
+            with an adapter there, and of those on the `front`; the `credit`, what the site has added to the
+            hypervolume as a share of what all have (each point of the front shares evenly among its sites);
+            and the `weight` that earlier searches give it. NaN where nothing is known.
     """
 
     backbone: str
@@ -45,8 +47,15 @@ class LayerCard(Tabular):
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls, backbone: Backbone, space: SearchSpace, prior: Prior, front: ParetoFront) -> LayerCard:
-        """Make the card of a search."""
+    def of(
+        cls,
+        backbone: Backbone,
+        space: SearchSpace,
+        prior: Prior,
+        front: ParetoFront,
+        costs: Callable[[Configuration], Mapping[str, float]] | None = None,
+    ) -> LayerCard:
+        """Make the card of a search; with `costs`, which counts a configuration's, it has the peak memory."""
         choices = space.choices(backbone)
         trained = [
             record.evaluation
@@ -57,17 +66,19 @@ class LayerCard(Tabular):
         credits = site_credits(points)
         tried = Counter(site for evaluation in trained for site in evaluation.configuration.adapters)
         on_front = Counter(site for configuration, _ in points for site in configuration.adapters)
-        memory: dict[Site, float] = {}
-        for evaluation in trained:
-            peak = evaluation.values.get(_MEMORY.name, math.nan)
-            memory |= {site: min(memory.get(site, peak), peak) for site in evaluation.configuration.adapters}
+        peaks: dict[Site, float] = {}
+        if costs is not None:
+            for site, methods in choices.items():
+                adapters = [choice.smallest for choice in methods.values()]
+                smallest = min(adapters, key=partial(count_site, backbone, site))
+                peaks[site] = costs(space.point({site: smallest})).get(_MEMORY.name, math.nan)
         rows = [
             {
                 "site": str(site),
                 "inputs": backbone.sites[site].in_features,
                 "outputs": backbone.sites[site].out_features,
                 **{name: count_site(backbone, site, each.smallest) for name, each in methods.items()},
-                "least_memory": memory.get(site, math.nan),
+                **({_MEMORY.name: peaks[site]} if peaks else {}),
                 "trials": tried[site],
                 "front": on_front[site],
                 "credit": credits.get(site, 0.0),
@@ -89,7 +100,8 @@ class LayerCard(Tabular):
         """Return a rich table."""
         table = titled_table(self._title, map(str, self.frame), words=["site"])
         shown = self.frame.astype(object)
-        shown["least_memory"] = self.frame["least_memory"].map(_MEMORY.format)
+        if _MEMORY.name in self.frame:
+            shown[_MEMORY.name] = self.frame[_MEMORY.name].map(_MEMORY.format)
         shown["credit"] = self.frame["credit"].map("{:.1%}".format)
         shown["weight"] = self.frame["weight"].map("{:.2f}".format)
         for row in shown.where(self.frame.notna(), "").itertuples(index=False):

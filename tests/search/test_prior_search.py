@@ -71,6 +71,7 @@ def test_a_front_is_read_from_disk_as_the_search_has_it(earlier: Search, tmp_pat
     assert [member.name for member in read.members] == [f"trial {point.number}" for point in points]
     assert [member.configuration for member in read.members] == [point.configuration for point in points]
     assert (read.name, read.depths) == ("shallow", {"": 2})
+    assert (read.hidden_size, read.steps) == (32, 6), "48 rows of one epoch in batches of 8"
     tried = [record.evaluation.configuration.adapters for record in front.records]
     assert read.tried == {site for adapters in tried for site in adapters}
     assert sum(front.shares()) == pytest.approx(1)
@@ -122,7 +123,7 @@ def test_exported_adapters_are_a_front(tmp_path: Path) -> None:
         ("point-0", points[0]),
         ("point-1", points[1]),
     ]
-    assert front.depths == {"": 2}
+    assert (front.depths, front.hidden_size, front.steps) == ({"": 2}, 32, None)
     (single,) = earlier_fronts([str(folder / "point-1")], tmp_path)
     assert single.members[0].configuration == points[1]
     manifest = folder / "point-0" / "autopeft.json"
@@ -173,13 +174,18 @@ def test_the_layer_card_says_what_sites_cost_and_gave(earlier: Search, tmp_path:
         having = [record for record in front.records if site in record.evaluation.configuration.adapters]
         assert row["trials"] == len(having)
         assert row["front"] == sum(record.number in front.members for record in having)
-        assert row["least_memory"] == min(record.evaluation.values["peak_memory"] for record in having)
         assert (row["inputs"], row["outputs"], row["lora"]) == (32, 32, 64)
     with_adapters = sum(
         share for share, point in zip(front.shares(), front, strict=True) if point.configuration.adapters
     )
     assert rows["credit"].sum() == pytest.approx(with_adapters)
     assert rows["weight"].isna().all()
+    assert "peak_memory" not in rows
+    counted = earlier.layer_card(memory=True).to_frame().set_index("site")["peak_memory"]
+    alone = {site: SPACE.point({Site.parse(site): Adapter("lora", 1)}) for site in rows.index}
+    costs = earlier.open().evaluator.costs
+    assert counted.to_dict() == {site: costs(point)["peak_memory"] for site, point in alone.items()}
+    assert counted["0.value"] > counted["1.value"], "the graph is longer"
     assert "1.query" in repr(card)
     card.save(str(tmp_path))
     plain = json.loads((tmp_path / "layers.json").read_text())

@@ -35,12 +35,21 @@ def configuration(sizes: Mapping[str, int], rate: float = 1e-3, method: str = "l
 
 
 def front(
-    *members: tuple[Configuration, float], tried: Sequence[str] = (), depths: Mapping[str, int] = TWO
+    *members: tuple[Configuration, float],
+    tried: Sequence[str] = (),
+    depths: Mapping[str, int] = TWO,
+    hidden_size: int | None = None,
+    steps: int | None = None,
 ) -> EarlierFront:
     named = [Member(f"trial {number}", point, worth) for number, (point, worth) in enumerate(members)]
     carrying = {site for point, _ in members for site in point.adapters}
     return EarlierFront(
-        name="earlier", depths=depths, members=named, tried=frozenset({*map(Site.parse, tried), *carrying})
+        name="earlier",
+        depths=depths,
+        members=named,
+        tried=frozenset({*map(Site.parse, tried), *carrying}),
+        hidden_size=hidden_size,
+        steps=steps,
     )
 
 
@@ -143,7 +152,7 @@ def test_each_point_shares_its_worth_evenly_by_its_sites() -> None:
 def test_weights_follow_the_credit_of_what_was_tried_within_bounds() -> None:
     single, pair = configuration({"1.query": 4}), configuration({"1.query": 1, "1.value": 64})
     known = front((single, 0.75), (pair, 0.25), tried=("0.query", "0.value"))
-    weights = Prior.placed([known], LORA, FOUR).weights
+    weights = Prior.placed([known], LORA, FOUR, 100).weights
     expected = {"0.query": 0.5, "0.value": 0.5, "1.query": 2.0, "1.value": (1 + 0.125 / 0.25) / 2}
     assert weights == {
         Site(2 * block + half, role): expected[f"{block}.{role}"]
@@ -152,8 +161,8 @@ def test_weights_follow_the_credit_of_what_was_tried_within_bounds() -> None:
         for role in ("query", "value")
     }, "of the other roles nothing is known"
     alike = front((configuration({f"{block}.query": 4 for block in range(2)}), 1.0))
-    assert set(Prior.placed([alike], LORA, FOUR).weights.values()) == {1.0}
-    both = Prior.placed([known, alike], LORA, FOUR).weights
+    assert set(Prior.placed([alike], LORA, FOUR, 100).weights.values()) == {1.0}
+    both = Prior.placed([known, alike], LORA, FOUR, 100).weights
     assert both[Site(0, "query")] == (1 + (0 + 1) / 2) / 2
 
 
@@ -173,15 +182,38 @@ def test_the_rates_of_a_method_are_the_mean_of_the_sums() -> None:
         configuration({"0.query": 1, "1.query": 1}, rate=5e-5),
     )
     series = configuration({"1.ffn": 4}, rate=3e-3, method="series")
-    rates = Prior.placed([front((single, 0.5), (pair, 0.5), (series, 1.0))], LORA, FOUR).rates
+    rates = Prior.placed([front((single, 0.5), (pair, 0.5), (series, 1.0))], LORA, FOUR, 100).rates
     assert rates == {"lora": pytest.approx(1e-3), "series": pytest.approx(3e-3)}
+
+
+def test_rates_follow_the_width_of_the_model_and_the_steps_of_a_training() -> None:
+    """By the ratio of the middles of the default ranges: FOUR is as wide as 384 at least counts."""
+    point = (configuration({"1.query": 4}, rate=1e-3), 1.0)
+    for hidden_size, steps, factor in (
+        (4096, 1000, (4096 / 384) ** 0.781),
+        (4096, 10, (4096 / 384) ** 0.781 / 1.5),
+        (384, 1000, 1.0),
+        (32, 10, 1 / 1.5),
+        (4096, None, (4096 / 384) ** 0.781),
+        (None, None, 1.0),
+    ):
+        prior = Prior.placed([front(point, hidden_size=hidden_size, steps=steps)], LORA, FOUR, 1000)
+        assert prior.rates == {"lora": pytest.approx(1e-3 * factor)}
+        (baseline,) = prior.baselines
+        assert len(baseline.configuration) == 2
+        assert baseline.configuration.learning_rate == pytest.approx(1e-3 * factor / 2, rel=1e-2)
+        assert ("as they were, for a model of unknown width: earlier" in prior.describe()) == (
+            hidden_size is None
+        )
+    short = Prior.placed([front(point, hidden_size=384, steps=1000)], LORA, FOUR, 10)
+    assert short.rates == {"lora": pytest.approx(1.5e-3)}
 
 
 def test_what_adds_most_is_tried_first_and_each_once() -> None:
     points = [configuration({f"1.{role}": size}) for role in ("query", "key") for size in (1, 4)]
     known = front(*((point, index / 10) for index, point in enumerate(points)))
     other = front((points[0], 0.15), (configuration({"0.value": 4}), 0.05))
-    baselines = Prior.placed([known, other], LORA, FOUR).baselines
+    baselines = Prior.placed([known, other], LORA, FOUR, 100).baselines
     names = ["trial 3 of earlier", "trial 2 of earlier", "trial 0 of earlier", "trial 1 of earlier"]
     assert [baseline.name for baseline in baselines] == [*names, "trial 1 of earlier (4)"]
     assert not any(baseline.is_trained_whole for baseline in baselines)
@@ -191,14 +223,18 @@ def test_what_cannot_be_placed_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"\(earlier\) can be placed on tiny-bert: it has series on ffn; the space"
     ):
-        Prior.placed([front((configuration({"1.ffn": 4}, method="series"), 1.0))], LORA, FOUR)
+        Prior.placed([front((configuration({"1.ffn": 4}, method="series"), 1.0))], LORA, FOUR, 100)
     decoder = front((configuration({"decoder.1.query": 4}), 1.0), depths={"encoder": 2, "decoder": 2})
     with pytest.raises(ValueError, match=r"lora on decoder\.query; the space offers lora on .*query"):
-        Prior.placed([decoder], LORA, FOUR)
-    assert Prior.placed([], LORA, FOUR) == Prior()
+        Prior.placed([decoder], LORA, FOUR, 100)
+    assert Prior.placed([], LORA, FOUR, 100) == Prior()
 
 
 def test_a_front_travels_as_json() -> None:
-    known = front((configuration({"1.query": 4}), 0.75), (configuration({"0.value": 2}), 0.25))
+    known = front(
+        (configuration({"1.query": 4}), 0.75), (configuration({"0.value": 2}), 0.25), hidden_size=384, steps=9
+    )
     assert EarlierFront.from_dict(known.to_dict()) == known
+    before = {name: value for name, value in known.to_dict().items() if name not in ("hidden_size", "steps")}
+    assert EarlierFront.from_dict(before) == replace(known, hidden_size=None, steps=None)
     assert math.isclose(sum(known.relative_credits.values()), len(known.tried))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from selenium.webdriver import Chrome
 
 from autopeft.reporting.front_plots import FRONT_COLOUR, KNEE_COLOUR, OTHER_COLOUR
@@ -80,6 +81,16 @@ def test_saved_view_shows_all_trials(browser: Chrome, tmp_path: Path) -> None:
             }
             assert drawn[KNEE_COLOUR] == {places.pop(knee)}
             assert drawn[FRONT_COLOUR] == set(places.values())
+
+        # The page of a trial has its picture in the tab "Artifacts".
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("autopeft")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], f"tags.`autopeft.trial` = '{knee}'")
+        place = f"{experiment.experiment_id}/runs/{runs[0].info.run_id}/artifacts/configuration.svg"
+        browser.get(f"{server.url}/#/experiments/{place}")
+        wide = "return Array.from(document.images).some(image => image.naturalWidth > 100)"
+        wait_for(browser, wide, bool)
 
 
 @pytest.mark.slow

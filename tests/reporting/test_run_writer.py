@@ -202,6 +202,7 @@ def test_a_trials_page_says_what_it_is_and_how_to_load_it(client: MlflowClient, 
     assert f"**trial 3** (complete): accuracy {record.evaluation.values['accuracy']:.4f}" in note
     assert f"{record.evaluation.cost.wall_seconds:.1f} s" in note
     assert record.evaluation.configuration.grid() in note
+    assert "as a picture below Artifacts, `configuration.svg`" in note
     assert "autopeft export 3 --search 'my search' --to adapters/3" in note
     assert "base = 'org/model'" in note
     assert "autopeft.load_adapter(base, 'adapters/3')" in note

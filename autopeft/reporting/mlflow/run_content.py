@@ -32,6 +32,7 @@ VERDICT_TAG: Final = "autopeft.verdict"
 CURVE_TAG: Final = "autopeft.curve_points"
 NOTE_TAG: Final = "mlflow.note.content"
 FRONT_PAGE: Final = "pareto/front.html"
+PICTURE: Final = "configuration.svg"
 KEY_PARAM: Final = "configuration_key"
 LONGEST_TEXT: Final = 5000
 _MOST_ROWS = 30
@@ -144,6 +145,7 @@ def trial_note(record: TrialRecord, objectives: Sequence[Objective], search_name
     if evaluation.status == "complete":
         shell, python = how_to_load(number, search_name, backbone)
         parts += ["Export it:", markdown_block(shell), "Load what was exported:", markdown_block(python)]
+    parts += [f"Its adapters; as a picture below Artifacts, `{PICTURE}`:"]
     return "\n\n".join([*parts, markdown_block(shortened(evaluation.configuration.grid()))])
 
 

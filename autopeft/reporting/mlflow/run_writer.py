@@ -101,7 +101,7 @@ class RunWriter:
         run_id, points = self._runs[number], self._points.get(number)
         if points is None:
             self._client.log_text(run_id, configuration.to_yaml(), "configuration.yaml")
-            self._client.log_text(run_id, configuration_svg(configuration), "configuration.svg")
+            self._client.log_text(run_id, configuration_svg(configuration), content.PICTURE)
         note = content.trial_note(record, self._objectives, *self._names)
         tags = {content.NOTE_TAG: note} | (content.front_tags(standing) if moved else {})
         log_in_batches(

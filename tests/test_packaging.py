@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.learnable import save_learnable_csv, save_tiny_model
 
@@ -220,6 +221,14 @@ def test_every_direct_dependency_is_pinned() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {name_of(line) for line in constraints if "==" in line}
     assert wanted == pinned
+
+
+def test_a_version_with_unreleased_changes_is_none_of_the_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased = changelog.partition("## [Unreleased]")[2].partition("\n## [")[0]
+    assert (f"## [{version}]" in changelog) != bool(unreleased.strip())
 
 
 def name_of(requirement: str) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory
 
-For configurations of every method on MiniLM, in single precision and bfloat16: bytes counted before training
+For configurations of seven methods on MiniLM, in single precision and bfloat16: bytes counted before training
 against bytes counted over two real optimizer steps on the CPU, on CUDA also against the allocator's peak, and
 the time of a count.
 """

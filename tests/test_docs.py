@@ -75,7 +75,7 @@ def test_every_entry_point_in_toml_is_of_a_kind_that_is_looked_for() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
 def test_what_a_newcomer_types_is_what_the_benchmark_types(page: str) -> None:
     words = {
-        "repository": '"$REPOSITORY"',
+        "repository": "<address of this repository>",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "data": "reviews.csv",
         "hours": "0.06",

@@ -17,6 +17,7 @@ from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
+_PLACES = "position_ids"  # with which packed rows begin anew
 _WITHOUT_MASK = ("vision", "audio")  # stacks whose tokens are not those of the model's mask
 
 
@@ -26,7 +27,7 @@ class Intervention(Switchable):
     W starts at R and b at 0, so that the model starts at what it computed before; the paper draws W.
     """
 
-    def __init__(self, features: int, rank: int, positions: int, masks: Mapping[str, Any], mask: str) -> None:
+    def __init__(self, features: int, rank: int, positions: int, arguments: Mapping[str, Any], mask: str) -> None:
         super().__init__()
         self.basis = nn.Parameter(torch.randn(rank, features))
         self.source = nn.Linear(features, rank)
@@ -34,7 +35,7 @@ class Intervention(Switchable):
             self.source.weight.copy_(self.rows())
             self.source.bias.zero_()
         self.positions = positions
-        self.masks, self.mask = masks, mask
+        self.arguments, self.mask = arguments, mask
 
     def rows(self) -> Tensor:
         """Return R: the basis made orthonormal, (rank, features)."""
@@ -50,7 +51,8 @@ class Intervention(Switchable):
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
         given = in_type_of(self, hidden)
         rows = self.rows()
-        inner = self.source(given) - functional.linear(given, rows)
+        # Of two products the difference, small beside either, would be lost in bfloat16.
+        inner = functional.linear(given, self.source.weight - rows, self.source.bias)
         change = functional.linear(inner, rows.mT).to(hidden.dtype)
         changed = hidden + (change * self._chosen(hidden) if self.positions else change)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
@@ -58,12 +60,14 @@ class Intervention(Switchable):
     def _chosen(self, hidden: Tensor) -> Tensor:
         """Return 1 for the tokens that are changed and 0 for others, (batch or 1, tokens, 1)."""
         tokens = hidden.shape[1]
-        mask = self.masks.get(self.mask)
+        mask, places = self.arguments.get(self.mask), self.arguments.get(_PLACES)
         if mask is None or mask.ndim != 2 or mask.shape[1] < tokens:
             mask = torch.ones(1, tokens, device=hidden.device)
         # As text is generated, the mask has the tokens before as well.
-        chosen = (mask > 0) & (mask.cumsum(1) <= self.positions)
-        return chosen[:, -tokens:, None].to(hidden.dtype)
+        chosen = ((mask > 0) & (mask.cumsum(1) <= self.positions))[:, -tokens:]
+        if self.mask == _MASKS[0] and places is not None and places.ndim == 2:
+            chosen = (mask[:, -tokens:] > 0) & (places < self.positions)
+        return chosen[..., None].to(hidden.dtype)
 
 
 class LoReFT(Method):
@@ -71,8 +75,9 @@ class LoReFT(Method):
 
     Wu et al., "ReFT: Representation Finetuning for Language Models", 2024. The option `positions` says how
     many tokens are changed: the first ones that are no padding, or all with 0. They are counted by the
-    model's mask; where it is given none, padding counts. The paper's last tokens of a prompt have no
-    counterpart here: in training a text goes on behind its prompt.
+    model's mask; where it is given none, padding counts. Where it is given `position_ids`, those say which
+    are first: of packed rows, those of each. The paper's last tokens of a prompt have no counterpart here: in
+    training a text goes on behind its prompt.
     """
 
     name = "loreft"
@@ -92,11 +97,12 @@ class LoReFT(Method):
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook interventions to blocks, and to the model what remembers its masks; see `Method.attach`."""
         assert isinstance(model, PreTrainedModel)
-        masks: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
 
         def remember(module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
             # Until the next pass: a block whose activations are computed again is called once more.
-            masks.update({name: named.get(name) for name in (_MASKS if module is model else _MASKS[:1])})
+            names = (*_MASKS, _PLACES) if module is model else _MASKS[:1]
+            arguments.update({name: named.get(name) for name in names})
 
         if any(adapter.option("positions") for _, adapter in placement.values()):
             # An encoder is called by itself before text is generated.
@@ -108,7 +114,7 @@ class LoReFT(Method):
             block = model.get_submodule(shape.block_module)
             positions = int(adapter.option("positions"))
             intervention = Intervention(
-                shape.out_features, adapter.size, positions, masks, _mask_of(model, site)
+                shape.out_features, adapter.size, positions, arguments, _mask_of(model, site)
             )
             intervention.to(device=next(block.parameters()).device).train(block.training)
             block.add_module("autopeft_loreft", intervention)

@@ -7,6 +7,7 @@ goes through transformers' attention interface, the documented place to change h
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -100,9 +101,11 @@ class PrefixTuning(Method):
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
         assert isinstance(model, PreTrainedModel)
         parameters: Trainable = {}
-        # transformers has a setter of it, and no other way to read what is set.
-        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
-        model.set_attn_implementation(_IMPLEMENTATION)
+        stacks = {_stack_of(model, shape.attention_module): None for shape, _ in placement.values()}
+        for stack in stacks:
+            undo.callback(stack.set_attn_implementation, _implementations(stack))
+        for stack in stacks:
+            stack.set_attn_implementation(_IMPLEMENTATION)
         for site, (shape, adapter) in placement.items():
             assert adapter.size is not None
             host = model.get_submodule(shape.attention_module)
@@ -112,3 +115,18 @@ class PrefixTuning(Method):
             undo.callback(delattr, host, _CHILD)
             parameters[site] = dict(prefix.named_parameters())
         return parameters
+
+
+def _stack_of(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """Return the innermost model that an attention module is in, as the text model of one with images."""
+    names = accumulate(attention.split("."), lambda parent, name: f"{parent}.{name}")
+    around = (model.get_submodule(name) for name in names)
+    return [model, *(module for module in around if isinstance(module, PreTrainedModel))][-1]
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str | None]:
+    """Return what `set_attn_implementation` takes to bring back a model and the models in it."""
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    # transformers has a setter of it, and no other way to read what is set.
+    return {name: part._attn_implementation for name, part in {"": config, **parts}.items() if part}

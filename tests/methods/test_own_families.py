@@ -15,6 +15,7 @@ from autopeft.export.export import export_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
+from autopeft.methods.loreft import Intervention
 from autopeft.models.backbone import Backbone
 from tests.every_method import ON_STATE_SPACES
 from tests.exports import difference, export
@@ -31,6 +32,7 @@ from tests.tiny_models import (
     places,
     tiny_backbone,
     tiny_batch,
+    tiny_language_model,
 )
 
 FROM_DATA = ("eva", "lora_ga", "corda")
@@ -230,6 +232,26 @@ class TestLoReFT:
         assert changed[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
         real = batch["attention_mask"].cumsum(1) * batch["attention_mask"]
         assert torch.equal(changed[1], (real > 0) & (real <= 2))
+
+    def test_first_tokens_are_those_of_each_packed_row(self) -> None:
+        backbone = Backbone(tiny_language_model("llama"), None, name="tiny", head=())
+        ids = tiny_batch(rows=1, tokens=9, padding=0)["input_ids"]
+        lengths = (4, 5)
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        with attach(backbone, Configuration({Site(0, "ffn"): Adapter("loreft", 2, {"positions": 2})})) as own:
+            draw_parameters(own.parameters.values(), std=1.0)
+            packed = backbone.model(ids, position_ids=places, use_cache=False).logits
+            alone = [backbone.model(row).logits for row in ids.split(lengths, dim=1)]
+        torch.testing.assert_close(packed, torch.cat(alone, dim=1))
+
+    def test_a_small_update_is_not_lost_in_bfloat16(self) -> None:
+        intervention = Intervention(256, 4, 0, {}, "")
+        draw_parameters([intervention.source.weight], std=1e-3)
+        hidden = torch.randn(2, 16, 256)
+        exact = intervention(intervention, None, hidden) - hidden
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = intervention(intervention, None, hidden) - hidden
+        assert (rounded - exact).norm() < 0.02 * exact.norm()
 
     def test_a_text_that_is_generated_goes_on_behind_its_first_tokens(self) -> None:
         backbone = tiny_backbone("llama")

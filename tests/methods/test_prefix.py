@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.methods import Attachment, attach, count_site
@@ -233,6 +233,28 @@ def test_reaches_a_model_that_was_given_a_head(implementation: str) -> None:
     for config in configurations.values():
         assert config._attn_implementation == implementation
     assert torch.equal(logits_of(backbone), before)
+
+
+@pytest.mark.parametrize("stack", ["vision", "text"])
+def test_of_a_composite_model_one_stack_is_rerouted_and_each_gets_its_own_attention_back(stack: str) -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "llava",
+        text_config={"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 64, **tower},
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **tower},
+        image_token_index=5,
+    )
+    own = {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=own)
+    backbone = Backbone(model, None, name="llava", head=())
+
+    def implementations() -> dict[str, str]:
+        parts = {name: getattr(model.config, name) for name in own if name}
+        return {name: part._attn_implementation for name, part in {"": model.config, **parts}.items()}
+
+    with attach(backbone, Configuration({Site(1, "attention", stack): Adapter("prefix", 2)})):
+        assert implementations() == own | {f"{stack}_config": "autopeft_prefix"}
+    assert implementations() == own
 
 
 def test_starts_near_zero() -> None:

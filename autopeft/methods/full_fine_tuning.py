@@ -31,7 +31,9 @@ class FullFineTuning(Attachment):
             if f"{path}.".startswith(heads):
                 continue
             for name, original in list(module.named_parameters(recurse=False)):
-                copy = copies.setdefault(id(original), nn.Parameter(original.detach().clone()))
+                if id(original) not in copies:
+                    copies[id(original)] = nn.Parameter(original.detach().clone())
+                copy = copies[id(original)]
                 swap(module, name, copy, self._undo)
                 self.parameters.setdefault(f"full.{path}.{name}", copy)
 

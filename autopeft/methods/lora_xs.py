@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
+from autopeft.methods.data_initialised import singular_vectors
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate, beyond_full_rank, weight_of
 from autopeft.models.site_shapes import SiteShape
-
-_ITERATIONS = 4  # of `torch.svd_lowrank`, as in peft's fast PiSSA
 
 
 class BetweenSingularVectors(WeightUpdate):
@@ -21,10 +20,10 @@ class BetweenSingularVectors(WeightUpdate):
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        left, values, right = torch.svd_lowrank(weight.float(), q=rank, niter=_ITERATIONS)
+        left, values, right = singular_vectors(weight.float(), rank)
         self.core = nn.Parameter(torch.zeros(rank, rank))
         self.register_buffer("left", left * values)
-        self.register_buffer("right", right.mT.contiguous())
+        self.register_buffer("right", right.contiguous())
         self.left: Tensor
         self.right: Tensor
 

@@ -27,7 +27,9 @@ class Intervention(Switchable):
     W starts at R and b at 0, so that the model starts at what it computed before; the paper draws W.
     """
 
-    def __init__(self, features: int, rank: int, positions: int, arguments: Mapping[str, Any], mask: str) -> None:
+    def __init__(
+        self, features: int, rank: int, positions: int, arguments: Mapping[str, Any], mask: str
+    ) -> None:
         super().__init__()
         self.basis = nn.Parameter(torch.randn(rank, features))
         self.source = nn.Linear(features, rank)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopeft.core.configuration import Configuration
 from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
 from examples.demo import full_fine_tuning, head_alone, uniform_lora
 from tests.learnable import learner, tiny_evaluator
-from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_tokenizer
+from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_language_model, tiny_tokenizer
 
 
 def test_full_fine_tuning_leaves_the_backbone_bit_identical() -> None:
@@ -95,6 +97,19 @@ def test_tied_weights_stay_tied() -> None:
     evaluation = tiny_evaluator(backbone).train(Configuration(learning_rate=1e-3), attachment=FullFineTuning)
     assert evaluation.evaluation.status == "complete"
     assert fingerprint(backbone.model) == before
+
+
+def test_tied_weights_are_copied_once() -> None:
+    backbone = Backbone(tiny_language_model("gpt2"), None, name="tied", head=())
+    copied: list[object] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            copied.extend(args[:1] if func is torch.ops.aten.clone.default else ())
+            return func(*args, **(kwargs or {}))
+
+    with Watching(), FullFineTuning(backbone, Configuration()):  # type: ignore[no-untyped-call]
+        assert len(copied) == len(list(backbone.model.parameters()))
 
 
 def test_full_fine_tuning_has_no_adapters() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
@@ -15,7 +16,10 @@ from autopeft.export.export import export_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
+from autopeft.methods.abilities import PROBED_SHAPE
+from autopeft.methods.lora_xs import BetweenSingularVectors
 from autopeft.methods.loreft import Intervention
+from autopeft.methods.sparse import SparseUpdate
 from autopeft.models.backbone import Backbone
 from tests.every_method import ON_STATE_SPACES
 from tests.exports import difference, export
@@ -157,6 +161,24 @@ def test_sparse_numbers_are_the_largest_ones_and_travel_with_the_adapter(archite
         torch.testing.assert_close(layer(hidden), expected)
 
 
+def test_of_equal_numbers_the_first_are_sparse() -> None:
+    layer = nn.Linear(64, 32).to(torch.bfloat16)
+    shape = replace(PROBED_SHAPE, in_features=64, out_features=32)
+    layer.weight.data = layer.weight.data.mul(20).round()
+    sorted_places = layer.weight.abs().flatten().argsort(descending=True, stable=True)
+    for entries in (1, 7, 500, 64 * 32):
+        assert torch.equal(
+            SparseUpdate(layer, shape, entries).indices, sorted_places[:entries].sort().values.int()
+        )
+
+
+def test_lora_xs_takes_the_leading_singular_vectors() -> None:
+    left, _, right = torch.linalg.svd(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    values = 0.9 ** torch.arange(64)  # they fall slowly: what is drawn has to be wider than the rank
+    found = BetweenSingularVectors(left * values @ right, 8)
+    torch.testing.assert_close(found.left.norm(dim=0), values[:8], atol=1e-4, rtol=0)
+
+
 def test_a_sparse_update_keeps_no_copy_of_a_weight_for_the_backward_pass() -> None:
     backbone = tiny_backbone("bert", intermediate_size=4096)
     batch = tiny_batch(rows=1, tokens=4, padding=0) | {"labels": torch.tensor([0])}
@@ -246,7 +268,7 @@ class TestLoReFT:
 
     def test_a_small_update_is_not_lost_in_bfloat16(self) -> None:
         intervention = Intervention(256, 4, 0, {}, "")
-        draw_parameters([intervention.source.weight], std=1e-3)
+        draw_parameters(intervention.source.parameters(), std=1e-3)
         hidden = torch.randn(2, 16, 256)
         exact = intervention(intervention, None, hidden) - hidden
         with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.method_specs import method_spec
-from autopeft.methods import count_site
+from autopeft.methods import count_site, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.method_choice import MethodChoice
 from autopeft.sensitivity import SiteScores
@@ -76,10 +76,10 @@ class Allocation:
         """Return the sites that the method can sit on, in the chosen roles and stacks."""
         return [
             site
-            for site, shape in backbone.sites.items()
+            for site in backbone.sites
             if (self.roles is None or site.role in self.roles)
             and (self.stacks is None or site.stack in self.stacks)
-            and not backbone.obstacle(shape, self.choice.method)
+            and not obstacle(backbone, site, self.choice.smallest)
         ]
 
 

@@ -27,7 +27,7 @@ class IA3(PeftMethod):
         return shape.in_features if shape.site.role == "ffn_down" else shape.out_features
 
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
-        """Return what peft holds once a config."""
+        """Return what a peft config has for all its modules alike."""
         return shape.transposed
 
     def peft_config(self, placement: Placement) -> PeftConfig:

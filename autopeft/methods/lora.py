@@ -30,8 +30,14 @@ class Lora(PeftMethod):
         assert adapter.size is not None
         return adapter.size * (shape.in_features + shape.out_features) * shape.experts
 
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
+        """Return what is against it."""
+        if shape.experts > 1 and adapter.option("dropout"):
+            return "peft has no dropout in front of experts (set dropout to 0)"
+        return None
+
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
-        """Return what peft holds once a config."""
+        """Return what a peft config has for all its modules alike."""
         return adapter.option("rslora"), adapter.option("dropout"), shape.transposed
 
     def peft_config(self, placement: Placement) -> PeftConfig:

@@ -294,8 +294,6 @@ class Backbone:
         for site, adapter in configuration:
             shape = self.shape(site)
             obstacle = self.obstacle(shape, adapter.method)
-            if shape.experts > 1 and not obstacle and adapter.option("dropout"):
-                obstacle = "peft has no dropout in front of experts (set dropout to 0)"
             if obstacle is not None:
                 raise ValueError(f"{adapter.method!r} cannot sit on {site} of {self.name}: {obstacle}.")
 

@@ -16,9 +16,11 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.evaluation.memory.counter import MemoryCounter
 from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
-from autopeft.methods import attach, count_site
+from autopeft.methods import attach, count_site, obstacle
 from autopeft.methods.peft_base import stored_names
 from autopeft.models.backbone import Backbone
+from autopeft.search_spaces import PerLayer
+from autopeft.search_spaces.score_allocation import Allocation
 from autopeft.sensitivity import compute_scores
 from autopeft.sensitivity.registry import SCORES
 from benchmarks.memory import measure_live_storage
@@ -154,11 +156,16 @@ def test_every_score_goes_without_experts_or_has_them() -> None:
     assert without == {"explained_variance", "grasp", "hessian"}
 
 
-def test_dropout_is_refused() -> None:
-    backbone = backbone_of("mixtral")
-    configuration = Configuration({Site(0, ROLES[1]): Adapter("lora", 2, {"dropout": 0.1})})
-    with pytest.raises(ValueError, match="no dropout in front of experts"):
-        backbone.check(configuration)
+def test_dropout_is_refused_and_spaces_offer_none() -> None:
+    backbone, options = backbone_of("mixtral"), {"dropout": 0.1}
+    why = obstacle(backbone, Site(0, ROLES[1]), Adapter("lora", 2, options))
+    assert why == "peft has no dropout in front of experts (set dropout to 0)"
+    space = PerLayer(methods=("lora",), options={"lora": options}, learning_rate=1e-3)
+    offered = {site.role for site in space.choices(backbone)}
+    assert offered
+    assert not offered & {*ROLES}
+    choice = space.choice_of("lora")
+    assert {site.role for site in Allocation(budget=1, choice=choice).candidates(backbone)} == offered
 
 
 def test_layers_that_peft_takes_for_experts_have_no_lora() -> None:

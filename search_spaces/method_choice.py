@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS, OptionValue
-from autopeft.methods import count_site, obstacle
+from autopeft.methods import METHODS, count_site, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import log_place
 from autopeft.search_spaces.suggest_trial import SuggestTrial
@@ -59,6 +62,11 @@ class MethodChoice:
         if size not in self.sizes:
             size = min(self.sizes, key=lambda known: abs(math.log(known / size)))
         return Adapter(self.method, size, self.options)
+
+    def at(self, place: float) -> Adapter:
+        """Return the adapter of the size at a place, as `place` has it."""
+        low, high = (self.sizes[0], self.sizes[-1]) if self.sizes else (1, 1)
+        return self.of_size(round(low * (high / low) ** (2 * place - 1)))
 
     def on(self, backbone: Backbone, sites: Iterable[Site]) -> MethodChoice | None:
         """Return it with the sizes that all of some sites can take, or None where there is none."""
@@ -123,12 +131,9 @@ class Slot:
         parameter = self._size_parameters[method]
         return {f"{self.name}.method": method} | ({} if parameter is None else {parameter: size})
 
-    def largest(self, backbone: Backbone) -> Adapter:
-        """Return the choice with the most trainable parameters."""
-        return max(
-            (choice.largest for choice in self.choices.values()),
-            key=lambda adapter: sum(count_site(backbone, site, adapter) for site in self.sites),
-        )
+    def own_parameters(self, backbone: Backbone, adapter: Adapter) -> int:
+        """Return the trainable parameters of an adapter on all sites, without those that sites share."""
+        return sum(count_site(backbone, site, adapter) for site in self.sites)
 
     def _suggest_size(self, trial: SuggestTrial, choice: MethodChoice) -> int:
         name, sizes = self._size_parameters[choice.method], choice.sizes
@@ -159,3 +164,34 @@ def placed(adapter: Adapter, slots: Iterable[Slot]) -> dict[Site, Adapter]:
         if adapter.method in slot.choices and adapter.size in (slot.choices[adapter.method].sizes or (None,))
         for site in slot.sites
     }
+
+
+def most_parameters(slots: Sequence[Slot], backbone: Backbone) -> dict[Site, Adapter]:
+    """Return adapters for all slots that have the most trainable parameters together.
+
+    What the adapters of a group share counts once, so that one of them in the slot where most is gained by it
+    will do: which slots those are is an assignment problem. All other slots have what is largest alone.
+    """
+    chosen: list[Adapter] = []
+    groups: dict[Hashable, dict[int, tuple[int, Adapter]]] = {}
+    for column, slot in enumerate(slots):
+        own = partial(slot.own_parameters, backbone)
+        chosen.append(max((choice.largest for choice in slot.choices.values()), key=own))
+        shape = backbone.shape(slot.sites[0])
+        for choice in slot.choices.values():
+            method = METHODS[choice.method]
+            for adapter in choice.adapters if method.shares_state else ():
+                shared = method.count_shared({shape.site: (shape, adapter)})
+                gain = shared + own(adapter) - own(chosen[column])
+                group = groups.setdefault((choice.method, method.group_key(shape, adapter)), {})
+                if gain > group.get(column, (0, adapter))[0]:
+                    group[column] = gain, adapter
+    gains = np.zeros((len(groups), len(slots)))
+    for row, group in enumerate(groups.values()):
+        for column, (gain, _) in group.items():
+            gains[row, column] = gain
+    several = list(groups.values())
+    for row, column in zip(*linear_sum_assignment(gains, maximize=True), strict=True):
+        if column in several[row]:
+            chosen[column] = several[row][column][1]
+    return {site: adapter for slot, adapter in zip(slots, chosen, strict=True) for site in slot.sites}

@@ -17,13 +17,13 @@ from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import SearchSpace
 from autopeft.search_spaces.learning_rates import learning_rate_bounds
-from autopeft.search_spaces.method_choice import MethodChoice, Slot, placed
+from autopeft.search_spaces.method_choice import MethodChoice, Slot, most_parameters, placed
 from autopeft.search_spaces.mutation import SiteMutator
 from autopeft.search_spaces.score_allocation import site_values
 from autopeft.sensitivity import SiteScores
 
 _logger = logging.getLogger(__name__)
-_KEPT = "_slots_of_backbones"
+_SLOTS, _LARGEST = _KEPT = "_slots_of_backbones", "_largest_on_backbones"
 _DEFAULT_METHODS = ("lora", "series", "parallel", "prefix")
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -105,13 +105,13 @@ class MethodSpace(SearchSpace):
         return tuple((place,) for place in backbone.places)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the slots on backbones of this process."""
-        return {name: value for name, value in vars(self).items() if name != _KEPT}
+        """Return what is pickled: all but what is kept of backbones of this process."""
+        return {name: value for name, value in vars(self).items() if name not in _KEPT}
 
     def groups_of_slots(self, backbone: Backbone) -> dict[str, tuple[Slot, ...]]:
         """Return every group's slots by its name, as in "0-1"; made once, as proposing asks often."""
         known: WeakKeyDictionary[Backbone, dict[str, tuple[Slot, ...]]]
-        known = vars(self).setdefault(_KEPT, WeakKeyDictionary())
+        known = vars(self).setdefault(_SLOTS, WeakKeyDictionary())
         if backbone not in known:
             known[backbone] = self._groups_of_slots(backbone)
         return known[backbone]
@@ -213,11 +213,12 @@ class SlotSpace(MethodSpace):
         )
 
     def extremes(self, backbone: Backbone) -> tuple[Configuration, Configuration]:
-        """Return the head alone, and every slot at its largest."""
-        largest: dict[Site, Adapter] = {}
-        for slot in self.slots(backbone):
-            largest |= dict.fromkeys(slot.sites, slot.largest(backbone))
-        return self.point(), self.point(largest)
+        """Return the head alone, and the most parameters; found once, as proposing asks often."""
+        known: WeakKeyDictionary[Backbone, dict[Site, Adapter]]
+        known = vars(self).setdefault(_LARGEST, WeakKeyDictionary())
+        if backbone not in known:
+            known[backbone] = most_parameters(self.slots(backbone), backbone)
+        return self.point(), self.point(known[backbone])
 
     def count(self, backbone: Backbone) -> int:
         """Return the product over all slots of their choices."""
@@ -235,6 +236,12 @@ def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
     low, high = bounds
     powers = (2**exponent for exponent in range(high.bit_length()))
     return tuple(sorted({low, *(power for power in powers if low < power < high), high}))
+
+
+def in_top_half(place: Place, backbone: Backbone) -> bool:
+    """Whether a block is in the upper half of its stack, as the middle one of an odd number is."""
+    stack, block = place
+    return block >= backbone.depths[stack] // 2
 
 
 def in_mlp(site: Site) -> bool:

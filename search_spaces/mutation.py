@@ -152,11 +152,16 @@ class SiteMutator(Mutator):
         weighted = sum(promised) > 0 and generator.random() < 0.5
         first = generator.choices(empty, promised if weighted else None)[0]
         added = [first, *(site for site in self._scope(empty, generator) if site.place == first.place)]
-        sizes = sorted(adapter.size or 1 for adapter in adapters.values())
+        # Of families of different units it is not the number that is alike, but its place in the range.
+        places = sorted(
+            self.choices[site][adapter.method].place(adapter)
+            for site, adapter in adapters.items()
+            if adapter.size
+        )
+        place = places[len(places) // 2] if places else 0.5
         changed = dict(adapters)
         for site in added:
-            chosen = generator.choice(list(self.choices[site].values()))
-            changed[site] = chosen.of_size(sizes[len(sizes) // 2] if sizes else 1)
+            changed[site] = generator.choice(list(self.choices[site].values())).at(place)
         return changed
 
     @staticmethod

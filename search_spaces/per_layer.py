@@ -12,8 +12,8 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.errors import check_whole, unknown_choice
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
-from autopeft.search_spaces.method_choice import Encoding, Slot, placed
-from autopeft.search_spaces.method_space import SlotSpace
+from autopeft.search_spaces.method_choice import Encoding, placed
+from autopeft.search_spaces.method_space import SlotSpace, in_top_half
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 
@@ -85,12 +85,7 @@ class PerLayer(SlotSpace):
         methods = self.methods_on(backbone)
         first = self.choice_of(methods[0])
         everywhere = self.slots(backbone)
-        by_stack: dict[str, list[tuple[Slot, ...]]] = {stack: [] for stack in backbone.stacks}
-        groups = zip(self.block_groups(backbone), self.groups_of_slots(backbone).values(), strict=True)
-        for ((stack, _), *_), of_group in groups:
-            by_stack[stack].append(of_group)
-        halves = (of_stack[(len(of_stack) + 1) // 2 :] for of_stack in by_stack.values())
-        top = [slot for half in halves for of_group in half for slot in of_group]
+        top = [slot for slot in everywhere if all(in_top_half(site.place, backbone) for site in slot.sites)]
         yield Baseline(name="head alone", configuration=self.point())
         candidates = [(self.choice_of(method).smallest, "everywhere", everywhere) for method in methods]
         for adapter in first.three_adapters:

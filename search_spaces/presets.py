@@ -13,7 +13,7 @@ from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
-from autopeft.search_spaces.method_space import Sizes
+from autopeft.search_spaces.method_space import Sizes, in_top_half
 from autopeft.search_spaces.per_layer import PerLayer
 
 
@@ -61,9 +61,9 @@ class LowMemory(PerLayer):
 
     def block_groups(self, backbone: Backbone) -> tuple[tuple[Place, ...], ...]:
         """Return the groups of the top half of each stack; see `PerLayer.block_groups`."""
-        top = {place for places in backbone.stacks.values() for place in places[len(places) // 2 :]}
-        groups = ([place for place in group if place in top] for group in super().block_groups(backbone))
-        return tuple(tuple(group) for group in groups if group)
+        groups = super().block_groups(backbone)
+        top = (tuple(place for place in group if in_top_half(place, backbone)) for group in groups)
+        return tuple(group for group in top if group)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from autopeft.search_spaces.learning_rates import (
     readable_learning_rate,
     summed_learning_rate,
 )
+from autopeft.search_spaces.method_choice import MethodChoice
 
 _LARGEST_WEIGHT = 2.0  # and the smallest is a half: scores on the task itself outweigh what another told
 _FUSED = {"qkv": ("query", "key", "value"), "ffn_gate_up": ("ffn_up", "ffn_gate")}
@@ -180,7 +182,7 @@ def translated(
     adapters: dict[Site, list[Adapter]] = {}
     for site, choices in space.choices(backbone).items():
         there = (configuration.adapters.get(other, ()) for other in sites_at(site, backbone, depths))
-        largest: tuple[Adapter, ...] = max(there, key=_largest_size, default=())
+        largest: tuple[Adapter, ...] = max(there, key=partial(_largest_place, choices), default=())
         adapters[site] = [
             choices[adapter.method].of_size(adapter.size or 1)
             for adapter in largest
@@ -195,8 +197,9 @@ def translated(
     )
 
 
-def _largest_size(adapters: Iterable[Adapter]) -> int:
-    return max((adapter.size or 1 for adapter in adapters), default=0)
+def _largest_place(choices: Mapping[str, MethodChoice], adapters: Iterable[Adapter]) -> float:
+    """Return where in its family's range the largest adapter lies; 0 where none is offered."""
+    return max((choices[each.method].place(each) for each in adapters if each.method in choices), default=0.0)
 
 
 def _weights(fronts: Sequence[EarlierFront], backbone: Backbone) -> dict[Site, float]:

@@ -13,14 +13,14 @@ from autopeft.methods import count_parameters
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_choice import Slot, placed
-from autopeft.search_spaces.method_space import MethodSpace, in_mlp
+from autopeft.search_spaces.method_space import MethodSpace, in_mlp, in_top_half
 from autopeft.search_spaces.suggest_trial import SuggestTrial
 
 _QUERY_AND_VALUE = ("query", "value", "qkv", "cross_query", "cross_value")
 PLACES: Mapping[str, Callable[[Site, Backbone], bool]] = {
     "all": lambda site, backbone: True,
     "query and value": lambda site, backbone: site.role in _QUERY_AND_VALUE,
-    "top half": lambda site, backbone: site.block >= backbone.depths[site.stack] // 2,
+    "top half": lambda site, backbone: in_top_half(site.place, backbone),
     "MLP": lambda site, backbone: in_mlp(site),
 }
 """Where people place adapters, the most usual first, and whether a site is there."""

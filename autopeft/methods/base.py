@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 
 from torch import Tensor, nn
@@ -81,6 +81,10 @@ class Method(ABC):
     def rate(self, adapter: Adapter, name: str) -> float:
         """Return at which multiple of the configuration's learning rate a tensor of an adapter is trained."""
         return adapter.specification.rate
+
+    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
+        """Return what tells groups of adapters apart, each of which shares its own parameters."""
+        return ()
 
     def count_shared(self, placement: Placement) -> int:
         """Return the number of trainable parameters that sites share, beside what `count` says of each."""

@@ -11,7 +11,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import cast
@@ -39,12 +39,8 @@ class PeftMethod(Method):
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return the peft config that gives every site of a group what its adapter says."""
 
-    def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
-        """Return what the adapters of one peft config have in common."""
-        return ()
-
     def rate(self, adapter: Adapter, name: str) -> float:
-        """Return the method's own, of a LoRA's B times `b_rate`.
+        """Return the method's rate, for B of a LoRA times the adapter's `b_rate`.
 
         Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
         """

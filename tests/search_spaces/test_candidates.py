@@ -50,6 +50,23 @@ def test_a_size_of_a_ladder_is_changed_to_the_next() -> None:
     assert MethodChoice(method="ia3").of_size(4) == Adapter("ia3")
 
 
+def test_what_is_added_beside_another_family_has_the_same_place_in_its_own_range() -> None:
+    space = PerLayer(methods=("lora", "fourierft"), roles=("query",), learning_rate=1e-3)
+    mutator, generator = space.mutator(BACKBONE), random.Random(0)
+    first, second = Site(0, "query"), Site(1, "query")
+    for carried, alike in (("fourierft", 128), {"lora": 8}), (("lora", 64), {"fourierft": 1024}):
+        parent = Configuration({first: Adapter(*carried)}, learning_rate=1e-3)
+        children = (mutator({parent: 1.0}, generator).adapters for _ in range(200))
+        added = [
+            child[second][0]
+            for child in children
+            if second in child and child.get(first) == parent.adapters[first]
+        ]
+        for method, size in {carried[0]: carried[1], **alike}.items():
+            sizes = [adapter.size for adapter in added if adapter.method == method]
+            assert sizes.count(size) > len(sizes) / 2
+
+
 def test_slots_of_several_blocks_change_together_and_methods_without_a_size_are_added() -> None:
     space = PerLayer(methods=("lora", "ia3"), groups=1, sizes={"rank": (3, 20)}, learning_rate=1e-3)
     mutator, generator = space.mutator(BACKBONE), random.Random(0)

@@ -79,6 +79,8 @@ SPACES: Mapping[str, SearchSpace] = MappingProxyType(
             learning_rate=2e-3,
             options={"lora": {"alpha": 16, "rslora": False}, "parallel": {"scaling": 1.0}},
         ),
+        "per-layer-shared": PerLayer(methods=("lora", "unilora"), sizes={"rank": (1, 1)}),
+        "per-layer-tinylora": PerLayer(methods=("tinylora",)),
         "uniform": Uniform(),
         "uniform-several": Uniform(
             methods=("lora", "prefix", "ia3"), sizes={"rank": (3, 9)}, learning_rate=1e-3
@@ -142,6 +144,20 @@ TINY: Mapping[str, SearchSpace] = MappingProxyType(
         ),
         "per-layer-group": PerLayer(
             methods=("lora",), roles=("ffn_up",), sizes={"rank": (1, 4)}, groups=1, learning_rate=1e-3
+        ),
+        "per-layer-shared": PerLayer(
+            methods=("lora", "unilora"),
+            roles=("ffn_up",),
+            sizes={"rank": (1, 2), "unilora": (64, 128)},
+            learning_rate=1e-3,
+            encoding="conditional",
+        ),
+        "per-layer-tinylora": PerLayer(
+            methods=("tinylora",),
+            roles=("ffn_up",),
+            sizes={"tinylora": (4, 16)},
+            learning_rate=1e-3,
+            encoding="conditional",
         ),
         "uniform": Uniform(
             methods=("lora", "series"), sizes={"rank": (1, 8), "bottleneck width": (2, 3)}, learning_rate=1e-3

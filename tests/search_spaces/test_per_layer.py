@@ -12,7 +12,7 @@ from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.models.backbone import Backbone
-from autopeft.search_spaces import NASPEFTPaper, PerLayer
+from autopeft.search_spaces import LowMemory, NASPEFTPaper, PerLayer, Uniform
 from autopeft.search_spaces.method_space import size_ladder
 from tests.tiny_models import tiny_backbone
 
@@ -319,6 +319,14 @@ class TestWhatToTryFirst:
         assert set(baselines["lora(4) in the MLPs"].adapters) == {Site(0, "ffn_up"), Site(1, "ffn_up")}
         assert len(baselines["lora(4) everywhere"]) == 4
 
+    def test_the_top_half_is_the_same_in_every_space(self, deep: Backbone) -> None:
+        space = PerLayer(methods=("lora",), learning_rate=RATE)
+        baselines = {baseline.name: baseline.configuration for baseline in space.baselines(deep)}
+        people_place = Uniform(places=("top half",), learning_rate=RATE).extremes(deep)[0]
+        for configuration in (baselines["lora(1) in the top half"], people_place):
+            assert {site.block for site in configuration.adapters} == {3, 4, 5, 6}
+        assert LowMemory().block_groups(deep) == tuple((("", block),) for block in (3, 4, 5, 6))
+
     def test_one_group_has_no_top_half(self) -> None:
         space = PerLayer(methods=("lora",), groups=1, sizes={"rank": (4, 4)}, learning_rate=RATE)
         assert [baseline.name for baseline in space.baselines(BERT)] == [
@@ -363,10 +371,11 @@ class TestWhatToTryFirst:
 
 
 def test_a_space_that_knows_its_slots_is_pickled_and_copied_without_them(deep: Backbone) -> None:
-    space = PerLayer(groups=2)
-    slots = space.groups_of_slots(deep)
+    space = PerLayer(groups=2, learning_rate=RATE)
+    slots, ends = space.groups_of_slots(deep), space.extremes(deep)
     assert space.groups_of_slots(deep) is slots
     assert space.groups_of_slots(BERT) != slots
     for other in (pickle.loads(pickle.dumps(space)), copy.deepcopy(space)):
         assert other == space
         assert other.groups_of_slots(deep) == slots
+        assert other.extremes(deep) == ends

@@ -238,3 +238,11 @@ def test_a_front_travels_as_json() -> None:
     before = {name: value for name, value in known.to_dict().items() if name not in ("hidden_size", "steps")}
     assert EarlierFront.from_dict(before) == replace(known, hidden_size=None, steps=None)
     assert math.isclose(sum(known.relative_credits.values()), len(known.tried))
+
+
+def test_where_families_come_together_the_one_that_is_larger_in_its_own_range_stands() -> None:
+    space = PerLayer(methods=("lora", "fourierft"), roles=("value",), learning_rate=1e-3)
+    earlier = {Site(0, "value"): Adapter("fourierft", 64), Site(1, "value"): Adapter("lora", 32)}
+    point = translated(Configuration(earlier), {"": 8}, space, FOUR)
+    assert point is not None
+    assert point.adapters == {Site(0, "value"): (Adapter("lora", 32),)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,9 @@ class AdaLoRA(StepCallback):
 
     Args:
         schedule: The budget and when it falls, for layers that were injected without an AdaLoRA model; by
-            default that of the AdaLoRA model in the module.
+            default that of the AdaLoRA model in the module. peft's model adds the orthogonality of A and B to
+            the loss (`orth_reg_weight`); without it the callback adds its gradient.
+        budget: Ranks of all layers together at the end, in place of target_r a layer.
 
     Raises:
         ValueError: When training starts and the module holds no AdaLoRA model or several (with a schedule, no
@@ -36,8 +38,9 @@ class AdaLoRA(StepCallback):
             (target_r >= init_r); after a step without gradients.
     """
 
-    def __init__(self, schedule: AdaLoraConfig | None = None) -> None:
+    def __init__(self, schedule: AdaLoraConfig | None = None, budget: int | None = None) -> None:
         self._schedule = schedule
+        self.budget = budget
         self._allocator: RankAllocator | None = None
         self._layers: dict[str, tuple[AdaLoraLayer, str]] = {}  # with the name of its peft adapter
         self._restored: Mapping[str, Any] | None = None
@@ -66,6 +69,8 @@ class AdaLoRA(StepCallback):
             # peft takes every adapter whose name begins so.
             adapter = min((adapter for _, adapter in self._layers.values()), key=len)
             self._allocator = RankAllocator(pl_module, self._config, adapter)
+        if self.budget is not None and self._allocator is not None:
+            self._allocator.target_bgt = self.budget
 
     @staticmethod
     def _adalora_model(pl_module: LightningModule) -> tuple[str, AdaLoraModel]:
@@ -97,6 +102,23 @@ class AdaLoRA(StepCallback):
                 "prune."
             )
         self._restore()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add the gradient of the mean ‖P·Pᵀ − I‖ of A and Bᵀ, where no AdaLoRA model adds it to the loss."""
+        if self._schedule is None:
+            return
+        weight = self._config.orth_reg_weight / (2 * len(self._layers))
+        layers: Iterable[tuple[Any, str]] = self._layers.values()
+        for layer, adapter in layers:
+            down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+            if down.grad is None:
+                continue  # which is said after the step
+            with torch.enable_grad():
+                for rows in (down, up.mT):
+                    distance = torch.linalg.matrix_norm(rows @ rows.mT - torch.eye(len(rows)).to(rows))
+                    (weight * distance).backward()
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Update the sensitivities and allocate, as `AdaLoraModel.update_and_allocate` does."""

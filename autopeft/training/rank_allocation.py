@@ -34,16 +34,16 @@ def _budget(name: str, ranks: Sequence[int]) -> int:
 
 def _adalora(ranks: Sequence[int], steps: int) -> Callback:
     """Let ranks fall between a tenth and three quarters of the training."""
-    return AdaLoRA(
-        AdaLoraConfig(
-            init_r=max(ranks),
-            target_r=_budget("adalora", ranks) // len(ranks),
-            tinit=steps // 10,
-            tfinal=steps // 4,
-            deltaT=max(1, steps // 20),
-            total_step=steps,
-        )
+    budget = _budget("adalora", ranks)
+    schedule = AdaLoraConfig(
+        init_r=max(ranks),
+        target_r=budget // len(ranks),
+        tinit=steps // 10,
+        tfinal=steps // 4,
+        deltaT=max(1, steps // 20),
+        total_step=steps,
     )
+    return AdaLoRA(schedule, budget)  # which need not be a whole number a layer
 
 
 def _increlora(ranks: Sequence[int], steps: int) -> Callback:

@@ -12,6 +12,8 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
 
 from autopeft.callbacks import AdaLoRA
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.training.rank_allocation import allocation_callbacks
 from tests.callbacks.lora_fits import (
     ROWS,
     Classifier,
@@ -72,6 +74,39 @@ def test_it_does_what_pefts_documented_loop_does(tiny_llama: ModelFactory) -> No
     expected = reference.state_dict()
     for name, tensor in classifier.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
+def test_the_term_for_orthogonality_is_that_of_pefts_loss(tiny_llama: ModelFactory) -> None:
+    injected, reference = (adalora(tiny_llama, orth_reg_weight=0.5).model for _ in range(2))
+    assert isinstance(injected, PeftModel)
+    assert isinstance(reference, PeftModel)
+    config = injected.peft_config["default"]
+    assert isinstance(config, AdaLoraConfig)
+    classifier = Classifier(injected.base_model.get_submodule("model"))
+    fit(classifier, AdaLoRA(config), steps=12)
+    allocator, rows = reference.base_model, examples()
+    assert isinstance(allocator, AdaLoraModel)
+    optimizer = Classifier(reference).configure_optimizers()
+    for step in range(1, 13):
+        start = ROWS * (step - 1) % len(rows)
+        allocator(**batch_of(rows[start : start + ROWS])).loss.backward()
+        optimizer.step()
+        allocator.update_and_allocate(step)
+        optimizer.zero_grad()
+    expected = allocator.model.state_dict()
+    for name, tensor in classifier.model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_budget_need_not_be_a_whole_number_a_layer(tiny_llama: ModelFactory) -> None:
+    sites = {Site(block, "query"): Adapter("adalora", 3) for block in range(2)}
+    (planned,) = allocation_callbacks(Configuration(sites, allocation="adalora"), steps=12)
+    assert isinstance(planned, AdaLoRA)
+    assert planned.budget == 3
+    classifier = adalora(tiny_llama)
+    callback = AdaLoRA(budget=19)  # of six layers
+    fit(classifier, callback, steps=12)
+    assert sum(callback.ranks().values()) == sum(ranks_in(classifier).values()) == 19
 
 
 def test_the_budget_is_reached_where_no_steps_come_after_it(tiny_llama: ModelFactory) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from autopeft.core.adapter import Site
 from autopeft.core.profiling import section
 from autopeft.evaluation.context import EvaluationContext
-from autopeft.methods import METHODS, Attachment
+from autopeft.methods import METHODS, Attachment, adapters_off
 from autopeft.methods.data_initialised import DataInitialised, Statistic
 from autopeft.sensitivity.activation_variance import IncrementalVariance, SecondMoment, WatchedInputs
 from autopeft.sensitivity.computation import run_pass
@@ -34,7 +34,8 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
     """Give adapters that begin from data their initial values, from the training's first batches.
 
     Once a training, replicates included, and not once a search: which batches come first depends on the seed,
-    and LoRA-GA's gradients also on the head. What is attached has to compute what the base does.
+    and LoRA-GA's gradients also on the head. Adapters are off meanwhile, as a prefix changes what a model
+    computes from the start.
 
     Each method takes a forward pass over four batches, LoRA-GA a backward pass too; where sums of CorDA's or
     LoRA-GA's take more than 2 GiB, such passes for each group of layers within. `peak_memory` does not count
@@ -69,7 +70,11 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
             precision=precision,
         )
         rank = max(adapter.size or 0 for adapter in adapters.values())
-        with undisturbed(backbone.model, seed), backbone.cached_casts.in_place(precision):
+        with (
+            adapters_off(backbone.model, kept=backbone.head),
+            undisturbed(backbone.model, seed),
+            backbone.cached_casts.in_place(precision),
+        ):
             for matrix, statistic in _STATISTICS[method.statistic](subject, rank):
                 if not bool(statistic.isfinite().all()):
                     raise ValueError(

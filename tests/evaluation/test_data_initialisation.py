@@ -155,6 +155,29 @@ def test_gradients_that_are_not_finite_are_named(evaluator: Evaluator) -> None:
 
 
 @pytest.mark.parametrize("method", FROM_DATA)
+def test_what_other_adapters_compute_has_no_part_in_it(method: str, evaluator: Evaluator) -> None:
+    own: dict[Site, Adapter] = dict.fromkeys(SITES, Adapter(method, RANK))
+    prefix = {Site(0, "attention"): Adapter("prefix", 8, {"initial_std": 1.0})}
+    found = []
+    for adapters in (own, own | prefix):
+        with attach(evaluator.backbone, Configuration(adapters), SEED) as attachment:
+            initialise_from_data(evaluator, attachment, SEED)
+            found.append(factors(attachment, SITES[1]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_gradients_are_those_of_the_head_that_is_trained() -> None:
+    evaluator = tiny_evaluator(tiny_backbone("bert", new_head=True))
+    found = []
+    for seed in (SEED, SEED + 1):
+        configuration = Configuration({SITES[1]: Adapter("lora_ga", RANK)})
+        with attach(evaluator.backbone, configuration, seed) as attachment:
+            initialise_from_data(evaluator, attachment, SEED)
+            found.append(factors(attachment, SITES[1])[0])
+    assert not torch.allclose(found[1], found[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", FROM_DATA)
 def test_the_model_computes_what_it_did_and_nothing_is_left_of_it(method: str, evaluator: Evaluator) -> None:
     backbone = evaluator.backbone
     before, state, plain = fingerprint(backbone.model), torch.get_rng_state(), logits_of(backbone)

@@ -20,7 +20,7 @@ from autopeft.core.tables import Tabular, titled_table
 from autopeft.export.serving import SERVERS
 from autopeft.export.targets import becomes_lora
 from autopeft.methods import METHODS, Method, PeftMethod, count_parameters, obstacle
-from autopeft.methods.abilities import PROBED_SHAPE, Abilities, abilities
+from autopeft.methods.abilities import PROBED_SHAPE, abilities
 from autopeft.methods.data_initialised import OffsetLora
 from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadSpec
@@ -45,8 +45,6 @@ class MethodRow:
     takes_4_bits: bool | None  # it trains on a base in 4 bits; None where there is no bitsandbytes to ask
     takes_8_bits: bool | None
     servers: tuple[str, ...]  # what serves the LoRA that it is, or is made
-    # What the installed peft makes of it, or of the LoRA that it is exported as; None of others and on norms.
-    abilities: Abilities | None
     smallest: int | None  # parameters at the smallest size, on all sites of the model that take it
     middle: int | None  # the same at a middle size
 
@@ -123,19 +121,15 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
         takes_4_bits=_takes(4, method, specification),
         takes_8_bits=_takes(8, method, specification),
         servers=tuple(SERVERS) if becomes_lora(name) else (),
-        abilities=_abilities(method, specification),
         smallest=_everywhere(backbone, Adapter(name, low if sized else None)),
         middle=_everywhere(backbone, Adapter(name, middle if sized else None)),
     )
 
 
-def _abilities(method: Method, specification: MethodSpec) -> Abilities | None:
-    probed = METHODS["lora"] if isinstance(method, OffsetLora) else method  # as which it is exported
-    return abilities(probed) if isinstance(probed, PeftMethod) and "linear" in specification.kinds else None
-
-
 def _takes(bits: int, method: Method, specification: MethodSpec) -> bool | None:
-    if (found := _abilities(method, specification)) is not None:
+    probed = METHODS["lora"] if isinstance(method, OffsetLora) else method  # as which it is exported
+    if isinstance(probed, PeftMethod) and "linear" in specification.kinds:
+        found = abilities(probed)
         return found.takes_4_bits if bits == 4 else found.takes_8_bits
     layer = replace(PROBED_SHAPE, block_module="block", output_matrix_module="layer")
     adapter = Adapter(method.name, specification.sizes[0] if specification.size_name else None)

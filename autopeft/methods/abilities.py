@@ -40,7 +40,6 @@ class Abilities:
     changes_weights: bool  # an injection changes the layer's own weights
     starts_at_base: bool  # right after an injection the layer computes what it did before
     merges: bool  # the weights can take a trained adapter in
-    converts: bool  # peft can make a LoRA of a trained adapter
     takes_4_bits: bool | None  # trains on weights that bitsandbytes packed; None where that is not installed
     takes_8_bits: bool | None
 
@@ -60,7 +59,6 @@ def abilities(method: PeftMethod) -> Abilities:
         return Abilities(
             changes_weights=changes_weights,
             starts_at_base=starts_at_base,
-            converts=bool(adapted.supports_lora_conversion(method.name)),
             merges=_merges(adapted, inputs),
             takes_4_bits=(in_4_bits := _trains_on(method, "Linear4bit", quant_type="nf4")),
             # Families that train on 8-bit layers alone read the packed weight, and memory cannot be counted.

@@ -22,12 +22,12 @@ from autopeft.methods.peft_base import PeftMethod, module_names, quiet_peft
 from autopeft.models.site_shapes import SiteShape
 
 
-class _Found(NamedTuple):
+class _Probed(NamedTuple):
     """What peft makes of an adapter on a layer."""
 
-    own: int  # parameters of its own
-    shared: int  # parameters that all layers share
-    obstacle: str | None  # what peft says against it
+    own_parameters: int
+    shared_parameters: int  # that all layers share
+    refusal: str | None  # what peft says against it
 
 
 class PeftFamily(PeftMethod):
@@ -78,18 +78,17 @@ class PeftFamily(PeftMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return what peft's layer has; raise a ValueError where there is an `obstacle`."""
-        found = self._found(shape, adapter)
-        if found.obstacle is not None:
-            raise ValueError(f"{adapter} cannot sit on {shape.module}: {found.obstacle}")
-        return found.own
+        probed = self._probed(shape, adapter)
+        if probed.refusal is not None:
+            raise ValueError(f"{adapter} cannot sit on {shape.module}: {probed.refusal}")
+        return probed.own_parameters
 
     def count_shared(self, placement: Placement) -> int:
         """Return what each group of like adapters shares."""
         if not self.shares_state:
             return 0
-        return sum(
-            self._found(*next(iter(group.values()))).shared for group in self.groups(placement).values()
-        )
+        first = (next(iter(group.values())) for group in self.groups(placement).values())
+        return sum(self._probed(shape, adapter).shared_parameters for shape, adapter in first)
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what peft says against an adapter on a layer of these widths."""
@@ -97,14 +96,14 @@ class PeftFamily(PeftMethod):
             takes = abilities(self).takes_4_bits if bits == 4 else abilities(self).takes_8_bits
             if takes is False:
                 return f"its weights are packed in {bits} bits, where peft cannot train it (tried on the CPU)"
-        return self._found(shape, adapter).obstacle
+        return self._probed(shape, adapter).refusal
 
-    def _found(self, shape: SiteShape, adapter: Adapter) -> _Found:
+    def _probed(self, shape: SiteShape, adapter: Adapter) -> _Probed:
         alike = replace(shape, site=PROBED_SHAPE.site, module="layer", input_module="", parameters=0)
         return _probe(self, alike, adapter)
 
     def group_key(self, shape: SiteShape, adapter: Adapter) -> Hashable:
-        """Return what peft holds once a config: also the size, where its config has no pattern for it."""
+        """Return what a peft config has for all its modules alike: without a pattern, also the size."""
         size = None if adapter.size is None or self.size_pattern else self.size_value(shape, adapter.size)
         options = tuple(option for option in adapter.options if option[0] != B_RATE)
         return options, shape.transposed, size
@@ -137,7 +136,7 @@ class PeftFamily(PeftMethod):
 
 
 @lru_cache(maxsize=4096)
-def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> _Found:
+def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> _Probed:
     """Return what peft makes of an adapter on a layer.
 
     Asked of peft's own layer: without data on the meta device, or where the family looks at its numbers, on
@@ -147,14 +146,14 @@ def _probe(family: PeftFamily, shape: SiteShape, adapter: Adapter) -> _Found:
         try:
             return _counted(family, shape, adapter, device)
         except (ValueError, TypeError, NotImplementedError, UserWarning) as error:  # how peft refuses a layer
-            obstacle = str(error)
+            refusal = str(error)
         except RuntimeError:
             if device == "cpu":
                 raise
-    return _Found(0, 0, obstacle)
+    return _Probed(0, 0, refusal)
 
 
-def _counted(family: PeftFamily, shape: SiteShape, adapter: Adapter, device: str) -> _Found:
+def _counted(family: PeftFamily, shape: SiteShape, adapter: Adapter, device: str) -> _Probed:
     with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(Invalid|Adjust)")  # peft would take another size
         model = nn.ModuleDict({"layer": _layer(shape)})
@@ -165,7 +164,7 @@ def _counted(family: PeftFamily, shape: SiteShape, adapter: Adapter, device: str
             raise ValueError(f"peft makes a layer that computes nothing: {error}") from error
     counts = {key: sum(map(nn.Parameter.numel, named.values())) for key, named in trainable.items()}
     own, shared = counts.pop(shape.site), sum(counts.values())
-    return _Found(own, shared, None if own + shared else "peft puts nothing there")
+    return _Probed(own, shared, None if own + shared else "peft puts nothing there")
 
 
 def _layer(shape: SiteShape) -> nn.Module:

@@ -233,7 +233,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             kinds=frozenset({"block"}),
             size_name="side width",
             sizes=(4, 128),
-            rate=3.0,
+            rate=3.0,  # a guess: not measured
         ),
         MethodSpec(
             name="sdt",

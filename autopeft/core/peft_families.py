@@ -3,7 +3,8 @@
 A row is all that a family needs: `autopeft.methods.peft_family` asks the installed peft for the rest. Rates
 are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4. Those of DoRA, LoKr, MiSS,
 VeRA, OFT, RoAd and FourierFT were tried on three backbones (`benchmarks/family_rates.py`): MiSS, VeRA, OFT
-and RoAd have what was best, the others kept theirs.
+and RoAd have what was best, the others kept theirs. Nobody measured that of C3A, nor the default, LoRA's own,
+for HRA, PSOFT, PEANuT, DEFT and GLoRA.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class SparseUpdate(WeightUpdate):
     def __init__(self, layer: nn.Module, shape: SiteShape, entries: int) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(entries))
-        self.register_buffer("indices", _largest(weight_of(layer, shape).abs().flatten(), entries).int())
+        self.register_buffer("indices", places_of_largest(weight_of(layer, shape).abs(), entries))
         self.indices: Tensor
         self.shape = (shape.out_features, shape.in_features)
 
@@ -37,6 +37,16 @@ class SparseUpdate(WeightUpdate):
     def weight(self) -> Tensor:
         """Return the update with its zeros."""
         return _dense(self.values, self.indices, self.shape)
+
+
+def places_of_largest(scores: Tensor, count: int) -> Tensor:
+    """Return where the largest of a matrix are, rising; of equal ones the first, on every machine."""
+    flat = scores.flatten()
+    least = flat.topk(count).values[-1]  # to sort them all would take several times as long
+    # Of a size that is known on the meta device too: -1 behind the places that there are.
+    places = [chosen.nonzero_static(size=count).flatten() for chosen in (flat > least, flat == least)]
+    found = torch.cat(places)
+    return found[(found < 0).argsort(stable=True)][:count].sort().values.int()
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -63,15 +73,6 @@ class _SparseLinear(torch.autograd.Function):
             of_weight = of_output.flatten(0, -2).mT @ inputs.flatten(0, -2).to(of_output.dtype)
             of_values = of_weight.flatten().index_select(0, indices).to(values.dtype)
         return of_inputs, of_values, None, None
-
-
-def _largest(numbers: Tensor, count: int) -> Tensor:
-    """Return where the largest numbers stand, in order, without sorting them all."""
-    least = numbers.topk(count).values[-1]
-    # Of a size that is known on the meta device too: -1 behind the places that there are.
-    places = [where.nonzero_static(size=count).flatten() for where in (numbers > least, numbers == least)]
-    found = torch.cat(places)
-    return found[(found < 0).argsort(stable=True)][:count].sort().values
 
 
 def _dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:

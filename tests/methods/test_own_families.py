@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
@@ -16,10 +15,9 @@ from autopeft.export.export import export_adapter
 from autopeft.export.merging import merged_model
 from autopeft.export.verification import trained_logits
 from autopeft.methods import METHODS, attach, count_parameters, count_site, obstacle
-from autopeft.methods.abilities import PROBED_SHAPE
 from autopeft.methods.lora_xs import BetweenSingularVectors
 from autopeft.methods.loreft import Intervention
-from autopeft.methods.sparse import SparseUpdate
+from autopeft.methods.sparse import places_of_largest
 from autopeft.models.backbone import Backbone
 from tests.every_method import ON_STATE_SPACES
 from tests.exports import difference, export
@@ -162,14 +160,11 @@ def test_sparse_numbers_are_the_largest_ones_and_travel_with_the_adapter(archite
 
 
 def test_of_equal_numbers_the_first_are_sparse() -> None:
-    layer = nn.Linear(64, 32).to(torch.bfloat16)
-    shape = replace(PROBED_SHAPE, in_features=64, out_features=32)
-    layer.weight.data = layer.weight.data.mul(20).round()
-    sorted_places = layer.weight.abs().flatten().argsort(descending=True, stable=True)
-    for entries in (1, 7, 500, 64 * 32):
-        assert torch.equal(
-            SparseUpdate(layer, shape, entries).indices, sorted_places[:entries].sort().values.int()
-        )
+    scores = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).mul(3).round().bfloat16()
+    in_order = scores.flatten().argsort(descending=True, stable=True)
+    for count in (1, 7, 500, 32 * 64):
+        assert torch.equal(places_of_largest(scores, count), in_order[:count].sort().values.int())
+    assert places_of_largest(torch.empty(4, 4, device="meta"), 3).shape == (3,)
 
 
 def test_lora_xs_takes_the_leading_singular_vectors() -> None:

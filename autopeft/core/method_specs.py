@@ -69,6 +69,7 @@ _LINEAR: frozenset[Kind] = frozenset({"linear"})
 _SUBLAYER: frozenset[Kind] = frozenset({"attention", "ffn"})
 _STATE_SPACE: frozenset[Kind] = frozenset({"state space"})
 _ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
+_SPARSE_CHOICES = ("magnitude", "gradient", "random")
 
 
 def _lora(
@@ -132,6 +133,8 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             kinds=_LINEAR,
             size_name="entries",
             sizes=(64, 16384),
+            options={"choice": "magnitude"},
+            choices={"choice": _SPARSE_CHOICES},
             wraps=True,  # at LoRA's rate, as SHiRA in peft's method comparison
         ),
         MethodSpec(
@@ -140,8 +143,9 @@ METHOD_SPECS: dict[str, MethodSpec] = {
             symbol="Ls",
             kinds=_LINEAR,
             size_name="rank",
-            options={"alpha": 8, "density": 0.001},
+            options={"alpha": 8, "density": 0.001, "choice": "magnitude"},
             minimums={"alpha": 0.0, "density": 0.0},
+            choices={"choice": _SPARSE_CHOICES},
             wraps=True,
         ),
         _lora("lora_fa", "Lf", without=(B_RATE,)),

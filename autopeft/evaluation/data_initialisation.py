@@ -1,4 +1,4 @@
-"""Initial values from the first training batches, for methods that begin from them (EVA, LoRA-GA, CorDA)."""
+"""Initial values from the first training batches, for adapters that begin from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 
-from autopeft.core.adapter import Site
+from autopeft.core.adapter import Adapter, Site
 from autopeft.core.profiling import section
 from autopeft.evaluation.context import EvaluationContext
 from autopeft.methods import METHODS, Attachment, adapters_off
@@ -34,33 +34,37 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
     """Give adapters that begin from data their initial values, from the training's first batches.
 
     Once a training, replicates included, and not once a search: which batches come first depends on the seed,
-    and LoRA-GA's gradients also on the head. Adapters are off meanwhile, as a prefix changes what a model
-    computes from the start.
+    and gradients also on the head. Adapters are off meanwhile, as a prefix changes what a model computes from
+    the start.
 
-    Each method takes a forward pass over four batches, LoRA-GA a backward pass too; where sums of CorDA's or
-    LoRA-GA's take more than 2 GiB, such passes for each group of layers within. `peak_memory` does not count
-    them: they are in evaluation mode, in which transformers keeps all activations, with one part of a batch
-    at a time (`accumulate`) and one layer's sum on the device.
+    Each method takes a forward pass over four batches, one that looks at gradients a backward pass too; where
+    second moments or gradients take more than 2 GiB, such passes for each group of layers within.
+    `peak_memory` does not count them: they are in evaluation mode, in which transformers keeps all
+    activations, with one part of a batch at a time (`accumulate`) and one layer's sum on the device.
 
     Args:
         evaluator: Has the backbone, the task and its data.
-        attachment: What is attached; nothing happens where no method begins from data.
+        attachment: What is attached; nothing happens where no adapter begins from data.
         seed: The training's.
 
     Raises:
         ValueError: The loss of a batch, or what is found out about a layer, is not finite.
     """
     backbone, configuration = evaluator.backbone, attachment.configuration
-    methods = {name: METHODS[name] for name in configuration.methods}
-    from_data = {name: method for name, method in methods.items() if isinstance(method, DataInitialised)}
+    from_data: dict[str, dict[Site, Adapter]] = {}
+    for site, adapter in configuration:
+        method = METHODS[adapter.method]
+        if isinstance(method, DataInitialised) and method.begins_from_data(adapter):
+            from_data.setdefault(adapter.method, {})[site] = adapter
     if not from_data:
         return
     with torch.random.fork_rng(devices=[]):
         count = _BATCHES * evaluator.training.accumulate
         batches = list(islice(evaluator.data.train_dataloader(seed), count))
     precision, tensors = evaluator.training.resolved_precision(), attachment.tensors
-    for name, method in from_data.items():
-        adapters = {site: adapter for site, adapter in configuration if adapter.method == name}
+    for name, adapters in from_data.items():
+        method = METHODS[name]
+        assert isinstance(method, DataInitialised)
         subject = Subject(
             model=backbone.model,
             sites=[_matrix_site(attachment, site) for site in adapters],

@@ -14,7 +14,7 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.export.merging import merged_model
 from autopeft.export.serving import plain_adapter
 from autopeft.methods import METHODS
-from autopeft.methods.data_initialised import DataInitialised
+from autopeft.methods.data_initialised import LoraFromData
 from autopeft.methods.lora import lora_scaling, lora_tensors
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import full_weight, is_quantized
@@ -28,7 +28,7 @@ def as_exported(configuration: Configuration) -> Configuration:
     adapters = {
         site: [
             method.as_lora(adapter)
-            if isinstance(method := METHODS[adapter.method], DataInitialised)
+            if isinstance(method := METHODS[adapter.method], LoraFromData)
             else adapter
             for adapter in several
         ]
@@ -41,7 +41,7 @@ def exported_state(configuration: Configuration, state: Mapping[str, Tensor]) ->
     """Return the tensors of `as_exported`, which computes the same, from the configuration's own."""
     exported = dict(state)
     for site, adapter in configuration:
-        if isinstance(method := METHODS[adapter.method], DataInitialised):
+        if isinstance(method := METHODS[adapter.method], LoraFromData):
             prefix = f"{site}.{adapter.method}."
             own = {name: exported.pop(name) for name in state if name.startswith(prefix)}
             factors = method.lora_factors({name.removeprefix(prefix): own[name] for name in own})

@@ -12,7 +12,7 @@ from autopeft.export.conversion import as_exported
 from autopeft.export.folder_format import Layout, adapter_layout
 from autopeft.export.serving import SERVERS
 from autopeft.methods import METHODS, Placement, placements, unmergeable
-from autopeft.methods.data_initialised import DataInitialised
+from autopeft.methods.data_initialised import LoraFromData
 from autopeft.models.backbone import Backbone
 
 COMPARISON = "peft-method-comparison"
@@ -90,7 +90,7 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
     methods = ", ".join(configuration.methods) or "a head alone"
     if target in ("peft", COMPARISON) and layout != "peft":
         return f"one peft config holds one family with one set of options, this is {methods}"
-    from_data = [name for name in configuration.methods if isinstance(METHODS[name], DataInitialised)]
+    from_data = [name for name in configuration.methods if isinstance(METHODS[name], LoraFromData)]
     if target == COMPARISON and from_data:
         return f"{from_data[0]!r} starts from data, and the comparison trains from a config alone"
     if target == COMPARISON and any(B_RATE in dict(adapter.options) for _, adapter in configuration):

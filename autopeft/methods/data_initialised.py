@@ -1,4 +1,4 @@
-"""LoRA whose initial values come from the training data: what such methods share."""
+"""Initial values that come from the training data, of LoRA above all: what such methods share."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class HasWeight(Protocol):
 
 
 class DataInitialised(ABC):
-    """A method that is LoRA but for its initial values, which `autopeft.evaluation` computes.
-
-    Attached without data it begins as LoRA does: A drawn, B = 0. It is exported as LoRA.
-    """
+    """A method whose initial values `autopeft.evaluation` computes; without data it begins with others."""
 
     statistic: Statistic
     """What its initial values are made of."""
+
+    def begins_from_data(self, adapter: Adapter) -> bool:
+        """Return whether an adapter's options have it so."""
+        return True
 
     @abstractmethod
     def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
@@ -50,6 +51,13 @@ class DataInitialised(ABC):
             statistic: See `Statistic`.
             layer: The layer.
         """
+
+
+class LoraFromData(DataInitialised):
+    """A method that is LoRA but for its initial values, and exported as LoRA.
+
+    Attached without data it begins as LoRA does: A drawn, B = 0.
+    """
 
     @abstractmethod
     def as_lora(self, adapter: Adapter) -> Adapter:
@@ -90,7 +98,7 @@ class UpdateSinceStart(WeightUpdate):
         return self.scaling * (self.up.weight @ self.down.weight - self.first_up @ self.first_down)
 
 
-class OffsetLora(DataInitialised, LayerMethod):
+class OffsetLora(LoraFromData, LayerMethod):
     """A LoRA that does not begin with B = 0, less what it begins with; α is scaled as in rsLoRA.
 
     The papers take s·B₀·A₀ out of the weight instead, which a quantised one would not bear.

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.data_initialised import DataInitialised, HasWeight, Statistic
+from autopeft.methods.data_initialised import HasWeight, LoraFromData, Statistic
 from autopeft.methods.lora import Lora
 
 
-class Eva(DataInitialised, Lora):
+class Eva(LoraFromData, Lora):
     """EVA: the rows of A are the leading principal components of the layer's inputs, B = 0.
 
     Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024. Ranks are the

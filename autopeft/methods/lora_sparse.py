@@ -5,22 +5,23 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter
+from autopeft.methods.data_initialised import DataInitialised, HasWeight, Statistic
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate
 from autopeft.methods.lora import lora_scaling
-from autopeft.methods.sparse import SparseUpdate
+from autopeft.methods.sparse import SparseUpdate, places_of_largest
 from autopeft.models.site_shapes import SiteShape
 
 
 class LowRankAndSparse(WeightUpdate):
     """s·B·A + S, with B = 0 and S = 0 to begin with."""
 
-    def __init__(self, layer: nn.Module, shape: SiteShape, rank: int, scaling: float, entries: int) -> None:
+    def __init__(self, shape: SiteShape, rank: int, scaling: float, sparse: SparseUpdate) -> None:
         super().__init__()
         self.down = nn.Linear(shape.in_features, rank, bias=False)
         self.up = nn.Linear(rank, shape.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
         self.scaling = scaling
-        self.sparse = SparseUpdate(layer, shape, entries)
+        self.sparse = sparse
 
     def update(self, inputs: Tensor) -> Tensor:
         """Add both products."""
@@ -32,26 +33,38 @@ class LowRankAndSparse(WeightUpdate):
         return self.scaling * self.up.weight @ self.down.weight + self.sparse.weight()
 
 
-class LoraSparse(LayerMethod):
+class LoraSparse(DataInitialised, LayerMethod):
     """RoSA: a low-rank and a sparse update of one weight.
 
-    Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation", 2024. The sparse
-    numbers are those of the largest magnitude, where the paper looks at gradients; α is scaled as in rsLoRA.
+    Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation", 2024. `choice`
+    is as that of `Sparse`: the paper looks at gradients. α is scaled as in rsLoRA.
     """
 
     name = "lora_sparse"
+    statistic: Statistic = "mean gradient"
+
+    def begins_from_data(self, adapter: Adapter) -> bool:
+        """Return whether the gradient chooses the sparse numbers."""
+        return adapter.option("choice") == "gradient"
+
+    def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
+        """Return which numbers are trained; see `DataInitialised.initial_values`."""
+        entries = _entries(statistic.numel(), adapter)
+        return {"sparse.indices": places_of_largest(statistic.abs(), entries)}
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out) and the number of sparse entries."""
         assert adapter.size is not None
-        return adapter.size * (shape.in_features + shape.out_features) + _entries(shape, adapter)
+        entries = _entries(shape.in_features * shape.out_features, adapter)
+        return adapter.size * (shape.in_features + shape.out_features) + entries
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> LowRankAndSparse:
         """Return both updates."""
         assert adapter.size is not None
-        scaling = lora_scaling(adapter)
-        return LowRankAndSparse(layer, shape, adapter.size, scaling, _entries(shape, adapter))
+        entries = _entries(shape.in_features * shape.out_features, adapter)
+        sparse = SparseUpdate(layer, shape, entries, str(adapter.option("choice")))
+        return LowRankAndSparse(shape, adapter.size, lora_scaling(adapter), sparse)
 
 
-def _entries(shape: SiteShape, adapter: Adapter) -> int:
-    return max(1, round(float(adapter.option("density")) * shape.in_features * shape.out_features))
+def _entries(numbers: int, adapter: Adapter) -> int:
+    return max(1, round(float(adapter.option("density")) * numbers))

@@ -1,4 +1,4 @@
-"""Sparse: the largest numbers of a weight are trained."""
+"""Sparse: single numbers of a weight are trained."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
+from autopeft.methods.data_initialised import DataInitialised, HasWeight, Statistic
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate, weight_of
 from autopeft.models.site_shapes import SiteShape
 
 
 class SparseUpdate(WeightUpdate):
-    """An update of the `entries` largest numbers of a layer's weight, 0 to begin with.
+    """An update of `entries` numbers of a layer's weight, 0 to begin with: the largest, or any.
 
-    Of equal numbers the first ones are taken: the choice is the same on every machine. It is kept with the
-    values, as the same weights may be loaded in another type where they are trained on and served.
+    The choice is kept with the values, as the same weights may be loaded in another type where they are
+    trained on and served.
     """
 
-    def __init__(self, layer: nn.Module, shape: SiteShape, entries: int) -> None:
+    def __init__(self, layer: nn.Module, shape: SiteShape, entries: int, choice: str) -> None:
         super().__init__()
+        weight = weight_of(layer, shape)
+        scores = torch.rand(weight.shape, device=weight.device) if choice == "random" else weight.abs()
         self.values = nn.Parameter(torch.zeros(entries))
-        self.register_buffer("indices", places_of_largest(weight_of(layer, shape).abs(), entries))
+        self.register_buffer("indices", places_of_largest(scores, entries))
         self.indices: Tensor
         self.shape = (shape.out_features, shape.in_features)
 
@@ -79,14 +82,26 @@ def _dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     return values.new_zeros(shape[0] * shape[1]).index_add(0, indices, values).view(shape)
 
 
-class Sparse(LayerMethod):
-    """Sparse fine-tuning: the `size` numbers of the largest magnitude in a linear layer's weight are trained.
+class Sparse(DataInitialised, LayerMethod):
+    """Sparse fine-tuning: `size` numbers of a linear layer's weight are trained.
 
-    Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", 2024 (SPEFT),
-    where magnitude is one of the scores that need no data.
+    Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", 2024 (SPEFT). The
+    option `choice` says which: those of the largest "magnitude", which needs no data; of the largest
+    "gradient", in magnitude and averaged over the first batches of each training; or any ("random": Bhardwaj
+    et al., "Sparse High Rank Adapters", 2024). Attached without data, "gradient" is as "magnitude".
     """
 
     name = "sparse"
+    statistic: Statistic = "mean gradient"
+
+    def begins_from_data(self, adapter: Adapter) -> bool:
+        """Return whether the gradient chooses."""
+        return adapter.option("choice") == "gradient"
+
+    def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
+        """Return which numbers are trained; see `DataInitialised.initial_values`."""
+        assert adapter.size is not None
+        return {"indices": places_of_largest(statistic.abs(), adapter.size)}
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many numbers."""
@@ -99,6 +114,6 @@ class Sparse(LayerMethod):
         return adapter.size
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> SparseUpdate:
-        """Return an update of the largest numbers."""
+        """Return an update of the chosen numbers."""
         assert adapter.size is not None
-        return SparseUpdate(layer, shape, adapter.size)
+        return SparseUpdate(layer, shape, adapter.size, str(adapter.option("choice")))

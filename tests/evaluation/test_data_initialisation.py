@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,25 @@ from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.data_initialisation import initialise_from_data
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.export.export import export_adapter, load_adapter
+from autopeft.export.verification import trained_logits
 from autopeft.methods import Attachment, attach, obstacle
 from autopeft.search_spaces import PerLayer
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoints
+from tests.exports import difference
 from tests.learnable import run, tiny_evaluator, tiny_search
 from tests.quantized import quantized, quiet, save_base
+from tests.slow_cases import slow_cases
 from tests.tasks.test_causal_lm import task_of
-from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone
+from tests.tiny_models import (
+    draw_parameters,
+    everywhere,
+    fingerprint,
+    logits_of,
+    tiny_backbone,
+    tiny_batch,
+)
 
 SITES = (Site(0, "query"), Site(1, "ffn_up"))
 FROM_DATA = ("eva", "lora_ga", "corda")
@@ -38,8 +51,8 @@ def evaluator() -> Evaluator:
 
 
 @contextmanager
-def initialised(evaluator: Evaluator, method: str, rank: int = RANK) -> Iterator[Attachment]:
-    configuration = Configuration(dict.fromkeys(SITES, Adapter(method, rank)))
+def initialised(evaluator: Evaluator, method: str, rank: int = RANK, **options: Any) -> Iterator[Attachment]:
+    configuration = Configuration(dict.fromkeys(SITES, Adapter(method, rank, options)))
     with attach(evaluator.backbone, configuration, SEED) as attachment:
         initialise_from_data(evaluator, attachment, SEED)
         yield attachment
@@ -130,6 +143,38 @@ def test_corda_begins_with_what_a_weight_does_on_its_inputs(
 
 
 @pytest.mark.parametrize(
+    ("method", "places", "options"),
+    [("sparse", "indices", {}), ("lora_sparse", "sparse.indices", {"density": 0.02})],
+)
+def test_the_gradient_chooses_numbers_which_are_loaded_without_data(
+    method: str,
+    places: str,
+    options: dict[str, Any],
+    evaluator: Evaluator,
+    seen: dict[Site, tuple[Tensor, Tensor]],
+    tmp_path: Path,
+) -> None:
+    backbone = evaluator.backbone
+    with initialised(evaluator, method, choice="magnitude", **options) as attachment:
+        before = attachment.state_dict()
+    with initialised(evaluator, method, choice="gradient", **options) as attachment:
+        configuration = attachment.configuration
+        draw_parameters(attachment.parameters.values(), std=0.1)
+        state = attachment.state_dict()
+    for site, (_, gradient) in seen.items():
+        chosen = state[f"{site}.{method}.{places}"]
+        assert len(chosen.unique()) == len(chosen) > 1
+        sizes = gradient.abs().flatten()
+        assert sizes[chosen.long()].min() >= 0.999 * sizes.topk(len(chosen)).values[-1]
+        assert not torch.equal(chosen, before[f"{site}.{method}.{places}"])
+    probe = tiny_batch()
+    export_adapter(backbone, configuration, state, tmp_path / "out", probe=probe, verify=False)
+    model = load_adapter(tmp_path / "out", copy.deepcopy(backbone.model))
+    expected = trained_logits(backbone, configuration, state, probe)
+    assert difference(model.eval(), probe, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
     ("method", "message"),
     [
         ("eva", r"^The input of 0\.query \(.*query\) is not finite"),
@@ -189,13 +234,12 @@ def test_the_model_computes_what_it_did_and_nothing_is_left_of_it(method: str, e
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    "method", ["lora_ga", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eva", "corda"))]
-)
+@pytest.mark.parametrize("method", ["lora_ga", *slow_cases("eva", "corda", "sparse")])
 def test_a_training_pauses_and_goes_on_as_if_it_had_not(
     method: str, evaluator: Evaluator, tmp_path: Path
 ) -> None:
-    adapters = everywhere(evaluator.backbone, method, RANK).adapters
+    options = {"choice": "gradient"} if method == "sparse" else {}
+    adapters = everywhere(evaluator.backbone, method, RANK, **options).adapters
     configuration = Configuration(adapters, learning_rate=1e-2)
     whole = evaluator.train(configuration, SEED)
     store = TrainingCheckpoints(tmp_path)

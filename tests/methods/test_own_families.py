@@ -23,11 +23,12 @@ from tests.every_method import ON_STATE_SPACES
 from tests.exports import difference, export
 from tests.loss_task import CROSS_ENTROPY
 from tests.methods.test_mixers import backbone_of as mixer_of
-from tests.methods.test_peft_families import backbone_of, batch_of
+from tests.methods.test_peft_families import backbone_of
 from tests.quantized import quantized, quiet, save_base
 from tests.tasks.test_causal_lm import task_of
 from tests.tiny_models import (
     LABELS,
+    batch_of,
     draw_parameters,
     everywhere,
     fingerprint,
@@ -172,6 +173,18 @@ def test_lora_xs_takes_the_leading_singular_vectors() -> None:
     values = 0.9 ** torch.arange(64)  # they fall slowly: what is drawn has to be wider than the rank
     found = BetweenSingularVectors(left * values @ right, 8)
     torch.testing.assert_close(found.left.norm(dim=0), values[:8], atol=1e-4, rtol=0)
+
+
+def test_sparse_numbers_may_be_any() -> None:
+    backbone, site = backbone_of("bert"), Site(0, "query")
+    configuration = Configuration({site: Adapter("sparse", 100, {"choice": "random"})})
+    drawn = []
+    for seed in (0, 0, 1):
+        with attach(backbone, configuration, seed) as attachment:
+            drawn.append(attachment.state_dict()[f"{site}.sparse.indices"])
+    assert len(drawn[0].unique()) == 100
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_a_sparse_update_keeps_no_copy_of_a_weight_for_the_backward_pass() -> None:

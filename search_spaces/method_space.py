@@ -26,8 +26,8 @@ _logger = logging.getLogger(__name__)
 _SLOTS, _LARGEST = _KEPT = "_slots_of_backbones", "_largest_on_backbones"
 _DEFAULT_METHODS = ("lora", "series", "parallel", "prefix")
 
-Sizes = Mapping[str, tuple[int, int]]
-"""(smallest, largest) size by what it is called or by method."""
+Sizes = Mapping[str, Sequence[int]]
+"""By what a size is called or by method: (smallest, largest), or the sizes themselves if they are not two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,9 @@ class MethodSpace(SearchSpace):
         methods: The methods to choose from; None for LoRA, series and parallel adapters and prefix tuning,
             without those that no site of the backbone can take.
         sizes: (smallest, largest) by what methods call their size, or for one method, which goes first:
-            `{"rank": (1, 16), "vera": (16, 64)}`. Powers of two between them are searched. Methods that are
-            not named have the bounds that `autopeft methods` lists.
+            `{"rank": (1, 16), "vera": (16, 64)}`. Powers of two between them are searched. One size, or three
+            and more, are those that are searched: `{"rank": (16, 24, 32)}`. Methods that are not named have
+            the bounds that `autopeft methods` lists.
         roles: Roles that may carry an adapter; None for all that a method can sit on.
         learning_rate: See `SearchSpace`.
         options: Options fixed for a method, as in `{"lora": {"alpha": 16}}`.
@@ -225,15 +226,19 @@ class SlotSpace(MethodSpace):
         return math.prod(slot.count for slot in self.slots(backbone))
 
 
-def size_ladder(bounds: Any, name: str) -> tuple[int, ...]:
-    """Return the powers of two within (smallest, largest), both ends included; refuse other bounds."""
-    whole = isinstance(bounds, tuple | list) and [type(bound) for bound in bounds] == [int, int]
-    if not whole or not 1 <= bounds[0] <= bounds[1]:
+def size_ladder(given: Any, name: str) -> tuple[int, ...]:
+    """Return the powers of two within (smallest, largest), both ends included; what is not two as given."""
+    sizes = tuple(given) if isinstance(given, tuple | list) else ()
+    whole = {type(size) for size in sizes} == {int}
+    if not whole or sizes[0] < 1 or list(sizes) != sorted(sizes):
         raise ValueError(
-            f"{name} is (smallest, largest), two whole numbers from 1 up, got {bounds!r}; "
+            f"{name} is (smallest, largest), two whole numbers from 1 up, or a choice of one or of three and "
+            f"more, rising, got {given!r}; "
             "to have no adapter at a site is always possible and needs no size 0."
         )
-    low, high = bounds
+    if len(sizes) != 2:
+        return tuple(dict.fromkeys(sizes))
+    low, high = sizes
     powers = (2**exponent for exponent in range(high.bit_length()))
     return tuple(sorted({low, *(power for power in powers if low < power < high), high}))
 

@@ -111,13 +111,14 @@ class Tiny(PerLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class NASPEFTPaper(PerLayer):
-    """LoRA of any rank, or the bias alone, for every matrix.
+    """LoRA of any rank, or the bias, for every matrix.
 
     Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
-    Language Models", 2023. The paper prunes one training; here each configuration is trained.
+    Language Models", 2023. The paper prunes one training, in which a matrix may keep both; here each
+    configuration is trained, and a matrix has one of them at most.
     """
 
-    default_sizes: ClassVar[Sizes] = {"rank": (1, 16)}  # ours: the paper prunes from one rank
+    default_sizes: ClassVar[Sizes] = {"rank": tuple(range(1, 17))}  # the bound is ours
 
     @property
     def default_methods(self) -> Sequence[str]:
@@ -127,14 +128,15 @@ class NASPEFTPaper(PerLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class ShearsPaper(PerLayer):
-    """Elastic LoRA ranks for every matrix.
+    """LoRA of the paper's three ranks for every matrix.
 
     Muñoz et al., "Shears: Unstructured Sparsity with Neural Low-rank Adapter Search", 2024. The weights stay
-    as they are: the paper prunes them beforehand.
+    as they are, where the paper prunes them beforehand. Each matrix may be left alone and has a rank of its
+    own: in the paper's settings for LLaMA each has an adapter, and query, key and value the same rank.
     """
 
     methods: Sequence[str] | None = ("lora",)
-    default_sizes: ClassVar[Sizes] = {"rank": (8, 32)}  # the paper's are 16, 24 and 32; here powers of two
+    default_sizes: ClassVar[Sizes] = {"rank": (16, 24, 32)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,12 @@ class ScoreGuided(SlotSpace):
         ]
         object.__setattr__(self, "methods", checked_names("method with a size", self.methods, sized))
         super().__post_init__()
+        for key, given in self.sizes.items():
+            if len(given) > 2:
+                raise ValueError(
+                    f"ScoreGuided searches all sizes between two bounds, got {given!r} for sizes[{key!r}]; "
+                    "PerLayer and Uniform choose from a list of sizes."
+                )
         _check_range("temperature", self.temperature, 0.0, math.inf)
         _check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:

@@ -103,9 +103,10 @@ def test_every_allocator_of_scores_can_be_searched_with(allocator: str, tmp_path
     [
         ({"allocator": "proportionl"}, "did you mean 'proportional'"),
         ({"allocator": "water_filling"}, "score with spectra, which the allocator 'water_filling' reads"),
+        ({"sizes": {"rank": (16, 24, 32)}}, r"all sizes between two bounds, got \(16, 24, 32\)"),
     ],
 )
-def test_an_allocator_that_cannot_read_the_scores_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_guided_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScoreGuided(**settings)
 

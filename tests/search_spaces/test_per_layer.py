@@ -44,6 +44,8 @@ class TestSettings:
             ({"sizes": {"lora": (8, 4)}}, r"sizes\['lora'\] is .*got \(8, 4\)"),
             ({"sizes": {"bottleneck width": 8}}, r"width'\] is .*got 8"),
             ({"sizes": {"prefix length": (1.0, 8)}}, "is .*two whole numbers"),
+            ({"sizes": {"rank": (4, 16, 8)}}, r"rank'\] is .*three and more, rising, got \(4, 16, 8\)"),
+            ({"sizes": {"rank": ()}}, r"rank'\] is .*got \(\)"),
             ({"sizes": {"ranks": (1, 8)}}, "size or method in sizes 'ranks'.*did you mean 'rank'"),
             ({"methods": ("ia3", "lora"), "sizes": {"ia3": (1, 8)}}, "size or method in sizes 'ia3'"),
             ({"learning_rate": 0}, "above 0"),
@@ -109,9 +111,13 @@ class TestLadders:
             ((5, 5), (5,)),
             ((5, 6), (5, 6)),
             ([2, 4], (2, 4)),
+            ((16, 24, 32), (16, 24, 32)),
+            ([7], (7,)),
         ],
     )
-    def test_powers_of_two_and_both_ends(self, bounds: Any, expected: tuple[int, ...]) -> None:
+    def test_powers_of_two_and_both_ends_of_two_sizes_and_others_as_given(
+        self, bounds: Any, expected: tuple[int, ...]
+    ) -> None:
         assert size_ladder(bounds, "sizes") == expected
 
     def test_bounds_hold_for_all_sizes_of_a_name_or_for_one_method(self) -> None:

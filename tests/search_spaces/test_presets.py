@@ -11,13 +11,24 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from autopeft.core.configuration import Configuration
+from autopeft.core.configuration import Adapter, Configuration, Site
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.methods import METHODS, attach, count_parameters, unmergeable
 from autopeft.models.backbone import Backbone
 from autopeft.search import Search
-from autopeft.search_spaces import Everything, LowMemory, Mergeable, PerLayer, Servable, Stratified, Tiny
+from autopeft.search_spaces import (
+    Everything,
+    LowMemory,
+    Mergeable,
+    NASPEFTPaper,
+    PerLayer,
+    Servable,
+    ShearsPaper,
+    Stratified,
+    Tiny,
+)
 from autopeft.search_spaces.presets import PRESETS
+from autopeft.search_spaces.suggest_trial import DrawnTrial
 from autopeft.yaml_config import build_config
 from tests.learnable import learnable_task
 from tests.tiny_models import tiny_backbone
@@ -70,6 +81,37 @@ def test_everything_offers_every_method_that_a_site_takes() -> None:
     }
     assert {"lora", "full", "ssf", "sparse"} <= set(Mergeable().default_methods)
     assert not {"series", "prefix", "compacter", "loreft"} & set(Mergeable().default_methods)
+
+
+def test_shears_has_the_ranks_of_its_paper() -> None:
+    """[32, 24, 16] for query, key and value together, up and down, of LLaMA (its `nncf_config`)."""
+    backbone, space = backbone_of("llama"), ShearsPaper(learning_rate=1e-3)
+    ranks = dict(zip(("query", "key", "value", "ffn_up", "ffn_down"), (24, 24, 24, 16, 32), strict=True))
+    papers = {
+        Site(block, role): Adapter("lora", rank)
+        for _, block in backbone.places
+        for role, rank in ranks.items()
+    }
+    point = space.point(papers)
+    assert space.suggest(DrawnTrial(None, space.encode(point, backbone)), backbone) == point
+    with pytest.raises(ValueError, match="is no point of ShearsPaper"):
+        space.encode(space.point({Site(0, "query"): Adapter("lora", 8)}), backbone)
+
+
+def test_nas_peft_has_every_rank_and_biases() -> None:
+    backbone, space = backbone_of("bert"), NASPEFTPaper(learning_rate=1e-3)
+    papers = {Site(0, "query"): Adapter("lora", 5), Site(1, "ffn_up"): Adapter("bitfit")}
+    assert space.encode(space.point(papers), backbone)
+    assert [*space.choice_of("lora").sizes] == [*range(1, 17)]
+
+
+def test_stratified_has_what_spafit_trains() -> None:
+    """The lowest third frozen, biases in the middle, at the top LoRA in the attention and biases besides."""
+    backbone, space = backbone_of("bert"), Stratified(learning_rate=1e-3)
+    papers = {Site(block, role): Adapter("bitfit") for block in (1, 2) for role in ("ffn_up", "ffn_down")}
+    papers |= {Site(1, role): Adapter("bitfit") for role in ("query", "value")}
+    papers |= {Site(2, role): Adapter("lora", 8) for role in ("query", "value")}
+    assert space.encode(space.point(papers), backbone)
 
 
 def test_low_memory_leaves_the_lower_half_alone() -> None:
@@ -125,6 +167,6 @@ def test_yaml_knows_them_by_name() -> None:
     settings = {
         "backbone": "prajjwal1/bert-tiny",
         "task": {"type": "TextClassification", "dataset": "x.csv"},
-        "space": {"type": "LowMemory", "groups": 2},
+        "space": {"type": "LowMemory", "groups": 2, "sizes": {"side width": [4, 12, 20]}},
     }
-    assert build_config(settings).search.space == LowMemory(groups=2)
+    assert build_config(settings).search.space == LowMemory(groups=2, sizes={"side width": (4, 12, 20)})

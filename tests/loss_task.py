@@ -28,4 +28,8 @@ class LossTask(TextClassification):
         return found
 
 
-CROSS_ENTROPY = LossTask(nn.functional.cross_entropy)
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(1), labels)  # of a language model, too
+
+
+CROSS_ENTROPY = LossTask(_cross_entropy)

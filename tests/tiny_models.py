@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -232,10 +233,13 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "llama": ("score",),
         "modernbert": ("head", "classifier"),
         "roberta": ("classifier",),
+        "mamba": (),
         "t5": ("classification_head",),
+        "vit": ("classifier",),
     }
 )
-"""Modules of the sequence classification head."""
+"""Modules of the classification head."""
+_OTHER_CLASSES = {"mamba": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
 
 
 def draw_parameters(parameters: Iterable[nn.Parameter], std: float, seed: int = 0) -> None:
@@ -309,13 +313,22 @@ def tiny_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
 
 def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:
     """Return a fresh backbone; its head counts as trained unless `new_head`."""
+    auto_class = _OTHER_CLASSES.get(architecture, AutoModelForSequenceClassification)
     return Backbone(
-        tiny_classifier(architecture, seed=seed, **options),
-        tiny_tokenizer(),
+        _build(auto_class, architecture, seed, {"num_labels": LABELS} | options),
+        None if architecture == "vit" else tiny_tokenizer(),
         name=f"tiny-{architecture}",
         head=HEADS.get(architecture, ("score",)),
         new_head=new_head,
+        auto_class=auto_class,
     )
+
+
+def batch_of(architecture: str) -> dict[str, Tensor]:
+    """Return three rows: images for a ViT, texts for others."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    return pixels if architecture == "vit" else tiny_batch()
 
 
 def tiny_batch(*, rows: int = 3, tokens: int = 9, padding: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -334,7 +347,8 @@ def tiny_batch(*, rows: int = 3, tokens: int = 9, padding: int = 4, seed: int = 
 def logits_of(backbone: Backbone, batch: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return the model's logits in evaluation mode."""
     backbone.model.eval()
-    logits: Tensor = backbone.model(**(tiny_batch() if batch is None else batch)).logits
+    batch = batch_of(backbone.model.config.model_type) if batch is None else batch
+    logits: Tensor = backbone.model(**batch).logits
     return logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from autopeft.models.head_spec import HeadSpec
 from benchmarks.memory import measure_live_storage
 from tests.exports import difference, export, trained
 from tests.loss_task import CROSS_ENTROPY
+from tests.slow_cases import slow_unless
 from tests.tiny_models import (
     LABELS,
     batch_of,
@@ -43,16 +45,19 @@ NOT_ON_CONV1D = {"c3a", "delora", "glora", "hra", "lily", "loha", "lokr", "miss"
     "road",
 }
 """Families that peft has for `nn.Linear` alone, or that fail on GPT-2's Conv1D."""
+DISTINCT = ("dora", "vera", "tinylora", "osf", "fourierft", "lily")
+"""Families that differ in how state is kept: alone, shared or drawn again, from the weights, mixed."""
 
 
-def pairs(*architectures: str) -> list[Any]:
-    """Return every family on architectures that it can sit on; BERT's run by default."""
-    return [
-        pytest.param(name, architecture, marks=() if architecture == "bert" else pytest.mark.slow)
+def pairs(*architectures: str, quick: Collection[str] = ROWS) -> list[Any]:
+    """Return every family on architectures that it can sit on; quick ones run on BERT by default."""
+    cases = [
+        (name, architecture)
         for name in ROWS
         for architecture in architectures
         if architecture != "gpt2" or name not in NOT_ON_CONV1D
     ]
+    return slow_unless(lambda name, architecture: architecture == "bert" and name in quick, cases)
 
 
 every_pair = pytest.mark.parametrize(
@@ -137,7 +142,9 @@ def test_is_counted_trained_and_taken_out(name: str, architecture: str) -> None:
 
 
 # T5's classifier looks for the end of a text among its numbers, which are not known beforehand.
-@pytest.mark.parametrize(("name", "architecture"), pairs("bert", "gpt2", "llama", "mamba", "t5-lm", "vit"))
+@pytest.mark.parametrize(
+    ("name", "architecture"), pairs("bert", "gpt2", "llama", "mamba", "t5-lm", "vit", quick=DISTINCT)
+)
 def test_memory_is_counted(name: str, architecture: str) -> None:
     backbone, batch = backbone_of(architecture), batch_of(architecture) | {"labels": torch.arange(LABELS)}
     if architecture == "t5-lm":
@@ -167,9 +174,8 @@ def test_sizes_that_differ_are_exported_and_merged(name: str, architecture: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dora", "vera", "tinylora", "osf", "fourierft", "lily"])
+@pytest.mark.parametrize("name", DISTINCT)
 def test_loads_in_a_fresh_process(name: str, tmp_path: Path) -> None:
-    """Of like shapes, with state that is shared or drawn again, with weights that attaching changes."""
     backbone = tiny_backbone("bert")
     backbone.model.save_pretrained(tmp_path / "base")
     backbone.origin = str(tmp_path / "base")

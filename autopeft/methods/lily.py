@@ -28,6 +28,8 @@ class Lily(PeftFamily):
     tokens to come.
     """
 
+    reads_whole_batch = True
+
     def __init__(self, specification: PeftSpec) -> None:
         super().__init__(specification)
         self.shares_state = True

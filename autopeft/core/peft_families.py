@@ -153,16 +153,6 @@ PEFT_FAMILIES = (
         config={"init_weights": True},
         rate=300.0,
     ),
-    # Zhong et al., "Low-Rank Interconnected Adaptation across Layers", 2024; see `autopeft.methods.lily`. On
-    # all linear layers peft's comparison has a scaling of 4, and no other rate than for LoRA.
-    _family(
-        "lily",
-        "Ly",
-        "rank",
-        options={"scaling": 4.0, "experts": 2},
-        minimums={"scaling": 0.0, "experts": 1.0},
-        fields={"experts": "num_B"},
-    ),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
     _family("miss", "Mi", "rank", rate=0.5),
     # Zhong et al., "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", 2024: a small
@@ -186,6 +176,8 @@ LEFT_OUT: Mapping[str, str] = {
     "CPT": _PROMPTS,
     "FROD": "it decomposes all weights of a kind each time it is attached: 82 s for BERT-base on one core, "
     "where LoRA takes 0.1 s",
+    "LILY": "it weighs what layers share by the mean over a batch's tokens: a prediction depends on other "
+    "rows, and in a language model on the tokens to come",
     "MULTITASK_PROMPT_TUNING": _PROMPTS,
     "POLY": "it learns a mixture over several tasks",
     "PREFIX_TUNING": "`prefix` has a length of its own in every block",

@@ -212,12 +212,13 @@ def adapter_layout(by_method: Mapping[str, Placement]) -> Layout:
 
 def _tensor_files(by_method: Mapping[str, Placement], layout: Layout) -> dict[str, dict[str, str]]:
     """Return, by file, how names in it begin, and how `Attachment.state_dict` begins those names."""
-    files: dict[str, dict[str, str]] = {}
-    for folder, (method, group) in peft_groups(by_method).items():
-        stored, own = method.stored_shared(group)
-        files[f"{folder}/{PEFT_FILE}"] = {
-            PEFT_PREFIX + name: f"{site}.{method.name}." for site, name in stored_names(group).items()
-        } | {_SHARED_PREFIX + stored: f"{folder}.shared.{own}"}
+    files = {
+        f"{folder}/{PEFT_FILE}": {
+            PEFT_PREFIX + stored: f"{site}.{method.name}." for site, stored in stored_names(group).items()
+        }
+        | {_SHARED_PREFIX: f"{folder}.shared."}
+        for folder, (method, group) in peft_groups(by_method).items()
+    }
     if layout == "peft":
         (prefixes,) = files.values()
         return {PEFT_FILE: prefixes | {PEFT_PREFIX: _HEAD_PREFIX}}

@@ -53,9 +53,6 @@ class Method(ABC):
     shares_state = False
     """Whether sites share trainable parameters."""
 
-    reads_whole_batch = False
-    """Whether what it computes for a row depends on the batch's other rows and on what is at padding."""
-
     @property
     def is_mergeable(self) -> bool:
         """Whether weights can take its adapters in; those of others add computation of their own."""

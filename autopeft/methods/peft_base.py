@@ -39,10 +39,6 @@ class PeftMethod(Method):
     def peft_config(self, placement: Placement) -> PeftConfig:
         """Return the peft config that gives every site of a group what its adapter says."""
 
-    def stored_shared(self, placement: Placement) -> tuple[str, str]:
-        """Return how names of what a group shares begin in peft's `base_model`, and how they do here."""
-        return "", ""
-
     def rate(self, adapter: Adapter, name: str) -> float:
         """Return the method's rate, for B of a LoRA times the adapter's `b_rate`.
 
@@ -114,8 +110,7 @@ _NOISE = (
     "Specified to not",  # projections are drawn again by their seed
     "The following (rank|alpha)_pattern keys did not match",  # of experts, which `attach` checks
     "Using Rank-Stabilized LoRA",  # the base is not asked for again
-    # Of DeLoRA and TinyLoRA what they compute again from the base, of Lily what is there under another name.
-    "Found missing adapter keys",
+    "Found missing adapter keys",  # of DeLoRA and TinyLoRA: what they compute again from the base
     "`is_gradient_checkpointing` is deprecated",
 )
 

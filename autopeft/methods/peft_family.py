@@ -113,7 +113,7 @@ class PeftFamily(PeftMethod):
         row = self.row
         shape, adapter = next(iter(placement.values()))
         options = {row.fields.get(name, name): adapter.option(name) for name in row.options if name != B_RATE}
-        scaling = float(options.pop("scaling", 1.0)) if row.alpha_field else 1.0
+        scaling = float(options.pop("scaling", 1.0))
         sizes = {
             shape.module: self.size_value(shape, adapter.size)
             for shape, adapter in placement.values()

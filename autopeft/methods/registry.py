@@ -22,7 +22,6 @@ from autopeft.methods.full import Full
 from autopeft.methods.ia3 import IA3
 from autopeft.methods.ladder import Ladder
 from autopeft.methods.layernorm import LayerNormTuning
-from autopeft.methods.lily import Lily
 from autopeft.methods.lora import Lora
 from autopeft.methods.lora_fa import LoraFA
 from autopeft.methods.lora_ga import LoraGA
@@ -43,15 +42,12 @@ _WITH_A_FILE = (
     *(Full(), SSF(), Sparse(), LoraSparse(), LoraFA(), LoraXS(), Compacter(), LoReFT(), Ladder()),
     *(SDT(), StateOffsetTuning()),
 )
-_OTHER_THAN_ROWS: Mapping[str, Callable[[PeftSpec], Method]] = {
-    **{"c3a": C3A, "osf": OSF, "randlora": RandLora},  # their size is not the number that peft's config has
-    "lily": Lily,
-}
-"""Families of peft's of which a row does not say all."""
+_SIZED_BY_SHAPE: Mapping[str, Callable[[PeftSpec], Method]] = {"c3a": C3A, "osf": OSF, "randlora": RandLora}
+"""Families of peft's whose size is not the number that peft's config has."""
 
 _METHODS: dict[str, Method] = {method.name: method for method in _WITH_A_FILE}
 for _row in PEFT_FAMILIES:
-    _METHODS[_row.name] = _OTHER_THAN_ROWS.get(_row.name, PeftFamily)(_row)
+    _METHODS[_row.name] = _SIZED_BY_SHAPE.get(_row.name, PeftFamily)(_row)
 
 _BUILT_IN = frozenset(_METHODS)
 

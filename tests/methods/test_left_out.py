@@ -93,6 +93,15 @@ def decomposes_each_time(peft_type: str) -> None:
     assert decompose.call_count == 2
 
 
+def reads_other_rows(peft_type: str) -> None:
+    layer = layer_with(peft_type, r=4, num_B=2, stride_A=1)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter.data)
+    rows = torch.randn(2, 3, WIDTH)
+    assert not torch.allclose(layer(rows)[:1], layer(rows[:1]))
+    assert not torch.allclose(layer(rows)[:, :1], layer(rows[:, :1])), "tokens to come, too"
+
+
 def wants_a_task(peft_type: str) -> None:
     layer = layer_with(peft_type)
     with pytest.raises(ValueError, match="task_ids should not be None"):
@@ -142,6 +151,7 @@ CHECKS: Mapping[str, Callable[[str], None]] = {
     "CARTRIDGE": is_a_prompt,
     "CPT": is_a_prompt,
     "FROD": decomposes_each_time,
+    "LILY": reads_other_rows,
     "MULTITASK_PROMPT_TUNING": is_a_prompt,
     "POLY": wants_a_task,
     "PREFIX_TUNING": is_a_prompt,

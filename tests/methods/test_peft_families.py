@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType
-from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
@@ -39,14 +38,14 @@ from tests.tiny_models import (
 )
 
 ROWS = {row.name: row for row in PEFT_FAMILIES}
-NOT_ON_CONV1D = {"c3a", "delora", "glora", "hra", "lily", "loha", "lokr", "miss", "oft", "olora", "osf"} | {
+NOT_ON_CONV1D = {"c3a", "delora", "glora", "hra", "loha", "lokr", "miss", "oft", "olora", "osf"} | {
     "peanut",
     "psoft",
     "road",
 }
 """Families that peft has for `nn.Linear` alone, or that fail on GPT-2's Conv1D."""
-DISTINCT = ("dora", "vera", "tinylora", "osf", "fourierft", "lily")
-"""Families that differ in how state is kept: alone, shared or drawn again, from the weights, mixed."""
+DISTINCT = ("dora", "vera", "tinylora", "osf", "fourierft")
+"""Families that differ in how state is kept: alone, shared or drawn again, from the weights."""
 
 
 def pairs(*architectures: str, quick: Collection[str] = ROWS) -> list[Any]:
@@ -182,29 +181,12 @@ def test_loads_in_a_fresh_process(name: str, tmp_path: Path) -> None:
     assert "fresh process" in export(backbone, everywhere(backbone, name), tmp_path / "out").checked
 
 
-def test_lily_shares_its_second_matrices_by_role_also_where_peft_would_abbreviate_names() -> None:
-    backbone = tiny_backbone("bert", num_hidden_layers=5)
-    sites = [site for site, shape in backbone.sites.items() if shape.kind == "linear"]
-    assert len(sites) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION
-    configuration = Configuration({site: Adapter("lily", 4 if site.block else 2) for site in sites})
-    with attach(backbone, configuration) as attachment:
-        shared = {name: each for name, each in attachment.parameters.items() if ".shared." in name}
-        assert len(shared) == 12  # of each of six roles, the first block's and the others'
-        for site in sites:
-            layer = backbone.model.get_submodule(backbone.shape(site).module)
-            (matrix,) = (each for name, each in layer.named_parameters() if "lily_B" in name)
-            assert sum(matrix is each for each in shared.values()) == 1
-            first = backbone.model.get_submodule(backbone.shape(Site(min(site.block, 1), site.role)).module)
-            assert any(matrix is each for each in first.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:Specified to not", "ignore:Found missing adapter keys")
 @pytest.mark.parametrize("name", ROWS)
 def test_one_size_is_a_folder_that_peft_loads(name: str, tmp_path: Path) -> None:
     backbone = backbone_of("bert")
     _, adapter = next(iter(everywhere(backbone, name)))
-    other = "query" if name == "lily" else "ffn_down"  # of which a folder has one role
-    configuration = Configuration({Site(0, other): adapter, Site(1, "query"): adapter})
+    configuration = Configuration({Site(0, "ffn_down"): adapter, Site(1, "query"): adapter})
     state = trained(backbone, configuration, std=0.03)
     export_adapter(backbone, configuration, state, tmp_path / "out", probe=tiny_batch(), verify=False)
     model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "out").eval()

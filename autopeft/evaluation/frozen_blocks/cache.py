@@ -31,7 +31,7 @@ from autopeft.evaluation.frozen_blocks.block_skipping import (
 )
 from autopeft.evaluation.frozen_blocks.cost_model import Estimate, Passes, estimate, expected_trainings
 from autopeft.evaluation.frozen_blocks.store import HiddenStateFiles
-from autopeft.methods import METHODS, Attachment
+from autopeft.methods import Attachment
 from autopeft.models.backbone import Backbone
 from autopeft.models.quantized_layers import quantization_of
 from autopeft.tasks.base import RowCollator, SplitName, Task, TaskData
@@ -157,11 +157,7 @@ class HiddenStateCache:
         with ExitStack() as stack:
             cut = attachment.cut if frozen is None else frozen
             if self.training.frozen_blocks != "train" and cut is not None:
-                # At padding, kept states are zeros.
-                reads_padding = any(
-                    METHODS[name].reads_whole_batch for name in attachment.configuration.methods
-                )
-                self._cut = 0 if reads_padding else min(cut, self._servable)
+                self._cut = min(cut, self._servable)
                 stack.enter_context(evaluation_mode_below(cut, self.backbone))
             try:
                 yield

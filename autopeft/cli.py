@@ -19,7 +19,7 @@ from autopeft.core.errors import unknown_choice
 from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import SHOWN_POINTS, ParetoFront
-from autopeft.terminal_questions import asked, column_question
+from autopeft.reporting.terminal_questions import asked, column_question
 
 if TYPE_CHECKING:
     from autopeft.search import Search

@@ -263,14 +263,14 @@ class FinalTests:
         if key not in self.known:
             configuration = Configuration(learning_rate=rate)
             trained = evaluator.train(configuration, seed, attachment=FullFineTuning)
-            values, found = trained.evaluation.values, {"reason": trained.evaluation.reason}
+            values, found = trained.evaluation.values, dict[str, Any](reason=trained.evaluation.reason)
             if trained.state is not None:
                 test = evaluator.test(configuration, trained.state, attachment=FullFineTuning)[name]
                 found = {"validation": values[name], "test": test}
                 reached = f"{name} {self.metric.format(test)} on the test split"
                 self.say(f"Full fine-tuning at rate {rate:.2g}: {reached}")
             self._keep({key: found})
-        return self.known[key]
+        return dict(self.known[key])
 
     def _keep(self, found: dict[str, Any]) -> None:
         self.known.update(found)

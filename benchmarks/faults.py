@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import random
 import resource
@@ -37,14 +36,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
-from threading import Timer
 from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
-from mlflow import MlflowClient
 
 from autopeft import Search
 from autopeft.core.evaluation import TrialRecord
@@ -54,24 +50,24 @@ from autopeft.search_spaces import ScoreGuided
 from autopeft.training.module import FineTuning
 from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, records_in, show, small_search
 from benchmarks.machine import this_machine
+from benchmarks.mlflow_faults import (
+    STRUCK,
+    Fault,
+    clock_set_back,
+    empty_store,
+    mlflow_away,
+    mlflow_gone,
+    mlflow_read_only,
+    place_of,
+    strike,
+)
 from tests.learnable import learner, outcomes
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 CALLS_A_STUDY = 18
-_DAY = 86_400.0
-_NOBODY = 65_534
 _REFUSED = 2  # how a child ends that was told clearly what is wrong
 
 EACH = (*COLUMNS, "front equal")
-_STRUCK = mmap.mmap(-1, 1)
-"""Shared with the children: whether a fault came before the call had ended."""
-
-Fault = Callable[[random.Random, Search], object]
-"""What a child does to its search before it runs; see `Study` for where that keeps its files."""
-
-
-def _strike(*_: Any) -> None:
-    _STRUCK[0] = 1
 
 
 def _in_a_step(spoil: Callable[[Any], Any]) -> Fault:
@@ -86,7 +82,7 @@ def _in_a_step(spoil: Callable[[Any], Any]) -> Fault:
             loss = step(module, *arguments)
             if left:
                 return loss
-            _strike()
+            strike()
             return spoil(loss)
 
         patch.object(FineTuning, "training_step", spoilt).start()
@@ -103,36 +99,24 @@ def _full_disk(draw: random.Random, search: Search) -> None:
     journal = search.folder / STUDY_FILE
     size = journal.stat().st_size if journal.exists() else 0
     most = size + draw.randrange(20_000) if draw.random() < 0.7 else draw.randrange(20_000)
-    signal.signal(signal.SIGXFSZ, _strike)
+    signal.signal(signal.SIGXFSZ, strike)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def _full_disk_of_caches(draw: random.Random, search: Search) -> None:
     for name in ("cache", "disturbed/scores"):
-        shutil.rmtree(_place(search) / name, ignore_errors=True)
+        shutil.rmtree(place_of(search) / name, ignore_errors=True)
     _full_disk(draw, search)
-
-
-def _clock_set_back(draw: random.Random, search: Search) -> None:
-    """Set the clock back by up to a day, from a random moment on, while runs are written to MLflow."""
-    _mlflow_of_its_own(search)
-    now, back = time.time, draw.random() * _DAY
-
-    def set_back() -> None:
-        _strike()
-        patch("time.time", lambda: now() - back).start()
-
-    Timer(max(0.0, draw.uniform(-2, 4)), set_back).start()
 
 
 def _damaged(pattern: str) -> Fault:
     """Cut one of a study's files, change a byte of it, empty it, or delete it."""
 
     def fault(draw: random.Random, search: Search) -> None:
-        files = sorted(path for path in _place(search).glob(pattern) if path.is_file())
+        files = sorted(path for path in place_of(search).glob(pattern) if path.is_file())
         if not files:
             return
-        _strike()
+        strike()
         path = draw.choice(files)
         content = bytearray(path.read_bytes())
         kind = draw.choice(("cut", "changed", "empty", "gone"))
@@ -147,7 +131,7 @@ def _damaged(pattern: str) -> Fault:
 
 def _half_a_line(draw: random.Random, search: Search) -> None:
     with (search.folder / STUDY_FILE).open("ab") as file:
-        _strike()
+        strike()
         file.write(b'{"op_code": 4, "study_id": 0, "state'[: draw.randrange(1, 36)])
 
 
@@ -155,76 +139,17 @@ def _nothing(draw: random.Random, search: Search) -> None:
     pass
 
 
-def _mlflow_gone(draw: random.Random, search: Search) -> None:
-    _strike()
-    search.tracking = "http://127.0.0.1:1"
-
-
-def _mlflow_of_its_own(search: Search) -> Path:
-    """Give a search MLflow's database, and the process a user whom modes bind; return the folder."""
-    place = _place(search)
-    store = place / "mlflow"
-    search.tracking = f"sqlite:///{store}/mlflow.db"
-    os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"  # an open file could still be written
-    if os.geteuid() == 0:  # whom no mode keeps from writing
-        for path in (place, *place.rglob("*")):
-            os.chown(path, _NOBODY, _NOBODY)
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
-    for path in (store, *store.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return store
-
-
-def _mlflow_read_only(draw: random.Random, search: Search) -> None:
-    """Let MLflow's database and artifacts be read alone, from the start or from a random moment on."""
-    store = _mlflow_of_its_own(search)
-
-    def forbid() -> None:
-        _strike()
-        for path in (store, *store.rglob("*")):
-            path.chmod(0o555 if path.is_dir() else 0o444)
-
-    Timer(max(0.0, draw.uniform(-2, 4)), forbid).start()
-
-
-def _mlflow_away(draw: random.Random, search: Search) -> None:
-    """Let nobody reach MLflow's database and artifacts from a random moment on, for a random time."""
-    store = _mlflow_of_its_own(search)
-
-    def close() -> None:
-        _strike()
-        store.chmod(0)
-        Timer(draw.uniform(0, 4), store.chmod, [0o755]).start()
-
-    Timer(max(0.0, draw.uniform(-2, 4)), close).start()
-
-
-def _place(search: Search) -> Path:
-    """Return the folder of a study."""
-    return search.folder.parents[1]
-
-
-@cache
-def _empty_store() -> bytes:
-    """Return MLflow's database without an experiment: making it takes seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mlflow.db"
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
-        return path.read_bytes()
-
-
 KILLS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 OF_CALLS: Mapping[str, Fault] = {
     **dict.fromkeys(KILLS, _nothing),
     "full disk": _full_disk,
-    "clock set back": _clock_set_back,
+    "clock set back": clock_set_back,
     "damaged checkpoint": _damaged("disturbed/faults/**/*.safetensors"),
     "half a line in the journal": _half_a_line,
     "damaged line in the journal": _nothing,  # see `Study.disturb`
-    "MLflow gone": _mlflow_gone,
-    "MLflow read-only": _mlflow_read_only,
-    "MLflow away for a while": _mlflow_away,
+    "MLflow gone": mlflow_gone,
+    "MLflow read-only": mlflow_read_only,
+    "MLflow away for a while": mlflow_away,
 }
 OF_TRAININGS: Mapping[str, Fault] = {
     "exception in a model": _in_a_step(lambda _: _raise(RuntimeError("a mistake"))),
@@ -238,7 +163,7 @@ OF_CACHES: Mapping[str, Fault] = {
     "full disk of caches and scores": _full_disk_of_caches,
 }
 STUDIES = (OF_CALLS, OF_TRAININGS, OF_CACHES)
-_WRITING_TO_MLFLOW = (_mlflow_read_only, _mlflow_away, _clock_set_back)
+_WRITING_TO_MLFLOW = (mlflow_read_only, mlflow_away, clock_set_back)
 FAULTS = {**OF_CALLS, **OF_TRAININGS, **OF_CACHES}
 
 
@@ -258,7 +183,7 @@ class Study:
         self._was_killed = False  # the latest call, before it ended
         os.environ["AUTOPEFT_CACHE"] = str(place / "cache")
         (place / "mlflow").mkdir()
-        (place / "mlflow" / "mlflow.db").write_bytes(_empty_store())
+        (place / "mlflow" / "mlflow.db").write_bytes(empty_store())
         self.search = self._search(place / "disturbed", seed)
         if faults is not OF_CACHES:  # a search that is open has read scores and tokens
             self.search.open()
@@ -285,9 +210,9 @@ class Study:
         before = {record.number: record for record in self.records}
         journal = self.search.folder / STUDY_FILE
         is_clear = True
-        _STRUCK[0] = 0
+        STRUCK[0] = 0
         if kind == "damaged line in the journal" and journal.exists():
-            _strike()
+            strike()
             whole = journal.read_bytes()
             lines = whole.splitlines(keepends=True)
             lines[self.draw.randrange(len(lines))] = b'{"op_code": 4, "stu\\xff"\n'
@@ -299,13 +224,13 @@ class Study:
             longest = self.seconds * (5 if FAULTS[kind] in _WRITING_TO_MLFLOW else 1)
             is_clear = self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), longest) != 1
             if kind in KILLS and self._was_killed:
-                _strike()
+                strike()
         after = {record.number: record for record in self.records}
         finished = [record for record in before.values() if record.evaluation.status == "complete"]
         lost = sum(not self._is_kept(record, after.get(record.number)) for record in finished)
         twice = counted_twice(self.search.folder)
-        is_recovered = int(_STRUCK[0] and is_clear and not lost and not twice)
-        return dict(zip(COLUMNS, (_STRUCK[0], is_recovered, lost, twice), strict=True))
+        is_recovered = int(STRUCK[0] and is_clear and not lost and not twice)
+        return dict(zip(COLUMNS, (STRUCK[0], is_recovered, lost, twice), strict=True))
 
     def _is_kept(self, known: TrialRecord, now: TrialRecord | None) -> bool:
         if now is None or now.evaluation.status != "complete":

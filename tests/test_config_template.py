@@ -228,7 +228,7 @@ def test_answers_are_learnt_unless_they_are_labelled(tmp_path: Path) -> None:
 
 def test_a_terminal_is_asked_for_what_is_missing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--model is missing" in init_error("--data", place / "data.csv")
-    monkeypatch.setattr("autopeft.terminal_questions.is_terminal", lambda: True)
+    monkeypatch.setattr("autopeft.reporting.terminal_questions.is_terminal", lambda: True)
     to = place / "asked.yaml"
     result = init("--model", place / "model", "--to", to, answers=f"{place / 'data.csv'}\n")
     assert result.exit_code == 0, result.output

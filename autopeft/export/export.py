@@ -122,7 +122,11 @@ def export_adapter(
             expected = trained_logits(backbone, plain.configuration, plain.state, probe, prediction)
         configuration, state = plain.configuration, plain.state
         if target in SERVERS:
-            configuration, state = with_one_rank(target, configuration, state)
+            trained = len(configuration)
+            configuration, state = with_one_rank(target, configuration, state, backbone.sites)
+            if zeros := len(configuration) - trained:
+                why = f"{zeros}, as {target} wants LoRA on all or none of what it stacks"
+                details = {**(details or {}), "adapters of zeros": why}
     by_method = placements(configuration, backbone.sites)
     layout = layout_of(target, by_method)
     manifest = Manifest(

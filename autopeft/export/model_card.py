@@ -90,9 +90,8 @@ def servers(
             "it has the architecture."
         )
     elif target in SERVERS:
-        commands = how_to_serve(SERVERS[target], manifest.base, folder, configuration)
-        lines = "\n".join(f"    {line}" for line in commands.splitlines())
-        return f"{target}, and whatever loads adapters with peft. In a shell:\n\n{lines}"
+        commands = how_to_serve(target, manifest, folder, configuration)
+        return f"{target}, and whatever loads adapters with peft. In a shell:\n\n{commands}"
     elif manifest.layout == "peft":
         text = "Whatever loads adapters with peft. Others read LoRA by rules of their own."
     else:

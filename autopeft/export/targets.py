@@ -10,7 +10,7 @@ from autopeft.core.method_spec import B_RATE
 from autopeft.core.method_specs import method_spec
 from autopeft.export.conversion import as_exported
 from autopeft.export.folder_format import Layout, adapter_layout
-from autopeft.export.serving import SERVERS
+from autopeft.export.serving import ARCHITECTURES, SERVERS
 from autopeft.methods import METHODS, Placement, placements, unmergeable
 from autopeft.methods.data_initialised import LoraFromData
 from autopeft.models.backbone import Backbone
@@ -101,8 +101,12 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
             return f"it is for causal language models, this is an {auto_class}"
         if backbone.head:
             return f"it takes no trained head ({', '.join(backbone.head)})"
-    if target in SERVERS and any(site.kind == "experts" for site in configuration.adapters):
-        return "servers have other names for LoRA on experts"
+    if target in SERVERS:
+        architecture = type(backbone.model).__name__
+        if architecture not in ARCHITECTURES:
+            return f"it is known to adapt {', '.join(sorted(ARCHITECTURES))}, this is a {architecture}"
+        if any(site.kind == "experts" for site in configuration.adapters):
+            return "servers have other names for LoRA on experts"
     if target in ("peft", COMPARISON):
         return None
     if others := [f"{site} ({adapter.method})" for site, adapter in unmergeable(configuration)]:

@@ -28,7 +28,7 @@ from autopeft.core.precision import autocast
 from autopeft.export.folder_format import CONFIGURATION_FILE, Manifest
 from autopeft.export.loading import load_adapter
 from autopeft.export.merging import shared_copy
-from autopeft.export.serving import SERVERS, as_served
+from autopeft.export.serving import as_served
 from autopeft.methods import METHODS, attach, is_found_elsewhere
 from autopeft.methods.peft_base import quiet_peft
 from autopeft.models.backbone import Backbone
@@ -139,7 +139,7 @@ def check_export(
             found = _predicted(loaded, probe, prediction)
     if server is not None:
         how += f", and as {server} reads it"
-        as_there = as_served(SERVERS[server], folder, manifest)
+        as_there = as_served(server, folder, manifest)
         found = torch.stack([found, trained_logits(backbone, *as_there, probe, prediction)])
     difference = float((found - expected).abs().max())
     check = Check(difference=difference, tolerance=_tolerance(manifest, backbone.model, expected), how=how)

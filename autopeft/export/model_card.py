@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.pipelines import SUPPORTED_TASKS
+from yaml import YAMLError
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.export_report import Conversion
@@ -21,6 +23,8 @@ from autopeft.export.targets import COMPARISON
 
 _TAGS = {"AutoModelForSeq2SeqLM": "text2text-generation"}
 """The Hub's tags of what transformers has no pipeline for any more."""
+_LIBRARIES = {"peft": "peft", "mixed": "autopeft", "merged": "transformers"}
+"""What loads each layout."""
 _TEST = "test_"
 _NOT_OF_A_SPLIT = ("examples_per_second",)
 LAYOUTS = {
@@ -198,14 +202,27 @@ def _metadata(
     named: dict[str, Any] = {}
     if manifest.base and not _is_local(manifest.base):  # the hub takes names alone
         named = {"base_model": manifest.base, "base_model_relation": "finetune" if merged else "adapter"}
+    if dataset is not None and "/" in dataset:  # else a file, data in memory, or a name without an owner
+        named["datasets"] = [dataset]
     return ModelCardData(
-        library_name="transformers" if merged else "peft",
+        license=_license(manifest.base),
+        library_name=_LIBRARIES[manifest.layout],
         pipeline_tag=pipeline_tag,
         tags=["autopeft", *configuration.methods],
+        metrics=[result.metric_type for result in results] or None,
         model_name=folder,
         eval_results=results or None,
         **named,
     )
+
+
+def _license(base: str) -> str | None:
+    """Return the license in a base's card, if there is one in its folder or in the hub's cache."""
+    with suppress(ValueError, YAMLError):  # no name of the hub, or a card that cannot be read
+        card = Path(base, "README.md") if _is_local(base) else try_to_load_from_cache(base, "README.md")
+        if isinstance(card, str | Path) and Path(card).is_file():
+            return (metadata_load(card) or {}).get("license")
+    return None
 
 
 def _figures(values: Mapping[str, float]) -> str:

@@ -142,6 +142,41 @@ def test_metadata_survives_the_hub_s_own_reader(tmp_path: Path) -> None:
     expected = ("text-classification", "somebody/data", "easy", "test", None)
     assert {result.unique_identifier for result in results} == {expected}
     assert metadata.model_name == "out"
+    assert metadata.datasets == ["somebody/data"]
+    assert metadata.metrics == ["accuracy", "f1"]
+    assert "license" not in metadata.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "library"),
+    [("lora", "peft", "peft"), ("series", "autopeft", "autopeft"), ("lora", "merged", "transformers")],
+)
+def test_the_hub_is_told_what_loads_it(method: str, target: str, library: str, tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    export(backbone, everywhere(backbone, method), tmp_path / "out", target=target, verify=False)
+    assert card_of(tmp_path / "out")[0]["library_name"] == library
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"),
+        ("# Base\n", None),
+        ("---\n- a\n---\n", None),
+    ],
+)
+def test_the_license_is_that_of_the_base_where_its_card_says_so(
+    card: str, expected: str | None, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(card)
+    backbone, data = tiny_backbone("bert"), {"task dataset": str(tmp_path / "data.csv")}
+    lora = everywhere(backbone, "lora")
+    export(backbone, lora, tmp_path / "out", base=str(base), details=data, verify=False)
+    meta, _ = card_of(tmp_path / "out")
+    assert meta.get("license") == expected
+    assert "datasets" not in meta
 
 
 def test_other_targets_are_told_by_method(tmp_path: Path) -> None:

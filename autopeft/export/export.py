@@ -122,9 +122,9 @@ def export_adapter(
             expected = trained_logits(backbone, plain.configuration, plain.state, probe, prediction)
         configuration, state = plain.configuration, plain.state
         if target in SERVERS:
-            trained = len(configuration)
+            adapters = len(configuration)
             configuration, state = with_one_rank(target, configuration, state, backbone.sites)
-            if zeros := len(configuration) - trained:
+            if zeros := len(configuration) - adapters:
                 why = f"{zeros}, as {target} wants LoRA on all or none of what it stacks"
                 details = {**(details or {}), "adapters of zeros": why}
     by_method = placements(configuration, backbone.sites)

@@ -144,7 +144,7 @@ def test_metadata_survives_the_hub_s_own_reader(tmp_path: Path) -> None:
     assert metadata.model_name == "out"
     assert metadata.datasets == ["somebody/data"]
     assert metadata.metrics == ["accuracy", "f1"]
-    assert "license" not in metadata.to_dict()
+    assert metadata.license is None
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def run_loop(
     """
     while True:
         with interruptible():
-            for job in scheduler.next(study.records, executor.free):
+            for job in scheduler.next(study.records, executor.free, executor.at_once):
                 executor.submit(job)
                 started(job)
             if not scheduler.running:

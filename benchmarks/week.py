@@ -86,6 +86,10 @@ class _Untrained:
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
+    def at_once(self) -> int:
+        return self.workers
+
+    @property
     def free(self) -> int:
         return self.workers - len(self._jobs)
 

@@ -79,6 +79,10 @@ class _Noting:
         self.submit, self.close = executor.submit, executor.close
 
     @property
+    def at_once(self) -> int:
+        return self._executor.at_once
+
+    @property
     def free(self) -> int:
         self._order.free.append(self._executor.free)
         return self._order.free[-1]
@@ -93,6 +97,7 @@ class _Replaying:
     """An executor that runs jobs in this process, in an order that was noted."""
 
     serves_hidden_states = True
+    at_once = 1
 
     def __init__(self, runner: TrialRunner, order: Order) -> None:
         self._run, self._jobs = runner.run, dict[int, Job]()

@@ -23,6 +23,10 @@ class Executor(Protocol):
         """Whether new trials are trained on hidden states from disk, in place of running frozen blocks."""
 
     @property
+    def at_once(self) -> int:
+        """Number of trainings that run at the same time, at least 1: so many share the hours left."""
+
+    @property
     def free(self) -> int:
         """Number of jobs that may be submitted now; 0 while records of finished jobs are to be taken.
 
@@ -57,6 +61,7 @@ class LocalExecutor:
     """Runs one job at a time in this process, when it is waited for."""
 
     serves_hidden_states = True
+    at_once = 1
 
     def __init__(self, runner: TrialRunner) -> None:
         self._runner = runner

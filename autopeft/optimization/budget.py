@@ -61,13 +61,14 @@ class Budget:
         """Whether there is a bound besides that of trials."""
         return self.bounds.keys() != {"trials"}
 
-    def spent_share(self, spent: Spent, reserved: Cost | None = None) -> float:
+    def spent_share(self, spent: Spent, reserved: Cost | None = None, at_once: int = 1) -> float:
         """Return how much of the scarcest bound is used up; 1 or more when the search is done.
 
-        What is reserved, as it is still to be spent on the trials, is counted as if it were spent.
+        What is reserved, as it is still to be spent on the trials, is counted as if it were spent: its time
+        as that of so many trainings `at_once`.
         """
         more = Cost() if reserved is None else reserved
-        elapsed = time.monotonic() - self._started + more.wall_seconds
+        elapsed = time.monotonic() - self._started + more.wall_seconds / at_once
         shares = (
             (spent.trials, self.trials),
             (elapsed, None if self.hours is None else self.hours * 3600),

@@ -47,13 +47,16 @@ class Scheduler:
     # Numbers of trials whose configuration another trial is training; they become its duplicates. There is at
     # most one more of them than jobs are running: a small space would propose the same again and again.
     _held: list[int] = field(default_factory=list, init=False)
+    _at_once: int = field(default=1, init=False)
 
     @section("ask")
-    def next(self, records: TrialRecords, free: int) -> list[Job]:
+    def next(self, records: TrialRecords, free: int, at_once: int = 1) -> list[Job]:
         """Return what to do now; nothing where the search is done, or has to wait for what is running.
 
-        The records are of all trials by number, finished and paused; there are at most `free` jobs.
+        The records are of all trials by number, finished and paused; there are at most `free` jobs, and so
+        many trainings run `at_once`.
         """
+        self._at_once = at_once
         jobs: list[Job] = []
         while len(jobs) < free and (job := self._next(records)) is not None:
             self.running[job.number] = job
@@ -108,7 +111,7 @@ class Scheduler:
         if self.overhead is not None:
             evaluations = [record.evaluation for record in lacking]
             reserved += self.overhead.cost_to_come(evaluations, self.seeds)
-        may_wait = begins and self.budget.spent_share(spent, reserved) < 1
+        may_wait = begins and self.budget.spent_share(spent, reserved, self._at_once) < 1
         waiting = [record for record in lacking if record.number not in self.running]
         latest = max([-1, *self.running, *(record.number for record in records[-1:])])
         if (record := next_to_replicate(waiting, latest, may_wait=may_wait)) is not None:
@@ -130,7 +133,7 @@ class Scheduler:
         for record, _ in promising:
             evaluation = record.evaluation
             reserved += evaluation.cost.times(1 / evaluation.fidelity - 1)
-        may_wait = begins and self.budget.spent_share(spent, reserved) < 1
+        may_wait = begins and self.budget.spent_share(spent, reserved, self._at_once) < 1
         return None if may_wait or not promising else promising[0]
 
     def _again(self, records: TrialRecords) -> Job | None:

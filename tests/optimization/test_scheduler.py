@@ -251,3 +251,17 @@ def test_a_search_that_is_done_has_no_jobs(budget: Budget) -> None:
     records = [replace(record, evaluation=replace(record.evaluation, cost=cost)) for record in records]
     assert made.next(known(records), 3) == []
     assert budget.spent_share(made.spent(known(records))) >= 1
+
+
+def test_hours_that_are_kept_for_replicates_are_shared_by_all_workers() -> None:
+    """Two further trainings of the only member take 2 h of 1, and half an hour of four workers."""
+    made = scheduler(Budget(hours=1), seeds=3)
+    (first,) = made.next(known([]), 1)
+    record = done(first)
+    cost = Cost(wall_seconds=3600, steps=90)
+    record = replace(record, evaluation=replace(record.evaluation, cost=cost))
+    made.finished(record)
+    (job,) = made.next(known([record]), 1, at_once=4)
+    assert isinstance(job, New)
+    (job,) = made.next(known([record]), 1, at_once=1)
+    assert isinstance(job, Replicate)

@@ -27,6 +27,7 @@ class InOrder:
     runner: TrialRunner
     order: Iterator[int]
     serves_hidden_states: bool = False
+    at_once: int = 3
     jobs: dict[int, Job] = field(default_factory=dict)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 

@@ -158,9 +158,11 @@ class SearchRun:
             status, front, self.interrupted = "KILLED", self.front(), True
             report.progress.say("Interrupted: finished trials are kept, the same call resumes.")
         finally:
-            self.executor.close()
-            front = self.front() if status == "FAILED" else front
-            report.end(status, front, self.study.folder, report.evaluations - before)
+            try:
+                self.executor.close()
+            finally:
+                front = self.front() if status == "FAILED" else front
+                report.end(status, front, self.study.folder, report.evaluations - before)
         self._close(report, front)
         return front
 

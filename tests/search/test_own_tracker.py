@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autopeft.evaluation.executor import LocalExecutor
 from autopeft.reporting.tracker import Tracker
 from tests.learnable import tiny_search
 
@@ -61,3 +62,24 @@ def test_what_a_tracker_raises_ends_the_call_and_loses_nothing(tmp_path: Path) -
     search = tiny_search(tmp_path)
     assert [record.number for record in search.front().records] == [0, 1]
     assert len(search.run(trials=3, progress=False).records) == 3
+
+
+def test_a_run_ends_in_the_tracker_also_where_workers_cannot_be_stopped(tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    class Ends(Tracker):
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def finish(self, status: str, records: Any = ()) -> None:
+            ended.append(status)
+
+    class Unstoppable(LocalExecutor):
+        alters_trials = False
+
+        def close(self) -> None:
+            raise OSError("out of reach")
+
+    with pytest.raises(OSError, match="out of reach"):
+        tiny_search(tmp_path, tracking=Ends, executor=Unstoppable).run(trials=1, progress=False)
+    assert ended == ["FINISHED"]

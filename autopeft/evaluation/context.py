@@ -6,11 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from torchmetrics import MetricCollection
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.objectives import Constraint, Objective
+from autopeft.core.precision import Precision
 from autopeft.core.profiling import section
 from autopeft.evaluation.frozen_blocks.cache import HiddenStateCache
 from autopeft.evaluation.memory.counter import MemoryCounter, count_flops
 from autopeft.methods import Attachment, unmergeable
 from autopeft.models.backbone import Backbone
+from autopeft.models.head_spec import HeadPart
 from autopeft.models.own_dropout import own_dropout
 from autopeft.tasks import Task, TaskData
 from autopeft.tasks.base import SplitName
@@ -40,6 +42,41 @@ _TIMED_TOKENS = 16  # generated a row and repeat
 
 class _CalledError(Exception):
     """Ends a forward pass that begins, with its arguments."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """With what a process trains and counts: "auto" in the settings stands for other things elsewhere.
+
+    Attributes:
+        device: Its type.
+        precision: That trials are trained in.
+        dtype: Of the frozen weights.
+        fingerprint: Of the backbone; empty where its weights were quantised, which devices round differently.
+    """
+
+    device: str = field(compare=False)
+    precision: Precision
+    dtype: str
+    fingerprint: str
+
+    def difference(self, other: Compute) -> str:
+        """Say how another process trains otherwise than this one counts, and what settles it."""
+        mends = []
+        if other.dtype != self.dtype:
+            mends.append(f'dtype="{other.dtype}"')
+        if other.precision != self.precision:
+            mends.append(f'training=Training(precision="{other.precision}")')
+        if not mends:
+            return (
+                "it has loaded another backbone than this process: have the same files on all hosts, or give "
+                "the search a loaded model, which is sent to them."
+            )
+        return (
+            f"it trains with {other.dtype} weights in {other.precision} on its {other.device}, but this "
+            f"process counts with {self.dtype} weights in {self.precision} on its {self.device}. Say which "
+            f"it is to be, as by Search({', '.join(mends)})."
+        )
 
 
 class EvaluationContext:
@@ -113,13 +150,41 @@ class EvaluationContext:
         self.hidden_states = HiddenStateCache(backbone, task, self.data, self.training, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how another process makes its own: with a copy of the backbone, and data loaded anew."""
-        shared = (self.backbone, self.task, self.training, self.objectives, self.constraints)
-        make = partial(type(self), rungs=self._rungs, seed=self.seed, cache=self._cache)
-        return make, shared, self.hidden_states.trials
+        """Return how another process makes its own: data are loaded there, and a backbone that has a name."""
+        backbone = self.backbone.load_again or self.backbone
+        shared = (backbone, self.backbone.head_part, self.task, self.training)
+        settings = {"rungs": self._rungs, "seed": self.seed, "cache": self._cache}
+        make = partial(type(self)._elsewhere, **settings)
+        return make, (*shared, self.objectives, self.constraints), self.hidden_states.trials
+
+    @classmethod
+    def _elsewhere(
+        cls,
+        backbone: Backbone | Callable[..., Backbone],
+        head_part: HeadPart,
+        task: Task,
+        training: Training,
+        *measured: Any,
+        **settings: Any,
+    ) -> Self:
+        if not isinstance(backbone, Backbone):
+            backbone = backbone(device=training.resolved_device())
+            backbone.train_head(head_part)
+        return cls(backbone, task, training, *measured, **settings)
 
     def __setstate__(self, trials: int | None) -> None:
         self.hidden_states.expect(trials)
+
+    @property
+    def compute(self) -> Compute:
+        """With what trials are trained here."""
+        backbone = self.backbone
+        return Compute(
+            device=self.device.type,
+            precision=self.training.resolved_precision(),
+            dtype=str(backbone.model.dtype).removeprefix("torch."),
+            fingerprint="" if backbone.quantized else backbone.fingerprint,
+        )
 
     def batches(self, seed: int, step: int = 0) -> SegmentedBatches:
         """Return the training batches from a step on, to the stops of the plan."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import html
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Backbone:
     Attributes:
         quantized: Bits of the weights that bitsandbytes packed, 4 or 8, by the layer's name.
         cached_casts: Puts the linear sites' weights in place as mixed precision multiplies them.
+        load_again: Loads it for a `device`, as another process has one; None where no name or folder was
+            given.
+        head_part: What of the head is trained, see `train_head`.
         trained_head: Qualified names of the head's modules that are trained.
         head_parameters: Number of their parameters; trained with every configuration.
         kept_bytes: Bytes of a pretrained output layer that stay in memory beside the copy that is trained.
@@ -76,6 +79,7 @@ class Backbone:
         self.new_head = new_head and bool(self._task_head)
         self.origin = origin
         self.attached: Configuration | None = None
+        self.load_again: Callable[..., Backbone] | None = None
         modules = dict(model.named_modules())
         missing = [name for name in self.head if name not in modules]
         if missing:
@@ -119,7 +123,10 @@ class Backbone:
         (options or LoadOptions()).check_for(source)
         if isinstance(source, Backbone):
             return source
-        return cls(**load_model(source, head, processor, options, device))
+        backbone = cls(**load_model(source, head, processor, options, device))
+        if isinstance(source, str | Path):
+            backbone.load_again = partial(cls.load, source, head, processor, options=options)
+        return backbone
 
     @classmethod
     def without_weights(cls, source: str | Path, head: HeadSpec, *, dtype: torch.dtype) -> Backbone:
@@ -154,7 +161,7 @@ class Backbone:
             ValueError: No layer of the head has an output a label, or the model has no output layer that can
                 be trained apart from its other weights.
         """
-        self.head = self._task_head
+        self.head_part, self.head = part, self._task_head
         if part == "pretrained":
             self.head = (output_layer(self.model, self._task_head, self.quantized),)
         self.trained_head = self.head

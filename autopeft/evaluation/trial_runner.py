@@ -72,6 +72,17 @@ class TrialRunner:
             return None
         return self.warm_starts.for_new_trial(job.configuration)
 
+    def untrained(self, job: New | Resume | Replicate) -> int | None:
+        """Return which training of the largest LoRA a job has to begin with; None for none."""
+        if self.warm_starts is None:
+            return None
+        if isinstance(job, New):
+            inherits = job.baseline is None and self.warm_starts.inherits(job.configuration)
+        else:
+            inherits = job.record.evaluation.warm_start
+        number = job.training if isinstance(job, Replicate) else 0
+        return number if inherits and not self.warm_starts.has(number) else None
+
     def left_behind(self, job: New) -> TrainingCheckpoint | None:
         """Return what a process left of a job that was killed before it could record it."""
         return None if job.rung is None else self._paused(job.number, job.configuration)

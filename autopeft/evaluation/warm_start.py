@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.durable_files import load_json, save_json
@@ -44,22 +45,37 @@ class WarmStarts:
     evaluator: Evaluator  # trains it
     space: SearchSpace  # whose largest LoRA it is
     folder: Path  # where it is kept
-    trains: bool = True  # whether to train what is missing; only the process that runs the search may
+    trains: bool = True  # whether to train what is missing; only processes that run the search may
 
     def __post_init__(self) -> None:
         self._trained: dict[int, LargestLora] = {}
+        self._failures: dict[int, _Failure] = {}
         self._failures_path = self.folder / "failures.json"
-        self._failures = {
-            int(number): _Failure(failure["reason"], Cost(**failure["cost"]))
-            for number, failure in (load_json(self._failures_path) or {}).items()
-        }
+        self._read()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes its own, of the files."""
+        return type(self), (self.evaluator, self.space, self.folder, self.trains)
+
+    def _read(self) -> None:
+        """Read what is new in the folder."""
+        for number, failure in (load_json(self._failures_path) or {}).items():
+            self._failures[int(number)] = _Failure(failure["reason"], Cost(**failure["cost"]))
         for path in self.folder.glob("largest-*.safetensors"):
-            if (trained := LargestLora.load(path)) is not None:
-                self._trained[int(path.stem.partition("-")[2])] = trained
+            number = int(path.stem.partition("-")[2])
+            if number not in self._trained and (trained := LargestLora.load(path)) is not None:
+                self._trained[number] = trained
+
+    def has(self, number: int) -> bool:
+        """Return whether a training is over, or has failed, in this process or another."""
+        if number not in self._trained and number not in self._failures:
+            self._read()
+        return number in self._trained or number in self._failures
 
     @property
     def cost(self) -> Cost:
-        """Compute of all trainings, failed ones included."""
+        """Compute of all trainings, failed ones and those of other processes included."""
+        self._read()
         trained = (largest.cost for largest in self._trained.values())
         failed = (failure.cost for failure in self._failures.values())
         return sum((*trained, *failed), Cost())
@@ -71,7 +87,7 @@ class WarmStarts:
 
     def largest(self, number: int = 0) -> LargestLora | None:
         """Return what the trainings `number` of trials inherit from, trained if needed; None without."""
-        if self.trains and number not in self._trained and number not in self._failures:
+        if self.trains and not self.has(number):
             self._train(number)
         return self._trained.get(number)
 
@@ -84,9 +100,13 @@ class WarmStarts:
         missing = {*range(fewest, seeds)} - self._trained.keys() - self._failures.keys()
         return sum((first.cost for _ in missing), Cost())
 
+    def inherits(self, configuration: Configuration) -> bool:
+        """Return whether a new trial begins from the largest LoRA, if that has all of it."""
+        return set(configuration.methods) <= {METHOD}
+
     def for_new_trial(self, configuration: Configuration) -> InitialWeights | None:
         """Return the initial weights of a new trial; None where it starts from random weights."""
-        if not set(configuration.methods) <= {METHOD}:
+        if not self.inherits(configuration):
             return None
         largest = self.largest()
         if largest is None or not largest.contains(configuration):
@@ -96,8 +116,8 @@ class WarmStarts:
     def _train(self, number: int) -> None:
         try:
             configuration = self._configuration()
-        except ValueError as error:  # at no cost, so that a resumed search may find it again
-            self._failures[number] = _Failure(str(error).removesuffix("."), Cost())
+        except ValueError as error:
+            self._fail(number, _Failure(str(error).removesuffix("."), Cost()))
             _logger.warning("There are no warm starts: %s.", self._failures[number].reason)
             return
         seed = self.evaluator.seed if number == 0 else training_seed(self.evaluator.seed, -1, number)
@@ -110,9 +130,12 @@ class WarmStarts:
                 self._trained[number] = largest
                 return
         failure = _Failure(f"the training of the largest LoRA failed: {reason}", cost)
-        self._failures[number] = failure
+        self._fail(number, failure)
         _logger.warning("%s: %s", self._path(number).stem, failure.reason)
-        # A resumed search must not train again what failed before.
+
+    def _fail(self, number: int, failure: _Failure) -> None:
+        """Note a failure: neither a resumed search nor another process is to train it again."""
+        self._failures[number] = failure
         failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
         save_json(self._failures_path, failures)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,16 +16,19 @@ import torch
 from autopeft.core.errors import check_whole
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
+from autopeft.evaluation.context import Compute
+from autopeft.evaluation.ray_cluster import RayCluster, last_line
 from autopeft.evaluation.trial_runner import TrialRunner
 
 _logger = logging.getLogger(__name__)
-_ATTEMPTS = 2
-"""A job whose workers died so often is a failed trial: it may be what kills them."""
-_CONNECTION_SECONDS = 10.0
+_DEATHS = 2
+"""A job of which so many workers died is a failed trial: it may be what kills them."""
+_LOSSES = 10
+"""So many workers that were lost with their hosts end a job: such a cluster trains nothing."""
 _PATIENCE_SECONDS = 1800.0
 """For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
 _GRACE_SECONDS = 60.0
-"""For the other workers to start, once the first has."""
+"""For the other workers to start, once the first has; and until it is said that the first has not."""
 _PAUSE_SECONDS = 1.0
 _DOUBLINGS = 6
 """Each further start in a row that fails doubles the pause before the next, so many times."""
@@ -73,7 +75,7 @@ class RayExecutor:
 
         Raises:
             ValueError: Ray is not installed, the cluster cannot be reached or is too small, a worker cannot
-                start, or the search has warm starts.
+                start.
         """
         return _RayJobs(runner, self)
 
@@ -90,23 +92,33 @@ class _Worker:
 
         os.chdir(folder)  # paths of data, models and trials may be relative
         torch.set_num_threads(threads)
+        self._node = ray.get_runtime_context().get_node_id()
         self._runner: TrialRunner = ray.get(shared[0])
 
-    def is_ready(self) -> bool:
-        """Answer, once the worker has its backbone and data."""
-        return True
+    def ready(self) -> tuple[str, Compute]:
+        """Return the host's id and with what is trained there, once the worker has its backbone and data."""
+        return self._node, self._runner.evaluator.compute
 
     def run(self, job: Job) -> TrialRecord:
         return self._runner.run(job)
 
 
 @dataclass(frozen=True)
-class _Running:
-    """A job that a worker has."""
+class _Started:
+    """A worker that has been ready, and its host's id."""
+
+    actor: Any
+    node: str
+
+
+@dataclass(eq=False)
+class _Task:
+    """A job, and what became of workers that had it."""
 
     job: _Training
-    worker: Any
-    attempt: int
+    deaths: int = 0  # of their processes
+    losses: int = 0  # with their hosts, or out of reach
+    largest: int | None = None  # the training of the largest LoRA that it begins with
 
 
 class _RayJobs:
@@ -115,89 +127,42 @@ class _RayJobs:
     serves_hidden_states = True
 
     def __init__(self, runner: TrialRunner, settings: RayExecutor) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise ValueError("RayExecutor needs Ray: pip install 'autopeft[ray]'.") from error
-        if runner.warm_starts is not None:
-            raise ValueError("RayExecutor has no warm starts: each worker would train its own largest LoRA.")
         if runner.evaluator.device.type == "cuda" and not settings.gpus_per_worker:
             raise ValueError("Trials are trained on a GPU: say gpus_per_worker, below 1 to share one.")
-        self._ray: Any = ray
         self._runner, self._settings = runner, settings
-        self._starting: dict[Any, Any] = {}  # by their answer that they are ready
-        self._asked: dict[Any, Any] = {}  # that were idle when another died, by their answer that they live
+        # Calls to workers are Ray's references to what they will return.
+        self._starting: dict[Any, Any] = {}  # actors, by the call that ends when they are ready
+        self._idle: list[_Started] = []
+        self._probed: dict[Any, Any] = {}  # actors that were idle when another died, by a call to them
+        self._running: dict[Any, tuple[_Task, _Started]] = {}
+        self._waiting: deque[_Task] = deque()  # for a worker
+        self._duplicates: deque[Duplicate] = deque()
         self._failed_starts = 0  # in a row
         self._restarts: list[float] = []  # when to start workers in place of those that failed to
-        self._idle: list[Any] = []
-        self._running: dict[Any, _Running] = {}
-        self._waiting: deque[tuple[_Training, int]] = deque()  # for a worker, each with its attempt
-        self._duplicates: deque[Duplicate] = deque()
-        # What becomes of a worker that is killed, or whose host is, and of a record that is lost with it. A
-        # job that ran out of memory is a record.
-        errors = ray.exceptions
-        self._deaths = (
-            errors.RayActorError,
-            errors.ActorUnschedulableError,
-            errors.WorkerCrashedError,
-            errors.NodeDiedError,
-            errors.OutOfMemoryError,
-            errors.ObjectLostError,
-        )
-        self._starts_ray = not ray.is_initialized()
-        try:
-            if self._starts_ray:
-                self._start_ray()
-            self._workers = self._checked_workers()
-            self._shared = ray.put(runner)
-            # A worker is replaced here, and not by Ray, which would not say what became of its job.
-            self._actor: Any = ray.remote(
-                num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
-            )(_Worker)
-            for _ in range(self._workers):
-                self._start_worker()
-            while self._starting or not self._idle:
-                answer = self._first_answer(_GRACE_SECONDS if self._idle else _PATIENCE_SECONDS)
-                if answer is None:
-                    break  # the others join later
-                self._take_in(answer)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start_ray(self) -> None:
-        settings = self._settings
-        host, _, port = (settings.address or "").rpartition(":")
         cores = None
         if settings.address is None and settings.workers is not None:
             # A machine of fewer cores runs as many workers as it is asked to: slower, and no error.
             cores = settings.workers * settings.cpus_per_worker
+        self._cluster = RayCluster(settings.address, cores)
+        self._ray = self._cluster.ray
         try:
-            if port.isdigit() and "/" not in host:
-                # Ray itself would try again for minutes.
-                socket.create_connection((host, int(port)), timeout=_CONNECTION_SECONDS).close()
-            self._ray.init(
-                settings.address or "local",  # None would join a cluster that runs on this machine
-                num_cpus=cores,
-                include_dashboard=None if settings.address else False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"No Ray cluster was found at {settings.address!r}: {error}") from error
+            self._workers = self._number_of_workers()
+            self._shared = self._ray.put(runner)
+            # A worker is replaced here, and not by Ray, which would not say what became of its job.
+            self._actor: Any = self._ray.remote(
+                num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0
+            )(_Worker)
+            for _ in range(self._workers):
+                self._start_worker()
+            self._await_workers()
+        except BaseException:
+            self.close()
+            raise
 
-    def _checked_workers(self) -> int:
+    def _number_of_workers(self) -> int:
         """Return the number of workers; raise where there is no room for one. Others may start later."""
-        settings, present = self._settings, self._ray.cluster_resources()
-        needed = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker}
-        there = {name: present.get(name, 0) for name in needed}
-        room = min(int(there[name] / each) for name, each in needed.items() if each)
-        if not room:
-            takes, has = (
-                " and ".join(f"{count:g} {name}" for name, count in counts.items())
-                for counts in (needed, there)
-            )
-            raise ValueError(f"A worker takes {takes}, but the cluster has {has}.")
+        settings = self._settings
+        room = self._cluster.room(settings.cpus_per_worker, settings.gpus_per_worker)
         if settings.workers is None:
             return room
         if room < settings.workers:
@@ -209,125 +174,172 @@ class _RayJobs:
         return settings.workers
 
     def _start_worker(self) -> None:
-        worker = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
-        self._starting[worker.is_ready.remote()] = worker
+        actor = self._actor.remote(os.getcwd(), [self._shared], self._settings.cpus_per_worker)
+        self._starting[actor.ready.remote()] = actor
 
-    def _first_answer(self, patience: float = _PATIENCE_SECONDS) -> Any:
-        """Wait for a worker to be ready, or to finish a job; return None after some seconds without any job.
+    def _await_workers(self) -> None:
+        """Wait for the first worker, and a while for the others, which may also join later."""
+        if not self._admit_until(lambda: bool(self._idle), _GRACE_SECONDS):
+            _logger.warning(
+                "No worker has started within a minute: it waits for a place in the cluster, or still loads "
+                "backbone and data. The search begins with the first."
+            )
+            if not self._admit_until(lambda: bool(self._idle), _PATIENCE_SECONDS):
+                raise _no_place()
+        self._admit_until(lambda: not self._starting, _GRACE_SECONDS)
 
-        Raises:
-            ValueError: No worker is left, and none found a place in the cluster.
+    def _admit_until(self, are_there: Callable[[], bool], seconds: float) -> bool:
+        """Take workers that are ready until enough are there; return False where the time is over before."""
+        end = time.monotonic() + seconds
+        while not are_there():
+            if (call := self._first_ended(end)) is None:
+                return False
+            self._admit(call)
+        return True
+
+    def _first_ended(self, end: float) -> Any:
+        """Wait for a worker to be ready, or to finish a job, and return the call; None if none is until then.
+
+        Meanwhile workers are started in place of those that could not be, when they are due.
         """
-        end = math.inf if self._running else time.monotonic() + patience
         while (now := time.monotonic()) < end:
             for due in [due for due in self._restarts if due <= now]:
                 self._restarts.remove(due)
                 self._start_worker()
-            awaited = [*self._running, *self._starting, *self._asked]
+            calls = [*self._running, *self._starting, *self._probed]
             seconds = min([end, *self._restarts]) - now
-            if not awaited:
+            if not calls:
                 time.sleep(seconds)
                 continue
             timeout = None if math.isinf(seconds) else seconds
-            answers, _ = self._ray.wait(awaited, num_returns=1, timeout=timeout)
-            if answers:
-                return answers[0]
-        if self._idle:
-            return None
-        raise ValueError(f"No worker found a place in the cluster within {patience / 60:g} minutes.")
+            ended, _ = self._ray.wait(calls, num_returns=1, timeout=timeout)
+            if ended:
+                return ended[0]
+        return None
 
-    def _take_in(self, answer: Any) -> None:
-        """Have a worker that is ready, or another in place of one that died: after a pause if it never was.
+    def _admit(self, call: Any) -> None:
+        """Have a worker that is ready, or start another in place of one that is not.
 
         Raises:
-            ValueError: One after another dies, and no worker is left.
+            ValueError: One after another dies or would train otherwise, and no worker is left.
         """
-        is_new = answer in self._starting
-        worker = (self._starting if is_new else self._asked).pop(answer)
+        is_new = call in self._starting
+        actor = (self._starting if is_new else self._probed).pop(call)
+        differs = False
         try:
-            self._ray.get(answer)
-        except self._deaths as error:
-            if not is_new:
-                self._start_worker()
-                return
-            self._failed_starts += 1
-            is_left = self._running or self._idle or self._asked
-            if self._failed_starts > self._workers and not is_left:
-                raise ValueError(f"A worker could not be started: {error}") from error
-            pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
-            name = type(error).__name__
-            _logger.warning("A worker could not be started (%s); the next try is in %g s.", name, pause)
-            self._restarts.append(time.monotonic() + pause)
+            node, compute = self._ray.get(call)
+        except self._cluster.ends as error:
+            reason = last_line(error)
         else:
-            if is_new:
-                self._failed_starts = 0
-            self._idle.append(worker)
+            if not (differs := compute != self._runner.evaluator.compute):
+                if is_new:
+                    self._failed_starts = 0
+                self._idle.append(_Started(actor, node))
+                return
+            self._cluster.kill(actor)
+            reason = self._runner.evaluator.compute.difference(compute)
+        if not is_new:
+            self._start_worker()
+            return
+        self._failed_starts += 1
+        is_left = self._running or self._idle or self._probed
+        if (differs or self._failed_starts > self._workers) and not is_left:
+            raise ValueError(f"A worker could not be started: {reason}")
+        pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
+        _logger.warning("A worker could not be started; the next try is in %g s: %s", pause, reason)
+        self._restarts.append(time.monotonic() + pause)
+
+    @property
+    def at_once(self) -> int:
+        return max(1, len(self._idle) + len(self._running) + len(self._probed))
 
     @property
     def free(self) -> int:
         if self._duplicates:
             return 0
         # Where no worker is left, a job may wait for one that starts.
-        return len(self._idle) or int(not self._running and not self._waiting)
+        places = len(self._idle) - len(self._waiting)
+        return places if places > 0 else int(not self._running and not self._waiting)
 
     def submit(self, job: Job) -> None:
         if isinstance(job, Duplicate):
             self._duplicates.append(job)  # nothing is trained
         else:
-            self._waiting.append((job, 1))
-            self._hand_out()
+            self._waiting.append(_Task(job))
+            self._assign()
 
-    def _hand_out(self) -> None:
-        """Give the jobs that wait to idle workers."""
-        while self._waiting and self._idle:
-            job, attempt = self._waiting.popleft()
+    def _assign(self) -> None:
+        """Give the jobs that wait to idle workers, but those that inherit what another is training."""
+        waiting, self._waiting = self._waiting, deque()
+        for task in waiting:
+            task.largest = self._runner.untrained(task.job) if self._idle else None
+            in_training = {other.largest for other, _ in self._running.values()} - {None}
+            if not self._idle or task.largest in in_training:
+                self._waiting.append(task)
+                continue
             worker = self._idle.pop()
-            self._running[worker.run.remote(job)] = _Running(job, worker, attempt)
+            self._running[worker.actor.run.remote(task.job)] = task, worker
 
     def wait(self) -> TrialRecord | None:
         if self._duplicates:
             return self._runner.run(self._duplicates.popleft())
         while True:
-            answer = self._first_answer()
-            if answer in self._running:
-                record = self._finished(answer)
-                self._hand_out()
-                if record is not None:
-                    return record
+            end = math.inf if self._running else time.monotonic() + _PATIENCE_SECONDS
+            if (call := self._first_ended(end)) is None:
+                raise _no_place()
+            record = None
+            if call in self._running:
+                record = self._finished(call)
             else:
-                self._take_in(answer)
-                self._hand_out()
-                if self._idle:
-                    return None  # it may have a job at once
+                self._admit(call)
+            self._assign()
+            if record is not None or self._idle:  # which may have a job at once
+                return record
 
-    def _finished(self, answer: Any) -> TrialRecord | None:
-        """Return the record of a job; None where its worker died and it is to be run again."""
-        running = self._running.pop(answer)
+    def _finished(self, call: Any) -> TrialRecord | None:
+        """Return the record of a job; None where its worker is gone and it is to be run again."""
+        task, worker = self._running.pop(call)
         try:
-            record: TrialRecord = self._ray.get(answer)
-        except self._deaths as error:
-            self._ray.kill(running.worker)  # it may live, out of reach
+            record: TrialRecord = self._ray.get(call)
+        except self._cluster.ends as error:
+            self._cluster.kill(worker.actor)  # it may live, out of reach
             # What killed it may have killed those that wait, which is not the next job's fault.
-            self._asked |= {worker.is_ready.remote(): worker for worker in self._idle}
+            self._probed |= {each.actor.ready.remote(): each.actor for each in self._idle}
             self._idle.clear()
             self._start_worker()
-            if running.attempt == _ATTEMPTS:
-                return self._runner.failed(running.job, f"{_ATTEMPTS} workers died of it: {error}")
-            _logger.warning(
-                "The worker of trial %d died (%s); it is run again on another one.",
-                running.job.number,
-                type(error).__name__,
-            )
-            self._waiting.append((running.job, running.attempt + 1))
-            return None
-        self._idle.append(running.worker)
+            return self._given_back(task, last_line(error), is_loss=self._cluster.is_loss(error, worker.node))
+        self._idle.append(worker)
         return record
 
+    def _given_back(self, task: _Task, reason: str, *, is_loss: bool) -> TrialRecord | None:
+        """Have a job run again; return its record where too many workers are gone that had it."""
+        if is_loss:
+            task.losses += 1
+        else:
+            task.deaths += 1
+        if task.deaths == _DEATHS:
+            return self._runner.failed(task.job, f"{_DEATHS} workers died of it: {reason}")
+        if task.losses == _LOSSES:
+            if isinstance(task.job, New):
+                return self._runner.failed(task.job, f"{_LOSSES} workers that had it were lost: {reason}")
+            return task.job.record  # it is no worse than before: the scheduler asks for it again
+        number = task.job.number
+        _logger.warning("The worker of trial %d is gone; another one runs it again: %s", number, reason)
+        self._waiting.append(task)
+        return None
+
     def close(self) -> None:
-        busy = (running.worker for running in self._running.values())
-        for worker in (*self._idle, *self._starting.values(), *self._asked.values(), *busy):
-            self._ray.kill(worker)
-        for kept in (self._idle, self._starting, self._asked, self._restarts, self._running, self._waiting):
-            kept.clear()
-        if self._starts_ray:
-            self._ray.shutdown()
+        started = (*self._idle, *(worker for _, worker in self._running.values()))
+        actors = [*self._starting.values(), *self._probed.values(), *(worker.actor for worker in started)]
+        try:
+            for actor in actors:
+                self._cluster.kill(actor)
+        finally:
+            for kept in (self._idle, self._starting, self._probed, self._restarts, self._running):
+                kept.clear()
+            self._waiting.clear()
+            self._cluster.close()
+
+
+def _no_place() -> ValueError:
+    return ValueError(f"No worker found a place in the cluster within {_PATIENCE_SECONDS / 60:g} minutes.")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,15 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from autopeft import RayExecutor, Search, SuccessiveHalving, Training
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.evaluation.executor import Executor
+from autopeft.optimization.study_store import STUDY_FILE
 from autopeft.tasks import TextClassification
-from tests.evaluation.test_ray_starts import Cluster
+from benchmarks.fault_studies import counted_twice, records_in, small_search
+from tests.learnable import outcomes, tiny_search
 from tests.quantized import quiet
+from tests.ray_stand_in import HERE, Cluster
 
 ray = pytest.importorskip("ray", reason="needs the extra autopeft[ray]")
 pytestmark = [quiet, pytest.mark.slow]
@@ -35,11 +42,13 @@ class DyingRunner:
     """A runner whose process is killed: by trial 1 the first time, by trial 2 every time."""
 
     folder: Path
-    warm_starts: None = None
 
     @property
     def evaluator(self) -> Any:
-        return SimpleNamespace(device=torch.device("cpu"))
+        return SimpleNamespace(device=torch.device("cpu"), compute=HERE)
+
+    def untrained(self, job: Job) -> None:
+        """Nothing inherits."""
 
     def run(self, job: Job) -> TrialRecord:
         assert isinstance(job, New | Duplicate)
@@ -152,9 +161,9 @@ def test_where_no_worker_starts_the_error_says_so(tmp_path: Path) -> None:
 def test_a_worker_that_a_cluster_has_no_room_for(tmp_path: Path) -> None:
     runner: Any = DyingRunner(tmp_path)
     with pytest.raises(
-        ValueError, match=r"A worker takes 1 CPU and 1 GPU, but the cluster has 2 CPU and 0 GPU"
+        ValueError, match=r"A worker takes 1 CPU and 64 GPU, which no node has: they have 2 CPU and \d GPU"
     ):
-        RayExecutor(workers=2, gpus_per_worker=1)(runner)
+        RayExecutor(workers=2, gpus_per_worker=64)(runner)
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
@@ -175,6 +184,8 @@ def test_the_errors_that_a_job_is_run_again_for_are_named_as_on_the_stand_in() -
     for name in vars(Cluster.exceptions):
         assert issubclass(getattr(ray.exceptions, name), ray.exceptions.RayError)
     assert issubclass(ray.exceptions.OwnerDiedError, ray.exceptions.ObjectLostError)
+    assert issubclass(ray.exceptions.ActorUnavailableError, ray.exceptions.RayActorError)
+    assert ray.exceptions.RayActorError(preempted=True).preempted
 
 
 def search(folder: Path, minilm: Path, questions: Path, executor: Any, **settings: Any) -> Search:
@@ -182,10 +193,8 @@ def search(folder: Path, minilm: Path, questions: Path, executor: Any, **setting
         str(questions), train_examples=64, validation_examples=40, test_examples=40, max_length=32
     )
     training = Training(epochs=1, batch_size=16, device="cpu")
-    arguments = {"sampler": "random", "halving": None, "seeds": 1, **settings}
-    return Search(
-        minilm, task, training=training, executor=executor, folder=folder, tracking=None, **arguments
-    )
+    arguments = {"sampler": "random", "halving": None, "seeds": 1, "training": training, **settings}
+    return Search(minilm, task, executor=executor, folder=folder, tracking=None, **arguments)
 
 
 def test_a_trial_is_the_same_on_every_worker_and_in_this_process(
@@ -209,26 +218,61 @@ def test_a_trial_is_the_same_on_every_worker_and_in_this_process(
     assert found("local") == found("ray")
 
 
-def test_warm_starts_are_refused(tmp_path: Path, minilm_folder: Path, questions_csv: Path) -> None:
-    run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2), warm_start=True)
-    with pytest.raises(ValueError, match="RayExecutor has no warm starts"):
-        run.run(trials=1, progress=False)
+def test_workers_train_what_trials_inherit_once_and_share_it(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "warm_start": True,
+        "baselines": False,
+        "sampler": "random",
+        "seeds": 2,
+        "score_check": False,
+    }
+    local = tiny_search(tmp_path / "local", **settings)
+    shared = tiny_search(tmp_path / "ray", executor=RayExecutor(workers=2), **settings)
+    records = [search.run(trials=6, progress=False).records for search in (local, shared)]
+    # Which members are trained again, of those that come and go, depends on the order in which trials finish.
+    first, second = ({each.number: each.evaluation.each_training() for each in found} for found in records)
+    for number, trainings in first.items():
+        for seed in trainings.keys() & second[number].keys():
+            assert trainings[seed]["accuracy"] == second[number][seed]["accuracy"]
+    assert all(each.evaluation.warm_start for found in records for each in found)
+    files = [
+        sorted(path.name for path in (search.folder / "warm_starts").iterdir()) for search in (local, shared)
+    ]
+    assert files[0] == files[1] == ["largest-0.safetensors", "largest-1.safetensors"]
+
+
+class NotesProcess(Callback):
+    """Leaves a file with the id of the process that trains."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, *_: Any) -> None:
+        (self.folder / str(os.getpid())).touch()
 
 
 def test_rungs_and_replicates_go_to_any_worker(
     tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
+    processes = tmp_path / "processes"
+    processes.mkdir()
     settings: dict[str, Any] = {
-        "halving": SuccessiveHalving(rungs=(0.5,)),
+        "halving": SuccessiveHalving(rungs=(0.5,), reduction_factor=2),
         "seeds": 2,
         "sampler": "ehvi",
+        "training": Training(epochs=1, batch_size=16, device="cpu", callbacks=[NotesProcess(processes)]),
     }
+    told: list[TrialRecord] = []
     executor = RayExecutor(workers=2)
     run = search(tmp_path, minilm_folder, questions_csv, executor, **settings)
-    front = run.run(trials=8, progress=False)
+    front = run.run(trials=8, progress=False, callbacks=[lambda record, _: told.append(record)])
     assert len(front.records) == 8
     assert {record.evaluation.status for record in front.records} <= {"complete", "paused"}
-    assert all(record.evaluation.trainings <= 2 for record in front.records)
+    paused = {record.number for record in told if record.evaluation.status == "paused"}
+    complete = {record.number for record in told if record.evaluation.status == "complete"}
+    assert paused & complete, "none was promoted"
+    assert {record.evaluation.trainings for record in front.records} == {1, 2}
+    assert len({*processes.iterdir()} - {processes / str(os.getpid())}) == 2
     point = front.best()
     assert "fresh process" in point.export(tmp_path / "adapter").checked
 
@@ -252,3 +296,33 @@ def test_a_search_whose_workers_are_killed_loses_nothing(
     assert len(killed) == 2
     assert [record.number for record in sorted(front.records, key=lambda each: each.number)] == list(range(6))
     assert all(record.evaluation.status == "complete" for record in front.records)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from autopeft import RayExecutor
+from benchmarks.fault_studies import small_search
+
+small_search(Path(sys.argv[1]), 0, executor=RayExecutor(workers=2)).run(trials=40, progress=False)
+"""
+
+
+def test_a_search_whose_driver_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    killed = small_search(tmp_path / "killed", 0, executor=RayExecutor(workers=2))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "killed")])
+    journal = killed.folder / STUDY_FILE
+    try:
+        while not journal.exists() or journal.read_bytes().count(b"autopeft:record") < 5:
+            assert driver.poll() is None
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert 0 < len(records_in(killed.folder)) < 40
+    front = killed.run(trials=40, progress=False)
+    whole = small_search(tmp_path / "whole", 0).run(trials=40, progress=False)
+    in_order = [sorted(each.records, key=lambda record: record.number) for each in (front, whole)]
+    assert outcomes(in_order[0]) == outcomes(in_order[1])
+    assert front.members == whole.members
+    assert counted_twice(killed.folder) == 0

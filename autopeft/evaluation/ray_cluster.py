@@ -1,0 +1,115 @@
+"""A Ray that is started or joined: how many workers it has room for, and what their ends say."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import suppress
+from typing import Any
+
+_CONNECTION_SECONDS = 10.0
+
+
+class RayCluster:
+    """Ray, on this machine or several.
+
+    Args:
+        address: Of a running cluster; None to start Ray on this machine.
+        cores: That a Ray which is started is to have; None for the machine's.
+
+    Attributes:
+        ray: The package.
+        ends: The errors of a call to a worker that is gone: it was killed, or its host was, or what it
+            returned is lost.
+
+    Raises:
+        ValueError: Ray is not installed, or the cluster cannot be reached.
+    """
+
+    def __init__(self, address: str | None, cores: int | None = None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("RayExecutor needs Ray: pip install 'autopeft[ray]'.") from error
+        self.ray: Any = ray
+        errors = ray.exceptions
+        # An actor's death by the loss of its host is a RayActorError all the same.
+        self._losses = errors.ActorUnavailableError, errors.NodeDiedError, errors.ObjectLostError
+        self.ends = (
+            errors.RayActorError,
+            errors.ActorUnschedulableError,
+            errors.WorkerCrashedError,
+            errors.OutOfMemoryError,  # of the host; a job that ran out of memory itself is a record
+            *self._losses,
+        )
+        self._is_own = not ray.is_initialized()
+        if self._is_own:
+            try:
+                self._start(address, cores)
+            except BaseException:
+                ray.shutdown()
+                raise
+
+    def _start(self, address: str | None, cores: int | None) -> None:
+        host, _, port = (address or "").rpartition(":")
+        try:
+            if port.isdigit() and "/" not in host:
+                # Ray itself would try again for minutes.
+                socket.create_connection((host, int(port)), timeout=_CONNECTION_SECONDS).close()
+            self.ray.init(
+                address or "local",  # None would join a cluster that runs on this machine
+                num_cpus=cores,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"No Ray cluster was found at {address!r}: {error}") from error
+
+    def room(self, cpus: int, gpus: float) -> int:
+        """Return how many workers of so many cores and GPUs find a place, each on one node.
+
+        Raises:
+            ValueError: None does.
+        """
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        nodes = [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+        room = sum(min(cores // cpus, _shares(present, gpus)) for cores, present in nodes)
+        if not room:
+            has = "; ".join(f"{cores} CPU and {present} GPU" for cores, present in sorted(set(nodes)))
+            raise ValueError(
+                f"A worker takes {cpus} CPU and {gpus:g} GPU, which no node has: they have {has}."
+            )
+        return room
+
+    def is_loss(self, error: Exception, node: str) -> bool:
+        """Return whether a worker was lost with its host, or is out of reach, and did not die by itself.
+
+        Args:
+            error: One of `ends`.
+            node: Ray's id of the host that the worker was on.
+        """
+        alive = {each["NodeID"] for each in self.ray.nodes() if each["Alive"]}
+        return isinstance(error, self._losses) or getattr(error, "preempted", False) or node not in alive
+
+    def kill(self, actor: Any) -> None:
+        """End a worker; one that is gone, or out of reach, is left."""
+        with suppress(self.ray.exceptions.RayError):
+            self.ray.kill(actor)
+
+    def close(self) -> None:
+        """Stop Ray, if it was started here."""
+        if self._is_own:
+            self.ray.shutdown()
+
+
+def _shares(gpus: int, each: float) -> float:
+    """Return for how many workers there are GPUs: a share is of one GPU and not of two."""
+    if not each:
+        return float("inf")
+    return gpus // each if each >= 1 else gpus * int(1 / each)
+
+
+def last_line(error: Exception) -> str:
+    """Return the cause of an error of Ray's, which stands below where it came from."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

@@ -153,7 +153,7 @@ class EvaluationContext:
         """Return how another process makes its own: data are loaded there, and a backbone that has a name."""
         backbone = self.backbone.load_again or self.backbone
         shared = (backbone, self.backbone.head_part, self.task, self.training)
-        settings = {"rungs": self._rungs, "seed": self.seed, "cache": self._cache}
+        settings: dict[str, Any] = {"rungs": self._rungs, "seed": self.seed, "cache": self._cache}
         make = partial(type(self)._elsewhere, **settings)
         return make, (*shared, self.objectives, self.constraints), self.hidden_states.trials
 

@@ -74,7 +74,7 @@ class RayCluster:
         """
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         nodes = [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
-        room = sum(min(cores // cpus, _shares(present, gpus)) for cores, present in nodes)
+        room = sum(int(min(cores // cpus, _shares(present, gpus))) for cores, present in nodes)
         if not room:
             has = "; ".join(f"{cores} CPU and {present} GPU" for cores, present in sorted(set(nodes)))
             raise ValueError(

@@ -60,6 +60,6 @@ def test_a_host_with_other_files_shows(tmp_path: Path) -> None:
     here = evaluator_of(Backbone.load(save_tiny_model(tmp_path), learnable_task().head))
     sent = pickle.dumps(here)
     other = tiny_classifier("bert")
-    torch.nn.init.zeros_(other.get_input_embeddings().weight)
+    torch.nn.init.zeros_(other.get_parameter("bert.embeddings.word_embeddings.weight"))
     other.save_pretrained(tmp_path)
     assert pickle.loads(sent).compute != here.compute

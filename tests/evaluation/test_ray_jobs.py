@@ -58,8 +58,12 @@ def test_a_cluster_that_loses_all_workers_ends_a_trial_and_leaves_what_is_known_
 
 
 def test_a_job_that_kills_two_workers_is_told_what_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost_between = iter([(1.0, False), (1.0, RecordLostError()), (1.0, False)])
-    executor = executor_on(Cluster(repeat(True), lost_between), monkeypatch)
+    lost_between: list[tuple[float, bool | Exception]] = [
+        (1.0, False),
+        (1.0, RecordLostError()),
+        (1.0, False),
+    ]
+    executor = executor_on(Cluster(repeat(True), iter(lost_between)), monkeypatch)
     executor.submit(trial(7))
     assert next(records_of(executor)) == "2 workers died of it: It was killed."
 

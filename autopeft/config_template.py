@@ -26,8 +26,9 @@ from autopeft.tasks.language_rows import LAYOUTS, layout_of
 
 _TASKS = [task for task in TASKS if issubclass(task, DatasetTask)]
 _MOST_CLASSES = 0.2
-"""Different values in a column of classes, as a share of its rows; so many more in a file of few rows:"""
-_CLASSES_OF_FEW_ROWS = 10  # where each has two on average
+"""Different values in a column of classes at most, as a share of its rows."""
+_CLASSES_OF_FEW_ROWS = 10
+"""A small file may have up to so many classes, if each has two rows on average."""
 _ROWS_READ = 1000  # to tell whether a column has texts
 _ASIDE = {"id", "idx", "index", "uuid", "split", "fold", "date", "datetime", "timestamp", "url"}
 """Words in the names of columns that are neither read nor predicted unless they are asked for."""

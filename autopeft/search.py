@@ -254,8 +254,8 @@ class Search(SearchSettings):
             share: Compute of the sweep, as a share of what the search took, warm starts included.
             seeds: Fresh trainings of each point.
             full_fine_tuning: Whether every weight is trained as well, at three rates and then with further
-                seeds, to be named in the sentence. It takes as much memory again as the backbone, and
-                gradients and optimizer states of all its weights.
+                seeds, to be named in the sentence. It takes two or three times the backbone's memory beside
+                it, and gradients and optimizer states of all its weights.
             progress: Whether to print, a line for each fresh training.
 
         Raises:

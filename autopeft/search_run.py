@@ -160,6 +160,9 @@ class SearchRun:
         finally:
             try:
                 self.executor.close()
+            except BaseException:
+                status = "FAILED"
+                raise
             finally:
                 front = self.front() if status == "FAILED" else front
                 report.end(status, front, self.study.folder, report.evaluations - before)

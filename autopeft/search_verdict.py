@@ -43,6 +43,7 @@ SEEDS = 3
 _FINALISTS = 5
 _FRESH = 1000  # trainings beyond those that any trial has in a search
 _FULL = 0  # in the place of a trial's number
+_FULL_RATES = 3
 _ENOUGH_TRAININGS = 3  # to say what one takes
 _SWEPT = Uniform(places=tuple(PLACES))
 _HEAD = "head alone"  # key of its record, where the search has none
@@ -94,7 +95,8 @@ def reach_verdict(
     if covers_tests:
         seconds -= min(for_tests, seconds / 2)
     about = f" in about {for_tests:.0f} {device}" if for_tests else ""
-    said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested{about}.")
+    whole = f", and {_FULL_RATES + seeds - 1} trainings have all weights" if full_fine_tuning else ""
+    said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested{about}{whole}.")
     sweep = make_sweep(**search.arguments() | sweep_settings(search, opened.backbone))
     swept = _swept(sweep, **{device: seconds})
     tests = FinalTests(
@@ -102,8 +104,15 @@ def reach_verdict(
     )
     taken = 0.0 if swept is None else getattr(Spent.of(swept.records).cost, device) / getattr(spent, device)
     found = _compared(front, swept, tests, opened.space.point(place=1.0), taken)
+    _keep(search, front, found, said)
     if full_fine_tuning:
         found = replace(found, full=tests.of_full_fine_tuning())
+        _keep(search, front, found, said)
+    return found
+
+
+def _keep(search: SearchSettings, front: ParetoFront, found: Verdict, said: SearchProgress) -> None:
+    """Say a verdict, and keep it with the study and in MLflow."""
     front.verdict = str(found)
     said.say(str(found))
     with closing(StudyStore(search.folder, search.name, search.objectives, search.constraints)) as study:
@@ -111,13 +120,11 @@ def reach_verdict(
         if isinstance(search.tracking, str):
             from autopeft.reporting.mlflow.store import note_verdict
 
+            page = front.to_html()
             try:
-                note_verdict(
-                    search.tracking, search.experiment, study.study_id, str(found), page=front.to_html()
-                )
+                note_verdict(search.tracking, search.experiment, study.study_id, str(found), page=page)
             except ValueError as error:  # the study has it: MLflow never fails a search
                 _logger.warning("The verdict is not in MLflow: %s", error)
-    return found
 
 
 def sweep_settings(settings: SearchSettings, backbone: Backbone) -> dict[str, Any]:
@@ -248,28 +255,31 @@ class FinalTests:
         """
         first, *others = (training_seed(self.seed, _FULL, _FRESH + place) for place in range(self.seeds))
         usual = full_learning_rate(self.evaluator.backbone.hidden_size)
-        rates = [float(f"{usual * factor:.2g}") for factor in (1, 1 / 3, 3)]
+        rates = [float(f"{usual * factor:.2g}") for factor in (1, 1 / 3, 3)[:_FULL_RATES]]
         tried = {rate: self._full_training(rate, first) for rate in rates}
         done = {rate: training for rate, training in tried.items() if "reason" not in training}
         if not done:
             return f"full fine-tuning failed: {tried[rates[0]]['reason']}"
         best = max(done, key=lambda rate: self.metric.sign * done[rate]["validation"])
         trainings = [done[best], *(self._full_training(best, seed) for seed in others)]
-        tests = [training["test"] for training in trainings if "reason" not in training]
+        worst = self.evaluator.task.trivial_score(self.metric.name, self.evaluator.data)
+        tests = [training.get("test", worst) for training in trainings]
         return f"{self.metric.name} {self.metric.format(mean(tests))} of full fine-tuning at rate {best:.2g}"
 
     def _full_training(self, rate: float, seed: int) -> dict[str, Any]:
+        """Return the metric after a training of all weights, or why it failed, which another call may not."""
         key, evaluator, name = f"full fine-tuning {rate:.2g} {seed}", self.evaluator, self.metric.name
         if key not in self.known:
             configuration = Configuration(learning_rate=rate)
-            trained = evaluator.train(configuration, seed, attachment=FullFineTuning)
-            values, found = trained.evaluation.values, dict[str, Any](reason=trained.evaluation.reason)
-            if trained.state is not None:
-                test = evaluator.test(configuration, trained.state, attachment=FullFineTuning)[name]
-                found = {"validation": values[name], "test": test}
-                reached = f"{name} {self.metric.format(test)} on the test split"
-                self.say(f"Full fine-tuning at rate {rate:.2g}: {reached}")
-            self._keep({key: found})
+            # The constraints are for adapters.
+            trained = evaluator.train(configuration, seed, attachment=FullFineTuning, is_trial=False)
+            if trained.state is None:
+                return {"reason": trained.evaluation.reason}
+            test = evaluator.test(configuration, trained.state, attachment=FullFineTuning)[name]
+            self._keep({key: {"validation": trained.evaluation.values[name], "test": test}})
+            self.say(
+                f"Full fine-tuning at rate {rate:.2g}: {name} {self.metric.format(test)} on the test split"
+            )
         return dict(self.known[key])
 
     def _keep(self, found: dict[str, Any]) -> None:

@@ -22,7 +22,11 @@ from autopeft.evaluation.context import Compute
 START_SECONDS = 3.0
 
 
-class WorkerDiedError(Exception):
+class RayError(Exception):
+    """Ray's word for all of its errors."""
+
+
+class WorkerDiedError(RayError):
     """Ray's word for a worker that is gone."""
 
 
@@ -36,7 +40,7 @@ class PreemptedError(WorkerDiedError):
     preempted = True
 
 
-class RecordLostError(Exception):
+class RecordLostError(RayError):
     """Ray's word for what a worker returned, and was lost with its host."""
 
 
@@ -74,7 +78,7 @@ class Cluster:
     now: float = 0.0
     starts: list[float] = field(default_factory=list)
     exceptions = SimpleNamespace(
-        RayError=Exception,
+        RayError=RayError,
         RayActorError=WorkerDiedError,
         ActorUnavailableError=OutOfReachError,
         ActorUnschedulableError=WorkerDiedError,

@@ -46,7 +46,7 @@ class _CalledError(Exception):
 
 @dataclass(frozen=True)
 class Compute:
-    """With what a process trains and counts: "auto" in the settings stands for other things elsewhere.
+    """What "auto" came to in this process: two processes may train trials of one search if these agree.
 
     Attributes:
         device: Its type.

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 _DEATHS = 2
 """A job of which so many workers died is a failed trial: it may be what kills them."""
 _LOSSES = 10
-"""So many workers that were lost with their hosts end a job: such a cluster trains nothing."""
+"""So many workers that a job lost with their hosts end it, or the call: such a cluster trains nothing."""
 _PATIENCE_SECONDS = 1800.0
 """For a worker to start: loading a backbone and its data, on a cluster that may be busy."""
 _GRACE_SECONDS = 60.0
@@ -243,7 +243,8 @@ class _RayJobs:
             return
         self._failed_starts += 1
         is_left = self._running or self._idle or self._probed
-        if (differs or self._failed_starts > self._workers) and not is_left:
+        # Another try may be luckier, but for workers that differ, of which all were seen.
+        if self._failed_starts + differs > self._workers and not is_left:
             raise ValueError(f"A worker could not be started: {reason}")
         pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
         _logger.warning("A worker could not be started; the next try is in %g s: %s", pause, reason)
@@ -322,7 +323,11 @@ class _RayJobs:
         if task.losses == _LOSSES:
             if isinstance(task.job, New):
                 return self._runner.failed(task.job, f"{_LOSSES} workers that had it were lost: {reason}")
-            return task.job.record  # it is no worse than before: the scheduler asks for it again
+            # A failure would count against what is known of the trial.
+            raise RuntimeError(
+                f"{_LOSSES} workers that had trial {task.job.number} were lost with their hosts, or are out "
+                f"of reach: {reason} What is done is kept; the same call goes on."
+            )
         number = task.job.number
         _logger.warning("The worker of trial %d is gone; another one runs it again: %s", number, reason)
         self._waiting.append(task)

@@ -135,6 +135,7 @@ class WarmStarts:
 
     def _fail(self, number: int, failure: _Failure) -> None:
         """Note a failure: neither a resumed search nor another process is to train it again."""
+        self._read()  # what others noted meanwhile is kept
         self._failures[number] = failure
         failures = {str(number): asdict(failure) for number, failure in self._failures.items()}
         save_json(self._failures_path, failures)

@@ -104,7 +104,8 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
     if target in SERVERS:
         architecture = type(backbone.model).__name__
         if architecture not in ARCHITECTURES:
-            return f"it is known to adapt {', '.join(sorted(ARCHITECTURES))}, this is a {architecture}"
+            known = ", ".join(sorted(ARCHITECTURES))
+            return f"servers are known to adapt {known}, this is a {architecture}; for others take 'lora'"
         if any(site.kind == "experts" for site in configuration.adapters):
             return "servers have other names for LoRA on experts"
     if target in ("peft", COMPARISON):

@@ -81,6 +81,10 @@ def open_journal(path: Path) -> JournalStorage:
         return JournalStorage(_Journal(path, lock))
 
 
+_PARAMETERS = {"params", "distributions"}
+"""What an operation that creates a trial has of Optuna's parameters."""
+
+
 def read_journal(path: Path) -> JournalStorage:
     """Return the storage of a file that another process may be writing; it cannot be written.
 
@@ -92,7 +96,6 @@ def read_journal(path: Path) -> JournalStorage:
         return JournalStorage(lines)
 
 
-_PARAMETERS = {"params", "distributions"}  # of an operation that creates a trial
 _DAMAGE = (
     LookupError,
     TypeError,

@@ -31,5 +31,6 @@ def is_terminal() -> bool:
 
 def _asked_column(setting: str, columns: Sequence[str]) -> tuple[str, ...]:
     more = ", or two with a comma between" if setting == "text" else ""
-    answer = str(typer.prompt(f"Column of the {setting}: {', '.join(columns)}{more}"))
-    return tuple(name.strip() for name in answer.split(",")) if setting == "text" else (answer,)
+    answer = str(typer.prompt(f"Column of the {setting}: {', '.join(columns)}{more}")).strip()
+    is_pair = setting == "text" and answer not in columns
+    return tuple(name.strip() for name in answer.split(",")) if is_pair else (answer,)

@@ -82,4 +82,4 @@ def test_a_run_ends_in_the_tracker_also_where_workers_cannot_be_stopped(tmp_path
 
     with pytest.raises(OSError, match="out of reach"):
         tiny_search(tmp_path, tracking=Ends, executor=Unstoppable).run(trials=1, progress=False)
-    assert ended == ["FINISHED"]
+    assert ended == ["FAILED"]

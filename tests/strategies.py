@@ -21,6 +21,7 @@ _OPTIONS: dict[str, st.SearchStrategy[OptionValue]] = {
     "positions": st.integers(0, 3),
     "b_rate": st.sampled_from((0.5, 4.0, 16.0)),
     "density": st.sampled_from((0.001, 0.01)),
+    "choice": st.sampled_from(("magnitude", "gradient", "random")),
 }
 
 

@@ -28,7 +28,7 @@ PRIVATE: Mapping[str, str] = MappingProxyType(
         "evaluation/memory/storage_tracker.py: torch.ops.aten._grouped_mm": (
             "how a dispatch mode and a FLOP counter know torch.nn.functional.grouped_mm"
         ),
-        "methods/prefix_tuning.py: model.config._attn_implementation": (
+        "methods/prefix_tuning.py: part._attn_implementation": (
             "transformers has a public setter, and no other way to read what is to be set again"
         ),
     }

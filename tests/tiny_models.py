@@ -233,13 +233,15 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "llama": ("score",),
         "modernbert": ("head", "classifier"),
         "roberta": ("classifier",),
-        "mamba": (),
         "t5": ("classification_head",),
-        "vit": ("classifier",),
     }
 )
-"""Modules of the classification head."""
-_OTHER_CLASSES = {"mamba": AutoModelForCausalLM, "vit": AutoModelForImageClassification}
+"""Modules of the sequence classification head."""
+_OTHERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "mamba": (AutoModelForCausalLM, ()),
+    "vit": (AutoModelForImageClassification, ("classifier",)),
+}
+"""The class and the head's modules of architectures that classify no texts."""
 
 
 def draw_parameters(parameters: Iterable[nn.Parameter], std: float, seed: int = 0) -> None:
@@ -313,12 +315,13 @@ def tiny_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
 
 def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, **options: Any) -> Backbone:
     """Return a fresh backbone; its head counts as trained unless `new_head`."""
-    auto_class = _OTHER_CLASSES.get(architecture, AutoModelForSequenceClassification)
+    of_texts = AutoModelForSequenceClassification, HEADS.get(architecture, ("score",))
+    auto_class, head = _OTHERS.get(architecture, of_texts)
     return Backbone(
         _build(auto_class, architecture, seed, {"num_labels": LABELS} | options),
         None if architecture == "vit" else tiny_tokenizer(),
         name=f"tiny-{architecture}",
-        head=HEADS.get(architecture, ("score",)),
+        head=head,
         new_head=new_head,
         auto_class=auto_class,
     )

@@ -51,18 +51,18 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
         ValueError: The loss of a batch, or what is found out about a layer, is not finite.
     """
     backbone, configuration = evaluator.backbone, attachment.configuration
-    from_data: dict[DataInitialised, dict[Site, Adapter]] = {}
+    from_data: dict[str, tuple[DataInitialised, dict[Site, Adapter]]] = {}
     for site, adapter in configuration:
-        method = METHODS[adapter.method]
-        if isinstance(method, DataInitialised) and method.begins_from_data(adapter):
-            from_data.setdefault(method, {})[site] = adapter
+        own = METHODS[adapter.method]
+        if isinstance(own, DataInitialised) and own.begins_from_data(adapter):
+            from_data.setdefault(adapter.method, (own, {}))[1][site] = adapter
     if not from_data:
         return
     with torch.random.fork_rng(devices=[]):
         count = _BATCHES * evaluator.training.accumulate
         batches = list(islice(evaluator.data.train_dataloader(seed), count))
     precision, tensors = evaluator.training.resolved_precision(), attachment.tensors
-    for method, adapters in from_data.items():
+    for name, (method, adapters) in from_data.items():
         subject = Subject(
             model=backbone.model,
             sites=[_matrix_site(attachment, site) for site in adapters],
@@ -85,7 +85,7 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
                     )
                 values = method.initial_values(adapters[matrix.site], statistic, matrix)
                 for local, value in values.items():
-                    tensors[f"{matrix.site}.{method.name}.{local}"][: len(value)] = value
+                    tensors[f"{matrix.site}.{name}.{local}"][: len(value)] = value
 
 
 def _matrix_site(attachment: Attachment, site: Site) -> MatrixSite:

@@ -247,6 +247,7 @@ def test_show_prints_a_trial_whose_configuration_reads_back(place: Path) -> None
     assert "no trial 7" in error("show", "7", "--folder", place / "runs")
 
 
+@pytest.mark.slow
 def test_export_writes_an_adapter(place: Path, tmp_path: Path) -> None:
     where = ("--to", tmp_path / "out", "--folder", place / "runs")
     result = call("export", "--best", "trainable_parameters=1M", *where)

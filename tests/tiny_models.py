@@ -237,11 +237,10 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Modules of the sequence classification head."""
-_OTHERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+_OTHERS: Mapping[str, tuple[Any, tuple[str, ...]]] = {  # which classify no texts
     "mamba": (AutoModelForCausalLM, ()),
     "vit": (AutoModelForImageClassification, ("classifier",)),
 }
-"""The class and the head's modules of architectures that classify no texts."""
 
 
 def draw_parameters(parameters: Iterable[nn.Parameter], std: float, seed: int = 0) -> None:
@@ -329,9 +328,8 @@ def tiny_backbone(architecture: str, *, seed: int = 0, new_head: bool = False, *
 
 def batch_of(architecture: str) -> dict[str, Tensor]:
     """Return three rows: images for a ViT, texts for others."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
-    return pixels if architecture == "vit" else tiny_batch()
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels} if architecture == "vit" else tiny_batch()
 
 
 def tiny_batch(*, rows: int = 3, tokens: int = 9, padding: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -350,8 +348,7 @@ def tiny_batch(*, rows: int = 3, tokens: int = 9, padding: int = 4, seed: int = 
 def logits_of(backbone: Backbone, batch: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return the model's logits in evaluation mode."""
     backbone.model.eval()
-    batch = batch_of(backbone.model.config.model_type) if batch is None else batch
-    logits: Tensor = backbone.model(**batch).logits
+    logits: Tensor = backbone.model(**(batch or batch_of(backbone.model.config.model_type))).logits
     return logits
 
 

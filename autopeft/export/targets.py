@@ -105,7 +105,7 @@ def _obstacle(target: str, backbone: Backbone, configuration: Configuration, lay
         architecture = type(backbone.model).__name__
         if architecture not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            return f"servers are known to adapt {known}, this is a {architecture}; for others take 'lora'"
+            return f"servers are known to adapt {known}, this is a {architecture}"
         if any(site.kind == "experts" for site in configuration.adapters):
             return "servers have other names for LoRA on experts"
     if target in ("peft", COMPARISON):

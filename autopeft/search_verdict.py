@@ -43,7 +43,7 @@ SEEDS = 3
 _FINALISTS = 5
 _FRESH = 1000  # trainings beyond those that any trial has in a search
 _FULL = 0  # in the place of a trial's number
-_FULL_RATES = 3
+_FULL_RATES = (1, 1 / 3, 3)  # of full fine-tuning, as multiples of the usual one
 _ENOUGH_TRAININGS = 3  # to say what one takes
 _SWEPT = Uniform(places=tuple(PLACES))
 _HEAD = "head alone"  # key of its record, where the search has none
@@ -95,7 +95,7 @@ def reach_verdict(
     if covers_tests:
         seconds -= min(for_tests, seconds / 2)
     about = f" in about {for_tests:.0f} {device}" if for_tests else ""
-    whole = f", and {_FULL_RATES + seeds - 1} trainings have all weights" if full_fine_tuning else ""
+    whole = f", and {len(_FULL_RATES) + seeds - 1} trainings have all weights" if full_fine_tuning else ""
     said.say(f"A uniform LoRA sweep takes {seconds:.0f} {device}; then both fronts are tested{about}{whole}.")
     sweep = make_sweep(**search.arguments() | sweep_settings(search, opened.backbone))
     swept = _swept(sweep, **{device: seconds})
@@ -255,7 +255,7 @@ class FinalTests:
         """
         first, *others = (training_seed(self.seed, _FULL, _FRESH + place) for place in range(self.seeds))
         usual = full_learning_rate(self.evaluator.backbone.hidden_size)
-        rates = [float(f"{usual * factor:.2g}") for factor in (1, 1 / 3, 3)[:_FULL_RATES]]
+        rates = [float(f"{usual * factor:.2g}") for factor in _FULL_RATES]
         tried = {rate: self._full_training(rate, first) for rate in rates}
         done = {rate: training for rate, training in tried.items() if "reason" not in training}
         if not done:

@@ -34,6 +34,7 @@ from autopeft.methods import Attachment
 from autopeft.methods.attachment import obstacle
 from autopeft.methods.base import RATE
 from autopeft.models.backbone import Backbone
+from autopeft.search_spaces.method_space import in_top_half
 from autopeft.yaml_config import load_config
 from benchmarks.machine import this_machine
 
@@ -77,11 +78,10 @@ def placed(backbone: Backbone, method: str, rate: float) -> Configuration:
     specification = METHOD_SPECS[method]
     low, high = specification.sizes
     size = max(low, min(_RANK, high)) if specification.size_name else None
-    top = {place for places in backbone.stacks.values() for place in places[len(places) // 2 :]}
     sites = {
         site: Adapter(method, size)
         for site, shape in backbone.sites.items()
-        if site.place in top and shape.kind in specification.kinds
+        if in_top_half(site.place, backbone) and shape.kind in specification.kinds
     }
     taken = {site: each for site, each in sites.items() if obstacle(backbone, site, each) is None}
     return Configuration(taken, learning_rate=rate)

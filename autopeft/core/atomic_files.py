@@ -23,16 +23,24 @@ def replacing(path: Path) -> Iterator[Path]:
     # Hosts that share a folder have processes of equal numbers.
     partial = path.with_name(f"{path.stem}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+        with naming_file(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Have errors of the operating system say which file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _flush(path: Path) -> None:

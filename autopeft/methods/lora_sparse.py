@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.data_initialised import DataInitialised, HasWeight, Statistic
+from autopeft.methods.data_initialised import HasWeight
 from autopeft.methods.layer_adapter import LayerMethod, WeightUpdate
 from autopeft.methods.lora import lora_scaling
-from autopeft.methods.sparse import SparseUpdate, places_of_largest
+from autopeft.methods.sparse import ChosenNumbers, SparseUpdate, places_of_largest
 from autopeft.models.site_shapes import SiteShape
 
 
@@ -33,7 +33,7 @@ class LowRankAndSparse(WeightUpdate):
         return self.scaling * self.up.weight @ self.down.weight + self.sparse.weight()
 
 
-class LoraSparse(DataInitialised, LayerMethod):
+class LoraSparse(ChosenNumbers, LayerMethod):
     """RoSA: a low-rank and a sparse update of one weight.
 
     Nikdan et al., "RoSA: Accurate Parameter-Efficient Fine-Tuning via Robust Adaptation", 2024. `choice`
@@ -41,11 +41,6 @@ class LoraSparse(DataInitialised, LayerMethod):
     """
 
     name = "lora_sparse"
-    statistic: Statistic = "mean gradient"
-
-    def begins_from_data(self, adapter: Adapter) -> bool:
-        """Return whether the gradient chooses the sparse numbers."""
-        return adapter.option("choice") == "gradient"
 
     def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return which numbers are trained; see `DataInitialised.initial_values`."""

@@ -82,7 +82,17 @@ def _dense(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     return values.new_zeros(shape[0] * shape[1]).index_add(0, indices, values).view(shape)
 
 
-class Sparse(DataInitialised, LayerMethod):
+class ChosenNumbers(DataInitialised):
+    """A method whose option `choice` says which numbers of a weight are trained."""
+
+    statistic: Statistic = "mean gradient"
+
+    def begins_from_data(self, adapter: Adapter) -> bool:
+        """Return whether the gradient chooses."""
+        return adapter.option("choice") == "gradient"
+
+
+class Sparse(ChosenNumbers, LayerMethod):
     """Sparse fine-tuning: `size` numbers of a linear layer's weight are trained.
 
     Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies for Language Models", 2024 (SPEFT). The
@@ -92,11 +102,6 @@ class Sparse(DataInitialised, LayerMethod):
     """
 
     name = "sparse"
-    statistic: Statistic = "mean gradient"
-
-    def begins_from_data(self, adapter: Adapter) -> bool:
-        """Return whether the gradient chooses."""
-        return adapter.option("choice") == "gradient"
 
     def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return which numbers are trained; see `DataInitialised.initial_values`."""

@@ -16,7 +16,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
-from autopeft.core.atomic_files import replacing
+from autopeft.core.atomic_files import naming_file, replacing
 from autopeft.core.errors import shown
 
 _logger = logging.getLogger(__name__)
@@ -127,12 +127,8 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        try:
+        with naming_file(self._path):
             super().append_logs(logs)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{self._path} cannot be written: {error.strerror or error}"
-            ) from error
 
 
 class _Lines(BaseJournalBackend):

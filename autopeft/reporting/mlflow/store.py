@@ -61,10 +61,10 @@ def open_experiment(uri: str, artifacts: str | None, name: str) -> tuple[MlflowC
     """
     if uri.startswith("http"):
         check_server(uri)
+        # Else MLflow prints two lines a run, with the password in them.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     _make_database(uri)
     client = MlflowClient(tracking_uri=uri)
-    if uri.startswith("http"):  # else it prints two lines a run, with the password in them
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         return client, str(client.create_experiment(name, artifact_location=artifacts))
     except MlflowException:  # it is there, perhaps since a moment ago

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def counted_twice(folder: Path) -> int:
     ]
     numbers = Counter(json.loads(trial.user_attrs["autopeft:record"])["number"] for trial in trials)
     return sum(count - 1 for count in numbers.values())
+
+
+def processes_below(process: int) -> Iterator[int]:
+    """Yield a process and those that descend from it."""
+    yield process
+    with suppress(OSError):  # it has ended
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from processes_below(int(child))
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, int]], columns: tuple[str, ...] = COLUMNS) -> None:

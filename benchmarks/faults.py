@@ -6,13 +6,14 @@ A tiny random model is searched, again and again in processes that are forked fr
 fault. A third of the studies has rungs, replicates, derived points and, every other one, warm starts, and
 faults that end or hinder the call: kill -9, SIGTERM, Ctrl-C at a random moment, a disk that is full after a
 random number of bytes, a damaged or lost checkpoint, half a line or a damaged line in the journal (refused,
-and restored from a copy), a clock set back, an MLflow server that is gone, an MLflow database and artifacts
-that are read-only from the start or from a random moment on, or that cannot be reached for a while. Another
-third has whole trainings, of which one fails at a random step: an exception, NaN or lack of memory; failed
-trials are tried again. The last reads scores, tokens and hidden states from files, of which one is cut,
-changed, emptied or deleted, or all are made again on a full disk. So that a study sees many faults, calls
-that go on are ended by kill -9 at a random moment. The same call then resumes. When the trials are done, they
-are compared with those of an undisturbed search, and the next study begins.
+and restored from a copy), a clock set back, an MLflow server that is gone, or stops answering and keeps its
+connections, an MLflow database and artifacts that are read-only from the start or from a random moment on, or
+that cannot be reached for a while. Another third has whole trainings, of which one fails at a random step: an
+exception, NaN or lack of memory; failed trials are tried again. The last reads scores, tokens and hidden
+states from files, of which one is cut, changed, emptied or deleted, or all are made again on a full disk. So
+that a study sees many faults, calls that go on are ended by kill -9 at a random moment. The same call then
+resumes. When the trials are done, they are compared with those of an undisturbed search, and the next study
+begins.
 
 A fault counts as injected where it came in time, as recovered where the call goes on or ends with a clear
 error, the next call resumes and no trial that had finished is another one afterwards. In the column "front
@@ -53,9 +54,11 @@ from benchmarks.machine import this_machine
 from benchmarks.mlflow_faults import (
     STRUCK,
     Fault,
+    a_server,
     clock_set_back,
     empty_store,
     mlflow_away,
+    mlflow_frozen,
     mlflow_gone,
     mlflow_read_only,
     place_of,
@@ -150,6 +153,7 @@ OF_CALLS: Mapping[str, Fault] = {
     "MLflow gone": mlflow_gone,
     "MLflow read-only": mlflow_read_only,
     "MLflow away for a while": mlflow_away,
+    "MLflow frozen": mlflow_frozen,
 }
 OF_TRAININGS: Mapping[str, Fault] = {
     "exception in a model": _in_a_step(lambda _: _raise(RuntimeError("a mistake"))),
@@ -163,7 +167,7 @@ OF_CACHES: Mapping[str, Fault] = {
     "full disk of caches and scores": _full_disk_of_caches,
 }
 STUDIES = (OF_CALLS, OF_TRAININGS, OF_CACHES)
-_WRITING_TO_MLFLOW = (mlflow_read_only, mlflow_away, clock_set_back)
+_WRITING_TO_MLFLOW = (mlflow_read_only, mlflow_away, mlflow_frozen, clock_set_back)
 FAULTS = {**OF_CALLS, **OF_TRAININGS, **OF_CACHES}
 
 
@@ -298,6 +302,8 @@ def main() -> None:
         faults, seed = groups[len(studies) % len(groups)], arguments.seed + len(studies)
         mine = Counter({kind: 0 for kind in faults if kind in kinds})
         with tempfile.TemporaryDirectory() as place:
+            if "MLflow frozen" in mine:
+                a_server()  # before a child is forked, which would start its own
             study = Study(Path(place), faults, seed, draw)
             for _ in range(CALLS_A_STUDY):
                 if injected == arguments.faults or study.is_done:

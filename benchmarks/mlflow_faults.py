@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import random
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from threading import Timer
@@ -17,8 +20,12 @@ from unittest.mock import patch
 from mlflow import MlflowClient
 
 from autopeft import Search
+from autopeft.reporting.mlflow.server import mlflow_server
+from benchmarks.fault_studies import processes_below
 
 _DAY = 86_400.0
+_UNTIL_THE_END = ExitStack()
+atexit.register(_UNTIL_THE_END.close)
 _NOBODY = 65_534
 STRUCK = mmap.mmap(-1, 1)
 """Shared with the children: whether a fault came before the call had ended."""
@@ -93,6 +100,34 @@ def mlflow_away(draw: random.Random, search: Search) -> None:
         Timer(draw.uniform(0, 4), store.chmod, [0o755]).start()
 
     Timer(max(0.0, draw.uniform(-2, 4)), close).start()
+
+
+def mlflow_frozen(draw: random.Random, search: Search) -> None:
+    """Let a server keep connections and not answer, from the start or from a random moment on."""
+    url, processes = a_server()
+    search.tracking = url
+    _send(signal.SIGCONT, processes)
+
+    def freeze() -> None:
+        strike()
+        _send(signal.SIGSTOP, processes)
+
+    Timer(max(0.0, draw.uniform(-2, 4)), freeze).start()
+
+
+@cache
+def a_server() -> tuple[str, list[int]]:
+    """Return the address and the processes of a server that ends with this process."""
+    folder = _UNTIL_THE_END.enter_context(tempfile.TemporaryDirectory())
+    server = _UNTIL_THE_END.enter_context(mlflow_server(f"sqlite:///{folder}/mlflow.db"))
+    processes = list(processes_below(server.process.pid))
+    _UNTIL_THE_END.callback(_send, signal.SIGCONT, processes)  # one that is stopped would not end
+    return server.url, processes
+
+
+def _send(how: signal.Signals, processes: Iterable[int]) -> None:
+    for process in processes:
+        os.kill(process, how)
 
 
 @cache

@@ -1,12 +1,13 @@
 """What becomes of a search when one of its Ray workers is killed, or the network to it is cut.
 
-    python -m benchmarks.worker_faults [--kills 50] [--cuts 4] [--seed 0]
+    python -m benchmarks.worker_faults [--kills 50] [--signals 4] [--cuts 4] [--seed 0]
 
 A tiny random model is searched by two workers of one Ray, each time with another seed. In each of the first
-searches, kill -9 hits one of the worker processes at a random moment. In each of the others, one worker is on
-a second node: in a network namespace that hangs on this machine by a pair of virtual interfaces, which lose
-every packet from a random moment on, for a random time. Ray takes a node for dead after about half a minute;
-one that ends of it is started again. Network namespaces take root, and Debian's iproute2.
+searches, one of the worker processes is hit at a random moment: by kill -9, then so many times by SIGTERM and
+by SIGINT, which Ctrl-C sends to all processes of a terminal. In each of the others, one worker is on a second
+node: in a network namespace that hangs on this machine by a pair of virtual interfaces, which lose every
+packet from a random moment on, for a random time. Ray takes a node for dead after about half a minute; one
+that ends of it is started again. Network namespaces take root, and Debian's iproute2.
 
 Every other search has single whole trainings, and is compared with the same by one worker, in this process.
 The others have rungs and replicates, of which the order in which trials finish decides who has them: they are
@@ -27,9 +28,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any, NamedTuple
@@ -42,7 +44,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Job
 from autopeft.evaluation.executor import Executor, ExecutorFactory
 from autopeft.evaluation.trial_runner import TrialRunner
-from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, show, small_search
+from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, processes_below, show, small_search
 from benchmarks.machine import this_machine
 from tests.learnable import outcomes
 
@@ -177,23 +179,19 @@ def disturb(seed: int, fault: Fault, draw: random.Random) -> dict[str, int] | No
     return dict(zip(EACH, map(int, values), strict=True))
 
 
-def kill_a_worker(draw: random.Random) -> bool:
-    """Kill one of the worker processes below this process."""
-    processes = sorted(workers_below(os.getpid()))
+def end_a_worker(how: signal.Signals, draw: random.Random) -> bool:
+    """Send a signal to one of the worker processes below this process."""
+    processes = sorted(filter(is_worker, processes_below(os.getpid())))
     if processes:
-        os.kill(draw.choice(processes), signal.SIGKILL)
+        os.kill(draw.choice(processes), how)
     return bool(processes)
 
 
-def workers_below(process: int) -> Iterator[int]:
-    """Yield the processes of Ray's workers that descend from a process."""
-    folder = Path(f"/proc/{process}")
+def is_worker(process: int) -> bool:
+    """Return whether a process is one of Ray's workers."""
     with suppress(OSError):  # it has ended
-        if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
-            yield process
-        for children in folder.glob("task/*/children"):
-            for child in children.read_text().split():
-                yield from workers_below(int(child))
+        return Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::_Worker")
+    return False
 
 
 class Cluster:
@@ -273,6 +271,7 @@ def main() -> None:
     """Disturb searches, write JSON after each kind of fault, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--signals", type=int, default=4, help="of SIGTERM, and of SIGINT")
     parser.add_argument("--cuts", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -280,7 +279,7 @@ def main() -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # else nodes ask for a token where the user has one
     draw = random.Random(arguments.seed)
     seeds = iter(range(arguments.seed, sys.maxsize))
-    settings = f"--kills {arguments.kills} --cuts {arguments.cuts} --seed {arguments.seed}"
+    settings = " ".join(f"--{name} {value}" for name, value in vars(arguments).items())
     command = f"python -m benchmarks.worker_faults {settings}"
     counts: dict[str, Counter[str]] = {}
 
@@ -296,9 +295,16 @@ def main() -> None:
         record = {"command": command, "machine": this_machine(), **counts[kind]}
         RESULTS.write_text(json.dumps({**known, kind: record}, indent=1) + "\n")
 
-    if arguments.kills:
+    if arguments.kills or arguments.signals:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        disturb_searches("kill -9 of a worker", arguments.kills, lambda: kill_a_worker(draw), lambda: None)
+        for name, (how, times) in {
+            "kill -9": (signal.SIGKILL, arguments.kills),
+            "SIGTERM": (signal.SIGTERM, arguments.signals),
+            "Ctrl-C": (signal.SIGINT, arguments.signals),
+        }.items():
+            if times:
+                fault = partial(end_a_worker, how, draw)
+                disturb_searches(f"{name} of a worker", times, fault, lambda: None)
         ray.shutdown()
     if arguments.cuts:
         with closing(Cluster()) as cluster:

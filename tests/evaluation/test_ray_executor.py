@@ -25,7 +25,7 @@ from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.evaluation.executor import Executor
 from autopeft.optimization.study_store import STUDY_FILE
 from autopeft.tasks import TextClassification
-from benchmarks.fault_studies import counted_twice, records_in, small_search
+from benchmarks.fault_studies import counted_twice, processes_below, records_in, small_search
 from tests.learnable import outcomes, tiny_search
 from tests.quantized import quiet
 from tests.ray_stand_in import HERE, Cluster
@@ -280,7 +280,7 @@ def test_rungs_and_replicates_go_to_any_worker(
 def test_a_search_whose_workers_are_killed_loses_nothing(
     tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
-    from benchmarks.worker_faults import workers_below  # it imports Ray
+    from benchmarks.worker_faults import is_worker  # it imports Ray
 
     finished: list[int] = []
     killed: list[int] = []
@@ -288,7 +288,7 @@ def test_a_search_whose_workers_are_killed_loses_nothing(
     def kill_one(record: TrialRecord, front: Any) -> None:
         finished.append(record.number)
         if len(finished) in (1, 4):  # the trial that lost its worker is done by the second time
-            killed.append(next(workers_below(os.getpid())))
+            killed.append(next(filter(is_worker, processes_below(os.getpid()))))
             os.kill(killed[-1], signal.SIGKILL)
 
     run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2))

@@ -25,6 +25,7 @@ class FrontTask:
         config: The file.
         model: Name of the backbone in `assets.prepare`.
         data: Name of the data set there.
+        file: Its file, where it has several.
         changes: Settings that differ from the file's, as in "training.epochs=2".
         is_held_out: Whether nothing may be tuned on it.
     """
@@ -32,6 +33,7 @@ class FrontTask:
     config: str
     model: str
     data: str
+    file: str = "*"
     changes: Sequence[str] = ()
     is_held_out: bool = False
 
@@ -41,7 +43,7 @@ class FrontTask:
 
     def search(self, **options: Any) -> Search:
         """Return the default search of the task, or with other arguments."""
-        (file,) = (path for path in prepare(self.data).iterdir() if path.suffix in _FORMATS)
+        (file,) = (path for path in prepare(self.data).glob(self.file) if path.suffix in _FORMATS)
         paths = (f"backbone={prepare(self.model)}", f"task.dataset={file}")
         made = load_config(_CONFIGS / self.config, [*paths, *self.changes]).search
         return Search(**made.arguments() | {"tracking": None} | options)
@@ -71,7 +73,9 @@ TASKS: Mapping[str, FrontTask] = {
     "dialogue": FrontTask(
         config="dialogue.yaml", model="smollm2", data="dialogue", changes=("task.train_examples=512",)
     ),
-    "evidence": FrontTask(config="evidence.yaml", model="minilm", data="claims", is_held_out=True),
+    "evidence": FrontTask(
+        config="evidence.yaml", model="minilm", data="claims", file="related.csv", is_held_out=True
+    ),
     "images": FrontTask(config="images.yaml", model="dinov2", data="cifar10", is_held_out=True),
     "commands": FrontTask(
         config="speech_commands.yaml",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import SHOWN_POINTS, ParetoFront
@@ -347,8 +347,7 @@ def _search_folder(folder: Path, name: str | None) -> Path:
     if name is None:
         return searches[-1].parent
     names = [path.parent.name for path in searches]
-    if name not in names:
-        raise unknown_choice("search", name, names)
+    check_choice("search", names, name)
     return folder / name
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Value
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.models.backbone import Backbone
 from autopeft.models.processors import load_processor
 from autopeft.tasks import TASKS, CausalLM, PreferenceOptimization
@@ -146,14 +146,12 @@ def recognise(
         ValueError: The data cannot be read, no task was recognised by them, or several columns may be meant.
     """
     by_name = {made.__name__: made for made in _TASKS}
-    if task is not None and task not in by_name:
-        raise unknown_choice("task", task, by_name)
+    if task is not None:
+        check_choice("task", by_name, task)
     train = load_splits(data, None)["train"]
     given: Mapping[str, Columns] = {"text": tuple(text), "label": () if label is None else (label,)}
     named = {setting: columns for setting, columns in given.items() if columns}
-    for column in chain(*named.values()):
-        if column not in train.column_names:
-            raise unknown_choice("column", column, train.column_names)
+    check_choice("column", train.column_names, *chain(*named.values()))
     kinds = {column: _kind(train, column) for column in train.column_names}
     likely = _likely(kinds, is_labelled="label" in named) if task is None else (by_name[task],)
     ways = {made: _fitting(train, kinds, made, named, is_named=task is not None) for made in likely}
@@ -193,9 +191,7 @@ def _one(setting: str, columns: Sequence[Columns], choose: Choose | None) -> Col
             f"{how.get(setting, f'by the name {setting!r}')}."
         )
     chosen = choose(setting, names)
-    for column in chosen:
-        if column not in names:
-            raise unknown_choice(setting, column, names)
+    check_choice(setting, names, *chosen)
     return chosen
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedModel
 
-from autopeft.core.errors import check_flags, check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_flags, check_whole
 from autopeft.core.objectives import resolve_constraints, resolve_objectives
 from autopeft.evaluation.executor import ExecutorFactory
 from autopeft.models.backbone import Backbone
@@ -92,8 +92,8 @@ class SearchSettings:
         check_whole("seed", seed, least=0)
         check_whole("seeds", seeds, what="a number of trainings", least=1)
         check_flags(warm_start=warm_start, derive=derive, baselines=baselines, score_check=score_check)
-        if isinstance(executor, str) and executor != "local":
-            raise unknown_choice("executor", executor, ("local",))
+        if isinstance(executor, str):
+            check_choice("executor", ("local",), executor)
         if not (tracking is None or isinstance(tracking, str) or callable(tracking)):
             raise ValueError(
                 f"tracking is an MLflow tracking URI, None, or what makes a tracker, got {tracking!r}: "
@@ -104,8 +104,7 @@ class SearchSettings:
             raise ValueError(
                 f"prior names folders, got {wrong[0]!r}: for a search, give its folder, search.folder."
             )
-        if head not in get_args(HeadPart):
-            raise unknown_choice("head", str(head), get_args(HeadPart))
+        check_choice("head", get_args(HeadPart), head)
         self.backbone = backbone
         self.task = task
         self.space = ScoreGuided() if space is None else space

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from autopeft.core.documents import parse_yaml
 from autopeft.core.entry_points import load_entry_point
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice, unknown_choice
 from autopeft.optimization.budget import Budget
 from autopeft.search import Search
 from autopeft.search_document import BASES, LOST, ONLY_IN_PYTHON, SECTIONS, TYPES
@@ -152,8 +152,8 @@ def _imported(section: str, path: str) -> type[Any]:
         ) from error
     base = BASES[section]
     own = {key: made for key, made in found.items() if isinstance(made, type) and issubclass(made, base)}
-    if name not in own:
-        raise unknown_choice(f"{base.__name__} in {where}", name, sorted(own.keys() - {base.__name__}))
+    own.pop(base.__name__, None)
+    check_choice(f"{base.__name__} in {where}", sorted(own), name)
     return own[name]
 
 

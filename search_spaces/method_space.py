@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from autopeft.core.adapter import Place, block_ranges
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import checked_names, unknown_choice
+from autopeft.core.errors import check_choice, checked_names
 from autopeft.core.method_specs import METHOD_SPECS, ROLES, method_spec
 from autopeft.methods import count_site
 from autopeft.models.backbone import Backbone
@@ -65,15 +65,9 @@ class MethodSpace(SearchSpace):
             object.__setattr__(self, "methods", checked_names("method", known, known or METHOD_SPECS))
         if self.roles is not None:
             object.__setattr__(self, "roles", checked_names("role", self.roles, ROLES))
-        for method in self.options:
-            if method not in self._offered:
-                raise unknown_choice("method in options", method, self._offered)
+        check_choice("method in options", self._offered, *self.options)
         sized = {name: size for name in self._offered if (size := method_spec(name).size_name) is not None}
-        for key in self.sizes:
-            if key not in sized and key not in sized.values():
-                raise unknown_choice(
-                    "size or method in sizes", str(key), [*dict.fromkeys(sized.values()), *sized]
-                )
+        check_choice("size or method in sizes", [*dict.fromkeys(sized.values()), *sized], *self.sizes)
         for method in self._offered:
             _ = self.choice_of(method).adapters  # checks the options
 
@@ -157,9 +151,7 @@ class MethodSpace(SearchSpace):
 
         A method of the default list that no role can take is left out, and the log says so.
         """
-        for role in self.roles or ():
-            if role not in backbone.roles:
-                raise unknown_choice(f"role in {backbone.name}", role, backbone.roles)
+        check_choice(f"role in {backbone.name}", backbone.roles, *(self.roles or ()))
         possible, roles = self.methods_on(backbone), ", ".join(self.roles or backbone.roles)
         for method in (method for method in self._offered if method not in possible):
             obstacle = f"{method!r} can sit on none of the roles {roles} of "

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from autopeft.core.adapter import Place
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_whole
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
 from autopeft.search_spaces.method_choice import Encoding, placed
@@ -36,8 +36,7 @@ class PerLayer(SlotSpace):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoding not in get_args(Encoding):
-            raise unknown_choice("encoding", str(self.encoding), get_args(Encoding))
+        check_choice("encoding", get_args(Encoding), self.encoding)
         if self.groups is not None:
             check_whole("groups", self.groups, what="a number of groups of blocks", least=1)
 

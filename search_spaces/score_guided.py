@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import checked_names, unknown_choice
+from autopeft.core.errors import check_choice, checked_names
 from autopeft.core.method_specs import METHOD_SPECS, PeftSpec
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.base import Baseline
@@ -101,13 +101,10 @@ class ScoreGuided(SlotSpace):
         _check_range("placement", self.placement, 0.0, 1.0)
         if self.placement[0] <= 0:
             raise ValueError(f"placement is a share of the sites above 0, got {self.placement!r}.")
-        if self.allocator not in ALLOCATORS:
-            raise unknown_choice("allocator", self.allocator, ALLOCATORS)
+        check_choice("allocator", ALLOCATORS, self.allocator)
         if ALLOCATORS[self.allocator].evidence == "spectra":
             what = f"score with spectra, which the allocator {self.allocator!r} reads,"
-            for score in self.scores:
-                if score not in SCORES_WITH_SPECTRA:
-                    raise unknown_choice(what, score, SCORES_WITH_SPECTRA)
+            check_choice(what, SCORES_WITH_SPECTRA, *self.scores)
 
     @property
     def scores_needed(self) -> tuple[str, ...]:

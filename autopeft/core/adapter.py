@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from autopeft.core.errors import is_finite_number, shown, unknown_choice
+from autopeft.core.errors import check_choice, is_finite_number, shown, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, ROLES, Kind, MethodSpec, OptionValue, method_spec
 
 _SITE = re.compile(r"((?P<stack>[A-Za-z_]\w*)\.)?(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?\.(?P<role>[\w.]+)")
@@ -207,8 +207,7 @@ def _canonical_options(
 ) -> tuple[tuple[str, OptionValue], ...]:
     kept: dict[str, OptionValue] = {}
     for name, value in given.items():
-        if name not in specification.options:
-            raise unknown_choice(f"option of {specification.name!r}", name, specification.options)
+        check_choice(f"option of {specification.name!r}", specification.options, name)
         default = specification.options[name]
         value = _typed_option(specification, name, value, default)
         if value != default:
@@ -223,8 +222,8 @@ def _typed_option(
     if isinstance(default, bool | str):
         if type(value) is not type(default):
             raise ValueError(f"{label} is a {type(default).__name__}, got {value!r}.")
-        if isinstance(value, str) and value not in specification.choices.get(name, (value,)):
-            raise unknown_choice(label.lower(), value, specification.choices[name])
+        if name in specification.choices:
+            check_choice(label.lower(), specification.choices[name], value)
         return value
     if not isinstance(value, int | float) or not is_finite_number(value):
         raise ValueError(f"{label} is a finite number, got {value!r}.")

@@ -24,7 +24,7 @@ from autopeft.core.adapter import (
     stack_order,
 )
 from autopeft.core.documents import parse_json, parse_yaml, read_text
-from autopeft.core.errors import check_numbers, unknown_choice
+from autopeft.core.errors import check_choice, check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES
 from autopeft.core.rank_allocation import RANK_ALLOCATIONS, allocation_obstacle
 
@@ -72,8 +72,7 @@ class Configuration:
         object.__setattr__(self, "weight_decay", float(weight_decay))
         object.__setattr__(self, "allocation", allocation)
         if allocation is not None:
-            if allocation not in RANK_ALLOCATIONS:
-                raise unknown_choice("allocation", str(allocation), RANK_ALLOCATIONS)
+            check_choice("allocation", RANK_ALLOCATIONS, allocation)
             if (why := allocation_obstacle(allocation, self.adapters)) is not None:
                 raise ValueError(f"The allocation {allocation!r} is for configurations in which {why}.")
 
@@ -153,9 +152,7 @@ class Configuration:
         if not isinstance(data, Mapping):
             raise ValueError(f"A configuration is a mapping, got {type(data).__name__}.")
         known = ("learning_rate", "weight_decay", "allocation", "sites")
-        for key in data:
-            if key not in known:
-                raise unknown_choice("configuration key", str(key), known)
+        check_choice("configuration key", known, *data)
         sites = data.get("sites") or {}
         if not isinstance(sites, Mapping):
             raise ValueError(f"sites is a mapping of sites to adapters, got {sites!r}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 _LONGEST = 200
@@ -40,15 +40,20 @@ def unknown_choice(kind: str, given: str, valid: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown {kind} {shown(given)}: expected one of {', '.join(choices) or 'none'}{hint}")
 
 
+def check_choice(kind: str, valid: Collection[str], *given: object) -> None:
+    """Raise the error of `unknown_choice` for the first of some names that is none of the valid ones."""
+    for name in given:
+        if name not in valid:
+            raise unknown_choice(kind, str(name), valid)
+
+
 def checked_names(kind: str, names: Sequence[str], valid: Iterable[str]) -> tuple[str, ...]:
     """Return names (or the only one) as a tuple; raise a ValueError where one is invalid or given twice."""
     given = (names,) if isinstance(names, str) else tuple(names)
     choices = tuple(valid)
     if not given:
         raise ValueError(f"Expected a {kind}, one or more of {', '.join(choices)}.")
-    for name in given:
-        if name not in choices:
-            raise unknown_choice(kind, name, choices)
+    check_choice(kind, choices, *given)
     if len(set(given)) != len(given):
         raise ValueError(f"A {kind} is named twice: {', '.join(given)}.")
     return given

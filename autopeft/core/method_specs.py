@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from autopeft.core.entry_points import load_entry_point
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.core.method_spec import (
     B_RATE,
     LORA_MINIMUMS,
@@ -267,6 +267,5 @@ def method_spec(name: str) -> MethodSpec:
     """
     if name not in METHOD_SPECS:
         load_entry_point("methods", name)  # which calls `autopeft.methods.register`
-    if name not in METHOD_SPECS:
-        raise unknown_choice("method", name, METHOD_SPECS)
+        check_choice("method", METHOD_SPECS, name)
     return METHOD_SPECS[name]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice, unknown_choice
 
 Direction = Literal["maximize", "minimize"]
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -122,9 +122,7 @@ def resolve_objectives(names: Iterable[str], metrics: Iterable[Objective]) -> tu
     """
     available = _available(metrics)
     wanted = [names] if isinstance(names, str) else list(names)
-    for name in wanted:
-        if name not in available:
-            raise unknown_choice("objective", name, available)
+    check_choice("objective", available, *wanted)
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"An objective is named twice: {', '.join(wanted)}.")
     if len(wanted) < 2:
@@ -156,8 +154,7 @@ def parse_quantity(value: float | str, unit: str) -> float:
         if match is None:
             raise ValueError(f"Cannot read {value!r} as an amount of {unit}, as in '12 GiB' or '2M'.")
         suffix = match["unit"] or ("B" if unit == "bytes" else "")
-        if suffix not in units:
-            raise unknown_choice(f"unit of {unit}", suffix, units)
+        check_choice(f"unit of {unit}", units, suffix)
         value = float(match["number"].replace("_", "")) * units[suffix]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from rich.table import Table
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import check_whole, checked_names, unknown_choice
+from autopeft.core.errors import check_choice, check_whole, checked_names
 from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import COST_OBJECTIVES
 from autopeft.core.tables import Tabular, titled_table
@@ -176,8 +176,7 @@ def _task(name: str) -> Task:
             dataset=Dataset.from_dict({"text": ["text"] * len(labels), "label": labels})
         ),
     }
-    if name not in known:
-        raise unknown_choice("task", name, known)
+    check_choice("task", known, name)
     return known[name]
 
 

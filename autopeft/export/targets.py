@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.core.method_spec import B_RATE
 from autopeft.core.method_specs import method_spec
 from autopeft.export.conversion import as_exported
@@ -67,8 +67,8 @@ def resolved_target(target: str | None, backbone: Backbone, configuration: Confi
         ValueError: There is no such target, or it cannot take the configuration; the message says which do.
     """
     layout = _layout(backbone, configuration)
-    if target is not None and target not in TARGETS:
-        raise unknown_choice("target", target, TARGETS)
+    if target is not None:
+        check_choice("target", TARGETS, target)
     if not len(configuration) and not backbone.head:
         raise ValueError("Nothing was trained: the untrained model is the base model itself.")
     if target is None:

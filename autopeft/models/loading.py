@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.core.precision import quickest_precision
 from autopeft.models.block_discovery import find_blocks
 from autopeft.models.head_spec import HeadSpec, Processor
@@ -70,14 +70,13 @@ class LoadOptions:
     device_map: DeviceMap | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.device_map, str) and self.device_map != "auto":
-            raise unknown_choice("device_map", self.device_map, ("auto",))
-        if self.dtype not in get_args(Dtype):
-            raise unknown_choice("dtype", str(self.dtype), get_args(Dtype))
+        if isinstance(self.device_map, str):
+            check_choice("device_map", ("auto",), self.device_map)
+        check_choice("dtype", get_args(Dtype), self.dtype)
         if self.quantization is None:
             return
-        if not isinstance(self.quantization, Mapping) and self.quantization not in get_args(Quantization):
-            raise unknown_choice("quantization", str(self.quantization), get_args(Quantization))
+        if not isinstance(self.quantization, Mapping):
+            check_choice("quantization", get_args(Quantization), self.quantization)
         if find_spec("bitsandbytes") is None:
             raise ValueError(
                 f"quantization={self.quantization!r} needs bitsandbytes: "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import check_share, check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_share, check_whole
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
@@ -242,8 +242,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
         self._require_points()
         candidates = list(self._points)
         for name, bound in bounds.items():
-            if name not in known:
-                raise unknown_choice("objective", name, known)
+            check_choice("objective", known, name)
             objective = known[name]
             limit = Constraint(objective=objective, bound=parse_quantity(bound, objective.unit))
             closest = min(candidates, key=lambda point: limit.violation(point.values))

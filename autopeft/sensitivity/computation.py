@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_whole
 from autopeft.core.method_specs import ENCODER_FED_ROLES
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision
@@ -94,8 +94,7 @@ def compute_scores(
     """
     names = tuple(dict.fromkeys(names))
     _check(backbone, batches, names, rank, train_one)
-    if precision not in _DTYPES:
-        raise unknown_choice("precision", precision, _DTYPES)
+    check_choice("precision", _DTYPES, precision)
     sites = matrix_sites(backbone)
     places = [matrix.site for matrix in sites]
     subject = Subject(model=backbone.model, sites=sites, batches=batches, task=task, seed=seed)
@@ -203,9 +202,7 @@ def _check(
     rank: int,
     train_one: TrainOne | None,
 ) -> None:
-    for name in names:
-        if name not in SCORES:
-            raise unknown_choice("score", name, SCORES)
+    check_choice("score", SCORES, *names)
     check_whole("rank", rank, least=1)
     if backbone.attached is not None:
         raise ValueError(f"{backbone.name} carries {backbone.attached!r}: detach it before scoring sites.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice, unknown_choice
 from autopeft.core.objectives import Objective
 from autopeft.models.head_spec import HeadSpec
 from autopeft.models.positions import check_positions
@@ -285,8 +285,7 @@ class Task(ABC):
             ValueError: The task has no such metric; the message names the nearest.
         """
         by_name = {metric.name: metric for metric in self.metrics}
-        if name not in by_name:
-            raise unknown_choice("metric", name, by_name)
+        check_choice("metric", by_name, name)
         return by_name[name]
 
     def describe(self) -> str:

@@ -19,7 +19,7 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.core.objectives import Objective
 from autopeft.tasks.base import TaskData
 from autopeft.tasks.batch import LABELS
@@ -64,8 +64,8 @@ class ClassificationTask(LabelledTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
-            raise unknown_choice("class_weights", self.class_weights, ("balanced",))
+        if isinstance(self.class_weights, str):
+            check_choice("class_weights", ("balanced",), self.class_weights)
 
     @property
     def metrics(self) -> tuple[Objective, ...]:
@@ -116,8 +116,7 @@ class ClassificationTask(LabelledTask):
             counts = [train.count(index) for index in range(len(self.labels))]
             return tuple(len(train) / (len(counts) * max(1, count)) for count in counts)
         for name, weight in self.class_weights.items():
-            if name not in self.labels:
-                raise unknown_choice("label in class_weights", name, self.labels)
+            check_choice("label in class_weights", self.labels, name)
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"The weight of {name!r} must be at least 0, got {weight!r}.")
         return tuple(float(self.class_weights.get(name, 1.0)) for name in self.labels)

@@ -11,7 +11,7 @@ import datasets
 import pandas
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict | Mapping[str, Dataset]
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -29,6 +29,11 @@ _SPLIT_NAMES = {
 
 TEXT = ("string", "large_string", "null")
 """Types of a column of texts; "null" is one without any."""
+
+
+def check_columns(split: Dataset, name: str, *columns: str) -> None:
+    """Raise ValueError where a split lacks one of some columns."""
+    check_choice(f"column of the {name} split", split.column_names, *columns)
 
 
 def check_text(split: Dataset, name: str, column: str) -> None:
@@ -121,8 +126,7 @@ def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:
         return {name: _read_file(file) for name, file in files.items()}
     if not path.is_file():
         raise ValueError(f"There is no data set file {source}.")
-    if path.suffix not in _FORMATS:
-        raise unknown_choice("data set suffix", path.suffix, _FORMATS)
+    check_choice("data set suffix", _FORMATS, path.suffix)
     return {"train": _read_file(path)}
 
 

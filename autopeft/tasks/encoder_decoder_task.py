@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from autopeft.core.errors import unknown_choice
 from autopeft.tasks.base import SplitName
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
-from autopeft.tasks.dataset_loading import check_text
+from autopeft.tasks.dataset_loading import check_columns, check_text
 from autopeft.tasks.label_column import labelled_rows
 from autopeft.tasks.language_task import LanguageTask
 
@@ -40,7 +39,7 @@ class EncoderDecoderTask(LanguageTask):
         if self.target in split.column_names:
             check_text(split, name, self.target)
         elif name != "test":
-            raise unknown_choice(f"column of the {name} split", self.target, split.column_names)
+            check_columns(split, name, self.target)
         return labelled_rows(split, name, (self.target,), (None, ""))
 
     def _targets(self, name: SplitName) -> list[str]:

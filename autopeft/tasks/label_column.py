@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
-from autopeft.core.errors import nearest, unknown_choice
+from autopeft.core.errors import check_choice, nearest
 
 _logger = logging.getLogger(__name__)
 
@@ -83,9 +83,7 @@ def label_numbers(split: Dataset, name: str, column: str, labels: Sequence[str])
     """
     values = list(dict.fromkeys(split[column][:]))
     texts = label_texts(values, split.features[column])
-    for label in texts:
-        if label not in labels:
-            raise unknown_choice(f"label in the {name} split", label, labels)
+    check_choice(f"label in the {name} split", labels, *texts)
     return {value: labels.index(label) for value, label in zip(values, texts, strict=True)}
 
 

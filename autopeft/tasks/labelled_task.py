@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from autopeft.core.errors import unknown_choice
 from autopeft.tasks.base import SplitName
+from autopeft.tasks.dataset_loading import check_columns
 from autopeft.tasks.dataset_task import DatasetTask
 from autopeft.tasks.label_column import labelled_rows
 from autopeft.tasks.splits import stratified_sample, stratified_split
@@ -67,9 +67,7 @@ class LabelledTask(DatasetTask):
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
         lacks_labels = name == "test" and not set(self.label_columns) <= set(split.column_names)
-        for column in (*self.columns, *(() if lacks_labels else self.label_columns)):
-            if column not in split.column_names:
-                raise unknown_choice(f"column of the {name} split", column, split.column_names)
+        check_columns(split, name, *self.columns, *(() if lacks_labels else self.label_columns))
         if not len(split):
             return ()
         self._check_inputs(split, name)

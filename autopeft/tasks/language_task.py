@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_whole
 from autopeft.core.objectives import GENERATION_SPEEDS, Direction, Objective
 from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS
@@ -84,9 +84,8 @@ class LanguageTask(GroupedTask):
         super().__post_init__()
         for name in ("max_length", "generated_rows", "new_tokens"):
             check_whole(name, getattr(self, name), least=1)
-        for name in () if isinstance(self.generate, Mapping) else self._generated:
-            if name not in TEXT_METRICS:
-                raise unknown_choice("metric of generated text", name, TEXT_METRICS)
+        if not isinstance(self.generate, Mapping):
+            check_choice("metric of generated text", TEXT_METRICS, *self._generated)
 
     def validate(self) -> None:
         """Raise ValueError for whatever is wrong with data or settings; functions are tried on a word."""

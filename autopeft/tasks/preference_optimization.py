@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from autopeft.core.errors import check_numbers, check_whole, unknown_choice
+from autopeft.core.errors import check_numbers, check_whole
 from autopeft.core.objectives import Objective
 from autopeft.methods import adapters_off
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
+from autopeft.tasks.dataset_loading import check_columns
 from autopeft.tasks.dataset_task import GroupedTask
 from autopeft.tasks.language_rows import RowReader, TokenRow, is_chat
 from autopeft.tasks.loader_data import LoaderData
@@ -84,9 +85,7 @@ class PreferenceOptimization(GroupedTask):
         return HeadSpec(auto_class=AutoModelForCausalLM, is_trained=False)
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
-        for column in _REPLIES:
-            if column not in split.column_names:
-                raise unknown_choice(f"column of the {name} split", column, split.column_names)
+        check_columns(split, name, *_REPLIES)
         return super()._usable(split, name)
 
     @cached_property

@@ -14,11 +14,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_whole
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.batch import IGNORED, LABELS
-from autopeft.tasks.dataset_loading import check_text
+from autopeft.tasks.dataset_loading import check_columns, check_text
 from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
 from autopeft.tasks.length_bucketing import TokenisedSplit, longest_labels
@@ -71,8 +71,7 @@ class Seq2Seq(EncoderDecoderTask):
         return HeadSpec(auto_class=AutoModelForSeq2SeqLM, is_trained=False)
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
-        if self.source not in split.column_names:
-            raise unknown_choice(f"column of the {name} split", self.source, split.column_names)
+        check_columns(split, name, self.source)
         check_text(split, name, self.source)
         return super()._usable(split, name)
 

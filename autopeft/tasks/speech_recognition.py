@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
-from autopeft.core.errors import unknown_choice
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.audio_task import AudioTask
 from autopeft.tasks.base import SplitName, TaskData
 from autopeft.tasks.batch import IGNORED
+from autopeft.tasks.dataset_loading import check_columns
 from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
 from autopeft.tasks.generation import TextMetric
@@ -57,8 +57,7 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
         return HeadSpec(auto_class=AutoModelForSpeechSeq2Seq, is_trained=False, processor_class=AutoProcessor)
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
-        if self.audio not in split.column_names:
-            raise unknown_choice(f"column of the {name} split", self.audio, split.column_names)
+        check_columns(split, name, self.audio)
         if len(split):
             self._check_audio(split, name)
         return super()._usable(split, name)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from autopeft.core.errors import check_whole, unknown_choice
+from autopeft.core.errors import check_choice, check_whole
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision, quickest_precision
 from autopeft.training.trial_callbacks import (
@@ -96,8 +96,7 @@ class Training:
             )
         choices_of = {"device": Device, "precision": TrainingPrecision, "frozen_blocks": FrozenBlocksMode}
         for name, choices in choices_of.items():
-            if getattr(self, name) not in get_args(choices):
-                raise unknown_choice(name, str(getattr(self, name)), get_args(choices))
+            check_choice(name, get_args(choices), getattr(self, name))
         parse_quantity(self.hidden_state_cache, "bytes")
         object.__setattr__(self, "callbacks", check_sources(self.callbacks))
         if self.device == "cuda" and not torch.cuda.is_available():

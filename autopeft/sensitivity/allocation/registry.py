@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autopeft.core.adapter import Site
-from autopeft.core.errors import unknown_choice
+from autopeft.core.errors import check_choice
 from autopeft.sensitivity.allocation.rank_budget import RankBudget, Ranks
 
 Evidence = Literal["scores", "spectra"]
@@ -44,9 +44,7 @@ class Allocator:
             budget: What may be spent.
             **options: Options of the rule.
         """
-        for name in options:
-            if name not in self.options:
-                raise unknown_choice(f"option of the allocator {self.name!r}", name, self.options)
+        check_choice(f"option of the allocator {self.name!r}", self.options, *options)
         if not evidence:
             raise ValueError("No sites to give ranks to: expected at least one.")
         for site in sorted(evidence):

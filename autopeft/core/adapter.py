@@ -157,6 +157,11 @@ class Adapter:
         object.__setattr__(self, "options", _canonical_options(specification, options or {}))
 
     @property
+    def whole_size(self) -> int:
+        """The size as a number: 0 of a method without one."""
+        return self.size or 0
+
+    @property
     def specification(self) -> MethodSpec:
         """What the method's name stands for."""
         return method_spec(self.method)

@@ -83,7 +83,7 @@ def check_sizes(by_method: Mapping[str, Placement], sizes: Sizes) -> None:
     for name, placement in by_method.items():
         for site, (shape, adapter) in placement.items():
             found = _elements(sizes, f"{site}.{name}.")
-            is_plausible = (adapter.size or 0) <= max(found, _PLAUSIBLE)
+            is_plausible = adapter.whole_size <= max(found, _PLAUSIBLE)
             if not is_plausible or METHODS[name].count(shape, adapter) > found:
                 raise ValueError(
                     f"{site} should carry {adapter}, but the folder has {found} numbers for it: fewer "

@@ -119,7 +119,7 @@ def how_to_serve(target: str, manifest: Manifest, folder: str, configuration: Co
 
 def largest_rank(configuration: Configuration) -> int:
     """Return the largest rank of a configuration of LoRA alone."""
-    return max(adapter.size or 0 for _, adapter in configuration)
+    return max(adapter.whole_size for _, adapter in configuration)
 
 
 def with_one_rank(

@@ -102,6 +102,13 @@ class Method(ABC):
         """
 
 
+def hang(host: nn.Module, name: str, module: nn.Module, undo: ExitStack) -> None:
+    """Make an adapter's module a child of the one that it acts on, on its device and in its mode."""
+    module.to(next(host.parameters()).device).train(host.training)
+    host.add_module(name, module)
+    undo.callback(delattr, host, name)
+
+
 def swap(module: nn.Module, name: str, value: nn.Module | nn.Parameter, undo: ExitStack) -> None:
     """Put a module or a parameter in the place of the one that a module has under a name."""
     original = getattr(module, name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
@@ -52,9 +52,8 @@ class _BottleneckMethod(Method):
 
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return an adapter's module, on the CPU."""
-        assert adapter.size is not None
-        down = nn.Linear(self.in_features(shape), adapter.size)
-        up = nn.Linear(adapter.size, shape.out_features)
+        down = nn.Linear(self.in_features(shape), adapter.whole_size)
+        up = nn.Linear(adapter.whole_size, shape.out_features)
         for parameter in (down.bias, up.weight, up.bias):
             nn.init.zeros_(parameter)
         scaling = float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0
@@ -66,21 +65,15 @@ class _BottleneckMethod(Method):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return b·(d_in + d_out) weights and b + d_out biases."""
-        assert adapter.size is not None
         width = self.in_features(shape) + shape.out_features
-        return adapter.size * width + adapter.size + shape.out_features
+        return adapter.whole_size * width + adapter.whole_size + shape.out_features
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in; see `Method.attach`."""
-        child = f"autopeft_{self.name}"
         parameters: Trainable = {}
         for site, (shape, adapter) in placement.items():
-            host = model.get_submodule(shape.module)
-            like = next(host.parameters())
             bottleneck = self.bottleneck(shape, adapter)
-            bottleneck.to(device=like.device).train(host.training)
-            host.add_module(child, bottleneck)
-            undo.callback(delattr, host, child)
+            hang(model.get_submodule(shape.module), f"autopeft_{self.name}", bottleneck, undo)
             for handle in self.connect(model, shape, bottleneck):
                 undo.callback(handle.remove)
             parameters[site] = dict(bottleneck.named_parameters())

@@ -50,8 +50,7 @@ class Compacter(Series):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return d + b for each of both projections, and their b + d biases."""
-        assert adapter.size is not None
-        return 3 * (shape.out_features + TERMS * adapter.size)
+        return 3 * (shape.out_features + TERMS * adapter.whole_size)
 
     def count_shared(self, placement: Placement) -> int:
         """Return the numbers of the shared matrices."""
@@ -59,8 +58,7 @@ class Compacter(Series):
 
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return a bottleneck without the shared matrices."""
-        assert adapter.size is not None
-        features, width = shape.out_features, TERMS * adapter.size
+        features, width = shape.out_features, TERMS * adapter.whole_size
         down, up = KroneckerLinear(features, width), KroneckerLinear(width, features)
         nn.init.zeros_(up.outer)
         return Bottleneck(down, up, str(adapter.option("activation")))

@@ -31,10 +31,9 @@ class CorDA(OffsetLora):
 
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ and B₀; see `OffsetLora.factors`."""
-        assert adapter.size is not None
         moment = statistic.double() / statistic.double().diagonal().mean()
         moment.diagonal().add_(_DAMPING)
-        left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.size)
+        left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.whole_size)
         right = torch.cholesky_solve(right.mT, torch.linalg.cholesky(moment)).mT
         root = (sigma / lora_scaling(adapter)).sqrt()
         return (root[:, None] * right).float(), (left * root).float()

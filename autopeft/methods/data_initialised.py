@@ -106,13 +106,11 @@ class OffsetLora(LoraFromData, LayerMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out)."""
-        assert adapter.size is not None
-        return adapter.size * (shape.in_features + shape.out_features)
+        return adapter.whole_size * (shape.in_features + shape.out_features)
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> UpdateSinceStart:
         """Return an update that begins as LoRA does."""
-        assert adapter.size is not None
-        return UpdateSinceStart(shape, adapter.size, lora_scaling(adapter))
+        return UpdateSinceStart(shape, adapter.whole_size, lora_scaling(adapter))
 
     @abstractmethod
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
@@ -125,8 +123,7 @@ class OffsetLora(LoraFromData, LayerMethod):
 
     def as_lora(self, adapter: Adapter) -> Adapter:
         """Return a LoRA of twice the rank, with the same α."""
-        assert adapter.size is not None
-        return Adapter("lora", 2 * adapter.size, {"alpha": adapter.option("alpha")})
+        return Adapter("lora", 2 * adapter.whole_size, {"alpha": adapter.option("alpha")})
 
     def lora_factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Stack the factors of both products; α/√(2r) is smaller than α/√r by √2."""

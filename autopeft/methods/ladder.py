@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
-
-_CHILD = "autopeft_ladder"
 
 
 class Rung(nn.Module):
@@ -102,13 +100,12 @@ class Ladder(Method):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return w·d + w² weights, 2·w biases and a gate."""
-        assert adapter.size is not None
-        return adapter.size * (shape.in_features + adapter.size + 2) + 1
+        return adapter.whole_size * (shape.in_features + adapter.whole_size + 2) + 1
 
     def count_shared(self, placement: Placement) -> int:
         """Return w·d + d a stack, of its widest rung."""
         return sum(
-            (1 + max(adapter.size or 0 for _, adapter in rungs.values()))
+            (1 + max(adapter.whole_size for _, adapter in rungs.values()))
             * next(iter(rungs.values()))[0].in_features
             for rungs in _stacks(placement).values()
         )
@@ -122,15 +119,13 @@ class Ladder(Method):
             host = model.get_submodule(shape.module.rpartition(".")[0].rpartition(".")[0])
             ladder = SideNetwork(
                 {
-                    str(site.block): Rung(shape.in_features, adapter.size or 0)
+                    str(site.block): Rung(shape.in_features, adapter.whole_size)
                     for site, (shape, adapter) in rungs.items()
                 },
                 shape.in_features,
                 has_means=_is_bidirectional(model.get_submodule(shape.module)),
             )
-            ladder.to(next(host.parameters()).device).train(host.training)
-            host.add_module(_CHILD, ladder)
-            undo.callback(delattr, host, _CHILD)
+            hang(host, "autopeft_ladder", ladder, undo)
             undo.callback(host.register_forward_hook(ladder.add, with_kwargs=True).remove)
             for site, (shape, _) in rungs.items():
                 block, name = model.get_submodule(shape.module), str(site.block)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.models.quantized_layers import full_weight
 from autopeft.models.site_shapes import SiteShape
 
@@ -76,14 +76,11 @@ class LayerMethod(Method):
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the modules in; see `Method.attach`."""
-        child = f"autopeft_{self.name}"
         tensors: Trainable = {}
         for site, (shape, adapter) in placement.items():
             layer = model.get_submodule(shape.module)
             module = self.module(layer, shape, adapter)
-            module.to(device=next(layer.parameters()).device).train(layer.training)
-            layer.add_module(child, module)
-            undo.callback(delattr, layer, child)
+            hang(layer, f"autopeft_{self.name}", module, undo)
             module.handle = layer.register_forward_hook(module)
             undo.callback(module.handle.remove)
             tensors[site] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -104,7 +101,7 @@ def weight_of(layer: nn.Module, shape: SiteShape) -> Tensor:
 def beyond_full_rank(shape: SiteShape, adapter: Adapter) -> str | None:
     """Say what is against a rank that a weight does not have, or return None."""
     most = min(shape.in_features, shape.out_features)
-    return f"its weight has {most:,} singular values" if (adapter.size or 0) > most else None
+    return f"its weight has {most:,} singular values" if adapter.whole_size > most else None
 
 
 @torch.no_grad()

@@ -21,8 +21,7 @@ class LoraFA(Lora):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·d_out."""
-        assert adapter.size is not None
-        return adapter.size * shape.out_features
+        return adapter.whole_size * shape.out_features
 
     def inject(self, model: nn.Module, placement: Placement) -> Trainable:
         """Put LoRA in and freeze A; see `PeftMethod.inject`."""

@@ -52,10 +52,8 @@ class LoraXS(LayerMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r²."""
-        assert adapter.size is not None
-        return adapter.size**2
+        return adapter.whole_size**2
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> BetweenSingularVectors:
         """Return an update between a weight's singular vectors."""
-        assert adapter.size is not None
-        return BetweenSingularVectors(weight_of(layer, shape), adapter.size)
+        return BetweenSingularVectors(weight_of(layer, shape), adapter.whole_size)

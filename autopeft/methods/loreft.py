@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Adapter, Site
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
 
@@ -89,12 +89,11 @@ class LoReFT(Method):
         if not shape.block_module:
             return "its block has no attention, and may not return a vector a token"
         width = shape.out_features
-        return f"its hidden state has {width:,} features" if (adapter.size or 0) > width else None
+        return f"its hidden state has {width:,} features" if adapter.whole_size > width else None
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·d for R, and r·d + r for W and b."""
-        assert adapter.size is not None
-        return 2 * adapter.size * shape.out_features + adapter.size
+        return 2 * adapter.whole_size * shape.out_features + adapter.whole_size
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook interventions to blocks, and to the model what remembers its masks; see `Method.attach`."""
@@ -112,15 +111,12 @@ class LoReFT(Method):
                 undo.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
         parameters: Trainable = {}
         for site, (shape, adapter) in placement.items():
-            assert adapter.size is not None
             block = model.get_submodule(shape.block_module)
             positions = int(adapter.option("positions"))
             intervention = Intervention(
-                shape.out_features, adapter.size, positions, arguments, _mask_of(model, site)
+                shape.out_features, adapter.whole_size, positions, arguments, _mask_of(model, site)
             )
-            intervention.to(device=next(block.parameters()).device).train(block.training)
-            block.add_module("autopeft_loreft", intervention)
-            undo.callback(delattr, block, "autopeft_loreft")
+            hang(block, "autopeft_loreft", intervention, undo)
             undo.callback(block.register_forward_hook(intervention).remove)
             parameters[site] = dict(intervention.named_parameters())
         return parameters

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.models.site_shapes import SiteShape
 
 _IMPLEMENTATION = "autopeft_prefix"
@@ -94,8 +94,7 @@ class PrefixTuning(Method):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return a key and a value a prefix position."""
-        assert adapter.size is not None
-        return 2 * adapter.size * shape.key_value_features
+        return 2 * adapter.whole_size * shape.key_value_features
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
@@ -107,12 +106,10 @@ class PrefixTuning(Method):
         for stack in stacks:
             stack.set_attn_implementation(_IMPLEMENTATION)
         for site, (shape, adapter) in placement.items():
-            assert adapter.size is not None
-            host = model.get_submodule(shape.attention_module)
-            prefix = Prefix(adapter.size, shape.key_value_features, float(adapter.option("initial_std")))
-            prefix.to(next(host.parameters()).device).train(host.training)
-            host.add_module(_CHILD, prefix)
-            undo.callback(delattr, host, _CHILD)
+            prefix = Prefix(
+                adapter.whole_size, shape.key_value_features, float(adapter.option("initial_std"))
+            )
+            hang(model.get_submodule(shape.attention_module), _CHILD, prefix, undo)
             parameters[site] = dict(prefix.named_parameters())
         return parameters
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autopeft.core.configuration import Adapter
-from autopeft.methods.base import Method, Placement, Switchable, Trainable
+from autopeft.methods.base import Method, Placement, Switchable, Trainable, hang
 from autopeft.methods.layer_adapter import in_type_of
 from autopeft.models.site_shapes import SiteShape
-
-_CHILD = "autopeft_state_offset"
 
 
 class StateOffset(Switchable):
@@ -82,9 +80,7 @@ class StateOffsetTuning(Method):
         for site, (shape, _) in placement.items():
             mixer = model.get_submodule(shape.module)
             module = StateOffset(shape.in_features, shape.out_features)
-            module.to(device=next(mixer.parameters()).device).train(mixer.training)
-            mixer.add_module(_CHILD, module)
-            undo.callback(delattr, mixer, _CHILD)
+            hang(mixer, "autopeft_state_offset", module, undo)
             for handle in (
                 mixer.register_forward_pre_hook(module.begin),
                 mixer.get_submodule("in_proj").register_forward_hook(module.see_gate),

@@ -327,11 +327,10 @@ class Search(SearchSettings):
             if record.derived_from is not None:
                 parent = front.trial(record.trained).record.evaluation
             if not retrain:
+                seconds = parent.cost.wall_seconds / parent.trainings
                 _logger.warning(
-                    "Trial %d is not on the front, and its trained tensors were not kept: it is trained "
-                    "again, which took %.0f s in the search.",
-                    number,
-                    parent.cost.wall_seconds / parent.trainings,
+                    f"Trial {number} is not on the front, and its trained tensors were not kept: it is "
+                    f"trained again, which took {seconds:.0f} s in the search."
                 )
             warm_starts = opened.warm_starts(self.warm_start, self.folder, trains=False)
             weights = initial_weights(warm_starts, parent)

@@ -167,9 +167,8 @@ class _RayJobs:
             return room
         if room < settings.workers:
             _logger.warning(
-                "The cluster has room for %d of %d workers: the others start when it has grown.",
-                room,
-                settings.workers,
+                f"The cluster has room for {room} of {settings.workers} workers: the others start when it "
+                "has grown."
             )
         return settings.workers
 

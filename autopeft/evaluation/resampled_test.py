@@ -59,9 +59,8 @@ def in_small_batches(loader: DataLoader[Batch]) -> DataLoader[Batch]:
         return loader
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         _logger.warning(
-            "The test split comes in %d batches that cannot be made smaller: of so few the interval of a "
-            "verdict is too narrow.",
-            len(loader),
+            f"The test split comes in {len(loader)} batches that cannot be made smaller: of so few the "
+            "interval of a verdict is too narrow."
         )
         return loader
     rows = [row for batch in loader.batch_sampler for row in batch]

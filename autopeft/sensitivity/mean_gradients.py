@@ -40,13 +40,10 @@ def mean_gradient_groups(
     folder = tempfile.gettempdir()
     room = min(budget, int(_SHARE_OF_FREE * shutil.disk_usage(folder).free))
     groups = groups_within(room, sites, lambda matrix: bytes_of([matrix]))
+    whole, largest = bytes_of(sites) / 2**20, max(map(bytes_of, groups)) / 2**20
     _logger.info(
-        "Mean gradients of %d sites take %.1f MiB: %d passes over the batches with at most %.1f MiB in %s.",
-        len(sites),
-        bytes_of(sites) / 2**20,
-        len(groups),
-        max(map(bytes_of, groups)) / 2**20,
-        folder,
+        f"Mean gradients of {len(sites)} sites take {whole:.1f} MiB: {len(groups)} passes over the batches "
+        f"with at most {largest:.1f} MiB in {folder}."
     )
     return groups
 

@@ -82,11 +82,8 @@ class AudioTask(DatasetTask):
             split = self.recordings(name)
             if cut := sum(samples > self.max_seconds * rate for samples, rate in split.sizes):
                 _logger.warning(
-                    "%s of the %s recordings of the %s split are cut at max_seconds=%g.",
-                    f"{cut:,}",
-                    f"{len(split):,}",
-                    name,
-                    self.max_seconds,
+                    f"{cut:,} of the {len(split):,} recordings of the {name} split are cut at "
+                    f"max_seconds={self.max_seconds:g}."
                 )
 
     def _audio_settings(self) -> dict[str, str]:

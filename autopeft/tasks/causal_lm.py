@@ -164,13 +164,8 @@ class CausalLM(LanguageTask):
             )
         if shortened or len(rows) < len(read):
             _logger.warning(
-                "%s of the %s rows of the %s split are cut at %s tokens; %s, cut or not, have nothing "
-                "to learn and are left out.",
-                f"{shortened:,}",
-                f"{len(read):,}",
-                name,
-                self.max_length,
-                f"{len(read) - len(rows):,}",
+                f"{shortened:,} of the {len(read):,} rows of the {name} split are cut at {self.max_length} "
+                f"tokens; {len(read) - len(rows):,}, cut or not, have nothing to learn and are left out."
             )
         return rows
 

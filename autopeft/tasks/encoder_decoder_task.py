@@ -52,12 +52,8 @@ class EncoderDecoderTask(LanguageTask):
         length: int = getattr(self, setting)
         if cut := sum(len(ids) > length for ids in tokens):
             _logger.warning(
-                "%s of the %s targets of the %s split are cut at %s=%s tokens.",
-                f"{cut:,}",
-                f"{len(tokens):,}",
-                name,
-                setting,
-                length,
+                f"{cut:,} of the {len(tokens):,} targets of the {name} split are cut at {setting}={length} "
+                "tokens."
             )
         labels = np.full((len(tokens), min(length, max(map(len, tokens)))), IGNORED)
         for row, ids in zip(labels, tokens, strict=True):

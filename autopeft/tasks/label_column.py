@@ -35,11 +35,8 @@ def labelled_rows(
     if kept or name == "train":
         # Loud, for -1 may have been meant as a class.
         _logger.warning(
-            "%s of the %s rows of the %s split have no label (%s) and are left out.",
-            f"{len(split) - len(kept):,}",
-            f"{len(split):,}",
-            name,
-            " or ".join(map(str, missing)),
+            f"{len(split) - len(kept):,} of the {len(split):,} rows of the {name} split have no label "
+            f"({' or '.join(map(str, missing))}) and are left out."
         )
     else:
         _logger.info("The %s split has no labels and is not used.", name)

@@ -151,13 +151,9 @@ class PreferenceOptimization(GroupedTask):
         shortened = sum(pair != whole for pair, whole in zip(pairs, read, strict=True))
         if shortened or len(kept) < len(read):
             _logger.warning(
-                "%s of the %s pairs of the %s split are cut at %s tokens; %s, cut or not, have no two "
-                "different replies and are left out.",
-                f"{shortened:,}",
-                f"{len(read):,}",
-                name,
-                self.max_length,
-                f"{len(read) - len(kept):,}",
+                f"{shortened:,} of the {len(read):,} pairs of the {name} split are cut at {self.max_length} "
+                f"tokens; {len(read) - len(kept):,}, cut or not, have no two different replies and are left "
+                "out."
             )
         return kept
 

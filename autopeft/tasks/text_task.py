@@ -78,10 +78,8 @@ class TextTask(LabelledTask):
         filled = [row for row, pair in pairs if any("".join(text).strip() for text in pair)]  # or words
         if len(filled) < len(rows):
             _logger.warning(
-                "%s of the %s rows of the %s split have no text and are left out.",
-                f"{len(rows) - len(filled):,}",
-                f"{len(rows):,}",
-                name,
+                f"{len(rows) - len(filled):,} of the {len(rows):,} rows of the {name} split have no text and "
+                "are left out."
             )
             texts = texts.rows(filled)
         return texts.rows(self._limited(name, texts.labels))

@@ -147,12 +147,8 @@ class TokenClassification(TextTask):
         labels[is_first] = flat[starts[rows[is_first]] + words[is_first]]
         if lost := len(flat) - np.count_nonzero(is_first):
             _logger.warning(
-                "%s of the %s words of the %s split lie behind max_length=%s tokens, or have no token: their "
-                "labels do not count.",
-                f"{lost:,}",
-                f"{len(flat):,}",
-                name,
-                self.max_length,
+                f"{lost:,} of the {len(flat):,} words of the {name} split lie behind "
+                f"max_length={self.max_length} tokens, or have no token: their labels do not count."
             )
         return TokenisedSplit(tokens, offsets, labels, token_labels=True)
 

@@ -26,10 +26,7 @@ class AudioClassification(ClassificationTask, AudioTask):
     Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
 
     The data set may also be a folder with a folder of recordings for each class, or one such folder a split.
-    The attributes of `ClassificationTask` and of `AudioTask`.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
+    The attributes and errors of `ClassificationTask` and of `AudioTask`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"audio": "recording", "label": "class"}

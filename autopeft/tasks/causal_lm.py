@@ -37,15 +37,12 @@ class CausalLM(LanguageTask):
     `prompt` and `response`, `question` and `answer` (instructions all three), or `text`. The loss counts
     completions alone; of plain text all tokens. Metrics are those of `LanguageTask`.
 
-    The attributes of `LanguageTask`, and:
+    The attributes and errors of `LanguageTask`, and:
 
     Attributes:
         all_tokens: Whether prompts count in the loss too.
         packing: Whether short rows share a sequence of `max_length` tokens. They do not see each other: a
             model that lets them is refused before a search.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     _: KW_ONLY

@@ -153,16 +153,13 @@ class ImageClassification(ClassificationTask):
     Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
 
     The data set may also be a folder with a folder of images for each class, or one such folder a split. The
-    attributes of `ClassificationTask`, and:
+    attributes and errors of `ClassificationTask`, and:
 
     Attributes:
         image: The column with the image.
         augment: Whether training images are cropped and mirrored at random, anew in every epoch. Hidden
             states below the lowest adapter are then not kept: they would differ from epoch to epoch.
         workers: Processes that decode; 0 decodes in this one.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"image": "image", "label": "class"}

@@ -40,14 +40,11 @@ class MultiLabelClassification(TextTask):
     Metrics: F1 over all labels of all rows (micro), the mean of each label's F1 (macro), the share of rows
     with all labels right, and the mean over labels of the average precision.
 
-    The attributes of `TextTask`, and:
+    The attributes and errors of `TextTask`, and:
 
     Attributes:
         label: The column with a list of labels a row, or several columns of 0 and 1, which are the labels.
             Rows without a list, or with -1 or nothing in a column, are left out.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "list"}

@@ -49,16 +49,13 @@ class PreferenceOptimization(GroupedTask):
     Metrics: the share of pairs whose chosen reply gained more over the reference than the rejected one (ties
     count half), and the loss.
 
-    The attributes of `DatasetTask` (rows with the same prompt stay in one split: where there is no column of
-    prompts, with the same words or messages in front of both replies. Of texts that is a guess, as replies
-    may begin alike too; with a column of prompts it is exact), and:
+    The attributes and errors of `DatasetTask` (rows with the same prompt stay in one split: where there is no
+    column of prompts, with the same words or messages in front of both replies. Of texts that is a guess, as
+    replies may begin alike too; with a column of prompts it is exact), and:
 
     Attributes:
         beta: How strongly the model is held to the reference.
         max_length: Tokens of a prompt with a reply at most; longer ones are cut at their end.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     recognised_by: ClassVar[frozenset[str]] = frozenset(_REPLIES)

@@ -42,13 +42,10 @@ class Regression(TextTask):
 
     Metrics: Pearson's correlation, Spearman's rank correlation, and the root of the mean squared error.
 
-    The attributes of `TextTask`, and:
+    The attributes and errors of `TextTask`, and:
 
     Attributes:
         label: The column with the number. Rows without one are left out.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "number"}

@@ -39,16 +39,13 @@ class _PairData(RowData):
 class Seq2Seq(EncoderDecoderTask):
     """Fine-tune an encoder-decoder to write one text for another: translations, summaries, corrections.
 
-    Metrics are those of `LanguageTask`. The attributes of it, and:
+    Metrics are those of `LanguageTask`. The attributes and errors of it, and:
 
     Attributes:
         source: The column with the text that is read.
         target: The column with the text that is written. Rows without one are left out.
         prefix: Text before each source, as T5's "summarize: ".
         target_length: Tokens of a target at most; longer ones are cut at their end.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"source": "text", "target": "text"}

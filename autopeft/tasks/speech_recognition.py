@@ -32,15 +32,12 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
     """Fine-tune an encoder-decoder to write down what is said in recordings.
 
     Recordings of one text stay in one split. Metrics are those of `LanguageTask`, of which the word error
-    rate compares texts as they are, with case and punctuation. The attributes of `LanguageTask` and of
-    `AudioTask`, and:
+    rate compares texts as they are, with case and punctuation. The attributes and errors of `LanguageTask`
+    and of `AudioTask`, and:
 
     Attributes:
         target: The column with the text. Rows without one are left out.
         max_length: Tokens of a text at most; longer ones are cut at their end.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"audio": "recording", "target": "text"}

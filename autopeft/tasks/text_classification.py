@@ -23,10 +23,7 @@ class TextClassification(ClassificationTask, TextTask):
 
     Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
 
-    The attributes of `TextTask` and of `ClassificationTask`.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
+    The attributes and errors of `TextTask` and of `ClassificationTask`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "text", "label": "class"}

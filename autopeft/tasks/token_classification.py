@@ -41,15 +41,12 @@ class TokenClassification(TextTask):
 
     Metrics: F1 of entities, see `EntityF1`; accuracy, the share of words with the right label.
 
-    The attributes of `TextTask`, and:
+    The attributes and errors of `TextTask`, and:
 
     Attributes:
         text: The column with a list of words a row.
         label: The column with a list of labels, one a word. Rows without a list are left out; words with -100
             or None for a label do not count.
-
-    Raises:
-        ValueError: A setting is out of its range; the data are checked by `validate`.
     """
 
     needs: ClassVar[Mapping[str, ColumnKind]] = {"text": "list", "label": "list"}

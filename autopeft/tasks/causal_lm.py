@@ -23,7 +23,6 @@ from autopeft.tasks.language_data import LanguageData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of, learnt_column
 from autopeft.tasks.language_task import LanguageTask
 from autopeft.tasks.packing import do_rows_mix
-from autopeft.tasks.row_data import RowData
 
 _logger = logging.getLogger(__name__)
 
@@ -179,12 +178,10 @@ class CausalLM(LanguageTask):
     def _predicted_labels(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
 
-    def _learnt(self, data: RowData, name: SplitName) -> NDArray[np.int64]:
-        assert isinstance(data, LanguageData)
+    def _learnt(self, data: LanguageData, name: SplitName) -> NDArray[np.int64]:
         return data.learnt(name)
 
-    def _examples(self, data: RowData, name: SplitName) -> tuple[list[tuple[int, ...]], list[str]]:
-        assert isinstance(data, LanguageData)
+    def _examples(self, data: LanguageData, name: SplitName) -> tuple[list[tuple[int, ...]], list[str]]:
         rows = data.rows(name)
         if self.layout == "text":  # without prompts: how fast text is generated is measured from half of each
             return [row.tokens[: len(row.tokens) // 2 or 1] for row in rows], [""] * len(rows)
@@ -192,9 +189,8 @@ class CausalLM(LanguageTask):
         replies = data.tokenizer.batch_decode([[*row.reply] for row in whole], skip_special_tokens=True)
         return [row.tokens[: row.prompt] for row in whole], [reply.strip() for reply in replies]
 
-    def _ends(self, data: RowData) -> Sequence[int]:
+    def _ends(self, data: LanguageData) -> Sequence[int]:
         """Return what every reply ends with, which a chat template may have chosen and the model not know."""
-        assert isinstance(data, LanguageData)
         ends = {row.reply[-1] for row in data.rows("train") if row.reply}
         return [*ends] if len(ends) == 1 else []
 

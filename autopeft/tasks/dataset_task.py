@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -114,6 +114,11 @@ class DatasetTask(Task):
         """Which rows of which split of the source make each of the three splits."""
         sizes = {name: len(split) for name, split in self._sources.items()}
         return three_parts(sizes, {"test": self.test_share, "validation": self.validation_share}, self._cut)
+
+    @cached_property
+    def _read_splits(self) -> dict[SplitName, Any]:
+        """What was read of the splits so far, by tasks that keep it."""
+        return {}
 
     def _drawn(self, name: SplitName) -> tuple[str, Sequence[int]]:
         """Return which rows of which split of the source make a split, limited as asked for."""

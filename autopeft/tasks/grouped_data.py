@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.base import Batch, RowCollator, SplitData, SplitName
-from autopeft.tasks.length_bucketing import LengthGroupedBatches, ShuffledBatches, loader, sorted_batches
+from autopeft.tasks.length_bucketing import (
+    Collator,
+    LengthGroupedBatches,
+    ShuffledBatches,
+    TokenisedSplit,
+    loader,
+    sorted_batches,
+)
 
 
 class GroupedData(SplitData):
@@ -64,3 +73,45 @@ class GroupedData(SplitData):
         """The longest training rows as one batch: no drawn batch has a larger shape."""
         (longest, *_) = sorted_batches(self.lengths("train"), self.batch_size)
         return self._collator("train", None)(longest)
+
+
+class RowData(GroupedData):
+    """Batches of token rows of like length.
+
+    Args:
+        read: Gives a split; called once a split, when it is first needed.
+        tokenizer: The backbone's.
+        batch_size: Rows a training batch.
+        seed: Seed of shuffling.
+
+    Attributes:
+        split: Returns a split's rows.
+        tokenizer: The backbone's.
+
+    Raises:
+        ValueError: The tokenizer has no padding token.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[SplitName], TokenisedSplit],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
+                "to tokenizer.eos_token."
+            )
+        self.tokenizer = tokenizer
+        self.split = cache(read)
+
+    def lengths(self, name: SplitName) -> NDArray[np.int64]:
+        """Return the number of tokens of each row of a split."""
+        return self.split(name).lengths
+
+    def _collator(self, name: SplitName, mark: SplitName | None) -> Collator:
+        return Collator(self.split(name), self.tokenizer, mark)

@@ -96,10 +96,6 @@ class LabelledTask(DatasetTask):
             self._read_splits[name] = self._read(name)
         return self._read_splits[name]
 
-    @cached_property
-    def _read_splits(self) -> dict[SplitName, Any]:
-        return {}
-
     @abstractmethod
     def _read(self, name: SplitName) -> Any:
         """Return one of the three splits."""

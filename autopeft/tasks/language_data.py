@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from autopeft.tasks.base import SplitName
 from autopeft.tasks.batch import IGNORED
+from autopeft.tasks.grouped_data import RowData
 from autopeft.tasks.language_rows import TokenRow
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.packing import pack
-from autopeft.tasks.row_data import RowData
 
 
 class LanguageData(RowData):
@@ -26,6 +27,9 @@ class LanguageData(RowData):
         batch_size: Rows a training batch; with packing, packs.
         seed: Seed of shuffling.
         length: Tokens of a pack; None to leave each row alone.
+
+    Attributes:
+        rows: Returns the token rows of a split.
     """
 
     def __init__(
@@ -41,15 +45,8 @@ class LanguageData(RowData):
         tokenizer = copy.copy(tokenizer)
         tokenizer.padding_side = "right"
         super().__init__(self._tokenised, tokenizer, batch_size=batch_size, seed=seed)
-        self._rows = rows
+        self.rows = cache(rows)
         self._length = length
-        self._known: dict[SplitName, tuple[TokenRow, ...]] = {}
-
-    def rows(self, name: SplitName) -> tuple[TokenRow, ...]:
-        """Return the token rows of a split."""
-        if name not in self._known:
-            self._known[name] = self._rows(name)
-        return self._known[name]
 
     def _tokenised(self, name: SplitName) -> TokenisedSplit:
         rows = self.rows(name)

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,9 @@ class AudioData(GroupedData):
         workers: Processes that decode.
         tokenizer: The backbone's, of labels that are texts.
 
+    Attributes:
+        split: Returns a split's recordings and labels.
+
     Raises:
         ValueError: A recording is at another rate than the extractor's, and may not be resampled.
     """
@@ -189,18 +192,11 @@ class AudioData(GroupedData):
         super().__init__(batch_size=batch_size, seed=seed, workers=workers)
         self.tokenizer = tokenizer
         self._extractor = extractor
-        self._read = read
-        self._splits: dict[SplitName, tuple[Recordings, NDArray[Any]]] = {}
+        self.split = cache(read)
         for name in ("train", "validation"):
             split, _ = self.split(name)
             for row, (_, rate) in enumerate(split.sizes):
                 split.check_rate(row, rate, self._extractor.sampling_rate)
-
-    def split(self, name: SplitName) -> tuple[Recordings, NDArray[Any]]:
-        """Return a split's recordings and labels; the first call reads them."""
-        if name not in self._splits:
-            self._splits[name] = self._read(name)
-        return self._splits[name]
 
     def lengths(self, name: SplitName) -> NDArray[np.int64]:
         """Return the number of samples of each row of a split."""

@@ -21,8 +21,8 @@ from autopeft.tasks.batch import IGNORED, LABELS
 from autopeft.tasks.dataset_loading import check_columns, check_text
 from autopeft.tasks.dataset_task import ColumnKind
 from autopeft.tasks.encoder_decoder_task import EncoderDecoderTask
+from autopeft.tasks.grouped_data import RowData
 from autopeft.tasks.length_bucketing import TokenisedSplit, longest_labels
-from autopeft.tasks.row_data import RowData
 from autopeft.tasks.tokenization import tokenise
 
 

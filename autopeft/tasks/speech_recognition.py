@@ -16,7 +16,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from autopeft.models.head_spec import HeadSpec
 from autopeft.tasks.audio_task import AudioTask
-from autopeft.tasks.base import SplitName, TaskData
+from autopeft.tasks.base import SplitName
 from autopeft.tasks.batch import IGNORED
 from autopeft.tasks.dataset_loading import check_columns
 from autopeft.tasks.dataset_task import ColumnKind
@@ -69,10 +69,6 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
             self._read_splits[name] = self._recordings(*self._drawn(name), tuple(self._targets(name)))
         return self._read_splits[name]
 
-    @cached_property
-    def _read_splits(self) -> dict[SplitName, Recordings]:
-        return {}
-
     def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
         split = self.recordings(name)
         return split.digests, split.labels
@@ -104,20 +100,18 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
         written[:, 0] = config.decoder_start_token_id
         return written
 
-    def _learnt(self, data: TaskData, name: SplitName) -> NDArray[np.int64]:
-        assert isinstance(data, AudioData)
+    def _learnt(self, data: AudioData, name: SplitName) -> NDArray[np.int64]:
         _, labels = data.split(name)
         learnt: NDArray[np.int64] = labels[labels != IGNORED]
         return learnt
 
-    def _examples(self, data: TaskData, name: SplitName) -> tuple[Sequence[int], Sequence[str]]:
+    def _examples(self, data: AudioData, name: SplitName) -> tuple[Sequence[int], Sequence[str]]:
         texts = self.recordings(name).labels
         return range(len(texts)), [text.strip() for text in texts]
 
     def _inputs(
-        self, model: nn.Module, data: Any, name: SplitName, examples: Sequence[Any]
+        self, model: nn.Module, data: AudioData, name: SplitName, examples: Sequence[Any]
     ) -> Mapping[str, Tensor]:
-        assert isinstance(data, AudioData)
         return data.features(name, examples)
 
     def _settings(self) -> dict[str, str]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from autopeft.core.errors import check_whole
 from autopeft.tasks.base import Batch, SplitName
 from autopeft.tasks.dataset_loading import check_text
+from autopeft.tasks.grouped_data import RowData
 from autopeft.tasks.labelled_task import LabelledTask
 from autopeft.tasks.length_bucketing import TokenisedSplit
-from autopeft.tasks.row_data import RowData
 from autopeft.tasks.tokenization import tokenise
 
 _logger = logging.getLogger(__name__)

@@ -235,12 +235,7 @@ class Search(SearchSettings):
             return self.front()
 
     def verdict(
-        self,
-        share: float = 1.0,
-        *,
-        seeds: int = SEEDS,
-        full_fine_tuning: bool = False,
-        progress: bool = True,
+        self, share: float = 1.0, *, seeds: int = SEEDS, full_fine_tuning: bool = False, progress: bool = True
     ) -> Verdict:
         """Say whether the front beats a uniform LoRA sweep, on the test split and with an interval.
 

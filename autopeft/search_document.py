@@ -31,10 +31,7 @@ TYPES: Mapping[str, tuple[type[Any], ...]] = {
 """Sections whose class stands under "type"."""
 BASES: Mapping[str, type[Any]] = {"task": Task, "space": SearchSpace, "executor": object}
 """What a class of a user's own derives from, which stands there by its import path."""
-SECTIONS: Mapping[str, type[Any]] = {
-    "training": Training,
-    "halving": SuccessiveHalving,
-}
+SECTIONS: Mapping[str, type[Any]] = {"training": Training, "halving": SuccessiveHalving}
 """Sections of one class each."""
 ONLY_IN_PYTHON = frozenset({"tokenizer", "site_scores", "callbacks"})
 """Arguments that take a loaded object, or that a search fills in: YAML has nothing to give them."""

@@ -178,9 +178,7 @@ class SearchRun:
 
             tracking = partial(MlflowTracker, tracking, experiment=self.settings.experiment)
         return tracking(
-            search_name=self.settings.name,
-            study_id=self.study.study_id,
-            objectives=self.settings.objectives,
+            search_name=self.settings.name, study_id=self.study.study_id, objectives=self.settings.objectives
         )
 
     def _spent(self) -> tuple[float, Cost]:

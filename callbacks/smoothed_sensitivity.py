@@ -88,10 +88,7 @@ class SensitivityGates(RankGates):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gates and the averages."""
-        averages = {
-            "means": dict(self._averages.means),
-            "uncertainties": dict(self._averages.uncertainties),
-        }
+        averages = {"means": dict(self._averages.means), "uncertainties": dict(self._averages.uncertainties)}
         return {**super().state_dict(), "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

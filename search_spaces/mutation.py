@@ -12,11 +12,7 @@ from typing import Any
 
 from autopeft.core.adapter import Adapter, Site
 from autopeft.core.configuration import Configuration
-from autopeft.search_spaces.learning_rates import (
-    RATE_SPREAD,
-    readable_learning_rate,
-    summed_learning_rate,
-)
+from autopeft.search_spaces.learning_rates import RATE_SPREAD, readable_learning_rate, summed_learning_rate
 from autopeft.search_spaces.method_choice import Choices
 from autopeft.search_spaces.suggest_trial import DrawnTrial, SuggestTrial
 

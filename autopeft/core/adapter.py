@@ -146,10 +146,7 @@ class Adapter:
     options: tuple[tuple[str, OptionValue], ...]
 
     def __init__(
-        self,
-        method: str,
-        size: int | None = None,
-        options: Mapping[str, OptionValue] | None = None,
+        self, method: str, size: int | None = None, options: Mapping[str, OptionValue] | None = None
     ) -> None:
         specification = method_spec(method)
         object.__setattr__(self, "method", method)

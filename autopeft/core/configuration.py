@@ -14,15 +14,7 @@ from typing import Any
 
 import yaml
 
-from autopeft.core.adapter import (
-    Adapter,
-    Place,
-    Site,
-    parse_sites,
-    place_name,
-    role_order,
-    stack_order,
-)
+from autopeft.core.adapter import Adapter, Place, Site, parse_sites, place_name, role_order, stack_order
 from autopeft.core.documents import parse_json, parse_yaml, read_text
 from autopeft.core.errors import check_choice, check_numbers, unknown_choice
 from autopeft.core.method_specs import KIND_OF_ROLE, METHOD_SPECS, ROLES

@@ -112,13 +112,7 @@ PEFT_FAMILIES = (
     ),
     # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
     _family(
-        "oft",
-        "Of",
-        "block size",
-        principle="rotation",
-        size_field="oft_block_size",
-        sizes=(2, 32),
-        rate=5.0,
+        "oft", "Of", "block size", principle="rotation", size_field="oft_block_size", sizes=(2, 32), rate=5.0
     ),
     # Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation", 2024.
     _family("hra", "H", "reflections", principle="rotation", sizes=(2, 32)),

@@ -67,8 +67,5 @@ def in_small_batches(loader: DataLoader[Batch]) -> DataLoader[Batch]:
     size = max(1, len(rows) // FEWEST_BATCHES)
     batches = [rows[at : at + size] for at in range(0, len(rows), size)]
     return DataLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
+        loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, num_workers=loader.num_workers
     )

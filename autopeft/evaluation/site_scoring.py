@@ -24,11 +24,7 @@ SCORE_BATCHES = 4
 
 @section("score")
 def score_sites(
-    evaluator: Evaluator,
-    names: Sequence[str],
-    *,
-    batches: int = SCORE_BATCHES,
-    folder: Path | None = None,
+    evaluator: Evaluator, names: Sequence[str], *, batches: int = SCORE_BATCHES, folder: Path | None = None
 ) -> dict[str, SiteScores]:
     """Return scores of every site by name, from the first batches of the training split.
 

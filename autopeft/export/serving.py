@@ -123,10 +123,7 @@ def largest_rank(configuration: Configuration) -> int:
 
 
 def with_one_rank(
-    target: str,
-    configuration: Configuration,
-    state: Mapping[str, Tensor],
-    sites: Mapping[Site, SiteShape],
+    target: str, configuration: Configuration, state: Mapping[str, Tensor], sites: Mapping[Site, SiteShape]
 ) -> tuple[Configuration, dict[str, Tensor]]:
     """Return the same function with one rank for all modules, which every server reads the same way.
 

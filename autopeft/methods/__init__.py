@@ -1,13 +1,6 @@
 """Adapter methods: their sizes, how they are attached to a backbone, and how they come out again."""
 
-from autopeft.methods.attachment import (
-    Attachment,
-    attach,
-    count_parameters,
-    count_site,
-    obstacle,
-    placements,
-)
+from autopeft.methods.attachment import Attachment, attach, count_parameters, count_site, obstacle, placements
 from autopeft.methods.base import Method, Placement
 from autopeft.methods.full_fine_tuning import FullFineTuning
 from autopeft.methods.peft_base import PeftMethod

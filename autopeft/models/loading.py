@@ -15,12 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 

@@ -74,9 +74,7 @@ def _outer(output_gradient: Tensor, given: Tensor, dtype: torch.dtype | None) ->
 
 @contextmanager
 def layer_gradients(
-    sites: Sequence[MatrixSite],
-    receive: Callable[[LayerGradient], None],
-    dtype: torch.dtype | None = None,
+    sites: Sequence[MatrixSite], receive: Callable[[LayerGradient], None], dtype: torch.dtype | None = None
 ) -> Iterator[Callable[[Tensor], None]]:
     """Hand over each site's gradient while a backward pass runs; yields what runs it.
 

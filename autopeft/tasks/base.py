@@ -143,14 +143,7 @@ class Task(ABC):
         """What a backbone is loaded with for this task."""
 
     @abstractmethod
-    def data(
-        self,
-        processor: Any,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path | None = None,
-    ) -> TaskData:
+    def data(self, processor: Any, *, batch_size: int, seed: int, cache: Path | None = None) -> TaskData:
         """Return the splits, ready for a model.
 
         Args:

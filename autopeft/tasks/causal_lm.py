@@ -88,12 +88,7 @@ class CausalLM(LanguageTask):
         return RowReader(tokenizer, self.layout, all_tokens=self.all_tokens)
 
     def data(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int, cache: Path | None = None
     ) -> LanguageData:
         """Return the tokenised splits; see `Task.data`.
 

@@ -13,11 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 from autopeft.core.errors import check_choice
 from autopeft.core.objectives import Objective

@@ -242,8 +242,7 @@ class RowReader:
         if self._is_chat:
             question = f"{instruction}\n\n{given}" if given else instruction
             return self._chat(
-                [{"role": "user", "content": question}, {"role": "assistant", "content": output}],
-                place,
+                [{"role": "user", "content": question}, {"role": "assistant", "content": output}], place
             )
         written = _ALPACA.format(
             instruction=instruction,

@@ -12,11 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MultilabelAveragePrecision,
-    MultilabelExactMatch,
-    MultilabelF1Score,
-)
+from torchmetrics.classification import MultilabelAveragePrecision, MultilabelExactMatch, MultilabelF1Score
 from transformers import AutoModelForSequenceClassification
 
 from autopeft.core.objectives import Objective

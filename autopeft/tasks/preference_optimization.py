@@ -104,12 +104,7 @@ class PreferenceOptimization(GroupedTask):
         return RowReader(tokenizer, "messages" if self._is_chat else "prompt/completion")
 
     def data(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int, cache: Path | None = None
     ) -> LoaderData:
         """Return the tokenised splits; see `Task.data`. A batch has the shape (pairs, 2, tokens).
 

@@ -82,12 +82,7 @@ class Seq2Seq(EncoderDecoderTask):
         return [self.prefix + (text or "") for text in texts], self._targets(name)
 
     def data(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int, cache: Path | None = None
     ) -> RowData:
         """Return the tokenised splits; see `Task.data`."""
         tokenizer = copy.copy(tokenizer)

@@ -118,12 +118,7 @@ class TextTask(LabelledTask):
         return np.array(labels, dtype=np.int64)
 
     def data(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int, cache: Path | None = None
     ) -> RowData:
         """Return the tokenised splits; see `Task.data`."""
         return RowData(

@@ -12,12 +12,7 @@ import torch
 from autopeft.core.errors import check_choice, check_whole
 from autopeft.core.objectives import parse_quantity
 from autopeft.core.precision import Precision, quickest_precision
-from autopeft.training.trial_callbacks import (
-    CallbackSource,
-    check_sources,
-    describe_callback,
-    new_callbacks,
-)
+from autopeft.training.trial_callbacks import CallbackSource, check_sources, describe_callback, new_callbacks
 
 FrozenBlocksMode = Literal["train", "eval", "cached"]
 Device = Literal["auto", "cpu", "cuda"]

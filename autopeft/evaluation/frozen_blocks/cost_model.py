@@ -63,13 +63,7 @@ def expected_trainings(trials: int | None, blocks: int) -> float:
 
 
 def estimate(
-    splits: Iterable[Passes],
-    *,
-    cut: int,
-    blocks: int,
-    block_parameters: float,
-    token_bytes: int,
-    device: str,
+    splits: Iterable[Passes], *, cut: int, blocks: int, block_parameters: float, token_bytes: int, device: str
 ) -> Estimate:
     """Return what serving saves.
 

@@ -126,7 +126,8 @@ class SearchRun:
         self.study.set_attribute("metrics", [asdict(each) for each in self.evaluator.task.objectives])
         trained = {"hidden_size": self.opened.backbone.hidden_size, "steps": self.evaluator.plan.total_steps}
         self.study.set_attribute(TRAINED, trained)
-        self.study.set_attribute("axes", [list(axis) for axis in front.stored_axes()])
+        axes = [[axis.objective.name, axis.worst, axis.best] for axis in front.axes]
+        self.study.set_attribute("axes", axes)
         self.cleanup.tidy(front)
         before = self._evaluations()
         report = SearchReport(self._spent, evaluations=before, progress=progress, tracker=self.tracker)

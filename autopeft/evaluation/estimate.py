@@ -132,7 +132,11 @@ def estimate(
         pack(backbone.model, layers, bits)
         backbone.quantized = dict.fromkeys(layers, bits)
     for method in methods:
-        _check_possible(backbone, _adapter(method, rank))
+        adapter = _adapter(method, rank)
+        meant = [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, method)]
+        obstacles = [obstacle(backbone, site, adapter) for site in meant]
+        if obstacles and all(obstacles):
+            raise ValueError(f"{method!r} cannot sit on {meant[0]} of {backbone.name}: {obstacles[0]}.")
     if checkpointing:
         backbone.enable_checkpointing()
     tensors = {id(tensor): tensor for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
@@ -182,14 +186,6 @@ def _task(name: str) -> Task:
 
 def _adapter(method: str, size: int) -> Adapter:
     return Adapter(method, size if METHOD_SPECS[method].size_name else None)
-
-
-def _check_possible(backbone: Backbone, adapter: Adapter) -> None:
-    """Raise a ValueError where there are layers that a method is for, and it can sit on none of them."""
-    meant = [site for site, shape in backbone.sites.items() if not backbone.obstacle(shape, adapter.method)]
-    obstacles = [obstacle(backbone, site, adapter) for site in meant]
-    if obstacles and all(obstacles):
-        raise ValueError(f"{adapter.method!r} cannot sit on {meant[0]} of {backbone.name}: {obstacles[0]}.")
 
 
 def _placed(backbone: Backbone, method: str, size: int, share: float) -> Configuration:

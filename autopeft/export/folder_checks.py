@@ -82,7 +82,8 @@ def check_sizes(by_method: Mapping[str, Placement], sizes: Sizes) -> None:
             raise ValueError(f"The folder's {name} would replace weights of the base.")
     for name, placement in by_method.items():
         for site, (shape, adapter) in placement.items():
-            found = _elements(sizes, f"{site}.{name}.")
+            prefix = f"{site}.{name}."
+            found = sum(prod(size) for key, size in sizes.items() if key.startswith(prefix))
             is_plausible = adapter.whole_size <= max(found, _PLAUSIBLE)
             if not is_plausible or METHODS[name].count(shape, adapter) > found:
                 raise ValueError(
@@ -121,7 +122,3 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"The folder's {name} holds numbers that are not finite.")
-
-
-def _elements(sizes: Sizes, prefix: str) -> int:
-    return sum(prod(shape) for name, shape in sizes.items() if name.startswith(prefix))

@@ -104,20 +104,11 @@ def attach_tensors(
     for name in state:
         if name.startswith("head."):
             module_name, _, local = name.removeprefix("head.").rpartition(".")
-            module = _require_module(model, module_name)
+            module = model.get_submodule(module_name)
             # A new parameter: the one that is there may belong to another model as well.
             tensors[name] = nn.Parameter(getattr(module, local).detach().clone())
             setattr(module, local, tensors[name])
     load_tensors(tensors, state)
-
-
-def _require_module(model: PreTrainedModel, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(
-            f"{type(model).__name__} has no module {name}: this is not the base the adapter was trained on."
-        ) from error
 
 
 def _with_head(base: str | Path | PreTrainedModel, manifest: Manifest) -> PreTrainedModel:

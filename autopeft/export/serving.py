@@ -57,32 +57,22 @@ class Server:
     quantizes: str = ""  # what its command takes to load a base as quantization="nf4" does
 
 
-def _by_vllm(config: Mapping[str, Any], rank: int) -> float:
-    return float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-
-
-def _by_sglang(config: Mapping[str, Any], rank: int) -> float:
-    return float(config["lora_alpha"] / config["r"])
-
-
-def _by_llama_cpp(config: Mapping[str, Any], rank: int) -> float:
-    return float(config["lora_alpha"] / rank)
-
-
 SERVERS: Mapping[str, Server] = {
     "vllm": Server(
-        scaling=_by_vllm,
+        scaling=lambda config, rank: (
+            config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        ),
         commands="vllm serve {base} {quantized}--enable-lora --max-lora-rank {rank} --lora-modules {adapter}",
         ranks=VLLM_RANKS,
         quantizes="--quantization bitsandbytes ",  # NF4 with double quantisation: bitsandbytes_loader.py
     ),
     "sglang": Server(
-        scaling=_by_sglang,
+        scaling=lambda config, rank: config["lora_alpha"] / config["r"],
         commands="python -m sglang.launch_server --model-path {base} --lora-paths {adapter}",
         stacked=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     ),
     "llama.cpp": Server(
-        scaling=_by_llama_cpp,
+        scaling=lambda config, rank: config["lora_alpha"] / rank,
         # Both scripts are in llama.cpp's repository; the first reads no weights of the base.
         commands="python convert_lora_to_gguf.py {folder} {local}--outfile {file}\n"
         "python convert_hf_to_gguf.py {remote}{base} --outfile base.gguf\n"

@@ -168,10 +168,6 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
                 f"The study of {attributes['name']!r} is damaged ({error!r}): restore it from a copy."
             ) from error
 
-    def stored_axes(self) -> list[tuple[str, float, float]]:
-        """Return the axes as plain data, for a study's attributes."""
-        return [(axis.objective.name, axis.worst, axis.best) for axis in self.axes]
-
     def with_trial(self, record: TrialRecord) -> ParetoFront:
         """Return the front with one more finished trial, or with what became of one that it knows."""
         place = bisect.bisect_left(self.records, record.number, key=_number)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def grasp_scores(subject: Subject, store: MeanGradients) -> SiteScores:
     over the batches as Ḡ is, which the store has of the same batches.
     """
     batches = range(len(subject.batches))
-    return _mean("grasp", [curvature(subject, batch, store.mean, _weight) for batch in batches])
+    return _mean("grasp", [curvature(subject, batch, store.mean, attrgetter("weight")) for batch in batches])
 
 
 def hessian_scores(subject: Subject, probes: int) -> SiteScores:
@@ -88,10 +89,6 @@ def curvature(
     (slope,) = torch.autograd.grad(value, step, create_graph=True)
     results = torch.autograd.grad(slope, list(offsets.values()), materialize_grads=True)
     return {site: result.item() for site, result in zip(offsets, results, strict=True)}
-
-
-def _weight(matrix: MatrixSite) -> Tensor:
-    return matrix.weight
 
 
 def _rademacher(matrix: MatrixSite, name: str) -> Tensor:

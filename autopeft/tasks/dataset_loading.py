@@ -76,30 +76,10 @@ def load_splits(source: Source, subset: str | None) -> dict[str, Dataset]:
     return splits
 
 
-def source_name(source: Source, subset: str | None) -> str:
-    """Return a short name of a source for runs and folders; empty for loaded data."""
-    if not isinstance(source, str | Path):
-        return ""
-    return "-".join(part for part in (Path(source).stem, subset) if part)
-
-
 def data_folder(source: Source) -> Path:
     """Return the folder that names of files in a source's columns are relative to."""
     path = Path(source).expanduser() if isinstance(source, str | Path) else Path()
     return path.parent if path.suffix in _FORMATS else path if path.is_dir() else Path()
-
-
-def check_shares(validation: float, test: float) -> None:
-    """Check the shares of the training rows that become validation and test.
-
-    Raises:
-        ValueError: They are not between 0 and 1, together below 1.
-    """
-    if any(not 0 < share < 1 for share in (validation, test)) or validation + test >= 1:
-        raise ValueError(
-            "validation_share and test_share lie between 0 and 1, together below 1, got "
-            f"{(validation, test)}."
-        )
 
 
 def _from_path(source: str, subset: str | None) -> Mapping[str, Dataset]:

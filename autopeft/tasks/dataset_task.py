@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from autopeft.core.errors import check_whole
 from autopeft.tasks.base import SplitName, Task
-from autopeft.tasks.dataset_loading import Source, check_shares, load_splits, source_name
+from autopeft.tasks.dataset_loading import Source, load_splits
 from autopeft.tasks.splits import split_groups, three_parts
 from autopeft.tasks.tokenization import fingerprint
 
@@ -62,13 +62,18 @@ class DatasetTask(Task):
         for name in SPLITS:
             if (limit := getattr(self, f"{name}_examples")) is not None:
                 check_whole(f"{name}_examples", limit, least=1)
-        check_shares(self.validation_share, self.test_share)
+        shares = self.validation_share, self.test_share
+        if min(shares) <= 0 or not sum(shares) < 1:
+            raise ValueError(
+                f"validation_share and test_share lie between 0 and 1, together below 1, got {shares}."
+            )
 
     @property
     def name(self) -> str:
         """Short name for runs and folders."""
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
-        return source_name(self.dataset, self.subset) or kind
+        parts = (Path(self.dataset).stem, self.subset) if isinstance(self.dataset, str | Path) else ()
+        return "-".join(filter(None, parts)) or kind
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
         """Return which rows of a split of the source can be learnt from.

@@ -65,7 +65,7 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
     for name, (method, adapters) in from_data.items():
         subject = Subject(
             model=backbone.model,
-            sites=[_matrix_site(attachment, site) for site in adapters],
+            sites=[MatrixSite.of(backbone, site) for site in adapters],
             batches=batches,
             task=evaluator.task,
             seed=seed,
@@ -86,12 +86,6 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
                 values = method.initial_values(adapters[matrix.site], statistic, matrix)
                 for local, value in values.items():
                     tensors[f"{matrix.site}.{name}.{local}"][: len(value)] = value
-
-
-def _matrix_site(attachment: Attachment, site: Site) -> MatrixSite:
-    shape = attachment.backbone.shape(site)
-    module = attachment.backbone.model.get_submodule(shape.module)
-    return MatrixSite(site, shape, module, module.get_parameter("weight"))
 
 
 def _input_directions(subject: Subject, rank: int) -> _Found:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.export_report import Conversion, ExportReport
@@ -147,7 +146,10 @@ def export_adapter(
     with _written_whole(place) as unfinished:
         with _names_folder(place.parent):
             if layout == "merged":
-                _write_merged(unfinished, merged_model(backbone, configuration, state))
+                merged_model(backbone, configuration, state).save_pretrained(unfinished)
+                for file in unfinished.glob("*.safetensors"):
+                    # safetensors makes files that only their owner can read: a server may be someone else.
+                    shutil.copymode(unfinished / "config.json", file)
             else:
                 head, named = manifest.head, manifest.base
                 write_adapters(unfinished, by_method, state, layout=layout, base=named, head=head)
@@ -236,13 +238,6 @@ def _written_whole(place: Path) -> Iterator[Path]:
             os.replace(place, unfinished.with_name("replaced"))
         os.replace(unfinished, place)
     _logger.info("Exported to %s", place)
-
-
-def _write_merged(folder: Path, model: PreTrainedModel) -> None:
-    model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        # safetensors makes files that only their owner can read: a server may be someone else.
-        shutil.copymode(folder / "config.json", file)
 
 
 def _check_place(place: Path, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,13 @@ class MatrixSite:
     shape: SiteShape
     module: nn.Module
     stored: nn.Parameter
+
+    @classmethod
+    def of(cls, backbone: Backbone, site: Site) -> Self:
+        """Return what a backbone has at a site that is one matrix."""
+        shape = backbone.shape(site)
+        module = backbone.model.get_submodule(shape.module)
+        return cls(site, shape, module, module.get_parameter(shape.parameter or "weight"))
 
     @property
     def weight(self) -> Tensor:
@@ -114,8 +121,7 @@ def matrix_sites(backbone: Backbone) -> tuple[MatrixSite, ...]:
     for site, shape in sorted(backbone.sites.items()):
         if shape.kind not in ("linear", "experts"):
             continue
-        module = backbone.model.get_submodule(shape.module)
-        matrix = MatrixSite(site, shape, module, module.get_parameter(shape.parameter or "weight"))
+        matrix = MatrixSite.of(backbone, site)
         weight = matrix.stored
         fits = matrix.is_fused or sorted(weight.shape) == sorted(matrix.size)
         is_plain = weight.is_floating_point() and fits

@@ -132,7 +132,11 @@ class PreferenceOptimization(GroupedTask):
         each = reader.read_all(replies, [place for place in places for _ in _REPLIES], cache)
         read = list(zip(each[::2], each[1::2], strict=True))
         pairs = [(chosen.cut(self.max_length), rejected.cut(self.max_length)) for chosen, rejected in read]
-        kept = [(chosen, rejected) for chosen, rejected in pairs if _differ(chosen, rejected)]
+        kept = [
+            (chosen, rejected)
+            for chosen, rejected in pairs
+            if chosen.is_learnt and rejected.is_learnt and chosen.tokens != rejected.tokens
+        ]
         if not kept:
             longest = max(len(row.tokens) for pair in read for row in pair)
             raise ValueError(
@@ -241,12 +245,6 @@ def _system_apart(chat: list[Any]) -> tuple[list[Any], list[Any]]:
     """Return the system's message that a chat begins with, if it does, and the rest."""
     count = sum(message["role"] == "system" for message in chat[:1])
     return chat[:count], chat[count:]
-
-
-def _differ(chosen: TokenRow, rejected: TokenRow) -> bool:
-    """Return whether there are two replies, of different tokens."""
-    are_there = all(any(label != IGNORED for label in row.labels[1:]) for row in (chosen, rejected))
-    return are_there and chosen.tokens != rejected.tokens
 
 
 def _padded(pairs: Sequence[_Pair], padding: int) -> Batch:

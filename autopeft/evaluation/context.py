@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -30,6 +31,7 @@ from autopeft.tasks import Task, TaskData
 from autopeft.tasks.base import SplitName
 from autopeft.training.module import FineTuning
 from autopeft.training.settings import Training
+from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoint, check_states
 from autopeft.training.trial_callbacks import new_callbacks
 from autopeft.training.validation_schedule import SegmentedBatches, ValidationSchedule
@@ -260,6 +262,22 @@ class EvaluationContext:
         model.eval()
         with torch.inference_mode(), self.backbone.computing_in(self.training.resolved_precision()):
             return self.task.measure_at_end(model, self.data, split)
+
+    def batch_metrics(
+        self, configuration: Configuration, split: SplitName, callbacks: Sequence[Callback] = ()
+    ) -> dict[str, float]:
+        """Return the metrics of each batch of a split, of what is attached now, but those at the end."""
+        module = self.module(configuration)
+        module.eval()
+        casts = self.backbone.cached_casts.in_place(self.training.resolved_precision())
+        with quiet_lightning(), casts, ExitStack() as ending:
+            trainer = build_trainer(self.training, callbacks, monitor=self.monitor)
+            ending.callback(dismantle, trainer)
+            if split == "test":
+                (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
+            else:
+                (metrics,) = trainer.validate(module, self.data.val_dataloader(), verbose=False)
+        return {name: float(value) for name, value in metrics.items()}
 
     def model_call(self) -> dict[str, Tensor]:
         """Return the tensors that the task calls the model with for the largest batch, by argument.

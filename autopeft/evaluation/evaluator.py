@@ -14,7 +14,6 @@ from autopeft.evaluation.context import EvaluationContext
 from autopeft.evaluation.run import EvaluationRun, InitialWeights, Trained, reason_of_failure
 from autopeft.methods import Attachment, attach
 from autopeft.tasks.base import SplitName
-from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.training_checkpoint import TrainingCheckpoint
 
 
@@ -108,7 +107,7 @@ class Evaluator(EvaluationContext):
         """Return the metrics of trained tensors on a split; for the arguments see `test`."""
         with attachment(self.backbone, configuration, self.seed) as attached:
             attached.load_state_dict(state)
-            return self._scored(configuration, split)
+            return self.batch_metrics(configuration, split) | self.measured_at_end(split)
 
     def measure(
         self, configuration: Configuration, state: Mapping[str, Tensor], frozen: int | None
@@ -125,23 +124,7 @@ class Evaluator(EvaluationContext):
             if any(use.cut == frozen for use in self.hidden_states.uses):
                 self.hidden_states.open()  # that they are computed would not pay for one validation
             values = self.sizes(attachment) | self.speeds(self.needed)
-            values |= self._scored(configuration, "validation")
+            values |= self.batch_metrics(configuration, "validation") | self.measured_at_end("validation")
         if "tokens_per_second_merged" in self.needed:
             values["tokens_per_second_merged"] = self.merged_generation_speed(configuration)
         return values
-
-    def _scored(self, configuration: Configuration, split: SplitName) -> dict[str, float]:
-        """Return the metrics of what is attached now on a split."""
-        module = self.module(configuration)
-        module.eval()
-        precision = self.training.resolved_precision()
-        with quiet_lightning(), self.backbone.cached_casts.in_place(precision):
-            trainer = build_trainer(self.training, [], monitor=self.monitor)
-            try:
-                if split == "test":
-                    (metrics,) = trainer.test(module, self.data.test_dataloader(), verbose=False)
-                else:
-                    (metrics,) = trainer.validate(module, self.data.val_dataloader(), verbose=False)
-            finally:
-                dismantle(trainer)
-        return {name: float(value) for name, value in metrics.items()} | self.measured_at_end(split)

@@ -176,16 +176,9 @@ class EvaluationRun:
 
     def _validate(self) -> None:
         """Measure a model of which nothing is trained: neither an adapter nor a head."""
-        evaluator = self.evaluator
-        module = evaluator.module(self.configuration)
-        module.eval()
-        casts = evaluator.backbone.cached_casts.in_place(evaluator.training.resolved_precision())
-        with quiet_lightning(), casts, ExitStack() as ending:
-            trainer = build_trainer(evaluator.training, [self.memory], monitor=evaluator.monitor)
-            ending.callback(dismantle, trainer)
-            (metrics,) = trainer.validate(module, evaluator.data.val_dataloader(), verbose=False)
-        self.curve.points += [(name, 0, float(value)) for name, value in metrics.items()]
-        self.values |= {name: float(value) for name, value in metrics.items()}
+        metrics = self.evaluator.batch_metrics(self.configuration, "validation", [self.memory])
+        self.curve.points += [(name, 0, value) for name, value in metrics.items()]
+        self.values |= metrics
         self._measure()
         self.state = {}
 

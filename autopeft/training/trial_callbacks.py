@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Callback
 from torch import nn
 
 CallbackSource = Callback | Callable[[], Callback]
 """An instance, copied for each trial, or a function that makes one; a class without arguments is one."""
-
-
-@runtime_checkable
-class Selective(Protocol):
-    """A callback that can act on some models only, as those do that need LoRA layers."""
-
-    def applies_to(self, module: nn.Module) -> bool:
-        """Return whether the callback has something to act on."""
 
 
 def check_sources(sources: object) -> tuple[CallbackSource, ...]:
@@ -40,10 +32,12 @@ def new_callbacks(sources: Sequence[CallbackSource], module: nn.Module | None = 
 
     Args:
         sources: Instances, which are copied, and functions, which are called and have to return a callback.
-        module: What is trained: callbacks with nothing to act on are left out (see `Selective`); None
-            for all.
+        module: What is trained: callbacks with a method `applies_to` that denies it are left out, as those
+            that need LoRA layers; None for all.
     """
-    made = [copy.deepcopy(source) if isinstance(source, Callback) else source() for source in sources]
+    made: list[Any] = [
+        copy.deepcopy(source) if isinstance(source, Callback) else source() for source in sources
+    ]
     for given in made:
         if not isinstance(given, Callback):
             raise ValueError(
@@ -52,7 +46,7 @@ def new_callbacks(sources: Sequence[CallbackSource], module: nn.Module | None = 
     return [
         callback
         for callback in made
-        if module is None or not isinstance(callback, Selective) or callback.applies_to(module)
+        if module is None or not hasattr(callback, "applies_to") or callback.applies_to(module)
     ]
 
 

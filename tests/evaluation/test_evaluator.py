@@ -263,7 +263,7 @@ def test_a_test_that_fails_leaves_no_trainer_behind(monkeypatch: pytest.MonkeyPa
     trained = evaluator.train(lora(evaluator.backbone))
     assert trained.state is not None
     dismantled: list[Any] = []
-    monkeypatch.setattr("autopeft.evaluation.evaluator.dismantle", dismantled.append)
+    monkeypatch.setattr("autopeft.evaluation.context.dismantle", dismantled.append)
 
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no such file")

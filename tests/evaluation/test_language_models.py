@@ -84,7 +84,7 @@ def test_a_validation_that_fails_leaves_no_trainer_behind(monkeypatch: pytest.Mo
     def broken(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("autopeft.evaluation.run.dismantle", dismantled.append)
+    monkeypatch.setattr("autopeft.evaluation.context.dismantle", dismantled.append)
     monkeypatch.setattr(type(evaluator.data), "val_dataloader", broken)
     assert evaluator.evaluate(Configuration()).status == "failed"
     assert len(dismantled) == 1

@@ -129,66 +129,41 @@ def questions_csv() -> Path:
     return prepare("questions") / "questions.csv"
 
 
-def _build(
-    architecture: type[PreTrainedModel], seed: int, configuration: PreTrainedConfig
-) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return architecture(configuration)
+def _factory(
+    architecture: type[PreTrainedModel], configured: type[PreTrainedConfig], **defaults: Any
+) -> ModelFactory:
+    def build(*, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return architecture(configured(**COMMON | defaults | overrides))
+
+    return build
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.fixture
 def tiny_bert() -> ModelFactory:
     """Makes fresh random encoders with 3 labels: 2 blocks of width 32, biases everywhere."""
-    defaults: dict[str, Any] = COMMON | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-
-    def build(*, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-        configuration = BertConfig(**(defaults | overrides))
-        return _build(BertForSequenceClassification, seed, configuration)
-
-    return build
+    return _factory(BertForSequenceClassification, BertConfig, **_SIZES)
 
 
 @pytest.fixture
 def tiny_llama() -> ModelFactory:
     """Makes fresh random decoders with 3 labels: grouped queries, gated FFN, RMS norms."""
-    defaults: dict[str, Any] = COMMON | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-
-    def build(*, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-        configuration = LlamaConfig(**(defaults | overrides))
-        return _build(LlamaForSequenceClassification, seed, configuration)
-
-    return build
+    return _factory(LlamaForSequenceClassification, LlamaConfig, **_SIZES, num_key_value_heads=2)
 
 
 @pytest.fixture
 def tiny_gpt2() -> ModelFactory:
     """Makes fresh random decoders with 3 labels: one Conv1D for query, key and value."""
-    defaults: dict[str, Any] = COMMON | {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        # The defaults lie outside the tiny vocabulary.
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-    def build(*, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-        configuration = GPT2Config(**(defaults | overrides))
-        return _build(GPT2ForSequenceClassification, seed, configuration)
-
-    return build
+    # The defaults of both tokens lie outside the tiny vocabulary.
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return _factory(GPT2ForSequenceClassification, GPT2Config, **sizes, bos_token_id=1, eos_token_id=2)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,16 +18,8 @@ from autopeft.tasks.tokenization import Arrays, content_path, kept, tokenizer_ke
 _FORMAT = "token rows, 1"
 """Of the files that rows are kept in: another number for whatever reads rows in another way."""
 
-Layout = Literal[
-    "messages",
-    "prompt/completion",
-    "instruction",
-    "text",
-    "conversations",
-    "prompt/response",
-    "question/answer",
-]
-
+Layout = str
+"""A name of `_LAYOUTS`."""
 _LAYOUTS: Mapping[Layout, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt/completion": ("prompt", "completion"),

@@ -43,7 +43,14 @@ def _lora(name: str, symbol: str, **config: Any) -> PeftSpec:
     )
 
 
-_DRAWN_AGAIN = {"save_projection": False}  # what is drawn by a seed need not be in the file
+_SPARSE: Mapping[str, Any] = {"principle": "sparse update", "config": {"init_weights": True}}
+
+
+def _bases(name: str, symbol: str, size_name: str, **given: Any) -> PeftSpec:
+    """Return few numbers between random matrices, which are drawn by a seed and need not be in the file."""
+    config = {"save_projection": False, **given.pop("config", {})}
+    return _family(name, symbol, size_name, principle="fixed bases", config=config, **given)
+
 
 PEFT_FAMILIES = (
     # Liu et al., "DoRA", 2024: the magnitude of each column is trained beside a LoRA of its direction.
@@ -52,14 +59,15 @@ PEFT_FAMILIES = (
     _lora("pissa", "Pi", init_lora_weights="pissa"),
     # Büyükakyüz, "OLoRA", 2024: LoRA that starts from a QR decomposition.
     _lora("olora", "Ol", init_lora_weights="olora"),
-    # Zhang et al., "AdaLoRA", 2023: B·diag(E)·A, with the ranks that the configuration says.
+    # Zhang et al., "AdaLoRA", 2023: B·diag(E)·A, with the ranks that the configuration says. peft wants a
+    # schedule, which nobody follows here.
     _family(
         "adalora",
         "Ad",
         "rank",
         size_field="init_r",
         alpha_field="lora_alpha",
-        config={"total_step": 1},  # peft wants a schedule, which nobody follows here
+        config={"total_step": 1},
         rate=3.0,
     ),
     # Hyeon-Woo et al., "FedPara", 2022: the Hadamard product of two low-rank matrices.
@@ -73,22 +81,20 @@ PEFT_FAMILIES = (
     # Jung et al., "GraLoRA", 2025: a LoRA for each of 2 × 2 parts of a weight.
     _family("gralora", "Gr", "rank", sizes=(2, 64), alpha_field="alpha"),
     # Albert et al., "RandLoRA", 2025; see `autopeft.methods.sized_by_shape`.
-    _family(
+    _bases(
         "randlora",
         "Ra",
         "bases",
-        principle="fixed bases",
         sizes=(1, 16),
         alpha_field="randlora_alpha",
         options={"scaling": 20.0},
-        config=_DRAWN_AGAIN,
         rate=3.0,
     ),
     # Kopiczko et al., "VeRA", 2024: vectors that scale random matrices, which all sites share.
-    _family("vera", "V", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=20.0),
+    _bases("vera", "V", "rank", sizes=(16, 256), rate=20.0),
     # Fillioux et al., "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation", 2025: VeRA with a
     # distribution in the place of what passes between the matrices.
-    _family("pvera", "Pv", "rank", principle="fixed bases", sizes=(16, 256), config=_DRAWN_AGAIN, rate=7.0),
+    _bases("pvera", "Pv", "rank", sizes=(16, 256), rate=7.0),
     # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
     _family(
         "unilora",
@@ -100,15 +106,8 @@ PEFT_FAMILIES = (
         rate=7.0,
     ),
     # Morris et al., "Learning to Reason in 13 Parameters", 2026: one vector for all sites.
-    _family(
-        "tinylora",
-        "T",
-        "length",
-        principle="fixed bases",
-        size_field="u",
-        sizes=(4, 256),
-        config={"weight_tying": 1.0, **_DRAWN_AGAIN},
-        rate=10.0,
+    _bases(
+        "tinylora", "T", "length", size_field="u", sizes=(4, 256), config={"weight_tying": 1.0}, rate=10.0
     ),
     # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
     _family(
@@ -125,28 +124,12 @@ PEFT_FAMILIES = (
     _family("osf", "Os", "rank", principle="weights", size_field="effective_rank", rate=0.15),
     # Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024.
     _family(
-        "fourierft",
-        "Fo",
-        "frequencies",
-        principle="sparse update",
-        size_field="n_frequency",
-        sizes=(16, 1024),
-        config={"init_weights": True},
-        rate=30.0,
+        "fourierft", "Fo", "frequencies", size_field="n_frequency", sizes=(16, 1024), rate=30.0, **_SPARSE
     ),
     # Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024; see
     # `autopeft.methods.sized_by_shape`. In peft's comparison 0.3 won, which would be a rate of 1,000; this is
     # less, and not measured.
-    _family(
-        "c3a",
-        "Cc",
-        "blocks",
-        principle="sparse update",
-        size_field="block_size",
-        sizes=(1, 16),
-        config={"init_weights": True},
-        rate=300.0,
-    ),
+    _family("c3a", "Cc", "blocks", size_field="block_size", sizes=(1, 16), rate=300.0, **_SPARSE),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
     _family("miss", "Mi", "rank", rate=0.5),
     # Zhong et al., "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", 2024: a small

@@ -102,7 +102,7 @@ class EvaluationRun:
         ):
             if self.before is None:
                 self._begin(attachment)
-            elif self.before.state.kept:  # what an earlier version paused has none
+            else:
                 load_tensors(attachment.kept, self.before.state.kept)
             if not self.violations:
                 if attachment.parameters:  # else they would serve a single validation

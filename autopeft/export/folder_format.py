@@ -139,9 +139,8 @@ class Manifest:
     base_fingerprint: str  # `Backbone.fingerprint` of the base, for the record
     head: TaskHead
     sites: Mapping[Site, SiteShape]  # the modules that stand for each site of the configuration
-    # Number of blocks of each of the base's stacks; none in folders of versions that did not note it.
-    blocks: Mapping[str, Annotated[int, Field(ge=1, le=MOST_BLOCKS)]] = field(default_factory=dict)
-    # Width of the base; None in folders of versions that did not note it.
+    blocks: Mapping[str, Annotated[int, Field(ge=1, le=MOST_BLOCKS)]]  # in each of the base's stacks
+    # Width of the base; None in folders of 0.1.0, which did not note it.
     hidden_size: Annotated[int, Field(ge=1)] | None = None
     # How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None where it was not.
     quantization: Mapping[str, Any] | None = None

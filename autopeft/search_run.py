@@ -129,7 +129,8 @@ class SearchRun:
         axes = [[axis.objective.name, axis.worst, axis.best] for axis in front.axes]
         self.study.set_attribute("axes", axes)
         self.cleanup.tidy(front)
-        before = self._evaluations()
+        rungs = self.evaluator.plan.rungs
+        before = sum(evaluations_of(record, rungs) for record in self.study.records)
         report = SearchReport(self._spent, evaluations=before, progress=progress, tracker=self.tracker)
         timed = [section("callbacks")(callback) for callback in callbacks]
         status: RunEnd = "FAILED"
@@ -185,10 +186,6 @@ class SearchRun:
     def _spent(self) -> tuple[float, Cost]:
         spent = self.scheduler.spent(self.study.records)
         return self.budget.spent_share(spent), spent.cost
-
-    def _evaluations(self) -> int:
-        rungs = self.evaluator.plan.rungs
-        return sum(evaluations_of(record, rungs) for record in self.study.records)
 
     def _are_states_served(self, cut: int) -> bool:
         return self.executor.serves_hidden_states and self.evaluator.hidden_states.is_served(cut)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,57 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from autopeft.models.head_spec import HeadSpec
 from autopeft.models.positions import check_positions
 from autopeft.tasks.base import Batch, SplitName, TaskData
-from autopeft.tasks.batch import model_inputs
+from autopeft.tasks.batch import IGNORED, model_inputs
 from autopeft.tasks.dataset_task import SPLITS
-from autopeft.tasks.language_data import LanguageData
+from autopeft.tasks.grouped_data import RowData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of, learnt_column
 from autopeft.tasks.language_task import LanguageTask
-from autopeft.tasks.packing import do_rows_mix
+from autopeft.tasks.length_bucketing import TokenisedSplit
+from autopeft.tasks.packing import do_rows_mix, pack
 
 _logger = logging.getLogger(__name__)
+
+
+class LanguageData(RowData):
+    """Batches of token rows, and the rows that texts are generated for.
+
+    Args:
+        rows: Gives the token rows of a split; called once a split, when it is first needed.
+        tokenizer: The backbone's.
+        batch_size: Rows a training batch; with packing, packs.
+        seed: Seed of shuffling.
+        length: Tokens of a pack; None to leave each row alone.
+
+    Attributes:
+        rows: Returns the token rows of a split.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[SplitName], tuple[TokenRow, ...]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        seed: int,
+        length: int | None,
+    ) -> None:
+        # Padding goes behind: not every model counts positions from the first token that is none of it.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = "right"
+        super().__init__(self._tokenised, tokenizer, batch_size=batch_size, seed=seed)
+        self.rows = cache(rows)
+        self._length = length
+
+    def _tokenised(self, name: SplitName) -> TokenisedSplit:
+        rows = self.rows(name)
+        if self._length is not None:
+            return pack(rows, self._length)
+        return TokenisedSplit(
+            tokens={"input_ids": np.concatenate([np.array(row.tokens) for row in rows])},
+            offsets=np.cumsum([0, *(len(row.tokens) for row in rows)]),
+            labels=np.concatenate([np.array(row.labels) for row in rows]),
+            token_labels=True,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +218,10 @@ class CausalLM(LanguageTask):
         return labels[:, 1:]
 
     def _learnt(self, data: LanguageData, name: SplitName) -> NDArray[np.int64]:
-        return data.learnt(name)
+        # The first token of a row is never predicted.
+        labels: NDArray[np.int64] = np.concatenate([np.array(row.labels[1:]) for row in data.rows(name)])
+        found: NDArray[np.int64] = labels[labels != IGNORED]
+        return found
 
     def _examples(self, data: LanguageData, name: SplitName) -> tuple[list[tuple[int, ...]], list[str]]:
         rows = data.rows(name)

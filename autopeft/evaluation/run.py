@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from autopeft.evaluation.data_initialisation import initialise_from_data
 from autopeft.methods import Attachment
 from autopeft.methods.attachment import load_tensors
 from autopeft.training.compute_meter import ComputeMeter
+from autopeft.training.module import FineTuning
 from autopeft.training.rank_allocation import allocation_callbacks
 from autopeft.training.trainer import build_trainer, dismantle, quiet_lightning
 from autopeft.training.training_checkpoint import (
@@ -161,10 +162,7 @@ class EvaluationRun:
                 ending.callback(dismantle, trainer)
                 if self.before is not None:
                     restore_state(self.before.state, trainer, module, best, others)
-                batches = evaluator.batches(self.seed, start)
-                casts = evaluator.backbone.cached_casts.in_place(evaluator.training.resolved_precision())
-                with interruptible(), quiet_lightning(), casts:
-                    trainer.fit(module, batches, evaluator.data.val_dataloader())
+                _fit(trainer, module, evaluator, best, self.seed)
                 if capture.state is not None:
                     kept = {name: tensor.cpu().clone() for name, tensor in attachment.kept.items()}
                     self.pause = replace(capture.state, kept=kept)
@@ -267,3 +265,13 @@ def reason_of_failure(attempt: Callable[[], None]) -> str | None:
         _logger.warning("A trial failed and the search goes on.", exc_info=True)
         return f"{type(error).__name__}: {first_line}"
     return None
+
+
+def _fit(
+    trainer: Trainer, module: FineTuning, evaluator: EvaluationContext, best: BestWeights, seed: int
+) -> None:
+    batches = evaluator.batches(seed, module.first_step)
+    precision = evaluator.training.resolved_precision()
+    lowered = evaluator.backbone.cached_casts.in_place(precision)
+    with interruptible(), quiet_lightning(), lowered:
+        trainer.fit(module, batches, evaluator.data.val_dataloader())

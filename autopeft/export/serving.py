@@ -109,7 +109,8 @@ def how_to_serve(target: str, manifest: Manifest, folder: str, configuration: Co
 
 def largest_rank(configuration: Configuration) -> int:
     """Return the largest rank of a configuration of LoRA alone."""
-    return max(adapter.whole_size for _, adapter in configuration)
+    rank: int = max(adapter.whole_size for _, adapter in configuration)
+    return rank
 
 
 def with_one_rank(

@@ -67,7 +67,8 @@ class SpeechRecognition(EncoderDecoderTask, AudioTask):
         """Return the recordings of one of the three splits, with their texts, limited as asked for."""
         if name not in self._read_splits:
             self._read_splits[name] = self._recordings(*self._drawn(name), tuple(self._targets(name)))
-        return self._read_splits[name]
+        found: Recordings = self._read_splits[name]
+        return found
 
     def _columns(self, name: SplitName) -> Sequence[Sequence[object]]:
         split = self.recordings(name)

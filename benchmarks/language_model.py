@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from autopeft.yaml_config import load_config
 from benchmarks.fresh_loss import LossJob, fresh_loss
 from benchmarks.machine import this_machine
-from benchmarks.resident import Resident, searched
+from benchmarks.resident import searched
 from benchmarks.uniform_lora import uniform
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,8 +39,6 @@ RANK = 8
 _PLACE = "query and value"
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-_WEIGHTS = 2.5
-"""Of the bound on the search's memory: sizes of the weights."""
 
 
 def trained(evaluator: Evaluator, configuration: Configuration, seed: int) -> tuple[float, float]:
@@ -96,35 +93,6 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
     return rows
 
 
-def memory_record(resident: Resident, weights: int, counted: float) -> dict[str, Any]:
-    """Return the bytes that the search held, and the bound on them; `counted` has the weights in it."""
-    return {
-        "peak_resident_bytes": resident.peak,
-        "bound_bytes": resident.libraries + _WEIGHTS * weights + counted - weights,
-        "library_bytes": resident.libraries,
-        "weight_bytes": weights,
-        "largest_counted_bytes": counted,
-        "peak_resident_bytes_by_section": resident.peaks,
-    }
-
-
-def in_words(memory: Mapping[str, Any]) -> str:
-    """Return a memory record as text."""
-
-    def gibibytes(name: str) -> str:
-        return f"{memory[name] / 2**30:.2f} GiB"
-
-    by_section = memory["peak_resident_bytes_by_section"]
-    peaks = sorted(by_section, key=lambda name: -by_section[name])
-    return (
-        f"Peak resident memory of the search: {gibibytes('peak_resident_bytes')}; "
-        f"bound: {gibibytes('bound_bytes')},\nthat is libraries {gibibytes('library_bytes')}, "
-        f"{_WEIGHTS} times the weights of {gibibytes('weight_bytes')}, and the largest counted peak of "
-        f"{gibibytes('largest_counted_bytes')} without them.\n"
-        f"By section in GiB: {', '.join(f'{name} {by_section[name] / 2**30:.2f}' for name in peaks)}."
-    )
-
-
 def main() -> None:
     """Search, compare, export; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -136,9 +104,6 @@ def main() -> None:
     search = load_config(arguments.config, own).search
     assert isinstance(search.task, CausalLM)
     front, opened = search.front(), search.open()
-    weights = sum(tensor.nbytes for tensor in opened.backbone.model.parameters())
-    completed = [record for record in front.records if record.evaluation.status == "complete"]
-    counted = max(record.evaluation.values["peak_memory"] for record in completed)
     points = exported(search, front, arguments.folder / "exports")
     untrained = opened.evaluator.test(Configuration({}, learning_rate=RATES[0]), {})["loss"]
     found = uniform_losses(opened.evaluator, opened.backbone)
@@ -161,16 +126,13 @@ def main() -> None:
     )
     Console(width=120).print(table)
     difference = max(abs(row["test_loss"] - row["test_loss_in_fresh_process"]) for row in points)
-    memory = None if resident is None else memory_record(resident, weights, counted)
-    if memory is not None:
-        print(in_words(memory))
     print(f"Largest difference of a test loss in a fresh process: {difference:.1e}.")
     record = {
         "command": f"python -m benchmarks.language_model --config {arguments.config}",
         "machine": this_machine(),
         "trials": len(front.records),
         "front": len(front),
-        "memory": memory,
+        "memory": None if resident is None else resident.record(),
         "untrained_test_loss": untrained,
         "uniform": found,
         "points": points,

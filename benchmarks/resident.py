@@ -1,9 +1,12 @@
 """A search in a process of its own, and the memory that it holds (Linux).
 
-    python -m benchmarks.resident CONFIG FOLDER
+    export MALLOC_MMAP_THRESHOLD_=262144 THP_MEM_ALLOC_ENABLE=1
+    python -m benchmarks.resident CONFIG FOLDER [SETTING ...]
 
-Kept in the folder is how much was resident when the libraries were imported, before anything was loaded, and
-the most that was in each section of `autopeft.core.profiling`. Pages of mapped files count too.
+Printed, and kept in the folder, is how much was resident when the libraries were imported, before anything
+was loaded, and the most that was in each section of `autopeft.core.profiling`, beside its bound. Pages of
+mapped files count too. Settings are those of `autopeft search`: for the backward pass of a search's largest
+training, one trial of LoRA everywhere will do, for an epoch, as the longest batch comes anywhere in it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +26,10 @@ from autopeft.core.profiling import Profile
 from autopeft.yaml_config import load_config
 from benchmarks.leak import resident_bytes
 
-ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
+ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "THP_MEM_ALLOC_ENABLE": "1"}
 """Settings of glibc and torch by which freed tensors leave the process; see `docs/how-it-works/memory.md`."""
 _RECORD = "resident.json"
+_WEIGHTS = 2.5  # sizes of the weights, in the bound
 _PROCESS = Path("/proc/self")
 _RESTART_PEAK = "5"  # proc(5), clear_refs
 
@@ -63,15 +68,47 @@ class MemoryProfile(Profile):
 
 @dataclass(frozen=True)
 class Resident:
-    """Resident memory of a search's process, in bytes."""
+    """Resident memory of a search's process, in bytes.
+
+    Attributes:
+        libraries: Held once they are imported.
+        weights: Of the backbone.
+        counted: The largest `peak_memory` of what was trained, also in part; it has the weights in it.
+        peaks: The most that was resident, by section.
+    """
 
     libraries: int
+    weights: int
+    counted: float
     peaks: dict[str, int]
 
-    @property
-    def peak(self) -> int:
-        """The most at any time."""
-        return max(self.peaks.values())
+    def record(self) -> dict[str, Any]:
+        """Return the peak, its bounds with and without what the libraries hold, and what they are made of."""
+        bound = (_WEIGHTS - 1) * self.weights + self.counted
+        return {
+            "peak_resident_bytes": max(self.peaks.values()),
+            "bound_bytes": self.libraries + bound,
+            "bound_without_libraries_bytes": bound,
+            "library_bytes": self.libraries,
+            "weight_bytes": self.weights,
+            "largest_counted_bytes": self.counted,
+            "peak_resident_bytes_by_section": self.peaks,
+        }
+
+    def __str__(self) -> str:
+        def gibibytes(size: float) -> str:
+            return f"{size / 2**30:.2f} GiB"
+
+        found = self.record()
+        sections = sorted(self.peaks, key=lambda name: -self.peaks[name])
+        return (
+            f"Peak resident memory of the search: {gibibytes(found['peak_resident_bytes'])}; bound: "
+            f"{gibibytes(found['bound_bytes'])},\nthat is libraries {gibibytes(self.libraries)}, {_WEIGHTS} "
+            f"times the weights of {gibibytes(self.weights)}, and the largest counted peak of "
+            f"{gibibytes(self.counted)} without them;\nwithout libraries "
+            f"{gibibytes(found['bound_without_libraries_bytes'])}.\n"
+            f"By section in GiB: {', '.join(f'{name} {self.peaks[name] / 2**30:.2f}' for name in sections)}."
+        )
 
 
 def searched(config: Path, folder: Path) -> Resident | None:
@@ -82,15 +119,22 @@ def searched(config: Path, folder: Path) -> Resident | None:
     return Resident(**json.loads(record.read_text())) if record.exists() else None
 
 
-def main(config: str, folder: str) -> None:
-    """Search, and write the record."""
+def main(config: str, folder: str, *settings: str) -> None:
+    """Search; print and write the record."""
     was_begun = Path(folder).exists()
-    loaded = load_config(config, [f"folder={folder}", "tracking=null"])
+    loaded = load_config(config, [f"folder={folder}", "tracking=null", *settings])
     libraries = resident_bytes()
     with MemoryProfile() as profile:
-        loaded.search.run(**loaded.run)
+        front = loaded.search.run(**loaded.run)
     if not was_begun:
-        resident = Resident(libraries, dict(profile.peaks))
+        weights = sum(tensor.nbytes for tensor in loaded.search.open().backbone.model.parameters())
+        counted = max(
+            record.evaluation.values.get("peak_memory", 0.0)
+            for record in front.records
+            if record.evaluation.status != "infeasible"
+        )
+        resident = Resident(libraries, weights, counted, dict(profile.peaks))
+        print(resident)
         Path(folder, _RECORD).write_text(json.dumps(asdict(resident)))
 
 

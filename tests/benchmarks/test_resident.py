@@ -6,7 +6,7 @@ import numpy as np
 
 from autopeft.core.profiling import section
 from benchmarks.leak import resident_bytes
-from benchmarks.resident import MemoryProfile
+from benchmarks.resident import MemoryProfile, Resident
 
 
 def test_peaks_are_those_of_their_section() -> None:
@@ -22,3 +22,12 @@ def test_peaks_are_those_of_their_section() -> None:
             pass
     assert profile.peaks["score"] > before + 1.9 * size  # the kernel counts pages in batches
     assert profile.peaks["evaluate"] < before + size
+
+
+def test_the_bound_leaves_out_the_weights_that_were_counted_already() -> None:
+    resident = Resident(libraries=10, weights=100, counted=180.0, peaks={"score": 300, "backward": 320})
+    found = resident.record()
+    assert found["peak_resident_bytes"] == 320
+    assert found["bound_without_libraries_bytes"] == 2.5 * 100 + 80
+    assert found["bound_bytes"] == 10 + 2.5 * 100 + 80
+    assert "backward 0.00, score 0.00" in str(resident)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
 """The operation of `torch.nn.functional.grouped_mm`, by which transformers' experts multiply."""
+_DEVICE: Any = torch.ops.prim.device.default  # two of three operations only ask where a fake tensor lies
 
 
 class StorageCounter(TorchDispatchMode):
@@ -67,6 +68,8 @@ class StorageCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and track what it made."""
+        if func is _DEVICE:
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors_in(result):
             self._track(tensor)
@@ -89,9 +92,7 @@ class _ShapesAlone(FakeTensorMode):
     number is 0.5: peft's LyCORIS layers compare one with the dropout of a whole module.
     """
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run the operation on shapes alone."""
         if func is GROUPED_PRODUCT.default and args[0].dtype != torch.bfloat16:
             first, second, *others = args
@@ -100,7 +101,7 @@ class _ShapesAlone(FakeTensorMode):
         if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
             with self:
                 return torch.tensor([0.5])
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+        return super().dispatch(func, types, args, kwargs or {})
 
 
 @contextmanager

@@ -174,7 +174,9 @@ class SiteMutator(Mutator):
         if not sites:
             return []
         chosen = generator.choice(sites)
-        shared = generator.choice((("place", "role"), ("role",), ("place",), ()))
+        place, role = generator.choice(((True, True), (False, True), (True, False), (False, False)))
         return [
-            site for site in sites if all(getattr(site, name) == getattr(chosen, name) for name in shared)
+            site
+            for site in sites
+            if (not role or site.role == chosen.role) and (not place or site.place == chosen.place)
         ]

@@ -90,7 +90,7 @@ class Configuration:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.learning_rate, self.weight_decay, self.allocation, *self.adapters.items()))
+        return hash(self._content)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ class Configuration:
         return ((site, adapter) for site, adapters in self.adapters.items() for adapter in adapters)
 
     def __len__(self) -> int:
-        return sum(len(several) for several in self.adapters.values())
+        return sum(map(len, self.adapters.values()))
 
     def replace(self, **changes: Any) -> Configuration:
         """Return a copy with `adapters`, `learning_rate`, `weight_decay` or `allocation` changed."""
@@ -292,7 +292,14 @@ def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:
 
 
 class _FrozenMap(dict[Site, tuple[Adapter, ...]]):
-    """A dict that refuses changes: a configuration's key must not go stale."""
+    """A dict in canonical order that refuses changes: a configuration's key must not go stale."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(self.items()))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("A Configuration is immutable; use Configuration.replace(adapters=...).")

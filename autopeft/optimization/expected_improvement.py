@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Self
+from functools import cache, cached_property, wraps
+from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import qmc
 
@@ -45,6 +46,21 @@ _RATE_UNIT = math.log(20)
 # of methods alone. Those without any had other rates of the families: they do not compare.
 _PRINCIPLE_WEIGHT, _METHOD_WEIGHT = 0.3, 0.1
 _COUNTED = ("trainable_parameters", "adapter_parameters")
+_Feature = TypeVar("_Feature")
+
+
+def _once(feature: Callable[[Any, Configuration], _Feature]) -> Callable[[Any, Configuration], _Feature]:
+    """Work a feature out once for all configurations that differ in their learning rates alone."""
+
+    @wraps(feature)
+    def worked_out(features: Features, configuration: Configuration) -> _Feature:
+        key = feature.__name__, configuration.adapters, configuration.allocation
+        if key not in features.known:
+            features.known[key] = feature(features, configuration)
+        found: _Feature = features.known[key]
+        return found
+
+    return worked_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +107,7 @@ class Features:
         adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
         return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
 
+    @_once
     def _of_both(self, configuration: Configuration) -> list[float]:
         count = max(self.count(configuration), self.parameters[0])
         return [log_place(count, *self.parameters), *self.shares(configuration)]
@@ -117,16 +134,12 @@ class Features:
             found.setdefault(method_spec(name).principle, []).append(name)
         return list(found.values())
 
+    @_once
     def count(self, configuration: Configuration) -> int:
-        """Return the number of trainable parameters of a configuration, counted once.
+        """Return the number of trainable parameters of a configuration.
 
         Where ranks are allocated in training, about that of what is left.
         """
-        if configuration not in self._counts:
-            self._counts[configuration] = round(self._expected_count(configuration))
-        return self._counts[configuration]
-
-    def _expected_count(self, configuration: Configuration) -> float:
         count = count_parameters(self.backbone, configuration)
         if configuration.allocation is None:
             return count
@@ -136,10 +149,11 @@ class Features:
             for site, adapter in configuration
             if adapter.method == allocation.method
         )
-        return count - (1 - allocation.kept) * allocated
+        return round(count - (1 - allocation.kept) * allocated)
 
     @cached_property
-    def _counts(self) -> dict[Configuration, int]:
+    def known(self) -> dict[tuple[object, ...], Any]:
+        """What was worked out before."""
         return {}
 
     def compute(self, configuration: Configuration, are_states_served: Callable[[int], bool]) -> float:
@@ -157,13 +171,14 @@ class Features:
         """Return the share of the blocks that lie below the lowest adapted one."""
         return self.backbone.blocks_below(configuration.lowest_block) / len(self.backbone.places)
 
+    @_once
     def placement(self, configuration: Configuration) -> list[float]:
         """Return a number for every site: 0 for no adapter, 0.5 for the smallest and 1 for the largest."""
         places = [0.0] * len(self.choices)
-        for site, adapter in configuration:
-            if site in self._columns:
-                column = self._columns[site]
-                places[column] = max(places[column], self.choices[site][adapter.method].place(adapter))
+        for site, several in configuration.adapters.items():
+            if (column := self._columns.get(site)) is not None:
+                choices = self.choices[site]
+                places[column] = max(choices[adapter.method].place(adapter) for adapter in several)
         return places
 
     @cached_property
@@ -261,16 +276,18 @@ class ExpectedImprovement:
     def __call__(self, candidates: Sequence[Configuration]) -> Array:
         """Return the expected gain of each candidate, a share of the unit cube."""
         reached = np.ones((len(candidates), len(self._cells)))
-        for axis, places in zip(self._history.axes, self._cells.T, strict=True):
+        axes = zip(self._history.axes, self._cells.T, strict=True)
+        # Costs first: of what they leave out, which is most, no probability is worked out.
+        for axis, places in sorted(axes, key=lambda pair: pair[0].objective.is_metric):
             mean, deviation = self._predicted(axis.objective, candidates)
             worst, best = _scaled(axis.objective, axis.worst), _scaled(axis.objective, axis.best)
             bounds = worst + (best - worst) * places
-            reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds)
+            reached *= _kept(axis.objective, mean[:, None], deviation[:, None], bounds, reached > 0)
         gain: Array = reached.sum(axis=1) / _CELLS
         for constraint in self._history.constraints:
             mean, deviation = self._predicted(constraint.objective, candidates)
             bound = np.array(_scaled(constraint.objective, constraint.bound))
-            gain *= _kept(constraint.objective, mean, deviation, bound)
+            gain *= _kept(constraint.objective, mean, deviation, bound, gain > 0)
         return gain
 
     def per_compute(self, candidates: Sequence[Configuration]) -> Array:
@@ -316,14 +333,17 @@ def _is_near(rate: float, other: float) -> bool:
     return abs(math.log(rate / other)) < math.log(_SAME_RATE_FACTOR)
 
 
-def _kept(objective: Objective, mean: Array, deviation: Array, bound: Array) -> Array:
-    """Return the probability of being at least as good as a bound."""
+def _kept(
+    objective: Objective, mean: Array, deviation: Array, bound: Array, asked: NDArray[np.bool_]
+) -> Array:
+    """Return the probability of being at least as good as a bound; 0 where it is not asked for."""
     better = mean - bound if objective.direction == "maximize" else bound - mean
     if not deviation.any():  # it is exact
         return (better >= 0).astype(np.float64)
     known = np.where(better >= 0, np.inf, -np.inf)
     standard = np.divide(better, deviation, out=known, where=deviation > 0)
-    probability: Array = ndtr(standard)
+    probability = np.zeros_like(standard)
+    probability[asked] = ndtr(standard[asked])
     return probability
 
 

@@ -87,9 +87,10 @@ class GaussianProcess:
             self._drawn = self._drawn._replace(noise=np.full_like(self._drawn.noise, _EXACT_NOISE))
         if not linear:
             self._drawn = self._drawn._replace(linear_weight=np.zeros_like(self._drawn.linear_weight))
-        covariance = self._covariance(inputs, inputs)
         share = np.ones(len(values)) if repeats is None else 1 / repeats
-        covariance += (self._drawn.noise[:, None, None] * share[:, None] + _JITTER) * np.eye(len(values))
+        covariance = self._own_covariance(inputs)
+        each = np.arange(len(values))
+        covariance[:, each, each] += self._drawn.noise[:, None] * share + _JITTER
         root = np.linalg.cholesky(covariance)
         white = _solved(root, np.broadcast_to(standard[:, None], (len(root), len(values), 1)))
         diagonal = np.diagonal(root, axis1=1, axis2=2)
@@ -103,11 +104,23 @@ class GaussianProcess:
 
     def _covariance(self, first: Inputs, second: Inputs) -> Array:
         """Return (draws, first, second) covariances."""
-        drawn, shape = self._drawn, (-1, len(first.features), len(second.features))
-        squares = (first.features[:, None] - second.features) ** 2
-        scaled = drawn.lengths**-2.0 @ squares.reshape(-1, squares.shape[-1]).T
+        pairs = np.indices((len(first.features), len(second.features))).reshape(2, -1)
+        return self._of_pairs(first, second, *pairs).reshape(-1, len(first.features), len(second.features))
+
+    def _own_covariance(self, inputs: Inputs) -> Array:
+        """Return (draws, inputs, inputs) covariances, zeros above the diagonal, where no factor looks."""
+        count = len(inputs.features)
+        rows, columns = np.tril_indices(count)
+        covariance = np.zeros((len(self._drawn.noise), count, count))
+        covariance[:, rows, columns] = self._of_pairs(inputs, inputs, rows, columns)
+        return covariance
+
+    def _of_pairs(self, first: Inputs, second: Inputs, rows: Indices, columns: Indices) -> Array:
+        """Return (draws, pairs) covariances of rows of the first with rows of the second."""
+        drawn = self._drawn
+        scaled = drawn.lengths**-2.0 @ ((first.features[rows] - second.features[columns]) ** 2).T
         scaled *= 5  # in place from here on: fresh memory for millions of numbers takes longer than they do
-        distance = np.sqrt(scaled, out=scaled).reshape(shape)
+        distance = np.sqrt(scaled, out=scaled)
         covariance: Array = np.negative(distance)
         np.exp(covariance, out=covariance)
         polynomial = distance / 3
@@ -116,17 +129,16 @@ class GaussianProcess:
         polynomial += 1
         covariance *= polynomial
         if first.placements.size:
-            apart = _squared_distances(first.placements, second.placements)
-            alike = -0.5 * drawn.placement_length[:, None, None] ** -2.0 * apart
+            apart = _squared_distances(first.placements, second.placements)[rows, columns]
+            alike = -0.5 * drawn.placement_length[:, None] ** -2.0 * apart
             np.exp(alike, out=alike)
             alike -= 1
-            alike *= drawn.placement_share[:, None, None]
+            alike *= drawn.placement_share[:, None]
             alike += 1
             covariance *= alike
         if drawn.linear_weight.any():
-            covariance += drawn.linear_weight[:, None, None] * (
-                (first.features - 0.5) @ (second.features - 0.5).T
-            )
+            products = (first.features - 0.5) @ (second.features - 0.5).T
+            covariance += drawn.linear_weight[:, None] * products[rows, columns]
         return covariance
 
     def predict(self, inputs: Inputs) -> tuple[Array, Array]:

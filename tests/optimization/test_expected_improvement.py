@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -218,6 +219,15 @@ def test_a_placement_tells_sites_and_sizes() -> None:
     assert FEATURES.placement(configuration) == pytest.approx(
         [{1: 1.0, 4: 0.75}.get(index, 0.0) for index in range(len(sites))]
     )
+
+
+def test_what_does_not_follow_from_the_learning_rate_is_worked_out_once() -> None:
+    candidates = [each.replace(learning_rate=rate) for each in drawn(8, 2) for rate in (1e-3, 2e-3, 3e-3)]
+    features, counter = replace(FEATURES), f"{expected_improvement.__name__}.count_parameters"
+    with patch(counter, side_effect=count_parameters) as counting:
+        for objective in (ACCURACY, MEMORY):
+            features.inputs(candidates, objective)
+    assert counting.call_count == 8
 
 
 def test_many_adapters_at_a_low_rate_count_as_one_at_a_high_rate() -> None:

@@ -191,6 +191,7 @@ def _of_adapter(folder: Path) -> Mapping[str, Reader]:
         **{"format_version": 1, "layout": "mixed", "base": "x", "base_fingerprint": "y"},
         "head": {**head, "dtype": "float32"},
         "sites": {str(site): of_site},
+        "blocks": {"": 1},
     }
     whole = {
         MANIFEST_FILE: json.dumps(manifest).encode(),

@@ -5,8 +5,8 @@
 
 Printed, and kept in the folder, is how much was resident when the libraries were imported, before anything
 was loaded, and the most that was in each section of `autopeft.core.profiling`, beside its bound. Pages of
-mapped files count too. Settings are those of `autopeft search`: for the backward pass of a search's largest
-training, one trial of LoRA everywhere will do, for an epoch, as the longest batch comes anywhere in it.
+mapped files count too. Settings are those of `autopeft search`. One trial of LoRA everywhere, with a batch of
+training rows, comes to the peak that was counted; in a few steps of many rows the longest may be missing.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def _imported(section: str, path: str) -> type[Any]:
             "directory."
         ) from error
     base = BASES[section]
-    own = {key: made for key, made in found.items() if isinstance(made, type) and issubclass(made, base)}
-    own.pop(base.__name__, None)
+    classes = {key: made for key, made in found.items() if isinstance(made, type) and made is not base}
+    own = {key: made for key, made in classes.items() if issubclass(made, base)}
     check_choice(f"{base.__name__} in {where}", sorted(own), name)
     return own[name]
 

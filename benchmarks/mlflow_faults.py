@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from threading import Timer
@@ -127,7 +127,8 @@ def a_server() -> tuple[str, list[int]]:
 
 def _send(how: signal.Signals, processes: Iterable[int]) -> None:
     for process in processes:
-        os.kill(process, how)
+        with suppress(ProcessLookupError):
+            os.kill(process, how)
 
 
 @cache

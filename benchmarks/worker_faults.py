@@ -3,11 +3,11 @@
     python -m benchmarks.worker_faults [--kills 50] [--signals 4] [--cuts 4] [--seed 0]
 
 A tiny random model is searched by two workers of one Ray, each time with another seed. In each of the first
-searches, one of the worker processes is hit at a random moment: by kill -9, then so many times by SIGTERM and
-by SIGINT, which Ctrl-C sends to all processes of a terminal. In each of the others, one worker is on a second
-node: in a network namespace that hangs on this machine by a pair of virtual interfaces, which lose every
-packet from a random moment on, for a random time. Ray takes a node for dead after about half a minute; one
-that ends of it is started again. Network namespaces take root, and Debian's iproute2.
+searches, one of the worker processes gets a signal at a random moment: `--kills` times SIGKILL, then
+`--signals` times each SIGTERM and SIGINT, which Ctrl-C sends. In each of the others, one worker is on a
+second node: in a network namespace that hangs on this machine by a pair of virtual interfaces, which lose
+every packet from a random moment on, for a random time. Ray takes a node for dead after about half a minute;
+one that ends of it is started again. Network namespaces take root, and Debian's iproute2.
 
 Every other search has single whole trainings, and is compared with the same by one worker, in this process.
 The others have rungs and replicates, of which the order in which trials finish decides who has them: they are
@@ -271,7 +271,7 @@ def main() -> None:
     """Disturb searches, write JSON after each kind of fault, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--signals", type=int, default=4, help="of SIGTERM, and of SIGINT")
+    parser.add_argument("--signals", type=int, default=4, help="SIGTERM, and SIGINT")
     parser.add_argument("--cuts", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -300,7 +300,7 @@ def main() -> None:
         for name, (how, times) in {
             "kill -9": (signal.SIGKILL, arguments.kills),
             "SIGTERM": (signal.SIGTERM, arguments.signals),
-            "Ctrl-C": (signal.SIGINT, arguments.signals),
+            "SIGINT": (signal.SIGINT, arguments.signals),
         }.items():
             if times:
                 fault = partial(end_a_worker, how, draw)

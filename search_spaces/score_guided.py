@@ -187,7 +187,9 @@ class ScoreGuided(SlotSpace):
             **numbers,
         )
         adapters = allocation.adapters(backbone, self.scores_of(score))
-        return {site: adapter for site, adapter in adapters.items() if adapter.whole_size >= choice.sizes[0]}
+        return {
+            site: adapter for site, adapter in adapters.items() if adapter.size_or_zero >= choice.sizes[0]
+        }
 
     def encode_adapters(self, configuration: Configuration, backbone: Backbone) -> dict[str, Any]:
         """Return the parameters of every site; see `SearchSpace.encode_adapters`."""

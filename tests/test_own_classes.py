@@ -66,6 +66,16 @@ def test_a_task_and_a_space_of_ones_own_have_an_import_path(mark: str, own_modul
     assert (type(found.space).__name__, found.space.sizes) == ("Narrow", {"rank": (1, 4)})
 
 
+def test_a_class_of_ones_own_may_have_the_name_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "from autopeft import tasks\nclass Task(tasks.TextClassification):\n    pass\n"
+    (tmp_path / "own_names.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = build_config(changed("task", {"type": "own_names:Task", "dataset": "data.csv"})).search
+    assert type(found.task).__module__ == "own_names"
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

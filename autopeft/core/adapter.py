@@ -154,7 +154,7 @@ class Adapter:
         object.__setattr__(self, "options", _canonical_options(specification, options or {}))
 
     @property
-    def whole_size(self) -> int:
+    def size_or_zero(self) -> int:
         """The size as a number: 0 of a method without one."""
         return self.size or 0
 

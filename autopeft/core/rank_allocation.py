@@ -33,7 +33,7 @@ def allocation_obstacle(name: str, adapters: Mapping[Site, tuple[Adapter, ...]])
     allocation = RANK_ALLOCATIONS[name]
     layers = {site: several for site, several in adapters.items() if site.kind in ("linear", "experts")}
     ranks = [
-        adapter.whole_size
+        adapter.size_or_zero
         for site, several in layers.items()
         for adapter in several
         if adapter.method == allocation.method and site.kind == "linear"

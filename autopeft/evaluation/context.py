@@ -266,7 +266,7 @@ class EvaluationContext:
     def batch_metrics(
         self, configuration: Configuration, split: SplitName, callbacks: Sequence[Callback] = ()
     ) -> dict[str, float]:
-        """Return the metrics of each batch of a split, of what is attached now, but those at the end."""
+        """Return a split's metrics by what is attached now, without those of `measured_at_end`."""
         module = self.module(configuration)
         module.eval()
         casts = self.backbone.cached_casts.in_place(self.training.resolved_precision())

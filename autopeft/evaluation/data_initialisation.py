@@ -71,7 +71,7 @@ def initialise_from_data(evaluator: EvaluationContext, attachment: Attachment, s
             seed=seed,
             precision=precision,
         )
-        rank = max(adapter.whole_size for adapter in adapters.values())
+        rank = max(adapter.size_or_zero for adapter in adapters.values())
         with (
             adapters_off(backbone.model, kept=backbone.head),
             undisturbed(backbone.model, seed),

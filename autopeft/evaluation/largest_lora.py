@@ -45,7 +45,7 @@ class LargestLora:
             site in whole
             and site.kind == "linear"  # fused experts have one update for each, which stay whole
             and (adapter.method, adapter.options) == (METHOD, whole[site][0].options)
-            and adapter.whole_size <= whole[site][0].whole_size
+            and adapter.size_or_zero <= whole[site][0].size_or_zero
             for site, adapter in configuration
         )
 
@@ -92,6 +92,6 @@ def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Confi
     for site, adapter in chain.from_iterable(points):
         if adapter.method == METHOD and site.kind == "linear":
             known = largest.get(site)
-            if known is None or adapter.whole_size > known.whole_size:
+            if known is None or adapter.size_or_zero > known.size_or_zero:
                 largest[site] = adapter
     return Configuration(largest, learning_rate=points[0].learning_rate) if largest else None

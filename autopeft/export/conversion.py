@@ -97,7 +97,7 @@ def plain_lora(
         else:
             (lora,) = several
             tensors |= {down: state[down], up: state[up] * lora_scaling(lora)}
-            adapters[site] = plain_adapter(lora.whole_size)
+            adapters[site] = plain_adapter(lora.size_or_zero)
     return PlainLora(
         configuration=configuration.replace(adapters=adapters, allocation=None),
         state=tensors,

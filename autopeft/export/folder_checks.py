@@ -84,7 +84,7 @@ def check_sizes(by_method: Mapping[str, Placement], sizes: Sizes) -> None:
         for site, (shape, adapter) in placement.items():
             prefix = f"{site}.{name}."
             found = sum(prod(size) for key, size in sizes.items() if key.startswith(prefix))
-            is_plausible = adapter.whole_size <= max(found, _PLAUSIBLE)
+            is_plausible = adapter.size_or_zero <= max(found, _PLAUSIBLE)
             if not is_plausible or METHODS[name].count(shape, adapter) > found:
                 raise ValueError(
                     f"{site} should carry {adapter}, but the folder has {found} numbers for it: fewer "

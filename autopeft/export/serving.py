@@ -109,7 +109,7 @@ def how_to_serve(target: str, manifest: Manifest, folder: str, configuration: Co
 
 def largest_rank(configuration: Configuration) -> int:
     """Return the largest rank of a configuration of LoRA alone."""
-    rank: int = max(adapter.whole_size for _, adapter in configuration)
+    rank: int = max(adapter.size_or_zero for _, adapter in configuration)
     return rank
 
 

@@ -52,8 +52,8 @@ class _BottleneckMethod(Method):
 
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return an adapter's module, on the CPU."""
-        down = nn.Linear(self.in_features(shape), adapter.whole_size)
-        up = nn.Linear(adapter.whole_size, shape.out_features)
+        down = nn.Linear(self.in_features(shape), adapter.size_or_zero)
+        up = nn.Linear(adapter.size_or_zero, shape.out_features)
         for parameter in (down.bias, up.weight, up.bias):
             nn.init.zeros_(parameter)
         scaling = float(adapter.option("scaling")) if "scaling" in adapter.specification.options else 1.0
@@ -66,7 +66,7 @@ class _BottleneckMethod(Method):
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return b·(d_in + d_out) weights and b + d_out biases."""
         width = self.in_features(shape) + shape.out_features
-        return adapter.whole_size * width + adapter.whole_size + shape.out_features
+        return adapter.size_or_zero * width + adapter.size_or_zero + shape.out_features
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook the adapters in; see `Method.attach`."""

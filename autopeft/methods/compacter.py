@@ -50,7 +50,7 @@ class Compacter(Series):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return d + b for each of both projections, and their b + d biases."""
-        return 3 * (shape.out_features + TERMS * adapter.whole_size)
+        return 3 * (shape.out_features + TERMS * adapter.size_or_zero)
 
     def count_shared(self, placement: Placement) -> int:
         """Return the numbers of the shared matrices."""
@@ -58,7 +58,7 @@ class Compacter(Series):
 
     def bottleneck(self, shape: SiteShape, adapter: Adapter) -> Bottleneck:
         """Return a bottleneck without the shared matrices."""
-        features, width = shape.out_features, TERMS * adapter.whole_size
+        features, width = shape.out_features, TERMS * adapter.size_or_zero
         down, up = KroneckerLinear(features, width), KroneckerLinear(width, features)
         nn.init.zeros_(up.outer)
         return Bottleneck(down, up, str(adapter.option("activation")))

@@ -33,7 +33,7 @@ class CorDA(OffsetLora):
         """Return A₀ and B₀; see `OffsetLora.factors`."""
         moment = statistic.double() / statistic.double().diagonal().mean()
         moment.diagonal().add_(_DAMPING)
-        left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.whole_size)
+        left, sigma, right = singular_vectors(layer.weight.double() @ moment, adapter.size_or_zero)
         right = torch.cholesky_solve(right.mT, torch.linalg.cholesky(moment)).mT
         root = (sigma / lora_scaling(adapter)).sqrt()
         return (root[:, None] * right).float(), (left * root).float()

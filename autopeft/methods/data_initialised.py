@@ -106,11 +106,11 @@ class OffsetLora(LoraFromData, LayerMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out)."""
-        return adapter.whole_size * (shape.in_features + shape.out_features)
+        return adapter.size_or_zero * (shape.in_features + shape.out_features)
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> UpdateSinceStart:
         """Return an update that begins as LoRA does."""
-        return UpdateSinceStart(shape, adapter.whole_size, lora_scaling(adapter))
+        return UpdateSinceStart(shape, adapter.size_or_zero, lora_scaling(adapter))
 
     @abstractmethod
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class OffsetLora(LoraFromData, LayerMethod):
 
     def as_lora(self, adapter: Adapter) -> Adapter:
         """Return a LoRA of twice the rank, with the same α."""
-        return Adapter("lora", 2 * adapter.whole_size, {"alpha": adapter.option("alpha")})
+        return Adapter("lora", 2 * adapter.size_or_zero, {"alpha": adapter.option("alpha")})
 
     def lora_factors(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Stack the factors of both products; α/√(2r) is smaller than α/√r by √2."""

@@ -100,12 +100,12 @@ class Ladder(Method):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return w·d + w² weights, 2·w biases and a gate."""
-        return adapter.whole_size * (shape.in_features + adapter.whole_size + 2) + 1
+        return adapter.size_or_zero * (shape.in_features + adapter.size_or_zero + 2) + 1
 
     def count_shared(self, placement: Placement) -> int:
         """Return w·d + d a stack, of its widest rung."""
         return sum(
-            (1 + max(adapter.whole_size for _, adapter in rungs.values()))
+            (1 + max(adapter.size_or_zero for _, adapter in rungs.values()))
             * next(iter(rungs.values()))[0].in_features
             for rungs in _stacks(placement).values()
         )
@@ -119,7 +119,7 @@ class Ladder(Method):
             host = model.get_submodule(shape.module.rpartition(".")[0].rpartition(".")[0])
             ladder = SideNetwork(
                 {
-                    str(site.block): Rung(shape.in_features, adapter.whole_size)
+                    str(site.block): Rung(shape.in_features, adapter.size_or_zero)
                     for site, (shape, adapter) in rungs.items()
                 },
                 shape.in_features,

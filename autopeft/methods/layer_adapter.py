@@ -101,7 +101,7 @@ def weight_of(layer: nn.Module, shape: SiteShape) -> Tensor:
 def beyond_full_rank(shape: SiteShape, adapter: Adapter) -> str | None:
     """Say what is against a rank that a weight does not have, or return None."""
     most = min(shape.in_features, shape.out_features)
-    return f"its weight has {most:,} singular values" if adapter.whole_size > most else None
+    return f"its weight has {most:,} singular values" if adapter.size_or_zero > most else None
 
 
 @torch.no_grad()

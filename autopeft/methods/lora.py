@@ -27,7 +27,7 @@ class Lora(PeftMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out), of every expert."""
-        return adapter.whole_size * (shape.in_features + shape.out_features) * shape.experts
+        return adapter.size_or_zero * (shape.in_features + shape.out_features) * shape.experts
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it."""
@@ -70,5 +70,7 @@ def lora_tensors(site: Site) -> tuple[str, str]:
 
 def lora_scaling(adapter: Adapter) -> float:
     """Return the factor of a low-rank update: α/√r as in rsLoRA, or α/r where the option says so."""
-    divisor = adapter.whole_size if ("rslora", False) in adapter.options else math.sqrt(adapter.whole_size)
+    divisor = (
+        adapter.size_or_zero if ("rslora", False) in adapter.options else math.sqrt(adapter.size_or_zero)
+    )
     return float(adapter.option("alpha")) / divisor

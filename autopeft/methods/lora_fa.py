@@ -21,7 +21,7 @@ class LoraFA(Lora):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·d_out."""
-        return adapter.whole_size * shape.out_features
+        return adapter.size_or_zero * shape.out_features
 
     def inject(self, model: nn.Module, placement: Placement) -> Trainable:
         """Put LoRA in and freeze A; see `PeftMethod.inject`."""

@@ -23,12 +23,12 @@ class LoraGA(OffsetLora):
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many singular vectors."""
         most = min(shape.in_features, shape.out_features)
-        if 2 * adapter.whole_size <= most:
+        if 2 * adapter.size_or_zero <= most:
             return None
         return f"its gradient has {most:,} singular vectors, and each rank takes two"
 
     def factors(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> tuple[Tensor, Tensor]:
         """Return A₀ and B₀; see `OffsetLora.factors`."""
-        left, _, right = singular_vectors(statistic, 2 * adapter.whole_size)
+        left, _, right = singular_vectors(statistic, 2 * adapter.size_or_zero)
         scale = len(statistic) ** 0.25 / 4
-        return scale * right[: adapter.whole_size], scale * left[:, adapter.whole_size :]
+        return scale * right[: adapter.size_or_zero], scale * left[:, adapter.size_or_zero :]

@@ -50,13 +50,13 @@ class LoraSparse(ChosenNumbers, LayerMethod):
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out) and the number of sparse entries."""
         entries = _entries(shape.in_features * shape.out_features, adapter)
-        return adapter.whole_size * (shape.in_features + shape.out_features) + entries
+        return adapter.size_or_zero * (shape.in_features + shape.out_features) + entries
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> LowRankAndSparse:
         """Return both updates."""
         entries = _entries(shape.in_features * shape.out_features, adapter)
         sparse = SparseUpdate(layer, shape, entries, str(adapter.option("choice")))
-        return LowRankAndSparse(shape, adapter.whole_size, lora_scaling(adapter), sparse)
+        return LowRankAndSparse(shape, adapter.size_or_zero, lora_scaling(adapter), sparse)
 
 
 def _entries(numbers: int, adapter: Adapter) -> int:

@@ -52,8 +52,8 @@ class LoraXS(LayerMethod):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r²."""
-        return adapter.whole_size**2
+        return adapter.size_or_zero**2
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> BetweenSingularVectors:
         """Return an update between a weight's singular vectors."""
-        return BetweenSingularVectors(weight_of(layer, shape), adapter.whole_size)
+        return BetweenSingularVectors(weight_of(layer, shape), adapter.size_or_zero)

@@ -89,11 +89,11 @@ class LoReFT(Method):
         if not shape.block_module:
             return "its block has no attention, and may not return a vector a token"
         width = shape.out_features
-        return f"its hidden state has {width:,} features" if adapter.whole_size > width else None
+        return f"its hidden state has {width:,} features" if adapter.size_or_zero > width else None
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·d for R, and r·d + r for W and b."""
-        return 2 * adapter.whole_size * shape.out_features + adapter.whole_size
+        return 2 * adapter.size_or_zero * shape.out_features + adapter.size_or_zero
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Hook interventions to blocks, and to the model what remembers its masks; see `Method.attach`."""
@@ -114,7 +114,7 @@ class LoReFT(Method):
             block = model.get_submodule(shape.block_module)
             positions = int(adapter.option("positions"))
             intervention = Intervention(
-                shape.out_features, adapter.whole_size, positions, arguments, _mask_of(model, site)
+                shape.out_features, adapter.size_or_zero, positions, arguments, _mask_of(model, site)
             )
             hang(block, "autopeft_loreft", intervention, undo)
             undo.callback(block.register_forward_hook(intervention).remove)

@@ -94,7 +94,7 @@ class PrefixTuning(Method):
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return a key and a value a prefix position."""
-        return 2 * adapter.whole_size * shape.key_value_features
+        return 2 * adapter.size_or_zero * shape.key_value_features
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Put prefixes on attention modules and route attention past them; see `Method.attach`."""
@@ -107,7 +107,7 @@ class PrefixTuning(Method):
             stack.set_attn_implementation(_IMPLEMENTATION)
         for site, (shape, adapter) in placement.items():
             prefix = Prefix(
-                adapter.whole_size, shape.key_value_features, float(adapter.option("initial_std"))
+                adapter.size_or_zero, shape.key_value_features, float(adapter.option("initial_std"))
             )
             hang(model.get_submodule(shape.attention_module), _CHILD, prefix, undo)
             parameters[site] = dict(prefix.named_parameters())

@@ -47,18 +47,18 @@ class SDT(Method):
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many channels."""
         channels = shape.in_features
-        return f"its state space has {channels:,} channels" if adapter.whole_size > channels else None
+        return f"its state space has {channels:,} channels" if adapter.size_or_zero > channels else None
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of parameters of the channels."""
-        return adapter.whole_size * shape.parameters // shape.in_features
+        return adapter.size_or_zero * shape.parameters // shape.in_features
 
     def attach(self, model: nn.Module, placement: Placement, undo: ExitStack) -> Trainable:
         """Parametrize A and D; see `Method.attach`."""
         tensors: Trainable = {}
         for site, (shape, adapter) in placement.items():
             mixer = model.get_submodule(shape.module)
-            size = adapter.whole_size
+            size = adapter.size_or_zero
             channels = torch.arange(size, dtype=torch.int32) * shape.in_features // size
             channels = channels.to(mixer.get_parameter("A_log").device)
             own = {"channels": channels}

@@ -105,17 +105,17 @@ class Sparse(ChosenNumbers, LayerMethod):
 
     def initial_values(self, adapter: Adapter, statistic: Tensor, layer: HasWeight) -> dict[str, Tensor]:
         """Return which numbers are trained; see `DataInitialised.initial_values`."""
-        return {"indices": places_of_largest(statistic.abs(), adapter.whole_size)}
+        return {"indices": places_of_largest(statistic.abs(), adapter.size_or_zero)}
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
         """Return what is against it: there are not so many numbers."""
         numbers = shape.in_features * shape.out_features
-        return f"its weight has {numbers:,} numbers" if adapter.whole_size > numbers else None
+        return f"its weight has {numbers:,} numbers" if adapter.size_or_zero > numbers else None
 
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return the number of entries."""
-        return adapter.whole_size
+        return adapter.size_or_zero
 
     def module(self, layer: nn.Module, shape: SiteShape, adapter: Adapter) -> SparseUpdate:
         """Return an update of the chosen numbers."""
-        return SparseUpdate(layer, shape, adapter.whole_size, str(adapter.option("choice")))
+        return SparseUpdate(layer, shape, adapter.size_or_zero, str(adapter.option("choice")))

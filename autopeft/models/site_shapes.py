@@ -26,8 +26,8 @@ class SiteShape:
     in_features: int  # width of the input; of a state space the number of channels (in Mamba-2 of heads)
     out_features: int  # width of the output; of a state space the numbers that a channel's A has
     # Number of parameters of the module itself (of sublayers the projection's, of state spaces A's and D's).
-    parameters: int = 0
-    bias: int = 0  # number of bias parameters of the module, 0 without one
+    parameters: int
+    bias: int  # number of bias parameters of the module, 0 without one
     transposed: bool = False  # whether the weight is stored as (input, output), as in GPT-2's Conv1D
     key_value_features: int = 0  # attention only: width of one token's keys over all key heads
     attention_module: str = ""  # attention only: qualified name of the module that computes attention
@@ -85,6 +85,8 @@ def whole_blocks(blocks: Iterable[BlockModules]) -> Iterator[SiteShape]:
                 input_module=block.name,
                 in_features=block.width,
                 out_features=block.width,
+                parameters=0,
+                bias=0,
             )
 
 
@@ -147,6 +149,7 @@ def _experts_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
         in_features=in_features,
         out_features=out_features,
         parameters=experts * in_features * out_features,
+        bias=0,
         parameter=parameter,
         experts=experts,
     )
@@ -165,5 +168,6 @@ def _state_space_shape(model: nn.Module, site: Site, name: str) -> SiteShape:
         in_features=len(rates),
         out_features=rates.numel() // len(rates),
         parameters=rates.numel() + skips.numel(),
+        bias=0,
         output_matrix_module=f"{name}.{source}" if source else "",
     )

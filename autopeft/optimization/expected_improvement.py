@@ -50,7 +50,7 @@ _Feature = TypeVar("_Feature")
 
 
 def _once(feature: Callable[[Any, Configuration], _Feature]) -> Callable[[Any, Configuration], _Feature]:
-    """Work a feature out once for all configurations that differ in their learning rates alone."""
+    """Work a feature out once for all configurations of the same adapters, whatever their rates."""
 
     @wraps(feature)
     def worked_out(features: Features, configuration: Configuration) -> _Feature:
@@ -336,7 +336,10 @@ def _is_near(rate: float, other: float) -> bool:
 def _kept(
     objective: Objective, mean: Array, deviation: Array, bound: Array, asked: NDArray[np.bool_]
 ) -> Array:
-    """Return the probability of being at least as good as a bound; 0 where it is not asked for."""
+    """Return the probability of being at least as good as a bound.
+
+    Of what is not exact, it is worked out where `asked`, and 0 elsewhere.
+    """
     better = mean - bound if objective.direction == "maximize" else bound - mean
     if not deviation.any():  # it is exact
         return (better >= 0).astype(np.float64)

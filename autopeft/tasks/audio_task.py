@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 class AudioTask(DatasetTask):
     """A task whose rows are recordings.
 
-    The attributes of `DatasetTask`, and:
+    The attributes and errors of `DatasetTask`, and:
 
     Attributes:
         audio: The column with the recording: of the type `datasets.Audio`, names of files (from the data

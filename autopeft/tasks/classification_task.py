@@ -45,7 +45,7 @@ class ClassificationTask(LabelledTask):
 
     Metrics: accuracy; F1, the mean over classes (macro); Matthews correlation.
 
-    The attributes of `LabelledTask`, and:
+    The attributes and errors of `LabelledTask`, and:
 
     Attributes:
         label: The column with the class, as text or number. Rows with the label -1 (GLUE's way to

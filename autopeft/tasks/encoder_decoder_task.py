@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class EncoderDecoderTask(LanguageTask):
     """A task whose model has an encoder, and a decoder that writes a text.
 
-    The attributes of `LanguageTask`, and:
+    The attributes and errors of `LanguageTask`, and:
 
     Attributes:
         target: The column with the text that is written. Rows without one are left out.
@@ -36,10 +36,10 @@ class EncoderDecoderTask(LanguageTask):
     target: str = "target"
 
     def _usable(self, split: Dataset, name: str) -> Sequence[int]:
+        if name != "test":
+            check_columns(split, name, self.target)
         if self.target in split.column_names:
             check_text(split, name, self.target)
-        elif name != "test":
-            check_columns(split, name, self.target)
         return labelled_rows(split, name, (self.target,), (None, ""))
 
     def _targets(self, name: SplitName) -> list[str]:

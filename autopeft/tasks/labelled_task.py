@@ -21,7 +21,7 @@ from autopeft.tasks.splits import stratified_sample, stratified_split
 class LabelledTask(DatasetTask):
     """A task whose rows have a label.
 
-    The attributes of `DatasetTask`, and:
+    The attributes and errors of `DatasetTask`, and:
 
     Attributes:
         label: The column with the label, or several.

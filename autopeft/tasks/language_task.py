@@ -63,7 +63,7 @@ class LanguageTask(GroupedTask):
 
     Metrics: loss, the mean cross entropy a token in nats; perplexity; and those of `generate`.
 
-    The attributes of `DatasetTask` (rows with the same prompt stay in one split), and:
+    The attributes and errors of `DatasetTask` (rows with the same prompt stay in one split), and:
 
     Attributes:
         max_length: Tokens of a row at most, or of its prompt; longer ones are cut at their end.

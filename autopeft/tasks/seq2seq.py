@@ -39,7 +39,7 @@ class _PairData(RowData):
 class Seq2Seq(EncoderDecoderTask):
     """Fine-tune an encoder-decoder to write one text for another: translations, summaries, corrections.
 
-    Metrics are those of `LanguageTask`. The attributes and errors of it, and:
+    Metrics are those of `LanguageTask`. Its attributes and errors, and:
 
     Attributes:
         source: The column with the text that is read.

@@ -42,7 +42,7 @@ class LabelledTexts:
 class TextTask(LabelledTask):
     """A task whose rows are a text, or a pair of texts, with a label.
 
-    The attributes of `LabelledTask`, and:
+    The attributes and errors of `LabelledTask`, and:
 
     Attributes:
         text: The column with the text, or the two of a pair. Rows without any text are left out.

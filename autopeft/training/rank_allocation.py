@@ -23,7 +23,7 @@ def allocation_callbacks(configuration: Configuration, steps: int) -> list[Callb
     if configuration.allocation is None:
         return []
     method = RANK_ALLOCATIONS[configuration.allocation].method
-    ranks = [adapter.whole_size for _, adapter in configuration if adapter.method == method]
+    ranks = [adapter.size_or_zero for _, adapter in configuration if adapter.method == method]
     return [_MAKERS[configuration.allocation](ranks, steps)]
 
 

@@ -2,6 +2,7 @@
 
 This is the one module that uses torch's fake tensors and dispatch modes. Both are documented, but live in
 modules with a leading underscore: no public name gives the shapes and lifetimes of a step without running it.
+Of `FakeTensorMode` it extends `dispatch`, and of a fake tensor it reads `fake_device`.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ PROBED_SHAPE = SiteShape(
     input_module="layer",
     in_features=_WIDTH,
     out_features=_WIDTH,
+    parameters=0,
     bias=_WIDTH,
 )
 """The layer that is asked about."""

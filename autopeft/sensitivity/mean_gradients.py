@@ -13,12 +13,15 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
 
+from autopeft.core.atomic_files import naming_file
 from autopeft.sensitivity.layer_gradients import LayerGradient
 from autopeft.sensitivity.scored_matrices import MatrixSite, groups_within
 
@@ -73,7 +76,8 @@ class MeanGradients:
         if not in_file and _fit_on_device(sites):
             self._on_device = torch.zeros(ends[-1], device=sites[0].stored.device)
         else:
-            file.truncate(_BYTES * ends[-1])  # reads as zeros
+            with _naming_folder():
+                file.truncate(_BYTES * ends[-1])  # reads as zeros
 
     def add(self, layer: LayerGradient) -> None:
         """Add the gradient of one layer on one batch; nothing where its site is not among the sites."""
@@ -82,8 +86,9 @@ class MeanGradients:
             total = self._total(place)
             total += layer.gradient.reshape(-1).to(total.device)
             if self._on_device is None:
-                self._file.seek(_BYTES * place.start)
-                self._file.write(total.numpy().data)
+                with _naming_folder():
+                    self._file.seek(_BYTES * place.start)
+                    self._file.write(total.numpy().data)
 
     def mean(self, matrix: MatrixSite) -> Tensor:
         """Return Ḡ of a site, (out, in) in single precision, on the weight's device; 0 without gradients."""
@@ -95,14 +100,20 @@ class MeanGradients:
         if self._on_device is not None:
             return self._on_device[place]
         total = torch.empty(place.stop - place.start)
-        self._file.seek(_BYTES * place.start)
-        self._file.readinto(total.numpy().data)  # type: ignore[attr-defined]
+        with _naming_folder():  # it may still have to be written
+            self._file.seek(_BYTES * place.start)
+            self._file.readinto(total.numpy().data)  # type: ignore[attr-defined]
         return total
 
     def means(self) -> Iterator[tuple[MatrixSite, Tensor]]:
         """Yield every site with its Ḡ, one after another."""
         for matrix in self._sites:
             yield matrix, self.mean(matrix)
+
+
+def _naming_folder() -> AbstractContextManager[None]:
+    """Have errors name the folder of temporary files, which themselves have no name."""
+    return naming_file(Path(tempfile.gettempdir()))
 
 
 def bytes_of(sites: Sequence[MatrixSite]) -> int:

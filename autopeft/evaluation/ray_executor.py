@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -90,6 +91,10 @@ class _Worker:
     def __init__(self, folder: str, shared: Sequence[Any], threads: int) -> None:
         import ray
 
+        # Ray's handlers raise in the training, which would be the trial's failure: a worker that is told to
+        # end has to be gone.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         os.chdir(folder)  # paths of data, models and trials may be relative
         torch.set_num_threads(threads)
         self._node = ray.get_runtime_context().get_node_id()

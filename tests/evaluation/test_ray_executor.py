@@ -277,8 +277,9 @@ def test_rungs_and_replicates_go_to_any_worker(
     assert "fresh process" in point.export(tmp_path / "adapter").checked
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_search_whose_workers_are_killed_loses_nothing(
-    tmp_path: Path, minilm_folder: Path, questions_csv: Path
+    how: signal.Signals, tmp_path: Path, minilm_folder: Path, questions_csv: Path
 ) -> None:
     from benchmarks.worker_faults import is_worker  # it imports Ray
 
@@ -289,7 +290,7 @@ def test_a_search_whose_workers_are_killed_loses_nothing(
         finished.append(record.number)
         if len(finished) in (1, 4):  # the trial that lost its worker is done by the second time
             killed.append(next(filter(is_worker, processes_below(os.getpid()))))
-            os.kill(killed[-1], signal.SIGKILL)
+            os.kill(killed[-1], how)
 
     run = search(tmp_path, minilm_folder, questions_csv, RayExecutor(workers=2))
     front = run.run(trials=6, progress=False, callbacks=[kill_one])

@@ -86,6 +86,8 @@ def _of_search(folder: Path) -> EarlierFront:
 def _of_adapters(folder: Path, exported: Sequence[Path]) -> EarlierFront:
     bases = [(manifest.blocks, manifest.hidden_size) for manifest in map(Manifest.load, exported)]
     depths, hidden_size = bases[0]
+    if not depths:
+        raise ValueError(f"{folder} does not say how many blocks its base has: export it again.")
     if any(base != bases[0] for base in bases):
         raise ValueError(
             f"The adapters in {folder} are of bases of unlike depth or width: name each by itself."

@@ -55,9 +55,9 @@ def _once(feature: Callable[[Any, Configuration], _Feature]) -> Callable[[Any, C
     @wraps(feature)
     def worked_out(features: Features, configuration: Configuration) -> _Feature:
         key = feature.__name__, configuration.adapters, configuration.allocation
-        if key not in features.known:
-            features.known[key] = feature(features, configuration)
-        found: _Feature = features.known[key]
+        if key not in features._known:
+            features._known[key] = feature(features, configuration)
+        found: _Feature = features._known[key]
         return found
 
     return worked_out
@@ -152,7 +152,7 @@ class Features:
         return round(count - (1 - allocation.kept) * allocated)
 
     @cached_property
-    def known(self) -> dict[tuple[object, ...], Any]:
+    def _known(self) -> dict[tuple[object, ...], Any]:
         """What was worked out before."""
         return {}
 

@@ -128,7 +128,13 @@ def test_exported_adapters_are_a_front(tmp_path: Path) -> None:
     assert single.members[0].configuration == points[1]
     manifest = folder / "point-0" / "autopeft.json"
     kept = json.loads(manifest.read_text())
-    assert kept["blocks"] == {"": 2}
+    assert kept.pop("blocks") == {"": 2}
+    manifest.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=r"(?s)is damaged: .*blocks.* Export it again"):
+        earlier_fronts([folder], tmp_path)
+    manifest.write_text(json.dumps(kept | {"blocks": {}}))
+    with pytest.raises(ValueError, match="does not say how many blocks its base has"):
+        earlier_fronts([folder], tmp_path)
     manifest.write_text(json.dumps(kept | {"blocks": {"": 3}}))
     with pytest.raises(ValueError, match="of bases of unlike depth"):
         earlier_fronts([folder], tmp_path)

@@ -35,8 +35,7 @@ class MethodSpec:
     name: str  # the name in configurations, as in "lora"
     symbol: str  # one or two letters for the compact picture
     kinds: frozenset[Kind]  # the kinds of site it can sit on
-    # What it does to the model. Methods with the same principle start with similar predictions.
-    principle: Principle = "other"
+    principle: Principle = "other"  # what it does to the model
     # What its size means ("rank", "bottleneck width", ...); None for a method without one.
     size_name: str | None = None
     # The (smallest, largest) size that a space offers where nobody says others.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
@@ -16,7 +15,7 @@ from scipy.stats import qmc
 
 from autopeft.core.adapter import Site
 from autopeft.core.configuration import Configuration
-from autopeft.core.method_specs import METHOD_SPECS, method_spec
+from autopeft.core.method_specs import METHOD_SPECS
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import non_dominated
 from autopeft.core.rank_allocation import RANK_ALLOCATIONS
@@ -39,12 +38,6 @@ _SAME_RATE_FACTOR = 1.2
 # Of summed learning rates: as far apart as the ends of another feature. Chosen on MiniLM alone (questions,
 # spam).
 _RATE_UNIT = math.log(20)
-# Of the shares of principles and of methods, beside 1 of other features: trials are few and methods many, so
-# that size and rate have to be learned first. Chosen on MiniLM alone (questions, `benchmarks/families.py`):
-# random trials are predicted best without these shares (rank correlation 0.413 against 0.396 from 32), but
-# two searches of 24 trials reached a hypervolume of 0.380 and 0.368 with them, of 0.300 and 0.225 with those
-# of methods alone. Those without any had other rates of the families: they do not compare.
-_PRINCIPLE_WEIGHT, _METHOD_WEIGHT = 0.3, 0.1
 _COUNTED = ("trainable_parameters", "adapter_parameters")
 _Feature = TypeVar("_Feature")
 
@@ -67,11 +60,11 @@ def _once(feature: Callable[[Any, Configuration], _Feature]) -> Callable[[Any, C
 class Features:
     """The numbers that say most about what a configuration costs and reaches.
 
-    Of both: the number of parameters on a log scale, and the shares of principles and methods. Of what it
-    costs: the share of the blocks below the lowest adapted one, and of the sites that carry an adapter. Of
-    what it reaches: the summed learning rate on a log scale, how its ranks are allocated, and its placement,
-    one number a site. All lie in [0, 1] but the summed rate, 1 for one adapter at the highest rate. See
-    `benchmarks/surrogate.py`.
+    Of both: the number of parameters on a log scale. Of what it costs: the share of the blocks below the
+    lowest adapted one, of the sites that carry an adapter, and of each method. Of what it reaches: the summed
+    learning rate on a log scale, how its ranks are allocated, and its placement, one number a site; models
+    of few trials that are told the methods predict less (`benchmarks/families.py`). All lie in [0, 1] but
+    the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
     """
 
     backbone: Backbone  # counts blocks and parameters
@@ -100,39 +93,22 @@ class Features:
         """Return the features that say what a configuration reaches, its placement apart."""
         summed = 1 + math.log(summed_learning_rate(configuration) / self.highest_rate) / _RATE_UNIT
         allocated = [float(configuration.allocation == name) for name in self.allocations]
-        return [summed, *self._of_both(configuration), *allocated]
+        return [summed, self._size(configuration), *allocated]
 
     def of_cost(self, configuration: Configuration) -> list[float]:
-        """Return the features that say what a configuration costs."""
+        """Return the features that say what a configuration costs; the first method's share follows."""
         adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
-        return [self.frozen_share(configuration), adapted, *self._of_both(configuration)]
+        shares = self._method_shares(configuration)
+        return [self.frozen_share(configuration), adapted, self._size(configuration), *shares]
 
     @_once
-    def _of_both(self, configuration: Configuration) -> list[float]:
-        count = max(self.count(configuration), self.parameters[0])
-        return [log_place(count, *self.parameters), *self.shares(configuration)]
+    def _size(self, configuration: Configuration) -> float:
+        return log_place(max(self.count(configuration), self.parameters[0]), *self.parameters)
 
-    def shares(self, configuration: Configuration) -> list[float]:
-        """Return the share of each principle and of each method, weighted; first ones follow from the others.
-
-        Methods count for less, so that those of one principle are nearer to each other than to the rest.
-        """
-        methods = Counter(adapter.method for _, adapter in configuration)
-        total = max(1, len(configuration))
-        shares = []
-        for place, members in enumerate(self._principles):
-            if place:
-                shares.append(_PRINCIPLE_WEIGHT * sum(methods[name] for name in members) / total)
-            shares += [_METHOD_WEIGHT * methods[name] / total for name in members[1:]]
-        return shares
-
-    @cached_property
-    def _principles(self) -> list[list[str]]:
-        """The methods of each principle."""
-        found: dict[str, list[str]] = {}
-        for name in self.methods:
-            found.setdefault(method_spec(name).principle, []).append(name)
-        return list(found.values())
+    @_once
+    def _method_shares(self, configuration: Configuration) -> list[float]:
+        methods = [adapter.method for _, adapter in configuration]
+        return [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
 
     @_once
     def count(self, configuration: Configuration) -> int:

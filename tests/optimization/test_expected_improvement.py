@@ -312,25 +312,17 @@ def test_a_learning_rate_next_to_a_tried_one_counts_as_tried() -> None:
     assert gain.best([*near, Configuration(adapters, learning_rate=tried.learning_rate)]) == 2
 
 
-def test_methods_of_one_principle_are_nearer_than_others() -> None:
-    space = PerLayer(methods=("lora", "dora", "vera", "series", "compacter"), learning_rate=1e-3)
+def test_methods_are_told_apart_by_models_of_costs_alone() -> None:
+    space = PerLayer(methods=("lora", "dora", "series"), learning_rate=1e-3)
     features = Features.of(space, BACKBONE)
 
-    def shares(*methods: str) -> np.ndarray:
-        adapters = {
-            Site(block, "ffn" if name in ("series", "compacter") else "query"): name
-            for block, name in enumerate(methods)
-        }
-        return np.array(
-            features.shares(Configuration({site: Adapter(name, 16) for site, name in adapters.items()}))
+    def having(*methods: str) -> Configuration:
+        roles = {"series": "ffn"}
+        return Configuration(
+            {Site(block, roles.get(name, "query")): Adapter(name, 16) for block, name in enumerate(methods)}
         )
 
-    def apart(first: np.ndarray, second: np.ndarray) -> float:
-        return float(((first - second) ** 2).sum())
-
-    lora, dora, vera, series, compacter = (
-        shares(name) for name in ("lora", "dora", "vera", "series", "compacter")
-    )
-    assert 0 < apart(lora, dora) < 0.2 * min(apart(lora, vera), apart(dora, series), apart(lora, series))
-    assert 0 < apart(series, compacter) < 0.2 * apart(vera, series)
-    np.testing.assert_allclose(shares("lora", "series"), (lora + series) / 2)
+    shares = [features.of_cost(having(*names))[3:] for names in (("lora",), ("dora",), ("lora", "series"))]
+    assert shares == [[0, 0], [1, 0], [0, 0.5]]
+    sizes = [features.of_metric(having(name)) for name in ("lora", "dora")]
+    assert len(sizes[0]) == len(sizes[1]) == 2 + len(space.allocations)

@@ -20,6 +20,7 @@ from autopeft.optimization.study_store import SETTINGS_FILE, STUDY_FILE, load_st
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import SHOWN_POINTS, ParetoFront
 from autopeft.reporting.terminal_questions import asked, column_question
+from autopeft.reporting.versions import print_versions
 
 if TYPE_CHECKING:
     from autopeft.search import Search
@@ -28,7 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Find the PEFT configurations that trade accuracy, parameters and memory best.",
 )
 _NOT_FOR_EXPORT = ("sampler", "executor")  # they choose and train trials; an adapter does without
 _INTERRUPTED = 130  # what a shell makes of Ctrl-C: a command after && is not run
@@ -43,6 +43,15 @@ Best = Annotated[
 ]
 Knee = Annotated[bool, typer.Option("--knee", help="Take the knee point.")]
 Retrain = Annotated[bool, typer.Option("--retrain", help="Train the configuration again first.")]
+
+
+@app.callback(help="Find the PEFT configurations that trade accuracy, parameters and memory best.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_versions, is_eager=True, help="Show versions.")
+    ] = False,
+) -> None:
+    """Take what is given before a command."""
 
 
 @app.command()
@@ -116,13 +125,13 @@ def estimate(
     model: Annotated[str, typer.Argument(help="Hub name, or a folder with a config.json.")],
     task: Annotated[str, typer.Option(help="causal-lm or text-classification.")] = "causal-lm",
     rank: Annotated[int, typer.Option(help="Rank of LoRA, width of other adapters.")] = 16,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
-    accumulate: Annotated[int, typer.Option(help="Parts that a batch is trained in.")] = 1,
-    nf4: Annotated[bool, typer.Option("--nf4", help="With the linear layers packed in 4 bits.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="With the linear layers packed in 8 bits.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 4,
+    length: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 512,
+    accumulate: Annotated[int, typer.Option(help="Gradient accumulation steps: parts of a batch.")] = 1,
+    nf4: Annotated[bool, typer.Option("--nf4", help="Quantise linear layers to 4 bits (NF4).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise linear layers to 8 bits.")] = False,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="With activations computed again.")
+        bool, typer.Option("--checkpointing", help="Use gradient checkpointing.")
     ] = False,
 ) -> None:
     """Count trainable parameters and peak memory of a training from a model's config alone."""
@@ -170,7 +179,7 @@ def sensitivity(
     batches: Annotated[int | None, typer.Option(help="Training batches to score on.")] = None,
     to: Annotated[Path, typer.Option(help="Folder for heat maps, table and scores.")] = Path("sensitivity"),
 ) -> None:
-    """Score the sites of the backbone on the task, without training anything."""
+    """Score the sites of the backbone on the task before anything is trained."""
     from autopeft.evaluation.site_scoring import SCORE_BATCHES
     from autopeft.sensitivity import CHEAP_SCORES
     from autopeft.yaml_config import load_config
@@ -194,7 +203,7 @@ def front(
     folder: Folder = Path("autopeft_runs"),
     name: Name = None,
     points: Annotated[
-        int | None, typer.Option(help="So many at most, which leave the hypervolume large.")
+        int | None, typer.Option(help="Show at most this many points, chosen to keep the hypervolume.")
     ] = None,
 ) -> None:
     """Print the Pareto front of a search."""
@@ -205,7 +214,7 @@ def front(
 @app.command()
 def report(
     to: Annotated[Path, typer.Option(help="Folder to write report.html to.")] = Path("report"),
-    points: Annotated[int, typer.Option(help="So many at most are shown whole.")] = SHOWN_POINTS,
+    points: Annotated[int, typer.Option(help="Show at most this many points in full.")] = SHOWN_POINTS,
     folder: Folder = Path("autopeft_runs"),
     name: Name = None,
 ) -> None:
@@ -292,7 +301,7 @@ def register(
 
 @app.command()
 def verdict(
-    share: Annotated[float, typer.Option(help="Compute of the sweep, of what the search took.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Compute for the sweep, as a share of the search's.")] = 1.0,
     seeds: Annotated[int, typer.Option(help="Fresh trainings of each point, 3 or more.")] = 3,
     full: Annotated[bool, typer.Option("--full-fine-tuning", help="Train all weights, to compare.")] = False,
     folder: Folder = Path("autopeft_runs"),

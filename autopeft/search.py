@@ -143,7 +143,7 @@ class Search(SearchSettings):
 
         Args:
             scores: Scores of `autopeft.sensitivity.SCORES`.
-            batches: Training batches to use; the validation and test splits are not read.
+            batches: Training batches to use; `leave_one_out` alone reads the validation split, as it trains.
 
         Raises:
             ValueError: A score is unknown, or batches is below 1.

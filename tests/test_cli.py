@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,12 @@ def test_search_says_where_the_time_went(place: Path, tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "tiny" / "profile" / "profile.json").read_text())
     assert kept["trainings"] >= 3
     assert all(kept["sections"][name]["seconds"] > 0 for name in ("load", "tokenise", "forward"))
+
+
+def test_says_its_versions() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert f"torch {version('torch')}" in result.output
 
 
 def test_search_needs_a_budget(place: Path) -> None:

@@ -17,10 +17,13 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import typer
 import yaml
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from autopeft.cli import app
+from autopeft.core.objectives import parse_quantity
 from autopeft.yaml_config import build_config
 from benchmarks.first_front import INSTALLATION, LINES
 
@@ -96,6 +99,16 @@ def test_everything_public_is_in_the_reference() -> None:
     names = {path.rpartition(".")[2] for path in shown}
     for module in ("autopeft", *(f"autopeft.{room}" for room in (*rooms, "callbacks", "methods"))):
         assert {*importlib.import_module(module).__all__} - rooms <= names, module
+
+
+def test_a_bound_of_the_readme_leaves_room_for_the_head() -> None:
+    """RoBERTa's head, which is trained too, has two layers."""
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(num_hidden_layers=1, vocab_size=8))
+    head = sum(parameter.numel() for parameter in model.classifier.parameters())
+    (page,) = (page for page in PAGES if page.name == "README.md")
+    (bound,) = re.findall(r'best\(trainable_parameters="(\w+)"\)', page.read_text(encoding="utf-8"))
+    assert parse_quantity(bound, "parameters") > head
 
 
 @pytest.mark.slow

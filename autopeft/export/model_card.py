@@ -247,7 +247,8 @@ def _limits(values: Mapping[str, float], trainings: int) -> str:
         "Figures are those of one training with one seed; another seed gives other ones."
         if trainings == 1
         else f"Validation figures are means over {trainings} trainings, each with a seed of its own.",
-        "Use it with the very base model named above: nothing checks that at loading.",
+        "Use it with the very base model named above: peft does not check that, and `autopeft.load_adapter` "
+        "compares shapes alone.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -6,6 +6,7 @@ forward pass. What is added comes behind the whole stack, outside of what gradie
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
@@ -68,13 +69,15 @@ class SideNetwork(Switchable):
         if self.is_on:
             self._seen[block] = _hidden_of(output).detach()
 
-    def add(self, stack: nn.Module, _inputs: Any, given: dict[str, Any], output: Any) -> Any:
+    def add(self, stack: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> Any:
         """Add what the rungs make of the blocks' hidden states to what the stack returns."""
         if not self.is_on:
             return output
         hidden, place = _hidden_of(output), self.up.weight.device  # a model's blocks may lie on several
         state = hidden.new_zeros(*hidden.shape[:-1], self.up.in_features, device=place)
-        weights = _weights(given.get("attention_mask"), hidden).to(place) if self.has_means else None
+        given = named | inspect.signature(stack.forward).bind_partial(*inputs).arguments
+        has_means = self.has_means and not given.get("is_causal")  # CLIP's text model says it in the call
+        weights = _weights(given.get("attention_mask"), hidden).to(place) if has_means else None
         for block, rung in self.rungs.items():
             if (found := self._seen[block].shape) != hidden.shape:
                 raise ValueError(
@@ -92,7 +95,7 @@ class Ladder(Method):
     2022. A rung mixes the block's hidden state, normalised and projected down, with the side state by a
     learned gate; the last state, projected up, is added to what the stack of blocks returns. Where the paper
     has attention, a rung adds the mean over a row's tokens if the model's attention says that it is not
-    causal. Rungs may be of different widths: each changes the first numbers of the state.
+    causal, nor is called so. Rungs may be of different widths: each changes the first numbers of the state.
     """
 
     name = "ladder"

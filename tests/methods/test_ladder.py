@@ -70,9 +70,9 @@ def test_no_gradient_goes_through_the_blocks(architecture: str) -> None:
     assert peaks["ladder"] < peaks["lora"]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert", "albert"])
 def test_padding_takes_no_part_in_means(architecture: str) -> None:
-    backbone = tiny_backbone(architecture)
+    backbone = Backbone(tiny_classifier(architecture).eval(), None, name="tiny", head=())
     batch = tiny_batch(padding=4)
     with attach(backbone, everywhere(backbone, "ladder")) as attachment:
         draw_parameters(attachment.parameters.values(), std=0.5)
@@ -115,6 +115,20 @@ def test_tokens_do_not_see_later_ones_and_the_cache_serves(architecture: str) ->
         told = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
         written = [model.generate(**prompt, **told, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*written)
+
+
+@torch.no_grad()
+def test_attention_that_is_called_causal_has_no_means() -> None:
+    """CLIP's attention says that it is not causal, and its text model calls it causal."""
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = AutoConfig.for_model("clip_text_model", vocab_size=120, num_hidden_layers=2, **widths)
+    backbone = Backbone(AutoModel.from_config(config).eval(), None, name="tiny", head=())
+    prompt = tiny_batch(rows=2, padding=0)
+    shorter = {name: tensor[:, :-1] for name, tensor in prompt.items()}
+    with attach(backbone, everywhere(backbone, "ladder")) as attachment:
+        draw_parameters(attachment.parameters.values(), std=0.5)
+        whole, part = (backbone.model(**batch).last_hidden_state for batch in (prompt, shorter))
+    torch.testing.assert_close(whole[:, :-1], part, rtol=1e-4, atol=1e-4)
 
 
 def test_other_adapters_train_beside_it_as_without_checkpointing() -> None:

@@ -68,13 +68,21 @@ class MethodChoice:
         low, high = (self.sizes[0], self.sizes[-1]) if self.sizes else (1, 1)
         return self.of_size(round(low * (high / low) ** (2 * place - 1)))
 
-    def on(self, backbone: Backbone, sites: Iterable[Site]) -> MethodChoice | None:
-        """Return it with the sizes that all of some sites can take, or None where there is none."""
-        fitting = [
-            adapter
-            for adapter in self.adapters
-            if not any(obstacle(backbone, site, adapter) for site in sites)
-        ]
+    def on(self, backbone: Backbone, sites: Sequence[Site]) -> MethodChoice | None:
+        """Return it with the sizes that all of some sites can take, or None where there is none.
+
+        Above what a layer has room for, some families make the same adapter of every size, as LoKr and PiSSA
+        do: of sizes with equal counts the smallest is taken.
+        """
+        fitting, before = [], None
+        for adapter in self.adapters:
+            if any(obstacle(backbone, site, adapter) for site in sites):
+                continue
+            counts = [count_site(backbone, site, adapter) for site in sites]
+            # What sites share is not in the counts.
+            if counts != before or METHODS[self.method].shares_state:
+                fitting.append(adapter)
+            before = counts
         if len(fitting) == len(self.adapters):
             return self
         return replace(self, sizes=[adapter.size or 1 for adapter in fitting]) if fitting else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
@@ -60,7 +60,14 @@ class MethodSpace(SearchSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.methods is not None:
-            named = (self.methods,) if isinstance(self.methods, str) else self.methods
+            several = isinstance(self.methods, Iterable) and not isinstance(self.methods, str)
+            named = self.methods if several else (self.methods,)
+            for method in named:
+                if not isinstance(method, str):
+                    raise ValueError(
+                        f"methods are names, got {type(method).__name__}: "
+                        "call autopeft.methods.register and give its name."
+                    )
             known = [method_spec(method).name for method in named]
             object.__setattr__(self, "methods", checked_names("method", known, known or METHOD_SPECS))
         if self.roles is not None:

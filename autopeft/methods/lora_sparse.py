@@ -47,6 +47,11 @@ class LoraSparse(ChosenNumbers, LayerMethod):
         entries = _entries(statistic.numel(), adapter)
         return {"sparse.indices": places_of_largest(statistic.abs(), entries)}
 
+    def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
+        """Return what is against it: there are not so many numbers."""
+        density = float(adapter.option("density"))
+        return f"its density is a share, at most 1, got {density:g}" if density > 1 else None
+
     def count(self, shape: SiteShape, adapter: Adapter) -> int:
         """Return r·(d_in + d_out) and the number of sparse entries."""
         entries = _entries(shape.in_features * shape.out_features, adapter)

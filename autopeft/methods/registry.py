@@ -56,19 +56,27 @@ METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 
 
 def register(method: Method, specification: MethodSpec) -> None:
-    """Make a method of one's own known, under the name that its specification has.
+    """Make a method of one's own known, or take it in the place of one's own of that name.
 
     Raises:
-        ValueError: Another method has the name or the symbol.
+        ValueError: The two have different names, one of autopeft's methods has the name, or another method
+            the symbol.
     """
+    name = specification.name
+    if getattr(method, "name", None) != name:
+        raise ValueError(
+            f"The name of {type(method).__name__} is {getattr(method, 'name', None)!r} and that of its "
+            f"specification {name!r}: give both the same."
+        )
     for known in METHOD_SPECS.values():
-        if specification.name == known.name or specification.symbol == known.symbol:
+        # A notebook's cell is run more than once.
+        if name in _BUILT_IN if known.name == name else known.symbol == specification.symbol:
             raise ValueError(
-                f"{specification.name!r} cannot be registered with the symbol {specification.symbol!r}: "
+                f"{name!r} cannot be registered with the symbol {specification.symbol!r}: "
                 f"there is {known.name!r} with {known.symbol!r}."
             )
-    METHOD_SPECS[specification.name] = specification
-    _METHODS[specification.name] = method
+    METHOD_SPECS[name] = specification
+    _METHODS[name] = method
 
 
 def is_found_elsewhere(name: str) -> bool:

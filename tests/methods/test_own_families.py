@@ -130,6 +130,7 @@ def test_packed_weights_cannot_be_trained_in_a_copy_and_take_the_others(tmp_path
     ("adapter", "why"),
     [
         (Adapter("sparse", 1025), "its weight has 1,024 numbers"),
+        (Adapter("lora_sparse", 2, {"density": 1.5}), "its density is a share, at most 1, got 1.5"),
         (Adapter("lora_xs", 33), "its weight has 32 singular values"),
     ],
 )

@@ -11,6 +11,8 @@ from optuna.study import create_study
 from optuna.trial import FixedTrial
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import method_spec
+from autopeft.methods.bitfit import BitFit
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces import LowMemory, NASPEFTPaper, PerLayer, Uniform
 from autopeft.search_spaces.method_space import size_ladder
@@ -32,6 +34,8 @@ class TestSettings:
             ({"methods": ()}, "Expected a method"),
             ({"methods": ("lara",)}, "did you mean 'lora'"),
             ({"methods": ("lora", "lora")}, "A method is named twice: lora, lora"),
+            ({"methods": ("lora", BitFit())}, "got BitFit: call autopeft.methods.register and give its name"),
+            ({"methods": method_spec("ia3")}, "are names, got MethodSpec: call"),
             ({"roles": ("querry",)}, "did you mean 'query'"),
             ({"roles": ("query", "query")}, "A role is named twice"),
             ({"roles": ()}, "Expected a role"),

@@ -7,18 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["linear", "experts", "norm", "convolution", "state space", "attention", "ffn", "block"]
-Principle = Literal[
-    "low-rank update",  # a product of thin matrices beside the weight
-    "fixed bases",  # few numbers between or beside matrices that are not trained
-    "rotation",  # an orthogonal matrix before or behind the weight
-    "sparse update",  # single weights, frequencies or circulant blocks
-    "weights",  # the weights themselves, or a subspace of them
-    "vectors",  # scales and shifts
-    "module",  # a small network in the path of hidden states
-    "prompt",
-    "side network",
-    "other",
-]
 OptionValue = bool | int | float | str
 
 B_RATE = "b_rate"
@@ -35,7 +23,6 @@ class MethodSpec:
     name: str  # the name in configurations, as in "lora"
     symbol: str  # one or two letters for the compact picture
     kinds: frozenset[Kind]  # the kinds of site it can sit on
-    principle: Principle = "other"  # what it does to the model
     # What its size means ("rank", "bottleneck width", ...); None for a method without one.
     size_name: str | None = None
     # The (smallest, largest) size that a space offers where nobody says others.
@@ -53,6 +40,8 @@ class MethodSpec:
     needs_bias: bool = False  # whether the module must have a bias
     # Whether the model must compute attention through transformers' attention interface.
     needs_attention_interface: bool = False
+    # Whether gradients go back through the blocks above its site.
+    backpropagates: bool = True
     # The learning rate that suits it, as a multiple of LoRA's: its parameters are trained at this multiple of
     # the configuration's learning rate.
     rate: float = 1.0

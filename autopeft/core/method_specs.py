@@ -83,7 +83,6 @@ def _lora(
     """Return LoRA, or what differs from it in how it starts or in what is trained."""
     return MethodSpec(
         name=name,
-        principle="low-rank update",
         symbol=symbol,
         kinds=kinds,
         size_name="rank",
@@ -101,7 +100,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         _lora("lora", "L", kinds=frozenset({"linear", "experts"})),
         MethodSpec(
             name="ia3",
-            principle="vectors",
             symbol="I",
             kinds=_LINEAR,
             wraps=True,
@@ -110,7 +108,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         *PEFT_FAMILIES,
         MethodSpec(
             name="full",
-            principle="weights",
             symbol="Fu",
             kinds=frozenset({"linear", "experts", "convolution"}),
             excludes=frozenset({"bitfit"}),
@@ -119,7 +116,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="ssf",
-            principle="vectors",
             symbol="Sf",
             kinds=_LINEAR,
             excludes=frozenset({"bitfit"}),
@@ -128,7 +124,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="sparse",
-            principle="sparse update",
             symbol="Sp",
             kinds=_LINEAR,
             size_name="entries",
@@ -139,7 +134,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="lora_sparse",
-            principle="low-rank update",
             symbol="Ls",
             kinds=_LINEAR,
             size_name="rank",
@@ -155,7 +149,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         _lora("corda", "Cd", without=("rslora", "dropout", B_RATE), rate=0.3),
         MethodSpec(
             name="lora_xs",
-            principle="fixed bases",
             symbol="Lx",
             kinds=_LINEAR,
             size_name="rank",
@@ -165,14 +158,12 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="layernorm",
-            principle="vectors",
             symbol="N",
             kinds=frozenset({"norm"}),
             excludes=frozenset({"bitfit"}),
         ),
         MethodSpec(
             name="bitfit",
-            principle="vectors",
             symbol="B",
             kinds=frozenset({"linear", "norm", "convolution"}),
             excludes=frozenset({"layernorm", "full", "ssf"}),
@@ -180,7 +171,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="series",
-            principle="module",
             symbol="S",
             kinds=_SUBLAYER,
             size_name="bottleneck width",
@@ -189,7 +179,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="parallel",
-            principle="module",
             symbol="P",
             kinds=_SUBLAYER,
             size_name="bottleneck width",
@@ -199,7 +188,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="prefix",
-            principle="prompt",
             symbol="X",
             kinds=frozenset({"attention"}),
             size_name="prefix length",
@@ -210,7 +198,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="compacter",
-            principle="module",
             symbol="Co",
             kinds=_SUBLAYER,
             size_name="width in fours",
@@ -221,7 +208,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="loreft",
-            principle="module",
             symbol="Re",
             kinds=frozenset({"ffn"}),
             size_name="rank",
@@ -232,16 +218,15 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="ladder",
-            principle="side network",
             symbol="La",
             kinds=frozenset({"block"}),
             size_name="side width",
             sizes=(4, 128),
+            backpropagates=False,
             rate=3.0,  # a guess: not measured
         ),
         MethodSpec(
             name="sdt",
-            principle="sparse update",
             symbol="Sd",
             kinds=_STATE_SPACE,
             size_name="channels",
@@ -249,7 +234,6 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             name="state_offset",
-            principle="vectors",
             symbol="So",
             kinds=_STATE_SPACE,
             rate=0.1,  # 2e-4 in the paper's scripts, where LoRA has 2e-3

@@ -3,8 +3,8 @@
 A row is all that a family needs: `autopeft.methods.peft_family` asks the installed peft for the rest. Rates
 are those that won in peft's method comparison, or the papers', beside LoRA's 3e-4. Those of DoRA, LoKr, MiSS,
 VeRA, OFT, RoAd and FourierFT were tried on three backbones (`benchmarks/family_rates.py`): MiSS, VeRA, OFT
-and RoAd have what was best, the others kept theirs. Nobody measured that of C3A, nor the default, LoRA's own,
-for HRA, PSOFT, PEANuT, DEFT and GLoRA.
+and RoAd have a rate near what was best, the others kept theirs. Nobody measured that of C3A, nor the
+default, LoRA's own, for HRA, PSOFT, PEANuT, DEFT and GLoRA.
 """
 
 from __future__ import annotations
@@ -16,13 +16,8 @@ from autopeft.core.method_spec import LORA_MINIMUMS, LORA_OPTIONS, PeftSpec
 
 
 def _family(name: str, symbol: str, size_name: str | None, **given: Any) -> PeftSpec:
-    """Return a low-rank update whose size is peft's `r`, unless it is said."""
-    given = {
-        "peft_type": name.upper(),
-        "size_field": "r" if size_name else "",
-        "principle": "low-rank update",
-        **given,
-    }
+    """Return a family whose size is peft's `r`, unless it is said."""
+    given = {"peft_type": name.upper(), "size_field": "r" if size_name else "", **given}
     if "alpha_field" in given:
         given = {"options": {"scaling": 1.0}, "minimums": {"scaling": 0.0}, **given}
     return PeftSpec(name=name, symbol=symbol, size_name=size_name, **given)
@@ -43,13 +38,13 @@ def _lora(name: str, symbol: str, **config: Any) -> PeftSpec:
     )
 
 
-_SPARSE: Mapping[str, Any] = {"principle": "sparse update", "config": {"init_weights": True}}
+_INITIALISED: Mapping[str, Any] = {"init_weights": True}
 
 
 def _bases(name: str, symbol: str, size_name: str, **given: Any) -> PeftSpec:
     """Return few numbers between random matrices, which are drawn by a seed and need not be in the file."""
     config = {"save_projection": False, **given.pop("config", {})}
-    return _family(name, symbol, size_name, principle="fixed bases", config=config, **given)
+    return _family(name, symbol, size_name, config=config, **given)
 
 
 PEFT_FAMILIES = (
@@ -95,41 +90,38 @@ PEFT_FAMILIES = (
     # Fillioux et al., "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation", 2025: VeRA with a
     # distribution in the place of what passes between the matrices.
     _bases("pvera", "Pv", "rank", sizes=(16, 256), rate=7.0),
-    # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers.
-    _family(
-        "unilora",
-        "U",
-        "length",
-        principle="fixed bases",
-        size_field="theta_d_length",
-        sizes=(64, 4096),
-        rate=7.0,
-    ),
+    # Li et al., "Uni-LoRA", 2025: one vector for all sites, put in the places of a LoRA's numbers. peft draws
+    # it (`init_theta_d_bound`), as gradients would vanish at zeros, so that nothing starts at the base.
+    _family("unilora", "U", "length", size_field="theta_d_length", sizes=(64, 4096), rate=7.0),
     # Morris et al., "Learning to Reason in 13 Parameters", 2026: one vector for all sites.
     _bases(
         "tinylora", "T", "length", size_field="u", sizes=(4, 256), config={"weight_tying": 1.0}, rate=10.0
     ),
     # Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", 2023.
-    _family(
-        "oft", "Of", "block size", principle="rotation", size_field="oft_block_size", sizes=(2, 32), rate=5.0
-    ),
+    _family("oft", "Of", "block size", size_field="oft_block_size", sizes=(2, 32), rate=5.0),
     # Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation", 2024.
-    _family("hra", "H", "reflections", principle="rotation", sizes=(2, 32)),
+    _family("hra", "H", "reflections", sizes=(2, 32)),
     # Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024.
-    _family("road", "Ro", None, principle="rotation", config={"group_size": 2}, rate=10.0),
+    _family("road", "Ro", None, config={"group_size": 2}, rate=10.0),
     # Wu et al., "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", 2026: an orthogonal
     # matrix of the size between the principal parts of a weight.
-    _family("psoft", "Ps", "rank", principle="rotation", alpha_field="psoft_alpha"),
+    _family("psoft", "Ps", "rank", alpha_field="psoft_alpha"),
     # Nayak et al., "Sculpting Subspaces", 2025; see `autopeft.methods.sized_by_shape`.
-    _family("osf", "Os", "rank", principle="weights", size_field="effective_rank", rate=0.15),
+    _family("osf", "Os", "rank", size_field="effective_rank", rate=0.15),
     # Gao et al., "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", 2024.
     _family(
-        "fourierft", "Fo", "frequencies", size_field="n_frequency", sizes=(16, 1024), rate=30.0, **_SPARSE
+        "fourierft",
+        "Fo",
+        "frequencies",
+        size_field="n_frequency",
+        sizes=(16, 1024),
+        rate=30.0,
+        config=_INITIALISED,
     ),
     # Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", 2024; see
     # `autopeft.methods.sized_by_shape`. In peft's comparison 0.3 won, which would be a rate of 1,000; this is
     # less, and not measured.
-    _family("c3a", "Cc", "blocks", size_field="block_size", sizes=(1, 16), rate=300.0, **_SPARSE),
+    _family("c3a", "Cc", "blocks", size_field="block_size", sizes=(1, 16), rate=300.0, config=_INITIALISED),
     # Kang and Yin, "MiSS", 2025: one small matrix, repeated over the input.
     _family("miss", "Mi", "rank", rate=0.5),
     # Zhong et al., "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers", 2024: a small

@@ -32,7 +32,6 @@ class MethodRow:
 
     name: str
     symbol: str  # in compact pictures
-    principle: str  # what it does to the model
     sites: tuple[str, ...]  # the kinds of site it can sit on
     size: str | None  # what its size means
     sizes: tuple[int, int] | None  # the (smallest, largest) that spaces offer by default
@@ -108,7 +107,6 @@ def _row(specification: MethodSpec, backbone: Backbone | None) -> MethodRow:
     return MethodRow(
         name=name,
         symbol=specification.symbol,
-        principle=specification.principle,
         sites=tuple(sorted(specification.kinds)),
         size=specification.size_name,
         sizes=(low, high) if sized else None,

@@ -60,11 +60,11 @@ def _once(feature: Callable[[Any, Configuration], _Feature]) -> Callable[[Any, C
 class Features:
     """The numbers that say most about what a configuration costs and reaches.
 
-    Of both: the number of parameters on a log scale. Of what it costs: the share of the blocks below the
-    lowest adapted one, of the sites that carry an adapter, and of each method. Of what it reaches: the summed
-    learning rate on a log scale, how its ranks are allocated, and its placement, one number a site; models
-    of few trials that are told the methods predict less (`benchmarks/families.py`). All lie in [0, 1] but
-    the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
+    Of both: the number of parameters on a log scale. Of what it costs: the share of the blocks that no
+    gradients go through, of the sites that carry an adapter, and of each method. Of what it reaches: the
+    summed learning rate on a log scale, how its ranks are allocated, and its placement, one number a site;
+    models of few trials that are told the methods predict less (`benchmarks/families.py`). All lie in [0, 1]
+    but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
     """
 
     backbone: Backbone  # counts blocks and parameters
@@ -138,14 +138,18 @@ class Features:
         `are_states_served` says of a block whether kept hidden states are read in place of running the others
         below it.
         """
-        frozen = self.frozen_share(configuration)
-        is_served = are_states_served(self.backbone.blocks_below(configuration.lowest_block))
+        below = self.backbone.blocks_below(configuration.lowest_block)
+        spared = self.frozen_share(configuration)
+        if are_states_served(below):
+            spared += below / len(self.backbone.places)
         # A backward pass through frozen weights takes about as long as a forward pass.
-        return _COMPUTE_BESIDE_BLOCKS + 1 - (frozen if is_served else frozen / 2)
+        return _COMPUTE_BESIDE_BLOCKS + 1 - spared / 2
 
     def frozen_share(self, configuration: Configuration) -> float:
-        """Return the share of the blocks that lie below the lowest adapted one."""
-        return self.backbone.blocks_below(configuration.lowest_block) / len(self.backbone.places)
+        """Return the share of the blocks through which no gradients go."""
+        sites = (site for site, adapter in configuration if adapter.specification.backpropagates)
+        lowest = next((site.place for site in sites), None)
+        return self.backbone.blocks_below(lowest) / len(self.backbone.places)
 
     @_once
     def placement(self, configuration: Configuration) -> list[float]:

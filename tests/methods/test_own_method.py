@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.method_specs import METHOD_SPECS, MethodSpec
+from autopeft.core.method_specs import METHOD_SPECS, Kind, MethodSpec
 from autopeft.export.export import export_adapter
 from autopeft.methods import METHODS, attach, count_parameters, is_found_elsewhere, register
 from autopeft.search_spaces import PerLayer
@@ -95,10 +95,39 @@ def test_another_setting_of_a_family_of_peft_s_is_a_row() -> None:
         vars(sys.modules["autopeft.methods.registry"])["_METHODS"].pop("coft", None)
 
 
-def test_a_name_is_taken_once(installed: None) -> None:
-    method = METHODS["lora"]
+def test_a_name_of_autopeft_s_and_a_symbol_are_taken_once(installed: None) -> None:
+    linear: frozenset[Kind] = frozenset({"linear"})
     with pytest.raises(ValueError, match="there is 'lora' with 'L'"):
-        register(method, MethodSpec(name="lora", symbol="Zz", kinds=frozenset({"linear"})))
+        register(METHODS["lora"], MethodSpec(name="lora", symbol="Zz", kinds=linear))
+    import propulsion
+
+    with pytest.raises(ValueError, match="there is 'lora' with 'L'"):
+        register(propulsion.Propulsion(), MethodSpec(name="propulsion", symbol="L", kinds=linear))
+    with pytest.raises(ValueError, match="name of Propulsion is 'propulsion' and that of its specification"):
+        register(propulsion.Propulsion(), MethodSpec(name="propulsor", symbol="Zz", kinds=linear))
+    assert "propulsor" not in METHODS
+
+
+def test_one_s_own_takes_the_place_of_an_earlier_one(installed: None) -> None:
+    """As where a notebook's cell is run again."""
+    import propulsion
+
+    again = MethodSpec(name="propulsion", symbol="Pp", kinds=frozenset({"linear"}))
+    register(own := propulsion.Propulsion(), again)
+    assert METHODS["propulsion"] is own
+    assert METHOD_SPECS["propulsion"] is again
+
+
+def test_a_size_that_makes_the_adapter_of_a_smaller_one_is_left_out() -> None:
+    backbone = tiny_backbone("bert")
+    families = ("lora", "lokr", "pissa", "olora", "deft", "tinylora")
+    space = PerLayer(methods=families, sizes={"rank": (1, 64), "length": (4, 16)})
+    by_name = {slot.name: slot.choices for slot in space.slots(backbone)}
+    sizes = {name: tuple(choice.sizes) for name, choice in by_name["0.query"].items()}  # of 32 → 32
+    whole = (1, 2, 4, 8, 16, 32)
+    assert sizes == {"lora": (*whole, 64), "tinylora": (4, 8, 16), "lokr": (1, 2, 4)} | dict.fromkeys(
+        ("pissa", "olora", "deft"), whole
+    )
 
 
 def test_sites_of_a_family_say_why_they_cannot_take_it() -> None:

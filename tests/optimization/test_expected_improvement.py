@@ -213,6 +213,17 @@ def test_what_takes_less_compute_may_gain_less(served: set[int], ratio: float) -
     assert any(1 < advantage < ratio for advantage in gains)
 
 
+def test_a_ladder_has_no_backward_pass_through_the_blocks() -> None:
+    sites = {Site(0, "block"): Adapter("ladder", 4)}
+    alone = Configuration(sites)
+    mixed = Configuration({**sites, Site(1, "query"): Adapter("lora", 8)})
+    assert [FEATURES.frozen_share(each) for each in (alone, mixed)] == [1.0, 0.5]
+    assert FEATURES.of_cost(alone)[0] == 1.0
+    upper = Configuration({Site(1, "block"): Adapter("ladder", 4)})
+    compute = [FEATURES.compute(each, lambda block: block == 1) for each in (alone, mixed, upper)]
+    assert compute == [0.75, 1.0, 0.5]
+
+
 def test_a_placement_tells_sites_and_sizes() -> None:
     sites = list(FEATURES.choices)
     configuration = Configuration({sites[1]: Adapter("lora", 16), sites[4]: Adapter("lora", 4)})

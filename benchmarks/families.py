@@ -30,6 +30,7 @@ from autopeft.optimization.ehvi_sampler import EhviSampler
 from autopeft.optimization.expected_improvement import Features
 from autopeft.search_spaces import LowMemory, PerLayer
 from autopeft.training.adapter_checkpoints import AdapterCheckpoints
+from benchmarks.family_fronts import trivial_trials
 from benchmarks.rivals.setting import Setting
 from benchmarks.uniform_lora import uniform
 from benchmarks.untuned import valued
@@ -100,7 +101,6 @@ def searched(setting: Setting, arm: str) -> dict[str, Any]:
             Axis(objective=metric, worst=worst, best=1.0),
             Axis(objective=cost, worst=float(largest), best=float(opened.backbone.head_parameters)),
         )
-        scores = [record.evaluation.values.get(setting.metric, worst) for record in front.records]
         return {
             "arm": arm,
             "seed": setting.seed,
@@ -110,8 +110,8 @@ def searched(setting: Setting, arm: str) -> dict[str, Any]:
             "methods_tried": len(
                 {name for record in front.records for name in record.evaluation.configuration.methods}
             ),
-            "trivial_trials": sum(score <= worst + 0.02 for score in scores),
-            "trials": len(scores),
+            "trivial_trials": trivial_trials(front.records, metric, worst),
+            "trials": len(front.records),
         }
 
 

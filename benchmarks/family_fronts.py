@@ -12,17 +12,30 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from autopeft.core.evaluation import TrialRecord
+from autopeft.core.objectives import Objective
 from autopeft.optimization.study_store import load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
 from benchmarks.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "family_fronts.json"
+
+
+def trivial_trials(records: Iterable[TrialRecord], metric: Objective, trivial: float) -> int:
+    """Return how many trials came to nothing: failed, or are not better than the trivial score."""
+    evaluations = [record.evaluation for record in records]
+    return sum(
+        each.status == "failed"
+        or (metric.name in each.values and not metric.is_better(each.values[metric.name], trivial))
+        for each in evaluations
+    )
 
 
 def counted(folder: Path) -> dict[str, Any]:
@@ -38,16 +51,11 @@ def counted(folder: Path) -> dict[str, Any]:
         and record.duplicate_of is None
         and len(record.evaluation.configuration)
     ]
-    values = [record.evaluation.values for record in trained if record.evaluation.status != "failed"]
-    at_trivial = len(trained) - len(values)  # those that failed
-    at_trivial += sum(
-        not metric.is_better(each[metric.name], trivial) for each in values if metric.name in each
-    )
     return {
         "search": folder.name,
         "metric": metric.name,
         "trials": len(trained),
-        "at the trivial score": at_trivial,
+        "at the trivial score": trivial_trials(trained, metric, trivial),
         "hypervolume": front.hypervolume,
         "tried": Counter(name for record in trained for name in record.evaluation.configuration.methods),
         "on the front": Counter(name for point in front for name in point.configuration.methods),

@@ -45,6 +45,7 @@ class RecordLostError(RayError):
 
 
 NODE = "node"
+ADDRESS = "127.0.0.1:6379"
 HERE = Compute(device="cpu", precision="32-true", dtype="float32", fingerprint="0")
 
 
@@ -90,6 +91,9 @@ class Cluster:
 
     def is_initialized(self) -> bool:
         return True
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(gcs_address=ADDRESS)
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": NODE, "Alive": lives, "Resources": has} for has, lives in self.nodes_have]

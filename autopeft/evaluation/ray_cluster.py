@@ -23,7 +23,7 @@ class RayCluster:
             returned is lost.
 
     Raises:
-        ValueError: Ray is not installed, or the cluster cannot be reached.
+        ValueError: Ray is not installed, the cluster cannot be reached, or this process is in another one.
     """
 
     def __init__(self, address: str | None, cores: int | None = None) -> None:
@@ -43,12 +43,28 @@ class RayCluster:
             *self._losses,
         )
         self._is_own = not ray.is_initialized()
-        if self._is_own:
-            try:
-                self._start(address, cores)
-            except BaseException:
-                ray.shutdown()
-                raise
+        if not self._is_own:
+            self._check_address(address)
+            return
+        try:
+            self._start(address, cores)
+        except BaseException:
+            ray.shutdown()
+            raise
+
+    def _check_address(self, address: str | None) -> None:
+        """Raise where this process is in another cluster than it is asked to join."""
+        if address in (None, "auto"):
+            return
+        present = self.ray.get_runtime_context().gcs_address
+        host, _, port = str(address).rpartition(":")
+        with suppress(OSError, UnicodeError):  # what is no name of a host is not the cluster's
+            host = socket.gethostbyname(host)
+        if f"{host}:{port}" != present:
+            raise ValueError(
+                f"Ray was started in this process beforehand, at {present} and not at {address!r}: leave the "
+                "address out, or call ray.shutdown() first."
+            )
 
     def _start(self, address: str | None, cores: int | None) -> None:
         host, _, port = (address or "").rpartition(":")

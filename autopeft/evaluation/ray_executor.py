@@ -76,7 +76,7 @@ class RayExecutor:
 
         Raises:
             ValueError: Ray is not installed, the cluster cannot be reached or is too small, a worker cannot
-                start.
+                start, or Ray was started in this process at another address.
         """
         return _RayJobs(runner, self)
 

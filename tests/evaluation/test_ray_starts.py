@@ -12,7 +12,7 @@ import pytest
 
 from autopeft import RayExecutor
 from autopeft.evaluation.context import Compute
-from tests.ray_stand_in import HERE, START_SECONDS, Cluster, executor_on, records_of, trial
+from tests.ray_stand_in import ADDRESS, HERE, START_SECONDS, Cluster, executor_on, records_of, trial
 
 
 def test_a_search_begins_with_the_workers_that_could_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +94,19 @@ def test_a_worker_that_would_train_otherwise_than_the_driver_counts_is_refused(
     for computes in (chain([HERE], repeat(there)), chain([there, HERE], repeat(there))):
         assert executor_on(Cluster(repeat(True), trials, computes=computes), monkeypatch).free == 1
     assert re.search(match, caplog.text)
+
+
+def test_the_address_of_another_cluster_than_this_process_is_in_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def executor_at(address: str | None) -> Any:
+        return executor_on(Cluster(repeat(True), iter([])), monkeypatch, address=address)
+
+    for address in (None, "auto", ADDRESS, ADDRESS.replace("127.0.0.1", "localhost")):
+        assert executor_at(address).free == 2
+    for address in ("127.0.0.1:6380", "10.0.0.1:6379", "ray://127.0.0.1:6379", "local"):
+        with pytest.raises(ValueError, match=f"beforehand, at {ADDRESS} and not at '{address}'"):
+            executor_at(address)
 
 
 def test_a_worker_on_another_device_that_trains_the_same_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

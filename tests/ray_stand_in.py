@@ -44,6 +44,14 @@ class RecordLostError(RayError):
     """Ray's word for what a worker returned, and was lost with its host."""
 
 
+class TaskError(RayError):
+    """Ray's word for an exception that left a worker, which lives on."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(f"Where it was raised.\n{cause}")
+        self.cause = cause
+
+
 NODE = "node"
 ADDRESS = "127.0.0.1:6379"
 HERE = Compute(device="cpu", precision="32-true", dtype="float32", fingerprint="0")
@@ -63,7 +71,7 @@ class Cluster:
 
     Attributes:
         can_start: Of one start after another, whether the worker comes up; None for one without a place.
-        trials: How long each trial takes, and whether its worker survives it, or the error of its loss.
+        trials: How long each trial takes, and whether its worker survives it, or the error of its call.
         lives: Of one idle worker after another that is asked whether it lives, whether it does.
         nodes_have: The resources of each node, and whether it is alive.
         computes: With what the workers train.
@@ -80,6 +88,7 @@ class Cluster:
     starts: list[float] = field(default_factory=list)
     exceptions = SimpleNamespace(
         RayError=RayError,
+        RayTaskError=TaskError,
         RayActorError=WorkerDiedError,
         ActorUnavailableError=OutOfReachError,
         ActorUnschedulableError=WorkerDiedError,

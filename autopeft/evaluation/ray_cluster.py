@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 _CONNECTION_SECONDS = 10.0
 
@@ -19,8 +19,6 @@ class RayCluster:
 
     Attributes:
         ray: The package.
-        ends: The errors of a call to a worker that is gone: it was killed, or its host was, or what it
-            returned is lost.
 
     Raises:
         ValueError: Ray is not installed, the cluster cannot be reached, or this process is in another one.
@@ -35,12 +33,11 @@ class RayCluster:
         errors = ray.exceptions
         # An actor's death by the loss of its host is a RayActorError all the same.
         self._losses = errors.ActorUnavailableError, errors.NodeDiedError, errors.ObjectLostError
-        self.ends = (
+        self._deaths = (
             errors.RayActorError,
             errors.ActorUnschedulableError,
             errors.WorkerCrashedError,
             errors.OutOfMemoryError,  # of the host; a job that ran out of memory itself is a record
-            *self._losses,
         )
         self._is_own = not ray.is_initialized()
         if not self._is_own:
@@ -98,15 +95,25 @@ class RayCluster:
             )
         return room
 
-    def is_loss(self, error: Exception, node: str) -> bool:
-        """Return whether a worker was lost with its host, or is out of reach, and did not die by itself.
+    def end_of(self, error: Exception, node: str) -> Literal["death", "loss", "error"]:
+        """Say how a call to a worker ended that raised an error.
+
+        By the worker's death: it was killed, or its code raised a RuntimeError, as where CUDA fails. By its
+        loss: with its host, or what it returned is lost, or it is out of reach. By an error of the call,
+        which another worker would raise, too.
 
         Args:
-            error: One of `ends`.
+            error: What was raised.
             node: Ray's id of the host that the worker was on.
         """
+        if isinstance(error, self._losses) or getattr(error, "preempted", False):
+            return "loss"
+        if isinstance(error, self.ray.exceptions.RayTaskError) and isinstance(error.cause, RuntimeError):
+            return "death"
+        if not isinstance(error, self._deaths):
+            return "error"
         alive = {each["NodeID"] for each in self.ray.nodes() if each["Alive"]}
-        return isinstance(error, self._losses) or getattr(error, "preempted", False) or node not in alive
+        return "death" if node in alive else "loss"
 
     def kill(self, actor: Any) -> None:
         """End a worker; one that is gone, or out of reach, is left."""
@@ -126,6 +133,9 @@ def _shares(gpus: int, each: float) -> float:
     return gpus // each if each >= 1 else gpus * int(1 / each)
 
 
-def last_line(error: Exception) -> str:
-    """Return the cause of an error of Ray's, which stands below where it came from."""
+def reason_of(error: Exception) -> str:
+    """Return the cause of an error of Ray's in a line; in its text it stands below where it came from."""
+    if (cause := getattr(error, "cause", None)) is not None:
+        first, *_ = (str(cause).strip() or "no message").splitlines()
+        return f"{type(cause).__name__}: {first}"
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

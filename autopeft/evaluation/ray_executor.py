@@ -18,7 +18,7 @@ from autopeft.core.errors import check_whole
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.jobs import Duplicate, Job, New, Replicate, Resume
 from autopeft.evaluation.context import Compute
-from autopeft.evaluation.ray_cluster import RayCluster, last_line
+from autopeft.evaluation.ray_cluster import RayCluster, reason_of
 from autopeft.evaluation.trial_runner import TrialRunner
 
 _logger = logging.getLogger(__name__)
@@ -91,10 +91,9 @@ class _Worker:
     def __init__(self, folder: str, shared: Sequence[Any], threads: int) -> None:
         import ray
 
-        # Ray's handlers raise in the training, which would be the trial's failure: a worker that is told to
-        # end has to be gone.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        # Ray's handler raises in the training, which would be the trial's failure: a worker that is told to
+        # end has to be gone. Ctrl-C does not reach it: Ray blocks SIGINT in what it starts.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)  # paths of data, models and trials may be relative
         torch.set_num_threads(threads)
         self._node = ray.get_runtime_context().get_node_id()
@@ -105,7 +104,11 @@ class _Worker:
         return self._node, self._runner.evaluator.compute
 
     def run(self, job: Job) -> TrialRecord:
-        return self._runner.run(job)
+        record = self._runner.run(job)
+        for device in self._runner.evaluator.backbone.devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the context is gone, and every training fails
+        return record
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ class _RayJobs:
         if runner.evaluator.device.type == "cuda" and not settings.gpus_per_worker:
             raise ValueError("Trials are trained on a GPU: say gpus_per_worker, below 1 to share one.")
         self._runner, self._settings = runner, settings
+        # A worker is starting until its first `ready` returns, then idle, and running while it has a task.
+        # One that was idle when another died is probed until `ready` returns again. In the place of one that
+        # is gone another is starting, or restarts have the time at which it will be: the five together are
+        # always as many as there are to be. A task is waiting until a worker has it, which is running then,
+        # and again where that worker dies or is lost.
         # Calls to workers are Ray's references to what they will return.
         self._starting: dict[Any, Any] = {}  # actors, by the call that ends when they are ready
         self._idle: list[_Started] = []
@@ -229,30 +237,36 @@ class _RayJobs:
         """
         is_new = call in self._starting
         actor = (self._starting if is_new else self._probed).pop(call)
-        differs = False
+        differs = ""
         try:
             node, compute = self._ray.get(call)
-        except self._cluster.ends as error:
-            reason = last_line(error)
-        else:
-            if not (differs := compute != self._runner.evaluator.compute):
-                if is_new:
-                    self._failed_starts = 0
-                self._idle.append(_Started(actor, node))
-                return
-            self._cluster.kill(actor)
-            reason = self._runner.evaluator.compute.difference(compute)
+            differs = reason = self._difference(compute)
+        except Exception as error:
+            if self._cluster.end_of(error, "") == "error":
+                raise
+            reason = reason_of(error)
+        if not reason:
+            if is_new:
+                self._failed_starts = 0
+            self._idle.append(_Started(actor, node))
+            return
+        self._cluster.kill(actor)
         if not is_new:
             self._start_worker()
             return
         self._failed_starts += 1
         is_left = self._running or self._idle or self._probed
         # Another try may be luckier, but for workers that differ, of which all were seen.
-        if self._failed_starts + differs > self._workers and not is_left:
+        if self._failed_starts + bool(differs) > self._workers and not is_left:
             raise ValueError(f"A worker could not be started: {reason}")
         pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
         _logger.warning("A worker could not be started; the next try is in %g s: %s", pause, reason)
         self._restarts.append(time.monotonic() + pause)
+
+    def _difference(self, compute: Compute) -> str:
+        """Say how a worker would train otherwise than this process counts; "" if it would not."""
+        own = self._runner.evaluator.compute
+        return "" if compute == own else own.difference(compute)
 
     @property
     def at_once(self) -> int:
@@ -306,22 +320,24 @@ class _RayJobs:
         task, worker = self._running.pop(call)
         try:
             record: TrialRecord = self._ray.get(call)
-        except self._cluster.ends as error:
-            self._cluster.kill(worker.actor)  # it may live, out of reach
+        except Exception as error:
+            end = self._cluster.end_of(error, worker.node)
+            if end == "error":
+                raise
+            self._cluster.kill(worker.actor)  # it may live, out of reach, or without the use of its GPU
             # What killed it may have killed those that wait, which is not the next job's fault.
             self._probed |= {each.actor.ready.remote(): each.actor for each in self._idle}
             self._idle.clear()
             self._start_worker()
-            return self._given_back(task, last_line(error), is_loss=self._cluster.is_loss(error, worker.node))
+            return self._given_back(task, error, is_loss=end == "loss")
         self._idle.append(worker)
         return record
 
-    def _given_back(self, task: _Task, reason: str, *, is_loss: bool) -> TrialRecord | None:
+    def _given_back(self, task: _Task, error: Exception, *, is_loss: bool) -> TrialRecord | None:
         """Have a job run again; return its record where too many workers are gone that had it."""
-        if is_loss:
-            task.losses += 1
-        else:
-            task.deaths += 1
+        reason = reason_of(error)
+        task.losses += is_loss
+        task.deaths += not is_loss
         if task.deaths == _DEATHS:
             return self._runner.failed(task.job, f"{_DEATHS} workers died of it: {reason}")
         if task.losses == _LOSSES:
@@ -332,8 +348,9 @@ class _RayJobs:
                 f"{_LOSSES} workers that had trial {task.job.number} were lost with their hosts, or are out "
                 f"of reach: {reason} What is done is kept; the same call goes on."
             )
-        number = task.job.number
-        _logger.warning("The worker of trial %d is gone; another one runs it again: %s", number, reason)
+        message = "The worker of trial %d is gone; another one runs it again: %s"
+        raised = error if hasattr(error, "cause") else None  # of which a line does not say where
+        _logger.warning(message, task.job.number, reason, exc_info=raised)
         self._waiting.append(task)
         return None
 

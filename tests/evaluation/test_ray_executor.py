@@ -39,13 +39,14 @@ TIMES = {"training_seconds", "examples_per_second"}
 
 @dataclass(frozen=True)
 class DyingRunner:
-    """A runner whose process is killed: by trial 1 the first time, by trial 2 every time."""
+    """A runner whose process is killed, by trial 1 once, by trial 2 every time; trial 7 raises an error."""
 
     folder: Path
 
     @property
     def evaluator(self) -> Any:
-        return SimpleNamespace(device=torch.device("cpu"), compute=HERE)
+        device = torch.device("cpu")
+        return SimpleNamespace(device=device, compute=HERE, backbone=SimpleNamespace(devices=(device,)))
 
     def untrained(self, job: Job) -> None:
         """Nothing inherits."""
@@ -59,6 +60,8 @@ class DyingRunner:
         attempts = len(list(self.folder.glob(f"{job.number}.*")))
         if job.number == 2 or (job.number == 1 and attempts == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if job.number == 7:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with more.")
         evaluation = Evaluation(
             configuration=job.configuration, status="complete", values={"process": float(os.getpid())}
         )
@@ -126,6 +129,15 @@ def test_a_job_of_a_dead_worker_is_run_again_and_one_that_kills_two_fails(dying:
     dying.submit(Duplicate(number=6, original=found[0]))
     assert dying.free == 0
     assert next_record(dying).number == 6
+
+
+def test_a_job_that_raises_in_two_workers_fails_and_the_search_goes_on(dying: Executor) -> None:
+    for number in (7, 0):
+        dying.submit(New(number=number, configuration=Configuration()))
+    found = {record.number: record.evaluation for record in (next_record(dying), next_record(dying))}
+    assert found[0].status == "complete"
+    reason = "2 workers died of it: AcceleratorError: CUDA error: unspecified launch failure"
+    assert (found[7].status, found[7].reason) == ("failed", reason)
 
 
 def test_while_a_worker_is_replaced_the_others_go_on_also_with_its_job(dying: Executor) -> None:

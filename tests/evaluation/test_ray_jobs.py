@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from itertools import repeat
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from autopeft.core.configuration import Configuration
 from autopeft.core.evaluation import Evaluation, TrialRecord
 from autopeft.core.jobs import Replicate, Resume
+from autopeft.evaluation.ray_executor import _Worker
 from tests.ray_stand_in import (
     START_SECONDS,
     Cluster,
     OutOfReachError,
     PreemptedError,
     RecordLostError,
+    TaskError,
     executor_on,
     records_of,
     trial,
@@ -67,6 +75,60 @@ def test_a_job_that_kills_two_workers_is_told_what_of(monkeypatch: pytest.Monkey
     executor = executor_on(Cluster(repeat(True), iter(lost_between)), monkeypatch)
     executor.submit(trial(7))
     assert next(records_of(executor)) == "2 workers died of it: It was killed."
+
+
+def test_what_a_worker_raises_at_runtime_is_its_death_and_not_the_searchs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the error of CUDA that every call raises from then on; the work of the other worker is kept."""
+    error = TaskError(RuntimeError("CUDA error: unspecified launch failure\nCompile with more to see more."))
+    trials: list[tuple[float, bool | Exception]] = [(5.0, True), (1.0, error), (2.0, True), (1.0, error)]
+    cluster = Cluster(repeat(True), iter([*trials, (1.0, error)]))
+    executor = executor_on(cluster, monkeypatch)
+    for number in (0, 1):
+        executor.submit(trial(number))
+    finished = records_of(executor)
+    assert {next(finished), next(finished)} == {0, 1}
+    assert len(cluster.starts) == 3
+    assert "CUDA error: unspecified launch failure" in caplog.text
+    assert "Where it was raised" in caplog.text
+    executor.submit(trial(2))
+    assert next(finished) == "2 workers died of it: RuntimeError: CUDA error: unspecified launch failure"
+
+
+@pytest.mark.parametrize("error", [OSError("The disk is full."), ValueError("No such role.")])
+def test_what_every_worker_would_raise_ends_the_search(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = executor_on(Cluster(repeat(True), iter([(1.0, TaskError(error))])), monkeypatch)
+    executor.submit(trial(0))
+    with pytest.raises(TaskError, match=str(error)):
+        executor.wait()
+
+
+def test_a_worker_whose_cuda_context_is_gone_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every further training would fail in it, as this one did."""
+    devices = [torch.device("cpu"), torch.device("cuda", 1)]
+    asked: list[torch.device] = []
+
+    def gone(device: torch.device) -> None:
+        asked.append(device)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runner = SimpleNamespace(
+        run=lambda job: "failed", evaluator=SimpleNamespace(backbone=SimpleNamespace(devices=devices))
+    )
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    ray = SimpleNamespace(get=lambda reference: reference, get_runtime_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    worker: Any = _Worker(os.getcwd(), [runner], torch.get_num_threads())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        worker.run(trial(0))
+    assert asked == devices[1:]
+    devices.pop()
+    assert worker.run(trial(0)) == "failed"
 
 
 def test_a_failed_trial_is_told_at_once_and_the_next_waits_for_a_worker(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
+from pathlib import Path
+from tempfile import mkdtemp
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -75,6 +79,7 @@ class Cluster:
         lives: Of one idle worker after another that is asked whether it lives, whether it does.
         nodes_have: The resources of each node, and whether it is alive.
         computes: With what the workers train.
+        shares: Of one worker after another, whether it has the driver's folder.
         now: The time in seconds.
         starts: When workers were started.
     """
@@ -84,6 +89,7 @@ class Cluster:
     lives: Iterator[bool] = field(default_factory=lambda: repeat(True))
     nodes_have: list[tuple[dict[str, float], bool]] = field(default_factory=lambda: [({"CPU": 8.0}, True)])
     computes: Iterator[Compute] = field(default_factory=lambda: repeat(HERE))
+    shares: Iterator[bool] = field(default_factory=lambda: repeat(True))
     now: float = 0.0
     starts: list[float] = field(default_factory=list)
     exceptions = SimpleNamespace(
@@ -113,10 +119,11 @@ class Cluster:
     def remote(self, **_: Any) -> Any:
         return lambda _: SimpleNamespace(remote=self.start)
 
-    def start(self, *_: Any) -> Any:
+    def start(self, _: str, shared: list[Any], threads: int) -> Any:
         self.starts.append(self.now)
         is_up = next(self.can_start)
-        found = NODE, next(self.computes)
+        token = (shared[0].checkpoints.folder / "ray_token").read_text() if next(self.shares) else ""
+        found = NODE, next(self.computes), token
         due = math.inf if is_up is None else self.now + START_SECONDS
         calls = iter([Call(due, found if is_up else None)])
 
@@ -166,7 +173,10 @@ def executor_on(
     monkeypatch.setitem(sys.modules, "ray", cluster)
     clock = SimpleNamespace(monotonic=lambda: cluster.now, sleep=cluster.sleep)
     monkeypatch.setattr(ray_executor, "time", clock)
+    folder = Path(mkdtemp())
+    weakref.finalize(cluster, shutil.rmtree, folder)
     runner: Any = SimpleNamespace(
+        checkpoints=SimpleNamespace(folder=folder),
         evaluator=SimpleNamespace(device=torch.device("cpu"), compute=HERE),
         failed=lambda job, reason: reason,
         untrained=lambda job: untrained.get(job.number),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -40,9 +43,10 @@ class RayExecutor:
     """Trains trials side by side in Ray actors, as in `Search(executor=RayExecutor(workers=8))`.
 
     Each worker holds a backbone and the data of its own. The search's folder has to be one that all workers
-    reach under the same path: what trainings leave is written there. A worker that dies is replaced, as soon
-    as the cluster has room, and its job run again by the first that is free. A trial has the same seed and
-    data on whichever worker it runs; which trials are proposed depends on the order in which others finish.
+    reach under the same path: what trainings leave is written there, and a worker that finds another folder
+    is refused. A worker that dies is replaced, as soon as the cluster has room, and its job run again by the
+    first that is free. A trial has the same seed and data on whichever worker it runs; which trials are
+    proposed depends on the order in which others finish.
 
     Attributes:
         workers: Trials that are trained at the same time. A cluster that has room for fewer begins with
@@ -99,9 +103,15 @@ class _Worker:
         self._node = ray.get_runtime_context().get_node_id()
         self._runner: TrialRunner = ray.get(shared[0])
 
-    def ready(self) -> tuple[str, Compute]:
-        """Return the host's id and with what is trained there, once the worker has its backbone and data."""
-        return self._node, self._runner.evaluator.compute
+    def ready(self) -> tuple[str, Compute, str]:
+        """Return the host's id, with what is trained there, and the token that the search's folder has there.
+
+        It is called when the worker has its backbone and data, and when another has died.
+        """
+        token = ""
+        with suppress(OSError):  # another folder, or none
+            token = _token_file(self._runner).read_text()
+        return self._node, self._runner.evaluator.compute, token
 
     def run(self, job: Job) -> TrialRecord:
         record = self._runner.run(job)
@@ -109,6 +119,11 @@ class _Worker:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises where the context is gone, and every training fails
         return record
+
+
+def _token_file(runner: TrialRunner) -> Path:
+    """Return what the driver writes, for workers to find it where they write what trainings leave."""
+    return runner.checkpoints.folder / "ray_token"
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,11 @@ class _RayJobs:
             cores = settings.workers * settings.cpus_per_worker
         self._cluster = RayCluster(settings.address, cores)
         self._ray = self._cluster.ray
+        self._token = secrets.token_hex()
         try:
+            token_file = _token_file(runner)
+            token_file.parent.mkdir(parents=True, exist_ok=True)
+            token_file.write_text(self._token)
             self._workers = self._number_of_workers()
             self._shared = self._ray.put(runner)
             # A worker is replaced here, and not by Ray, which would not say what became of its job.
@@ -239,8 +258,8 @@ class _RayJobs:
         actor = (self._starting if is_new else self._probed).pop(call)
         differs = ""
         try:
-            node, compute = self._ray.get(call)
-            differs = reason = self._difference(compute)
+            node, compute, token = self._ray.get(call)
+            differs = reason = self._difference(compute, token)
         except Exception as error:
             if self._cluster.end_of(error, "") == "error":
                 raise
@@ -263,8 +282,12 @@ class _RayJobs:
         _logger.warning("A worker could not be started; the next try is in %g s: %s", pause, reason)
         self._restarts.append(time.monotonic() + pause)
 
-    def _difference(self, compute: Compute) -> str:
-        """Say how a worker would train otherwise than this process counts; "" if it would not."""
+    def _difference(self, compute: Compute, token: str) -> str:
+        """Say how a worker would train otherwise than this process counts, or where; "" if it would not."""
+        if token != self._token:
+            folder = _token_file(self._runner).parent.absolute()
+            shared = "The search's folder has to be on a disk that all hosts share."
+            return f"it finds another folder at {folder} than this process. {shared}"
         own = self._runner.evaluator.compute
         return "" if compute == own else own.difference(compute)
 

@@ -25,6 +25,7 @@ from autopeft.core.jobs import Duplicate, Job, New
 from autopeft.evaluation.executor import Executor
 from autopeft.optimization.study_store import STUDY_FILE
 from autopeft.tasks import TextClassification
+from autopeft.training.adapter_checkpoints import AdapterCheckpoints
 from benchmarks.fault_studies import counted_twice, processes_below, records_in, small_search
 from tests.learnable import outcomes, tiny_search
 from tests.quantized import quiet
@@ -47,6 +48,10 @@ class DyingRunner:
     def evaluator(self) -> Any:
         device = torch.device("cpu")
         return SimpleNamespace(device=device, compute=HERE, backbone=SimpleNamespace(devices=(device,)))
+
+    @property
+    def checkpoints(self) -> AdapterCheckpoints:
+        return AdapterCheckpoints(self.folder)
 
     def untrained(self, job: Job) -> None:
         """Nothing inherits."""

@@ -96,6 +96,19 @@ def test_a_worker_that_would_train_otherwise_than_the_driver_counts_is_refused(
     assert re.search(match, caplog.text)
 
 
+def test_a_worker_that_finds_another_folder_at_the_searchs_path_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rungs would begin anew, and the driver would not find what it trained."""
+    trials = repeat((60.0, True))
+    match = "it finds another folder at /.* than this process. The search's folder .* that all hosts share"
+    with pytest.raises(ValueError, match=match):
+        executor_on(Cluster(repeat(True), trials, shares=repeat(False)), monkeypatch)
+    cluster = Cluster(repeat(True), trials, shares=chain([True], repeat(False)))
+    assert executor_on(cluster, monkeypatch).free == 1
+    assert re.search(match, caplog.text)
+
+
 def test_the_address_of_another_cluster_than_this_process_is_in_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

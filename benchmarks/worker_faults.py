@@ -4,15 +4,17 @@
 
 A tiny random model is searched by two workers of one Ray, each time with another seed. In each of the first
 searches, one of the worker processes gets a signal at a random moment: `--kills` times SIGKILL, then
-`--signals` times each SIGTERM and SIGINT, which Ctrl-C sends. In each of the others, one worker is on a
-second node: in a network namespace that hangs on this machine by a pair of virtual interfaces, which lose
-every packet from a random moment on, for a random time. Ray takes a node for dead after about half a minute;
-one that ends of it is started again. Network namespaces take root, and Debian's iproute2.
+`--signals` times SIGTERM; it counts where the process is gone of it. Ray keeps Ctrl-C from workers: it blocks
+SIGINT in what it starts. In each of the other searches, one worker is on a second node: in a network
+namespace that hangs on this machine by a pair of virtual interfaces, which lose every packet from a random
+moment on, for a random time. Ray takes a node for dead after about half a minute; one that ends of it is
+started again. Network namespaces take root, and Debian's iproute2.
 
-Every other search has single whole trainings, and is compared with the same by one worker, in this process.
-The others have rungs and replicates, of which the order in which trials finish decides who has them: they are
-compared with a search in this process that takes the noted order. A fault is recovered where the call ends by
-itself with every trial's values and the front as in the undisturbed search.
+Those of odd seeds have single whole trainings, and are compared with the same by one worker, in this process.
+The others have rungs, replicates and, every other one, derived points, of which the order in which trials
+finish decides which have them: they are compared with a search in this process that takes the noted order.
+Every third search has warm starts. A fault is recovered where the call ends by itself with every trial's
+values and the front as in the undisturbed search.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ _SIDES = "", f"-n {_NAMESPACE}"
 _LINKS = "autopeft-here", "autopeft-there"
 _HOSTS = "10.177.0.1", "10.177.0.2"
 _PORT = 6399
+_LONGEST_END = 2.0
 _LONGEST_CUT = 60.0
 _LONGEST_START = 300.0
 
@@ -142,12 +145,17 @@ class Found(NamedTuple):
 
 def disturb(seed: int, fault: Fault, draw: random.Random) -> dict[str, int] | None:
     """Run a search with a fault at a random moment; return what came of it, None where it came too late."""
-    has_rungs = seed % 2 == 1
+    has_rungs = seed % 2 == 0
+    settings: dict[str, Any] = {
+        "has_rungs": has_rungs,
+        "derive": seed % 4 == 0,
+        "warm_start": seed % 3 == 0,
+    }
     order, hits = Order(), list[bool]()
     with tempfile.TemporaryDirectory() as place:
 
         def found(folder: str, executor: str | ExecutorFactory) -> Found:
-            search = small_search(Path(place, folder), seed, has_rungs=has_rungs, executor=executor)
+            search = small_search(Path(place, folder), seed, executor=executor, **settings)
             front = search.run(trials=TRIALS, progress=False)
             records = sorted(front.records, key=lambda record: record.number)
             return Found(
@@ -180,11 +188,18 @@ def disturb(seed: int, fault: Fault, draw: random.Random) -> dict[str, int] | No
 
 
 def end_a_worker(how: signal.Signals, draw: random.Random) -> bool:
-    """Send a signal to one of the worker processes below this process."""
+    """Send a signal to one of the worker processes below this process; return whether it is gone of it."""
     processes = sorted(filter(is_worker, processes_below(os.getpid())))
-    if processes:
-        os.kill(draw.choice(processes), how)
-    return bool(processes)
+    if not processes:
+        return False
+    process = draw.choice(processes)
+    until = time.monotonic() + _LONGEST_END  # later it may be gone because the search is over
+    with suppress(ProcessLookupError):
+        os.kill(process, how)
+        while is_worker(process) and time.monotonic() < until:
+            time.sleep(0.01)
+        return not is_worker(process)
+    return False
 
 
 def is_worker(process: int) -> bool:
@@ -271,7 +286,7 @@ def main() -> None:
     """Disturb searches, write JSON after each kind of fault, print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--signals", type=int, default=4, help="SIGTERM, and SIGINT")
+    parser.add_argument("--signals", type=int, default=4, help="SIGTERM")
     parser.add_argument("--cuts", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -300,7 +315,6 @@ def main() -> None:
         for name, (how, times) in {
             "kill -9": (signal.SIGKILL, arguments.kills),
             "SIGTERM": (signal.SIGTERM, arguments.signals),
-            "SIGINT": (signal.SIGINT, arguments.signals),
         }.items():
             if times:
                 fault = partial(end_a_worker, how, draw)

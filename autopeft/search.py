@@ -22,7 +22,7 @@ from autopeft.export.export import export_adapter
 from autopeft.export.targets import COMPARISON, resolved_target
 from autopeft.opened_search import OpenSearch, open_search
 from autopeft.optimization.budget import Budget
-from autopeft.optimization.study_store import SETTINGS_FILE, StudyStore, load_study
+from autopeft.optimization.study_store import SETTINGS_FILE, load_study
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import ParetoFront
 from autopeft.reporting.layer_card import LayerCard
@@ -30,7 +30,7 @@ from autopeft.reporting.score_validation import ScoreCheck, check_scores
 from autopeft.reporting.sensitivity_report import SensitivityReport
 from autopeft.reporting.verdict import Verdict
 from autopeft.search_document import save_document
-from autopeft.search_identity import SearchSettings
+from autopeft.search_identity import SearchSettings, held_study
 from autopeft.search_loop import TrialListener
 from autopeft.search_run import SearchRun
 from autopeft.search_verdict import SEEDS, reach_verdict
@@ -212,7 +212,7 @@ class Search(SearchSettings):
         with Profile() if profile else nullcontext():
             self.validate()
             opened, identity = self.open(), self.identity()
-            with closing(StudyStore(self.folder, self.name, self.objectives, self.constraints)) as study:
+            with closing(held_study(self)) as study:
                 study.check_identity(identity)
                 kept = whole.bounds | ({"verdict": verdict} if verdict else {})
                 save_document(self.folder / SETTINGS_FILE, {**self.arguments(), "run": kept})

@@ -24,7 +24,8 @@ from autopeft.models.backbone import Backbone
 from autopeft.models.head_spec import HeadPart, Processor
 from autopeft.models.loading import DeviceMap, Dtype, LoadOptions, Quantization
 from autopeft.optimization.proposal import Sampler
-from autopeft.optimization.samplers import make_sampler
+from autopeft.optimization.samplers import make_sampler, reads_study
+from autopeft.optimization.study_store import StudyStore
 from autopeft.optimization.successive_halving import SuccessiveHalving
 from autopeft.reporting.mlflow.tracking_uri import redact
 from autopeft.reporting.tracker import TrackerFactory
@@ -222,6 +223,12 @@ class SearchSettings:
                 space.describe(backbone),
             ]
         )
+
+
+def held_study(settings: SearchSettings) -> StudyStore:
+    """Return the study of a search, held by this process until it is closed."""
+    of_the_search = settings.folder, settings.name, settings.objectives, settings.constraints
+    return StudyStore(*of_the_search, keeps_parameters=reads_study(settings.sampler))
 
 
 def alters_trials(executor: str | ExecutorFactory) -> bool:

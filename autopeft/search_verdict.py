@@ -27,12 +27,11 @@ from autopeft.methods import FullFineTuning
 from autopeft.models.backbone import Backbone
 from autopeft.models.loading import LoadOptions
 from autopeft.opened_search import OpenSearch
-from autopeft.optimization.study_store import StudyStore
 from autopeft.optimization.trial_records import Spent
 from autopeft.reporting.console import SearchProgress
 from autopeft.reporting.front import FrontPoint, ParetoFront
 from autopeft.reporting.verdict import FinalPoint, Verdict, compare, joint_axes, state_of
-from autopeft.search_identity import SearchSettings, alters_trials
+from autopeft.search_identity import SearchSettings, alters_trials, held_study
 from autopeft.search_spaces import Uniform
 from autopeft.search_spaces.learning_rates import full_learning_rate
 from autopeft.search_spaces.uniform import PLACES
@@ -115,7 +114,7 @@ def _keep(search: SearchSettings, front: ParetoFront, found: Verdict, said: Sear
     """Say a verdict, and keep it with the study and in MLflow."""
     front.verdict = str(found)
     said.say(str(found))
-    with closing(StudyStore(search.folder, search.name, search.objectives, search.constraints)) as study:
+    with closing(held_study(search)) as study:
         study.set_attribute("verdict", {"state": state_of(front.records), "text": str(found)})
         if isinstance(search.tracking, str):
             from autopeft.reporting.mlflow.store import note_verdict

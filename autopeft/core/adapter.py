@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -98,6 +98,7 @@ def place_name(place: Place) -> str:
     return f"{stack}.{block}" if stack else str(block)
 
 
+@lru_cache(maxsize=4096)  # a study's records share their sites
 def parse_sites(text: str) -> tuple[Site, ...]:
     """Read one site, or a range of blocks, from "3.query" or "0-5.query" (both ends included).
 

@@ -7,7 +7,7 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -260,8 +260,16 @@ def _read_adapters(site: Any, given: Any) -> tuple[Adapter, ...]:
 def _canonical(adapters: Mapping[Site, AdapterLike]) -> _FrozenMap:
     if isinstance(adapters, _FrozenMap):  # another configuration's
         return adapters
-    checked = {site: _of_site(site, adapters[site]) for site in sorted(adapters, key=attrgetter("order"))}
+    checked = {
+        site: _shared(_of_site(site, adapters[site])) for site in sorted(adapters, key=attrgetter("order"))
+    }
     return _FrozenMap({site: several for site, several in checked.items() if several})
+
+
+@lru_cache(maxsize=4096)
+def _shared(several: tuple[Adapter, ...]) -> tuple[Adapter, ...]:
+    """Return the adapters that were equal before: a study's thousands of records have few that differ."""
+    return several
 
 
 def _of_site(site: Site, given: AdapterLike) -> tuple[Adapter, ...]:

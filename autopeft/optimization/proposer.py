@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler
 from optuna.study import Study, create_study
 
 from autopeft.core.configuration import Configuration
@@ -17,7 +17,7 @@ from autopeft.models.backbone import Backbone
 from autopeft.optimization.ehvi_sampler import encoded
 from autopeft.optimization.learning_curve_forecast import Forecast
 from autopeft.optimization.proposal import History, Proposal, Sampler
-from autopeft.optimization.samplers import make_sampler
+from autopeft.optimization.samplers import make_sampler, reads_study
 from autopeft.optimization.study_store import quiet_optuna
 from autopeft.optimization.trial_records import TrialRecords
 from autopeft.search_spaces import Baseline, SearchSpace
@@ -57,7 +57,7 @@ class Proposer:
         if not isinstance(sampler, BaseSampler):
             history = self._history(records, pending)
             return self._encoded(sampler.choose(number, self.space, self.backbone, history))
-        if type(sampler) is RandomSampler:  # it reads no trials: a study of thousands would be made for each
+        if not reads_study(sampler):  # a study of thousands would be made for each trial
             with quiet_optuna():
                 study = create_study()
         else:

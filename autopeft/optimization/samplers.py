@@ -40,6 +40,13 @@ SAMPLERS: Mapping[str, Callable[..., BaseSampler]] = {
 """By name, what makes an Optuna sampler from `seed=`; NSGA-II and NSGA-III suit 60 trials or more."""
 
 
+def reads_study(sampler: str | Sampler) -> bool:
+    """Whether a sampler may be one of Optuna's that reads the trials so far, with their parameters."""
+    if isinstance(sampler, str):
+        return sampler not in ("ehvi", "random")
+    return isinstance(sampler, BaseSampler) and type(sampler) is not RandomSampler
+
+
 def make_sampler(sampler: str | Sampler, seed: int, number: int = 0) -> Sampler:
     """Return the sampler that chooses a trial.
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,10 +60,11 @@ def lock_folder(folder: Path, name: str) -> TextIO:
     return file
 
 
-def open_journal(path: Path) -> JournalStorage:
+def open_journal(path: Path, *, keeps_parameters: bool = True) -> JournalStorage:
     """Return the storage of a file that is to be written, without blank lines and half a line at its end.
 
-    Optuna's own lock is kept while a line is written, since a dashboard may write to the file as well.
+    Optuna's own lock is kept while a line is written, since a dashboard may write to the file as well. Trials
+    in memory have Optuna's parameters only with `keeps_parameters`: these take more than half of it.
     """
     lock = JournalFileOpenLock(str(path), grace_period=_STALE_SECONDS)
     if path.exists():
@@ -78,11 +79,7 @@ def open_journal(path: Path) -> JournalStorage:
         finally:
             lock.release()
     with damage_named(path):
-        return JournalStorage(_Journal(path, lock))
-
-
-_PARAMETERS = {"params", "distributions"}
-"""What an operation that creates a trial has of Optuna's parameters."""
+        return JournalStorage(_Journal(path, lock, keeps_parameters=keeps_parameters))
 
 
 def read_journal(path: Path) -> JournalStorage:
@@ -91,9 +88,8 @@ def read_journal(path: Path) -> JournalStorage:
     Its trials are without parameters, which Optuna takes two thirds of the time to make, and records have.
     """
     operations = _parsed(path, path.read_bytes())
-    lines = _Lines([{key: each[key] for key in each.keys() - _PARAMETERS} for each in operations])
     with damage_named(path):
-        return JournalStorage(lines)
+        return JournalStorage(_Lines(list(map(_without_parameters, operations))))
 
 
 _DAMAGE = (
@@ -122,9 +118,14 @@ def damage_named(path: Path) -> Iterator[None]:
 class _Journal(JournalFileBackend):
     """A file whose errors name it."""
 
-    def __init__(self, path: Path, lock: JournalFileOpenLock) -> None:
+    def __init__(self, path: Path, lock: JournalFileOpenLock, *, keeps_parameters: bool) -> None:
         super().__init__(str(path), lock_obj=lock)
         self._path = path
+        self._keeps_parameters = keeps_parameters
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        operations = super().read_logs(log_number_from)
+        yield from operations if self._keeps_parameters else map(_without_parameters, operations)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with naming_file(self._path):
@@ -142,6 +143,11 @@ class _Lines(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         raise NotImplementedError("This storage is for reading.")
+
+
+def _without_parameters(operation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an operation without what one that creates a trial has of Optuna's parameters."""
+    return {key: operation[key] for key in operation.keys() - {"params", "distributions"}}
 
 
 def _whole_lines(content: bytes) -> list[bytes]:

@@ -47,7 +47,10 @@ STATES: Mapping[Status, TrialState] = {
 
 
 class StudyStore:
-    """The study of one search in a folder, held by one process at a time."""
+    """The study of one search in a folder, held by one process at a time.
+
+    Without `keeps_parameters` those of Optuna are in the file alone, and no sampler can be shown a view.
+    """
 
     def __init__(
         self,
@@ -55,11 +58,14 @@ class StudyStore:
         name: str,
         objectives: Sequence[Objective],
         constraints: Sequence[Constraint] = (),
+        *,
+        keeps_parameters: bool = True,
     ) -> None:
         self.folder = folder
         self._name = name
         self._objectives = tuple(objectives)
         self._constraints = tuple(constraints)
+        self._keeps_parameters = keeps_parameters
         self._lock = lock_folder(folder, name)
         try:
             self._open()
@@ -68,7 +74,7 @@ class StudyStore:
             raise
 
     def _open(self) -> None:
-        self._storage = open_journal(self.folder / STUDY_FILE)
+        self._storage = open_journal(self.folder / STUDY_FILE, keeps_parameters=self._keeps_parameters)
         names = [objective.name for objective in self._objectives]
         known = [study.study_name for study in self._storage.get_all_studies()]
         if known and self._name not in known:
@@ -191,6 +197,7 @@ class StudyStore:
         A trial that was trained several times has its means, a duplicate what its original has. A paused
         trial is a running one, or has the objectives that `expected` gives for it.
         """
+        assert self._keeps_parameters, "trials without their parameters would mislead a sampler"
         saved, trials = self._saved(), []
         for number, evaluation in self._outcomes().items():
             trial, values = saved[self._places[number]], None

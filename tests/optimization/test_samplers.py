@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autopeft.optimization.samplers import SAMPLERS, make_sampler
+from autopeft.optimization.samplers import SAMPLERS, make_sampler, reads_study
 from tests.slow_cases import slow_cases
 
 NAMES = [name for name in SAMPLERS if name != "botorch"]
@@ -140,3 +140,13 @@ def test_botorch_works_or_says_what_is_missing() -> None:
         assert "autopeft[botorch]" in str(error)  # noqa: PT017
     else:
         asked("botorch", 12)
+
+
+def test_which_samplers_read_the_study() -> None:
+    class Own(optuna.samplers.RandomSampler):
+        """Might read trials."""
+
+    reading = [*({*SAMPLERS} - {"random"}), "one by an entry point", optuna.samplers.TPESampler(), Own()]
+    assert all(map(reads_study, reading))
+    not_reading = ["ehvi", "random", make_sampler("ehvi", 0), make_sampler("random", 0)]
+    assert not any(map(reads_study, not_reading))

@@ -219,6 +219,34 @@ def test_optuna_is_told_which_trials_break_a_constraint(tmp_path: Path) -> None:
         assert second.constraints == {"trainable_parameters": 0.0}
 
 
+def test_parameters_that_no_sampler_reads_are_in_the_file_alone(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    store = StudyStore(tmp_path, "questions", OBJECTIVES, keeps_parameters=False)
+    records.append(told(store, 4))
+    assert store.records == records
+    held = [value for trial in store._saved() for value in (*trial.params, *trial.distributions)]
+    assert not held, "Optuna keeps no parameters in memory"
+    with pytest.raises(AssertionError, match="mislead a sampler"):
+        store.view()
+    store.close()
+    store = opened(tmp_path)
+    assert [trial.params for trial in store.view().trials] == [{"rank": rank} for rank in range(1, 6)]
+    store.close()
+    assert [trial.params for trial in optunas(tmp_path).trials] == [{"rank": rank} for rank in range(1, 6)]
+
+
+def test_a_study_s_records_share_equal_sites_and_adapters(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    _, found = load_study(tmp_path)
+    drawn = [record.evaluation.configuration.adapters for record in records]
+    read = [record.evaluation.configuration.adapters for record in found]
+    for several in (read, [*drawn, *read]):
+        adapters = [entry for configuration in several for entry in configuration.values()]
+        assert len({id(entry) for entry in adapters}) == len({*adapters}) < len(adapters)
+    sites = [site for configuration in read for site in configuration]
+    assert len({id(site) for site in sites}) == len({*sites}) < len(sites)
+
+
 def test_attributes_are_kept(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.set_attribute("axes", [["accuracy", 0.2, 1.0]])

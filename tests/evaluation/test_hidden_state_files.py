@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +88,41 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
 
     files = HiddenStateFiles(tmp_path, 10**6)
     files.write("a", pieces())
+    assert files.open("a") is not None
+
+
+@pytest.mark.parametrize("before", ["fcntl.flock", "os.replace"])
+def test_a_file_is_left_alone_from_the_moment_it_is_made_until_it_is_in_its_place(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = before.split(".")
+    call = getattr(sys.modules[module], name)
+    looked: list[HiddenStateFiles] = []
+
+    def look_first(*arguments: Any) -> None:
+        if arguments[-1] != fcntl.LOCK_EX | fcntl.LOCK_NB:  # not what the other one does
+            assert len(list(tmp_path.glob("*.part"))) == 1
+            looked.append(HiddenStateFiles(tmp_path, 10**6))
+        call(*arguments)
+
+    monkeypatch.setattr(before, look_first)
+    files = HiddenStateFiles(tmp_path, 10**6)
+    states = write(files, "a")
+    assert looked
+    opened = files.open("a")
+    assert opened is not None
+    assert torch.equal(opened, states)
+
+
+def test_states_are_kept_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    files = HiddenStateFiles(tmp_path, 10**6)
+    write(files, "a")
     assert files.open("a") is not None
 
 

@@ -39,7 +39,8 @@ class HiddenStateFiles:
         for path in folder.glob("*.part"):
             with contextlib.suppress(OSError), path.open("rb") as file:  # one that is being written is locked
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if os.fstat(file.fileno()).st_size:  # else it may have been made this moment
+                    path.unlink()
 
     def open(self, key: str) -> Tensor | None:
         """Return a file's states (positions, width), memory-mapped, and count it as used; None if missing."""
@@ -64,18 +65,21 @@ class HiddenStateFiles:
         """Write a file, piece after piece, each (positions, width); raise an OSError where that fails."""
         positions = checksum = width = 0
         dtype = torch.float32
-        with replacing(self._path(key)) as unfinished, unfinished.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(b" " * _HEADER_BYTES)
-            for states in pieces:
-                width, dtype = states.shape[1], states.dtype
-                content = _bytes_of(states.detach().cpu())
-                checksum = zlib.crc32(content, checksum)
-                positions += len(states)
-                file.write(content)
-            file.seek(0)
-            file.write(_header(positions, width, dtype, checksum))
-            os.fsync(file)  # while it is locked: what is left to do is quick
+        # It is locked until it is in its place.
+        with contextlib.ExitStack() as locked, replacing(self._path(key)) as unfinished:
+            lock = locked.enter_context(unfinished.open("wb"))
+            with contextlib.suppress(OSError):  # where there are no locks, nothing unfinished is removed
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with unfinished.open("r+b") as file:
+                file.write(b" " * _HEADER_BYTES)
+                for states in pieces:
+                    width, dtype = states.shape[1], states.dtype
+                    content = _bytes_of(states.detach().cpu())
+                    checksum = zlib.crc32(content, checksum)
+                    positions += len(states)
+                    file.write(content)
+                file.seek(0)
+                file.write(_header(positions, width, dtype, checksum))
 
     def make_room(self, size: int, keep: Iterable[str] = ()) -> bool:
         """Remove the least recently used files, not `keep`, until `size` bytes fit; say whether they do."""

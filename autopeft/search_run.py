@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 
 from optuna.study import Study
 
@@ -175,13 +174,23 @@ class SearchRun:
         tracking = self.settings.tracking
         if tracking is None:
             return Tracker()
-        if isinstance(tracking, str):
-            from autopeft.reporting.mlflow.tracker import MlflowTracker  # takes a fifth of importing all
+        names = {"search_name": self.settings.name, "study_id": self.study.study_id}
+        if not isinstance(tracking, str):
+            return tracking(**names, objectives=self.settings.objectives)
+        from autopeft.reporting.mlflow.tracker import MlflowTracker  # takes a fifth of importing all
 
-            tracking = partial(MlflowTracker, tracking, experiment=self.settings.experiment)
-        return tracking(
-            search_name=self.settings.name, study_id=self.study.study_id, objectives=self.settings.objectives
-        )
+        try:
+            where = {"experiment": self.settings.experiment, **names}
+            return MlflowTracker(tracking, **where, objectives=self.settings.objectives)
+        except ValueError as error:
+            if not self.study.records:
+                raise
+            _logger.warning(
+                "The search goes on and is not recorded in MLflow: %s The study has everything: the next "
+                "call of the search writes it.",
+                error,
+            )
+            return Tracker()
 
     def _spent(self) -> tuple[float, Cost]:
         spent = self.scheduler.spent(self.study.records)

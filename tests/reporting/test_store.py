@@ -8,7 +8,9 @@ import optuna
 import pytest
 
 from autopeft.reporting.mlflow.store import checked_store
-from tests.reporting.test_tracker import make
+from tests.learnable import tiny_search
+from tests.records import IDENTITY, synthetic_records
+from tests.reporting.test_tracker import make, numbers, trial_runs
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,39 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="cannot be written"):
         make(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
+
+
+def test_a_store_that_cannot_be_written_ends_no_search_that_has_trials(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    store = Path(uri.removeprefix("sqlite:///"))
+    store.write_text("no database " * 10)
+    search = tiny_search(tmp_path, tracking=uri)
+    with pytest.raises(ValueError, match="no SQLite database"):
+        search.run(trials=1, progress=False)
+    assert not search.front().records, "nothing was trained before"
+    store.unlink()
+    search.run(trials=1, progress=False)
+    store.rename(tmp_path / "away.db")
+    store.write_text("no database " * 10)
+    assert len(search.run(trials=2, progress=False).records) == 2
+    assert "goes on and is not recorded in MLflow" in caplog.text
+    assert "no SQLite database" in caplog.text
+    (tmp_path / "away.db").replace(store)
+    search.run(trials=2, progress=False)
+    assert numbers(trial_runs(uri, search.name)) == [0, 1]
+
+
+def test_a_study_of_more_runs_than_are_read_keeps_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._MOST_RUNS", 2)
+    uri, records = f"sqlite:///{tmp_path / 'mlflow.db'}", synthetic_records(3)
+    for known in ([], records):
+        tracker = make(uri)
+        tracker.start(note="", identity=IDENTITY, records=known)
+        for record in records:
+            tracker.trial_finished(record)
+        tracker.finish("FINISHED", records)
+    assert {0, 1, 2} == {*numbers(trial_runs(uri))}, "of one parent"

@@ -45,7 +45,7 @@ _PATIENCE_SECONDS = 60.0
 class MlflowTracker(Tracker):
     """Writes a search to MLflow from a thread of its own, so that training does not wait for it.
 
-    MLflow never fails a search: what cannot be written is logged. The study holds everything; at the end, and
+    What cannot be written is logged, and fails no search. The study holds everything; at the end, and
     when the search goes on, the runs are brought in line with it, found by its id. None is deleted.
 
     Args:
@@ -61,6 +61,9 @@ class MlflowTracker(Tracker):
         failures: How often something could not be written.
         link: Opens the UI, of the store's server or on port 5000; once begun, on the charts of the trials.
         worked: The time of the thread that writes.
+
+    Raises:
+        ValueError: The store is of a kind that MLflow does not write, or a local one that cannot be written.
     """
 
     def __init__(
@@ -132,9 +135,11 @@ class MlflowTracker(Tracker):
     def _open(self, note: str, identity: SettingGroups, records: Sequence[TrialRecord]) -> None:
         self._client, experiment_id = open_experiment(self._uri, self._artifacts, self._experiment)
         of_this_study = f"tags.`{content.STUDY_TAG}` = '{self._study_id}'"
+        # By a filter of its own: it is the oldest run, and may be beyond the latest so many.
+        of_the_search = f"{of_this_study} AND tags.`{content.SEARCH_TAG}` LIKE '%'"
+        parents = self._client.search_runs([experiment_id], of_the_search, max_results=1)
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
-        parent = next((run for run in runs if content.SEARCH_TAG in run.data.tags), None)
-        self._parent = self._open_parent(experiment_id, parent, note, identity)
+        self._parent = self._open_parent(experiment_id, next(iter(parents), None), note, identity)
         tags = {content.PARENT_TAG: self._parent, content.STUDY_TAG: self._study_id}
         names = {"search_name": self._search_name, "backbone": identity.get("backbone", {}).get("name", "")}
         self._runs = RunWriter(self._client, experiment_id, tags, self._objectives, **names)

@@ -6,14 +6,14 @@ A tiny random model is searched, again and again in processes that are forked fr
 fault. A third of the studies has rungs, replicates, derived points and, every other one, warm starts, and
 faults that end or hinder the call: kill -9, SIGTERM, Ctrl-C at a random moment, a disk that is full after a
 random number of bytes, a damaged or lost checkpoint, half a line or a damaged line in the journal (refused,
-and restored from a copy), a clock set back, an MLflow server that is gone, or stops answering and keeps its
-connections, an MLflow database and artifacts that are read-only from the start or from a random moment on, or
-that cannot be reached for a while. Another third has whole trainings, of which one fails at a random step: an
-exception, NaN or lack of memory; failed trials are tried again. The last reads scores, tokens and hidden
-states from files, of which one is cut, changed, emptied or deleted, or all are made again on a full disk. So
-that a study sees many faults, calls that go on are ended by kill -9 at a random moment. The same call then
-resumes. When the trials are done, they are compared with those of an undisturbed search, and the next study
-begins.
+and restored from a copy), a clock set back, an MLflow server that is gone, or keeps its connections and does
+not answer for up to 70 seconds, an MLflow database and artifacts that are read-only from the start or from a
+random moment on, or that cannot be reached for a while. Another third has whole trainings, of which one fails
+at a random step: an exception, NaN or lack of memory; failed trials are tried again. The last reads scores,
+tokens and hidden states from files, of which one is cut, changed, emptied or deleted, or all are made again
+on a full disk. So that a study sees many faults, calls that go on are ended by kill -9 at a random moment.
+The same call then resumes. When the trials are done, they are compared with those of an undisturbed search,
+and the next study begins. Each kind's latest run is kept.
 
 A fault counts as injected where it came in time, as recovered where the call goes on or ends with a clear
 error, the next call resumes and no trial that had finished is another one afterwards. In the column "front
@@ -30,6 +30,7 @@ import os
 import random
 import resource
 import select
+import shlex
 import shutil
 import signal
 import sys
@@ -52,6 +53,7 @@ from autopeft.training.module import FineTuning
 from benchmarks.fault_studies import COLUMNS, TRIALS, counted_twice, records_in, show, small_search
 from benchmarks.machine import this_machine
 from benchmarks.mlflow_faults import (
+    LONGEST_FREEZE,
     STRUCK,
     Fault,
     a_server,
@@ -226,6 +228,7 @@ class Study:
         else:
             # Until MLflow is written to takes a while.
             longest = self.seconds * (5 if FAULTS[kind] in _WRITING_TO_MLFLOW else 1)
+            longest += 2 * LONGEST_FREEZE if kind == "MLflow frozen" else 0  # half see it answer again
             is_clear = self._run(FAULTS[kind], KILLS.get(kind, signal.SIGKILL), longest) != 1
             if kind in KILLS and self._was_killed:
                 strike()
@@ -285,7 +288,7 @@ class Study:
 
 
 def main() -> None:
-    """Disturb studies until there were so many faults, print a table, write JSON."""
+    """Disturb studies until there were so many faults, print a table, write JSON by kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -321,16 +324,11 @@ def main() -> None:
     show(f"{injected} faults in {len(studies)} studies of {TRIALS} trials", kinds, EACH)
     equal = sum(study["front equal"] for study in studies)
     print(f"{equal} of {len(studies)} studies ended with the trials and the front of an undisturbed one.")
-    if len(kinds) < len(FAULTS):
-        return
-    record = {
-        "command": f"python -m benchmarks.faults --faults {arguments.faults} --seed {arguments.seed}",
-        "machine": this_machine(),
-        "faults": kinds,
-        "studies": len(studies),
-        "studies equal to an undisturbed one": equal,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    command = ["python", "-m", "benchmarks.faults", *sys.argv[1:]]
+    run = {"command": shlex.join(command), "machine": this_machine()}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known |= {kind: {**run, **counts} for kind, counts in kinds.items()}
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

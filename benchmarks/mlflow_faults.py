@@ -27,6 +27,8 @@ _DAY = 86_400.0
 _UNTIL_THE_END = ExitStack()
 atexit.register(_UNTIL_THE_END.close)
 _NOBODY = 65_534
+LONGEST_FREEZE = 70.0
+"""Seconds after which a server answers again: a search waits for a minute at its end."""
 STRUCK = mmap.mmap(-1, 1)
 """Shared with the children: whether a fault came before the call had ended."""
 
@@ -103,7 +105,7 @@ def mlflow_away(draw: random.Random, search: Search) -> None:
 
 
 def mlflow_frozen(draw: random.Random, search: Search) -> None:
-    """Let a server keep connections and not answer, from the start or from a random moment on."""
+    """Let a server keep connections and not answer, from a random moment on, for up to `LONGEST_FREEZE`."""
     url, processes = a_server()
     search.tracking = url
     _send(signal.SIGCONT, processes)
@@ -111,6 +113,7 @@ def mlflow_frozen(draw: random.Random, search: Search) -> None:
     def freeze() -> None:
         strike()
         _send(signal.SIGSTOP, processes)
+        Timer(draw.uniform(1, LONGEST_FREEZE), _send, [signal.SIGCONT, processes]).start()
 
     Timer(max(0.0, draw.uniform(-2, 4)), freeze).start()
 

@@ -28,6 +28,10 @@ def lock_folder(folder: Path, name: str) -> TextIO:
 
     The folder is made if it is not there. The lock is gone with its process, however that ends. A file system
     without locks, as Lustre may be, is warned of.
+
+    Raises:
+        ValueError: Another process has the lock, or the folder cannot be written.
+        OSError: The disk is full; the message names the file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +58,13 @@ def lock_folder(folder: Path, name: str) -> TextIO:
             folder,
             error.strerror,
         )
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        with naming_file(folder / "lock"):
+            file.truncate(0)
+            os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        file.close()
+        raise
     return file
 
 

@@ -9,6 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
 
@@ -134,21 +136,35 @@ def test_a_file_system_without_locks_is_warned_of(
     assert f"files in {tmp_path} cannot be locked (Function not implemented)" in caplog.text
 
 
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
 def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
     store = opened(tmp_path)
     told(store, 0)
     size = (tmp_path / STUDY_FILE).stat().st_size
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
-    try:
-        with pytest.raises(OSError, match=rf"{tmp_path}/{STUDY_FILE} cannot be written: File too large"):
-            told(store, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    refused = rf"{tmp_path}/{STUDY_FILE} cannot be written: File too large"
+    with no_file_beyond(size + 100), pytest.raises(OSError, match=refused):
+        told(store, 1)
     store.close()
     assert len(opened_records(tmp_path)) == 1
+
+
+def test_a_disk_that_is_full_when_a_search_is_opened_is_named_with_the_lock(tmp_path: Path) -> None:
+    records = filled(tmp_path)
+    refused = rf"{tmp_path}/lock cannot be written: File too large"
+    with no_file_beyond(0), pytest.raises(OSError, match=refused):
+        opened(tmp_path)
+    assert opened_records(tmp_path) == records
 
 
 def test_a_store_that_could_not_be_opened_is_not_held(tmp_path: Path) -> None:

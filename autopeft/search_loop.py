@@ -91,8 +91,13 @@ class FileCleanup:
         self._kept = {number: self._kept[number] for number in needed}
 
     def tidy(self, front: ParetoFront) -> None:
-        """Before anything is trained: delete also what no record knows, which a killed process has left."""
+        """Before anything is trained: delete also what a killed process, or a worker of one, has left.
+
+        The state of a trial without a record is kept: it goes on from there.
+        """
         self.checkpoints.keep_only(self._needed(front.records, front.objectives))
+        over = {record.number for record in front.records if record.evaluation.status != "paused"}
+        self.paused.keep_only(self.paused.numbers - over)
 
     def _needed(self, records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> set[int]:
         """Return the trials and points whose tensors are needed."""

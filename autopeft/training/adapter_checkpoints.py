@@ -30,6 +30,19 @@ class TrialFiles:
         """Return the place of a trial's file."""
         return self.folder / f"trial-{number:05d}.safetensors"
 
+    @section("record")
+    def keep_only(self, numbers: Collection[int]) -> None:
+        """Delete the files of every other trial, and what a killed process left unfinished.
+
+        Not while trials are trained in other processes, which write before their records are known.
+        """
+        if not self.folder.is_dir():
+            return
+        wanted = {self.path(number).name for number in numbers}
+        for name in os.listdir(self.folder):
+            if name.startswith("trial-") and name not in wanted:
+                (self.folder / name).unlink(missing_ok=True)
+
 
 class AdapterCheckpoints(TrialFiles):
     """The trained tensors of a search, one file a trial or point.
@@ -64,16 +77,3 @@ class AdapterCheckpoints(TrialFiles):
         """Delete the tensors of some trials, where there are any."""
         for number in numbers:
             self.path(number).unlink(missing_ok=True)
-
-    @section("record")
-    def keep_only(self, numbers: Collection[int]) -> None:
-        """Delete the tensors of every other trial, and what a killed process left unfinished.
-
-        Not while trials are trained in other processes, which write before their records are known.
-        """
-        if not self.folder.is_dir():
-            return
-        wanted = {self.path(number).name for number in numbers}
-        for name in os.listdir(self.folder):
-            if name.startswith("trial-") and name not in wanted:
-                (self.folder / name).unlink(missing_ok=True)

@@ -155,6 +155,12 @@ class TrainingCheckpoints(TrialFiles):
         """Return a trial's state; None where it has none."""
         return TrainingCheckpoint.load(self.path(number))
 
+    @property
+    def numbers(self) -> set[int]:
+        """The trials that have a state."""
+        found = (path.stem.removeprefix("trial-") for path in self.folder.glob("trial-*.safetensors"))
+        return {int(number) for number in found if number.isdecimal()}
+
     def drop(self, number: int) -> None:
         """Delete a trial's state, and what a killed process left of it unfinished."""
         for path in self.folder.glob(f"trial-{number:05d}.*"):

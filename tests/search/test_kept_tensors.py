@@ -51,7 +51,7 @@ def test_what_comes_onto_the_front_has_its_tensors_and_little_else_is_kept(seed:
 
     def cleanup() -> FileCleanup:
         checkpoints: Any = files
-        paused: Any = SimpleNamespace(drop=lambda number: None)
+        paused: Any = SimpleNamespace(drop=id, numbers=set(), keep_only=id)
         return FileCleanup(checkpoints, paused, seeds, running)
 
     def measured(record: TrialRecord, training: int) -> TrialRecord:
@@ -150,6 +150,20 @@ def test_a_trial_that_is_recorded_has_its_files(tmp_path: Path) -> None:
     assert checkpoints.seed(record) is not None, "another job may have written it"
     FileCleanup(checkpoints, paused, seeds=1, running=())(record, front)
     assert checkpoints.seed(record) is None
+
+
+def test_a_search_begins_without_what_workers_left_of_trials_that_are_over(tmp_path: Path) -> None:
+    """One that was cut off while it trained may pause a trial after another process has ended it."""
+    paused = TrainingCheckpoints(tmp_path)
+    waiting = replace(evaluated(1, 1.0), status="paused")
+    records = [TrialRecord(number=0, evaluation=evaluated(1, 1.0)), TrialRecord(number=1, evaluation=waiting)]
+    for number in range(3):  # the last is not recorded yet
+        paused.path(number).write_bytes(b"")
+    for name in ("trial-00000.host.1.part", "trial-00001.host.1.part", "trial-00000.safetensors.damaged"):
+        (tmp_path / name).write_bytes(b"")
+    front = ParetoFront(records, OBJECTIVES[:2], AXES[:2])
+    FileCleanup(AdapterCheckpoints(tmp_path / "adapters"), paused, seeds=1, running=()).tidy(front)
+    assert set(tmp_path.iterdir()) == {paused.path(1), paused.path(2)}
 
 
 @pytest.mark.parametrize("rank", [4, 8])

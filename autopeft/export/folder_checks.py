@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from autopeft.core.configuration import Configuration, Site
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.method_specs import PeftSpec
 from autopeft.export.folder_format import HEAD_FILE, PEFT_FILE, Manifest, elements
 from autopeft.methods import METHODS, Placement
 from autopeft.models.block_discovery import find_blocks
@@ -23,7 +24,7 @@ from autopeft.models.site_shapes import SiteShape, all_sites
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of trained tensors, by the names of `Attachment.state_dict`."""
-_PLAUSIBLE = 1024  # a size that may be tried where a family of peft's has to be asked what it would hold
+_PLAUSIBLE = 1024  # a size that may be tried on the smallest layers too, as papers do
 _MOST_LABELS = 100_000  # of a head that the base brings
 _OF_THE_BASE = {"base_layer", "original_module"}
 
@@ -81,15 +82,36 @@ def check_sizes(by_method: Mapping[str, Placement], sizes: Sizes) -> None:
         if not _OF_THE_BASE.isdisjoint(name.split(".")):
             raise ValueError(f"The folder's {name} would replace weights of the base.")
     for name, placement in by_method.items():
+        shared = sum(prod(size) for key, size in sizes.items() if re.match(rf"{name}\w*\.shared\.", key))
         for site, (shape, adapter) in placement.items():
+            if _is_of_matrices(adapter) and adapter.size_or_zero > (most := _most(shape)):
+                raise ValueError(
+                    f"{site} should carry {adapter}, but a size of {most:,} is the most for {shape.module}."
+                )
             prefix = f"{site}.{name}."
             found = sum(prod(size) for key, size in sizes.items() if key.startswith(prefix))
-            is_plausible = adapter.size_or_zero <= max(found, _PLAUSIBLE)
+            is_plausible = adapter.size_or_zero <= max(found, shared, _most(shape))
             if not is_plausible or METHODS[name].count(shape, adapter) > found:
                 raise ValueError(
                     f"{site} should carry {adapter}, but the folder has {found} numbers for it: fewer "
                     f"than that takes on {shape.module}."
                 )
+
+
+def _is_of_matrices(adapter: Adapter) -> bool:
+    """Whether a size of a family of peft's stands for matrices that a stranger's file need not hold.
+
+    Some are drawn by a seed, and others are made where peft is asked how many numbers they have.
+    """
+    row = adapter.specification
+    if not isinstance(row, PeftSpec):
+        return False
+    return row.principle in ("low-rank update", "rotation") or row.config.get("save_projection") is False
+
+
+def _most(shape: SiteShape) -> int:
+    """Return the largest size that may be tried whatever the files hold: beyond it is more than full rank."""
+    return max(shape.in_features, shape.out_features, _PLAUSIBLE)
 
 
 def check_head(model: nn.Module, modules: Collection[str], sizes: Sizes) -> None:

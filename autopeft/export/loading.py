@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from autopeft.export.folder_format import (
     require_file,
 )
 from autopeft.methods import Placement, carries_adapters, placements
-from autopeft.methods.attachment import attach_methods, load_tensors
+from autopeft.methods.attachment import attach_methods, check_tensors, load_tensors
 from autopeft.methods.peft_base import quiet_peft
 from autopeft.models.loading import LoadOptions, from_pretrained, with_head
 
@@ -75,21 +75,24 @@ def load_adapter(base: str | Path | PreTrainedModel, folder: str | Path) -> PreT
         files = AdapterFiles(folder, by_method, manifest.layout)
         check_head(model, manifest.head.modules, files.shapes)
         check_sizes(by_method, files.shapes)
-        state = files.load()
-        check_finite(state)
+        with ExitStack() as undo:
+            with _doubting_the_base():
+                # peft reads all that there is and ignores what it does not know: attached here first.
+                tensors = _attached(model, by_method, files.shapes, undo)
+                check_tensors(tensors, files.shapes)
+            state = files.load()
+            check_finite(state)
+            if manifest.layout == "mixed":
+                load_tensors(tensors, state)
+                undo.pop_all()  # they stay
         if manifest.layout == "peft":
             require_file(folder / PEFT_CONFIG_FILE)  # complete for peft alone; what is in it is not read
-        try:
-            if manifest.layout == "peft":
-                with quiet_peft():
-                    # The folder's own could name regular expressions, modules to import, other files.
-                    config, place = plain_config(by_method, manifest.head), str(folder.absolute())
-                    loaded = PeftModel.from_pretrained(model, place, config=config, local_files_only=True)
-                loaded.eval()
-                return loaded
-            attach_tensors(model, by_method, state)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{error} Is this not the base the adapter was trained on?") from error
+            with _doubting_the_base(), quiet_peft():
+                # The folder's own could name regular expressions, modules to import, other files.
+                config, place = plain_config(by_method, manifest.head), str(folder.absolute())
+                loaded = PeftModel.from_pretrained(model, place, config=config, local_files_only=True)
+            loaded.eval()
+            return loaded
     model.requires_grad_(False)
     model.eval()
     return model
@@ -99,16 +102,35 @@ def attach_tensors(
     model: PreTrainedModel, by_method: Mapping[str, Placement], state: Mapping[str, Tensor]
 ) -> None:
     """Attach adapters for good, with trained tensors in them, and replace the head's parameters."""
-    trained, kept = attach_methods(model, by_method, ExitStack())  # they stay
+    load_tensors(_attached(model, by_method, state, ExitStack()), state)  # they stay
+
+
+@contextmanager
+def _doubting_the_base() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{error} Is this not the base the adapter was trained on?") from error
+
+
+def _attached(
+    model: PreTrainedModel, by_method: Mapping[str, Placement], names: Iterable[str], undo: ExitStack
+) -> dict[str, Tensor]:
+    """Attach adapters, and return what of theirs, and of the head by these names, is to be loaded."""
+    for parameter in model.parameters():  # peft freezes them
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    trained, kept = attach_methods(model, by_method, undo)
     tensors: dict[str, Tensor] = {**trained, **kept}
-    for name in state:
+    for name in names:
         if name.startswith("head."):
             module_name, _, local = name.removeprefix("head.").rpartition(".")
             module = model.get_submodule(module_name)
+            original = getattr(module, local)
+            undo.callback(setattr, module, local, original)
             # A new parameter: the one that is there may belong to another model as well.
-            tensors[name] = nn.Parameter(getattr(module, local).detach().clone())
+            tensors[name] = nn.Parameter(original.detach().clone())
             setattr(module, local, tensors[name])
-    load_tensors(tensors, state)
+    return tensors
 
 
 def _with_head(base: str | Path | PreTrainedModel, manifest: Manifest) -> PreTrainedModel:

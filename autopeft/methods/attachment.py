@@ -94,19 +94,22 @@ def attach_methods(
     return trained, kept
 
 
-def load_tensors(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy trained tensors into those of the same names: all or none."""
-    if state.keys() != tensors.keys():
-        difference = sorted(state.keys() ^ tensors.keys())
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a ValueError where what is to be loaded has other names or shapes than what is attached."""
+    if shapes.keys() != tensors.keys():
+        difference = sorted(shapes.keys() ^ tensors.keys())
         raise ValueError(
             f"The trained tensors do not belong to this configuration: {len(difference)} names "
             f"differ, the first is {difference[0]}."
         )
     for name, tensor in tensors.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}."
-            )
+        if shapes[name] != tuple(tensor.shape):
+            raise ValueError(f"{name} has the shape {shapes[name]}, expected {tuple(tensor.shape)}.")
+
+
+def load_tensors(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy trained tensors into those of the same names: all or none."""
+    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state[name])

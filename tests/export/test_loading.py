@@ -104,6 +104,15 @@ def test_all_methods_at_once_come_back(architecture: str, tmp_path: Path) -> Non
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("method", "size"), [("unilora", 4096), ("vera", 1024)])
+def test_sizes_beyond_a_layers_widths_come_back(method: str, size: int, tmp_path: Path) -> None:
+    backbone = tiny_backbone("bert")
+    configuration = everywhere(backbone, method, size)
+    export(backbone, configuration, tmp_path / "out", verify=False)
+    model = load_adapter(tiny_classifier("bert"), tmp_path / "out")
+    assert difference(model, tiny_batch(), expected_logits(backbone, configuration)) < TOLERANCE
+
+
 def test_loading_says_what_does_not_fit(tmp_path: Path) -> None:
     backbone = tiny_backbone("bert")
     folder = tmp_path / "out"

@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from autopeft.core.configuration import Adapter, Configuration
+from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.export.folder_format import AdapterFiles
 from autopeft.export.loading import load_adapter
 from tests.exports import all_methods, export
 from tests.tiny_models import everywhere, fingerprint, logits_of, tiny_backbone, tiny_batch, tiny_classifier
@@ -28,11 +29,13 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with "peft", of LoRA alone, and "mixed", of every method."""
+    """Return folders: "peft" of LoRA, "drawn" and "hadamard" of one adapter, "mixed" of every method."""
     root = tmp_path_factory.mktemp("exports")
     backbone = tiny_backbone("bert")
     export(backbone, everywhere(backbone, "lora"), root / "peft", verify=False)
     export(backbone, all_methods(backbone), root / "mixed", verify=False)
+    for name, adapter in {"drawn": Adapter("vera", 16), "hadamard": Adapter("loha", 2)}.items():
+        export(backbone, Configuration({Site(0, "query"): adapter}), root / name, verify=False)
     return root
 
 
@@ -98,6 +101,21 @@ def replaces(name: str, like: str) -> Callable[[dict[str, torch.Tensor]], object
     return lambda known: known.update({name: torch.ones_like(known.pop(like))})
 
 
+def put(name: str, tensor: torch.Tensor) -> Attack:
+    """Put a tensor of a peft adapter into a folder, at the query of the first block."""
+    full = f"base_model.model.bert.encoder.layer.0.attention.self.query.{name}"
+
+    def attack(folder: Path) -> None:
+        (file,) = {*folder.glob("adapter_model.safetensors"), *folder.glob("lora/adapter_model.safetensors")}
+        tensors(str(file.relative_to(folder)), lambda known: known.update({full: tensor}))(folder)
+
+    return attack
+
+
+def both(*attacks: Attack) -> Attack:
+    return lambda folder: [attack(folder) for attack in attacks]
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, after in zip("abcdefgh", "bcdefghi", strict=True)
@@ -106,6 +124,12 @@ MERGED_BOMB = "a: &a {x: 1}\n" + "".join(
     f"{after}: &{after} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n"
     for before, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
+SEEN: dict[str, Attack] = {
+    "a tensor below a site": put("zzz", torch.ones(32)),
+    "a tensor below an adapter": put("lora_A.zzz.weight", torch.ones(32)),
+    "a tensor of another shape": put("lora_A.weight", torch.ones(32, 3)),
+}
+"""What the headers of files show."""
 ATTACKS: dict[str, tuple[str, Attack]] = {
     "no JSON": ("peft", lambda folder: (folder / "autopeft.json").write_text("{")),
     "JSON that is a list": ("peft", lambda folder: (folder / "autopeft.json").write_text("[]")),
@@ -146,6 +170,17 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "huge ranks of LoRA alone": ("peft", resized(10**9)),
     "huge sizes of all methods": ("mixed", resized(10**9)),
     "somewhat larger sizes": ("mixed", resized(1000)),
+    "small vectors between huge matrices that are drawn": (
+        "drawn",
+        both(resized(600_000), put("vera_lambda_d", torch.ones(600_000))),
+    ),
+    "a vector for huge matrices that peft would make to count them": (
+        "hadamard",
+        both(resized(2_000_000), put("zzz", torch.ones(2_000_000))),
+    ),
+    **{
+        f"{name}, {layout}": (layout, attack) for name, attack in SEEN.items() for layout in ("peft", "mixed")
+    },
     "a missing head": ("mixed", lambda folder: (folder / "head.safetensors").unlink()),
     "a tensor too much": ("mixed", tensors("head.safetensors", replaces("pooler.x", "classifier.bias"))),
     "weights of the base": (
@@ -233,6 +268,18 @@ def test_a_hostile_folder_is_refused_with_one_sentence(
     assert len(str(found.value)) < 1000
     assert sorted(Path().rglob("*")) == before, "something was executed or written"
     assert fingerprint(base) == weights
+
+
+@pytest.mark.parametrize("layout", ["peft", "mixed"])
+@pytest.mark.parametrize("name", SEEN)
+def test_tensors_that_the_headers_show_to_be_foreign_are_not_read(
+    name: str, layout: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(folders / layout, tmp_path / "folder")
+    SEEN[name](folder)
+    monkeypatch.setattr(AdapterFiles, "load", lambda _: pytest.fail("they were read"))
+    with pytest.raises(ValueError, match=r"names differ|has the shape"):
+        load_adapter(tiny_classifier("bert"), folder)
 
 
 LOADED: dict[str, Attack] = {

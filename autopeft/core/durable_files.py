@@ -26,6 +26,10 @@ CHECKSUM = "sha256"
 """Key of the checksum in a file's metadata."""
 
 _DAMAGED = ".damaged"
+_DAMAGE = (
+    *(SafetensorError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),  # of numbers and depths that are no JSON of ours
+)
 _Content = TypeVar("_Content")
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             raise ValueError("its checksum does not match its content")
         return tensors, metadata
 
-    return _unless_damaged(path, read)
+    return unless_damaged(path, read)
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -71,14 +75,14 @@ def load_json(path: Path) -> Any | None:
             raise ValueError("its checksum does not match its content")
         return kept["content"]
 
-    return _unless_damaged(path, read)
+    return unless_damaged(path, read)
 
 
-def _unless_damaged(path: Path, read: Callable[[], _Content]) -> _Content | None:
+def unless_damaged(path: Path, read: Callable[[], _Content | None]) -> _Content | None:
     """Return what was read; None, with a warning, where it is damaged. The file is then moved aside."""
     try:
         return read() if path.is_file() else None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         _logger.warning("%s is damaged and counts as missing: %s", path, error)
         with contextlib.suppress(OSError):  # also a folder that is only read is read on
             os.replace(path, path.with_name(path.name + _DAMAGED))

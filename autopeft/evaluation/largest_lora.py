@@ -13,7 +13,7 @@ from typing import Self
 from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.durable_files import load_tensors, save_tensors
+from autopeft.core.durable_files import load_tensors, save_tensors, unless_damaged
 from autopeft.core.evaluation import Cost
 from autopeft.evaluation.derived import cut_state
 from autopeft.models.backbone import Backbone
@@ -71,13 +71,16 @@ class LargestLora:
     @classmethod
     def load(cls, path: Path) -> Self | None:
         """Read what `save` wrote; None if the file is missing or damaged."""
-        found = load_tensors(path)
-        if found is None:
-            return None
-        tensors, texts = found
-        metadata = json.loads(texts[_METADATA_KEY])
-        configuration = Configuration.from_dict(metadata["configuration"])
-        return cls(configuration=configuration, tensors=tensors, cost=Cost(**metadata["cost"]))
+
+        def read() -> Self | None:
+            if (found := load_tensors(path)) is None:
+                return None
+            tensors, texts = found
+            metadata = json.loads(texts[_METADATA_KEY])
+            configuration = Configuration.from_dict(metadata["configuration"])
+            return cls(configuration=configuration, tensors=tensors, cost=Cost(**metadata["cost"]))
+
+        return unless_damaged(path, read)
 
 
 def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Configuration | None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from autopeft.callbacks import BestWeights
-from autopeft.core.durable_files import load_tensors, save_tensors
+from autopeft.core.durable_files import load_tensors, save_tensors, unless_damaged
 from autopeft.core.evaluation import Evaluation
 from autopeft.core.profiling import section
 from autopeft.core.seeding import generator_states, restore_generators
@@ -93,12 +93,18 @@ class TrainingCheckpoint:
     @classmethod
     def load(cls, path: Path) -> TrainingCheckpoint | None:
         """Read what `save` wrote; None where the file is missing or damaged."""
-        kept = load_tensors(path)
-        if kept is None:
-            return None
-        plain = json.loads(kept[1][_META])
+
+        def read() -> TrainingCheckpoint | None:
+            kept = load_tensors(path)
+            return None if kept is None else cls._of(*kept)
+
+        return unless_damaged(path, read)
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TrainingCheckpoint:
+        plain = json.loads(metadata[_META])
         groups: dict[str, Any] = {group: {} for group in (*_GROUPS, _CALLBACKS)}
-        for key, tensor in kept[0].items():
+        for key, tensor in tensors.items():
             group, _, name = key.partition("/")
             groups[group][name] = tensor
         callbacks = _unflatten(plain["state"].pop(_CALLBACKS), groups.pop(_CALLBACKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from autopeft.core.configuration import Configuration
+from autopeft.core.durable_files import save_tensors
 from autopeft.core.objectives import resolve_objectives
 from autopeft.evaluation.evaluator import Evaluator
+from autopeft.evaluation.largest_lora import LargestLora
 from autopeft.evaluation.run import Trained
 from autopeft.training.settings import Training
 from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingCheckpoints
@@ -126,6 +129,17 @@ def test_a_failure_after_a_pause_keeps_what_was_known() -> None:
     assert "diverged" in str(failed.evaluation.reason)
     assert failed.evaluation.values["accuracy"] == paused.evaluation.values["accuracy"]
     assert failed.evaluation.cost.steps >= paused.step
+
+
+@pytest.mark.parametrize("kept", ["{}", "[]", "[" * 2000, '{"state": {}, "evaluation": {}}'])
+@pytest.mark.parametrize("load", [TrainingCheckpoint.load, LargestLora.load])
+def test_a_whole_file_with_anything_else_in_it_counts_as_missing(
+    load: Callable[[Path], object], kept: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "kept.safetensors"
+    save_tensors(path, {"weights/a": torch.zeros(1)}, {"autopeft": kept})
+    assert load(path) is None
+    assert not path.exists()
 
 
 def test_a_state_is_a_plain_safetensors_file(tmp_path: Path) -> None:

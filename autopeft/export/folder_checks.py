@@ -106,7 +106,7 @@ def _is_of_matrices(adapter: Adapter) -> bool:
     row = adapter.specification
     if not isinstance(row, PeftSpec):
         return False
-    return row.principle in ("low-rank update", "rotation") or row.config.get("save_projection") is False
+    return row.size_field in ("r", "oft_block_size") or row.config.get("save_projection") is False
 
 
 def _most(shape: SiteShape) -> int:

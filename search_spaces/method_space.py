@@ -60,8 +60,8 @@ class MethodSpace(SearchSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.methods is not None:
-            several = isinstance(self.methods, Iterable) and not isinstance(self.methods, str)
-            named = self.methods if several else (self.methods,)
+            given: object = self.methods
+            named = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
             for method in named:
                 if not isinstance(method, str):
                     raise ValueError(

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
+import pickle
 import random
 import shutil
 import tempfile
@@ -27,19 +29,24 @@ from typing import Any
 import torch
 import yaml
 from rich.table import Table
-from safetensors.torch import save
+from torch import Tensor
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.evaluation import Evaluation, TrialRecord
+from autopeft.core.durable_files import load_json, load_tensors, save_json, save_tensors
+from autopeft.core.evaluation import Cost, Evaluation, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
-from autopeft.export.folder_format import CONFIGURATION_FILE, HEAD_FILE, MANIFEST_FILE, AdapterFiles, Manifest
-from autopeft.methods import placements
+from autopeft.evaluation.largest_lora import LargestLora
+from autopeft.export.folder_format import CONFIGURATION_FILE, MANIFEST_FILE
+from autopeft.export.loading import load_adapter
 from autopeft.optimization.proposal import Proposal
 from autopeft.optimization.study_store import STUDY_FILE, StudyStore, load_study
 from autopeft.reporting.console import wide_console
 from autopeft.reporting.front import ParetoFront
+from autopeft.training.training_checkpoint import TrainingCheckpoint, TrainingState
 from autopeft.yaml_config import load_config
 from benchmarks.machine import this_machine
+from tests.exports import export
+from tests.tiny_models import tiny_backbone
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -81,6 +88,8 @@ def changed(content: bytes, draw: random.Random) -> bytes:
     """Return content in which a few bytes, or values, are others."""
     if draw.random() < 0.5:
         try:
+            if content[8:9] == b"{":
+                return _with_another_header(content, draw)
             lines = content.splitlines() if content.startswith(b'{"op_code"') else [content]
             place = draw.randrange(len(lines))
             lines[place] = _with_other_values(lines[place], draw)
@@ -99,6 +108,13 @@ def changed(content: bytes, draw: random.Random) -> bytes:
         )
         content = content[:start] + draw.choice(kinds) + content[end:]
     return content
+
+
+def _with_another_header(content: bytes, draw: random.Random) -> bytes:
+    """Return a safetensors file in whose header a few values are others."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = _with_other_values(content[8:end], draw)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _with_other_values(content: bytes, draw: random.Random) -> bytes:
@@ -142,7 +158,8 @@ def readers(folder: Path) -> Mapping[str, Reader]:
         "journal": Reader(
             (_journal(folder / "study", configuration),), partial(_read_study, folder / "study")
         ),
-        **_of_adapter(folder / "adapter"),
+        **_of_adapters(folder),
+        **_of_kept(folder),
     }
 
 
@@ -176,44 +193,88 @@ def _read_study(folder: Path, content: bytes) -> None:
     repr(ParetoFront.stored(*load_study(folder)))
 
 
-def _of_adapter(folder: Path) -> Mapping[str, Reader]:
-    """Return the readers of an adapter folder's files, without a base model."""
-    site = Site(0, "attention")
-    configuration = Configuration({site: Adapter("series", 2)})
-    of_site = {
-        "kind": "attention",
-        "module": "bert.encoder.layer.0.attention.output.dense",
-        "input_module": "bert.encoder.layer.0.attention.self.query",
-        **{"in_features": 8, "out_features": 8, "parameters": 72, "bias": 8},
+def _of_adapters(folder: Path) -> Mapping[str, Reader]:
+    """Return the readers of the files of adapter folders, in both layouts, onto a tiny base."""
+    backbone = tiny_backbone("bert", num_hidden_layers=1)
+    base = pickle.dumps(backbone.model)  # read again faster than the model is copied
+    query, attention = Site(0, "query"), Site(0, "attention")
+    of_layouts = {
+        "peft": Configuration({query: Adapter("lora", 2)}),
+        "mixed": Configuration(
+            {query: [Adapter("vera", 16), Adapter("bitfit")], attention: Adapter("series", 2)}
+        ),
     }
-    head = {"modules": ["classifier"], "labels": ["a", "b"], "problem_type": None, "pad_token_id": 0}
-    manifest = {
-        **{"format_version": 1, "layout": "mixed", "base": "x", "base_fingerprint": "y"},
-        "head": {**head, "dtype": "float32"},
-        "sites": {str(site): of_site},
-        "blocks": {"": 1},
-    }
-    whole = {
-        MANIFEST_FILE: json.dumps(manifest).encode(),
-        CONFIGURATION_FILE: configuration.to_yaml().encode(),
-        HEAD_FILE: save({"classifier.weight": torch.zeros(2, 8)}),
-        "series/adapter.safetensors": save({"0.attention.down": torch.zeros(2, 8)}),
-    }
+    found: dict[str, Reader] = {}
+    for layout, configuration in of_layouts.items():
+        place = folder / layout
+        export(backbone, configuration, place, verify=False)
+        files = MANIFEST_FILE, CONFIGURATION_FILE, *sorted(place.rglob("*.safetensors"))
+        for path in (place / file for file in files):
+            name = f"adapter, {layout} ({path.relative_to(place)})"
+            read = partial(_load_adapter, base, place, path, path.read_bytes())
+            found[name] = Reader((path.read_bytes(),), read)
+    return found
 
-    def read(file: str, content: bytes) -> None:
-        (folder / file).write_bytes(content)
-        try:
-            sites = Manifest.load(folder).sites
-            known = Configuration.load(folder / CONFIGURATION_FILE)
-            if known.adapters.keys() <= sites.keys():  # else the base is asked, and refuses
-                AdapterFiles(folder, placements(known, sites), "mixed").load()
-        finally:
-            (folder / file).write_bytes(whole[file])
 
-    for file, content in whole.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(content)
-    return {f"adapter ({file})": Reader((whole[file],), partial(read, file)) for file in whole}
+def _load_adapter(base: bytes, folder: Path, path: Path, whole: bytes, content: bytes) -> None:
+    """Load a folder with other content in one of its files."""
+    path.write_bytes(content)
+    try:
+        load_adapter(pickle.loads(base), folder)
+    finally:
+        path.write_bytes(whole)
+
+
+def _of_kept(folder: Path) -> Mapping[str, Reader]:
+    """Return the readers of what a search keeps for itself, where damage counts as missing.
+
+    A checksum finds all of it: texts are also changed, and signed again.
+    """
+    configuration = Configuration({Site(0, "query"): Adapter("lora", 2)})
+    tensors = {"0.query.lora.lora_A.weight": torch.ones(2, 4)}
+    cost = Cost(steps=3)
+    state = TrainingState(
+        step=3,
+        weights=tensors,
+        best_weights={name: 2 * tensor for name, tensor in tensors.items()},
+        best=0.5,
+        best_metrics={"accuracy": 0.5},
+        optimizer={"a|step": torch.tensor(3.0)},
+        generators={"cpu": torch.zeros(8, dtype=torch.uint8)},
+        early_stopping={"wait_count": 1},
+        callbacks=[{"seen": [torch.ones(2), (1, "x")]}],
+    )
+    evaluation = Evaluation(configuration=configuration, status="paused", values={"accuracy": 0.5}, cost=cost)
+    paused = TrainingCheckpoint(evaluation=evaluation, state=state)
+    largest = LargestLora(configuration=configuration, tensors=tensors, cost=cost)
+    found: dict[str, Reader] = {}
+    kept: Any
+    for name, kept in {"paused training": paused, "warm start": largest}.items():
+        path = folder / f"{name}.safetensors"
+        kept.save(path)
+        whole = load_tensors(path)
+        assert whole is not None
+        ((key, text),) = whole[1].items()
+        read = partial(_present, type(kept).load)
+        found[name] = Reader((path.read_bytes(),), partial(_of_file, path, read))
+        signed = partial(_of_signed, path, read, whole[0], key)
+        found[f"{name} (signed)"] = Reader((text.encode(),), signed)
+    path = folder / "kept.json"
+    save_json(path, {"accuracy": [0.5, None, "x"]})
+    found["kept JSON"] = Reader((path.read_bytes(),), partial(_of_file, path, partial(_present, load_json)))
+    return found
+
+
+def _present(load: Callable[[Path], object], path: Path) -> None:
+    if load(path) is None:
+        raise ValueError(f"{path} counts as missing.")
+
+
+def _of_signed(
+    path: Path, read: Callable[[Path], object], tensors: Mapping[str, Tensor], key: str, content: bytes
+) -> None:
+    save_tensors(path, tensors, {key: content.decode(errors="replace")})
+    read(path)
 
 
 def main() -> None:
@@ -223,6 +284,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", help="this one alone")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # that a kept file is damaged
     place = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     began = time.process_time()
     try:

@@ -23,6 +23,7 @@ from autopeft.tasks.dataset_task import SPLITS
 from autopeft.tasks.grouped_data import RowData
 from autopeft.tasks.language_rows import Layout, RowReader, TokenRow, example_key, layout_of, learnt_column
 from autopeft.tasks.language_task import LanguageTask
+from autopeft.tasks.later_tokens import check_reads_no_later_tokens
 from autopeft.tasks.length_bucketing import TokenisedSplit
 from autopeft.tasks.packing import do_rows_mix, pack
 
@@ -159,7 +160,7 @@ class CausalLM(LanguageTask):
         return data
 
     def check_model(self, model: Any, data: TaskData) -> None:
-        """Raise ValueError where rows are too long for a model, or packed ones see each other."""
+        """Raise ValueError where a model reads later tokens, rows are too long, or packed ones are mixed."""
         assert isinstance(data, LanguageData)
         rows = [row for name in SPLITS[:2] for row in data.rows(name)]
         lengths = [len(row.tokens) for row in rows]
@@ -167,6 +168,7 @@ class CausalLM(LanguageTask):
             prompts, _ = self._examples(data, "validation")
             lengths += [len(prompt) + self.new_tokens for prompt in prompts]
         check_positions(model, max(lengths))
+        check_reads_no_later_tokens(model, max(rows, key=lambda row: len(row.tokens)).tokens)
 
         def logits(batch: Batch) -> Tensor:
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}

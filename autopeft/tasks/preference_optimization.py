@@ -23,11 +23,12 @@ from autopeft.core.errors import check_numbers, check_whole
 from autopeft.core.objectives import Objective
 from autopeft.methods import adapters_off
 from autopeft.models.head_spec import HeadSpec
-from autopeft.tasks.base import Batch, SplitName
+from autopeft.tasks.base import Batch, SplitName, TaskData
 from autopeft.tasks.batch import IGNORED, LABELS, model_inputs
 from autopeft.tasks.dataset_loading import check_columns
 from autopeft.tasks.dataset_task import GroupedTask
 from autopeft.tasks.language_rows import RowReader, TokenRow, is_chat
+from autopeft.tasks.later_tokens import check_reads_no_later_tokens
 from autopeft.tasks.loader_data import LoaderData
 
 _logger = logging.getLogger(__name__)
@@ -175,6 +176,13 @@ class PreferenceOptimization(GroupedTask):
         if self._is_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return prompt, row["chosen"], row["rejected"]
+
+    def check_model(self, model: Any, data: TaskData) -> None:
+        """Raise ValueError where rows are too long for a model, or it reads later tokens."""
+        super().check_model(model, data)
+        batch = next(iter(data.val_dataloader()))
+        length = int(batch["attention_mask"][0, 0].sum())
+        check_reads_no_later_tokens(model, batch["input_ids"][0, 0, :length].tolist())
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full pairs; see `Task.example_batch`."""

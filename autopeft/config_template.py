@@ -29,6 +29,8 @@ _MOST_CLASSES = 0.2
 """Different values in a column of classes at most, as a share of its rows."""
 _CLASSES_OF_FEW_ROWS = 10
 """A small file may have up to so many classes, if each has two rows on average."""
+_CLASSES_OF_WHOLE_NUMBERS = 20
+"""Whole numbers of more values are numbers, such as scores up to 100; unless their column is "label"."""
 _ROWS_READ = 1000  # to tell whether a column has texts
 _ASIDE = {"id", "idx", "index", "uuid", "split", "fold", "date", "datetime", "timestamp", "url"}
 """Words in the names of columns that are neither read nor predicted unless they are asked for."""
@@ -76,9 +78,10 @@ objectives: [{metric}, trainable_parameters, peak_memory]
 
 seed: 0
 
-# The budget: trials, hours, gpu_seconds or cpu_seconds. The first that is spent ends the search.
+# The budget: hours of each call, or trials, gpu_seconds or cpu_seconds of all calls together. The first that
+# is spent ends the call.
 run:
-  trials: 30
+  hours: 1
 """
 
 
@@ -149,6 +152,8 @@ def recognise(
     if task is not None:
         check_choice("task", by_name, task)
     train = load_splits(data, None)["train"]
+    if len(train.column_names) == 1:
+        _check_separator(train.column_names[0])
     given: Mapping[str, Columns] = {"text": tuple(text), "label": () if label is None else (label,)}
     named = {setting: columns for setting, columns in given.items() if columns}
     check_choice("column", train.column_names, *chain(*named.values()))
@@ -173,6 +178,16 @@ def recognise(
         name: [*chosen[name]] if len(chosen[name]) > 1 else chosen[name][0] for name in made.needs
     }
     return made(data, **settings), settings, _listed(kinds)
+
+
+def _check_separator(column: str) -> None:
+    """Raise ValueError where the name of a file's only column looks like several."""
+    found = next((mark for mark in (";", "\t") if mark in column), None)
+    if found is not None:
+        raise ValueError(
+            f"The file seems to be separated by {repr(found) if found == ';' else 'a tab'}: its only column "
+            f"is {column!r}. Save it with commas."
+        )
 
 
 def _one(setting: str, columns: Sequence[Columns], choose: Choose | None) -> Columns:
@@ -208,10 +223,15 @@ def _not_recognised(
     if foreign:
         return ValueError(f"{task.__name__} has no {foreign[0]!r}: leave out --{foreign[0]}.")
     needed = " and ".join(f"{setting!r} ({kind})" for setting, kind in task.needs.items())
-    return ValueError(
-        f"{task.__name__} needs columns {needed}, and the data have {_listed(kinds)}: rename columns, or "
-        "name another task."
-    )
+    mend = "rename columns, or name another task."
+    if {*task.needs} == {"text", "label"} and len(kinds) > 1:  # which options name
+        names = {setting: columns[0] for setting, columns in named.items()}
+        free = [column for column in kinds if column not in names.values() and not _is_aside(column)]
+        texts = [column for column in free if kinds[column] == "text"] or free
+        text = names.get("text") or next(iter(texts), "COLUMN")
+        label = names.get("label") or next((column for column in free if column != text), "COLUMN")
+        mend = f"name them, as in --text {text} --label {label}, or name another task."
+    return ValueError(f"{task.__name__} needs columns {needed}, and the data have {_listed(kinds)}: {mend}")
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> str:
@@ -237,10 +257,22 @@ def _kind(train: Dataset, column: str) -> ColumnKind:
     values = [value for value in train.unique(column) if value is not None and value == value]
     if any(isinstance(value, float) and value != int(value) for value in values):
         return "number"
+    are_numbers = not isinstance(feature, ClassLabel) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
     most = max(_MOST_CLASSES * len(train), min(_CLASSES_OF_FEW_ROWS, len(train) / 2))
+    if are_numbers:
+        most = min(most, _CLASSES_OF_WHOLE_NUMBERS)
     if column == "label" or 2 <= len(values) <= most:
         return "class"
+    if are_numbers and len(values) > 1 and not _count_rows(values, len(train)):
+        return "number"
     return "text" if is_text else "other"
+
+
+def _count_rows(values: Sequence[float], rows: int) -> bool:
+    """Whether whole numbers are one a row, without a gap."""
+    return len(values) == rows == max(values) - min(values) + 1
 
 
 def _likely(kinds: Mapping[str, ColumnKind], *, is_labelled: bool) -> list[type[DatasetTask]]:
@@ -299,4 +331,4 @@ def _texts(train: Dataset, names: Sequence[str]) -> list[Columns]:
 
 
 def _is_aside(name: str) -> bool:
-    return not _ASIDE.isdisjoint(re.split(r"[\W_]+", name.lower()))
+    return not _ASIDE.isdisjoint(re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))

@@ -187,7 +187,7 @@ class Search(SearchSettings):
         finished, each time it pauses at a rung or was trained again. What they raise ends the call.
 
         Ctrl-C ends the search early and returns the front so far. The same call again resumes: an
-        interrupted trial is run again, a search that is done returns its front at once.
+        interrupted trial is run again. Trials and seconds are of all calls, hours of each.
 
         With a `verdict`, that share of the hours or seconds is kept for the method of this name, which is
         called at the end: for the tests of both fronts what they take by the mean of the search's trainings,

@@ -163,6 +163,40 @@ def test_texts_are_read_together_where_their_names_say_so(pair: tuple[str, str],
         recognise(saved(tmp_path, rows))
 
 
+def test_scores_of_many_values_are_numbers(tmp_path: Path) -> None:
+    """Whole numbers too, beside a text that a language model could learn."""
+    rows: dict[str, list[Any]] = {
+        "text": [f"what guest {row} thinks" for row in range(300)],
+        "score": [(7 * row) % 101 for row in range(300)],
+    }
+    for numbered in (
+        rows,
+        {"Unnamed: 0": [*range(300)], **rows},
+        {"guestId": [3 * n for n in range(300)], **rows},
+    ):
+        found, settings, _ = recognise(saved(tmp_path, numbered))
+        assert (type(found).__name__, settings) == ("Regression", {"text": "text", "label": "score"})
+        found.validate()
+    alone = {"n": [*range(300)], "text": rows["text"]}
+    assert type(recognise(saved(tmp_path, alone))[0]).__name__ == "CausalLM"
+
+
+@pytest.mark.parametrize(("mark", "named"), [(";", "';'"), ("\t", "a tab")])
+def test_a_file_of_another_separator_is_said(mark: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([f"review{mark}stars", *(f"good {row}{mark}{row % 5}" for row in range(40))]))
+    for task in (None, "Regression"):
+        with pytest.raises(ValueError, match=f"seems to be separated by {named}: .*Save it with commas"):
+            recognise(str(path), task)
+
+
+def test_a_named_task_says_how_columns_are_named(tmp_path: Path) -> None:
+    data = saved(tmp_path, reviews())
+    with pytest.raises(ValueError, match="name them, as in --text review --label stars, or"):
+        recognise(data, "Regression")
+    assert recognise(data, "Regression", text=["review"], label="stars")[1]["label"] == "stars"
+
+
 def test_tags_of_several_kinds_are_a_question(tmp_path: Path) -> None:
     rows: dict[str, list[Any]] = {
         "tokens": [["a", "b"]] * 20,

@@ -84,7 +84,8 @@ def _of_search(folder: Path) -> EarlierFront:
 
 
 def _of_adapters(folder: Path, exported: Sequence[Path]) -> EarlierFront:
-    bases = [(manifest.blocks, manifest.hidden_size) for manifest in map(Manifest.load, exported)]
+    manifests = [Manifest.load(adapter) for adapter in exported]
+    bases = [(manifest.blocks, manifest.hidden_size) for manifest in manifests]
     depths, hidden_size = bases[0]
     if not depths:
         raise ValueError(f"{folder} does not say how many blocks its base has: export it again.")
@@ -92,7 +93,12 @@ def _of_adapters(folder: Path, exported: Sequence[Path]) -> EarlierFront:
         raise ValueError(
             f"The adapters in {folder} are of bases of unlike depth or width: name each by itself."
         )
-    points = [Configuration.load(adapter / CONFIGURATION_FILE) for adapter in exported]
+    points = [
+        Configuration.load(adapter / CONFIGURATION_FILE)
+        if manifest.trained is None
+        else Configuration.from_dict(manifest.trained)
+        for adapter, manifest in zip(exported, manifests, strict=True)
+    ]
     named = zip((adapter.resolve().name for adapter in exported), points, strict=True)
     members = [Member(name, point, 1 / len(points)) for name, point in named if point.adapters]
     if not members:

@@ -111,7 +111,7 @@ def export_adapter(
     configuration, state = as_exported(configuration), exported_state(configuration, state)
     if configuration.methods != trained_methods:
         details = {**(details or {}), "methods in training": ", ".join(trained_methods)}
-    conversion = None
+    conversion, searched = None, configuration
     if target in LORA_TARGETS:
         plain = plain_lora(backbone, configuration, state, energy)
         if plain.energy_kept:
@@ -137,6 +137,7 @@ def export_adapter(
         blocks=backbone.depths,
         hidden_size=backbone.hidden_size,
         quantization=None if layout == "merged" else quantization_of(backbone.model),
+        trained=None if configuration == searched else searched.to_dict(),
     )
     options = base_options(manifest, backbone.origin)
     figures = dict(values or {})

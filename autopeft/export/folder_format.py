@@ -144,6 +144,8 @@ class Manifest:
     hidden_size: Annotated[int, Field(ge=1)] | None = None
     # How the base was quantised, as arguments of transformers' `BitsAndBytesConfig`; None where it was not.
     quantization: Mapping[str, Any] | None = None
+    # The configuration that was trained, as plain data, where a target wanted another; None where it is that.
+    trained: Mapping[str, Any] | None = None
     # Versions of the packages that wrote the folder.
     versions: Mapping[str, str] = field(default_factory=_versions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import shlex
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from autopeft.export.targets import possible_targets
 from autopeft.export.verification import check_export
 from autopeft.methods.lora import lora_scaling
 from autopeft.models.backbone import Backbone
+from autopeft.search_prior import earlier_fronts
 from tests.export.test_targets import language_backbone
 from tests.exports import TOLERANCE, State, difference, expected_logits, export, lora_of_many_ranks, trained
 from tests.servers import RULES, Updates, by_vllm, in_served_layers, linear_layers
@@ -97,7 +99,8 @@ def test_sglang_is_given_all_that_it_stacks_and_peft_computes_the_same(tmp_path:
     backbone, folder = language_backbone(), tmp_path / "out"
     sites = {Site(0, "value"): Adapter("lora", 4), Site(1, "ffn_gate"): Adapter("lora", 2)}
     configuration = Configuration(sites)
-    export(backbone, configuration, folder, target="sglang")
+    report = export(backbone, configuration, folder, target="sglang")
+    assert report._repr_html_() == f"<pre>{html.escape(str(report))}</pre>"
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {name.split(".lora_")[0].partition("layers.")[2] for name in tensors} == {
         *("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"),
@@ -107,6 +110,8 @@ def test_sglang_is_given_all_that_it_stacks_and_peft_computes_the_same(tmp_path:
     loaded = load_adapter(language_backbone().model, folder)
     assert difference(loaded, tiny_batch(), expected_logits(backbone, configuration)) <= TOLERANCE
     assert "| adapters of zeros | 3, as sglang wants" in (folder / "README.md").read_text()
+    (member,) = earlier_fronts([folder], tmp_path)[0].members
+    assert member.configuration == configuration, "a prior begins from what was found"
     export(backbone, configuration, folder, target="vllm", overwrite=True)
     alone, without = Manifest.load(folder), r"without LoRA are model\.layers\.0\.self_attn\.q_proj"
     with pytest.raises(RuntimeError, match=f"not load in sglang.*{without}"):

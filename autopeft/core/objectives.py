@@ -152,13 +152,17 @@ def parse_quantity(value: float | str, unit: str) -> float:
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value.strip())
         if match is None:
-            raise ValueError(f"Cannot read {value!r} as an amount of {unit}, as in '12 GiB' or '2M'.")
+            amounts = {"bytes": "12 GiB", "parameters": "500k", "FLOPs": "3G"}
+            kind = f"an amount of {unit}" if unit in amounts else "a number"
+            raise ValueError(f"Cannot read {value!r} as {kind}, as in {amounts.get(unit, '0.9')!r}.")
         suffix = match["unit"] or ("B" if unit == "bytes" else "")
         check_choice(f"unit of {unit}", units, suffix)
         value = float(match["number"].replace("_", "")) * units[suffix]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"A bound in {unit} must be a finite number above 0, got {value!r}.")
+    if unit == "bytes" and value < _BYTES["KiB"]:
+        raise ValueError(f"A bound of {value:g} bytes is too small; did you mean '{value:g} GiB'?")
     return float(value)
 
 

@@ -39,10 +39,9 @@ def how_to_load(number: int, search: str, backbone: str) -> tuple[str, str]:
     """
     folder = f"adapters/{number}"
     shell = f"autopeft export {number} --search {shlex.quote(search)} --to {folder}"
-    python = (
-        f"import autopeft\n\nbase = {backbone!r}  # a hub name, or the path of the folder\n"
-        f"model = autopeft.load_adapter(base, {folder!r})"
-    )
+    # Only some old names on the hub have no owner; what is known of a folder is its name.
+    base = repr(backbone) if "/" in backbone else f"{f'path/to/{backbone}'!r}  # or its name on the hub"
+    python = f"import autopeft\n\nbase = {base}\nmodel = autopeft.load_adapter(base, {folder!r})"
     return shell, python
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ OTHER_COLOUR = "#7F7F7F"
 
 _MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 _with_prefix = EngFormatter(sep="")
+_OUTCOMES = {"paused": "stopped early", "failed": "failed", "infeasible": "infeasible"}
 _LABEL_PIXELS = (26, 16)  # width and height of a trial's number in the static picture
 
 
@@ -308,7 +310,7 @@ def _axis_title(objective: Objective) -> str:
 
 def _title(records: Sequence[TrialRecord], objectives: Sequence[Objective], members: Collection[int]) -> str:
     drawn = _finite(records, objectives)
-    left_out = sum(record.evaluation.status != "complete" for record in records)
+    counts = Counter(_OUTCOMES.get(record.evaluation.status) for record in records)
     on_front = sum(record.number in members for record in drawn)
-    rest = f"; {left_out} did not complete" if left_out else ""
-    return f"{len(drawn)} trials, {on_front} on the front{rest}"
+    rest = "".join(f"; {counts[words]} {words}" for words in _OUTCOMES.values() if counts[words])
+    return f"{len(drawn)} trained to the end, {on_front} on the front{rest}"

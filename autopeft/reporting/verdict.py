@@ -14,7 +14,7 @@ from autopeft.core.evaluation import TrialRecord
 from autopeft.core.objectives import Objective
 from autopeft.core.pareto import Axis, hypervolume
 
-UNKNOWN = "Whether this front beats a uniform LoRA sweep is not known: search.verdict() finds out."
+UNKNOWN = "Not yet compared with a uniform LoRA sweep: run `autopeft verdict` or `search.verdict()`."
 _NORMAL_95 = 1.96
 
 

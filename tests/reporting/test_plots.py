@@ -109,7 +109,16 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
     records[2] = with_values(records[2], trainable_parameters=0.0)
     figure = front_figure(records, [0, 1, 2, 3], TWO)
     assert sum(len(trace.x) for trace in figure.data if trace.mode == "markers") == 2
-    assert "2 did not complete" not in figure.layout.title.text
+    assert figure.layout.title.text == "2 trained to the end, 2 on the front; 1 infeasible"
+
+
+def test_the_title_tells_what_was_stopped_from_what_failed() -> None:
+    records = synthetic_records(6)
+    for number, status in enumerate(["paused", "paused", "failed", "complete", "complete", "complete"]):
+        evaluation = replace(records[number].evaluation, status=status)
+        records[number] = replace(records[number], evaluation=evaluation)
+    title = front_figure(records, [3], TWO).layout.title.text
+    assert title == "3 trained to the end, 1 on the front; 2 stopped early; 1 failed"
 
 
 def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
@@ -124,7 +133,7 @@ def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
         ("lines", {accuracy}, "x2"),
     ]
     assert lines[0].x[0] > 0
-    assert "6 trials, 2 on the front" in figure.layout.title.text
+    assert "6 trained to the end, 2 on the front" in figure.layout.title.text
     panels = static_front_figure(records, [0, 1], OBJECTIVES).axes
     for panel in panels:
         assert [

@@ -206,6 +206,8 @@ def test_a_trials_page_says_what_it_is_and_how_to_load_it(client: MlflowClient, 
     assert "autopeft export 3 --search 'my search' --to adapters/3" in note
     assert "base = 'org/model'" in note
     assert "autopeft.load_adapter(base, 'adapters/3')" in note
+    local = trial_note(record, OBJECTIVES, "my search", "MiniLM")
+    assert "base = 'path/to/MiniLM'  # or its name on the hub" in local
     failed = replace(record, evaluation=replace(record.evaluation, status="failed", reason="nan at *step* 2"))
     note = trial_note(failed, OBJECTIVES, "my search", "org/model")
     assert r"(failed: nan at \*step\* 2)" in note

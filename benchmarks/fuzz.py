@@ -208,8 +208,8 @@ def _of_adapters(folder: Path) -> Mapping[str, Reader]:
     for layout, configuration in of_layouts.items():
         place = folder / layout
         export(backbone, configuration, place, verify=False)
-        files = MANIFEST_FILE, CONFIGURATION_FILE, *sorted(place.rglob("*.safetensors"))
-        for path in (place / file for file in files):
+        files = place / MANIFEST_FILE, place / CONFIGURATION_FILE, *sorted(place.rglob("*.safetensors"))
+        for path in files:
             name = f"adapter, {layout} ({path.relative_to(place)})"
             read = partial(_load_adapter, base, place, path, path.read_bytes())
             found[name] = Reader((path.read_bytes(),), read)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -71,16 +72,16 @@ class LargestLora:
     @classmethod
     def load(cls, path: Path) -> Self | None:
         """Read what `save` wrote; None if the file is missing or damaged."""
+        return unless_damaged(path, partial(cls._read, path))
 
-        def read() -> Self | None:
-            if (found := load_tensors(path)) is None:
-                return None
-            tensors, texts = found
-            metadata = json.loads(texts[_METADATA_KEY])
-            configuration = Configuration.from_dict(metadata["configuration"])
-            return cls(configuration=configuration, tensors=tensors, cost=Cost(**metadata["cost"]))
-
-        return unless_damaged(path, read)
+    @classmethod
+    def _read(cls, path: Path) -> Self | None:
+        if (found := load_tensors(path)) is None:
+            return None
+        tensors, texts = found
+        metadata = json.loads(texts[_METADATA_KEY])
+        configuration = Configuration.from_dict(metadata["configuration"])
+        return cls(configuration=configuration, tensors=tensors, cost=Cost(**metadata["cost"]))
 
 
 def largest_lora(space: SearchSpace, backbone: Backbone, seed: int = 0) -> Configuration | None:

@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from autopeft.optimization.proposal import Sampler
 from autopeft.optimization.samplers import SAMPLERS, make_sampler, reads_study
 from tests.slow_cases import slow_cases
 
@@ -146,7 +147,12 @@ def test_which_samplers_read_the_study() -> None:
     class Own(optuna.samplers.RandomSampler):
         """Might read trials."""
 
-    reading = [*({*SAMPLERS} - {"random"}), "one by an entry point", optuna.samplers.TPESampler(), Own()]
+    reading: list[str | Sampler] = [
+        *({*SAMPLERS} - {"random"}),
+        "one by an entry point",
+        optuna.samplers.TPESampler(),
+        Own(),
+    ]
     assert all(map(reads_study, reading))
-    not_reading = ["ehvi", "random", make_sampler("ehvi", 0), make_sampler("random", 0)]
+    not_reading: list[str | Sampler] = ["ehvi", "random", make_sampler("ehvi", 0), make_sampler("random", 0)]
     assert not any(map(reads_study, not_reading))

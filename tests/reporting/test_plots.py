@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.evaluation import TrialRecord
+from autopeft.core.evaluation import Status, TrialRecord
 from autopeft.core.objectives import Objective, resolve_objectives
 from autopeft.reporting.configuration_image import configuration_svg
 from autopeft.reporting.formats import html_page
@@ -114,7 +114,8 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
 
 def test_the_title_tells_what_was_stopped_from_what_failed() -> None:
     records = synthetic_records(6)
-    for number, status in enumerate(["paused", "paused", "failed", "complete", "complete", "complete"]):
+    statuses: list[Status] = ["paused", "paused", "failed", "complete", "complete", "complete"]
+    for number, status in enumerate(statuses):
         evaluation = replace(records[number].evaluation, status=status)
         records[number] = replace(records[number], evaluation=evaluation)
     title = front_figure(records, [3], TWO).layout.title.text

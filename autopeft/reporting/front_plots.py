@@ -313,4 +313,4 @@ def _title(records: Sequence[TrialRecord], objectives: Sequence[Objective], memb
     counts = Counter(_OUTCOMES.get(record.evaluation.status) for record in records)
     on_front = sum(record.number in members for record in drawn)
     rest = "".join(f"; {counts[words]} {words}" for words in _OUTCOMES.values() if counts[words])
-    return f"{len(drawn)} trained to the end, {on_front} on the front{rest}"
+    return f"{len(drawn)} complete, {on_front} on the front{rest}"

@@ -192,7 +192,7 @@ def test_an_infeasible_candidate_is_not_trained(bounded: str) -> None:
 
 def test_a_constraint_need_not_be_an_objective() -> None:
     evaluator = tiny_evaluator(
-        objectives=("accuracy", "trainable_parameters"), constraints={"peak_memory": "1 B"}
+        objectives=("accuracy", "trainable_parameters"), constraints={"peak_memory": "1 KiB"}
     )
     evaluation = evaluator.evaluate(lora(evaluator.backbone))
     assert evaluation.status == "infeasible"

@@ -47,7 +47,7 @@ def test_a_bound_on_memory_leaves_its_upper_sites(tmp_path: Path, caplog: pytest
     kept = weights(needed).largest()
     assert kept is not None
     assert kept.configuration == top
-    nothing = weights(1000)
+    nothing = weights(1024)
     assert nothing.largest() is None
     assert nothing.obstacle == "LoRA of the largest rank breaks the bound on peak memory at every site"
     assert f"There are no warm starts: {nothing.obstacle}." in caplog.text

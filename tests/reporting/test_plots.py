@@ -109,7 +109,7 @@ def test_values_that_cannot_be_drawn_are_left_out() -> None:
     records[2] = with_values(records[2], trainable_parameters=0.0)
     figure = front_figure(records, [0, 1, 2, 3], TWO)
     assert sum(len(trace.x) for trace in figure.data if trace.mode == "markers") == 2
-    assert figure.layout.title.text == "2 trained to the end, 2 on the front; 1 infeasible"
+    assert figure.layout.title.text == "3 complete, 3 on the front"
 
 
 def test_the_title_tells_what_was_stopped_from_what_failed() -> None:
@@ -119,7 +119,7 @@ def test_the_title_tells_what_was_stopped_from_what_failed() -> None:
         evaluation = replace(records[number].evaluation, status=status)
         records[number] = replace(records[number], evaluation=evaluation)
     title = front_figure(records, [3], TWO).layout.title.text
-    assert title == "3 trained to the end, 1 on the front; 2 stopped early; 1 failed"
+    assert title == "3 complete, 1 on the front; 2 stopped early; 1 failed"
 
 
 def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
@@ -134,7 +134,7 @@ def test_what_has_no_parameters_is_a_line_at_its_metric() -> None:
         ("lines", {accuracy}, "x2"),
     ]
     assert lines[0].x[0] > 0
-    assert "6 trained to the end, 2 on the front" in figure.layout.title.text
+    assert "6 complete, 2 on the front" in figure.layout.title.text
     panels = static_front_figure(records, [0, 1], OBJECTIVES).axes
     for panel in panels:
         assert [

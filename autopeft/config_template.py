@@ -182,12 +182,12 @@ def recognise(
 
 def _check_separator(column: str) -> None:
     """Raise ValueError where the name of a file's only column looks like several."""
-    found = next((mark for mark in (";", "\t") if mark in column), None)
-    if found is not None:
-        raise ValueError(
-            f"The file seems to be separated by {repr(found) if found == ';' else 'a tab'}: its only column "
-            f"is {column!r}. Save it with commas."
-        )
+    for mark, name in {";": "';'", "\t": "tabs"}.items():
+        if mark in column:
+            raise ValueError(
+                f"The file seems to be separated by {name}: its only column is {column!r}. "
+                "Save it with commas."
+            )
 
 
 def _one(setting: str, columns: Sequence[Columns], choose: Choose | None) -> Columns:

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from autopeft.core.configuration import Adapter, Configuration, Site
-from autopeft.core.method_specs import METHOD_SPECS, OptionValue
+from autopeft.core.method_specs import METHOD_SPECS, OptionValue, PeftSpec
 from autopeft.methods import METHODS, count_site, obstacle
 from autopeft.models.backbone import Backbone
 from autopeft.search_spaces.learning_rates import log_place
@@ -71,18 +71,20 @@ class MethodChoice:
     def on(self, backbone: Backbone, sites: Sequence[Site]) -> MethodChoice | None:
         """Return it with the sizes that all of some sites can take, or None where there is none.
 
-        Above what a layer has room for, some families make the same adapter of every size, as LoKr and PiSSA
-        do: of sizes with equal counts the smallest is taken.
+        Above what a layer has room for, some of peft's families make the same adapter of every size, as LoKr
+        and PiSSA do: of sizes with equal counts the smallest is taken.
         """
-        fitting, before = [], None
-        for adapter in self.adapters:
-            if any(obstacle(backbone, site, adapter) for site in sites):
-                continue
-            counts = [count_site(backbone, site, adapter) for site in sites]
-            # What sites share is not in the counts.
-            if counts != before or METHODS[self.method].shares_state:
-                fitting.append(adapter)
-            before = counts
+        fitting = [
+            adapter
+            for adapter in self.adapters
+            if not any(obstacle(backbone, site, adapter) for site in sites)
+        ]
+        # What sites share is not in the counts.
+        if isinstance(METHOD_SPECS[self.method], PeftSpec) and not METHODS[self.method].shares_state:
+            of_counts: dict[tuple[int, ...], Adapter] = {}
+            for adapter in fitting:
+                of_counts.setdefault(tuple(count_site(backbone, site, adapter) for site in sites), adapter)
+            fitting = list(of_counts.values())
         if len(fitting) == len(self.adapters):
             return self
         return replace(self, sizes=[adapter.size or 1 for adapter in fitting]) if fitting else None

@@ -181,7 +181,7 @@ def test_scores_of_many_values_are_numbers(tmp_path: Path) -> None:
     assert type(recognise(saved(tmp_path, alone))[0]).__name__ == "CausalLM"
 
 
-@pytest.mark.parametrize(("mark", "named"), [(";", "';'"), ("\t", "a tab")])
+@pytest.mark.parametrize(("mark", "named"), [(";", "';'"), ("\t", "tabs")])
 def test_a_file_of_another_separator_is_said(mark: str, named: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("\n".join([f"review{mark}stars", *(f"good {row}{mark}{row % 5}" for row in range(40))]))

@@ -27,8 +27,13 @@ CHECKSUM = "sha256"
 
 _DAMAGED = ".damaged"
 _DAMAGE = (
-    *(SafetensorError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, RecursionError),  # of numbers and depths that are no JSON of ours
+    SafetensorError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,  # of numbers that are no JSON of ours
+    RecursionError,  # of its depth
 )
 _Content = TypeVar("_Content")
 _logger = logging.getLogger(__name__)

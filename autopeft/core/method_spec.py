@@ -40,7 +40,7 @@ class MethodSpec:
     needs_bias: bool = False  # whether the module must have a bias
     # Whether the model must compute attention through transformers' attention interface.
     needs_attention_interface: bool = False
-    # Whether gradients go back through the blocks above its site.
+    # Whether gradients go back through the blocks of its stack above its site.
     backpropagates: bool = True
     # The learning rate that suits it, as a multiple of LoRA's: its parameters are trained at this multiple of
     # the configuration's learning rate.

@@ -162,7 +162,7 @@ def parse_quantity(value: float | str, unit: str) -> float:
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"A bound in {unit} must be a finite number above 0, got {value!r}.")
     if unit == "bytes" and value < _BYTES["KiB"]:
-        raise ValueError(f"A bound of {value:g} bytes is too small; did you mean '{value:g} GiB'?")
+        raise ValueError(f"An amount of {value:g} bytes is too small; did you mean '{value:g} GiB'?")
     return float(value)
 
 

@@ -57,7 +57,9 @@ class RayCluster:
         host, _, port = str(address).rpartition(":")
         with suppress(OSError, UnicodeError):  # what is no name of a host is not the cluster's
             host = socket.gethostbyname(host)
-        if f"{host}:{port}" != present:
+        here, _, its_port = present.rpartition(":")
+        is_here = host == here or host.startswith("127.")  # a host knows itself by several names
+        if not is_here or port != its_port:
             raise ValueError(
                 f"Ray was started in this process beforehand, at {present} and not at {address!r}: leave the "
                 "address out, or call ray.shutdown() first."

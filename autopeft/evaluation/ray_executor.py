@@ -372,7 +372,7 @@ class _RayJobs:
                 f"of reach: {reason} What is done is kept; the same call goes on."
             )
         message = "The worker of trial %d is gone; another one runs it again: %s"
-        raised = error if hasattr(error, "cause") else None  # of which a line does not say where
+        raised = error if hasattr(error, "cause") else None  # its traceback says where
         _logger.warning(message, task.job.number, reason, exc_info=raised)
         self._waiting.append(task)
         return None

@@ -93,8 +93,8 @@ def check_sizes(by_method: Mapping[str, Placement], sizes: Sizes) -> None:
             is_plausible = adapter.size_or_zero <= max(found, shared, _most(shape))
             if not is_plausible or METHODS[name].count(shape, adapter) > found:
                 raise ValueError(
-                    f"{site} should carry {adapter}, but the folder has {found} numbers for it: fewer "
-                    f"than that takes on {shape.module}."
+                    f"{site} should carry {adapter}, but the folder has {found} numbers for it, and {shared} "
+                    f"that sites share: fewer than that takes on {shape.module}."
                 )
 
 

@@ -95,7 +95,8 @@ class Ladder(Method):
     2022. A rung mixes the block's hidden state, normalised and projected down, with the side state by a
     learned gate; the last state, projected up, is added to what the stack of blocks returns. Where the paper
     has attention, a rung adds the mean over a row's tokens if the model's attention says that it is not
-    causal, nor is called so. Rungs may be of different widths: each changes the first numbers of the state.
+    causal, and is not called as causal. Rungs may be of different widths: each changes the first numbers of
+    the state.
     """
 
     name = "ladder"

@@ -48,7 +48,7 @@ class LoraSparse(ChosenNumbers, LayerMethod):
         return {"sparse.indices": places_of_largest(statistic.abs(), entries)}
 
     def obstacle(self, shape: SiteShape, adapter: Adapter, bits: int | None = None) -> str | None:
-        """Return what is against it: there are not so many numbers."""
+        """Return what is against it: a density above 1."""
         density = float(adapter.option("density"))
         return f"its density is a share, at most 1, got {density:g}" if density > 1 else None
 

@@ -56,7 +56,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 
 
 def register(method: Method, specification: MethodSpec) -> None:
-    """Make a method of one's own known, or take it in the place of one's own of that name.
+    """Make a method of your own known, or replace an earlier one of yours with the same name.
 
     Raises:
         ValueError: The two have different names, one of autopeft's methods has the name, or another method
@@ -70,7 +70,8 @@ def register(method: Method, specification: MethodSpec) -> None:
         )
     for known in METHOD_SPECS.values():
         # A notebook's cell is run more than once.
-        if name in _BUILT_IN if known.name == name else known.symbol == specification.symbol:
+        is_taken = name in _BUILT_IN if known.name == name else known.symbol == specification.symbol
+        if is_taken:
             raise ValueError(
                 f"{name!r} cannot be registered with the symbol {specification.symbol!r}: "
                 f"there is {known.name!r} with {known.symbol!r}."

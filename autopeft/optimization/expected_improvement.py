@@ -63,8 +63,8 @@ class Features:
     Of both: the number of parameters on a log scale. Of what it costs: the share of the blocks that no
     gradients go through, of the sites that carry an adapter, and of each method. Of what it reaches: the
     summed learning rate on a log scale, how its ranks are allocated, and its placement, one number a site;
-    models of few trials that are told the methods predict less (`benchmarks/families.py`). All lie in [0, 1]
-    but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
+    searches whose models were told the methods found worse fronts (`benchmarks/families.py`). All lie in
+    [0, 1] but the summed rate, 1 for one adapter at the highest rate. See `benchmarks/surrogate.py`.
     """
 
     backbone: Backbone  # counts blocks and parameters
@@ -96,7 +96,10 @@ class Features:
         return [summed, self._size(configuration), *allocated]
 
     def of_cost(self, configuration: Configuration) -> list[float]:
-        """Return the features that say what a configuration costs; the first method's share follows."""
+        """Return the features that say what a configuration costs.
+
+        The first method's share is implied by the others'.
+        """
         adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
         shares = self._method_shares(configuration)
         return [self.frozen_share(configuration), adapted, self._size(configuration), *shares]
@@ -147,7 +150,12 @@ class Features:
 
     def frozen_share(self, configuration: Configuration) -> float:
         """Return the share of the blocks through which no gradients go."""
-        sites = (site for site, adapter in configuration if adapter.specification.backpropagates)
+        *_, last = self.backbone.stacks  # what is in others gets its gradients through it
+        sites = (
+            site
+            for site, adapter in configuration
+            if adapter.specification.backpropagates or site.stack != last
+        )
         lowest = next((site.place for site in sites), None)
         return self.backbone.blocks_below(lowest) / len(self.backbone.places)
 

@@ -40,7 +40,9 @@ def how_to_load(number: int, search: str, backbone: str) -> tuple[str, str]:
     folder = f"adapters/{number}"
     shell = f"autopeft export {number} --search {shlex.quote(search)} --to {folder}"
     # Only some old names on the hub have no owner; what is known of a folder is its name.
-    base = repr(backbone) if "/" in backbone else f"{f'path/to/{backbone}'!r}  # or its name on the hub"
+    base = repr(backbone)
+    if "/" not in backbone:
+        base = f"{'path/to/' + backbone!r}  # or its name on the hub"
     python = f"import autopeft\n\nbase = {base}\nmodel = autopeft.load_adapter(base, {folder!r})"
     return shell, python
 

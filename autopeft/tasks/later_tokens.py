@@ -22,7 +22,7 @@ def check_reads_no_later_tokens(model: Any, tokens: Sequence[int]) -> None:
     """
     ids = torch.tensor([tokens[:_TOKENS]], device=model.device)
     changed = ids.clone()
-    changed[:, -1] = (ids[:, -1] == 0) + 0  # another token that every vocabulary has
+    changed[:, -1] = (ids[:, -1] == 0).long()  # another token that every vocabulary has
     before, after = (
         model(input_ids=read, attention_mask=torch.ones_like(read), use_cache=False).logits.float()
         for read in (ids, changed)

@@ -46,10 +46,8 @@ class MethodFeatures(Features):
     """Tells models of the metric, too, which methods a configuration has."""
 
     def of_metric(self, configuration: Configuration) -> list[float]:
-        """Return the share of each method but the first, beside the other features."""
-        methods = [adapter.method for _, adapter in configuration]
-        shares = [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
-        return [*super().of_metric(configuration), *shares]
+        """Return the shares of methods, beside the other features."""
+        return [*super().of_metric(configuration), *self.method_shares(configuration)]
 
 
 class MethodSampler(EhviSampler):

@@ -256,19 +256,20 @@ class _RayJobs:
         """
         is_new = call in self._starting
         actor = (self._starting if is_new else self._probed).pop(call)
-        differs = ""
         try:
             node, compute, token = self._ray.get(call)
-            differs = reason = self._difference(compute, token)
         except Exception as error:
             if self._cluster.end_of(error, "") == "error":
                 raise
-            reason = reason_of(error)
-        if not reason:
-            if is_new:
-                self._failed_starts = 0
-            self._idle.append(_Started(actor, node))
-            return
+            reason, differs = reason_of(error), False
+        else:
+            reason = self._difference(compute, token)
+            differs = bool(reason)
+            if not differs:
+                if is_new:
+                    self._failed_starts = 0
+                self._idle.append(_Started(actor, node))
+                return
         self._cluster.kill(actor)
         if not is_new:
             self._start_worker()
@@ -276,7 +277,7 @@ class _RayJobs:
         self._failed_starts += 1
         is_left = self._running or self._idle or self._probed
         # Another try may be luckier, but for workers that differ, of which all were seen.
-        if self._failed_starts + bool(differs) > self._workers and not is_left:
+        if self._failed_starts + differs > self._workers and not is_left:
             raise ValueError(f"A worker could not be started: {reason}")
         pause = _PAUSE_SECONDS * 2 ** min(self._failed_starts - 1, _DOUBLINGS)
         _logger.warning("A worker could not be started; the next try is in %g s: %s", pause, reason)

@@ -96,12 +96,9 @@ class Features:
         return [summed, self._size(configuration), *allocated]
 
     def of_cost(self, configuration: Configuration) -> list[float]:
-        """Return the features that say what a configuration costs.
-
-        The first method's share is implied by the others'.
-        """
+        """Return the features that say what a configuration costs."""
         adapted = sum(site in self._columns for site in configuration.adapters) / len(self.choices)
-        shares = self._method_shares(configuration)
+        shares = self.method_shares(configuration)
         return [self.frozen_share(configuration), adapted, self._size(configuration), *shares]
 
     @_once
@@ -109,7 +106,8 @@ class Features:
         return log_place(max(self.count(configuration), self.parameters[0]), *self.parameters)
 
     @_once
-    def _method_shares(self, configuration: Configuration) -> list[float]:
+    def method_shares(self, configuration: Configuration) -> list[float]:
+        """Return the share of each method but the first, which is implied by the others'."""
         methods = [adapter.method for _, adapter in configuration]
         return [methods.count(name) / max(1, len(methods)) for name in self.methods[1:]]
 

@@ -168,15 +168,16 @@ class CausalLM(LanguageTask):
             prompts, _ = self._examples(data, "validation")
             lengths += [len(prompt) + self.new_tokens for prompt in prompts]
         check_positions(model, max(lengths))
-        check_reads_no_later_tokens(model, max(rows, key=lambda row: len(row.tokens)).tokens)
+        model_name = type(model).__name__
 
         def logits(batch: Batch) -> Tensor:
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             return self.predicted(self.forward(model, on_device)).float().cpu()
 
+        check_reads_no_later_tokens(model_name, logits, max(rows, key=lambda row: len(row.tokens)).tokens)
         if self.packing and do_rows_mix(logits, rows, data.tokenizer, min(2, data.batch_size)):
             raise ValueError(
-                f"Packed rows see each other in {type(model).__name__}: expected packing=False, or with "
+                f"Packed rows see each other in {model_name}: expected packing=False, or with "
                 "attention='flash_attention_2' another attention or one pack a batch."
             )
 

@@ -182,7 +182,14 @@ class PreferenceOptimization(GroupedTask):
         super().check_model(model, data)
         batch = next(iter(data.val_dataloader()))
         length = int(batch["attention_mask"][0, 0].sum())
-        check_reads_no_later_tokens(model, batch["input_ids"][0, 0, :length].tolist())
+        tokens = batch["input_ids"][0, 0, :length].tolist()
+
+        def logits(row: Batch) -> Tensor:
+            inputs = {name: tensor.to(model.device) for name, tensor in model_inputs(row).items()}
+            found: Tensor = model(**inputs, use_cache=False).logits
+            return found.float().cpu()
+
+        check_reads_no_later_tokens(type(model).__name__, logits, tokens)
 
     def example_batch(self, rows: int, length: int) -> Batch:
         """Return a batch of full pairs; see `Task.example_batch`."""

@@ -109,6 +109,14 @@ def test_a_worker_that_finds_another_folder_at_the_searchs_path_is_refused(
     assert re.search(match, caplog.text)
 
 
+def test_a_host_is_known_by_its_loopback_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.ray_stand_in.ADDRESS", "10.0.0.5:6379")
+    for address in ("10.0.0.5:6379", "127.0.0.1:6379", "127.0.1.1:6379"):
+        assert executor_on(Cluster(repeat(True), iter([])), monkeypatch, address=address).free == 2
+    with pytest.raises(ValueError, match=r"beforehand, at 10\.0\.0\.5:6379"):
+        executor_on(Cluster(repeat(True), iter([])), monkeypatch, address="127.0.0.1:6380")
+
+
 def test_the_address_of_another_cluster_than_this_process_is_in_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

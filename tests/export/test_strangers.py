@@ -176,7 +176,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     ),
     "a vector for huge matrices that peft would make to count them": (
         "hadamard",
-        both(resized(2_000_000), put("zzz", torch.ones(2_000_000))),
+        both(resized(4_000_000), put("zzz", torch.ones(4_000_000))),
     ),
     **{
         f"{name}, {layout}": (layout, attack) for name, attack in SEEN.items() for layout in ("peft", "mixed")

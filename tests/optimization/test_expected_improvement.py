@@ -224,6 +224,16 @@ def test_a_ladder_has_no_backward_pass_through_the_blocks() -> None:
     assert compute == [0.75, 1.0, 0.5]
 
 
+def test_gradients_of_an_encoder_s_ladder_go_back_through_the_decoder() -> None:
+    backbone = tiny_backbone("t5")
+    features = Features.of(PerLayer(methods=("ladder",), learning_rate=1e-3), backbone)
+    shares = {
+        stack: features.frozen_share(Configuration({Site(0, "block", stack=stack): Adapter("ladder", 4)}))
+        for stack in backbone.stacks
+    }
+    assert shares == {"encoder": 0.0, "decoder": 1.0}
+
+
 def test_a_placement_tells_sites_and_sizes() -> None:
     sites = list(FEATURES.choices)
     configuration = Configuration({sites[1]: Adapter("lora", 16), sites[4]: Adapter("lora", 4)})

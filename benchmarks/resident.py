@@ -4,9 +4,10 @@
     python -m benchmarks.resident CONFIG FOLDER [SETTING ...]
 
 Printed, and kept in the folder, is how much was resident when the libraries were imported, before anything
-was loaded, and the most that was in each section of `autopeft.core.profiling`, beside its bound. Pages of
-mapped files count too. Settings are those of `autopeft search`. One trial of LoRA everywhere, with a batch of
-training rows, comes to the peak that was counted; in a few steps of many rows the longest may be missing.
+was loaded, and the most that was in each section of `autopeft.core.profiling`, beside the bounds of training
+and of scoring, which differentiates through all blocks. Pages of mapped files count too. Settings are those
+of `autopeft search`. One trial of LoRA everywhere, with a batch of training rows, comes to the peak that was
+counted; in a few steps of many rows the longest may be missing.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import torch
 from autopeft.core.profiling import Profile
 from autopeft.yaml_config import load_config
 from benchmarks.leak import resident_bytes
+from benchmarks.uniform_lora import uniform
 
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "THP_MEM_ALLOC_ENABLE": "1"}
 """Settings of glibc and torch by which freed tensors leave the process; see `docs/how-it-works/memory.md`."""
 _RECORD = "resident.json"
+_SCORING = "score"
 _WEIGHTS = 2.5  # sizes of the weights, in the bound
 _PROCESS = Path("/proc/self")
 _RESTART_PEAK = "5"  # proc(5), clear_refs
@@ -74,40 +77,46 @@ class Resident:
         libraries: Held once they are imported.
         weights: Of the backbone.
         counted: The largest `peak_memory` of what was trained, also in part; it has the weights in it.
+        counted_in_scoring: The `peak_memory` of LoRA of rank 1 on all linear layers, through which scores
+            differentiate.
         peaks: The most that was resident, by section.
     """
 
     libraries: int
     weights: int
     counted: float
+    counted_in_scoring: float
     peaks: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """Return the peak, its bounds with and without what the libraries hold, and what they are made of."""
-        bound = (_WEIGHTS - 1) * self.weights + self.counted
+        """Return the peaks of scoring and of all else, their bounds, and what those are made of."""
+        others = (peak for section, peak in self.peaks.items() if section != _SCORING)
+        beside_counted = (_WEIGHTS - 1) * self.weights
         return {
-            "peak_resident_bytes": max(self.peaks.values()),
-            "bound_bytes": self.libraries + bound,
-            "bound_without_libraries_bytes": bound,
+            "peak_resident_bytes": max(others),
+            "bound_without_libraries_bytes": beside_counted + self.counted,
+            "peak_resident_in_scoring_bytes": self.peaks.get(_SCORING),
+            "bound_in_scoring_without_libraries_bytes": beside_counted + self.counted_in_scoring,
             "library_bytes": self.libraries,
             "weight_bytes": self.weights,
             "largest_counted_bytes": self.counted,
+            "counted_in_scoring_bytes": self.counted_in_scoring,
             "peak_resident_bytes_by_section": self.peaks,
         }
 
     def __str__(self) -> str:
-        def gibibytes(size: float) -> str:
-            return f"{size / 2**30:.2f} GiB"
-
-        found = self.record()
+        gibibytes = {
+            name: size / 2**30 for name, size in self.record().items() if isinstance(size, int | float)
+        }
         sections = sorted(self.peaks, key=lambda name: -self.peaks[name])
         return (
-            f"Peak resident memory of the search: {gibibytes(found['peak_resident_bytes'])}; bound: "
-            f"{gibibytes(found['bound_bytes'])},\nthat is libraries {gibibytes(self.libraries)}, {_WEIGHTS} "
-            f"times the weights of {gibibytes(self.weights)}, and the largest counted peak of "
-            f"{gibibytes(self.counted)} without them;\nwithout libraries "
-            f"{gibibytes(found['bound_without_libraries_bytes'])}.\n"
-            f"By section in GiB: {', '.join(f'{name} {self.peaks[name] / 2**30:.2f}' for name in sections)}."
+            f"In GiB, of which the libraries hold {gibibytes['library_bytes']:.2f}: "
+            f"resident {gibibytes['peak_resident_bytes']:.2f}, bound without libraries "
+            f"{gibibytes['bound_without_libraries_bytes']:.2f}; in scoring "
+            f"{gibibytes.get('peak_resident_in_scoring_bytes', 0.0):.2f}, bound "
+            f"{gibibytes['bound_in_scoring_without_libraries_bytes']:.2f}.\nA bound is {_WEIGHTS} times the "
+            f"weights of {gibibytes['weight_bytes']:.2f}, and the counted peak without them.\n"
+            f"By section: {', '.join(f'{name} {self.peaks[name] / 2**30:.2f}' for name in sections)}."
         )
 
 
@@ -127,13 +136,15 @@ def main(config: str, folder: str, *settings: str) -> None:
     with MemoryProfile() as profile:
         front = loaded.search.run(**loaded.run)
     if not was_begun:
-        weights = sum(tensor.nbytes for tensor in loaded.search.open().backbone.model.parameters())
+        opened = loaded.search.open()
+        weights = sum(tensor.nbytes for tensor in opened.backbone.model.parameters())
+        in_scoring = opened.evaluator.costs(uniform(opened.backbone, rank=1, rate=1e-3))["peak_memory"]
         counted = max(
             record.evaluation.values.get("peak_memory", 0.0)
             for record in front.records
             if record.evaluation.status != "infeasible"
         )
-        resident = Resident(libraries, weights, counted, dict(profile.peaks))
+        resident = Resident(libraries, weights, counted, in_scoring, dict(profile.peaks))
         print(resident)
         Path(folder, _RECORD).write_text(json.dumps(asdict(resident)))
 

@@ -75,6 +75,10 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
     for point in front:
         if not len(point.configuration):
             continue  # the untrained model is the base itself
+        kept = folder / f"{point.number}.json"
+        if kept.exists():
+            rows.append(json.loads(kept.read_text()))
+            continue
         report = point.export(folder / str(point.number), overwrite=True)
         state = checkpoints.load(point.record)
         assert state is not None  # members of the front keep their tensors
@@ -89,7 +93,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
                 "test_loss_in_fresh_process": fresh_loss(job, batches),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
+        kept.write_text(json.dumps(rows[-1]))
     return rows
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import optuna
@@ -9,7 +14,7 @@ import pytest
 
 from autopeft.reporting.mlflow.store import checked_store
 from tests.learnable import tiny_search
-from tests.records import IDENTITY, synthetic_records
+from tests.records import IDENTITY, pareto_front, synthetic_records
 from tests.reporting.test_tracker import make, numbers, trial_runs
 
 
@@ -88,3 +93,50 @@ def test_a_study_of_more_runs_than_are_read_keeps_its_parent(
             tracker.trial_finished(record)
         tracker.finish("FINISHED", records)
     assert {0, 1, 2} == {*numbers(trial_runs(uri))}, "of one parent"
+
+
+def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = make("http://someone:opensesame@127.0.0.1:1")
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="autopeft"):
+        tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
+        tracker.trial_finished(synthetic_records(1)[0])
+        tracker.publish_front(pareto_front(synthetic_records(1)))
+        tracker.finish("FINISHED")
+    assert time.monotonic() - begun < 20
+    assert "The search is not recorded in MLflow" in caplog.text
+    assert tracker.link == "http://127.0.0.1:1"
+    assert "opensesame" not in caplog.text
+    assert "someone" not in caplog.text
+
+
+def test_a_server_that_falls_silent_costs_a_warning_and_its_patience(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped right after it was asked for its health."""
+    monkeypatch.setattr("autopeft.reporting.mlflow.tracker._PATIENCE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else it stays set
+    released = threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if is_silent := self.path != "/health":
+                released.wait(60)
+            self.send_response(404 if is_silent else 200)  # which the client does not try again
+            self.end_headers()
+
+    records = synthetic_records(2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server, ExitStack() as at_the_end:
+        threading.Thread(target=server.serve_forever).start()
+        at_the_end.callback(server.shutdown)
+        at_the_end.callback(released.set)
+        tracker = make(f"http://127.0.0.1:{server.server_port}")
+        begun = time.monotonic()
+        with caplog.at_level(logging.WARNING, logger="autopeft"):
+            tracker.start(note="", identity=IDENTITY, records=records)
+            tracker.trial_finished(records[0])
+            tracker.finish("FINISHED", records)
+        assert time.monotonic() - begun < 20
+        released.set()
+        tracker._worker.join(20)
+    assert "cannot be used (TimeoutError: no answer within a minute)" in caplog.text

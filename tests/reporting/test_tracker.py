@@ -317,21 +317,6 @@ def test_what_failed_is_written_at_the_end_where_mlflow_is_back(uri: str) -> Non
     assert [run.info.status for run in trial_runs(uri)] == ["FINISHED"] * 2
 
 
-def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytest.LogCaptureFixture) -> None:
-    tracker = make("http://someone:opensesame@127.0.0.1:1")
-    begun = time.monotonic()
-    with caplog.at_level(logging.WARNING, logger="autopeft"):
-        tracker.start(note="", identity=IDENTITY, records=synthetic_records(2))
-        tracker.trial_finished(synthetic_records(1)[0])
-        tracker.publish_front(pareto_front(synthetic_records(1)))
-        tracker.finish("FINISHED")
-    assert time.monotonic() - begun < 20
-    assert "The search is not recorded in MLflow" in caplog.text
-    assert tracker.link == "http://127.0.0.1:1"
-    assert "opensesame" not in caplog.text
-    assert "someone" not in caplog.text
-
-
 @pytest.mark.slow
 def test_a_trial_costs_the_search_next_to_nothing(uri: str) -> None:
     records = synthetic_records(50)

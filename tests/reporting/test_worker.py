@@ -77,6 +77,8 @@ def test_a_job_that_hangs_is_given_up_with_what_waits(worker: Worker) -> None:
     worker.put(partial(done.append, "never"))
     begun = time.monotonic()
     assert not worker.stop(0.3)
+    worker.put(partial(done.append, "too late"))
+    assert not worker.flush(20)
     assert 0.3 <= time.monotonic() - begun < 10
     released.set()
     deadline = time.monotonic() + 20

@@ -40,6 +40,7 @@ _MOST_RUNS = 50_000  # MLflow's limit
 _FRONT_EVERY_SECONDS = 60.0
 _FRONT_SHARE = 0.02  # of the time: page, picture and table grow with the trials
 _PATIENCE_SECONDS = 60.0
+_SECONDS_A_RUN = 0.02  # that a server may take to list what a search has written
 
 
 class MlflowTracker(Tracker):
@@ -114,11 +115,25 @@ class MlflowTracker(Tracker):
     ) -> None:
         """Find or create the search's run, and bring its trials' runs in line with the study.
 
-        Where MLflow does not answer, a warning says so and nothing is recorded until the next call.
+        Where MLflow does not answer within a minute, a warning says so and nothing is recorded until the next
+        call.
         """
-        try:
-            self._open(note, identity, records)
-        except Exception as error:
+        error: Exception | None = TimeoutError("no answer within a minute")
+
+        def try_to_open() -> None:
+            nonlocal error
+            try:
+                self._open(note, identity, records)
+                error = None
+            except Exception as raised:
+                error = raised
+
+        # By the thread, as MLflow's client tries for long where a server keeps connections and is silent.
+        self._worker.start()
+        self._worker.put(try_to_open)
+        self._worker.flush(_PATIENCE_SECONDS + _SECONDS_A_RUN * len(records))
+        if error is not None:
+            self._worker.stop(0)
             _logger.warning(
                 "The search is not recorded in MLflow, as the tracking store %s cannot be used (%s: %s). The "
                 "study has everything: the next call of the search writes it.",
@@ -127,7 +142,6 @@ class MlflowTracker(Tracker):
                 redact_in(error, self._uri),
             )
             return
-        self._worker.start()
         self.front_changed(members)
         for record in self._runs.behind(records):
             self.trial_finished(record)
@@ -251,7 +265,7 @@ class MlflowTracker(Tracker):
         What is still missing is tried once more. A store that has stopped answering is given up once nothing
         has been written for a minute.
         """
-        if not self._worker.is_alive():
+        if not self._worker.takes_jobs:
             return
         if answers := self._worker.flush(_PATIENCE_SECONDS):
             for record in self._runs.behind(records):

@@ -25,9 +25,14 @@ class Worker(threading.Thread):
         self._last_success = 0.0
         self._is_given_up = False
 
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether the thread is started, not ended, and not given up."""
+        return self.is_alive() and not self._is_given_up
+
     def put(self, job: Callable[[], object]) -> None:
         """Have a job done; nothing happens before the thread is started, and after its end."""
-        if self.is_alive():
+        if self.takes_jobs:
             self._jobs.put(job)
 
     def flush(self, patience_seconds: float) -> bool:
@@ -35,10 +40,10 @@ class Worker(threading.Thread):
         done = threading.Event()
         self.put(done.set)
         self._last_success = time.monotonic()
-        while self.is_alive() and not done.wait(0.1):
+        while self.takes_jobs and not done.wait(0.1):
             if time.monotonic() - self._last_success > patience_seconds:
                 return False
-        return True
+        return not self._is_given_up
 
     def stop(self, patience_seconds: float) -> bool:
         """Do all jobs and end, or give up what is left; see `flush`."""

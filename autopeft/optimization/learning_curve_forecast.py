@@ -92,7 +92,10 @@ class Forecast:
         if not math.isfinite(place[-1]):
             place[-1] = known.worst_loss
         distances = np.square((known.places - place) / known.spread).sum(axis=1)
-        return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
+        last = min(_NEAREST, len(distances)) - 1
+        near = np.flatnonzero(distances <= np.partition(distances, last)[last])  # of thousands, a few to sort
+        order = np.argsort(distances[near], kind="stable")[:_NEAREST]
+        return [known.gains[index] for index in near[order]]
 
     def _read(self, step: int, warm_start: bool) -> _Gains:
         gains, found = [], []
@@ -123,7 +126,7 @@ class Forecast:
         gains = self.gains(evaluation, step)
         if len(gains) < _FEWEST_FOR_NOISE:
             return score, None
-        return score + statistics.median(gains), statistics.stdev(gains)
+        return score + float(np.median(gains)), float(np.std(gains, ddof=1))
 
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopeft.core.errors import check_numbers
 from autopeft.core.evaluation import VALIDATION_LOSS, TrialRecord
@@ -74,12 +77,12 @@ class _Candidate:
         return self.values[VALIDATION_LOSS]
 
 
-class _Threshold(NamedTuple):
-    """What a trial costs, and reached in a whole training, or is expected to reach."""
+class _Thresholds(NamedTuple):
+    """What trials cost, and reached in a whole training, or are expected to reach; a row each."""
 
-    costs: Mapping[str, float]
-    score: float
-    whole: bool
+    costs: NDArray[np.float64]
+    scores: NDArray[np.float64]  # more is better
+    are_whole: NDArray[np.bool_]
 
 
 def _is_whole(record: TrialRecord) -> bool:
@@ -116,6 +119,8 @@ class AshaPromoter:
         self._trivial_score = next(axis.worst for axis in axes if axis.objective == monitor)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
+        # By rung and number: what takes longest in a large search is to look at all curves for each job.
+        self._seen: dict[tuple[int, int], _Candidate] = {}
 
     def forecast(self, records: Sequence[TrialRecord]) -> Forecast:
         """Return what the whole trainings of a search tell of its paused trials."""
@@ -123,6 +128,7 @@ class AshaPromoter:
         evaluations = tuple(record.evaluation for record in whole)
         if self._last.whole != evaluations:  # it has read their curves, once
             self._last = self._forecast(evaluations)
+            self._seen = {place: seen for place, seen in self._seen.items() if not seen.is_paused}
         return self._last
 
     def next(
@@ -167,47 +173,63 @@ class AshaPromoter:
 
     def _at(self, rung: int, records: Sequence[TrialRecord], running: Collection[int]) -> list[_Candidate]:
         """Return every trial that has reached a rung, with the scores it had there."""
-        step, forecast, found = self.steps[rung], self.forecast(records), []
+        forecast, found = self.forecast(records), []
         for record in records:
-            evaluation = record.evaluation
-            if record.duplicate_of is not None or evaluation.status not in ("complete", "paused"):
-                continue
-            scores = forecast.scores_at(evaluation, step)
-            if scores is None:
-                continue
-            costs = {name: evaluation.values[name] for name in self._costs}
-            is_paused = evaluation.status == "paused" and evaluation.cost.steps == step
-            expected, noise = evaluation.values[self.monitor.name], None
-            if is_paused:
-                expected, noise = forecast.beyond(evaluation, step, scores[self.monitor.name])
-            found.append(
-                _Candidate(
-                    record=record,
-                    values={**costs, **scores, VALIDATION_LOSS: forecast.loss_at(evaluation, step)},
-                    is_paused=is_paused,
-                    waits=is_paused and record.number not in running,
-                    expected=expected,
-                    noise=noise,
-                    at_trivial=not self.monitor.is_better(scores[self.monitor.name], self._trivial_score),
-                )
-            )
+            candidate = self._seen.get((rung, record.number))
+            if candidate is None or candidate.record is not record:
+                candidate = self._candidate(record, self.steps[rung], forecast)
+                if candidate is None:
+                    continue
+                self._seen[rung, record.number] = candidate
+            waits = candidate.is_paused and record.number not in running
+            found.append(candidate if waits == candidate.waits else replace(candidate, waits=waits))
         return found
+
+    def _candidate(self, record: TrialRecord, step: int, forecast: Forecast) -> _Candidate | None:
+        """Return a trial at a rung; None where it has not reached it, or is none of its own."""
+        evaluation = record.evaluation
+        if record.duplicate_of is not None or evaluation.status not in ("complete", "paused"):
+            return None
+        scores = forecast.scores_at(evaluation, step)
+        if scores is None:
+            return None
+        costs = {name: evaluation.values[name] for name in self._costs}
+        is_paused = evaluation.status == "paused" and evaluation.cost.steps == step
+        expected, noise = evaluation.values[self.monitor.name], None
+        if is_paused:
+            expected, noise = forecast.beyond(evaluation, step, scores[self.monitor.name])
+        return _Candidate(
+            record=record,
+            values={**costs, **scores, VALIDATION_LOSS: forecast.loss_at(evaluation, step)},
+            is_paused=is_paused,
+            waits=is_paused,
+            expected=expected,
+            noise=noise,
+            at_trivial=not self.monitor.is_better(scores[self.monitor.name], self._trivial_score),
+        )
 
     def _choose(self, candidates: Sequence[_Candidate], records: Sequence[TrialRecord]) -> _Candidate | None:
         begun = [candidate for candidate in candidates if not candidate.at_trivial]
         others = [candidate for candidate in candidates if candidate.at_trivial]
         best = self._by_metric(begun)[: self._quota(begun, least=1)]
         best += self._by_loss(others)[: self._quota(others, least=0 if begun else 1)]
-        paused = [candidate for candidate in begun if candidate.is_paused]
-        whole = [record.evaluation.values for record in filter(_is_whole, records)]
-        thresholds = [
-            *(_Threshold(candidate.values, candidate.expected, whole=False) for candidate in paused),
-            *(_Threshold(values, values[self.monitor.name], whole=True) for values in whole),
-        ]
+        thresholds = self._thresholds(begun, records)
         going = (
             candidate for candidate in best if candidate.waits and not self._is_stopped(candidate, thresholds)
         )
         return next(going, None)
+
+    def _thresholds(self, begun: Sequence[_Candidate], records: Sequence[TrialRecord]) -> _Thresholds:
+        paused = [candidate for candidate in begun if candidate.is_paused]
+        whole = [record.evaluation.values for record in filter(_is_whole, records)]
+        values = [*(candidate.values for candidate in paused), *whole]
+        costs = np.array([[known[name] for name in self._costs] for known in values])
+        scores = [candidate.expected for candidate in paused] + [known[self.monitor.name] for known in whole]
+        return _Thresholds(
+            costs=costs.reshape(len(values), len(self._costs)),
+            scores=self.monitor.sign * np.array(scores),
+            are_whole=np.arange(len(values)) >= len(paused),
+        )
 
     def _quota(self, candidates: Sequence[_Candidate], *, least: int) -> int:
         return max(least, math.floor(len(candidates) / self.halving.reduction_factor))
@@ -235,30 +257,23 @@ class AshaPromoter:
         rest = [candidate for candidate in candidates if not math.isfinite(candidate.loss)]
         return [known[index] for layer in layers for index in layer] + rest
 
-    def _is_stopped(self, candidate: _Candidate, thresholds: Sequence[_Threshold]) -> bool:
+    def _is_stopped(self, candidate: _Candidate, thresholds: _Thresholds) -> bool:
         """Whether a trial that costs no more already beats this one's optimistic estimate.
 
         At the trivial score the metric says nothing; only a complete trial that is as good as any stops it.
         """
-        values = candidate.values
-        rivals = [
-            threshold
-            for threshold in thresholds
-            if all(values[name] >= threshold.costs[name] for name in self._costs)
-        ]
+        costs = np.array([candidate.values[name] for name in self._costs])
+        cost_no_more = (thresholds.costs <= costs).all(axis=1)
+        scores, are_whole = thresholds.scores, thresholds.are_whole
         if candidate.at_trivial:
-            scores = [threshold.score for threshold in thresholds if threshold.whole]
-            best = self.monitor.best([*scores, self._trivial_score])
-            return best != self._trivial_score and any(
-                rival.whole and rival.score == best for rival in rivals
-            )
-        noise = candidate.noise
+            trivial = self.monitor.sign * self._trivial_score
+            best = scores[are_whole].max(initial=trivial)
+            return bool(best != trivial and (cost_no_more & are_whole & (scores == best)).any())
         # One deviation: of trials like it 16 % gain more.
-        hoped = candidate.expected + self.monitor.sign * (noise or 0.0)
-        for rival in rivals:
-            is_dearer = any(values[name] > rival.costs[name] for name in self._costs)
-            if rival.whole and (noise is None or (noise == 0 and is_dearer)):
-                continue  # no spread of gains is known yet
-            if self.monitor.is_better(rival.score, hoped) or (rival.whole and hoped == rival.score):
-                return True
-        return False
+        hoped = self.monitor.sign * candidate.expected + (candidate.noise or 0.0)
+        beat_it = cost_no_more & ((scores > hoped) | (are_whole & (scores == hoped)))
+        if candidate.noise is None:  # no spread of gains is known yet
+            beat_it &= ~are_whole
+        elif candidate.noise == 0:
+            beat_it &= ~are_whole | (thresholds.costs == costs).all(axis=1)
+        return bool(beat_it.any())

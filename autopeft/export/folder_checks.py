@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from autopeft.core.configuration import Adapter, Configuration, Site
+from autopeft.core.errors import shown
 from autopeft.core.method_specs import PeftSpec
 from autopeft.export.folder_format import HEAD_FILE, PEFT_FILE, Manifest, elements
 from autopeft.methods import METHODS, Placement
@@ -67,8 +68,8 @@ def checked_sites(
         if present.get(site) != there:
             what = "no module" if site not in present else "something else at"
             raise ValueError(
-                f"{type(model).__name__} has {what} {there.module}: this is not the base the adapter was "
-                "trained on."
+                f"{type(model).__name__} has {what} {shown(there.module)}: this is not the base the "
+                "adapter was trained on."
             )
     return {site: present[site] for site in configuration.adapters}
 

@@ -86,7 +86,7 @@ def open_journal(path: Path, *, keeps_parameters: bool = True) -> JournalStorage
                     partial.write_bytes(whole)
         finally:
             lock.release()
-    with damage_named(path):
+    with damage_named(path, ValueError):  # which here are Optuna's
         return JournalStorage(_Journal(path, lock, keeps_parameters=keeps_parameters))
 
 
@@ -96,7 +96,7 @@ def read_journal(path: Path) -> JournalStorage:
     Its trials are without parameters, which Optuna takes two thirds of the time to make, and records have.
     """
     operations = _parsed(path, path.read_bytes())
-    with damage_named(path):
+    with damage_named(path, ValueError):  # which here are Optuna's
         return JournalStorage(_Lines(list(map(_without_parameters, operations))))
 
 
@@ -112,11 +112,11 @@ _DAMAGE = (
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path, *others: type[Exception]) -> Iterator[None]:
     """Raise what Optuna and our own readers say of JSON with other content as a ValueError with the path."""
     try:
         yield
-    except _DAMAGE as error:
+    except (*_DAMAGE, *others) as error:
         raise ValueError(
             f"{path} is damaged ({shown(error)}): expected operations of Optuna's journal, and trials of a "
             "search. Restore the file from a copy."
@@ -171,7 +171,7 @@ def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
             continue
         try:
             operation = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, number) from error
         if not isinstance(operation, dict) or "op_code" not in operation:
             raise _damaged(path, number)

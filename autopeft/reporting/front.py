@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from rich.table import Table
 
 from autopeft.core.configuration import Configuration
-from autopeft.core.errors import check_choice, check_share, check_whole
+from autopeft.core.errors import check_choice, check_share, check_whole, shown
 from autopeft.core.evaluation import TrialRecord
 from autopeft.core.export_report import ExportReport
 from autopeft.core.objectives import Constraint, Objective, parse_quantity, resolve_objectives
@@ -165,7 +165,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             )
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"The study of {attributes['name']!r} is damaged ({error!r}): restore it from a copy."
+                f"The study of {attributes['name']!r} is damaged ({shown(error)}): restore it from a copy."
             ) from error
 
     def with_trial(self, record: TrialRecord) -> ParetoFront:

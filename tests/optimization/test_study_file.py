@@ -62,7 +62,7 @@ def test_a_blank_line_is_harmless(tmp_path: Path, place: int) -> None:
     assert len(optunas(tmp_path).trials) == 5, "for plain Optuna too"
 
 
-@pytest.mark.parametrize("garbage", [b'{"op_code": 4, "wor\n', b"\0\xff\0\n", b"7\n"])
+@pytest.mark.parametrize("garbage", [b'{"op_code": 4, "wor\n', b"\0\xff\0\n", b"7\n", b"[" * 2000 + b"\n"])
 def test_a_damaged_line_is_named_with_its_mend(tmp_path: Path, garbage: bytes) -> None:
     records = filled(tmp_path)
     journal = tmp_path / STUDY_FILE
@@ -77,6 +77,17 @@ def test_a_damaged_line_is_named_with_its_mend(tmp_path: Path, garbage: bytes) -
     mend = f"head -n {len(lines) - 2} {STUDY_FILE} > mended && mv mended {STUDY_FILE}"
     subprocess.run(mend, shell=True, check=True, cwd=tmp_path)
     assert opened_records(tmp_path) == records[:2]
+
+
+def test_a_date_that_is_none_is_said_of_the_file(tmp_path: Path) -> None:
+    filled(tmp_path)
+    journal = tmp_path / STUDY_FILE
+    damaged = journal.read_bytes().replace(b'"datetime_complete":"2', b'"datetime_complete":"x')
+    assert damaged != journal.read_bytes()
+    journal.write_bytes(damaged)
+    for read in (opened, load_study):
+        with pytest.raises(ValueError, match=rf"{STUDY_FILE} is damaged .*isoformat"):
+            read(tmp_path)
 
 
 def test_a_journal_cut_anywhere_keeps_the_whole_trials(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.language_model [--config configs/dialogue.yaml] [--folder FOLDER]
 
 The search runs in a process of its own, so that its peak resident memory can be read: it is to keep below
-what the libraries hold, 2.5 times the weights, and the activations that were counted. Uniform LoRA of rank 8
+2.5 times the weights and the activations that were counted, of training or of scoring. Uniform LoRA of rank 8
 on query and value is trained for the same steps with three learning rates, the best of them in validation
 with three seeds. Both, and the untrained model, are scored on the test split; the best point of the front by
 the weights that the search kept. Every trained point of the front is exported, loaded in a fresh process (by
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autopeft import Configuration, ParetoFront, Search
+from autopeft.core.durable_files import load_json, save_json
 from autopeft.evaluation.evaluator import Evaluator
 from autopeft.models.backbone import Backbone
 from autopeft.tasks import CausalLM
@@ -76,8 +77,9 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
         if not len(point.configuration):
             continue  # the untrained model is the base itself
         kept = folder / f"{point.number}.json"
-        if kept.exists():
-            rows.append(json.loads(kept.read_text()))
+        row = load_json(kept)
+        if row is not None and row["values"] == point.values:
+            rows.append(row)
             continue
         report = point.export(folder / str(point.number), overwrite=True)
         state = checkpoints.load(point.record)
@@ -93,7 +95,7 @@ def exported(search: Search, front: ParetoFront, folder: Path) -> list[dict[str,
                 "test_loss_in_fresh_process": fresh_loss(job, batches),
             }
         )
-        kept.write_text(json.dumps(rows[-1]))
+        save_json(kept, rows[-1])
     return rows
 
 

@@ -5,9 +5,10 @@
 
 Printed, and kept in the folder, is how much was resident when the libraries were imported, before anything
 was loaded, and the most that was in each section of `autopeft.core.profiling`, beside the bounds of training
-and of scoring, which differentiates through all blocks. Pages of mapped files count too. Settings are those
-of `autopeft search`. One trial of LoRA everywhere, with a batch of training rows, comes to the peak that was
-counted; in a few steps of many rows the longest may be missing.
+and of scoring: 2.5 times the weights, and the counted peak without them. Scoring differentiates through all
+blocks. Pages of mapped files count too. Settings are those of `autopeft search`. One trial of LoRA
+everywhere, with a batch of training rows, comes to the peak that was counted; in a few steps of many rows the
+longest may be missing.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Resident:
         return {
             "peak_resident_bytes": max(others),
             "bound_without_libraries_bytes": beside_counted + self.counted,
-            "peak_resident_in_scoring_bytes": self.peaks.get(_SCORING),
+            "peak_resident_in_scoring_bytes": self.peaks.get(_SCORING, 0),
             "bound_in_scoring_without_libraries_bytes": beside_counted + self.counted_in_scoring,
             "library_bytes": self.libraries,
             "weight_bytes": self.weights,
@@ -105,19 +106,12 @@ class Resident:
         }
 
     def __str__(self) -> str:
-        gibibytes = {
-            name: size / 2**30 for name, size in self.record().items() if isinstance(size, int | float)
-        }
-        sections = sorted(self.peaks, key=lambda name: -self.peaks[name])
-        return (
-            f"In GiB, of which the libraries hold {gibibytes['library_bytes']:.2f}: "
-            f"resident {gibibytes['peak_resident_bytes']:.2f}, bound without libraries "
-            f"{gibibytes['bound_without_libraries_bytes']:.2f}; in scoring "
-            f"{gibibytes.get('peak_resident_in_scoring_bytes', 0.0):.2f}, bound "
-            f"{gibibytes['bound_in_scoring_without_libraries_bytes']:.2f}.\nA bound is {_WEIGHTS} times the "
-            f"weights of {gibibytes['weight_bytes']:.2f}, and the counted peak without them.\n"
-            f"By section: {', '.join(f'{name} {self.peaks[name] / 2**30:.2f}' for name in sections)}."
-        )
+        sizes = self.record()
+        by_section = sizes.pop("peak_resident_bytes_by_section")
+        lines = [f"{size / 2**30:6.2f} GiB  {name.replace('_', ' ')}" for name, size in sizes.items()]
+        sections = sorted(by_section, key=lambda name: -by_section[name])
+        by_section = ", ".join(f"{name} {by_section[name] / 2**30:.2f}" for name in sections)
+        return "\n".join([*lines, f"Peaks by section, in GiB: {by_section}"])
 
 
 def searched(config: Path, folder: Path) -> Resident | None:

@@ -93,7 +93,7 @@ class Forecast:
             place[-1] = known.worst_loss
         distances = np.square((known.places - place) / known.spread).sum(axis=1)
         last = min(_NEAREST, len(distances)) - 1
-        near = np.flatnonzero(distances <= np.partition(distances, last)[last])  # of thousands, a few to sort
+        near = np.flatnonzero(distances <= np.partition(distances, last)[last])  # these few are sorted
         order = np.argsort(distances[near], kind="stable")[:_NEAREST]
         return [known.gains[index] for index in near[order]]
 
@@ -126,7 +126,7 @@ class Forecast:
         gains = self.gains(evaluation, step)
         if len(gains) < _FEWEST_FOR_NOISE:
             return score, None
-        return score + float(np.median(gains)), float(np.std(gains, ddof=1))
+        return score + statistics.median(gains), statistics.stdev(gains)
 
     def values(self, evaluation: Evaluation) -> list[float]:
         """Return the objectives that a paused trial is expected to reach, for the sampler to learn from.

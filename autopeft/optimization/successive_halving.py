@@ -119,7 +119,7 @@ class AshaPromoter:
         self._trivial_score = next(axis.worst for axis in axes if axis.objective == monitor)
         self._forecast = partial(Forecast, objectives=objectives, axes=axes, monitor=monitor)
         self._last = self._forecast(())
-        # By rung and number: what takes longest in a large search is to look at all curves for each job.
+        # By rung and number: in a large search, reading every curve again for each job takes longest.
         self._seen: dict[tuple[int, int], _Candidate] = {}
 
     def forecast(self, records: Sequence[TrialRecord]) -> Forecast:

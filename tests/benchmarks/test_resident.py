@@ -25,9 +25,11 @@ def test_peaks_are_those_of_their_section() -> None:
 
 
 def test_the_bound_leaves_out_the_weights_that_were_counted_already() -> None:
-    resident = Resident(libraries=10, weights=100, counted=180.0, peaks={"score": 300, "backward": 320})
+    peaks = {"score": 340, "backward": 320, "forward": 310}
+    resident = Resident(libraries=10, weights=100, counted=180.0, counted_in_scoring=190.0, peaks=peaks)
     found = resident.record()
     assert found["peak_resident_bytes"] == 320
     assert found["bound_without_libraries_bytes"] == 2.5 * 100 + 80
-    assert found["bound_bytes"] == 10 + 2.5 * 100 + 80
-    assert "backward 0.00, score 0.00" in str(resident)
+    assert found["peak_resident_in_scoring_bytes"] == 340
+    assert found["bound_in_scoring_without_libraries_bytes"] == 2.5 * 100 + 90
+    assert "score 0.00, backward 0.00, forward 0.00" in str(resident)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -110,6 +111,21 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_no_time(caplog: pytes
     assert "someone" not in caplog.text
 
 
+def test_a_search_that_is_interrupted_while_it_opens_mlflow_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, records = make(f"sqlite:///{tmp_path / 'mlflow.db'}"), synthetic_records(2)
+    monkeypatch.setattr(tracker, "_open", lambda *_: time.sleep(3))
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tracker.start(note="", identity=IDENTITY, records=records)
+    tracker.finish("KILLED", records)
+    assert time.monotonic() - begun < 2.5
+    tracker._worker.join(20)
+
+
 def test_a_server_that_falls_silent_costs_a_warning_and_its_patience(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,4 +155,4 @@ def test_a_server_that_falls_silent_costs_a_warning_and_its_patience(
         assert time.monotonic() - begun < 20
         released.set()
         tracker._worker.join(20)
-    assert "cannot be used (TimeoutError: no answer within a minute)" in caplog.text
+    assert "cannot be used (TimeoutError: no answer in 1 s)" in caplog.text

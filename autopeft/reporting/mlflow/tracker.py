@@ -115,25 +115,29 @@ class MlflowTracker(Tracker):
     ) -> None:
         """Find or create the search's run, and bring its trials' runs in line with the study.
 
-        Where MLflow does not answer within a minute, a warning says so and nothing is recorded until the next
-        call.
+        Where MLflow does not answer within a minute, and 20 ms a record, a warning says so and nothing is
+        recorded until the next call.
         """
-        error: Exception | None = TimeoutError("no answer within a minute")
+        outcome: list[Exception | None] = []
 
         def try_to_open() -> None:
-            nonlocal error
             try:
                 self._open(note, identity, records)
-                error = None
-            except Exception as raised:
-                error = raised
+                outcome.append(None)
+            except Exception as error:
+                outcome.append(error)
 
         # By the thread, as MLflow's client tries for long where a server keeps connections and is silent.
         self._worker.start()
         self._worker.put(try_to_open)
-        self._worker.flush(_PATIENCE_SECONDS + _SECONDS_A_RUN * len(records))
+        patience = _PATIENCE_SECONDS + _SECONDS_A_RUN * len(records)
+        try:
+            self._worker.flush(patience)
+        finally:  # also where Ctrl-C ends the waiting
+            error = outcome[0] if outcome else TimeoutError(f"no answer in {patience:.0f} s")
+            if error is not None:
+                self._worker.stop(0)
         if error is not None:
-            self._worker.stop(0)
             _logger.warning(
                 "The search is not recorded in MLflow, as the tracking store %s cannot be used (%s: %s). The "
                 "study has everything: the next call of the search writes it.",
@@ -153,6 +157,8 @@ class MlflowTracker(Tracker):
         of_the_search = f"{of_this_study} AND tags.`{content.SEARCH_TAG}` LIKE '%'"
         parents = self._client.search_runs([experiment_id], of_the_search, max_results=1)
         runs = self._client.search_runs([experiment_id], of_this_study, max_results=_MOST_RUNS)
+        if not self._worker.takes_jobs:
+            raise TimeoutError("the answer came too late")
         self._parent = self._open_parent(experiment_id, next(iter(parents), None), note, identity)
         tags = {content.PARENT_TAG: self._parent, content.STUDY_TAG: self._study_id}
         names = {"search_name": self._search_name, "backbone": identity.get("backbone", {}).get("name", "")}

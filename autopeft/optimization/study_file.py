@@ -114,9 +114,10 @@ _DAMAGE = (
 @contextmanager
 def damage_named(path: Path, *others: type[Exception]) -> Iterator[None]:
     """Raise what Optuna and our own readers say of JSON with other content as a ValueError with the path."""
+    kinds: tuple[type[Exception], ...] = (*_DAMAGE, *others)
     try:
         yield
-    except (*_DAMAGE, *others) as error:
+    except kinds as error:
         raise ValueError(
             f"{path} is damaged ({shown(error)}): expected operations of Optuna's journal, and trials of a "
             "search. Restore the file from a copy."

@@ -163,7 +163,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             return cls(
                 records, objectives, axes, export, verdict, search=attributes["name"], backbone=backbone
             )
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"The study of {attributes['name']!r} is damaged ({shown(error)}): restore it from a copy."
             ) from error

@@ -202,7 +202,7 @@ def test_a_front_is_read_from_a_study(front: ParetoFront) -> None:
     assert stored.records == front.records
     with pytest.raises(ValueError, match="'mine' has no finished trial yet"):
         ParetoFront.stored({"name": "mine"}, [])
-    huge = [[name, worst, 10**400] for name, worst, _ in attributes["axes"]]
+    huge = [[axis.objective.name, axis.worst, 10**400] for axis in front.axes]
     with pytest.raises(ValueError, match=r"The study of 'mine' is damaged \(OverflowError"):
         ParetoFront.stored(attributes | {"axes": huge}, front.records)
     attributes["verdict"] = {"state": state_of(front.records), "text": "No better."}

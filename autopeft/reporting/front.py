@@ -155,7 +155,7 @@ class ParetoFront(Tabular, Sequence[FrontPoint]):
             objectives = resolve_objectives(settings, metrics)
             known = {objective.name: objective for objective in objectives}
             axes = [
-                Axis(objective=known[name], worst=worst, best=best)
+                Axis(objective=known[name], worst=float(worst), best=float(best))
                 for name, worst, best in attributes["axes"]
             ]
             verdict = stored_verdict(attributes.get("verdict", {}), records)

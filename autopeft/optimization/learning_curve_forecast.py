@@ -92,10 +92,7 @@ class Forecast:
         if not math.isfinite(place[-1]):
             place[-1] = known.worst_loss
         distances = np.square((known.places - place) / known.spread).sum(axis=1)
-        last = min(_NEAREST, len(distances)) - 1
-        near = np.flatnonzero(distances <= np.partition(distances, last)[last])  # these few are sorted
-        order = np.argsort(distances[near], kind="stable")[:_NEAREST]
-        return [known.gains[index] for index in near[order]]
+        return [known.gains[index] for index in np.argsort(distances, kind="stable")[:_NEAREST]]
 
     def _read(self, step: int, warm_start: bool) -> _Gains:
         gains, found = [], []

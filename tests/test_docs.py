@@ -116,6 +116,7 @@ def test_a_bound_of_the_readme_leaves_room_for_the_head() -> None:
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     """Links are checked, and the tutorials are run."""
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    nbformat = pytest.importorskip("nbformat", reason="`make docs` installs it")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -129,3 +130,9 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         page = (tmp_path / "tutorials" / tutorial / "index.html").read_text(encoding="utf-8")
         assert "hypervolume 0." in page, tutorial
         assert said in page, tutorial
+        notebook = nbformat.read(tmp_path / "tutorials" / f"{tutorial}.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        assert f'href="../{tutorial}.ipynb"' in page, tutorial
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                compile(cell.source, tutorial, "exec")

@@ -28,6 +28,7 @@ from tests.tiny_processors import tiny_processor
 AS_RUN: Mapping[str, str] = {
     '"FacebookAI/roberta-base"': '"classifier"',
     r'"HuggingFaceTB/SmolLM2-135M-Instruct"': '"language"',
+    '"meta-llama/Llama-3.1-8B-Instruct"': '"language"',
     '"google-t5/t5-small"': '"translator"',
     '"openai/whisper-small"': '"listener"',
     '"glue", subset="rte"': '"reviews.csv"',
